@@ -1,0 +1,194 @@
+"""Our experts: which fused backends there are, their support gates, and the call they make.
+
+A gate answers yes, or no with a reason in words. Gates ask the FlashInfer release in force, so
+what a release cannot do is refused, whatever the rest of the configuration says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pytest_moe_routing.backends.flashinfer import FlashInfer, KernelCall
+from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.models import ModelSpec, RouterConfig
+from pytest_moe_routing.routing import RoutingMethodType
+
+#: Major compute capability that verdicts are about: no GPU is needed to judge one.
+BLACKWELL = 10
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One question that an expert backend asks of a configuration, and its answer."""
+
+    name: str
+    ok: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'yes' if self.ok else 'no, ' + self.reason}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A fused MoE backend: the quantization scheme that it serves, and what it lets through."""
+
+    name: str
+    scheme: str
+    methods: frozenset[str]
+    logits_dtypes: tuple[str, ...] = ("bfloat16", "float32")
+
+
+_WITHOUT_LLAMA4 = frozenset(
+    {
+        "Default",
+        "Renormalize",
+        "RenormalizeNaive",
+        "DeepSeekV3",
+        "SigmoidRenorm",
+        "Sigmoid",
+        "MiniMax2",
+    }
+)
+_ALL = _WITHOUT_LLAMA4 | {"Llama4"}
+
+BACKENDS: Mapping[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("fp8_block", "FP8 with 128x128 weight blocks", _WITHOUT_LLAMA4),
+        Backend("fp8_per_tensor", "FP8 with one scale per tensor", _ALL),
+        Backend("mxfp8", "MXFP8", _WITHOUT_LLAMA4),
+        Backend("nvfp4", "NVFP4", _ALL),
+    )
+}
+
+
+def find_backend(name: str) -> Backend:
+    """The backend of this name.
+
+    Raises:
+        MoERoutingError: There is none.
+    """
+    if name not in BACKENDS:
+        raise MoERoutingError(f"unknown backend {name!r}; backends: {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def kernel_call(
+    router: RouterConfig, backend: str, method: str, flashinfer: FlashInfer
+) -> KernelCall:
+    """The routing arguments that a router needs, passed to a backend's kernel.
+
+    DeepSeekV3 takes groups, one of all experts when the router has none; a method that reads a
+    bias gets zeros when the router has none. The scaling factor is always the kernel's to apply.
+    """
+    grouped = method == RoutingMethodType.DeepSeekV3.name
+    entry = flashinfer.entry_point(backend)
+    on_input = router.weight_on == "input" and entry is not None and "input" in entry.weight_on
+    unbiased = "zeros" if flashinfer.honours(method, "bias") else "none"
+    return KernelCall(
+        backend=backend,
+        method=method,
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        logits_dtype=router.logits_dtype,
+        n_group=(router.n_group or 1) if grouped else 0,
+        topk_group=(router.topk_group or 1) if grouped else 0,
+        bias="router" if router.correction_bias else unbiased,
+        bias_dtype=router.correction_bias or "float32",
+        routed_scaling_factor=router.routed_scaling_factor,
+        weight_on="input" if on_input else "output",
+    )
+
+
+def kernel_gates(
+    model: ModelSpec, backend: str, flashinfer: FlashInfer, device: int = BLACKWELL
+) -> Iterator[Gate]:
+    """What the kernels of a release can do for a model whatever the routing method."""
+    entry = flashinfer.entry_point(backend)
+    yield Gate(
+        "quantization scheme",
+        backend in model.checkpoints and entry is not None,
+        f"{flashinfer} has no kernel for {backend}"
+        if backend in model.checkpoints
+        else f"{model} has no {backend} checkpoint",
+    )
+    majors = flashinfer.devices
+    yield Gate(
+        "device",
+        device in majors,
+        f"compute capability {device}.x is not in {', '.join(f'{m}.x' for m in majors)}",
+    )
+    if entry is None:
+        return
+    experts, router = model.experts, model.router
+    gated_as_needed = experts.gated == (experts.activation != "relu2")
+    since = entry.activations.get(experts.activation)
+    yield Gate(
+        "activation",
+        gated_as_needed and since is not None and flashinfer.has(since),
+        f"no {entry.function} kernel for {experts.activation}, "
+        f"{'gated' if experts.gated else 'not gated'}, in {flashinfer}",
+    )
+    yield Gate(
+        "router weight side",
+        router.weight_on in entry.weight_on,
+        f"{entry.function} cannot apply the router weight on the expert {router.weight_on}",
+    )
+    sizes = {
+        "hidden_size": experts.latent_size or experts.hidden_size,
+        "intermediate_size": experts.intermediate_size,
+    }
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % entry.multiple_of]
+    yield Gate(
+        "shape", not odd, f"{' and '.join(odd)} not a multiple of {entry.multiple_of}"
+    )
+
+
+def support_gates(
+    model: ModelSpec, backend: Backend, method: str, flashinfer: FlashInfer, device: int = BLACKWELL
+) -> tuple[Gate, ...]:
+    """Every gate of one of our backends, in the order in which they are asked."""
+    gates = list(kernel_gates(model, backend.name, flashinfer, device))
+    gates.append(
+        Gate(
+            "routing method",
+            method in backend.methods and flashinfer.number(method) is not None,
+            f"{flashinfer} has no {method}"
+            if method in backend.methods
+            else f"{backend.name} does not take {method}",
+        )
+    )
+    dtype = model.router.logits_dtype
+    gates.append(
+        Gate(
+            "router logits dtype",
+            dtype in backend.logits_dtypes,
+            f"{dtype} is not one of {', '.join(backend.logits_dtypes)}",
+        )
+    )
+    if all(gate.ok for gate in gates):
+        troubles = flashinfer.troubles(kernel_call(model.router, backend.name, method, flashinfer))
+        reason = "; ".join(text for _, text in troubles)
+        gates.append(Gate("kernel limits", not troubles, reason))
+    return tuple(gates)
+
+
+def exact_calls(model: ModelSpec, backend: str, flashinfer: FlashInfer) -> list[KernelCall]:
+    """Every kernel call that means what the model's router means: computed, not classified."""
+    # Torch is needed from here on only.
+    from pytest_moe_routing.routing.equivalence import same
+    from pytest_moe_routing.routing.recipe import recipe_of
+
+    if not all(gate.ok for gate in kernel_gates(model, backend, flashinfer)):
+        return []
+    wanted = recipe_of(model.router)
+    calls = []
+    for method in flashinfer.methods:
+        call = kernel_call(model.router, backend, method, flashinfer)
+        if not flashinfer.troubles(call) and same(
+            wanted, flashinfer.recipe(call), model.router.num_experts
+        ):
+            calls.append(call)
+    return calls

@@ -1,0 +1,39 @@
+"""Mistakes a user can make. Each is one message; none is shown with a traceback."""
+
+from __future__ import annotations
+
+
+class MoERoutingError(Exception):
+    """Base of every error that is the user's to fix: what, where, and what would be valid."""
+
+
+class ModelError(MoERoutingError):
+    """A model description is wrong. Names the file, the line and the key."""
+
+
+class ReleaseError(MoERoutingError):
+    """A FlashInfer release that cannot be judged."""
+
+
+class RecipeError(MoERoutingError):
+    """A recipe or a tensor that cannot be routed."""
+
+
+class TargetError(MoERoutingError):
+    """A target cannot be used at all."""
+
+
+class UnknownTarget(TargetError):
+    """No target has this name."""
+
+
+class TargetNotInstalled(TargetError):
+    """The target is known, but its package is not in this environment."""
+
+
+class TargetImportError(TargetError):
+    """The target's package is installed and fails to import."""
+
+
+class Unsupported(MoERoutingError):
+    """A target cannot answer this question. Becomes a skip with this reason, never a pass."""

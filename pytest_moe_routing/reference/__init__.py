@@ -1,0 +1,1 @@
+"""References in torch. They compute what is meant; they know nothing of kernels or frameworks."""

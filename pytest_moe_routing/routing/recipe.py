@@ -1,0 +1,146 @@
+"""The one algebra: a router, and a fused kernel's routing method, are both a *recipe*.
+
+    score -> (+ bias, for choosing only) -> (keep topk_group of n_group groups) -> top_k
+          -> weigh by the unbiased score -> normalize -> scale -> apply on output or input
+
+`reference.routing.route` runs any recipe; nothing else in the package computes routing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from pytest_moe_routing.errors import RecipeError
+from pytest_moe_routing.models import RouterConfig
+
+SCORES = ("identity", "softmax", "sigmoid", "sqrtsoftplus")
+NORMALIZATIONS = ("none", "sum", "softmax")
+
+_CHOICES = {
+    "score": SCORES,
+    "weigh_by": SCORES,
+    "normalize": NORMALIZATIONS,
+    "group_score": ("top2_sum", "max"),
+    "weight_on": ("output", "input"),
+    "bias_dtype": ("float32", "bfloat16"),
+    "weight_dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is computed for each token, from its router logits.
+
+    Attributes:
+        top_k: Experts per token: the largest choosing scores, ties to the lower expert index.
+        score: Applied to the logits of all experts, to choose by.
+        weigh_by: Score gathered at the chosen experts as their weight; defaults to `score`.
+            Llama4 chooses by `identity` and weighs by `sigmoid`.
+        bias: An `e_score_correction_bias` is added to the score, for choosing only.
+        n_group, topk_group: Experts lie in `n_group` equal groups; all but the best `topk_group`
+            are excluded (their score becomes -inf, as biased scores can be negative).
+        group_score: A group's rank: the sum of its two best choosing scores, or the best one.
+        normalize: `sum` divides the weights by their sum plus `epsilon`; `softmax` is taken over
+            the chosen weights.
+        scale: The total factor on the weights, `routed_scaling_factor`, whoever applies it.
+        weight_on: What the weight multiplies: the expert's `output`, or its `input` (Llama4).
+        bias_dtype: Precision to which the bias is rounded before it is added.
+        weight_dtype: Precision to which the finished weights are rounded.
+
+    Raises:
+        RecipeError: A field has a value that no recipe can have.
+    """
+
+    top_k: int = 1
+    score: str = "softmax"
+    weigh_by: str = ""
+    bias: bool = False
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: str = "top2_sum"
+    normalize: str = "none"
+    epsilon: float = 0.0
+    scale: float = 1.0
+    weight_on: str = "output"
+    bias_dtype: str = "float32"
+    weight_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weigh_by", self.weigh_by or self.score)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                found, valid = getattr(self, name), ", ".join(choices)
+                raise RecipeError(f"Recipe.{name}: found {found!r}, expected one of {valid}")
+        if self.top_k < 1 or not 1 <= self.topk_group <= self.n_group:
+            raise RecipeError(
+                "Recipe: expected top_k >= 1 and 1 <= topk_group <= n_group, found "
+                f"top_k {self.top_k}, topk_group {self.topk_group}, n_group {self.n_group}"
+            )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the groups can exclude anything."""
+        return self.topk_group < self.n_group
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that matter for this recipe, as plain data."""
+        void = set() if self.n_group > 1 else {"n_group", "topk_group", "group_score"}
+        return {name: value for name, value in asdict(self).items() if name not in void}
+
+    def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """The fields in which two recipes differ, as written: (ours, theirs)."""
+        ours, theirs = self.as_dict(), other.as_dict()
+        names = [f.name for f in fields(self)]
+        return {
+            name: (ours.get(name, "-"), theirs.get(name, "-"))
+            for name in names
+            if ours.get(name, "-") != theirs.get(name, "-")
+        }
+
+    def __str__(self) -> str:
+        """In words, in the order of computation: `sigmoid -> + bias -> top 8 -> / sum -> x 2.5`."""
+        steps = [] if self.score == "identity" else [self.score]
+        if self.bias:
+            steps.append("+ bias to choose")
+        if self.grouped:
+            steps.append(f"best {self.topk_group} of {self.n_group} groups by {self.group_score}")
+        steps.append(f"top {self.top_k}")
+        if self.weigh_by != self.score:
+            steps.append(self.weigh_by)
+        if self.normalize != "none":
+            steps.append("softmax of the chosen" if self.normalize == "softmax" else "/ sum")
+        if self.scale != 1.0:
+            steps.append(f"x {self.scale:g}")
+        if self.weight_on == "input":
+            steps.append("weight on the expert input")
+        return " -> ".join(steps)
+
+
+def recipe_of(router: RouterConfig) -> Recipe:
+    """The recipe that a model's router is.
+
+    A softmax taken after top-k is the same as one taken over all experts and divided by the sum
+    of the chosen; it is written as the former, which needs no sum over experts.
+    """
+    score, weigh_by, normalize = router.scoring_func, "", "sum" if router.renormalize else "none"
+    if router.topk_before_score:
+        score = "identity"
+        if router.scoring_func == "softmax":
+            normalize = "softmax"
+        else:
+            weigh_by = router.scoring_func
+    return Recipe(
+        top_k=router.top_k,
+        score=score,
+        weigh_by=weigh_by,
+        bias=router.correction_bias is not None,
+        n_group=router.n_group or 1,
+        topk_group=router.topk_group or 1,
+        group_score=router.group_score or "top2_sum",
+        normalize=normalize,
+        epsilon=router.renormalize_epsilon,
+        scale=router.routed_scaling_factor,
+        weight_on=router.weight_on,
+        bias_dtype=router.correction_bias or "float32",
+    )

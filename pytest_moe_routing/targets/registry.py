@@ -1,0 +1,52 @@
+"""Finds a target by name. Others add theirs through the entry point group `moe_routing.targets`."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+
+from pytest_moe_routing.backends import FlashInfer
+from pytest_moe_routing.errors import TargetImportError, TargetNotInstalled, UnknownTarget
+from pytest_moe_routing.targets.protocol import Target
+
+GROUP = "moe_routing.targets"
+BUILTIN = "builtin"
+
+
+def target_names() -> list[str]:
+    """Names of all registered targets."""
+    return sorted({entry.name for entry in metadata.entry_points(group=GROUP)})
+
+
+def check_target(name: str) -> None:
+    """Raise `UnknownTarget` unless `name` is registered or of the form `module:Class`."""
+    if ":" not in name and name not in target_names():
+        raise UnknownTarget(
+            f"unknown target {name!r}; targets: {', '.join(target_names())}, or module:Class"
+        )
+
+
+def load_target(name: str, flashinfer: FlashInfer) -> Target:
+    """Make a target, given its registered name or, as an author would, `module:Class`.
+
+    Raises:
+        UnknownTarget: No such name, or what it names is not a target.
+        TargetNotInstalled: Its package is not in this environment.
+        TargetImportError: Its package, or the module that adapts it, fails to import.
+    """
+    check_target(name)
+    module, _, attribute = name.partition(":")
+    try:
+        if attribute:
+            cls = getattr(import_module(module), attribute)
+        else:
+            cls = next(e for e in metadata.entry_points(group=GROUP) if e.name == name).load()
+        if not (isinstance(cls, type) and issubclass(cls, Target)):
+            raise UnknownTarget(f"target {name!r} is {cls!r}, not a class derived from Target")
+        return cls(flashinfer)
+    except (UnknownTarget, TargetNotInstalled, TargetImportError):
+        raise
+    except Exception as error:
+        # Whatever a foreign package raises while it is imported is its own failure, not ours.
+        raise TargetImportError(
+            f"target {name!r} fails to import: {type(error).__name__}: {error}"
+        ) from error

@@ -163,7 +163,8 @@ def moe_target(moe_session: MoESession) -> Target:
     try:
         return moe_session.target
     except MoERoutingError as error:
-        pytest.fail(str(error), pytrace=False)
+        message = str(error)
+    pytest.fail(message, pytrace=False)
 
 
 @pytest.fixture

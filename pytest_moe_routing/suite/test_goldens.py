@@ -7,6 +7,9 @@ import pytest
 from pytest_moe_routing import goldens
 from pytest_moe_routing.errors import MoERoutingError
 
+# Goldens are the builtin target's: this fixture leaves the module out for any other.
+pytestmark = pytest.mark.usefixtures("moe_golden")
+
 
 def test_router(moe_model, moe_golden):
     """What a model says of its router, and how it is classified in each FlashInfer release."""

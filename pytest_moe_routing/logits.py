@@ -132,13 +132,13 @@ def _near_ties(s: Shape) -> tuple[Tensor, Tensor]:
 
 def _hot_expert(s: Shape) -> tuple[Tensor, Tensor]:
     """All tokens want the last expert: every index must be reachable, and one segment is full."""
-    logits = s.bell()
-    logits[:, -1] += 12
-    return logits, s.bias(-0.25, 0.25)
+    logits = s.bell() - 4
+    logits[:, -1] += 16
+    return logits, s.bias(-0.0625, 0.0625)
 
 
 def _bias_below_minus_one(s: Shape) -> tuple[Tensor, Tensor]:
-    return s.bell(), s.bias(-2.5, -1.25)
+    return s.bell(), s.bias(-3.5, -2.125)
 
 
 def _narrow_bias(s: Shape) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,16 @@
+"""For the tests of this repository. The plugin itself is loaded through its entry point."""
+
+import pytest
+
+# pytester drops modules that an in-process run imported; torch does not survive a second import.
+import torch
+
+pytest_plugins = ["pytester"]
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _not_a_worker(monkeypatch):
+    """Inner pytest runs must not take themselves for workers of the outer one."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)

@@ -2,12 +2,7 @@
 
 import pytest
 
-# pytester drops modules that an in-process run imported; torch does not survive a second import.
-import torch
-
 pytest_plugins = ["pytester"]
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

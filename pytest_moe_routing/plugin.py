@@ -16,7 +16,7 @@ from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.session import MoESession
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pytest_moe_routing.backends import FlashInfer
     from pytest_moe_routing.kernels.gpu import Gpu
@@ -224,12 +224,13 @@ def _golden_message(path: Path, found: list[str], model: ModelSpec) -> str:
 
 
 @pytest.fixture
-def moe_gpu(record_property: Callable[[str, Any], None]) -> Gpu:
-    """A GPU that can run FlashInfer's routing kernels; the test is skipped with the reason without."""
-    from pytest_moe_routing.kernels.gpu import find_gpu
+def moe_gpu(record_property: Callable[[str, Any], None]) -> Iterator[Gpu]:
+    """A GPU that runs FlashInfer's routing kernels; the test is skipped with the reason without."""
+    from pytest_moe_routing.kernels import gpu
 
-    gpu = find_gpu()
-    record_property("moe_gpu", str(gpu))
-    if gpu.missing:
-        pytest.skip(gpu.missing)
-    return gpu
+    found = gpu.find_gpu()
+    record_property("moe_gpu", str(found))
+    if found.missing:
+        pytest.skip(found.missing)
+    with gpu.guarded():
+        yield found

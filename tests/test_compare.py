@@ -224,3 +224,13 @@ def test_misuse_is_an_error_not_a_difference(ids, weights, text):
 def test_an_unknown_precision_is_misuse():
     with pytest.raises(RecipeError, match="expected float64, float32, flashinfer"):
         compare_routing(torch.zeros(1, 1).long(), None, torch.zeros(1, 2), Recipe(), precision="half")
+
+
+@pytest.mark.parametrize(("epsilon", "ok"), [(0.0, True), (1e-20, False)])
+def test_nan_is_allowed_exactly_where_zero_may_be_divided_by_zero(epsilon, ok):
+    """flashinfer PR 3803: with an epsilon in the recipe, NaN weights are a defect."""
+    recipe = replace(MINIMAX, epsilon=epsilon)
+    case = make("below-minus-100", recipe, num_tokens=8, num_experts=64)
+    ids = route(case.logits, recipe, case.bias).topk_ids
+    found = compare_routing(ids, torch.full((8, 8), torch.nan), case.logits, recipe, case.bias)
+    assert found.ok == ok

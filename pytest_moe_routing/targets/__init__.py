@@ -2,10 +2,9 @@
 
 from pytest_moe_routing.targets.judge import GOOD, VERDICTS, Judgement, judge
 from pytest_moe_routing.targets.protocol import Target
-from pytest_moe_routing.targets.registry import BUILTIN, check_target, load_target, target_names
+from pytest_moe_routing.targets.registry import check_target, load_target, target_names
 
 __all__ = [
-    "BUILTIN",
     "GOOD",
     "VERDICTS",
     "Judgement",

@@ -9,7 +9,6 @@ from pytest_moe_routing.errors import TargetImportError, TargetNotInstalled, Unk
 from pytest_moe_routing.targets.protocol import Target
 
 GROUP = "moe_routing.targets"
-BUILTIN = "builtin"
 
 
 def target_names() -> list[str]:

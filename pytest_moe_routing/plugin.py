@@ -137,7 +137,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Goldens are the builtin target's decisions: another target is judged, not compared to them."""
+    """Goldens are the builtin target's decisions; another target is judged, not compared."""
     if config.stash[_SESSION].is_builtin:
         return
     golden = [item for item in items if "moe_golden" in getattr(item, "fixturenames", ())]

@@ -34,7 +34,9 @@ class NoFloat32Logits(BuiltinTarget):
     def gates(self, model, backend, method):
         refuses = model.router.logits_dtype == "float32"
         return tuple(
-            Gate(g.name, not refuses, "float32 is not bfloat16") if g.name == "router logits dtype" else g
+            Gate(g.name, not refuses, "float32 is not bfloat16")
+            if g.name == "router logits dtype"
+            else g
             for g in super().gates(model, backend, method)
         )
 

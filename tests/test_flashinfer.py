@@ -8,7 +8,13 @@ from dataclasses import fields, replace
 import pytest
 from packaging.version import Version
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer, KernelCall, installed_release, known_releases
+from pytest_moe_routing.backends import (
+    BACKENDS,
+    FlashInfer,
+    KernelCall,
+    installed_release,
+    known_releases,
+)
 from pytest_moe_routing.backends.flashinfer import _TEST, _data
 from pytest_moe_routing.errors import ReleaseError
 from pytest_moe_routing.models.spec import ACTIVATIONS, DTYPES
@@ -52,7 +58,13 @@ def test_entry_points_are_well_formed():
 
 @pytest.mark.parametrize(
     ("asked", "judged_as"),
-    [("0.6.12", "0.6.12"), ("0.6.10.post1", "0.6.8"), ("0.6.7.post3", "0.6.7"), ("0.6.18rc4", "0.6.17"), ("9.9", "0.7.2.post1")],
+    [
+        ("0.6.12", "0.6.12"),
+        ("0.6.10.post1", "0.6.8"),
+        ("0.6.7.post3", "0.6.7"),
+        ("0.6.18rc4", "0.6.17"),
+        ("9.9", "0.7.2.post1"),
+    ],
 )
 def test_a_release_in_between_is_judged_as_the_one_before(asked, judged_as):
     assert FlashInfer.of(asked).judged_as == judged_as
@@ -65,7 +77,10 @@ def test_releases_that_cannot_be_judged(release):
 
 
 def test_numbers_move():
-    unspecified = {r: FlashInfer.of(r).number("Unspecified") for r in ("0.2.9", "0.6.0", "0.6.8", "0.6.12", "0.7.0")}
+    unspecified = {
+        r: FlashInfer.of(r).number("Unspecified")
+        for r in ("0.2.9", "0.6.0", "0.6.8", "0.6.12", "0.7.0")
+    }
     assert list(unspecified.values()) == [5, 6, 8, 9, 10]
     assert FlashInfer.of("0.6.0").method(6) == "Unspecified"
     assert FlashInfer.of("0.6.8").method(6) == "SigmoidRenorm"
@@ -74,8 +89,15 @@ def test_numbers_move():
 
 def call(**changes):
     base = KernelCall(
-        backend="fp8_block", method="DeepSeekV3", num_experts=256, top_k=8, logits_dtype="float32",
-        n_group=8, topk_group=4, bias="router", routed_scaling_factor=2.5,
+        backend="fp8_block",
+        method="DeepSeekV3",
+        num_experts=256,
+        top_k=8,
+        logits_dtype="float32",
+        n_group=8,
+        topk_group=4,
+        bias="router",
+        routed_scaling_factor=2.5,
     )
     return replace(base, **changes)
 
@@ -132,7 +154,9 @@ def test_known_limits_and_defects(release, changes, wanted):
 
 def test_minimax2_honours_the_scale_from_0_6_13_on():
     minimax = call(method="MiniMax2", **FLAT)
-    scales = {r: FlashInfer.of(r).recipe(minimax).scale for r in ("0.6.8", "0.6.12", "0.6.13", "0.7.0")}
+    scales = {
+        r: FlashInfer.of(r).recipe(minimax).scale for r in ("0.6.8", "0.6.12", "0.6.13", "0.7.0")
+    }
     assert list(scales.values()) == [1.0, 1.0, 2.5, 2.5]
     assert not FlashInfer.of("0.6.7").honours("MiniMax2", "scale")
 
@@ -161,7 +185,13 @@ def test_the_installed_flashinfer_says_the_same():
     for backend in BACKENDS:
         entry = flashinfer.entry_point(backend)
         takes = inspect.signature(getattr(fused_moe, entry.function)).parameters
-        assert {"routing_logits", "routing_bias", "n_group", "topk_group", "routed_scaling_factor"} <= set(takes)
+        assert {
+            "routing_logits",
+            "routing_bias",
+            "n_group",
+            "topk_group",
+            "routed_scaling_factor",
+        } <= set(takes)
         assert ("use_routing_scales_on_input" in takes) == ("input" in entry.weight_on)
 
 

@@ -68,7 +68,9 @@ def test_without_the_option_the_host_is_left_alone(host):
     assert "moe-routing" not in result.stdout.str().replace("plugins: ", "").split("collected")[1]
 
 
-@pytest.mark.parametrize("args", [("-n", "2"), ("-n0",), ("-p", "no:xdist"), ("-p", "no:syrupy")], ids=str)
+@pytest.mark.parametrize(
+    "args", [("-n", "2"), ("-n0",), ("-p", "no:xdist"), ("-p", "no:syrupy")], ids=str
+)
 def test_runs_every_way(host, args):
     result = run(host, "--moe-golden", "-m", "not gpu", *args)
     assert result.ret == 0
@@ -80,7 +82,9 @@ def test_ini_twins(host):
         f"[pytest]\nmoe_golden = true\nmoe_models = {MODEL} deepseek-r1\nmoe_backends = nvfp4\nmoe_flashinfer = 0.6.12\n"
     )
     result = host.runpytest_subprocess("-m", "not gpu")
-    result.stdout.fnmatch_lines(["moe-routing: *FlashInfer 0.6.12 (as asked for), 2 models*", "2 exact; *"])
+    result.stdout.fnmatch_lines(
+        ["moe-routing: *FlashInfer 0.6.12 (as asked for), 2 models*", "2 exact; *"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,8 +96,14 @@ def test_ini_twins(host):
         (("--moe-target", "vlm"), "unknown target 'vlm'; targets: builtin, vllm, or module:Class"),
         (("--moe-flashinfer", "0.1"), "FlashInfer 0.1 is older than the oldest known, 0.2.9"),
         (("--moe-golden-dir", "nowhere"), "nowhere: found no */model.yaml"),
-        (("--moe-target", "miniatures:LosesScale", "--snapshot-update"), "goldens are the builtin target's"),
-        (("--snapshot-update", "-p", "no:syrupy"), "needs syrupy: pip install 'pytest-moe-routing[update]'"),
+        (
+            ("--moe-target", "miniatures:LosesScale", "--snapshot-update"),
+            "goldens are the builtin target's",
+        ),
+        (
+            ("--snapshot-update", "-p", "no:syrupy"),
+            "needs syrupy: pip install 'pytest-moe-routing[update]'",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -103,7 +113,9 @@ def test_misuse_is_one_line_and_exit_4(host, args, message, workers):
         pytest.skip("one mistake is enough under xdist")
     result = host.runpytest_subprocess("--moe-golden", *args, *workers)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert f"ERROR: {message}" in result.stderr.str().replace("--snapshot-update: ", "").replace("--snapshot-update ", "")
+    assert f"ERROR: {message}" in result.stderr.str().replace("--snapshot-update: ", "").replace(
+        "--snapshot-update ", ""
+    )
     assert "Traceback" not in result.stderr.str() + result.stdout.str()
 
 
@@ -125,11 +137,20 @@ def test_another_target_is_judged_not_compared(host):
 
 def test_history_is_told_by_the_suite(host):
     result = host.runpytest_subprocess(
-        "--moe-golden", "-m", "not gpu", "--moe-target", "miniatures:Vllm022", "--moe-flashinfer", "0.6.12"
+        "--moe-golden",
+        "-m",
+        "not gpu",
+        "--moe-target",
+        "miniatures:Vllm022",
+        "--moe-flashinfer",
+        "0.6.12",
     )
     assert result.ret == 1
     failed = re.findall(r"^FAILED .*::(\S+)", result.stdout.str(), re.M)
-    assert failed == ["test_verdict[step-3.7-flash-fp8_block]", "test_verdict[step-3.7-flash-nvfp4]"]
+    assert failed == [
+        "test_verdict[step-3.7-flash-fp8_block]",
+        "test_verdict[step-3.7-flash-nvfp4]",
+    ]
     result.stdout.fnmatch_lines(
         [
             "step-3.7-flash on fp8_block, decided by vllm-0.22-classifier *: wrong",
@@ -146,7 +167,9 @@ def test_history_is_told_by_the_suite(host):
     ],
 )
 def test_a_target_that_cannot_answer(host, target, message):
-    result = run(host, "--moe-golden", "-m", "not gpu", "--moe-target", f"miniatures:{target}", "-rs")
+    result = run(
+        host, "--moe-golden", "-m", "not gpu", "--moe-target", f"miniatures:{target}", "-rs"
+    )
     result.stdout.fnmatch_lines([f"*{message}*"])
     assert "Traceback" not in result.stdout.str()
     assert result.ret == (target == "FailsToStart")
@@ -169,7 +192,9 @@ def test_fixtures_and_marker_for_tests_of_the_host(host):
     )
     result = host.runpytest_subprocess("-v")
     result.assert_outcomes(passed=3 + 3 + 14)
-    result.stdout.fnmatch_lines(["*test_models[[]llama-4-maverick[]]*", "*test_cases[[]minimax-m2-fp8_block[]]*"])
+    result.stdout.fnmatch_lines(
+        ["*test_models[[]llama-4-maverick[]]*", "*test_cases[[]minimax-m2-fp8_block[]]*"]
+    )
 
 
 # -- goldens ----------------------------------------------------------------------------------
@@ -179,7 +204,9 @@ def test_a_digit_in_a_model_fails_exactly_that_model(host, own_goldens):
     path = own_goldens / MODEL / "model.yaml"
     path.write_text(path.read_text().replace("hidden_size: 3072", "hidden_size: 3584"))
     result = host.runpytest_subprocess("--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe")
-    assert re.findall(r"^FAILED .*::(\S+)", result.stdout.str(), re.M) == ["test_router[minimax-m2]"]
+    assert re.findall(r"^FAILED .*::(\S+)", result.stdout.str(), re.M) == [
+        "test_router[minimax-m2]"
+    ]
     result.stdout.fnmatch_lines(
         [
             "*router.golden.json disagrees in 1 place:",
@@ -199,8 +226,13 @@ def test_a_digit_in_a_model_fails_exactly_that_model(host, own_goldens):
 )
 def test_any_change_of_a_golden_fails_exactly_its_test(host, own_goldens, name, pattern, test):
     path = own_goldens / MODEL / f"{name}.golden.json"
-    changes = {"routing": lambda m: f"0.{m[1]}{(int(m[2]) + 5) % 10}", "router": lambda m: '"top_k": 7'}
-    text, count = re.subn(pattern, changes.get(name, lambda m: '"method": "Sigmoid"'), path.read_text(), count=1)
+    changes = {
+        "routing": lambda m: f"0.{m[1]}{(int(m[2]) + 5) % 10}",
+        "router": lambda m: '"top_k": 7',
+    }
+    text, count = re.subn(
+        pattern, changes.get(name, lambda m: '"method": "Sigmoid"'), path.read_text(), count=1
+    )
     assert count == 1
     path.write_text(text)
     result = run(host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe")
@@ -220,13 +252,17 @@ def test_any_change_of_a_golden_fails_exactly_its_test(host, own_goldens, name, 
 def test_a_golden_that_cannot_be_read(host, own_goldens, text, message):
     path = own_goldens / MODEL / "router.golden.json"
     path.unlink() if text is None else path.write_text(text)
-    result = run(host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe", "-k", "test_router")
+    result = run(
+        host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe", "-k", "test_router"
+    )
     result.stdout.fnmatch_lines([f"*{message}*", "*--snapshot-update"])
     assert result.ret == 1
 
 
 def test_a_stray_golden_is_reported(host, own_goldens):
-    shutil.copy(own_goldens / MODEL / "nvfp4.golden.json", own_goldens / MODEL / "mxfp8.golden.json")
+    shutil.copy(
+        own_goldens / MODEL / "nvfp4.golden.json", own_goldens / MODEL / "mxfp8.golden.json"
+    )
     result = run(host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe")
     result.stdout.fnmatch_lines(["*no test reads mxfp8.golden.json; delete them"])
 
@@ -235,7 +271,17 @@ def test_update_writes_what_is_then_read(host, own_goldens):
     before = files(own_goldens)
     for path in own_goldens.glob("*/*.golden.json"):
         path.unlink()
-    run(host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe", "--snapshot-update", "-n", "2")
+    run(
+        host,
+        "--moe-golden",
+        "-m",
+        "not gpu",
+        "--moe-golden-dir",
+        "moe",
+        "--snapshot-update",
+        "-n",
+        "2",
+    )
     assert files(own_goldens) == before
     assert run(host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe").ret == 0
 
@@ -295,7 +341,9 @@ def test_a_golden_is_replaced_in_one_step(tmp_path, monkeypatch):
     path.write_text("old")
     collection = SnapshotCollection(location=str(path))
     collection.add(Snapshot(name="router", data="new"))
-    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         GoldenExtension.write_snapshot_collection(snapshot_collection=collection)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"router.golden.json": "old"}
@@ -313,7 +361,9 @@ def test_goldens_hold_plain_data_only():
 def test_a_number_one_unit_off_in_its_last_digit_is_a_difference():
     assert list(goldens.differences({"x": 0.33333333}, {"x": 1 / 3})) == []
     assert list(goldens.differences({"x": 0.33333333}, {"x": 1 / 3 * (1 + 1e-13)})) == []
-    assert list(goldens.differences({"x": 0.33333334}, {"x": 1 / 3})) == ["x: golden 0.33333334, now 0.33333333"]
+    assert list(goldens.differences({"x": 0.33333334}, {"x": 1 / 3})) == [
+        "x: golden 0.33333334, now 0.33333333"
+    ]
     assert len(list(goldens.differences({"a": 1, "b": [1, 2]}, {"b": [1, 3], "c": 0}))) == 3
     assert len(list(goldens.differences({"x": True}, {"x": 1}))) == 1
 
@@ -332,7 +382,9 @@ def test_a_gpu_job_that_ran_nothing_fails_if_required(host, workers):
     args = ("--moe-golden", "-m", "gpu", "-k", "test_expert_parallel_shard", "--moe-require-gpu")
     result = run(host, *args, *workers)
     assert result.ret == 1
-    result.stdout.fnmatch_lines(["*--moe-require-gpu, but no GPU test ran; 6 were skipped:", "*6 x *no NVIDIA driver*"])
+    result.stdout.fnmatch_lines(
+        ["*--moe-require-gpu, but no GPU test ran; 6 were skipped:", "*6 x *no NVIDIA driver*"]
+    )
 
 
 FAKE_GPU = """
@@ -428,7 +480,9 @@ def test_an_unrelated_run_loads_nothing_heavy(host):
             assert not heavy - {{'syrupy.extensions'}}, heavy
         """
     )
-    result = host.runpytest_subprocess("-p", "no:syrupy", "-p", "no:benchmark", "-p", "no:hypothesispytest")
+    result = host.runpytest_subprocess(
+        "-p", "no:syrupy", "-p", "no:benchmark", "-p", "no:hypothesispytest"
+    )
     result.assert_outcomes(passed=1)
     assert result.ret == 0
 
@@ -454,6 +508,14 @@ def test_collecting_the_suite_loads_no_torch(host):
 
 def test_help_names_every_option(host):
     text = host.runpytest_subprocess("--help").stdout.str()
-    for name in ("golden", "target", "models", "backends", "flashinfer", "golden-dir", "require-gpu"):
+    for name in (
+        "golden",
+        "target",
+        "models",
+        "backends",
+        "flashinfer",
+        "golden-dir",
+        "require-gpu",
+    ):
         assert f"--moe-{name}" in text
         assert f"moe_{name}".replace("-", "_") in text

@@ -28,7 +28,11 @@ def verdicts(target_class, release):
 
 @pytest.mark.parametrize("release", known_releases())
 def test_the_builtin_target_is_never_wrong_and_never_crashes(release):
-    assert {j.verdict for j in verdicts(BuiltinTarget, release).values()} <= {"exact", "fallback", "missed"}
+    assert {j.verdict for j in verdicts(BuiltinTarget, release).values()} <= {
+        "exact",
+        "fallback",
+        "missed",
+    }
 
 
 def test_the_builtin_target_misses_nothing_in_the_newest_release():
@@ -63,14 +67,18 @@ def test_history_float32_logits():
     assert bad == {m.id for m in MODELS.values() if m.router.logits_dtype == "float32"}
     judgement = found["minimax-m2", "fp8_block"]
     assert judgement.verdict == "missed"
-    assert "gate     router logits dtype: no, float32 is not bfloat16" in "\n".join(judgement.lines())
+    assert "gate     router logits dtype: no, float32 is not bfloat16" in "\n".join(
+        judgement.lines()
+    )
 
 
 def test_a_number_that_means_another_method():
     found = verdicts(miniatures.DriftedNumbers, "0.6.8")
     judgement = found["deepseek-r1", "nvfp4"]
     assert judgement.verdict == "wrong"
-    assert "passes DeepSeekV3 as 7, which FlashInfer 0.6.8 reads as MiniMax2" in judgement.reasons[0]
+    assert (
+        "passes DeepSeekV3 as 7, which FlashInfer 0.6.8 reads as MiniMax2" in judgement.reasons[0]
+    )
     assert judgement.counterexample is not None
 
 

@@ -147,9 +147,7 @@ def compare_routing(
     if topk_weights is not None:
         found += row.wrong_weights(ids, topk_weights, skip=broken | unordered)
     found.sort(key=lambda item: -item.excess)
-    return Comparison(
-        len(ids), ambiguous, int(unordered.sum()), tuple(found), recipe, precision
-    )
+    return Comparison(len(ids), ambiguous, int(unordered.sum()), tuple(found), recipe, precision)
 
 
 def _check_output(name: str, x: Tensor, logits: Tensor, recipe: Recipe, floating: bool) -> None:
@@ -260,7 +258,7 @@ class _Rows:
         best = reference.stable_topk(keys, count)
         inputs = self._inputs(token).view(2, recipe.n_group, -1)
         made_of = inputs.gather(2, best.unsqueeze(0).expand(2, -1, -1))
-        return made_of.permute(1, 2, 0).tolist()  # type: ignore[no-any-return]
+        return made_of.permute(1, 2, 0).tolist()
 
     def wrong_experts(self, token: int, ids: Tensor, excess: float) -> Difference:
         wanted, got = self.ids[token].tolist(), ids.tolist()

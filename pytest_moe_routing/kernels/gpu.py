@@ -1,7 +1,7 @@
 """The GPU of this process: is there one for the routing kernels, and how tests share it.
 
-A GPU test runs inside `guarded`: it waits for memory that a neighbour holds, a stuck kernel ends its
-process with the stack, and so does a device fault, as no later call in that process could be
+A GPU test runs inside `guarded`: it waits for memory that a neighbour holds; a stuck kernel ends
+its process with the stack, and so does a device fault, as no later call in that process could be
 trusted. Under pytest-xdist the worker is replaced and the tests after it run; the failed test is
 reported as the one that crashed the worker.
 """
@@ -59,7 +59,7 @@ def place_worker(environ: MutableMapping[str, str], count: int) -> None:
 
 @cache
 def find_gpu() -> Gpu:
-    """The GPU of this process. Asks the cheap questions first: no torch where there is no driver."""
+    """The GPU of this process. Cheap questions come first: no torch where there is no driver."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""Systems under test: one adapter each, one protocol, one registry. Adapters never import each other."""
+"""Systems under test: one protocol, one registry, adapters that never import each other."""
 
 from pytest_moe_routing.targets.judge import GOOD, VERDICTS, Judgement, judge
 from pytest_moe_routing.targets.protocol import Target

@@ -131,7 +131,9 @@ def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
     if method is None:
         exact = tuple(exact_calls(model, backend, flashinfer))
         return replace(base, verdict="crash", reasons=(drift + "no routing method",), exact=exact)
-    reasons = () if method == classification.method else (drift + method,)
+    reasons: tuple[str, ...] = ()
+    if method != classification.method:
+        reasons = (drift + method,)
     call = target.kernel_call(model, backend, method)
     base = replace(base, call=call)
     troubles = flashinfer.troubles(call)

@@ -107,11 +107,16 @@ def test_ini_twins(host):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["", "n2"])
-def test_misuse_is_one_line_and_exit_4(host, args, message, workers):
-    if workers and args[0] != "--moe-models":
-        pytest.skip("one mistake is enough under xdist")
-    result = host.runpytest_subprocess("--moe-golden", *args, *workers)
+def test_misuse_is_one_line_and_exit_4(host, args, message):
+    check_misuse(host, args, message)
+
+
+def test_misuse_is_one_line_and_exit_4_under_xdist(host):
+    check_misuse(host, ("--moe-models", "gpt-*", "-n", "2"), "no model matches 'gpt-*'")
+
+
+def check_misuse(host, args, message):
+    result = host.runpytest_subprocess("--moe-golden", *args)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: {message}" in result.stderr.str().replace("--snapshot-update: ", "").replace(
         "--snapshot-update ", ""

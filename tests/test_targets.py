@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import miniatures
 import pytest
 
-from pytest_moe_routing.backends import FlashInfer, known_releases
+from pytest_moe_routing.backends import BACKENDS, FlashInfer, known_releases, support_gates
 from pytest_moe_routing.errors import (
     TargetImportError,
     TargetNotInstalled,
@@ -146,3 +148,28 @@ def test_names_are_checked_without_importing_anything():
     check_target("some.module:Class")
     with pytest.raises(UnknownTarget):
         check_target("nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"n_group": 4, "topk_group": 2, "group_score": "max"}, "n_group"),
+        ({"routed_scaling_factor": 16.0}, "scale"),
+        ({"correction_bias": "float32"}, "bias"),
+    ],
+)
+def test_a_method_that_ignores_what_the_router_has_is_refused(changes, lost):
+    """vLLM PR 30623: softmax with groups must not become plain top-k; Ernie's softmax has a bias."""
+    base = replace(
+        MODELS["minimax-m2"].router, scoring_func="softmax", correction_bias=None, renormalize=False
+    )
+    model = replace(MODELS["minimax-m2"], router=replace(base, **changes))
+    gates = support_gates(model, BACKENDS["nvfp4"], "Default", FlashInfer.of("0.7.0"))
+    assert [str(g) for g in gates if not g.ok] == [
+        f"router parameters: no, Default does not take {lost} into account"
+    ]
+    plain = replace(MODELS["minimax-m2"], router=base)
+    assert all(
+        g.ok for g in support_gates(plain, BACKENDS["nvfp4"], "Default", FlashInfer.of("0.7.0"))
+    )
+    assert judge(BuiltinTarget(FlashInfer.of("0.7.0")), model, "nvfp4").verdict == "fallback"

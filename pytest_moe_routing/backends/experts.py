@@ -158,6 +158,12 @@ def support_gates(
             else f"{backend.name} does not take {method}",
         )
     )
+    lost = [name for name in _needs(model.router) if not flashinfer.honours(method, name)]
+    gates.append(
+        Gate(
+            "router parameters", not lost, f"{method} does not take {', '.join(lost)} into account"
+        )
+    )
     dtype = model.router.logits_dtype
     gates.append(
         Gate(
@@ -171,6 +177,16 @@ def support_gates(
         reason = "; ".join(text for _, text in troubles)
         gates.append(Gate("kernel limits", not troubles, reason))
     return tuple(gates)
+
+
+def _needs(router: RouterConfig) -> Iterator[str]:
+    """The arguments without which a kernel cannot mean what this router means."""
+    if router.correction_bias is not None:
+        yield "bias"
+    if (router.topk_group or 1) < (router.n_group or 1):
+        yield "n_group"
+    if router.routed_scaling_factor != 1.0:
+        yield "scale"
 
 
 def exact_calls(model: ModelSpec, backend: str, flashinfer: FlashInfer) -> list[KernelCall]:

@@ -158,12 +158,9 @@ def support_gates(
             else f"{backend.name} does not take {method}",
         )
     )
-    lost = [name for name in _needs(model.router) if not flashinfer.honours(method, name)]
-    gates.append(
-        Gate(
-            "router parameters", not lost, f"{method} does not take {', '.join(lost)} into account"
-        )
-    )
+    if gates[-1].ok:
+        lost = [name for name in _needs(model.router) if not flashinfer.honours(method, name)]
+        gates.append(Gate("router parameters", not lost, f"{method} ignores {', '.join(lost)}"))
     dtype = model.router.logits_dtype
     gates.append(
         Gate(

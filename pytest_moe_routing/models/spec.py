@@ -77,19 +77,24 @@ def is_required(item: Field[Any]) -> bool:
 DTYPES = ("float32", "bfloat16")
 SCORING_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2_sum", "max")
-ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep")
-#: Quantization schemes of the experts, named after the backend that serves them.
-SCHEMES = ("fp8_block", "fp8_per_tensor", "mxfp8", "nvfp4", "mxfp4", "bf16", "mxint4")
+ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep", "situ")
+#: Quantization schemes of the experts, named after the fused backend that serves them.
+SERVED_SCHEMES = ("fp8_block", "fp8_per_tensor", "mxfp8", "nvfp4", "mxfp4", "bf16", "mxint4")
+#: Schemes that checkpoints have and no fused backend of FlashInfer serves.
+OTHER_SCHEMES = ("fp8_per_channel", "w4a16_nvfp4", "int4", "int8")
+SCHEMES = SERVED_SCHEMES + OTHER_SCHEMES
 
 _COUNT = {"minimum": 1, "maximum": 2**31 - 1}
+# Routing is run on this many columns: a slip in a config must not become an allocation of 100 GB.
+_EXPERTS = {"minimum": 1, "maximum": 2**16}
 
 
 @dataclass(frozen=True)
 class RouterConfig:
     """How a model chooses and weighs experts. Keys carry the names of vLLM and the HF configs."""
 
-    num_experts: int = key(int, **_COUNT)
-    top_k: int = key(int, **_COUNT)
+    num_experts: int = key(int, **_EXPERTS)
+    top_k: int = key(int, **_EXPERTS)
     scoring_func: str = key(str, choices=SCORING_FUNCS)
     #: dtype of `e_score_correction_bias` in the checkpoint, null when the router has none.
     correction_bias: str | None = key(str, choices=DTYPES, nullable=True)
@@ -98,12 +103,15 @@ class RouterConfig:
     logits_dtype: str = key(str, choices=DTYPES)
     #: Llama4, gpt-oss: choose on the raw logits, score only what was chosen.
     topk_before_score: bool = key(bool, default=False)
-    n_group: int | None = key(int, default=None, nullable=True, **_COUNT)
-    topk_group: int | None = key(int, default=None, nullable=True, **_COUNT)
+    n_group: int | None = key(int, default=None, nullable=True, **_EXPERTS)
+    topk_group: int | None = key(int, default=None, nullable=True, **_EXPERTS)
     group_score: str | None = key(str, default=None, choices=GROUP_SCORES, nullable=True)
     renormalize_epsilon: float = key(float, default=0.0, minimum=0, maximum=1)
     routed_scaling_factor: float = key(float, default=1.0, above=0, maximum=1e6)
     weight_on: str = key(str, default="output", choices=("output", "input"))
+    #: Why no recipe computes what this router does. The other keys are then the nearest recipe's,
+    #: and no kernel can mean the same.
+    not_expressible: str | None = key(str, default=None, nullable=True)
 
     def problems(self) -> Iterator[Problem]:
         """Combinations of valid values that no router can have."""
@@ -167,6 +175,8 @@ class ModelSpec:
     checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True)
     #: Where each number comes from.
     sources: tuple[str, ...] = key(str, many=True)
+    #: What a reader should know and no other key says, such as layers that differ.
+    notes: tuple[str, ...] = key(str, many=True, default=())
     #: The folder that holds model.yaml and the goldens; its name is the model's id.
     folder: Path = field(default=Path(), compare=False)
 
@@ -182,7 +192,9 @@ class ModelSpec:
     def as_dict(self) -> dict[str, Any]:
         """What the model says, as plain data: everything but where it was read and sourced."""
         data = asdict(self)
-        del data["folder"], data["sources"]
+        del data["folder"], data["sources"], data["notes"]
+        if self.router.not_expressible is None:
+            del data["router"]["not_expressible"]
         return {**data, "checkpoints": list(self.checkpoints)}
 
     def __str__(self) -> str:

@@ -69,8 +69,8 @@ def scheme_of(root: Section, text: Section, beside: Section | None) -> str:
         return "bf16"
     if _leaves_experts_alone(found):
         return "bf16"
-    method = found.get("quant_method")
-    if not isinstance(method, str | None):
+    method = found.get("quant_method", "")
+    if not isinstance(method, str):
         found.fail("quant_method", show(method), "text")
     if method == "fp8":
         # DeepSeek-V4: FP8 everywhere but in the experts.
@@ -89,7 +89,7 @@ def scheme_of(root: Section, text: Section, beside: Section | None) -> str:
         return _modelopt(found)
     if method != "compressed-tensors" and method not in _MODELOPT:
         known = ("fp8", "compressed-tensors", *METHODS, *INTEGER_METHODS, *_MODELOPT)
-        found.fail("quant_method", show(method), f"one of {', '.join(sorted(known))}")
+        found.fail("quant_method", show(method or None), f"one of {', '.join(sorted(known))}")
     return _compressed_tensors(found)
 
 
@@ -119,7 +119,7 @@ def _modelopt(found: Section) -> str:
             names = shorten(", ".join(sorted(algorithms)))
             found.fail(where, names, "one quant_algo for all routed experts")
         (algorithm,) = algorithms
-    name = algorithm.upper() if isinstance(algorithm, str) else None
+    name = algorithm.upper() if isinstance(algorithm, str) else ""
     if name not in ALGORITHMS:
         found.fail(where, show(algorithm), f"one of {', '.join(ALGORITHMS)}")
     return ALGORITHMS[name]

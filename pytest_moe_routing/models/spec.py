@@ -70,8 +70,13 @@ def key(type_: type, *, default: Any = MISSING, **limits: Any) -> Any:
     return field(metadata=kind) if default is MISSING else field(default=default, metadata=kind)
 
 
+def section() -> Any:
+    """Declare a mapping of keys of its own, which is required."""
+    return field()
+
+
 def is_required(item: Field[Any]) -> bool:
-    return item.default is MISSING
+    return item.default is MISSING and item.default_factory is MISSING
 
 
 DTYPES = ("float32", "bfloat16")
@@ -170,13 +175,16 @@ class ModelSpec:
     model: str = key(str)
     hf_repo: str = key(str)
     architecture: str = key(str)
-    router: RouterConfig = field()
-    experts: ExpertsConfig = field()
+    router: RouterConfig = section()
+    experts: ExpertsConfig = section()
     checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True)
     #: Where each number comes from.
     sources: tuple[str, ...] = key(str, many=True)
     #: What a reader should know and no other key says, such as layers that differ.
     notes: tuple[str, ...] = key(str, many=True, default=())
+    #: The id of a model in the same directory: keys of `router` and `experts` that are not here are
+    #: those of that model.
+    like: str | None = key(str, default=None, nullable=True)
     #: The folder that holds model.yaml and the goldens; its name is the model's id.
     folder: Path = field(default=Path(), compare=False)
 
@@ -185,14 +193,13 @@ class ModelSpec:
         return self.folder.name
 
     def problems(self) -> Iterator[Problem]:
-        owner, _, name = self.hf_repo.partition("/")
-        if not owner or not name or "/" in name:
-            yield "hf_repo", self.hf_repo, "owner/name"
+        yield from _repository_problems(self.hf_repo)
 
     def as_dict(self) -> dict[str, Any]:
         """What the model says, as plain data: everything but where it was read and sourced."""
         data = asdict(self)
-        del data["folder"], data["sources"], data["notes"]
+        for name in ("folder", "sources", "notes", "like"):
+            del data[name]
         if self.router.not_expressible is None:
             del data["router"]["not_expressible"]
         return {**data, "checkpoints": list(self.checkpoints)}
@@ -201,9 +208,41 @@ class ModelSpec:
         return self.id
 
 
+@dataclass(frozen=True)
+class IncompleteModel:
+    """A model of which some keys have no source. What is known is checked; nothing is judged."""
+
+    model: str = key(str)
+    hf_repo: str = key(str)
+    architecture: str = key(str)
+    #: What is missing, in words.
+    incomplete: str = key(str)
+    sources: tuple[str, ...] = key(str, many=True)
+    #: The keys of a `RouterConfig` and an `ExpertsConfig` that are known.
+    router: Mapping[str, Any] = field(default_factory=dict)
+    experts: Mapping[str, Any] = field(default_factory=dict)
+    checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True, default=())
+    notes: tuple[str, ...] = key(str, many=True, default=())
+    like: str | None = key(str, default=None, nullable=True)
+    folder: Path = field(default=Path(), compare=False)
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _repository_problems(self.hf_repo)
+
+
+def _repository_problems(hf_repo: str) -> Iterator[Problem]:
+    owner, _, name = hf_repo.partition("/")
+    if not owner or not name or "/" in name:
+        yield "hf_repo", hf_repo, "owner/name"
+
+
 SECTIONS: Mapping[str, type] = {"router": RouterConfig, "experts": ExpertsConfig}
 
 
-def schema(section: type) -> dict[str, Field[Any]]:
+def schema(cls: type) -> dict[str, Field[Any]]:
     """The YAML keys of a section, by name."""
-    return {f.name: f for f in fields(section) if "kind" in f.metadata or f.name in SECTIONS}
+    return {f.name: f for f in fields(cls) if "kind" in f.metadata or f.name in SECTIONS}

@@ -59,7 +59,7 @@ class _Section:
                 where = self._path(key)
                 _fail(file, line, where, "the key again", f"it once; it stands on line {first}")
             own[key] = _Entry(value_node, file, line)
-        self.entries = {**(under.entries if under else {}), **own}
+        self.entries: dict[str, _Entry] = {**(under.entries if under else {}), **own}
 
     def fail(self, key: str, found: str, expected: str) -> NoReturn:
         entry = self.entries.get(key)
@@ -75,9 +75,9 @@ class _Section:
         entry = self.entries.get(key)
         return _Section(entry.file, entry.node, key, entry.line, under) if entry else under
 
-    def build(self, cls: type) -> Any:
-        """Make the dataclass from its keys, and check it."""
-        values = self.values(cls)
+    def build(self, cls: type, *, partial: bool = False) -> Any:
+        """Make the dataclass from its keys, and check it; with `partial`, sections may lack keys."""
+        values = self.values(cls, partial=partial)
         for key, item in schema(cls).items():
             if key not in values and is_required(item):
                 expected = item.metadata.get("kind", "a mapping of keys to values")
@@ -152,9 +152,7 @@ def load_model(path: Path) -> ModelSpec:
     file = path / FILE_NAME if path.is_dir() else path
     model = _load(file)
     if isinstance(model, IncompleteModel):
-        raise ModelError(
-            f"{file}: the model is incomplete, and cannot be judged: {model.incomplete}"
-        )
+        raise ModelError(f"{file}: incomplete, so it cannot be judged: {model.incomplete}")
     return model
 
 
@@ -162,8 +160,8 @@ def _load(file: Path) -> ModelSpec | IncompleteModel:
     root = _read(file)
     folder = file.resolve().parent
     if "incomplete" in root.entries:
-        partial = IncompleteModel(**root.values(IncompleteModel, partial=True))
-        return replace(partial, folder=folder)
+        incomplete: IncompleteModel = root.build(IncompleteModel, partial=True)
+        return replace(incomplete, folder=folder)
     spec: ModelSpec = root.build(ModelSpec)
     return replace(spec, folder=folder)
 

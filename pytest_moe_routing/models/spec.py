@@ -70,11 +70,6 @@ def key(type_: type, *, default: Any = MISSING, **limits: Any) -> Any:
     return field(metadata=kind) if default is MISSING else field(default=default, metadata=kind)
 
 
-def section() -> Any:
-    """Declare a mapping of keys of its own, which is required."""
-    return field()
-
-
 def is_required(item: Field[Any]) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
 
@@ -175,8 +170,8 @@ class ModelSpec:
     model: str = key(str)
     hf_repo: str = key(str)
     architecture: str = key(str)
-    router: RouterConfig = section()
-    experts: ExpertsConfig = section()
+    router: RouterConfig = field()
+    experts: ExpertsConfig = field()
     checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True)
     #: Where each number comes from.
     sources: tuple[str, ...] = key(str, many=True)

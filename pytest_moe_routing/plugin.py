@@ -5,6 +5,7 @@ This module is imported by every pytest run of an environment: it imports pytest
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
 from importlib import util
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
-from pytest_moe_routing.session import MoESession
+from pytest_moe_routing.session import BUILTIN, MoESession
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pytest_moe_routing.backends import FlashInfer
     from pytest_moe_routing.kernels.gpu import Gpu
@@ -86,7 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "moe_models(*patterns): run with the models whose id matches a pattern"
     )
     session = config.stash[_SESSION] = MoESession(
-        target_name=_option(config, "target") or "builtin",
+        target_name=_option(config, "target") or BUILTIN,
         model_patterns=_names(config, "models"),
         backend_names=_names(config, "backends"),
         flashinfer_release=_option(config, "flashinfer") or None,
@@ -136,7 +137,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Goldens are the builtin target's decisions: another target is judged, not compared to them."""
+    """Goldens are the builtin target's decisions; another target is judged, not compared."""
     if config.stash[_SESSION].is_builtin:
         return
     golden = [item for item in items if "moe_golden" in getattr(item, "fixturenames", ())]
@@ -223,13 +224,24 @@ def _golden_message(path: Path, found: list[str], model: ModelSpec) -> str:
     )
 
 
-@pytest.fixture
-def moe_gpu(record_property: Callable[[str, Any], None]) -> Gpu:
-    """A GPU that can run FlashInfer's routing kernels; the test is skipped with the reason without."""
-    from pytest_moe_routing.kernels.gpu import find_gpu
+@pytest.fixture(scope="session")
+def _moe_stderr(pytestconfig: pytest.Config) -> Iterator[int]:
+    """The real stderr: what is captured would be lost with a process that ends in a test."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        descriptor = os.dup(2)
+    yield descriptor
+    os.close(descriptor)
 
-    gpu = find_gpu()
-    record_property("moe_gpu", str(gpu))
-    if gpu.missing:
-        pytest.skip(gpu.missing)
-    return gpu
+
+@pytest.fixture
+def moe_gpu(record_property: Callable[[str, Any], None], _moe_stderr: int) -> Iterator[Gpu]:
+    """A GPU that runs FlashInfer's routing kernels; the test is skipped with the reason without."""
+    from pytest_moe_routing.kernels import gpu
+
+    found = gpu.find_gpu()
+    record_property("moe_gpu", str(found))
+    if found.missing:
+        pytest.skip(found.missing)
+    with gpu.guarded(_moe_stderr):
+        yield found

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from pytest_moe_routing.targets import Target
 
 
+#: The embedded default target; goldens are its decisions.
+BUILTIN = "builtin"
+
+
 @dataclass
 class MoESession:
     """The options of a run, and what they mean.
@@ -84,8 +88,6 @@ class MoESession:
 
     @property
     def is_builtin(self) -> bool:
-        from pytest_moe_routing.targets.registry import BUILTIN
-
         return self.target_name == BUILTIN
 
     def check_update(self, *, has_syrupy: bool, forked: bool) -> None:

@@ -17,7 +17,9 @@ from pytest_moe_routing.routing.equivalence import counterexample, same
 
 T = RoutingMethodType
 MODELS = load_models(packaged_directory())
-GROUPED = Recipe(top_k=8, score="sigmoid", bias=True, n_group=8, topk_group=4, normalize="sum", scale=2.5)
+GROUPED = Recipe(
+    top_k=8, score="sigmoid", bias=True, n_group=8, topk_group=4, normalize="sum", scale=2.5
+)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +81,16 @@ def test_a_counterexample_can_be_checked_by_hand(change):
     example = counterexample(GROUPED, other, 256)
     inputs = make(example.pattern, replace(GROUPED, bias=True), num_tokens=16, num_experts=256)
     for recipe, said in ((GROUPED, example.wanted), (other, example.got)):
-        got = route(inputs.logits, recipe, inputs.bias if recipe.bias else None, dtype=torch.float64)
-        row = dict(zip(got.topk_ids[example.token].tolist(), got.topk_weights[example.token].tolist(), strict=True))
+        got = route(
+            inputs.logits, recipe, inputs.bias if recipe.bias else None, dtype=torch.float64
+        )
+        row = dict(
+            zip(
+                got.topk_ids[example.token].tolist(),
+                got.topk_weights[example.token].tolist(),
+                strict=True,
+            )
+        )
         assert row == said
     assert all(example.logits[e] == inputs.logits[example.token, e].item() for e in example.logits)
     assert "wanted" in "\n".join(example.lines())

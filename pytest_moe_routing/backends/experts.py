@@ -143,9 +143,7 @@ def kernel_gates(
         "intermediate_size": experts.intermediate_size,
     }
     odd = [f"{name} {size}" for name, size in sizes.items() if size % entry.multiple_of]
-    yield Gate(
-        "shape", not odd, f"{' and '.join(odd)} not a multiple of {entry.multiple_of}"
-    )
+    yield Gate("shape", not odd, f"{' and '.join(odd)} not a multiple of {entry.multiple_of}")
 
 
 def support_gates(

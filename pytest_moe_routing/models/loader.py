@@ -76,7 +76,7 @@ class _Section:
         return _Section(entry.file, entry.node, key, entry.line, under) if entry else under
 
     def build(self, cls: type, *, partial: bool = False) -> Any:
-        """Make the dataclass from its keys, and check it; with `partial`, sections may lack keys."""
+        """Make the dataclass from its keys, checked; with `partial`, sections may lack keys."""
         values = self.values(cls, partial=partial)
         for key, item in schema(cls).items():
             if key not in values and is_required(item):

@@ -167,11 +167,11 @@ class ExpertsConfig:
 class ModelSpec:
     """One model: `golden/<id>/model.yaml`."""
 
+    router: RouterConfig
+    experts: ExpertsConfig
     model: str = key(str)
     hf_repo: str = key(str)
     architecture: str = key(str)
-    router: RouterConfig = field()
-    experts: ExpertsConfig = field()
     checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True)
     #: Where each number comes from.
     sources: tuple[str, ...] = key(str, many=True)
@@ -193,11 +193,10 @@ class ModelSpec:
     def as_dict(self) -> dict[str, Any]:
         """What the model says, as plain data: everything but where it was read and sourced."""
         data = asdict(self)
-        for name in ("folder", "sources", "notes", "like"):
-            del data[name]
+        names = ("model", "hf_repo", "architecture", "router", "experts")
         if self.router.not_expressible is None:
             del data["router"]["not_expressible"]
-        return {**data, "checkpoints": list(self.checkpoints)}
+        return {**{name: data[name] for name in names}, "checkpoints": list(self.checkpoints)}
 
     def __str__(self) -> str:
         return self.id

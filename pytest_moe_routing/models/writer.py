@@ -11,18 +11,21 @@ import yaml
 
 from pytest_moe_routing.models.spec import SECTIONS, ModelSpec, schema
 
+#: The keys that a reader looks for first; the others follow in the schema's order.
+_FIRST = ("model", "hf_repo", "architecture", "router", "experts", "checkpoints")
 #: Text that needs no quotes in YAML, whatever it means.
 _PLAIN = re.compile(r"[A-Za-z][\w./-]*")
 
 
 def dump_model(spec: ModelSpec) -> str:
-    """The text of a model's `model.yaml`: keys in the schema's order, defaults left out.
+    """The text of a model's `model.yaml`, defaults left out.
 
     Numbers are written in full, also where the model was read as `like` another.
     """
     lines: list[str] = []
-    for name, item in schema(ModelSpec).items():
-        value = getattr(spec, name)
+    keys = schema(ModelSpec)
+    for name in dict.fromkeys((*_FIRST, *keys)):
+        value, item = getattr(spec, name), keys[name]
         if name in SECTIONS:
             lines += [f"{name}:", *(f"  {line}" for line in _keys(value))]
         elif name in ("sources", "notes") and value:

@@ -125,12 +125,15 @@ def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
         exact = tuple(exact_calls(model, backend, flashinfer))
         return replace(base, verdict="missed" if exact else "fallback", exact=exact)
 
-    number = target.method_numbers()[classification.method]
-    method = flashinfer.method(number)
+    number = target.method_numbers().get(classification.method)
+    method = None if number is None else flashinfer.method(number)
     drift = f"{target} passes {classification.method} as {number}, which {flashinfer} reads as "
     if method is None:
-        return replace(base, verdict="crash", reasons=(drift + "no routing method",))
-    reasons = () if method == classification.method else (drift + method,)
+        exact = tuple(exact_calls(model, backend, flashinfer))
+        return replace(base, verdict="crash", reasons=(drift + "no routing method",), exact=exact)
+    reasons: tuple[str, ...] = ()
+    if method != classification.method:
+        reasons = (drift + method,)
     call = target.kernel_call(model, backend, method)
     base = replace(base, call=call)
     troubles = flashinfer.troubles(call)

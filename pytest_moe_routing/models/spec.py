@@ -207,11 +207,11 @@ class IncompleteModel:
     """A model of which some keys have no source. What is known is checked; nothing is judged."""
 
     model: str = key(str)
-    hf_repo: str = key(str)
     architecture: str = key(str)
     #: What is missing, in words.
     incomplete: str = key(str)
     sources: tuple[str, ...] = key(str, many=True)
+    hf_repo: str | None = key(str, default=None)
     #: The keys of a `RouterConfig` and an `ExpertsConfig` that are known.
     router: Mapping[str, Any] = field(default_factory=dict)
     experts: Mapping[str, Any] = field(default_factory=dict)
@@ -225,7 +225,8 @@ class IncompleteModel:
         return self.folder.name
 
     def problems(self) -> Iterator[Problem]:
-        yield from _repository_problems(self.hf_repo)
+        if self.hf_repo is not None:
+            yield from _repository_problems(self.hf_repo)
 
 
 def _repository_problems(hf_repo: str) -> Iterator[Problem]:

@@ -107,6 +107,8 @@ def kernel_gates(
 ) -> Iterator[Gate]:
     """What the kernels of a release can do for a model whatever the routing method."""
     entry = flashinfer.entry_point(backend)
+    if model.router.not_expressible is not None:
+        yield Gate("router", False, model.router.not_expressible)
     yield Gate(
         "quantization scheme",
         backend in model.checkpoints and entry is not None,

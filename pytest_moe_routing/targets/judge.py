@@ -68,7 +68,7 @@ class Judgement:
         lines = [
             f"{self.model} on {self.backend}, decided by {self.target}: {self.verdict}",
             f"  {VERDICTS[self.verdict]} ({self.flashinfer})",
-            f"  router   {self.wanted}",
+            f"  router   {self.model.router.not_expressible or self.wanted}",
             f"  decided  {self.classification}",
             *[f"  gate     {text}" for text in refused or [f"all accept: {asked}"]],
         ]

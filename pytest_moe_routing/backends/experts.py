@@ -190,18 +190,24 @@ def _needs(router: RouterConfig) -> Iterator[str]:
 
 def exact_calls(model: ModelSpec, backend: str, flashinfer: FlashInfer) -> list[KernelCall]:
     """Every kernel call that means what the model's router means: computed, not classified."""
-    # Torch is needed from here on only.
+    if not all(gate.ok for gate in kernel_gates(model, backend, flashinfer)):
+        return []
+    return same_calls(model.router, backend, flashinfer)
+
+
+def same_calls(router: RouterConfig, backend: str, flashinfer: FlashInfer) -> list[KernelCall]:
+    """Every call of a backend's kernel that means what a router means, whatever the experts are."""
+    # Torch is needed here only.
     from pytest_moe_routing.routing.equivalence import same
     from pytest_moe_routing.routing.recipe import recipe_of
 
-    if not all(gate.ok for gate in kernel_gates(model, backend, flashinfer)):
+    if router.not_expressible is not None:
         return []
-    wanted = recipe_of(model.router)
-    calls = []
-    for method in flashinfer.methods:
-        call = kernel_call(model.router, backend, method, flashinfer)
-        if not flashinfer.troubles(call) and same(
-            wanted, flashinfer.recipe(call), model.router.num_experts
-        ):
-            calls.append(call)
-    return calls
+    wanted = recipe_of(router)
+    calls = (kernel_call(router, backend, method, flashinfer) for method in flashinfer.methods)
+    return [
+        call
+        for call in calls
+        if not flashinfer.troubles(call)
+        and same(wanted, flashinfer.recipe(call), router.num_experts)
+    ]

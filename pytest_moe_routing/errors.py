@@ -23,6 +23,10 @@ class QuantizationError(MoERoutingError):
     """A tensor that does not fit its number format, its blocks or its layout."""
 
 
+class LayerError(MoERoutingError):
+    """A MoE layer whose tokens, experts, formats or activation do not fit together."""
+
+
 class TargetError(MoERoutingError):
     """A target cannot be used at all."""
 

@@ -39,9 +39,11 @@ def integers(*shape: int, seed: int, bits: int = 24) -> Tensor:
 
 
 def bell(*shape: int, seed: int) -> Tensor:
-    """Bell-shaped float32 numbers with unit variance, in steps of 2**-12, within +-6."""
-    parts = integers(*shape, 12, seed=seed, bits=12)
-    return (parts.sum(-1) - 12 * 2048 + 6).to(torch.float32) / 4096
+    """Bell-shaped float32 numbers, standard deviation 1.15, within +-4, in steps of 2**-15."""
+    parts = integers(*shape, 2, seed=seed, bits=32)
+    # The sum of four 16-bit uniforms, centred.
+    total = (parts & 0xFFFF).sum(-1) + (parts >> 16).sum(-1) - 2 * 0xFFFF
+    return total.to(torch.float32) / 2**15
 
 
 def distinct(rows: int, columns: int, *, seed: int) -> Tensor:
@@ -132,13 +134,13 @@ def _near_ties(s: Shape) -> tuple[Tensor, Tensor]:
 
 def _hot_expert(s: Shape) -> tuple[Tensor, Tensor]:
     """All tokens want the last expert: every index must be reachable, and one segment is full."""
-    logits = s.bell()
-    logits[:, -1] += 12
-    return logits, s.bias(-0.25, 0.25)
+    logits = s.bell() - 4
+    logits[:, -1] += 16
+    return logits, s.bias(-0.0625, 0.0625)
 
 
 def _bias_below_minus_one(s: Shape) -> tuple[Tensor, Tensor]:
-    return s.bell(), s.bias(-2.5, -1.25)
+    return s.bell(), s.bias(-3.5, -2.125)
 
 
 def _narrow_bias(s: Shape) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,8 @@ _ID = re.compile(r"[a-z0-9.-]+")
 class _Section:
     """A YAML mapping that remembers the line of every key."""
 
-    def __init__(self, path: Path, node: yaml.Node, name: str = "") -> None:
-        self.path, self.name, self.line = path, name, node.start_mark.line + 1
+    def __init__(self, path: Path, node: yaml.Node, name: str = "", line: int = 1) -> None:
+        self.path, self.name, self.line = path, name, line
         if not isinstance(node, yaml.MappingNode):
             _fail(path, self.line, name or "the file", _show(node), "a mapping of keys to values")
         self.nodes: dict[str, yaml.Node] = {}
@@ -54,7 +54,8 @@ class _Section:
                     expected = item.metadata.get("kind", "a mapping of keys to values")
                     self.fail(key, "nothing: the key is missing", str(expected))
             elif key in SECTIONS:
-                values[key] = _Section(self.path, self.nodes[key], key).build(SECTIONS[key])
+                section = _Section(self.path, self.nodes[key], key, self.lines[key])
+                values[key] = section.build(SECTIONS[key])
             else:
                 values[key] = self._value(key, item.metadata["kind"])
         built = cls(**values)

@@ -1,0 +1,133 @@
+"""Golden files: where they are, how they read, and how two of them differ. Needs no syrupy.
+
+A golden is JSON with one line per short value, made to be reviewed in diffs. Numbers are stored to
+eight significant digits and compare equal when they round to what is stored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pytest_moe_routing.errors import MoERoutingError
+
+FORMAT = 1
+SUFFIX = ".golden.json"
+DIGITS = 8
+_WIDTH = 100
+
+
+def packaged_directory() -> Path:
+    """The models that come with this package: in the wheel, or in the checkout it runs from."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "_golden"
+    return packaged if packaged.is_dir() else package.parent / "golden"
+
+
+def is_checkout(directory: Path) -> bool:
+    """Whether goldens may be written there: not inside an installed package."""
+    return "site-packages" not in directory.parts and directory.name != "_golden"
+
+
+def golden_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}{SUFFIX}"
+
+
+def serialize(data: dict[str, Any]) -> str:
+    """The text of a golden file."""
+    return _text({"format": FORMAT, **data}, 0) + "\n"
+
+
+def _text(value: Any, depth: int) -> str:
+    flat = json.dumps(_storable(value), allow_nan=False)
+    simple = not isinstance(value, (dict, list)) or not value
+    short = isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value)
+    if simple or (short and len(flat) + depth <= _WIDTH):
+        return flat
+    pad, close = " " * (depth + 1), " " * depth
+    if isinstance(value, dict):
+        items = [f"{json.dumps(k)}: {_text(v, depth + 1)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(pad + item for item in items) + f"\n{close}}}"
+    items = [_text(v, depth + 1) for v in value]
+    if not short:
+        return "[\n" + ",\n".join(pad + item for item in items) + f"\n{close}]"
+    lines, line = [], ""
+    for item in items:
+        if line and len(pad) + len(line) + len(item) > _WIDTH:
+            lines.append(line.rstrip())
+            line = ""
+        line += f"{item}, "
+    lines.append(line.rstrip(", "))
+    return "[\n" + "\n".join(pad + text for text in lines) + f"\n{close}]"
+
+
+def _storable(value: Any) -> Any:
+    """Plain JSON: numbers rounded, and NaN and the infinities as text."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"golden keys must be text: {list(value)}")
+        return {key: _storable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_storable(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise TypeError(f"a golden holds plain data, not {type(value).__name__}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a golden file, without its format line.
+
+    Raises:
+        MoERoutingError: Missing, unreadable, or of another format. Says how to make it anew.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise MoERoutingError(f"{path}: there is no such golden file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise MoERoutingError(f"{path}: not a golden file: {error}") from error
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise MoERoutingError(f"{path}: format: found {found!r}, expected {FORMAT}")
+    del data["format"]
+    return data
+
+
+def differences(golden: Any, now: Any, where: str = "") -> Iterator[str]:
+    """Every leaf in which a golden and the present disagree: `place: golden ..., now ...`."""
+    if isinstance(golden, dict) and isinstance(now, dict):
+        for key in [*golden, *(k for k in now if k not in golden)]:
+            place = f"{where}.{key}" if where else key
+            if key not in now:
+                yield f"{place}: golden {_brief(golden[key])}, now absent"
+            elif key not in golden:
+                yield f"{place}: golden has none, now {_brief(now[key])}"
+            else:
+                yield from differences(golden[key], now[key], place)
+    elif isinstance(golden, list) and isinstance(now, (list, tuple)) and len(golden) == len(now):
+        for place, (old, new) in enumerate(zip(golden, now, strict=True)):
+            yield from differences(old, new, f"{where}[{place}]")
+    elif not _same(golden, now):
+        yield f"{where}: golden {_brief(golden)}, now {_brief(now)}"
+
+
+def _same(golden: Any, now: Any) -> bool:
+    if isinstance(now, float) and math.isfinite(now):
+        if isinstance(golden, bool) or not isinstance(golden, (int, float)):
+            return False
+        if now == 0:
+            return golden == 0
+        # Half a unit of the last stored digit, and a hair: machines differ in the last bit of exp.
+        unit = 10.0 ** (math.floor(math.log10(abs(now))) + 1 - DIGITS)
+        return abs(golden - now) <= 0.5001 * unit
+    return type(golden) is type(_storable(now)) and bool(golden == _storable(now))
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(_storable(value))
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,1 @@
+"""The real kernels: is there a GPU for them, and how they are called."""

@@ -1,0 +1,155 @@
+"""Calls FlashInfer's standalone routing operator: the kernels that run inside its fused MoE.
+
+`trtllm_gen_routing` (FlashInfer >= 0.7.0) runs `Routing::Runner::run`, as every fused launcher does
+before its GEMMs, and returns experts, weights and the permutation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.backends import FlashInfer, KernelCall
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.kernels.gpu import HOPPER
+from pytest_moe_routing.reference.permutation import Permutation
+
+
+@dataclass(frozen=True)
+class KernelRouting:
+    """What the kernel returned, on the CPU.
+
+    Attributes:
+        topk_ids: int64 `[num_tokens, top_k]`, global; -1 outside the local shard.
+        topk_weights: bfloat16 `[num_tokens, top_k]`.
+        permutation: As `reference.permutation.permute` describes it.
+    """
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    permutation: Permutation
+
+
+def routing_arguments(
+    logits: Tensor,
+    bias: Tensor | None,
+    call: KernelCall,
+    *,
+    tile_tokens_dim: int,
+    local_expert_offset: int,
+    local_num_experts: int,
+) -> dict[str, Any]:
+    """The keyword arguments of `trtllm_gen_routing`, but for the method, which is an enum there."""
+    if call.bias == "zeros":
+        bias = torch.zeros(call.num_experts, dtype=torch.float32, device=logits.device)
+    return {
+        "routing_logits": logits,
+        "routing_bias": bias,
+        "top_k": call.top_k,
+        "n_group": call.n_group,
+        "topk_group": call.topk_group,
+        "local_expert_offset": local_expert_offset,
+        "local_num_experts": local_num_experts,
+        "routed_scaling_factor": call.routed_scaling_factor,
+        "tile_tokens_dim": tile_tokens_dim,
+    }
+
+
+def launch(
+    logits: Tensor,
+    bias: Tensor | None,
+    call: KernelCall,
+    *,
+    tile_tokens_dim: int = 8,
+    local_expert_offset: int = 0,
+    local_num_experts: int | None = None,
+) -> Any:
+    """Call `trtllm_gen_routing`, asynchronously; arguments and errors as for `run_routing`."""
+    fused_moe = import_module("flashinfer.fused_moe")
+    arguments = routing_arguments(
+        logits,
+        bias,
+        call,
+        tile_tokens_dim=tile_tokens_dim,
+        local_expert_offset=local_expert_offset,
+        local_num_experts=local_num_experts or call.num_experts,
+    )
+    arguments["routing_method"] = fused_moe.RoutingMethodType[call.method]
+    takes = inspect.signature(fused_moe.trtllm_gen_routing).parameters
+    unknown = [name for name in arguments if name not in takes]
+    if unknown:
+        raise TypeError(f"trtllm_gen_routing takes no {', '.join(unknown)}")
+    if torch.cuda.get_device_capability(logits.device)[0] == HOPPER:
+        from pytest_moe_routing.kernels.hopper import install_routing_module
+
+        install_routing_module()
+        arguments["skip_check"] = True
+    return fused_moe.trtllm_gen_routing(**arguments)
+
+
+def run_routing(
+    logits: Tensor,
+    bias: Tensor | None,
+    call: KernelCall,
+    *,
+    tile_tokens_dim: int = 8,
+    local_expert_offset: int = 0,
+    local_num_experts: int | None = None,
+) -> KernelRouting:
+    """Route on the GPU that `logits` lie on, and wait for the result.
+
+    Args:
+        logits: float32 or bfloat16 `[num_tokens, num_experts]`, on a CUDA device.
+        bias: float32 or bfloat16 `[num_experts]`, on the same device; used when `call.bias` is
+            `router`.
+        call: Method, groups and scale; its dtypes describe `logits` and `bias`.
+        tile_tokens_dim: Token tile of the grouped GEMM that would follow, a power of two.
+        local_expert_offset, local_num_experts: The expert-parallel shard; default all experts.
+
+    Raises:
+        Unsupported: The kernels cannot be had on this GPU.
+        TypeError: The installed FlashInfer takes other arguments than this adapter passes.
+    """
+    result = launch(
+        logits,
+        bias,
+        call,
+        tile_tokens_dim=tile_tokens_dim,
+        local_expert_offset=local_expert_offset,
+        local_num_experts=local_num_experts,
+    )
+    torch.cuda.synchronize(logits.device)
+    return KernelRouting(
+        result.topk_ids.cpu().to(torch.int64),
+        result.topk_weights.cpu(),
+        _permutation(result, tile_tokens_dim, local_num_experts or call.num_experts),
+    )
+
+
+def _permutation(result: Any, tile: int, local_num_experts: int) -> Permutation:
+    """The kernel's bookkeeping in the reference's terms: tiles belong to experts, rows to tiles."""
+    padded = int(result.total_num_padded_tokens)
+    expert_of_tile = result.cta_idx_xy_to_batch_idx[: padded // tile].cpu().to(torch.int64)
+    tiles = torch.bincount(expert_of_tile, minlength=local_num_experts)
+    rows = result.expanded_idx_to_permuted_idx.cpu().to(torch.int64)
+    used = rows[rows >= 0]
+    if bool((used >= padded).any()):
+        raise AssertionError(f"the kernel put a slot at row {int(used.max())} of {padded}")
+    return Permutation(
+        tokens_per_expert=torch.bincount(expert_of_tile[used // tile], minlength=local_num_experts),
+        segment_starts=torch.cat([tiles.new_zeros(1), (tiles * tile).cumsum(0)]),
+        expanded_idx_to_permuted_idx=rows,
+        permuted_idx_to_token_idx=result.permuted_idx_to_token_idx[:padded].cpu().to(torch.int64),
+    )
+
+
+def require(flashinfer: FlashInfer, call: KernelCall) -> None:
+    """Raise `Unsupported` when this release's kernels are known not to run a call."""
+    troubles = flashinfer.troubles(call)
+    if troubles:
+        raise Unsupported("; ".join(text for _, text in troubles))

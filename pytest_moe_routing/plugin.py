@@ -1,0 +1,236 @@
+"""The pytest plugin: options, hooks and thin fixtures. What they do is done elsewhere.
+
+This module is imported by every pytest run of an environment: it imports pytest and nothing heavy.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.session import MoESession
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_moe_routing.backends import FlashInfer
+    from pytest_moe_routing.kernels.gpu import Gpu
+    from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.targets import Target
+
+SUITE = Path(__file__).resolve().parent / "suite"
+
+_SESSION = pytest.StashKey[MoESession]()
+
+# option, ini type, help; the ini twin of --moe-x is moe_x, and the command line wins.
+_OPTIONS = (
+    ("golden", "bool", "run the golden suite: every model's routing, decisions and verdicts"),
+    ("target", "string", "what is judged: a target's name, or module:Class (default: builtin)"),
+    ("models", "args", "ids of models, as comma-separated shell patterns (default: all)"),
+    ("backends", "args", "names of backends, comma-separated (default: all)"),
+    ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
+    ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
+    ("require-gpu", "bool", "fail unless at least one GPU test ran"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    group = parser.getgroup("moe-routing", "Mixture-of-Experts routing")
+    for name, kind, text in _OPTIONS:
+        ini, dest = f"moe_{name}".replace("-", "_"), f"moe_{name}".replace("-", "_")
+        action = {"bool": "store_true", "paths": "append"}.get(kind, "store")
+        group.addoption(f"--moe-{name}", dest=dest, action=action, default=None, help=text)
+        parser.addini(ini, f"as --moe-{name}: {text}", type=kind, default=None)  # type: ignore[arg-type]
+    if util.find_spec("syrupy") is None or pluginmanager.is_blocked("syrupy"):
+        # syrupy's option, so that asking for it without syrupy gets an answer.
+        group.addoption(
+            "--snapshot-update",
+            dest="update_snapshots",
+            action="store_true",
+            default=False,
+            help="rewrite goldens; needs syrupy",
+        )
+
+
+def _option(config: pytest.Config, name: str) -> Any:
+    given = config.getoption(f"moe_{name}")
+    return given if given is not None else config.getini(f"moe_{name}")
+
+
+def _names(config: pytest.Config, name: str) -> list[str]:
+    given = _option(config, name) or []
+    parts = given.split(",") if isinstance(given, str) else ",".join(given).split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _is_updating(config: pytest.Config) -> bool:
+    return bool(config.getoption("update_snapshots", False))
+
+
+def _check_update(config: pytest.Config) -> None:
+    config.stash[_SESSION].check_update(
+        has_syrupy=config.pluginmanager.has_plugin("syrupy"),
+        forked=bool(config.getoption("forked", False)),
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and FlashInfer; skipped without")
+    config.addinivalue_line(
+        "markers", "moe_models(*patterns): run with the models whose id matches a pattern"
+    )
+    session = config.stash[_SESSION] = MoESession(
+        target_name=_option(config, "target") or "builtin",
+        model_patterns=_names(config, "models"),
+        backend_names=_names(config, "backends"),
+        flashinfer_release=_option(config, "flashinfer") or None,
+        golden_dirs=[Path(d) for d in _option(config, "golden_dir") or []],
+    )
+    if _option(config, "golden"):
+        try:
+            session.check()
+            if _is_updating(config):
+                _check_update(config)
+        except MoERoutingError as error:
+            raise pytest.UsageError(str(error)) from None
+        # Files, not their folder: the host's python_files must not decide what is collected.
+        suite = [str(path) for path in sorted(SUITE.glob("test_*.py"))]
+        given = config.args_source is config.ArgsSource.ARGS
+        config.args = config.args + suite if given else suite
+    if not hasattr(config, "workerinput"):
+        from pytest_moe_routing.report.terminal import Reporter
+
+        config.pluginmanager.register(
+            Reporter(require_gpu=bool(_option(config, "require_gpu"))), "moe-routing-reporter"
+        )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return config.stash[_SESSION].describe() if _option(config, "golden") else None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    wanted = [n for n in ("moe_model", "moe_backend") if n in metafunc.fixturenames]
+    if not wanted:
+        return
+    session = metafunc.config.stash[_SESSION]
+    try:
+        cases = session.cases if "moe_backend" in wanted else [(m, "") for m in session.models]
+    except MoERoutingError as error:
+        raise pytest.UsageError(str(error)) from None
+    for marker in metafunc.definition.iter_markers("moe_models"):
+        cases = [c for c in cases if any(fnmatchcase(c[0].id, p) for p in marker.args)]
+    if wanted == ["moe_backend"]:
+        metafunc.parametrize("moe_backend", list(dict.fromkeys(b for _, b in cases)))
+    elif wanted == ["moe_model"]:
+        metafunc.parametrize("moe_model", [m for m, _ in cases], ids=str)
+    else:
+        ids = [f"{model}-{backend}" for model, backend in cases]
+        metafunc.parametrize(("moe_model", "moe_backend"), cases, ids=ids)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Goldens are the builtin target's decisions: another target is judged, not compared to them."""
+    if config.stash[_SESSION].is_builtin:
+        return
+    golden = [item for item in items if "moe_golden" in getattr(item, "fixturenames", ())]
+    if golden:
+        items[:] = [item for item in items if item not in golden]
+        config.hook.pytest_deselected(items=golden)
+
+
+@pytest.fixture(scope="session")
+def moe_session(pytestconfig: pytest.Config) -> MoESession:
+    """What this run is about."""
+    return pytestconfig.stash[_SESSION]
+
+
+@pytest.fixture(scope="session")
+def moe_flashinfer(moe_session: MoESession) -> FlashInfer:
+    """The FlashInfer release in force."""
+    return moe_session.flashinfer
+
+
+@pytest.fixture(scope="session")
+def moe_target(moe_session: MoESession) -> Target:
+    """The target in force; a target that cannot be used fails the test in one line."""
+    try:
+        return moe_session.target
+    except MoERoutingError as error:
+        message = str(error)
+    pytest.fail(message, pytrace=False)
+
+
+@pytest.fixture
+def moe_model(request: pytest.FixtureRequest) -> ModelSpec:
+    """A chosen model; the test runs once for each."""
+    model: ModelSpec = request.param
+    return model
+
+
+@pytest.fixture
+def moe_backend(request: pytest.FixtureRequest) -> str:
+    """A chosen backend; with `moe_model`, one that serves a checkpoint of that model."""
+    backend: str = request.param
+    return backend
+
+
+@pytest.fixture
+def moe_golden(
+    request: pytest.FixtureRequest, moe_model: ModelSpec
+) -> Callable[[str, dict[str, Any]], None]:
+    """`moe_golden(name, data)`: compare with the model's golden, or rewrite it when updating."""
+    from pytest_moe_routing import goldens
+
+    def check(name: str, data: dict[str, Any]) -> None:
+        __tracebackhide__ = True
+        try:
+            if _is_updating(request.config):
+                _check_update(request.config)
+                from pytest_moe_routing.snapshot import GoldenExtension
+
+                snapshot = request.getfixturevalue("snapshot")
+                assert data == snapshot(name=name, extension_class=GoldenExtension)
+                return
+            path = goldens.golden_path(moe_model.folder, name)
+            found = list(goldens.differences(goldens.read(path), data))
+        except MoERoutingError as error:
+            found, path = [str(error)], goldens.golden_path(moe_model.folder, name)
+        if found:
+            pytest.fail(_golden_message(path, found, moe_model), pytrace=False)
+
+    return check
+
+
+def _golden_message(path: Path, found: list[str], model: ModelSpec) -> str:
+    places = "1 place" if len(found) == 1 else f"{len(found)} places"
+    shown = [f"  {line}" for line in found[:20]]
+    more = [f"  ... and {len(found) - 20} more"] if len(found) > 20 else []
+    return "\n".join(
+        [
+            f"{path} disagrees in {places}:",
+            *shown,
+            *more,
+            "If the change is meant, review it and accept it with:",
+            f"  pytest --moe-golden --moe-models {model} --snapshot-update",
+        ]
+    )
+
+
+@pytest.fixture
+def moe_gpu(record_property: Callable[[str, Any], None]) -> Iterator[Gpu]:
+    """A GPU that runs FlashInfer's routing kernels; the test is skipped with the reason without."""
+    from pytest_moe_routing.kernels import gpu
+
+    found = gpu.find_gpu()
+    record_property("moe_gpu", str(found))
+    if found.missing:
+        pytest.skip(found.missing)
+    with gpu.guarded():
+        yield found

@@ -1,0 +1,121 @@
+"""What one pytest run is about: models, backends, a target, a FlashInfer release.
+
+Built from the options on first use, and checked in one place: every mistake is a `MoERoutingError`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_moe_routing import goldens
+from pytest_moe_routing.errors import MoERoutingError
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.backends import FlashInfer
+    from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.targets import Target
+
+
+@dataclass
+class MoESession:
+    """The options of a run, and what they mean.
+
+    Attributes:
+        golden_dirs: Further golden directories, over the packaged one.
+    """
+
+    target_name: str
+    model_patterns: list[str]
+    backend_names: list[str]
+    flashinfer_release: str | None
+    golden_dirs: list[Path]
+
+    def check(self) -> None:
+        """Raise `MoERoutingError` if any option cannot be met. Imports no torch and no target."""
+        from pytest_moe_routing.targets.registry import check_target
+
+        check_target(self.target_name)
+        if not self.cases:
+            chosen = ", ".join(self.backend_names)
+            raise MoERoutingError(f"no chosen model has a checkpoint for {chosen}")
+        _ = self.flashinfer
+
+    @cached_property
+    def models(self) -> list[ModelSpec]:
+        """The chosen models, by id."""
+        from pytest_moe_routing.models import load_models, select
+
+        directories = [goldens.packaged_directory(), *self.golden_dirs]
+        return select(load_models(*directories), self.model_patterns)
+
+    @cached_property
+    def backends(self) -> list[str]:
+        """The chosen backends."""
+        from pytest_moe_routing.backends import BACKENDS, find_backend
+
+        return [find_backend(name).name for name in self.backend_names or BACKENDS]
+
+    @cached_property
+    def cases(self) -> list[tuple[ModelSpec, str]]:
+        """Every chosen model with every chosen backend that serves a checkpoint of it."""
+        return [
+            (model, backend)
+            for model in self.models
+            for backend in self.backends
+            if backend in model.checkpoints
+        ]
+
+    @cached_property
+    def flashinfer(self) -> FlashInfer:
+        """The release in force: the one asked for, else installed, else the newest known."""
+        from pytest_moe_routing.backends import FlashInfer
+
+        return FlashInfer.of(self.flashinfer_release)
+
+    @cached_property
+    def target(self) -> Target:
+        """The target, imported now."""
+        from pytest_moe_routing.targets import load_target
+
+        return load_target(self.target_name, self.flashinfer)
+
+    @property
+    def is_builtin(self) -> bool:
+        from pytest_moe_routing.targets.registry import BUILTIN
+
+        return self.target_name == BUILTIN
+
+    def check_update(self, *, has_syrupy: bool, forked: bool) -> None:
+        """Raise `MoERoutingError` where goldens must not be rewritten."""
+        if not has_syrupy:
+            raise MoERoutingError(
+                "--snapshot-update needs syrupy: pip install 'pytest-moe-routing[update]'"
+            )
+        if not self.is_builtin:
+            raise MoERoutingError(
+                f"--snapshot-update: goldens are the builtin target's, not {self.target_name}'s"
+            )
+        if forked:
+            raise MoERoutingError("--snapshot-update: --forked loses what is written; run without")
+        for model in self.models:
+            if not goldens.is_checkout(model.folder.parent):
+                raise MoERoutingError(
+                    f"--snapshot-update: {model.folder} belongs to an installed package; run in a "
+                    "checkout, or choose models of a --moe-golden-dir with --moe-models"
+                )
+
+    def describe(self) -> str:
+        """The header line of a run."""
+        from pytest_moe_routing.backends import installed_release
+
+        origin = "as asked for" if self.flashinfer_release else "installed"
+        if not self.flashinfer_release and installed_release() is None:
+            origin = "newest known, none installed"
+        return (
+            f"moe-routing: target {self.target_name}, {self.flashinfer} ({origin}), "
+            f"{len(self.models)} models, goldens in "
+            + ", ".join(str(d) for d in dict.fromkeys(m.folder.parent for m in self.models))
+        )

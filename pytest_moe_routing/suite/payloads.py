@@ -1,0 +1,116 @@
+"""What goldens hold: plain data, made from a model and the builtin target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pytest_moe_routing.backends import FlashInfer, known_releases
+from pytest_moe_routing.compare import compare_routing
+from pytest_moe_routing.logits import PATTERNS, make
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.reference.routing import route, weigh
+from pytest_moe_routing.routing import recipe_of
+from pytest_moe_routing.targets import judge
+from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.judge import show_call
+
+ROUTER = "router"
+ROUTING = "routing"
+_TOKENS = 2
+#: Rows of the pattern `not-finite` differ in kind: all kinds are frozen.
+_TOKENS_OF = {"not-finite": 5}
+
+
+def by_release(payload: Callable[[FlashInfer], Any]) -> dict[str, Any]:
+    """A payload for every known FlashInfer release, written where it changes: "from here on"."""
+    timeline: dict[str, Any] = {}
+    last: Any = None
+    for release in known_releases():
+        value = payload(FlashInfer.of(release))
+        if value != last:
+            timeline[release] = last = value
+    return timeline
+
+
+def router_payload(model: ModelSpec) -> dict[str, Any]:
+    """What the model says, the recipe it is, and its classification from each release on."""
+    return {
+        "spec": model.as_dict(),
+        "recipe": recipe_of(model.router).as_dict(),
+        "in words": str(recipe_of(model.router)),
+        "decision from FlashInfer": by_release(
+            lambda flashinfer: str(BuiltinTarget(flashinfer).classify(model))
+        ),
+    }
+
+
+def backend_payload(model: ModelSpec, backend: str) -> dict[str, Any]:
+    """The verdict on a backend from each release on, with the refusing gates and the kernel."""
+
+    def verdict(flashinfer: FlashInfer) -> dict[str, Any]:
+        found = judge(BuiltinTarget(flashinfer), model, backend)
+        payload: dict[str, Any] = {"verdict": found.verdict, "method": found.classification.method}
+        refused = {gate.name: gate.reason for gate in found.gates if not gate.ok}
+        if refused:
+            # The release's own number is the key already.
+            payload["refused by"] = {
+                name: reason.replace(f"{flashinfer}", "FlashInfer")
+                for name, reason in refused.items()
+            }
+        if found.exact:
+            payload["exact would be"] = [show_call(call) for call in found.exact]
+        if found.call is not None:
+            payload["call"] = show_call(found.call)
+        if found.got is not None:
+            payload["kernel"] = str(found.got)
+        if found.notes:
+            payload["notes"] = list(found.notes)
+        return payload
+
+    return {"backend": backend, "from FlashInfer": by_release(verdict)}
+
+
+def routing_payload(model: ModelSpec, golden: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Experts and weights for a few tokens of each logits pattern, in float64.
+
+    Where `golden` has other experts that the reference proves equally right (a tie), its experts
+    are taken, with the weights that they should have.
+    """
+    recipe = recipe_of(model.router)
+    patterns: dict[str, Any] = {}
+    for name in PATTERNS:
+        tokens = _TOKENS_OF.get(name, _TOKENS)
+        case = make(name, recipe, num_tokens=tokens, num_experts=model.router.num_experts)
+        routing = route(case.logits, recipe, case.bias, dtype=torch.float64)
+        ids, weights = routing.topk_ids, routing.topk_weights
+        chosen = _golden_ids(golden, name, ids)
+        if chosen is not None and compare_routing(
+            chosen, None, case.logits, recipe, case.bias, precision="float64"
+        ).ok:
+            ids, weights = chosen, weigh(case.logits.to(torch.float64), recipe, chosen)
+        patterns[name] = [
+            {"experts": e, "weights": w}
+            for e, w in zip(ids.tolist(), weights.tolist(), strict=True)
+        ]
+    return {"patterns": patterns}
+
+
+def _golden_ids(
+    golden: dict[str, Any] | None, name: str, like: torch.Tensor
+) -> torch.Tensor | None:
+    """The experts that a golden has for a pattern; None unless they are of the same shape."""
+    try:
+        ids = torch.tensor([token["experts"] for token in golden["patterns"][name]])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return ids if ids.shape == like.shape and ids.dtype == torch.int64 else None
+
+
+def golden_names(model: ModelSpec) -> set[str]:
+    """Every golden that a model has."""
+    from pytest_moe_routing.backends import BACKENDS
+
+    return {ROUTER, ROUTING, *(name for name in model.checkpoints if name in BACKENDS)}

@@ -1,0 +1,47 @@
+"""The builtin target's decisions, and the reference's numbers, are what was reviewed."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing import goldens
+from pytest_moe_routing.errors import MoERoutingError
+
+# Goldens are the builtin target's: this fixture leaves the module out for any other.
+pytestmark = pytest.mark.usefixtures("moe_golden")
+
+
+def test_router(moe_model, moe_golden):
+    """What a model says of its router, and how it is classified in each FlashInfer release."""
+    from pytest_moe_routing.suite import payloads
+
+    moe_golden(payloads.ROUTER, payloads.router_payload(moe_model))
+
+
+def test_routing(moe_model, moe_golden):
+    """Which experts, with which weights, for named logits."""
+    from pytest_moe_routing.suite import payloads
+
+    try:
+        stored = goldens.read(goldens.golden_path(moe_model.folder, payloads.ROUTING))
+    except MoERoutingError:
+        stored = None
+    moe_golden(payloads.ROUTING, payloads.routing_payload(moe_model, stored))
+
+
+def test_backend(moe_model, moe_backend, moe_golden):
+    """Gates and verdict of a backend in each FlashInfer release."""
+    from pytest_moe_routing.suite import payloads
+
+    moe_golden(moe_backend, payloads.backend_payload(moe_model, moe_backend))
+
+
+def test_no_stray_goldens(moe_model):
+    """A golden that no test reads would look like a decision and be none."""
+    from pytest_moe_routing.suite import payloads
+
+    found = {path.name for path in moe_model.folder.glob(f"*{goldens.SUFFIX}")}
+    stray = found - {f"{name}{goldens.SUFFIX}" for name in payloads.golden_names(moe_model)}
+    if stray:
+        names = ", ".join(sorted(stray))
+        pytest.fail(f"{moe_model.folder}: no test reads {names}; delete them", pytrace=False)

@@ -1,0 +1,65 @@
+"""What the target in force makes of every model, judged by computed meaning."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+
+from pytest_moe_routing.errors import Unsupported
+
+
+@contextmanager
+def unanswered_is_skipped():
+    try:
+        yield
+    except Unsupported as question:
+        pytest.skip(str(question))
+
+
+def test_verdict(moe_target, moe_model, moe_backend, record_property, moe_session):
+    """A fused kernel runs exactly when it means what the model means.
+
+    The builtin target's known losses (`missed`) are frozen in its goldens; they fail for others.
+    """
+    from pytest_moe_routing.targets import judge
+
+    with unanswered_is_skipped():
+        found = judge(moe_target, moe_model, moe_backend)
+    record_property(
+        "moe_verdict",
+        {
+            "model": moe_model.id,
+            "backend": moe_backend,
+            "verdict": found.verdict,
+            "method": found.classification.method,
+            "target": found.target,
+            "flashinfer": str(found.flashinfer),
+        },
+    )
+    known_loss = moe_session.is_builtin and found.verdict == "missed"
+    if not (found.good or known_loss):
+        pytest.fail("\n".join(found.lines()), pytrace=False)
+
+
+def test_method_numbers(moe_target, moe_session):
+    """No gate lets a method through under a number that FlashInfer reads as another method."""
+    with unanswered_is_skipped():
+        numbers = moe_target.method_numbers()
+        problems = []
+        for method, number in numbers.items():
+            read_as = moe_target.flashinfer.method(number)
+            if read_as in (None, method):
+                continue
+            passes = [
+                f"{model}-{backend}"
+                for model, backend in moe_session.cases
+                if all(gate.ok for gate in moe_target.gates(model, backend, method))
+            ]
+            if passes:
+                problems.append(
+                    f"{moe_target} passes {method} as {number}, which {moe_target.flashinfer} "
+                    f"reads as {read_as}; no gate stops it for {', '.join(passes)}"
+                )
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)

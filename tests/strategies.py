@@ -1,0 +1,45 @@
+"""Recipes and inputs for hypothesis."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from pytest_moe_routing.logits import bell, integers
+from pytest_moe_routing.routing.recipe import NORMALIZATIONS, SCORES, Recipe
+
+
+@st.composite
+def recipes(draw, num_experts=st.sampled_from([8, 12, 16, 24])):
+    """(recipe, number of experts) that fit each other."""
+    experts = draw(num_experts)
+    n_group = draw(st.sampled_from([g for g in (1, 2, 4) if experts % g == 0]))
+    topk_group = draw(st.integers(1, n_group))
+    recipe = Recipe(
+        top_k=draw(st.integers(1, min(6, experts // n_group * topk_group))),
+        score=draw(st.sampled_from(SCORES)),
+        weigh_by=draw(st.sampled_from(("", *SCORES))),
+        bias=draw(st.booleans()),
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=draw(st.sampled_from(("top2_sum", "max"))),
+        normalize=draw(st.sampled_from(NORMALIZATIONS)),
+        epsilon=draw(st.sampled_from((0.0, 1e-20))),
+        scale=draw(st.sampled_from((1.0, 1.5, 2.5))),
+        weight_on=draw(st.sampled_from(("output", "input"))),
+    )
+    return recipe, experts
+
+
+seeds = st.integers(0, 2**31 - 1)
+
+
+def inputs(recipe, num_experts, seed, num_tokens=4, coarse=False):
+    """Logits and bias; `coarse` ones are small integers, full of ties."""
+    if coarse:
+        logits = (integers(num_tokens, num_experts, seed=seed, bits=2) - 2).to(torch.float32)
+        bias = (integers(num_experts, seed=seed + 1, bits=1) - 1).to(torch.float32)
+    else:
+        logits = bell(num_tokens, num_experts, seed=seed)
+        bias = bell(num_experts, seed=seed + 1) / 2
+    return logits, bias if recipe.bias else None

@@ -1,0 +1,226 @@
+"""The comparator: honest rounding is never flagged, anything else always is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import inputs, recipes, seeds
+
+from pytest_moe_routing.compare import PRECISIONS, assert_routing, compare_routing
+from pytest_moe_routing.errors import RecipeError
+from pytest_moe_routing.logits import PATTERNS, bell, make
+from pytest_moe_routing.reference import routing as reference
+from pytest_moe_routing.reference.routing import route
+from pytest_moe_routing.routing.recipe import Recipe
+
+DEEPSEEK = Recipe(
+    top_k=8, score="sigmoid", bias=True, n_group=8, topk_group=4, normalize="sum", epsilon=1e-20, scale=2.5
+)
+MINIMAX = replace(DEEPSEEK, n_group=1, topk_group=1)
+RECIPES = {
+    "deepseek": DEEPSEEK,
+    "minimax": MINIMAX,
+    "default": Recipe(top_k=8),
+    "renormalize": Recipe(top_k=8, score="identity", normalize="softmax"),
+    "llama4": Recipe(top_k=1, score="identity", weigh_by="sigmoid"),
+}
+
+
+def hardware_route(logits, recipe, bias, seed=0):
+    """A kernel with FlashInfer's sigmoid error: every expert's score off by up to 2.5e-4.
+
+    Equal logits of a token get equal errors, as in any deterministic kernel.
+    """
+    logits = logits.float()
+    scores = reference.score(logits, recipe.score)
+    noise = bell(4096, seed=seed).clamp(-2, 2) / 2 * PRECISIONS["flashinfer"].sigmoid
+
+    def sigmoid(x):
+        place = (x * 4096).round().to(torch.int64) % 4096
+        return (x.sigmoid() + noise[place]).clamp(0, 1)
+
+    if recipe.score == "sigmoid":
+        scores = sigmoid(logits)
+    keys = reference.choosing_keys(scores, recipe, bias)
+    ids = reference.choose(keys, recipe)
+    weights = scores.gather(1, ids)
+    if recipe.weigh_by == "sigmoid" and recipe.score != "sigmoid":
+        weights = sigmoid(weights)
+    if recipe.normalize == "sum":
+        weights = weights / (weights.sum(1, keepdim=True) + recipe.epsilon)
+    elif recipe.normalize == "softmax":
+        weights = weights.softmax(1)
+    return ids, (weights * recipe.scale).bfloat16()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_float32_is_never_flagged(name, pattern):
+    recipe = RECIPES[name]
+    case = make(pattern, recipe, num_tokens=64, num_experts=256)
+    got = route(case.logits, recipe, case.bias)
+    assert_routing(got.topk_ids, got.topk_weights, case.logits, recipe, case.bias)
+
+
+@pytest.mark.parametrize("pattern", [p for p in PATTERNS if p != "not-finite"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_kernels_own_errors_are_never_flagged(name, pattern):
+    recipe = RECIPES[name]
+    case = make(pattern, recipe, num_tokens=64, num_experts=256)
+    ids, weights = hardware_route(case.logits, recipe, case.bias)
+    assert_routing(ids, weights, case.logits, recipe, case.bias, precision="flashinfer")
+
+
+def test_the_kernels_errors_do_change_experts():
+    """So the tolerance is needed, and the noise above is no noise for show."""
+    case = make("near-ties", MINIMAX, num_tokens=64, num_experts=256)
+    ids, _ = hardware_route(case.logits, MINIMAX, case.bias)
+    found = compare_routing(ids, None, case.logits, MINIMAX, case.bias, precision="flashinfer")
+    assert found.ok
+    assert found.ambiguous > 32
+    assert not compare_routing(ids, None, case.logits, MINIMAX, case.bias).ok
+
+
+@settings(max_examples=150, deadline=None)
+@given(recipes(), seeds, st.booleans())
+def test_float32_of_any_recipe_is_never_flagged(recipe_and_experts, seed, coarse):
+    recipe, experts = recipe_and_experts
+    # A sum of raw logits may cancel to next to nothing, and then bounds nothing.
+    if recipe.weigh_by == "identity" and recipe.normalize == "sum":
+        recipe = replace(recipe, normalize="softmax")
+    logits, bias = inputs(recipe, experts, seed, coarse=coarse)
+    got = route(logits, recipe, bias)
+    assert_routing(got.topk_ids, got.topk_weights, logits, recipe, bias)
+
+
+MUTANTS = {
+    "bias ignored": ({"bias": False}, "narrow-bias"),
+    "groups ignored": ({"n_group": 1, "topk_group": 1}, "plain"),
+    "one group too many": ({"topk_group": 5}, "plain"),
+    "group score": ({"group_score": "max"}, "plain"),
+    "not normalized": ({"normalize": "none"}, "plain"),
+    "softmax of the chosen": ({"normalize": "softmax"}, "plain"),
+    "scale lost": ({"scale": 1.0}, "plain"),
+    "scale twice": ({"scale": 6.25}, "plain"),
+    "other score": ({"score": "softmax", "weigh_by": "softmax"}, "plain"),
+    "weighs another score": ({"weigh_by": "softmax"}, "plain"),
+    "bias in bfloat16": ({"bias_dtype": "bfloat16"}, "narrow-bias"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize("precision", ["float32", "flashinfer"])
+def test_every_mutation_is_caught(mutant, precision):
+    change, pattern = MUTANTS[mutant]
+    case = make(pattern, DEEPSEEK, num_tokens=64, num_experts=256)
+    wrong = replace(DEEPSEEK, **change)
+    got = route(case.logits, wrong, case.bias if wrong.bias else None)
+    found = compare_routing(
+        got.topk_ids, got.topk_weights, case.logits, DEEPSEEK, case.bias, precision=precision
+    )
+    assert not found.ok
+
+
+def test_logits_rounded_to_bfloat16_are_caught():
+    case = make("near-ties", MINIMAX, num_tokens=64, num_experts=256)
+    got = route(case.logits.bfloat16(), MINIMAX, case.bias)
+    found = compare_routing(got.topk_ids, None, case.logits, MINIMAX, case.bias)
+    assert len(found.differences) == 64
+
+
+@pytest.mark.parametrize("mask", [0.0, -1.0])
+def test_groups_masked_with_a_number_are_caught(mask):
+    """vllm PR 13474 and flashinfer PR 2168: a bias below -1 loses to the excluded groups."""
+    case = make("bias-below-minus-1", DEEPSEEK, num_tokens=64, num_experts=256)
+    keys = case.logits.sigmoid() + case.bias
+    kept = reference.group_scores(keys, DEEPSEEK).topk(4).indices
+    excluded = torch.ones(64, 8, dtype=torch.bool).scatter(1, kept, False)
+    masked = keys.masked_fill(excluded.repeat_interleave(32, 1), mask)
+    ids = reference.stable_topk(masked, 8)
+    found = compare_routing(ids, None, case.logits, DEEPSEEK, case.bias, precision="flashinfer")
+    assert len(found.differences) >= 60
+
+
+@pytest.mark.parametrize("pattern", ["ties-at-k", "saturated", "ties-at-groups"])
+@pytest.mark.parametrize("precision", ["float32", "flashinfer"])
+def test_the_higher_index_of_a_tie_is_caught(pattern, precision):
+    recipe = replace(DEEPSEEK, bias=False) if pattern == "ties-at-groups" else replace(MINIMAX, bias=False)
+    logits = make(pattern, recipe, num_tokens=32, num_experts=256).logits
+    if pattern == "saturated":
+        logits = logits.round()
+    mirrored = route(logits.flip(1), recipe)
+    found = compare_routing(255 - mirrored.topk_ids, None, logits, recipe, precision=precision)
+    assert len(found.differences) == 32
+
+
+def test_an_expert_just_beyond_the_margin_is_caught_and_one_within_is_not():
+    recipe = Recipe(top_k=1, score="sigmoid")
+    error = PRECISIONS["flashinfer"].sigmoid
+    for gap, ok in ((1.9 * error, True), (2.2 * error, False)):
+        logits = torch.logit(torch.tensor([[0.5, 0.5 + gap, 0.1, 0.1]], dtype=torch.float64))
+        found = compare_routing(torch.tensor([[0]]), None, logits, recipe, precision="flashinfer")
+        assert found.ok == ok
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [([0, 1, 1], "expert 1 is chosen 2 times"), ([0, 1, 8], "expert 8 is not one of 8"), ([-1, 0, 1], "expert -1")],
+)
+def test_repeated_and_foreign_experts_are_caught_even_in_rows_of_nan(row, text):
+    logits = torch.full((1, 8), torch.nan)
+    found = compare_routing(torch.tensor([row]), None, logits, Recipe(top_k=3))
+    assert text in found.message()
+
+
+def test_order_within_a_row_is_not_compared_but_weights_follow_their_expert():
+    case = make("plain", DEEPSEEK, num_tokens=16, num_experts=256)
+    got = route(case.logits, DEEPSEEK, case.bias)
+    flipped = got.topk_ids.flip(1), got.topk_weights.flip(1)
+    assert_routing(*flipped, case.logits, DEEPSEEK, case.bias)
+    swapped = compare_routing(flipped[0], got.topk_weights, case.logits, DEEPSEEK, case.bias)
+    assert len(swapped.differences) == 16
+
+
+def test_nan_weights_are_wrong_where_the_reference_has_numbers():
+    case = make("plain", DEEPSEEK, num_tokens=4, num_experts=256)
+    got = route(case.logits, DEEPSEEK, case.bias)
+    weights = got.topk_weights.clone()
+    weights[2, 3] = torch.nan
+    found = compare_routing(got.topk_ids, weights, case.logits, DEEPSEEK, case.bias)
+    assert [d.token for d in found.differences] == [2]
+
+
+def test_the_message_leads_to_the_cause():
+    case = make("plain", DEEPSEEK, num_tokens=40, num_experts=256)
+    got = route(case.logits, replace(DEEPSEEK, scale=1.0), case.bias)
+    with pytest.raises(AssertionError) as caught:
+        assert_routing(got.topk_ids, got.topk_weights, case.logits, DEEPSEEK, case.bias)
+    text = str(caught.value)
+    assert "40/40 tokens (100.0 %) are routed wrongly" in text
+    assert "all weights are 0.4 times the wanted ones" in text
+    assert "recipe     sigmoid -> + bias to choose -> best 4 of 8 groups" in text
+    assert "... and 32 more tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "text"),
+    [
+        (torch.zeros(4, 3, dtype=torch.int64), None, "topk_ids: found torch.int64 [4, 3]"),
+        (torch.zeros(4, 8), None, "expected integer [4, 8]"),
+        (torch.zeros(4, 8, dtype=torch.int32), torch.zeros(8, 4), "topk_weights: found"),
+    ],
+)
+def test_misuse_is_an_error_not_a_difference(ids, weights, text):
+    case = make("plain", DEEPSEEK, num_tokens=4, num_experts=256)
+    with pytest.raises(RecipeError) as caught:
+        compare_routing(ids, weights, case.logits, DEEPSEEK, case.bias)
+    assert text in str(caught.value)
+
+
+def test_an_unknown_precision_is_misuse():
+    with pytest.raises(RecipeError, match="expected float64, float32, flashinfer"):
+        compare_routing(torch.zeros(1, 1).long(), None, torch.zeros(1, 2), Recipe(), precision="half")

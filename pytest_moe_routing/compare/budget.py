@@ -61,6 +61,9 @@ class Arithmetic:
         return self.unit * (math.sqrt(length) + length / 16)
 
 
+#: What FlashInfer's kernels do when they are given the router weights.
+FLASHINFER = Arithmetic()
+
 #: A random walk stays below this many standard deviations; real steps are far below their bounds.
 _DEVIATIONS = 4.0
 
@@ -81,7 +84,7 @@ def bounded_moe(
     experts: Experts,
     routing: Routing,
     layer: Layer,
-    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008 - frozen
+    arithmetic: Arithmetic = FLASHINFER,
     *,
     shard: range | None = None,
     output: str = "bf16",

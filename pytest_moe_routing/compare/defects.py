@@ -23,7 +23,7 @@ from pytest_moe_routing.routing.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Problem:
+class MoEProblem:
     """Everything that determines a fused MoE's output.
 
     Attributes:
@@ -57,7 +57,7 @@ class Problem:
         logits: Tensor | None = None,
         bias: Tensor | None = None,
         shard: range | None = None,
-    ) -> Problem:
+    ) -> MoEProblem:
         """A problem with a routing, or with the recipe and the logits that make it.
 
         Raises:
@@ -73,7 +73,7 @@ class Problem:
             routing = route(logits, recipe, bias)
         return cls(hidden, experts, layer, routing, recipe, logits, bias, shard)
 
-    def take(self, tokens: Tensor) -> Problem:
+    def take(self, tokens: Tensor) -> MoEProblem:
         """The same problem for some of its tokens."""
         routing = Routing(self.routing.topk_ids[tokens], self.routing.topk_weights[tokens])
         logits = None if self.logits is None else self.logits[tokens]
@@ -113,11 +113,11 @@ class Defect:
     """
 
     name: str
-    change: Callable[[Problem], Problem | None]
+    change: Callable[[MoEProblem], MoEProblem | None]
 
 
-def _scaled(power: int) -> Callable[[Problem], Problem | None]:
-    def change(p: Problem) -> Problem | None:
+def _scaled(power: int) -> Callable[[MoEProblem], MoEProblem | None]:
+    def change(p: MoEProblem) -> MoEProblem | None:
         if p.recipe is None or p.recipe.scale == 1:
             return None
         ids, weights = p.routing.topk_ids, p.routing.topk_weights
@@ -126,18 +126,18 @@ def _scaled(power: int) -> Callable[[Problem], Problem | None]:
     return change
 
 
-def _shifted(by: int) -> Callable[[Problem], Problem | None]:
-    def change(p: Problem) -> Problem | None:
+def _shifted(by: int) -> Callable[[MoEProblem], MoEProblem | None]:
+    def change(p: MoEProblem) -> MoEProblem | None:
         ids = (p.routing.topk_ids + by) % len(p.experts)
         return replace(p, routing=Routing(ids, p.routing.topk_weights))
 
     return change
 
 
-def _rerouted(**fields: object) -> Callable[[Problem], Problem | None]:
+def _rerouted(**fields: object) -> Callable[[MoEProblem], MoEProblem | None]:
     """Routed by a recipe with other fields."""
 
-    def change(p: Problem) -> Problem | None:
+    def change(p: MoEProblem) -> MoEProblem | None:
         if p.recipe is None or p.logits is None:
             return None
         recipe = replace(p.recipe, **fields)  # type: ignore[arg-type]
@@ -148,48 +148,48 @@ def _rerouted(**fields: object) -> Callable[[Problem], Problem | None]:
     return change
 
 
-def _fewer(p: Problem) -> Problem | None:
+def _fewer(p: MoEProblem) -> MoEProblem | None:
     if p.routing.topk_ids.shape[1] == 1:
         return None
     return replace(p, routing=Routing(p.routing.topk_ids[:, :-1], p.routing.topk_weights[:, :-1]))
 
 
-def _fewer_before_normalizing(p: Problem) -> Problem | None:
+def _fewer_before_normalizing(p: MoEProblem) -> MoEProblem | None:
     if p.recipe is None or p.recipe.top_k == 1 or p.recipe.normalize == "none":
         return None
     return _rerouted(top_k=p.recipe.top_k - 1)(p)
 
 
-def _unweighted(p: Problem) -> Problem | None:
+def _unweighted(p: MoEProblem) -> MoEProblem | None:
     ones = torch.ones_like(p.routing.topk_weights)
     return replace(p, routing=Routing(p.routing.topk_ids, ones))
 
 
-def _other_side(p: Problem) -> Problem | None:
+def _other_side(p: MoEProblem) -> MoEProblem | None:
     side = "input" if p.layer.weight_on == "output" else "output"
     return replace(p, layer=replace(p.layer, weight_on=side))
 
 
-def _not_normalized(p: Problem) -> Problem | None:
+def _not_normalized(p: MoEProblem) -> MoEProblem | None:
     if p.recipe is None or p.recipe.normalize != "sum":
         return None
     return _rerouted(normalize="none", epsilon=0.0)(p)
 
 
-def _normalized(p: Problem) -> Problem | None:
+def _normalized(p: MoEProblem) -> MoEProblem | None:
     if p.recipe is None or p.recipe.normalize != "none" or p.recipe.top_k == 1:
         return None
     return _rerouted(normalize="sum")(p)
 
 
-def _unclamped(p: Problem) -> Problem | None:
+def _unclamped(p: MoEProblem) -> MoEProblem | None:
     if p.layer.activation.limit is None:
         return None
     return replace(p, layer=replace(p.layer, activation=replace(p.layer.activation, limit=None)))
 
 
-def _activated(name: str) -> Callable[[Problem], Problem | None]:
-    def change(p: Problem) -> Problem | None:
+def _activated(name: str) -> Callable[[MoEProblem], MoEProblem | None]:
+    def change(p: MoEProblem) -> MoEProblem | None:
         act, other = p.layer.activation, ACTIVATIONS[name]
         if act.gated != other.gated or act.name == name:
             return None
@@ -198,10 +198,10 @@ def _activated(name: str) -> Callable[[Problem], Problem | None]:
     return change
 
 
-def _each(edit: Callable[[Expert], Expert | None]) -> Callable[[Problem], Problem | None]:
+def _each(edit: Callable[[Expert], Expert | None]) -> Callable[[MoEProblem], MoEProblem | None]:
     """A change of every expert; None of the first expert means that it does not apply."""
 
-    def change(p: Problem) -> Problem | None:
+    def change(p: MoEProblem) -> MoEProblem | None:
         if edit(p.experts[0]) is None:
             return None
         return replace(p, experts=Changed(p.experts, lambda e: edit(e) or e))
@@ -209,7 +209,7 @@ def _each(edit: Callable[[Expert], Expert | None]) -> Callable[[Problem], Proble
     return change
 
 
-def _rows_of_gemm1(move: Callable[[Tensor], Tensor]) -> Callable[[Problem], Problem | None]:
+def _rows_of_gemm1(move: Callable[[Tensor], Tensor]) -> Callable[[MoEProblem], MoEProblem | None]:
     """Rows of a gated first GEMM, with their scales and biases, in another order."""
 
     def edit(e: Expert) -> Expert:
@@ -218,7 +218,7 @@ def _rows_of_gemm1(move: Callable[[Tensor], Tensor]) -> Callable[[Problem], Prob
         bias = None if e.bias1 is None else move(e.bias1.unsqueeze(1)).squeeze(1)
         return replace(e, gemm1=replace(q, data=move(q.data), scales=scales), bias1=bias)
 
-    def change(p: Problem) -> Problem | None:
+    def change(p: MoEProblem) -> MoEProblem | None:
         return _each(edit)(p) if p.layer.activation.gated else None
 
     return change
@@ -239,7 +239,7 @@ def _scale_row_off(gemm: str) -> Callable[[Expert], Expert | None]:
     return edit
 
 
-def _transposed_scales(p: Problem) -> Problem | None:
+def _transposed_scales(p: MoEProblem) -> MoEProblem | None:
     """The input's scales `[tokens, blocks]` read as if they lay `[blocks, tokens]` in memory."""
     scales = p.hidden.scales
     if scales is None or min(scales.shape) == 1:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.compare.budget import Arithmetic, Bounded, bounded_moe
-from pytest_moe_routing.compare.defects import DEFECTS, Problem
+from pytest_moe_routing.compare.budget import FLASHINFER, Arithmetic, Bounded, bounded_moe
+from pytest_moe_routing.compare.defects import DEFECTS, MoEProblem
 from pytest_moe_routing.errors import LayerError
 from pytest_moe_routing.reference.moe import check_inputs
 from pytest_moe_routing.reference.quantization import find_format
@@ -77,8 +77,8 @@ class MoEComparison:
         """n/N, what explains it, and the worst elements."""
         tokens, hidden = self.shape
         lines = [
-            f"{self.wrong_tokens}/{tokens} tokens are wrong: {self.wrong_elements}/{tokens * hidden} "
-            f"elements lie beyond their budget, up to {self.use:.3g} times",
+            f"{self.wrong_tokens}/{tokens} tokens are wrong: {self.wrong_elements}/"
+            f"{tokens * hidden} elements lie beyond their budget, up to {self.use:.3g} times",
             f"  budget     median {100 * self.tightness:.2g} % of the output's size; "
             f"{self.ambiguous} tokens fit another admissible choice of experts",
         ]
@@ -89,7 +89,7 @@ class MoEComparison:
         return "\n".join([*lines, *(f"  {element}" for element in self.worst)])
 
 
-def assert_moe(output: Tensor, problem: Problem, **how: object) -> MoEComparison:
+def assert_moe(output: Tensor, problem: MoEProblem, **how: object) -> MoEComparison:
     """`compare_moe`, raising `AssertionError` with the whole message on any difference."""
     __tracebackhide__ = True
     result = compare_moe(output, problem, **how)  # type: ignore[arg-type]
@@ -100,9 +100,9 @@ def assert_moe(output: Tensor, problem: Problem, **how: object) -> MoEComparison
 
 def compare_moe(
     output: Tensor,
-    problem: Problem,
+    problem: MoEProblem,
     *,
-    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008 - frozen
+    arithmetic: Arithmetic = FLASHINFER,
     alternatives: Iterable[Routing] = (),
     output_format: str = "bf16",
     diagnose: bool = True,
@@ -169,7 +169,7 @@ def compare_moe(
     )
 
 
-def _check_static(problem: Problem) -> None:
+def _check_static(problem: MoEProblem) -> None:
     """A scale over the whole intermediate cannot be the kernel's own: it would need two passes."""
     fmt = find_format(problem.layer.scheme.intermediate)
     static = fmt.scale == "e4m3" or (fmt.block == (0, 0) and fmt.scale != "none")
@@ -180,7 +180,7 @@ def _check_static(problem: Problem) -> None:
         )
 
 
-def _bounds(problem: Problem, arithmetic: Arithmetic, output_format: str) -> Bounded:
+def _bounds(problem: MoEProblem, arithmetic: Arithmetic, output_format: str) -> Bounded:
     return bounded_moe(
         problem.hidden,
         problem.experts,
@@ -206,7 +206,9 @@ def _different(one: Routing, other: Routing) -> Tensor:
     return ids.any(1)
 
 
-def _element(token: int, got: Tensor, bounds: Bounded, excess: Tensor, problem: Problem) -> Element:
+def _element(
+    token: int, got: Tensor, bounds: Bounded, excess: Tensor, problem: MoEProblem
+) -> Element:
     column = int(excess[token].argmax())
     return Element(
         token,
@@ -219,7 +221,7 @@ def _element(token: int, got: Tensor, bounds: Bounded, excess: Tensor, problem: 
 
 
 def _diagnose(
-    got: Tensor, problem: Problem, tokens: Tensor, arithmetic: Arithmetic, output_format: str
+    got: Tensor, problem: MoEProblem, tokens: Tensor, arithmetic: Arithmetic, output_format: str
 ) -> tuple[str, ...]:
     """The defects under which these tokens, wrong ones and right ones, lie within their budget."""
     found = []
@@ -237,7 +239,7 @@ def _diagnose(
 
 
 def _fits(
-    problem: Problem, tokens: Tensor, got: Tensor, arithmetic: Arithmetic, output_format: str
+    problem: MoEProblem, tokens: Tensor, got: Tensor, arithmetic: Arithmetic, output_format: str
 ) -> bool:
     bounds = _bounds(problem.take(tokens), arithmetic, output_format)
     return bool((_excess(got[: len(tokens)], bounds) <= 1).all())

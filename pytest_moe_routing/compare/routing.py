@@ -147,9 +147,7 @@ def compare_routing(
     if topk_weights is not None:
         found += row.wrong_weights(ids, topk_weights, skip=broken | unordered)
     found.sort(key=lambda item: -item.excess)
-    return Comparison(
-        len(ids), ambiguous, int(unordered.sum()), tuple(found), recipe, precision
-    )
+    return Comparison(len(ids), ambiguous, int(unordered.sum()), tuple(found), recipe, precision)
 
 
 def _check_output(name: str, x: Tensor, logits: Tensor, recipe: Recipe, floating: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from pytest_moe_routing.compare.budget import bounded_moe
 from pytest_moe_routing.logits import bell, distinct
-from pytest_moe_routing.reference.moe import SCHEMES, Layer, moe, tokens_by_expert
+from pytest_moe_routing.reference.moe import SCHEMES, Layer, moe, slots_by_expert
 from pytest_moe_routing.reference.quantization import dequantize
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import GeneratedExperts
@@ -63,7 +63,7 @@ def test_reference(benchmark, case):
 def test_bare_matrix_products(benchmark, case):
     """Only the products, of rows that are gathered already; nothing is activated or summed."""
     w1, w2 = case.tensors()
-    steps = tokens_by_expert(case.ids, range(len(w1)))
+    steps = slots_by_expert(case.routing, range(len(w1)), torch.float32)
     rows = [(e, case.x[tokens]) for e, tokens, _ in steps]
     half = w2.shape[2]
 
@@ -102,36 +102,57 @@ def test_loops_over_tokens_and_experts(benchmark, case):
     w1, w2 = case.tensors()
     half, pad = w2.shape[2], 8
 
+    top_k = case.ids.shape[1]
+
     def loops():
         counts = torch.zeros(len(w1), dtype=torch.int64)
         for token in range(len(case.ids)):
-            for slot in range(case.ids.shape[1]):
+            for slot in range(top_k):
                 counts[case.ids[token, slot]] += 1
-        starts, size = [], 0
-        for count in counts.tolist():
-            starts.append(size)
-            size += -(-count // pad) * pad
-        buffer, place = torch.zeros(size, case.x.shape[1]), {}
-        taken = list(starts)
+        padded = (counts + pad - 1) // pad * pad
+        starts = padded.cumsum(0) - padded
+        place, taken = torch.empty(case.ids.numel(), dtype=torch.int64), starts.clone()
+        buffer = torch.zeros(int(padded.sum()), case.x.shape[1])
         for token in range(len(case.ids)):
-            for slot in range(case.ids.shape[1]):
-                expert = int(case.ids[token, slot])
-                buffer[taken[expert]] = case.x[token]
-                place[token, slot] = taken[expert]
+            for slot in range(top_k):
+                expert = case.ids[token, slot]
+                place[token * top_k + slot] = taken[expert]
                 taken[expert] += 1
-        result = torch.zeros(size, case.x.shape[1])
+        for token in range(len(case.ids)):
+            for slot in range(top_k):
+                buffer[place[token * top_k + slot]] = case.x[token]
+        result = torch.zeros(len(buffer), case.x.shape[1])
         for e in range(len(w1)):
-            mine = slice(starts[e], taken[e])
+            mine = slice(int(starts[e]), int(taken[e]))
             y = buffer[mine] @ w1[e].T
             result[mine] = (torch.nn.functional.silu(y[:, :half]) * y[:, half:]) @ w2[e].T
         out = torch.zeros_like(case.x)
         for token in range(len(case.ids)):
-            for slot in range(case.ids.shape[1]):
-                out[token] += case.weights[token, slot] * result[place[token, slot]]
+            for slot in range(top_k):
+                row = result[place[token * top_k + slot]]
+                out[token] += row * case.weights[token, slot]
         return out
 
     torch.testing.assert_close(loops(), case.run(), rtol=1e-3, atol=1e-3)
     benchmark.pedantic(loops, rounds=3)
+
+
+def test_loops_over_slots(benchmark, case):
+    """The plainest reference: one row times one expert's matrices, slot by slot."""
+    w1, w2 = case.tensors()
+    half = w2.shape[2]
+
+    def loops():
+        out = torch.zeros_like(case.x)
+        for token in range(len(case.ids)):
+            for slot in range(case.ids.shape[1]):
+                expert = case.ids[token, slot]
+                y = w1[expert] @ case.x[token]
+                y = w2[expert] @ (torch.nn.functional.silu(y[:half]) * y[half:])
+                out[token] += case.weights[token, slot] * y
+        return out
+
+    benchmark.pedantic(loops, rounds=2)
 
 
 GROWTH = {

@@ -21,9 +21,9 @@ from pytest_moe_routing.reference.moe import (
     real_input,
     real_rows,
     run_expert,
+    slots_by_expert,
     static,
     stored,
-    tokens_by_expert,
 )
 from pytest_moe_routing.reference.quantization import Quantized, dequantize, find_format, quantize
 from pytest_moe_routing.reference.routing import Routing
@@ -96,10 +96,8 @@ def bounded_moe(
     shard = range(len(experts)) if shard is None else shard
     with torch.no_grad():
         x = real_input(hidden, layer, torch.float64)
-        weights = routing.topk_weights.to(torch.float64)
         value, error, size = (torch.zeros_like(x) for _ in range(3))
-        for number, tokens, slots in tokens_by_expert(routing.topk_ids, shard):
-            weight = weights[tokens, slots]
+        for number, tokens, weight in slots_by_expert(routing, shard, torch.float64):
             rows = _expert(x[tokens], experts[number], layer, weight, arithmetic)
             if layer.weight_on == "output":
                 weight = weight.unsqueeze(1)

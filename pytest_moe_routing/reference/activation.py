@@ -71,6 +71,8 @@ class Activation:
 
     def _function(self, x: Tensor, sigmoid: Sigmoid) -> Tensor:
         if self.function == "silu":
+            if self.alpha == 1 and sigmoid is torch.sigmoid:
+                return torch.nn.functional.silu(x)
             return x * sigmoid(x * self.alpha if self.alpha != 1 else x)
         if self.function == "relu2":
             return x.relu().square()

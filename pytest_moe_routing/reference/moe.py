@@ -124,10 +124,10 @@ _CHUNK = 1 << 20
 
 def real_rows(weight: Quantized, dtype: torch.dtype) -> Iterator[Tensor]:
     """A weight `[rows, columns]` as real numbers, some rows at a time."""
-    rows, columns = weight.shape
     if weight.data.dtype == dtype:
         yield weight.data
         return
+    rows, columns = weight.shape
     unit = weight.format.block[0] or 1
     step = max(1, _CHUNK // columns // unit) * unit
     for start in range(0, rows, step):
@@ -190,15 +190,18 @@ def real_input(hidden: Tensor | Quantized, layer: Layer, dtype: torch.dtype) -> 
     return dequantize(quantize(hidden, layer.scheme.input), dtype)
 
 
-def tokens_by_expert(ids: Tensor, experts: range) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each expert that has tokens: it, its tokens `[n]`, and the slot of each `[n]`."""
-    flat = ids.flatten()
+def slots_by_expert(
+    routing: Routing, experts: range, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each expert that has tokens: it, its tokens `[n]`, and their weights `[n]`."""
+    flat = routing.topk_ids.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts.stop).tolist()
-    places = torch.split(order, counts)
+    tokens = torch.split(order // routing.topk_ids.shape[1], counts)
+    weights = torch.split(routing.topk_weights.flatten()[order].to(dtype), counts)
     for expert in experts:
         if counts[expert]:
-            yield expert, places[expert] // ids.shape[1], places[expert] % ids.shape[1]
+            yield expert, tokens[expert], weights[expert]
 
 
 def moe(
@@ -237,15 +240,14 @@ def moe(
         return torch.zeros(hidden.shape, dtype=output_dtype)
     with torch.no_grad():
         x = real_input(hidden, layer, dtype)
-        weights = routing.topk_weights.to(dtype)
         total = x.new_zeros(x.shape)
-        steps = tokens_by_expert(routing.topk_ids, shard)
-        for expert, tokens, slots in _with_progress(steps, len(shard), progress):
-            weight = weights[tokens, slots]
+        steps = slots_by_expert(routing, shard, dtype)
+        for expert, tokens, weight in _with_progress(steps, len(shard), progress):
+            mine = x.index_select(0, tokens)
             if layer.weight_on == "input":
-                rows = run_expert(x[tokens], experts[expert], layer, weight).output
+                rows = run_expert(mine, experts[expert], layer, weight).output
             else:
-                rows = run_expert(x[tokens], experts[expert], layer).output * weight.unsqueeze(1)
+                rows = run_expert(mine, experts[expert], layer).output * weight.unsqueeze(1)
             total.index_add_(0, tokens, rows)
         return total.to(output_dtype)
 

@@ -181,12 +181,13 @@ def test_from_logits_it_routes_and_puts_the_weight_where_the_recipe_says():
     assert torch.equal(got, wanted)
 
 
-def test_rows_in_pieces_are_the_whole(monkeypatch):
-    experts = generated("nvfp4", intermediate_scale=0.01)
-    whole = moe(hidden(), experts, routing(), Layer.of("nvfp4"), dtype=torch.float64)
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_rows_in_pieces_are_the_whole(monkeypatch, scheme):
+    experts = generated(SCHEMES[scheme].weight, intermediate_scale=0.01)
+    how = {"layer": Layer.of(scheme), "dtype": torch.float64}
+    whole = moe(hidden(), experts, routing(), **how)
     monkeypatch.setattr(reference, "_CHUNK", 1024)
-    pieces = moe(hidden(), experts, routing(), Layer.of("nvfp4"), dtype=torch.float64)
-    assert torch.equal(pieces, whole)
+    assert torch.equal(moe(hidden(), experts, routing(), **how), whole)
 
 
 def test_no_tokens_is_no_trouble():

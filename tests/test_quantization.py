@@ -313,3 +313,10 @@ def test_other_mistakes_are_named():
         quantize(torch.zeros(1, 32, dtype=torch.int32), "mxfp8")
     with pytest.raises(QuantizationError, match=r"mxfp8 scales: found torch.float32 \[1, 1\]"):
         quantize(torch.zeros(1, 32), "mxfp8", scales=torch.ones(1, 1))
+
+
+def test_rows_are_taken_from_the_start_of_a_block():
+    q = quantize(matrix(), "fp8_128x128")
+    assert torch.equal(dequantize(q.rows(128, 256)), dequantize(q)[128:])
+    with pytest.raises(QuantizationError, match="found rows from 64, expected a multiple of 128"):
+        q.rows(64, 128)

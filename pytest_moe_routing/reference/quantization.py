@@ -135,13 +135,13 @@ class Quantized:
         Raises:
             QuantizationError: the rows would begin within a block.
         """
-        height = self.format.block[0] or self.shape[-2]
-        if start % height:
+        height = self.format.block[0]
+        if height and start % height:
             raise QuantizationError(
                 f"{self.format.name}: found rows from {start}, expected a multiple of {height}"
             )
         part = replace(self, data=self.data[..., start:stop, :])
-        if self.scales is None or height == self.shape[-2]:
+        if self.scales is None or not height:
             return part
         blocks = slice(start // height, -(-stop // height))
         scales, overall = self.scales[..., blocks, :], self.global_scale

@@ -37,8 +37,8 @@ class Arithmetic:
     Attributes:
         unit: Rounding unit of its accumulators: 2**-23, as tensor cores cut off what float32
             arithmetic would round.
-        sigmoid: Largest absolute error of its sigmoid: `tanh.approx.f32` has a relative error of
-            2**-11 (PTX ISA), which is 2.5e-4 here. See facts on FlashInfer's `-use_fast_math`.
+        sigmoid: Largest absolute error of its sigmoid: FlashInfer is built with fast math, where it
+            is made of `tanh.approx.f32`, whose relative error is 2**-11 (PTX ISA): 2.5e-4 here.
         intermediate: Relative error of the activation's result before it is quantized: half a step
             of bfloat16, which kernels with a separate activation go through.
         scaling: Relative error of a quotient by a scale: two approximate reciprocals.

@@ -86,7 +86,8 @@ class FingerprintExperts:
         answers = torch.cat([run_expert(x, self[e], self.layer).output for e in range(len(self))])
         # Orthogonal, but for what the formats round: least squares through the normal equations.
         gram = answers @ answers.T
-        return torch.linalg.solve(gram, answers @ output.to(torch.float64).T).T
+        weights: Tensor = torch.linalg.solve(gram, answers @ output.to(torch.float64).T).T
+        return weights
 
     def explain(self, output: Tensor, routing: Routing) -> list[str]:
         """For each token whose experts or weights are not the routing's: wanted and used."""

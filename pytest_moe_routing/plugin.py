@@ -5,6 +5,7 @@ This module is imported by every pytest run of an environment: it imports pytest
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
 from importlib import util
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
-from pytest_moe_routing.session import MoESession
+from pytest_moe_routing.session import BUILTIN, MoESession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ _OPTIONS = (
     ("backends", "args", "names of backends, comma-separated (default: all)"),
     ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
     ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
+    ("config", "paths", "a Hugging Face config.json, or its folder; may be repeated"),
     ("require-gpu", "bool", "fail unless at least one GPU test ran"),
 )
 
@@ -86,11 +88,12 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "moe_models(*patterns): run with the models whose id matches a pattern"
     )
     session = config.stash[_SESSION] = MoESession(
-        target_name=_option(config, "target") or "builtin",
+        target_name=_option(config, "target") or BUILTIN,
         model_patterns=_names(config, "models"),
         backend_names=_names(config, "backends"),
         flashinfer_release=_option(config, "flashinfer") or None,
         golden_dirs=[Path(d) for d in _option(config, "golden_dir") or []],
+        configs=[Path(p) for p in _option(config, "config") or []],
     )
     if _option(config, "golden"):
         try:
@@ -122,6 +125,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     session = metafunc.config.stash[_SESSION]
     try:
         cases = session.cases if "moe_backend" in wanted else [(m, "") for m in session.models]
+        if "moe_golden" in metafunc.fixturenames:
+            cases = [case for case in cases if case[0] in session.golden_models]
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
     for marker in metafunc.definition.iter_markers("moe_models"):
@@ -136,7 +141,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Goldens are the builtin target's decisions: another target is judged, not compared to them."""
+    """Goldens are the builtin target's decisions; another target is judged, not compared."""
     if config.stash[_SESSION].is_builtin:
         return
     golden = [item for item in items if "moe_golden" in getattr(item, "fixturenames", ())]
@@ -223,8 +228,18 @@ def _golden_message(path: Path, found: list[str], model: ModelSpec) -> str:
     )
 
 
+@pytest.fixture(scope="session")
+def _moe_stderr(pytestconfig: pytest.Config) -> Iterator[int]:
+    """The real stderr: what is captured would be lost with a process that ends in a test."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        descriptor = os.dup(2)
+    yield descriptor
+    os.close(descriptor)
+
+
 @pytest.fixture
-def moe_gpu(record_property: Callable[[str, Any], None]) -> Iterator[Gpu]:
+def moe_gpu(record_property: Callable[[str, Any], None], _moe_stderr: int) -> Iterator[Gpu]:
     """A GPU that runs FlashInfer's routing kernels; the test is skipped with the reason without."""
     from pytest_moe_routing.kernels import gpu
 
@@ -232,5 +247,5 @@ def moe_gpu(record_property: Callable[[str, Any], None]) -> Iterator[Gpu]:
     record_property("moe_gpu", str(found))
     if found.missing:
         pytest.skip(found.missing)
-    with gpu.guarded():
+    with gpu.guarded(_moe_stderr):
         yield found

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class GoldenExtension(SingleFileSnapshotExtension):
-    """Stores `snapshot(name=NAME)` of a test of one model as `<model's folder>/NAME.golden.json`."""
+    """Stores `snapshot(name=NAME)` of one model's test as `<its folder>/NAME.golden.json`."""
 
     _write_mode = WriteMode.TEXT
     file_extension = goldens.SUFFIX.lstrip(".")
@@ -33,7 +33,8 @@ class GoldenExtension(SingleFileSnapshotExtension):
 
     @classmethod
     def dirname(cls, *, test_location: PyTestLocation) -> str:
-        return str(test_location.item.callspec.params["moe_model"].folder)
+        item: Any = test_location.item
+        return str(item.callspec.params["moe_model"].folder)
 
     @classmethod
     def get_file_basename(cls, *, test_location: PyTestLocation, index: SnapshotIndex) -> str:
@@ -53,7 +54,7 @@ class GoldenExtension(SingleFileSnapshotExtension):
         cls, *, snapshot_collection: SnapshotCollection, name_order: dict[str, int] | None = None
     ) -> None:
         path = Path(snapshot_collection.location)
-        text = next(iter(snapshot_collection)).data
+        text = str(next(iter(snapshot_collection)).data)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             partial.write_text(text, encoding="utf-8")

@@ -8,7 +8,6 @@ import pytest
 
 from pytest_moe_routing.routing import RoutingMethodType, classify, get_routing_method_type
 
-
 # scoring_func, renormalize, num_expert_group, has_e_score_bias, routed_scaling_factor -> method
 TABLE = [
     ("sqrtsoftplus", True, None, True, 1.5, "DeepseekV4"),
@@ -46,12 +45,21 @@ def test_a_scaled_router_becomes_minimax2_where_that_scales():
 
 def test_the_scaling_flag_changes_no_other_decision():
     axes = itertools.product(
-        ("softmax", "sigmoid", "sqrtsoftplus", "tanh"), (True, False), (None, 0, 1, 8), (True, False), (None, 1.0, 2.5)
+        ("softmax", "sigmoid", "sqrtsoftplus", "tanh"),
+        (True, False),
+        (None, 0, 1, 8),
+        (True, False),
+        (None, 1.0, 2.5),
     )
     for scoring, renormalize, groups, bias, scale in axes:
         before = classify(scoring, 8, renormalize, groups, bias, scale).method
         after = classify(scoring, 8, renormalize, groups, bias, scale, minimax2_scales=True).method
-        scaled_minimax = (scoring, renormalize, bias, scale) == ("sigmoid", True, True, 2.5) and not groups
+        scaled_minimax = (scoring, renormalize, bias, scale) == (
+            "sigmoid",
+            True,
+            True,
+            2.5,
+        ) and not groups
         assert (before != after) == scaled_minimax
 
 

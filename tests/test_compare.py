@@ -18,7 +18,14 @@ from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing.recipe import Recipe
 
 DEEPSEEK = Recipe(
-    top_k=8, score="sigmoid", bias=True, n_group=8, topk_group=4, normalize="sum", epsilon=1e-20, scale=2.5
+    top_k=8,
+    score="sigmoid",
+    bias=True,
+    n_group=8,
+    topk_group=4,
+    normalize="sum",
+    epsilon=1e-20,
+    scale=2.5,
 )
 MINIMAX = replace(DEEPSEEK, n_group=1, topk_group=1)
 RECIPES = {
@@ -148,7 +155,11 @@ def test_groups_masked_with_a_number_are_caught(mask):
 @pytest.mark.parametrize("pattern", ["ties-at-k", "saturated", "ties-at-groups"])
 @pytest.mark.parametrize("precision", ["float32", "flashinfer"])
 def test_the_higher_index_of_a_tie_is_caught(pattern, precision):
-    recipe = replace(DEEPSEEK, bias=False) if pattern == "ties-at-groups" else replace(MINIMAX, bias=False)
+    recipe = (
+        replace(DEEPSEEK, bias=False)
+        if pattern == "ties-at-groups"
+        else replace(MINIMAX, bias=False)
+    )
     logits = make(pattern, recipe, num_tokens=32, num_experts=256).logits
     if pattern == "saturated":
         logits = logits.round()
@@ -168,7 +179,11 @@ def test_an_expert_just_beyond_the_margin_is_caught_and_one_within_is_not():
 
 @pytest.mark.parametrize(
     ("row", "text"),
-    [([0, 1, 1], "expert 1 is chosen 2 times"), ([0, 1, 8], "expert 8 is not one of 8"), ([-1, 0, 1], "expert -1")],
+    [
+        ([0, 1, 1], "expert 1 is chosen 2 times"),
+        ([0, 1, 8], "expert 8 is not one of 8"),
+        ([-1, 0, 1], "expert -1"),
+    ],
 )
 def test_repeated_and_foreign_experts_are_caught_even_in_rows_of_nan(row, text):
     logits = torch.full((1, 8), torch.nan)
@@ -223,4 +238,16 @@ def test_misuse_is_an_error_not_a_difference(ids, weights, text):
 
 def test_an_unknown_precision_is_misuse():
     with pytest.raises(RecipeError, match="expected float64, float32, flashinfer"):
-        compare_routing(torch.zeros(1, 1).long(), None, torch.zeros(1, 2), Recipe(), precision="half")
+        compare_routing(
+            torch.zeros(1, 1).long(), None, torch.zeros(1, 2), Recipe(), precision="half"
+        )
+
+
+@pytest.mark.parametrize(("epsilon", "ok"), [(0.0, True), (1e-20, False)])
+def test_nan_is_allowed_exactly_where_zero_may_be_divided_by_zero(epsilon, ok):
+    """flashinfer PR 3803: with an epsilon in the recipe, NaN weights are a defect."""
+    recipe = replace(MINIMAX, epsilon=epsilon)
+    case = make("below-minus-100", recipe, num_tokens=8, num_experts=64)
+    ids = route(case.logits, recipe, case.bias).topk_ids
+    found = compare_routing(ids, torch.full((8, 8), torch.nan), case.logits, recipe, case.bias)
+    assert found.ok == ok

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer, exact_calls
+from pytest_moe_routing.backends import FlashInfer, exact_calls, same_calls
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.logits import make
 from pytest_moe_routing.models import load_models
@@ -17,7 +17,9 @@ from pytest_moe_routing.routing.equivalence import counterexample, same
 
 T = RoutingMethodType
 MODELS = load_models(packaged_directory())
-GROUPED = Recipe(top_k=8, score="sigmoid", bias=True, n_group=8, topk_group=4, normalize="sum", scale=2.5)
+GROUPED = Recipe(
+    top_k=8, score="sigmoid", bias=True, n_group=8, topk_group=4, normalize="sum", scale=2.5
+)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +81,16 @@ def test_a_counterexample_can_be_checked_by_hand(change):
     example = counterexample(GROUPED, other, 256)
     inputs = make(example.pattern, replace(GROUPED, bias=True), num_tokens=16, num_experts=256)
     for recipe, said in ((GROUPED, example.wanted), (other, example.got)):
-        got = route(inputs.logits, recipe, inputs.bias if recipe.bias else None, dtype=torch.float64)
-        row = dict(zip(got.topk_ids[example.token].tolist(), got.topk_weights[example.token].tolist(), strict=True))
+        got = route(
+            inputs.logits, recipe, inputs.bias if recipe.bias else None, dtype=torch.float64
+        )
+        row = dict(
+            zip(
+                got.topk_ids[example.token].tolist(),
+                got.topk_weights[example.token].tolist(),
+                strict=True,
+            )
+        )
         assert row == said
     assert all(example.logits[e] == inputs.logits[example.token, e].item() for e in example.logits)
     assert "wanted" in "\n".join(example.lines())
@@ -118,5 +128,9 @@ def test_every_model_means_what_its_recipe_says_and_no_neighbour():
     assert not same(recipes["nemotron-3-nano"], recipes["deepseek-r1"], 256)
 
 
-def test_every_backend_of_a_model_is_known():
-    assert {c for spec in MODELS.values() for c in spec.checkpoints} <= set(BACKENDS)
+def test_a_router_that_is_not_expressible_equals_nothing():
+    gemma = MODELS["gemma-4-26b-a4b"].router
+    assert gemma.not_expressible
+    assert same_calls(gemma, "nvfp4", FlashInfer.of("0.7.2.post1")) == []
+    plain = replace(gemma, not_expressible=None)
+    assert same_calls(plain, "nvfp4", FlashInfer.of("0.7.2.post1")) != []

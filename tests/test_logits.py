@@ -75,7 +75,11 @@ def test_each_pattern_is_what_it_says():
     near = case("near-ties").logits
     assert len(near[0].unique()) == 256
     assert len(near[0].bfloat16().unique()) < 16
-    assert (route(case("hot-expert").logits, DEEPSEEK, case("hot-expert").bias).topk_ids == 255).any(1).all()
+    assert (
+        (route(case("hot-expert").logits, DEEPSEEK, case("hot-expert").bias).topk_ids == 255)
+        .any(1)
+        .all()
+    )
     tied = case("ties-at-k").logits.sort(1, descending=True).values
     assert torch.equal(tied[:, 7], tied[:, 8])
     groups = group_scores(case("ties-at-groups").logits.sigmoid(), DEEPSEEK)

@@ -104,7 +104,11 @@ def test_a_limit_by_best_expert_is_void_when_top_k_fits_the_groups(recipe_and_ex
 def test_softmax_then_top_k_then_sum_is_top_k_then_softmax():
     logits = make("plain", PLAIN, num_tokens=64, num_experts=32).logits
     first = route(logits, replace(PLAIN, normalize="sum"), dtype=torch.float64)
-    second = route(logits, replace(PLAIN, score="identity", weigh_by="identity", normalize="softmax"), dtype=torch.float64)
+    second = route(
+        logits,
+        replace(PLAIN, score="identity", weigh_by="identity", normalize="softmax"),
+        dtype=torch.float64,
+    )
     assert torch.equal(first.topk_ids, second.topk_ids)
     assert torch.allclose(first.topk_weights, second.topk_weights, rtol=1e-12)
 
@@ -115,7 +119,9 @@ def test_top_1_normalized_by_sum_weighs_1():
     assert torch.equal(got.topk_weights, torch.ones(64, 1))
 
 
-@pytest.mark.parametrize("recipe", [PLAIN, GROUPED, Recipe(top_k=4, score="identity", normalize="softmax")], ids=str)
+@pytest.mark.parametrize(
+    "recipe", [PLAIN, GROUPED, Recipe(top_k=4, score="identity", normalize="softmax")], ids=str
+)
 def test_rows_that_are_not_finite_give_distinct_experts_in_range(recipe):
     case = make("not-finite", recipe, num_tokens=40, num_experts=32)
     ids = route(case.logits, recipe, case.bias).topk_ids

@@ -213,7 +213,7 @@ class FlashInfer:
         return self.methods[number] if 0 <= number < len(self.methods) else None
 
     def honours(self, method: str, argument: str) -> bool:
-        """Whether a method of this release takes an argument (`scale`, `bias`, ...) into account."""
+        """Whether a method of this release heeds an argument: `scale`, `bias`, `n_group`."""
         if method not in self.methods:
             return False
         row = METHODS.get(RoutingMethodType[method])

@@ -258,7 +258,7 @@ class _Rows:
         best = reference.stable_topk(keys, count)
         inputs = self._inputs(token).view(2, recipe.n_group, -1)
         made_of = inputs.gather(2, best.unsqueeze(0).expand(2, -1, -1))
-        return made_of.permute(1, 2, 0).tolist()  # type: ignore[no-any-return]
+        return made_of.permute(1, 2, 0).tolist()
 
     def wrong_experts(self, token: int, ids: Tensor, excess: float) -> Difference:
         wanted, got = self.ids[token].tolist(), ids.tolist()
@@ -276,8 +276,12 @@ class _Rows:
 
         return Difference(token, problem, show(wanted), show(got), excess)
 
-    def _weight_bounds(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and largest weights that the implementation may give these experts."""
+    def _weight_bounds(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The smallest and largest weights that the implementation may give these experts.
+
+        The third result, `[num_tokens, 1]`, tells where the weights may be undefined: where all
+        chosen scores may underflow to zero, and no epsilon keeps 0/0 away.
+        """
         recipe, precision = self.recipe, self.precision
         if recipe.weigh_by == "softmax":
             scores = reference.score(self.logits, "softmax").gather(1, ids)
@@ -287,10 +291,12 @@ class _Rows:
         low, high = scores - error, scores + error
         if recipe.weigh_by != "identity":
             low = low.clamp_min(0)
+        undefined = torch.zeros_like(low[:, :1], dtype=torch.bool)
         if recipe.normalize == "softmax":
             weights = scores.softmax(1)
             low, high = weights * (1 - precision.relative), weights * (1 + precision.relative)
         elif recipe.normalize == "sum":
+            undefined = low.sum(1, keepdim=True) + recipe.epsilon <= 0
             others_high = high.sum(1, keepdim=True) - high
             others_low = low.sum(1, keepdim=True) - low
             low, high = (
@@ -301,15 +307,15 @@ class _Rows:
         slack = (precision.weight + precision.relative) * torch.maximum(low.abs(), high.abs())
         # Float32 flushes or loses what is below its smallest normal number.
         slack = slack + 2.0**-126 * max(1.0, recipe.scale)
-        return low - slack, high + slack
+        return low - slack, high + slack, undefined
 
     def wrong_weights(self, ids: Tensor, weights: Tensor, *, skip: Tensor) -> list[Difference]:
         safe_ids = ids.clamp(0, self.logits.shape[1] - 1)
-        low, high = self._weight_bounds(safe_ids)
+        low, high, undefined = self._weight_bounds(safe_ids)
         exact = reference.weigh(self.logits, self.recipe, safe_ids)
         outside = ~((weights >= low) & (weights <= high))
-        # NaN and inf are right exactly where the exact weight is NaN or that inf; 0/0 may be either.
-        outside &= ~(weights.isnan() & (exact.isnan() | low.isnan() | high.isnan()))
+        # NaN is right where the exact weight is NaN or may be, an infinity where it is that one.
+        outside &= ~(weights.isnan() & (exact.isnan() | undefined))
         outside &= ~(weights == exact)
         beyond = torch.maximum(low - weights, weights - high).nan_to_num(torch.inf, torch.inf)
         found = []

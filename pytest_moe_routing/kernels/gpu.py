@@ -1,7 +1,7 @@
 """The GPU of this process: is there one for the routing kernels, and how tests share it.
 
-A GPU test runs inside `guarded`: it waits for memory that a neighbour holds, a stuck kernel ends its
-process with the stack, and so does a device fault, as no later call in that process could be
+A GPU test runs inside `guarded`: it waits for memory that a neighbour holds; a stuck kernel ends
+its process with the stack, and so does a device fault, as no later call in that process could be
 trusted. Under pytest-xdist the worker is replaced and the tests after it run; the failed test is
 reported as the one that crashed the worker.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
-import sys
 import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -60,7 +59,7 @@ def place_worker(environ: MutableMapping[str, str], count: int) -> None:
 
 @cache
 def find_gpu() -> Gpu:
-    """The GPU of this process. Asks the cheap questions first: no torch where there is no driver."""
+    """The GPU of this process. Cheap questions come first: no torch where there is no driver."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -100,10 +99,10 @@ def synchronize() -> None:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Run one GPU test: see the module's description."""
+def guarded(stderr: int) -> Iterator[None]:
+    """Run one GPU test, see the module's description; last words go to the descriptor `stderr`."""
     wait_for_memory()
-    faulthandler.dump_traceback_later(STUCK_AFTER, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(STUCK_AFTER, exit=True, file=stderr)
     try:
         yield
     finally:
@@ -111,7 +110,10 @@ def guarded() -> Iterator[None]:
         try:
             synchronize()
         except Exception as error:
-            end_process(f"device fault: {error}")
+            # Nothing that this process asks of CUDA from here on would be answered.
+            test = os.environ.get("PYTEST_CURRENT_TEST", "a test")
+            os.write(stderr, f"moe-routing: {test}: device fault: {error}\n".encode())
+            os._exit(1)
 
 
 def wait_for_memory() -> None:
@@ -119,10 +121,3 @@ def wait_for_memory() -> None:
     deadline = time.monotonic() + PATIENCE
     while free_memory() < MEMORY and time.monotonic() < deadline:
         time.sleep(1.0)
-
-
-def end_process(reason: str) -> None:
-    """End this process at once, saying why: CUDA cannot recover from what happened in it."""
-    test = os.environ.get("PYTEST_CURRENT_TEST", "a test")
-    print(f"moe-routing: {test}: {reason}", file=sys.__stderr__, flush=True)
-    os._exit(1)

@@ -37,7 +37,9 @@ class _AnyMajor:
 @contextmanager
 def _widened() -> Iterator[None]:
     jit = import_module("flashinfer.jit.fused_moe")
-    with patch.object(jit, "current_compilation_context", _AnyMajor(jit.current_compilation_context)):
+    with patch.object(
+        jit, "current_compilation_context", _AnyMajor(jit.current_compilation_context)
+    ):
         yield
 
 
@@ -50,7 +52,7 @@ def install_routing_module() -> None:
     Raises:
         Unsupported: It cannot be built here, or the prebuilt module does not load.
     """
-    front_end = import_module("flashinfer.fused_moe.trtllm_gen_routing")
+    front_end: Any = import_module("flashinfer.fused_moe.trtllm_gen_routing")
     prebuilt = os.environ.get(PREBUILT)
     try:
         if prebuilt:

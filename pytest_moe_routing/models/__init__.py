@@ -1,14 +1,26 @@
 """What a model says of itself. Imports nothing else of this package, and no torch."""
 
-from pytest_moe_routing.models.loader import load_model, load_models, select
-from pytest_moe_routing.models.spec import SCHEMES, ExpertsConfig, ModelSpec, RouterConfig
+from pytest_moe_routing.models.huggingface import read_config
+from pytest_moe_routing.models.loader import load_incomplete, load_model, load_models, select
+from pytest_moe_routing.models.spec import (
+    SCHEMES,
+    ExpertsConfig,
+    IncompleteModel,
+    ModelSpec,
+    RouterConfig,
+)
+from pytest_moe_routing.models.writer import dump_model
 
 __all__ = [
     "SCHEMES",
     "ExpertsConfig",
+    "IncompleteModel",
     "ModelSpec",
     "RouterConfig",
+    "dump_model",
+    "load_incomplete",
     "load_model",
     "load_models",
+    "read_config",
     "select",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,58 +13,105 @@ from typing import Any, NoReturn
 import yaml
 
 from pytest_moe_routing.errors import ModelError
-from pytest_moe_routing.models.spec import SECTIONS, ModelSpec, is_required, schema
+from pytest_moe_routing.models.spec import (
+    SECTIONS,
+    IncompleteModel,
+    ModelSpec,
+    is_required,
+    schema,
+)
 
 FILE_NAME = "model.yaml"
 MAX_BYTES = 1_000_000
-_ID = re.compile(r"[a-z0-9.-]+")
+_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A key's value, and where it stands."""
+
+    node: yaml.Node
+    file: Path
+    line: int
 
 
 class _Section:
-    """A YAML mapping that remembers the line of every key."""
+    """A YAML mapping that remembers where every key stands, over one that it inherits keys from."""
 
-    def __init__(self, path: Path, node: yaml.Node, name: str = "", line: int = 1) -> None:
-        self.path, self.name, self.line = path, name, line
+    def __init__(
+        self,
+        file: Path,
+        node: yaml.Node,
+        name: str = "",
+        line: int = 1,
+        under: _Section | None = None,
+    ) -> None:
+        self.file, self.name, self.line = file, name, line
+        #: For the whole file: the one whose sections it inherits, key by key.
+        self.like: _Section | None = None
         if not isinstance(node, yaml.MappingNode):
-            _fail(path, self.line, name or "the file", _show(node), "a mapping of keys to values")
-        self.nodes: dict[str, yaml.Node] = {}
-        self.lines: dict[str, int] = {}
+            _fail(file, line, name or "the file", _show(node), "a mapping of keys to values")
+        own: dict[str, _Entry] = {}
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in self.nodes:
-                first = self.lines[key]
-                self.fail(key, "the key again", f"it once; it stands on line {first}", line)
-            self.nodes[key], self.lines[key] = value_node, line
+            if key in own:
+                first = own[key].line
+                where = self._path(key)
+                _fail(file, line, where, "the key again", f"it once; it stands on line {first}")
+            own[key] = _Entry(value_node, file, line)
+        self.entries: dict[str, _Entry] = {**(under.entries if under else {}), **own}
 
-    def fail(self, key: str, found: str, expected: str, line: int | None = None) -> NoReturn:
-        where = f"{self.name}.{key}" if self.name else key
-        _fail(self.path, line or self.lines.get(key, self.line), where, found, expected)
+    def fail(self, key: str, found: str, expected: str) -> NoReturn:
+        entry = self.entries.get(key)
+        file, line = (entry.file, entry.line) if entry else (self.file, self.line)
+        _fail(file, line, self._path(key), found, expected)
 
-    def build(self, cls: type) -> Any:
+    def _path(self, key: str) -> str:
+        return f"{self.name}.{key}" if self.name else key
+
+    def section(self, key: str) -> _Section | None:
+        """The mapping under a key, over the same one of the file that this file is like."""
+        under = self.like.section(key) if self.like else None
+        entry = self.entries.get(key)
+        return _Section(entry.file, entry.node, key, entry.line, under) if entry else under
+
+    def build(self, cls: type, *, partial: bool = False) -> Any:
+        """Make the dataclass from its keys, checked; with `partial`, sections may lack keys."""
+        values = self.values(cls, partial=partial)
+        for key, item in schema(cls).items():
+            if key not in values and is_required(item):
+                expected = item.metadata.get("kind", "a mapping of keys to values")
+                self.fail(key, "nothing: the key is missing", str(expected))
+        built = cls(**values)
+        for key, found, expected in built.problems():
+            self.fail(key, found, expected)
+        return built
+
+    def values(self, cls: type, *, partial: bool = False) -> dict[str, Any]:
+        """The keys that are there, each checked; sections are built unless `partial`."""
         keys = schema(cls)
-        for key in self.nodes:
+        for key in self.entries:
             if key not in keys:
                 near = get_close_matches(key, keys, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(keys)}"
                 self.fail(key, "an unknown key", hint)
         values: dict[str, Any] = {}
         for key, item in keys.items():
-            if key not in self.nodes:
-                if is_required(item):
-                    expected = item.metadata.get("kind", "a mapping of keys to values")
-                    self.fail(key, "nothing: the key is missing", str(expected))
-            elif key in SECTIONS:
-                section = _Section(self.path, self.nodes[key], key, self.lines[key])
-                values[key] = section.build(SECTIONS[key])
-            else:
-                values[key] = self._value(key, item.metadata["kind"])
-        built = cls(**values)
-        for key, found, expected in built.problems():
-            self.fail(key, found, expected)
-        return built
+            if key in SECTIONS:
+                if section := self.section(key):
+                    of = SECTIONS[key]
+                    values[key] = section.values(of) if partial else section.build(of)
+            elif key in self.entries:
+                values[key] = self.value(key, item.metadata["kind"])
+        return values
 
-    def _value(self, key: str, kind: Any) -> Any:
-        node = self.nodes[key]
+    def value(self, key: str, kind: Any) -> Any:
+        """The value of a key that is there, checked.
+
+        Raises:
+            ModelError: It is not of this kind.
+        """
+        node = self.entries[key].node
         try:
             value = yaml.SafeLoader("").construct_object(node, deep=True)
         except (yaml.YAMLError, ValueError) as error:
@@ -99,20 +146,55 @@ def load_model(path: Path) -> ModelSpec:
     """Read one `model.yaml`, given the file or its folder.
 
     Raises:
-        ModelError: the file cannot be read, or anything in it is not as the schema says.
+        ModelError: the file cannot be read, or anything in it is not as the schema says; or the
+            model is incomplete, and the message says what is missing.
     """
     file = path / FILE_NAME if path.is_dir() else path
+    model = _load(file)
+    if isinstance(model, IncompleteModel):
+        raise ModelError(f"{file}: incomplete, so it cannot be judged: {model.incomplete}")
+    return model
+
+
+def _load(file: Path) -> ModelSpec | IncompleteModel:
+    root = _read(file)
+    folder = file.resolve().parent
+    if "incomplete" in root.entries:
+        incomplete: IncompleteModel = root.build(IncompleteModel, partial=True)
+        return replace(incomplete, folder=folder)
+    spec: ModelSpec = root.build(ModelSpec)
+    return replace(spec, folder=folder)
+
+
+def _read(file: Path, likes: tuple[Path, ...] = ()) -> _Section:
+    """A file's keys, over those of the file that it is like."""
     folder = file.resolve().parent
     if not _ID.fullmatch(folder.name):
         raise ModelError(
             f"{file}: the folder's name is the model's id: found {folder.name!r}, "
             "expected lower-case letters, digits, dots and dashes"
         )
+    root = _compose(file)
+    if root is None:
+        _fail(file, 1, "the file", "nothing", "a mapping with the keys of a model")
+    section = _Section(file, root)
+    if "like" in section.entries:
+        like = section.value("like", schema(ModelSpec)["like"].metadata["kind"])
+        other = folder.parent / like / FILE_NAME
+        if not _ID.fullmatch(like) or not other.is_file():
+            section.fail("like", repr(like), f"the id of a model in {folder.parent}")
+        if other in (*likes, folder / FILE_NAME):
+            section.fail("like", repr(like), "a model that is not, by way of others, like this one")
+        section.like = _read(other, (*likes, folder / FILE_NAME))
+    return section
+
+
+def _compose(file: Path) -> yaml.Node | None:
     try:
         raw = file.read_bytes()
         if len(raw) > MAX_BYTES:
             raise ModelError(f"{file}: found {len(raw)} bytes, expected at most {MAX_BYTES}")
-        root = yaml.compose(raw.decode("utf-8"), Loader=yaml.SafeLoader)
+        return yaml.compose(raw.decode("utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -123,14 +205,10 @@ def load_model(path: Path) -> ModelSpec:
         raise ModelError(f"{file}:{line}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ModelError(f"{file}:1: not valid YAML: {error}") from error
-    if root is None:
-        _fail(file, 1, "the file", "nothing", "a mapping with the keys of a model")
-    spec: ModelSpec = _Section(file, root).build(ModelSpec)
-    return replace(spec, folder=folder)
 
 
 def load_models(*directories: Path) -> dict[str, ModelSpec]:
-    """Read every model folder of the directories; a later directory's model replaces an earlier's.
+    """Read every complete model of the directories; a later one's model replaces an earlier's.
 
     Returns the models by id, sorted.
 
@@ -138,21 +216,40 @@ def load_models(*directories: Path) -> dict[str, ModelSpec]:
         ModelError: a directory is missing or holds no model, a model is wrong, or two folders of
             one directory describe a model under the same name.
     """
-    models: dict[str, ModelSpec] = {}
+    return {
+        id_: model for id_, model in _load_all(directories).items() if isinstance(model, ModelSpec)
+    }
+
+
+def load_incomplete(*directories: Path) -> dict[str, IncompleteModel]:
+    """The models of the directories that say what is missing, by id. They cannot be judged.
+
+    Raises:
+        ModelError: as for `load_models`.
+    """
+    return {
+        id_: model
+        for id_, model in _load_all(directories).items()
+        if isinstance(model, IncompleteModel)
+    }
+
+
+def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteModel]:
+    models: dict[str, ModelSpec | IncompleteModel] = {}
     for directory in directories:
         files = sorted(directory.glob(f"*/{FILE_NAME}")) if directory.is_dir() else []
         if not files:
             raise ModelError(f"{directory}: found no */{FILE_NAME}, expected a golden directory")
         names: dict[str, Path] = {}
         for file in files:
-            spec = load_model(file)
-            if spec.model in names:
+            model = _load(file)
+            if model.model in names:
                 raise ModelError(
-                    f"{file}: model: found {spec.model!r} again, "
-                    f"expected a name of its own; it is also in {names[spec.model]}"
+                    f"{file}: model: found {model.model!r} again, "
+                    f"expected a name of its own; it is also in {names[model.model]}"
                 )
-            names[spec.model] = file
-            models[spec.id] = spec
+            names[model.model] = file
+            models[model.id] = model
     return dict(sorted(models.items()))
 
 

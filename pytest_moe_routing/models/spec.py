@@ -71,25 +71,30 @@ def key(type_: type, *, default: Any = MISSING, **limits: Any) -> Any:
 
 
 def is_required(item: Field[Any]) -> bool:
-    return item.default is MISSING
+    return item.default is MISSING and item.default_factory is MISSING
 
 
 DTYPES = ("float32", "bfloat16")
 SCORING_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2_sum", "max")
-ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep")
-#: Quantization schemes of the experts, named after the backend that serves them.
-SCHEMES = ("fp8_block", "fp8_per_tensor", "mxfp8", "nvfp4", "mxfp4", "bf16", "mxint4")
+ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep", "situ")
+#: Quantization schemes of the experts, named after the fused backend that serves them.
+SERVED_SCHEMES = ("fp8_block", "fp8_per_tensor", "mxfp8", "nvfp4", "mxfp4", "bf16", "mxint4")
+#: Schemes that checkpoints have and no fused backend of FlashInfer serves.
+OTHER_SCHEMES = ("fp8_per_channel", "w4a16_nvfp4", "int4", "int8")
+SCHEMES = SERVED_SCHEMES + OTHER_SCHEMES
 
 _COUNT = {"minimum": 1, "maximum": 2**31 - 1}
+# Routing is run on this many columns: a slip in a config must not become an allocation of 100 GB.
+_EXPERTS = {"minimum": 1, "maximum": 2**16}
 
 
 @dataclass(frozen=True)
 class RouterConfig:
     """How a model chooses and weighs experts. Keys carry the names of vLLM and the HF configs."""
 
-    num_experts: int = key(int, **_COUNT)
-    top_k: int = key(int, **_COUNT)
+    num_experts: int = key(int, **_EXPERTS)
+    top_k: int = key(int, **_EXPERTS)
     scoring_func: str = key(str, choices=SCORING_FUNCS)
     #: dtype of `e_score_correction_bias` in the checkpoint, null when the router has none.
     correction_bias: str | None = key(str, choices=DTYPES, nullable=True)
@@ -98,12 +103,15 @@ class RouterConfig:
     logits_dtype: str = key(str, choices=DTYPES)
     #: Llama4, gpt-oss: choose on the raw logits, score only what was chosen.
     topk_before_score: bool = key(bool, default=False)
-    n_group: int | None = key(int, default=None, nullable=True, **_COUNT)
-    topk_group: int | None = key(int, default=None, nullable=True, **_COUNT)
+    n_group: int | None = key(int, default=None, nullable=True, **_EXPERTS)
+    topk_group: int | None = key(int, default=None, nullable=True, **_EXPERTS)
     group_score: str | None = key(str, default=None, choices=GROUP_SCORES, nullable=True)
     renormalize_epsilon: float = key(float, default=0.0, minimum=0, maximum=1)
     routed_scaling_factor: float = key(float, default=1.0, above=0, maximum=1e6)
     weight_on: str = key(str, default="output", choices=("output", "input"))
+    #: Why no recipe computes what this router does. The other keys are then the nearest recipe's,
+    #: and no kernel can mean the same.
+    not_expressible: str | None = key(str, default=None, nullable=True)
 
     def problems(self) -> Iterator[Problem]:
         """Combinations of valid values that no router can have."""
@@ -159,14 +167,19 @@ class ExpertsConfig:
 class ModelSpec:
     """One model: `golden/<id>/model.yaml`."""
 
+    router: RouterConfig
+    experts: ExpertsConfig
     model: str = key(str)
     hf_repo: str = key(str)
     architecture: str = key(str)
-    router: RouterConfig = field()
-    experts: ExpertsConfig = field()
     checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True)
     #: Where each number comes from.
     sources: tuple[str, ...] = key(str, many=True)
+    #: What a reader should know and no other key says, such as layers that differ.
+    notes: tuple[str, ...] = key(str, many=True, default=())
+    #: The id of a model in the same directory: keys of `router` and `experts` that are not here are
+    #: those of that model.
+    like: str | None = key(str, default=None, nullable=True)
     #: The folder that holds model.yaml and the goldens; its name is the model's id.
     folder: Path = field(default=Path(), compare=False)
 
@@ -175,23 +188,56 @@ class ModelSpec:
         return self.folder.name
 
     def problems(self) -> Iterator[Problem]:
-        owner, _, name = self.hf_repo.partition("/")
-        if not owner or not name or "/" in name:
-            yield "hf_repo", self.hf_repo, "owner/name"
+        yield from _repository_problems(self.hf_repo)
 
     def as_dict(self) -> dict[str, Any]:
         """What the model says, as plain data: everything but where it was read and sourced."""
         data = asdict(self)
-        del data["folder"], data["sources"]
-        return {**data, "checkpoints": list(self.checkpoints)}
+        names = ("model", "hf_repo", "architecture", "router", "experts")
+        if self.router.not_expressible is None:
+            del data["router"]["not_expressible"]
+        return {**{name: data[name] for name in names}, "checkpoints": list(self.checkpoints)}
 
     def __str__(self) -> str:
         return self.id
 
 
+@dataclass(frozen=True)
+class IncompleteModel:
+    """A model of which some keys have no source. What is known is checked; nothing is judged."""
+
+    model: str = key(str)
+    architecture: str = key(str)
+    #: What is missing, in words.
+    incomplete: str = key(str)
+    sources: tuple[str, ...] = key(str, many=True)
+    hf_repo: str | None = key(str, default=None)
+    #: The keys of a `RouterConfig` and an `ExpertsConfig` that are known.
+    router: Mapping[str, Any] = field(default_factory=dict)
+    experts: Mapping[str, Any] = field(default_factory=dict)
+    checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True, default=())
+    notes: tuple[str, ...] = key(str, many=True, default=())
+    like: str | None = key(str, default=None, nullable=True)
+    folder: Path = field(default=Path(), compare=False)
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    def problems(self) -> Iterator[Problem]:
+        if self.hf_repo is not None:
+            yield from _repository_problems(self.hf_repo)
+
+
+def _repository_problems(hf_repo: str) -> Iterator[Problem]:
+    owner, _, name = hf_repo.partition("/")
+    if not owner or not name or "/" in name:
+        yield "hf_repo", hf_repo, "owner/name"
+
+
 SECTIONS: Mapping[str, type] = {"router": RouterConfig, "experts": ExpertsConfig}
 
 
-def schema(section: type) -> dict[str, Field[Any]]:
+def schema(cls: type) -> dict[str, Field[Any]]:
     """The YAML keys of a section, by name."""
-    return {f.name: f for f in fields(section) if "kind" in f.metadata or f.name in SECTIONS}
+    return {f.name: f for f in fields(cls) if "kind" in f.metadata or f.name in SECTIONS}

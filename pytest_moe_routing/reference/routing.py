@@ -34,7 +34,11 @@ class Routing:
 
 
 def route(
-    logits: Tensor, recipe: Recipe, bias: Tensor | None = None, *, dtype: torch.dtype = torch.float32
+    logits: Tensor,
+    recipe: Recipe,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Routing:
     """Route every token.
 
@@ -116,7 +120,7 @@ def group_scores(keys: Tensor, recipe: Recipe) -> Tensor:
 
 
 def choose(keys: Tensor, recipe: Recipe) -> Tensor:
-    """Ids of the chosen experts, `[num_tokens, top_k]`; excluded groups are no candidates at all."""
+    """Ids of the chosen experts, `[num_tokens, top_k]`; excluded groups are no candidates."""
     if not recipe.grouped:
         return stable_topk(keys, recipe.top_k)
     kept = stable_topk(group_scores(keys, recipe), recipe.topk_group)

@@ -45,8 +45,11 @@ class Reporter:
             for line in table(self.verdicts):
                 write(line)
         if self.lacks_gpu:
-            write(f"moe-routing: --moe-require-gpu, but no GPU test ran; {sum(self.gpu.values())} "
-                  "were skipped:", red=True)
+            write(
+                f"moe-routing: --moe-require-gpu, but no GPU test ran; {sum(self.gpu.values())} "
+                "were skipped:",
+                red=True,
+            )
             for reason, count in self.gpu_skips.most_common():
                 write(f"  {count} x {reason}", red=True)
 
@@ -54,14 +57,18 @@ class Reporter:
 def table(verdicts: list[dict[str, str]]) -> list[str]:
     """Verdicts as a table: one row per model, one column per backend."""
     models = sorted({v["model"] for v in verdicts})
-    backends = list(dict.fromkeys(v["backend"] for v in sorted(verdicts, key=lambda v: v["backend"])))
+    backends = list(
+        dict.fromkeys(v["backend"] for v in sorted(verdicts, key=lambda v: v["backend"]))
+    )
     cells = {
         (v["model"], v["backend"]): v["verdict"]
         + (f" ({v['method']})" if v["verdict"] != "fallback" else "")
         for v in verdicts
     }
     rows = [["model", *backends]]
-    rows += [[model, *(cells.get((model, backend), "-") for backend in backends)] for model in models]
+    rows += [
+        [model, *(cells.get((model, backend), "-") for backend in backends)] for model in models
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

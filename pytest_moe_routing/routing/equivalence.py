@@ -90,7 +90,10 @@ def _counterexample(wanted: Recipe, got: Recipe, num_experts: int) -> Counterexa
             for recipe in (wanted, got)
         ]
         dense = [routing.dense(num_experts) for routing in routings]
-        chosen = [torch.zeros_like(d).scatter(1, r.topk_ids, 1) for d, r in zip(dense, routings, strict=True)]
+        chosen = [
+            torch.zeros_like(d).scatter(1, r.topk_ids, 1)
+            for d, r in zip(dense, routings, strict=True)
+        ]
         differs = (chosen[0] != chosen[1]) | (
             (dense[0] - dense[1]).abs() > _TOLERANCE * dense[0].abs().clamp_min(1e-300)
         )

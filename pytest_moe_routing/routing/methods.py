@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 from pytest_moe_routing.routing.recipe import Recipe
 
@@ -59,7 +60,7 @@ class Method:
 
         `weight_on` is the GEMMs' doing, not the routing method's: it is taken as given.
         """
-        arguments = {
+        arguments: dict[str, Any] = {
             "bias": bias,
             "n_group": n_group,
             "topk_group": topk_group,
@@ -69,8 +70,8 @@ class Method:
         return replace(self.recipe, top_k=top_k, weight_on=weight_on, **honoured)
 
 
-def _method(*honours: str, **recipe: str | float) -> Method:
-    return Method(Recipe(weight_dtype="bfloat16", **recipe), frozenset(honours))  # type: ignore[arg-type]
+def _method(*honours: str, **recipe: Any) -> Method:
+    return Method(Recipe(weight_dtype="bfloat16", **recipe), frozenset(honours))
 
 
 _GROUPS = ("n_group", "topk_group")

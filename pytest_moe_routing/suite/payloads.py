@@ -87,9 +87,12 @@ def routing_payload(model: ModelSpec, golden: dict[str, Any] | None = None) -> d
         routing = route(case.logits, recipe, case.bias, dtype=torch.float64)
         ids, weights = routing.topk_ids, routing.topk_weights
         chosen = _golden_ids(golden, name, ids)
-        if chosen is not None and compare_routing(
-            chosen, None, case.logits, recipe, case.bias, precision="float64"
-        ).ok:
+        if (
+            chosen is not None
+            and compare_routing(
+                chosen, None, case.logits, recipe, case.bias, precision="float64"
+            ).ok
+        ):
             ids, weights = chosen, weigh(case.logits.to(torch.float64), recipe, chosen)
         patterns[name] = [
             {"experts": e, "weights": w}

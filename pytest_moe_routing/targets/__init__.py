@@ -1,11 +1,10 @@
-"""Systems under test: one adapter each, one protocol, one registry. Adapters never import each other."""
+"""Systems under test: one protocol, one registry, adapters that never import each other."""
 
 from pytest_moe_routing.targets.judge import GOOD, VERDICTS, Judgement, judge
 from pytest_moe_routing.targets.protocol import Target
-from pytest_moe_routing.targets.registry import BUILTIN, check_target, load_target, target_names
+from pytest_moe_routing.targets.registry import check_target, load_target, target_names
 
 __all__ = [
-    "BUILTIN",
     "GOOD",
     "VERDICTS",
     "Judgement",

@@ -24,6 +24,8 @@ class BuiltinTarget(Target):
 
     def classify(self, model: ModelSpec) -> Classification:
         router = model.router
+        if router.not_expressible is not None:
+            return Classification(RoutingMethodType.Custom.name, (router.not_expressible,))
         if router.topk_before_score and router.top_k == 1 and router.scoring_func == "sigmoid":
             # Frameworks recognise this routing function itself, before any tree.
             return Classification(RoutingMethodType.Llama4.name, ("top-1 on the logits, sigmoid",))

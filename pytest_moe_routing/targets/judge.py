@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.backends import FlashInfer, Gate, KernelCall, exact_calls
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.routing import Classification, Recipe, recipe_of
 from pytest_moe_routing.targets.protocol import Target
@@ -68,7 +69,7 @@ class Judgement:
         lines = [
             f"{self.model} on {self.backend}, decided by {self.target}: {self.verdict}",
             f"  {VERDICTS[self.verdict]} ({self.flashinfer})",
-            f"  router   {self.wanted}",
+            f"  router   {self.model.router.not_expressible or self.wanted}",
             f"  decided  {self.classification}",
             *[f"  gate     {text}" for text in refused or [f"all accept: {asked}"]],
         ]
@@ -125,12 +126,19 @@ def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
         exact = tuple(exact_calls(model, backend, flashinfer))
         return replace(base, verdict="missed" if exact else "fallback", exact=exact)
 
-    number = target.method_numbers()[classification.method]
-    method = flashinfer.method(number)
+    if model.router.not_expressible is not None:
+        raise Unsupported(
+            f"{target} lets {model} through, which cannot be judged: {model.router.not_expressible}"
+        )
+    number = target.method_numbers().get(classification.method)
+    method = None if number is None else flashinfer.method(number)
     drift = f"{target} passes {classification.method} as {number}, which {flashinfer} reads as "
     if method is None:
-        return replace(base, verdict="crash", reasons=(drift + "no routing method",))
-    reasons = () if method == classification.method else (drift + method,)
+        exact = tuple(exact_calls(model, backend, flashinfer))
+        return replace(base, verdict="crash", reasons=(drift + "no routing method",), exact=exact)
+    reasons: tuple[str, ...] = ()
+    if method != classification.method:
+        reasons = (drift + method,)
     call = target.kernel_call(model, backend, method)
     base = replace(base, call=call)
     troubles = flashinfer.troubles(call)

@@ -9,7 +9,6 @@ from pytest_moe_routing.errors import TargetImportError, TargetNotInstalled, Unk
 from pytest_moe_routing.targets.protocol import Target
 
 GROUP = "moe_routing.targets"
-BUILTIN = "builtin"
 
 
 def target_names() -> list[str]:
@@ -40,9 +39,7 @@ def load_target(name: str, flashinfer: FlashInfer) -> Target:
             cls = getattr(import_module(module), attribute)
         else:
             cls = next(e for e in metadata.entry_points(group=GROUP) if e.name == name).load()
-        if not (isinstance(cls, type) and issubclass(cls, Target)):
-            raise UnknownTarget(f"target {name!r} is {cls!r}, not a class derived from Target")
-        return cls(flashinfer)
+        return _checked(name, cls)(flashinfer)
     except (UnknownTarget, TargetNotInstalled, TargetImportError):
         raise
     except Exception as error:
@@ -50,3 +47,9 @@ def load_target(name: str, flashinfer: FlashInfer) -> Target:
         raise TargetImportError(
             f"target {name!r} fails to import: {type(error).__name__}: {error}"
         ) from error
+
+
+def _checked(name: str, cls: object) -> type[Target]:
+    if not (isinstance(cls, type) and issubclass(cls, Target)):
+        raise UnknownTarget(f"target {name!r} is {cls!r}, not a class derived from Target")
+    return cls

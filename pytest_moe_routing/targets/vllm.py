@@ -51,7 +51,7 @@ _EXPERTS: Mapping[str, tuple[str, str, str, str]] = {
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """vLLM's own warnings are not the tests': a host may turn warnings into errors."""
+    """VLLM's own warnings are not the tests': a host may turn warnings into errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,0 +1,9 @@
+"""For the tests of this repository. The plugin itself is loaded through its entry point."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _not_a_worker(monkeypatch):
+    """Inner pytest runs must not take themselves for workers of the outer one."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)

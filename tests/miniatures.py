@@ -1,0 +1,103 @@
+"""Targets that decide badly, each in one known way; history among them. Used by name."""
+
+from __future__ import annotations
+
+from pytest_moe_routing.backends import Gate
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.routing import Classification
+from pytest_moe_routing.targets import Target
+from pytest_moe_routing.targets.builtin import BuiltinTarget
+
+
+class Vllm022(BuiltinTarget):
+    """The classifier of vLLM 0.21 and 0.22 (fused_moe/config.py:129): the scaling factor and
+    renormalize are not looked at for sigmoid with a bias, and sigmoid with top_k 1 is Llama4."""
+
+    name = "vllm-0.22-classifier"
+
+    def classify(self, model):
+        router = model.router
+        if router.scoring_func == "sigmoid" and router.correction_bias is not None:
+            method = "DeepSeekV3" if (router.n_group or 0) > 0 else "MiniMax2"
+        elif router.scoring_func == "sigmoid" and router.top_k == 1:
+            method = "Llama4"
+        else:
+            return super().classify(model)
+        return Classification(method, ("as vLLM 0.22",))
+
+    def gates(self, model, backend, method):
+        """No vLLM release asks whether the method takes the router's parameters into account."""
+        gates = super().gates(model, backend, method)
+        return tuple(gate for gate in gates if gate.name != "router parameters")
+
+
+class NoFloat32Logits(BuiltinTarget):
+    """The gate of vLLM 0.15.1 to 0.20 and of PR 43859: no float32 router logits (DeepSeekV3 too)."""
+
+    name = "no-float32-logits"
+
+    def gates(self, model, backend, method):
+        refuses = model.router.logits_dtype == "float32"
+        return tuple(
+            Gate(g.name, not refuses, "float32 is not bfloat16")
+            if g.name == "router logits dtype"
+            else g
+            for g in super().gates(model, backend, method)
+        )
+
+
+class DriftedNumbers(BuiltinTarget):
+    """The enum of vLLM 0.20 under its FlashInfer pin: Custom is 6, which is SigmoidRenorm there."""
+
+    name = "drifted-numbers"
+
+    def method_numbers(self):
+        return {**super().method_numbers(), "Custom": 6, "DeepSeekV3": 7}
+
+    def gates(self, model, backend, method):
+        return (Gate("anything goes", True),)
+
+
+class AcceptsAll(BuiltinTarget):
+    """Every gate open: what the kernel refuses becomes a crash."""
+
+    name = "accepts-all"
+
+    def gates(self, model, backend, method):
+        return (Gate("anything goes", True),)
+
+
+class LosesScale(BuiltinTarget):
+    """Passes no routed_scaling_factor (vLLM PR 43769, SGLang PR 8333)."""
+
+    name = "loses-scale"
+
+    def kernel_call(self, model, backend, method):
+        from dataclasses import replace
+
+        return replace(super().kernel_call(model, backend, method), routed_scaling_factor=1.0)
+
+
+class AnswersNothing(Target):
+    name = "answers-nothing"
+
+    def version(self):
+        return "0"
+
+
+class OnlyClassifies(AnswersNothing):
+    name = "only-classifies"
+
+    def classify(self, model):
+        raise Unsupported("the crystal ball is cloudy")
+
+
+class FailsToStart(Target):
+    name = "fails-to-start"
+
+    def __init__(self, flashinfer):
+        raise ImportError("libfoo.so.1: cannot open shared object file")
+
+
+class NotATarget:
+    pass

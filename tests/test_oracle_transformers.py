@@ -1,0 +1,216 @@
+"""Each family's router, run from transformers on a CPU, against our reference driven by its config.
+
+The family's config class makes a small config, which is saved as config.json and imported. The
+router's own class then gets hidden states, and its experts and weights must be those of `route`
+given nothing but the imported recipe. With the identity as its weight, a router sees the very
+logits that we want it to see.
+
+torch.topk, which all of these routers use, leaves the order of ties open: an expert may differ
+where the reference's own keys are as close as the router's rounding. So the patterns made of ties
+(`ties-at-k`, `ties-at-groups`) say nothing here. Neither do `not-finite`, for which no router has a
+meaning, and `below-minus-100`, where scores underflow and routers without an epsilon give NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pytest_moe_routing.logits import bell, make
+from pytest_moe_routing.models import read_config
+from pytest_moe_routing.models.huggingface.families import table
+from pytest_moe_routing.reference import routing as reference
+from pytest_moe_routing.routing import recipe_of
+
+transformers = pytest.importorskip("transformers", reason="the oracle is the transformers library")
+if not transformers.__version__.startswith("5.19."):
+    pytest.skip(f"classes are of 5.19, not {transformers.__version__}", allow_module_level=True)
+
+from transformers_routers import (  # noqa: E402
+    CASES,
+    GROUPED,
+    INEXPRESSIBLE,
+    NOT_COMPARED,
+    VOID,
+    Case,
+    E,
+    make_config,
+    make_router,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
+
+TOKENS = 48
+PATTERNS = (
+    "plain",
+    "all-negative",
+    "deep-negative-high-bias",
+    "saturated",
+    "near-ties",
+    "hot-expert",
+    "bias-below-minus-1",
+    "narrow-bias",
+)
+#: Random hidden states and a random gate, instead of chosen logits.
+HIDDEN_STATES = "hidden states"
+
+MUTATIONS = {
+    "bias ignored": lambda r: replace(r, correction_bias=None),
+    "groups ignored": lambda r: replace(r, n_group=None, topk_group=None, group_score=None),
+    "other group score": lambda r: replace(
+        r, group_score={"max": "top2_sum", "top2_sum": "max"}.get(r.group_score)
+    ),
+    "renormalize flipped": lambda r: replace(r, renormalize=not r.renormalize),
+    "scale ignored": lambda r: replace(r, routed_scaling_factor=1.0),
+    "other score": lambda r: replace(
+        r, scoring_func="sigmoid" if r.scoring_func == "softmax" else "softmax"
+    ),
+}
+
+
+def imported(case, folder):
+    make_config(case).save_pretrained(folder)
+    return read_config(folder).router
+
+
+@torch.no_grad()
+def fill(router, bias, gate):
+    """Set the gate's weight, the correction bias, and anything else that is learned."""
+    gates = 0
+    for seed, (name, tensor) in enumerate([*router.named_parameters(), *router.named_buffers()]):
+        if name.endswith("e_score_correction_bias") and bias is not None and tensor.numel() == E:
+            tensor.copy_(bias.view_as(tensor))
+        elif tensor.shape == (E, E):
+            tensor.copy_(gate)
+            gates += 1
+        elif tensor.is_floating_point():
+            tensor.copy_(bell(*tensor.shape, seed=seed))
+    return gates
+
+
+def run(case, recipe, pattern, dtype=torch.float32):
+    """Feed one pattern to the router: (experts, weights, the logits it saw, the bias it added)."""
+    name = "plain" if pattern == HIDDEN_STATES else pattern
+    inputs = make(name, recipe, num_tokens=TOKENS, num_experts=E)
+    bias = None if inputs.bias is None else inputs.bias.to(dtype)
+    gate = bell(E, E, seed=5) / 4 if pattern == HIDDEN_STATES else torch.eye(E)
+    router = make_router(case).to(dtype)
+    fill(router, bias, gate)
+    with torch.no_grad():
+        ids, weights, logits = case.call(router, inputs.logits.to(dtype), bias)
+    return ids, weights.to(torch.float64), logits, bias
+
+
+def tolerances(dtype, rounds_scores):
+    """Largest relative errors of a key and of a weight.
+
+    float32 has steps of 2**-23 and a softmax sums 32 of them. bfloat16 has steps of 2**-7, by half
+    of which a key is wrong twice (score, sum with the bias), and a weight twice (itself, and scaled
+    by the block); or four times, where scores are rounded (score, sum, quotient, scale).
+    """
+    if dtype == torch.float32:
+        return 2e-6, 4e-6
+    return (2.0**-7, 2.0**-6) if rounds_scores else (2e-6, 2.0**-7 + 4e-6)
+
+
+def differences(recipe, outputs, key_error, weight_error):
+    """Tokens routed otherwise than the recipe says, and how many experts differ within rounding."""
+    ids, weights, logits, bias = outputs
+    logits = logits.to(torch.float64)
+    bias = bias if recipe.bias else None
+    keys = reference.choosing_keys(reference.score(logits, recipe.score), recipe, bias)
+    nothing = torch.zeros_like(keys, dtype=torch.bool)
+    wanted = nothing.scatter(1, reference.choose(keys, recipe), True)
+    chosen = nothing.scatter(1, ids, True)
+    other = (chosen != wanted).any(1)
+    # Scores near 1 have an error even where the key, with a bias, is near 0.
+    slack = 2 * key_error * keys.abs().amax(1).clamp_min(1.0)
+    taken = keys.masked_fill(~(chosen & ~wanted), torch.inf).amin(1)
+    passed_over = keys.masked_fill(~(wanted & ~chosen), -torch.inf).amax(1)
+    ambiguous = passed_over - taken <= slack
+    if recipe.grouped:
+        ranked = reference.group_scores(keys, recipe).sort(1, descending=True).values
+        ambiguous |= ranked[:, recipe.topk_group - 1] - ranked[:, recipe.topk_group] <= 2 * slack
+    ambiguous &= other & (chosen.sum(1) == recipe.top_k)
+    exact = reference.weigh(logits, recipe, ids)
+    off = (weights - exact).abs() > weight_error * exact.abs() + 2.0**-126
+    wrong = (other & ~ambiguous) | off.any(1)
+    return wrong.nonzero().flatten().tolist(), int(ambiguous.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_router(case, dtype, tmp_path):
+    spec = imported(case, tmp_path)
+    assert spec.not_expressible is None
+    recipe = recipe_of(spec)
+    found = {}
+    for pattern in (*PATTERNS, HIDDEN_STATES):
+        outputs = run(case, recipe, pattern, dtype)
+        wrong, ambiguous = differences(recipe, outputs, *tolerances(dtype, case.rounds_scores))
+        if wrong:
+            found[pattern] = f"{len(wrong)} of {TOKENS} tokens, first {wrong[0]}"
+        if pattern == "plain" and dtype == torch.float32:
+            assert ambiguous == 0, "these logits are far enough apart to tell"
+    assert not found, f"{recipe}: {found}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_mutations_are_seen(case, tmp_path):
+    """Every step of every router counts: a recipe without it, or with another, does not pass."""
+    spec = imported(case, tmp_path)
+    recipe = recipe_of(spec)
+    outputs = [run(case, recipe, pattern) for pattern in PATTERNS]
+    within = tolerances(torch.float32, False)
+    void, unseen = set(), set()
+    for name, mutate in MUTATIONS.items():
+        mutated = recipe_of(mutate(spec))
+        if mutated.as_dict() == recipe.as_dict():
+            void.add(name)
+        elif not any(differences(mutated, output, *within)[0] for output in outputs):
+            unseen.add(name)
+    assert not unseen
+    assert void == {*VOID[table().families[case.family].router], *case.void}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_gate_is_found(case):
+    assert fill(make_router(case), None, torch.eye(E)) == 1
+
+
+@pytest.mark.parametrize("case", INEXPRESSIBLE, ids=str)
+def test_what_no_recipe_expresses(case, tmp_path):
+    """The import says so, and is right: the nearest recipe routes tokens otherwise."""
+    spec = imported(case, tmp_path)
+    assert spec.not_expressible
+    recipe = recipe_of(spec)
+    outputs = run(case, recipe, "plain")
+    # Zero experts have ids from num_experts on.
+    no_experts = bool((outputs[0] >= spec.num_experts).any())
+    assert no_experts or differences(recipe, outputs, *tolerances(torch.float32, False))[0]
+
+
+def test_a_x_k2_fills_excluded_groups_with_0(tmp_path):
+    """A defect of the library, if of none but it: its own comment says that it copies an original.
+
+    A biased score can be negative, and then 0 wins: experts of the excluded groups are chosen. No
+    published config of the family has groups, so the import takes them to mean what they mean in
+    all other families (-inf).
+    """
+    case = Case("axk2", "AXK2TopkRouter", GROUPED)
+    recipe = recipe_of(imported(case, tmp_path))
+    within = tolerances(torch.float32, False)
+    positive = run(case, recipe, "deep-negative-high-bias")
+    assert differences(recipe, positive, *within)[0] == []
+    negative = run(case, recipe, "bias-below-minus-1")
+    assert len(differences(recipe, negative, *within)[0]) == TOKENS
+
+
+def test_every_family_is_compared_or_listed():
+    compared = {case.family for case in CASES}
+    listed = {case.family for case in INEXPRESSIBLE} | NOT_COMPARED.keys()
+    assert compared | listed == table().families.keys()
+    assert not compared & NOT_COMPARED.keys()
+    assert len(compared) >= 50

@@ -1,0 +1,573 @@
+"""The plugin as users run it: pytest in a subprocess, in a repository of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytest_moe_routing import goldens
+from pytest_moe_routing.backends import BACKENDS
+from pytest_moe_routing.models import load_models
+
+HERE = Path(__file__).parent
+MODEL = "minimax-m2"
+
+
+@pytest.fixture
+def host(pytester, monkeypatch):
+    """An unrelated repository, with tests and a conftest of its own."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    pytester.makepyfile(test_host="def test_of_the_host(): pass")
+    pytester.makeconftest("HOST = True")
+    pytester.makeini("[pytest]\npython_files = test_host.py\nfilterwarnings = error\n")
+    return pytester
+
+
+@pytest.fixture
+def own_goldens(host):
+    """A golden directory of the host's own, with one model."""
+    directory = host.path / "moe"
+    shutil.copytree(goldens.packaged_directory() / MODEL, directory / MODEL)
+    return directory
+
+
+def run(host, *args):
+    return host.runpytest_subprocess("--moe-models", MODEL, "-p", "no:cacheprovider", *args)
+
+
+CONFIG = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "_name_or_path": "somebody/Tiny-V3",
+    "hidden_size": 256,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
+def files(directory):
+    return {p.name: p.read_text() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_golden_runs_only_the_suite_and_ends_with_the_table(host):
+    models = load_models(goldens.packaged_directory()).values()
+    cases = [(m, c) for m in models for c in m.checkpoints if c in BACKENDS]
+    result = host.runpytest_subprocess("--moe-golden", "-m", "not gpu")
+    result.assert_outcomes(passed=len(models) * 3 + len(cases) * 2 + 1)
+    result.stdout.fnmatch_lines(
+        [
+            f"moe-routing: target builtin, FlashInfer *, {len(models)} models, goldens in *",
+            "*MoE routing verdicts*",
+            "model * fp8_block * fp8_per_tensor * nvfp4",
+            "minimax-m2 * exact (MiniMax2) * - * exact (MiniMax2)",
+            "* exact, * fallback; builtin *",
+        ]
+    )
+    assert "test_of_the_host" not in result.stdout.str()
+
+
+def test_paths_on_the_command_line_run_as_well(host):
+    result = run(host, "--moe-golden", "-m", "not gpu", "test_host.py")
+    result.assert_outcomes(passed=3 + 2 * 2 + 1 + 1)
+
+
+def test_without_the_option_the_host_is_left_alone(host):
+    result = host.runpytest_subprocess("-v")
+    result.assert_outcomes(passed=1)
+    assert "moe-routing" not in result.stdout.str().replace("plugins: ", "").split("collected")[1]
+
+
+@pytest.mark.parametrize(
+    "args", [("-n", "2"), ("-n0",), ("-p", "no:xdist"), ("-p", "no:syrupy")], ids=str
+)
+def test_runs_every_way(host, args):
+    result = run(host, "--moe-golden", "-m", "not gpu", *args)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["minimax-m2 * exact (MiniMax2) * exact (MiniMax2)", "2 exact; *"])
+
+
+def test_ini_twins(host):
+    host.makeini(
+        f"[pytest]\nmoe_golden = true\nmoe_models = {MODEL} deepseek-r1\nmoe_backends = nvfp4\nmoe_flashinfer = 0.6.12\n"
+    )
+    result = host.runpytest_subprocess("-m", "not gpu")
+    result.stdout.fnmatch_lines(
+        ["moe-routing: *FlashInfer 0.6.12 (as asked for), 2 models*", "2 exact; *"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--moe-models", "gpt-*"), "no model matches 'gpt-*'; models: a.x-k2"),
+        (("--moe-backends", "nvfp5"), "unknown backend 'nvfp5'; backends: fp8_block"),
+        (("--moe-backends", "mxfp8"), "no chosen model has a checkpoint for mxfp8"),
+        (("--moe-target", "vlm"), "unknown target 'vlm'; targets: builtin, vllm, or module:Class"),
+        (("--moe-flashinfer", "0.1"), "FlashInfer 0.1 is older than the oldest known, 0.2.9"),
+        (("--moe-golden-dir", "nowhere"), "nowhere: found no */model.yaml"),
+        (
+            ("--moe-target", "miniatures:LosesScale", "--snapshot-update"),
+            "goldens are the builtin target's",
+        ),
+        (
+            ("--snapshot-update", "-p", "no:syrupy"),
+            "needs syrupy: pip install 'pytest-moe-routing[update]'",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_misuse_is_one_line_and_exit_4(host, args, message):
+    check_misuse(host, args, message)
+
+
+def test_misuse_is_one_line_and_exit_4_under_xdist(host):
+    check_misuse(host, ("--moe-models", "gpt-*", "-n", "2"), "no model matches 'gpt-*'")
+
+
+def check_misuse(host, args, message):
+    result = host.runpytest_subprocess("--moe-golden", *args)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: {message}" in result.stderr.str().replace("--snapshot-update: ", "").replace(
+        "--snapshot-update ", ""
+    )
+    assert "Traceback" not in result.stderr.str() + result.stdout.str()
+
+
+def test_update_in_an_installed_package_is_refused(host, monkeypatch):
+    """The packaged goldens of a wheel are not the user's to rewrite."""
+    plugin = "import pytest_moe_routing.goldens as g\ng.is_checkout = lambda directory: False\n"
+    host.makeconftest(plugin)
+    result = run(host, "--moe-golden", "--snapshot-update")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: *belongs to an installed package*--moe-golden-dir*"])
+
+
+def test_another_target_is_judged_not_compared(host):
+    result = run(host, "--moe-golden", "-m", "not gpu", "--moe-target", "miniatures:LosesScale")
+    # Three goldens and an inventory are left out; MiniMax-M2 has no scale to lose.
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(["2 exact; loses-scale *"])
+
+
+def test_history_is_told_by_the_suite(host):
+    result = host.runpytest_subprocess(
+        "--moe-golden",
+        "-m",
+        "not gpu",
+        "--moe-target",
+        "miniatures:Vllm022",
+        "--moe-flashinfer",
+        "0.6.12",
+    )
+    assert result.ret == 1
+    failed = re.findall(r"^FAILED .*::(\S+)", result.stdout.str(), re.M)
+    assert failed == [
+        "test_verdict[step-3.7-flash-fp8_block]",
+        "test_verdict[step-3.7-flash-nvfp4]",
+    ]
+    result.stdout.fnmatch_lines(
+        [
+            "step-3.7-flash on fp8_block, decided by vllm-0.22-classifier *: wrong",
+            "*because  scale: the router has 3.0, the kernel 1.0",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("FailsToStart", "fails to import: ImportError: libfoo.so.1"),
+        ("AnswersNothing", "SKIPPED * does not classify routers"),
+    ],
+)
+def test_a_target_that_cannot_answer(host, target, message):
+    result = run(
+        host, "--moe-golden", "-m", "not gpu", "--moe-target", f"miniatures:{target}", "-rs"
+    )
+    result.stdout.fnmatch_lines([f"*{message}*"])
+    assert "Traceback" not in result.stdout.str()
+    assert result.ret == (target == "FailsToStart")
+
+
+def test_fixtures_and_marker_for_tests_of_the_host(host):
+    host.makepyfile(
+        test_host="""
+        import pytest
+
+        @pytest.mark.moe_models("llama-4-*", "minimax-m2")
+        def test_models(moe_model): assert moe_model.router.num_experts >= 16
+
+        def test_backends(moe_backend): assert moe_backend in ("fp8_block", "fp8_per_tensor", "mxfp8", "nvfp4")
+
+        @pytest.mark.moe_models("minimax-m2", "llama-4-scout")
+        def test_cases(moe_model, moe_backend, moe_target, moe_flashinfer):
+            assert moe_backend in moe_model.checkpoints
+            assert moe_target.classify(moe_model).method in moe_flashinfer.methods
+        """
+    )
+    result = host.runpytest_subprocess("-v")
+    result.assert_outcomes(passed=3 + 3 + 4)
+    result.stdout.fnmatch_lines(
+        ["*test_models[[]llama-4-maverick[]]*", "*test_cases[[]minimax-m2-fp8_block[]]*"]
+    )
+
+
+def test_a_config_adds_a_model_for_this_run(host):
+    (host.path / "config.json").write_text(json.dumps(CONFIG))
+    result = host.runpytest_subprocess(
+        *(
+            "--moe-golden",
+            "-m",
+            "not gpu",
+            "--moe-config",
+            "config.json",
+            "--moe-models",
+            "tiny-*,minimax-m2",
+        )
+    )
+    # A verdict, and no goldens.
+    result.assert_outcomes(passed=8 + 1)
+    result.stdout.fnmatch_lines(["tiny-v3 * exact (DeepSeekV3) *"])
+
+
+def test_a_config_that_is_wrong(host):
+    (host.path / "config.json").write_text(json.dumps({**CONFIG, "n_group": 5}))
+    result = host.runpytest_subprocess("--moe-golden", "--moe-config", "config.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        ["ERROR: *config.json*n_group: found 5, expected a divisor of *64*"]
+    )
+
+
+# -- goldens ----------------------------------------------------------------------------------
+
+
+def test_a_digit_in_a_model_fails_exactly_that_model(host, own_goldens):
+    path = own_goldens / MODEL / "model.yaml"
+    path.write_text(path.read_text().replace("hidden_size: 3072", "hidden_size: 3584"))
+    result = host.runpytest_subprocess("--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe")
+    assert re.findall(r"^FAILED .*::(\S+)", result.stdout.str(), re.M) == [
+        "test_router[minimax-m2]"
+    ]
+    result.stdout.fnmatch_lines(
+        [
+            "*router.golden.json disagrees in 1 place:",
+            "  spec.experts.hidden_size: golden 3072, now 3584",
+            "  pytest --moe-golden --moe-models minimax-m2 --snapshot-update",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "test"),
+    [
+        ("routing", r"0\.(\d{7})(\d)\b", "test_routing"),
+        ("router", r'"top_k": 8', "test_router"),
+        ("nvfp4", r'"method": "MiniMax2"', "test_backend"),
+    ],
+)
+def test_any_change_of_a_golden_fails_exactly_its_test(host, own_goldens, name, pattern, test):
+    path = own_goldens / MODEL / f"{name}.golden.json"
+    changes = {
+        "routing": lambda m: f"0.{m[1]}{(int(m[2]) + 5) % 10}",
+        "router": lambda m: '"top_k": 7',
+    }
+    text, count = re.subn(
+        pattern, changes.get(name, lambda m: '"method": "Sigmoid"'), path.read_text(), count=1
+    )
+    assert count == 1
+    path.write_text(text)
+    result = run(host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe")
+    failed = re.findall(r"^FAILED .*::(\w+)", result.stdout.str(), re.M)
+    assert failed == [test]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no such golden file"),
+        ("{", "not a golden file"),
+        ('{"format": 99}', "format: found 99, expected 1"),
+        ("[1]", "format: found None, expected 1"),
+    ],
+)
+def test_a_golden_that_cannot_be_read(host, own_goldens, text, message):
+    path = own_goldens / MODEL / "router.golden.json"
+    path.unlink() if text is None else path.write_text(text)
+    result = run(
+        host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe", "-k", "test_router"
+    )
+    result.stdout.fnmatch_lines([f"*{message}*", "*--snapshot-update"])
+    assert result.ret == 1
+
+
+def test_a_stray_golden_is_reported(host, own_goldens):
+    shutil.copy(
+        own_goldens / MODEL / "nvfp4.golden.json", own_goldens / MODEL / "mxfp8.golden.json"
+    )
+    result = run(host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe")
+    result.stdout.fnmatch_lines(["*no test reads mxfp8.golden.json; delete them"])
+
+
+def test_update_writes_what_is_then_read(host, own_goldens):
+    before = files(own_goldens)
+    for path in own_goldens.glob("*/*.golden.json"):
+        path.unlink()
+    run(
+        host,
+        "--moe-golden",
+        "-m",
+        "not gpu",
+        "--moe-golden-dir",
+        "moe",
+        "--snapshot-update",
+        "-n",
+        "2",
+    )
+    assert files(own_goldens) == before
+    assert run(host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe").ret == 0
+
+
+WAYS = {
+    "one test": ("-k", "test_router"),
+    "not gpu": ("-m", "not gpu"),
+    "only gpu": ("-m", "gpu"),
+    "collect only": ("--collect-only",),
+    "first failure": ("-x",),
+    "workers": ("-n", "2"),
+    "no workers": ("-n0",),
+    "without xdist": ("-p", "no:xdist"),
+    "one backend": ("--moe-backends", "nvfp4"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_update_ever_loses_a_golden(host, own_goldens, way):
+    (own_goldens / MODEL / "README.md").write_text("mine")
+    (own_goldens / "notes.json").write_text("mine too")
+    before = files(own_goldens)
+    run(host, "--moe-golden", "--moe-golden-dir", "moe", "--snapshot-update", *WAYS[way])
+    assert files(own_goldens) == before
+
+
+@pytest.mark.parametrize(
+    "disaster",
+    ["raise RuntimeError('target broke')", "raise KeyboardInterrupt", "import os; os._exit(1)"],
+    ids=["error", "interrupt", "crash"],
+)
+@pytest.mark.parametrize("workers", [("-n", "2"), ("-p", "no:xdist", "-x")], ids=["n2", "serial"])
+def test_no_disaster_during_an_update_loses_a_golden(host, own_goldens, disaster, workers):
+    before = files(own_goldens)
+    host.makepyfile(
+        disaster=f"""
+        def pytest_runtest_call(item):
+            if item.name.startswith("test_routing"):
+                {disaster}
+        """
+    )
+    result = run(
+        host,
+        *("-p", "disaster", "--moe-golden", "-m", "not gpu"),
+        *("--moe-golden-dir", "moe", "--snapshot-update", *workers),
+    )
+    assert result.ret != 0
+    assert files(own_goldens) == before
+
+
+def test_a_golden_is_replaced_in_one_step(tmp_path, monkeypatch):
+    from syrupy.data import Snapshot, SnapshotCollection
+
+    from pytest_moe_routing.snapshot import GoldenExtension
+
+    path = tmp_path / "router.golden.json"
+    path.write_text("old")
+    collection = SnapshotCollection(location=str(path))
+    collection.add(Snapshot(name="router", data="new"))
+    monkeypatch.setattr(
+        Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError("disk full"))
+    )
+    with pytest.raises(OSError, match="disk full"):
+        GoldenExtension.write_snapshot_collection(snapshot_collection=collection)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"router.golden.json": "old"}
+
+
+def test_goldens_hold_plain_data_only():
+    with pytest.raises(TypeError, match="plain data"):
+        goldens.serialize({"x": object()})
+    with pytest.raises(TypeError, match="keys must be text"):
+        goldens.serialize({"x": {1: 2}})
+    text = goldens.serialize({"x": [float("nan"), float("inf"), 1 / 3, True, None, "a"]})
+    assert json.loads(text)["x"] == ["nan", "inf", 0.33333333, True, None, "a"]
+
+
+def test_a_number_one_unit_off_in_its_last_digit_is_a_difference():
+    assert list(goldens.differences({"x": 0.33333333}, {"x": 1 / 3})) == []
+    assert list(goldens.differences({"x": 0.33333333}, {"x": 1 / 3 * (1 + 1e-13)})) == []
+    assert list(goldens.differences({"x": 0.33333334}, {"x": 1 / 3})) == [
+        "x: golden 0.33333334, now 0.33333333"
+    ]
+    assert len(list(goldens.differences({"a": 1, "b": [1, 2]}, {"b": [1, 3], "c": 0}))) == 3
+    assert len(list(goldens.differences({"x": True}, {"x": 1}))) == 1
+
+
+# -- GPU --------------------------------------------------------------------------------------
+
+
+def test_gpu_tests_skip_with_the_reason(host):
+    result = run(host, "--moe-golden", "-m", "gpu", "-rs", "-k", "test_expert_parallel_shard")
+    result.assert_outcomes(skipped=6)
+    result.stdout.fnmatch_lines(["SKIPPED*no NVIDIA driver*"])
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["serial", "n2"])
+def test_a_gpu_job_that_ran_nothing_fails_if_required(host, workers):
+    args = ("--moe-golden", "-m", "gpu", "-k", "test_expert_parallel_shard", "--moe-require-gpu")
+    result = run(host, *args, *workers)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["*--moe-require-gpu, but no GPU test ran; 6 were skipped:", "*6 x *no NVIDIA driver*"]
+    )
+
+
+FAKE_GPU = """
+import os, time
+import pytest
+from pytest_moe_routing.kernels import gpu
+
+state = {"fault": False}
+
+def synchronize():
+    if state["fault"]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+gpu.find_gpu = lambda: gpu.Gpu("", "a fake GPU", (10, 0))
+gpu.synchronize = synchronize
+gpu.free_memory = lambda: gpu.MEMORY
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("conftest.state['fault'] = True", "device fault: an illegal memory access"),
+        ("import os; os._exit(7)", "crashed while running"),
+        ("import ctypes; ctypes.string_at(0)", "crashed while running"),
+        ("import time; time.sleep(60)", "Timeout"),
+    ],
+    ids=["device fault", "exit", "segmentation fault", "stuck"],
+)
+def test_a_fault_fails_its_own_test_and_no_other(host, fault, message):
+    host.makeconftest(FAKE_GPU + "gpu.STUCK_AFTER = 2.0\n")
+    host.makepyfile(
+        test_host=f"""
+        import conftest, pytest
+
+        @pytest.mark.gpu
+        @pytest.mark.parametrize("n", range(8))
+        def test_kernel(moe_gpu, n):
+            if n == 3:
+                {fault}
+        """
+    )
+    result = host.runpytest_subprocess("-n", "2", "-p", "no:faulthandler", "--moe-require-gpu")
+    failed = set(re.findall(r"^FAILED \S+::(test_kernel\S+)", result.stdout.str(), re.M))
+    assert failed == {"test_kernel[3]"}
+    result.assert_outcomes(passed=8 if "state" in fault else 7, failed=1)
+    assert message in result.stdout.str() + result.stderr.str()
+
+
+def test_memory_of_a_neighbour_is_waited_for(host):
+    host.makeconftest(
+        FAKE_GPU
+        + "free = [0, 0, gpu.MEMORY]\ngpu.free_memory = lambda: free.pop(0)\nslept = []\ngpu.time.sleep = slept.append\n"
+    )
+    host.makepyfile(
+        test_host="import conftest\ndef test_kernel(moe_gpu): assert conftest.slept == [1.0, 1.0]"
+    )
+    host.runpytest_subprocess("-p", "no:xdist").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(
+    ("worker", "mask", "count", "device"),
+    [
+        ("gw0", None, 4, "0"),
+        ("gw5", None, 4, "1"),
+        ("gw1", "2,3", 4, "3"),
+        ("gw1", "GPU-a,GPU-b", 8, "GPU-b"),
+        ("gw3", None, 1, None),
+        ("gw3", "6", 8, "6"),
+        ("gw3", "", 8, ""),
+        (None, None, 4, None),
+    ],
+)
+def test_each_worker_gets_its_gpu(worker, mask, count, device):
+    from pytest_moe_routing.kernels.gpu import place_worker
+
+    environ = {"PYTEST_XDIST_WORKER": worker, "CUDA_VISIBLE_DEVICES": mask}
+    environ = {key: value for key, value in environ.items() if value is not None}
+    place_worker(environ, count)
+    assert environ.get("CUDA_VISIBLE_DEVICES") == device
+
+
+# -- cost -------------------------------------------------------------------------------------
+
+LOADED = "import sys; heavy = {'torch', 'yaml', 'numpy', 'syrupy.extensions'} & set(sys.modules)"
+
+
+def test_an_unrelated_run_loads_nothing_heavy(host):
+    host.makeconftest(
+        f"""
+        def pytest_unconfigure(config):
+            {LOADED}
+            assert not heavy - {{'syrupy.extensions'}}, heavy
+        """
+    )
+    result = host.runpytest_subprocess(
+        "-p", "no:syrupy", "-p", "no:benchmark", "-p", "no:hypothesispytest"
+    )
+    result.assert_outcomes(passed=1)
+    assert result.ret == 0
+
+
+def test_version_loads_nothing_heavy(host):
+    code = (
+        "import sys, pytest; pytest.main(['--version']); "
+        "loaded = {'torch', 'yaml', 'numpy'} & set(sys.modules); sys.exit(repr(loaded) if loaded else 0)"
+    )
+    assert host.run(sys.executable, "-c", code).ret == 0
+
+
+def test_collecting_the_suite_loads_no_torch(host):
+    host.makeconftest(
+        """
+        import sys
+        def pytest_collection_finish(session):
+            assert len(session.items) > 5 and "torch" not in sys.modules
+        """
+    )
+    assert run(host, "--moe-golden", "--collect-only", "-q").ret == 0
+
+
+def test_help_names_every_option(host):
+    text = host.runpytest_subprocess("--help").stdout.str()
+    for name in (
+        "golden",
+        "target",
+        "models",
+        "backends",
+        "flashinfer",
+        "golden-dir",
+        "require-gpu",
+    ):
+        assert f"--moe-{name}" in text
+        assert f"moe_{name}".replace("-", "_") in text

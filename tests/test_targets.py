@@ -1,0 +1,174 @@
+"""Targets, verdicts and the registry, with miniatures that decide badly in known ways."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import miniatures
+import pytest
+
+from pytest_moe_routing.backends import BACKENDS, FlashInfer, known_releases, support_gates
+from pytest_moe_routing.errors import (
+    TargetImportError,
+    TargetNotInstalled,
+    UnknownTarget,
+    Unsupported,
+)
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.targets import check_target, judge, load_target, target_names
+from pytest_moe_routing.targets.builtin import BuiltinTarget
+
+MODELS = load_models(packaged_directory())
+#: The spine: models whose verdicts were worked out by hand.
+SPINE = "deepseek-r1 llama-4-maverick llama-4-scout minimax-m2 nemotron-3-nano nemotron-3-super step-3.7-flash"
+CASES = [(MODELS[m], b) for m in SPINE.split() for b in MODELS[m].checkpoints]
+
+
+def verdicts(target_class, release):
+    target = target_class(FlashInfer.of(release))
+    return {(m.id, b): judge(target, m, b) for m, b in CASES}
+
+
+@pytest.mark.parametrize("release", known_releases())
+def test_the_builtin_target_is_never_wrong_and_never_crashes(release):
+    target = BuiltinTarget(FlashInfer.of(release))
+    cases = [(m, b) for m in MODELS.values() for b in m.checkpoints if b in BACKENDS]
+    found = {judge(target, model, backend).verdict for model, backend in cases}
+    assert found <= {"exact", "fallback", "missed"}
+
+
+def test_the_builtin_target_misses_nothing_in_the_newest_release():
+    found = verdicts(BuiltinTarget, known_releases()[-1])
+    assert {k for k, j in found.items() if j.verdict != "exact"} == {
+        ("llama-4-maverick", "nvfp4"),
+        ("llama-4-scout", "nvfp4"),
+    }
+
+
+@pytest.mark.parametrize("release", ["0.6.8", "0.6.11.post2", "0.6.12"])
+def test_history_scaled_minimax2(release):
+    """vLLM PR 44347: exactly Step-3.7-Flash goes wrong, by the factor that the kernel drops."""
+    found = verdicts(miniatures.Vllm022, release)
+    bad = {k: j for k, j in found.items() if j.verdict in ("wrong", "crash")}
+    assert set(bad) == {("step-3.7-flash", "fp8_block"), ("step-3.7-flash", "nvfp4")}
+    text = "\n".join(bad["step-3.7-flash", "nvfp4"].lines())
+    assert "MiniMax2" in text
+    assert "scale: the router has 3.0, the kernel 1.0" in text
+    assert "MiniMax2 forces routed_scaling_factor to 1.0 before 0.6.13" in text
+    assert "would be DeepSeekV3(n_group=1, topk_group=1, routed_scaling_factor=3)" in text
+
+
+def test_history_ends_where_flashinfer_honours_the_factor():
+    assert all(j.good for j in verdicts(miniatures.Vllm022, "0.6.13").values())
+
+
+def test_history_float32_logits():
+    """vLLM issue 33543, PR 43859: exactly the models with float32 logits lose the fast path."""
+    found = verdicts(miniatures.NoFloat32Logits, "0.7.0")
+    bad = {model for (model, _), j in found.items() if not j.good}
+    assert bad == {m.id for m, _ in CASES if m.router.logits_dtype == "float32"}
+    judgement = found["minimax-m2", "fp8_block"]
+    assert judgement.verdict == "missed"
+    assert "gate     router logits dtype: no, float32 is not bfloat16" in "\n".join(
+        judgement.lines()
+    )
+
+
+def test_a_number_that_means_another_method():
+    found = verdicts(miniatures.DriftedNumbers, "0.6.8")
+    judgement = found["deepseek-r1", "nvfp4"]
+    assert judgement.verdict == "wrong"
+    assert (
+        "passes DeepSeekV3 as 7, which FlashInfer 0.6.8 reads as MiniMax2" in judgement.reasons[0]
+    )
+    assert judgement.counterexample is not None
+
+
+def test_what_the_launcher_refuses_is_a_crash():
+    found = verdicts(miniatures.AcceptsAll, "0.6.0")
+    judgement = found["minimax-m2", "fp8_block"]
+    assert judgement.verdict == "crash"
+    assert "no routing method" in "\n".join(judgement.lines())
+
+
+def test_a_lost_scale_is_wrong_for_exactly_the_models_that_scale():
+    found = verdicts(miniatures.LosesScale, "0.7.2.post1")
+    wrong = {model for (model, _), j in found.items() if j.verdict == "wrong"}
+    assert wrong == {m.id for m, _ in CASES if m.router.routed_scaling_factor != 1.0}
+
+
+def test_a_weight_on_the_wrong_side_is_wrong():
+    judgement = verdicts(miniatures.AcceptsAll, "0.7.2.post1")["llama-4-scout", "nvfp4"]
+    assert judgement.verdict == "wrong"
+    assert "on the expert input" in "\n".join(judgement.lines())
+
+
+def test_questions_without_an_answer_are_no_verdicts():
+    model = MODELS["deepseek-r1"]
+    with pytest.raises(Unsupported, match="does not classify"):
+        judge(miniatures.AnswersNothing(FlashInfer.of("0.7.0")), model, "nvfp4")
+    with pytest.raises(Unsupported, match="cloudy"):
+        judge(miniatures.OnlyClassifies(FlashInfer.of("0.7.0")), model, "nvfp4")
+
+
+def test_registered_targets():
+    assert {"builtin", "vllm"} <= set(target_names())
+    assert load_target("builtin", FlashInfer.of("0.7.0")).name == "builtin"
+    assert load_target("miniatures:LosesScale", FlashInfer.of("0.7.0")).name == "loses-scale"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("vlm", UnknownTarget, "unknown target 'vlm'; targets: builtin"),
+        ("miniatures:NotATarget", UnknownTarget, "not a class derived from Target"),
+        ("miniatures:Nowhere", TargetImportError, "fails to import: AttributeError"),
+        ("no_such_module:Target", TargetImportError, "No module named 'no_such_module'"),
+        ("miniatures:FailsToStart", TargetImportError, "ImportError: libfoo.so.1"),
+    ],
+)
+def test_targets_that_cannot_be_used(name, error, message):
+    with pytest.raises(error) as caught:
+        load_target(name, FlashInfer.of("0.7.0"))
+    assert message in str(caught.value)
+
+
+def test_a_target_whose_package_is_missing():
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        with pytest.raises(TargetNotInstalled, match="pip install vllm"):
+            load_target("vllm", FlashInfer.of("0.7.0"))
+    else:
+        pytest.skip("vllm is installed here")
+
+
+def test_names_are_checked_without_importing_anything():
+    check_target("vllm")
+    check_target("some.module:Class")
+    with pytest.raises(UnknownTarget):
+        check_target("nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"n_group": 4, "topk_group": 2, "group_score": "max"}, "n_group"),
+        ({"routed_scaling_factor": 16.0}, "scale"),
+        ({"correction_bias": "float32"}, "bias"),
+    ],
+)
+def test_a_method_that_ignores_what_the_router_has_is_refused(changes, lost):
+    """vLLM PR 30623: softmax with groups must not become plain top-k; Ernie's softmax has a bias."""
+    base = replace(
+        MODELS["minimax-m2"].router, scoring_func="softmax", correction_bias=None, renormalize=False
+    )
+    model = replace(MODELS["minimax-m2"], router=replace(base, **changes))
+    gates = support_gates(model, BACKENDS["nvfp4"], "Default", FlashInfer.of("0.7.0"))
+    assert [str(g) for g in gates if not g.ok] == [f"router parameters: no, Default ignores {lost}"]
+    plain = replace(MODELS["minimax-m2"], router=base)
+    assert all(
+        g.ok for g in support_gates(plain, BACKENDS["nvfp4"], "Default", FlashInfer.of("0.7.0"))
+    )
+    assert judge(BuiltinTarget(FlashInfer.of("0.7.0")), model, "nvfp4").verdict == "fallback"

@@ -1,0 +1,370 @@
+"""The routers of the transformers library: which class, made how, called how. Data for the oracle.
+
+Class names are those of transformers 5.19.0. Most routers return (logits, weights, experts); what
+does otherwise has a function here that says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from pytest_moe_routing.models.huggingface.families import table
+
+#: Experts, experts per token, groups, groups kept. With 4 experts in a group, a token needs two.
+E, K, GROUPS, KEPT = 32, 4, 8, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family's router class and a small config of it.
+
+    Attributes:
+        family: The row of `families.yaml`, which names the config class.
+        router: The router's class, or its block's where the block does a part of it.
+        config: Arguments of the config class.
+        make: Makes the router from its class and the config.
+        call: Runs it: hidden states `[T, H]`, bias `[E]` or None -> experts, weights, logits.
+        rounds_scores: In bfloat16 it computes the scores in bfloat16, not float32.
+        void: Mutations that mean nothing for this config, beyond those of the family's kind.
+    """
+
+    family: str
+    router: str
+    config: dict = field(default_factory=dict)
+    make: Callable = lambda cls, config: cls(config)
+    call: Callable = lambda router, x, bias: _logits_first(router(x))
+    rounds_scores: bool = False
+    void: tuple = ()
+    id: str = ""
+
+    def __str__(self):
+        return self.id or self.family
+
+
+def _logits_first(outputs):
+    logits, weights, ids = outputs
+    return ids, weights, logits
+
+
+def _ids_first(router, x, bias):
+    return router(x)
+
+
+def _bias_given(router, x, bias):
+    return _logits_first(router(x, bias))
+
+
+def _afmoe(router, x, bias):
+    return _logits_first(router(x.unsqueeze(0), bias))
+
+
+def _llama4(router, x, bias):
+    """Its weights come dense, 0 where not chosen; a sigmoid of the chosen is more."""
+    dense, logits = router(x)
+    weights, ids = dense.topk(router.top_k)
+    return ids, weights, logits
+
+
+class _Weights(torch.nn.Module):
+    """In the place of the experts: returns the weights that they are called with, by expert."""
+
+    def forward(self, x, ids, weights):
+        return torch.zeros_like(x).scatter(1, ids, weights.to(x.dtype))
+
+
+class _Nothing(torch.nn.Module):
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+def _block(gate, *arguments):
+    """Make and call a whole block, with experts that return their weights: its own doing counts."""
+
+    def make(cls, config):
+        block = cls(config, *arguments)
+        block.experts = _Weights()
+        if hasattr(block, "shared_experts"):
+            block.shared_experts = _Nothing()
+        return block
+
+    def call(block, x, bias):
+        dense = block(x.unsqueeze(0))
+        dense = dense[0] if isinstance(dense, tuple) else dense
+        weights, ids = dense.flatten(0, -2).topk(K)
+        return ids, weights, getattr(block, gate)(x)[0]
+
+    return {"make": make, "call": call}
+
+
+def _jamba(block, x, bias):
+    logits = block.router(x)
+    return *block.route_tokens_to_experts(x, logits), logits
+
+
+def _dbrx(block, x, bias):
+    logits = block.router(x)
+    weights, ids = block.route_tokens_to_experts(logits)
+    return ids, weights, logits
+
+
+def _jetmoe(router, x, bias):
+    """It returns the (token, expert) pairs sorted by expert, and how many each expert has."""
+    slots, _, gates, counts, logits = router(x)
+    experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    ids = torch.empty_like(slots).scatter(0, slots, experts).view(len(x), -1)
+    weights = torch.empty_like(gates).scatter(0, slots, gates).view(len(x), -1)
+    return ids, weights, logits
+
+
+def _ffn(norm=1.0):
+    sizes = {"moe_num_experts": E, "moe_top_k": K, "ffn_hidden_size": 16}
+    return {"ffn_config": {**sizes, "moe_normalize_expert_weights": norm}}
+
+
+def _sized(cls, config):
+    return cls(config.hidden_size, config.num_local_experts, config.num_experts_per_tok)
+
+
+GROUPED = {
+    "n_routed_experts": E,
+    "num_experts_per_tok": K,
+    "n_group": GROUPS,
+    "topk_group": KEPT,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+NAMED = {"num_experts": E, "num_experts_per_tok": K}
+LOCAL = {"num_local_experts": E, "num_experts_per_tok": K}
+PLAIN = {"n_routed_experts": E, "num_experts_per_tok": K}
+GREEDY = {**PLAIN, "routed_scaling_factor": 16.0}
+ERNIE = {"moe_num_experts": E, "moe_k": K}
+ARIA = {"moe_num_experts": E, "moe_topk": K}
+LONGCAT = {"n_routed_experts": E, "moe_topk": K}
+GEMMA = {"num_experts": E, "top_k_experts": K, "moe_intermediate_size": 16}
+LIMITED = {
+    **GREEDY,
+    "topk_method": "group_limited_greedy",
+    "n_group": GROUPS,
+    "topk_group": KEPT,
+}
+KIMI = {
+    "num_experts": E,
+    "num_experts_per_token": K,
+    "num_expert_group": GROUPS,
+    "topk_group": KEPT,
+}
+LFM2 = {**NAMED, "routed_scaling_factor": 1.5}
+SIGMOID = {**NAMED, "expert_selection_fn": "sigmoid"}
+#: Widths of blocks whose experts are not called: anything but E, by which the gate is recognised.
+NARROW = {"intermediate_size": 16, "moe_intermediate_size": 16}
+
+UNGROUPED = ("groups ignored", "other group score")
+UNSCALED = ("scale ignored",)
+#: A softmax over the chosen already sums to 1.
+SUMS_TO_ONE = ("renormalize flipped",)
+#: Mutations that mean nothing for a kind of router, the row's `router`: it has no such step.
+VOID = {
+    "noaux-tc": (),
+    "sigmoid-bias": UNGROUPED,
+    "softmax": ("bias ignored", *UNGROUPED, *UNSCALED),
+    "softmax-bias": UNGROUPED,
+    "softmax-groups": ("bias ignored",),
+    "logits-first": ("bias ignored", *UNGROUPED, *UNSCALED),
+}
+
+CASES = [
+    # sigmoid, bias, groups
+    Case("deepseek_v3", "DeepseekV3TopkRouter", GROUPED),
+    Case("deepseek_v3", "DeepseekV3TopkRouter", {**GROUPED, "norm_topk_prob": False}, id="raw_v3"),
+    Case(
+        "deepseek_v3",
+        "DeepseekV3TopkRouter",
+        {**GROUPED, "n_group": 1, "topk_group": 1},
+        void=UNGROUPED,
+        id="kimi_k2",
+    ),
+    Case("deepseek_v32", "DeepseekV32TopkRouter", GROUPED),
+    Case("axk1", "AXK1TopkRouter", GROUPED),
+    Case("axk2", "AXK2TopkRouter", PLAIN, void=UNGROUPED),
+    Case("dots1", "Dots1TopkRouter", GROUPED),
+    Case("exaone_moe", "ExaoneMoeTopkRouter", {**NAMED, "n_group": GROUPS, "topk_group": KEPT}),
+    Case("glm4_moe", "Glm4MoeTopkRouter", GROUPED),
+    Case("glm4_moe_lite", "Glm4MoeLiteTopkRouter", GROUPED),
+    Case("glm4v_moe_text", "Glm4vMoeTextTopkRouter", GROUPED),
+    Case("glm5_next_text", "Glm5NextTextTopkRouter", GROUPED),
+    Case("glm_moe_dsa", "GlmMoeDsaTopkRouter", GROUPED),
+    Case("hy_v4", "HYV4TopkRouter", GROUPED),
+    Case("kimi_linear", "KimiLinearTopkRouter", KIMI),
+    Case("mimo_v2_flash", "MiMoV2FlashTopkRouter", GROUPED),
+    Case("nemotron_h", "NemotronHTopkRouter", GROUPED),
+    Case("solar_open", "SolarOpenTopkRouter", GROUPED),
+    # sigmoid, bias
+    Case("minimax_m2", "MiniMaxM2TopKRouter", LOCAL, call=_bias_given, void=UNSCALED),
+    Case("minimax_m3_vl_text", "MiniMaxM3VLSparseMoeBlock", {**LOCAL, **NARROW}, **_block("gate")),
+    Case(
+        "step3p5",
+        "Step3p7SparseMoeBlock",
+        {**PLAIN, **NARROW, "moe_router_scaling_factor": 3.0},
+        **_block("gate", 0),
+    ),
+    Case("hy_v3", "HYV3TopKRouter", NAMED, call=_bias_given),
+    Case("afmoe", "AfmoeTokenChoiceRouter", {**NAMED, "route_scale": 2.826}, call=_afmoe),
+    Case(
+        "laguna",
+        "LagunaSparseMoeBlock",
+        {**NAMED, **NARROW, "moe_routed_scaling_factor": 2.5},
+        **_block("gate"),
+    ),
+    Case("lfm2_moe", "Lfm2MoeTopKRouter", LFM2, call=_bias_given, rounds_scores=True),
+    Case(
+        "lfm2_moe",
+        "Lfm2MoeTopKRouter",
+        {**LFM2, "use_expert_bias": False},
+        rounds_scores=True,
+        void=("bias ignored",),
+        id="lfm2_moe-unbiased",
+    ),
+    Case("deepseek_v4", "DeepseekV4TopKRouter", PLAIN, rounds_scores=True),
+    # softmax
+    Case("deepseek_v2", "DeepseekV2TopkRouter", GREEDY, void=UNGROUPED),
+    Case("deepseek_v2", "DeepseekV2TopkRouter", LIMITED, id="deepseek_v2-grouped"),
+    Case("deepseek_ocr2_text", "DeepseekOcr2TextTopkRouter", GREEDY, void=UNGROUPED),
+    Case("mistral4", "Mistral4TopkRouter", GROUPED, rounds_scores=True),
+    Case("qwen2_moe", "Qwen2MoeTopKRouter", NAMED),
+    Case("qwen3_moe", "Qwen3MoeTopKRouter", {**LOCAL, "norm_topk_prob": True}),
+    Case("qwen3_next", "Qwen3NextTopKRouter", NAMED),
+    Case("qwen3_5_moe_text", "Qwen3_5MoeTopKRouter", NAMED),
+    Case("qwen3_vl_moe_text", "Qwen3VLMoeTextTopKRouter", LOCAL),
+    Case("qwen3_omni_moe_text", "Qwen3OmniMoeThinkerTextTopKRouter", NAMED),
+    Case("qwen3_omni_moe_talker_text", "Qwen3OmniMoeTalkerTextTopKRouter", LOCAL),
+    Case("qwen4_exp_text", "Qwen4ExpTextTopKRouter", NAMED),
+    Case("olmoe", "OlmoeTopKRouter", NAMED),
+    Case("flex_olmo", "FlexOlmoTopKRouter", NAMED),
+    Case("mellum", "MellumTopKRouter", LOCAL),
+    Case("mixtral", "MixtralTopKRouter", LOCAL),
+    Case("minimax", "MiniMaxTopKRouter", LOCAL),
+    Case(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1Gate",
+        {"num_experts": E, "moe_topk": K},
+        make=lambda cls, config: cls(config, 0),
+    ),
+    Case("jamba", "JambaSparseMoeBlock", {**NAMED, "intermediate_size": 16}, call=_jamba),
+    Case("dbrx", "DbrxFFN", _ffn(), call=_dbrx, rounds_scores=True),
+    Case("dbrx", "DbrxFFN", _ffn(None), call=_dbrx, rounds_scores=True, id="dbrx-unnormalized"),
+    Case("ernie4_5_moe", "Ernie4_5_MoeTopKRouter", ERNIE, void=UNSCALED),
+    Case("ernie4_5_vl_moe_text", "Ernie4_5_VLMoeMoeTopKRouter", ERNIE, void=UNSCALED),
+    Case("longcat_flash", "LongcatFlashTopkRouter", {**LONGCAT, "zero_expert_num": 0}),
+    # logits first
+    Case("llama4_text", "Llama4Router", {**LOCAL, "num_experts_per_tok": 1}, call=_llama4),
+    Case("llama4_text", "Llama4Router", LOCAL, call=_llama4, id="llama4_text-top4"),
+    Case("cohere2_moe", "Cohere2MoeTopKRouter", NAMED, rounds_scores=True, void=SUMS_TO_ONE),
+    Case("cohere2_moe", "Cohere2MoeTopKRouter", SIGMOID, rounds_scores=True, id="cohere2-sigmoid"),
+    Case(
+        "cohere2_moe",
+        "Cohere2MoeTopKRouter",
+        {**SIGMOID, "norm_topk_prob": False},
+        rounds_scores=True,
+        id="cohere2-sigmoid-unnormalized",
+    ),
+    Case("gpt_oss", "GptOssTopKRouter", LOCAL, rounds_scores=True, void=SUMS_TO_ONE),
+    Case(
+        "openai_privacy_filter",
+        "OpenAIPrivacyFilterMLP",
+        LOCAL,
+        void=SUMS_TO_ONE,
+        **_block("router"),
+    ),
+    Case("granitemoe", "GraniteMoeTopKRouter", LOCAL, call=_ids_first, void=SUMS_TO_ONE),
+    Case(
+        "granitemoeshared", "GraniteMoeSharedTopKRouter", LOCAL, call=_ids_first, void=SUMS_TO_ONE
+    ),
+    Case(
+        "granitemoehybrid",
+        "GraniteMoeHybridTopKRouter",
+        {**LOCAL, "mamba_n_heads": 2},
+        call=_ids_first,
+        void=SUMS_TO_ONE,
+    ),
+    Case("granitemoe_swa", "GraniteMoeSWATopKRouter", LOCAL, void=SUMS_TO_ONE),
+    Case(
+        "aria_text",
+        "AriaTextTopKRouter",
+        ARIA,
+        call=_ids_first,
+        rounds_scores=True,
+        void=SUMS_TO_ONE,
+    ),
+    Case("jetmoe", "JetMoeTopKGating", LOCAL, _sized, _jetmoe, void=SUMS_TO_ONE),
+]
+
+#: Families of the table that no router can be compared for, and why.
+NOT_COMPARED = {
+    "bailing_moe": "not in transformers",
+    "bailing_moe_v2": "not in transformers",
+    "grok-1": "not in transformers",
+    "step3_text": "not in transformers",
+    "zaya": "the router is a small network with a state from the layer before; not expressible",
+}
+
+
+def _gemma(router, x, bias):
+    """It returns probabilities, whose logarithms are as good as logits to a softmax."""
+    probabilities, weights, ids = router(x)
+    return ids, weights, probabilities.log()
+
+
+def _laguna(router, x, bias):
+    """The logits that it returns are capped already."""
+    _, weights, ids = router(x)
+    return ids, weights, torch.nn.functional.linear(x, router.weight)
+
+
+def _inkling(router, x, bias):
+    logits, weights, ids, _ = router(x)
+    return ids, weights, logits
+
+
+#: Routers that no recipe expresses. The import gives the nearest recipe, and must differ.
+INEXPRESSIBLE = [
+    Case("gemma4_text", "Gemma4TextRouter", {**GEMMA, "enable_moe_block": True}, call=_gemma),
+    Case("diffusion_gemma_text", "DiffusionGemmaTextRouter", GEMMA, call=_gemma),
+    Case("phimoe", "PhimoeTopKRouter", {"num_local_experts": E, "num_experts_per_tok": 2}),
+    Case("inkling_text", "InklingTopkRouter", PLAIN, call=_inkling),
+    Case(
+        "laguna",
+        "LagunaTopKRouter",
+        {**NAMED, "moe_router_logit_softcapping": 2.0},
+        call=_laguna,
+        id="laguna-softcap",
+    ),
+    Case("dbrx", "DbrxFFN", _ffn(2.0), call=_dbrx, id="dbrx-2-norm"),
+    Case(
+        "longcat_flash",
+        "LongcatFlashTopkRouter",
+        {**LONGCAT, "zero_expert_num": 8},
+        id="longcat_flash-zero-experts",
+    ),
+]
+
+
+def config_class(family):
+    folder, _, name = table().families[family].config.rpartition(".")
+    module = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
+    return getattr(module, name)
+
+
+def make_config(case):
+    """A small config, in which hidden states have as many columns as there are experts."""
+    width = "d_model" if case.family == "dbrx" else "hidden_size"
+    return config_class(case.family)(**{width: E, **case.config})
+
+
+def make_router(case):
+    folder = table().families[case.family].config.split(".")[0]
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    return case.make(getattr(module, case.router), make_config(case)).eval()

@@ -19,6 +19,14 @@ class RecipeError(MoERoutingError):
     """A recipe or a tensor that cannot be routed."""
 
 
+class QuantizationError(MoERoutingError):
+    """A tensor that does not fit its number format, its blocks or its layout."""
+
+
+class LayerError(MoERoutingError):
+    """A MoE layer whose tokens, experts, formats or activation do not fit together."""
+
+
 class TargetError(MoERoutingError):
     """A target cannot be used at all."""
 

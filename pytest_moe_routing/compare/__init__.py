@@ -1,6 +1,24 @@
 """Tie-aware comparison with the reference, and the table of error bounds."""
 
+from pytest_moe_routing.compare.budget import Arithmetic
+from pytest_moe_routing.compare.choices import admissible_routings
+from pytest_moe_routing.compare.defects import MoEProblem
+from pytest_moe_routing.compare.fingerprints import FingerprintExperts
+from pytest_moe_routing.compare.moe import MoEComparison, assert_moe, compare_moe
 from pytest_moe_routing.compare.routing import Comparison, assert_routing, compare_routing
 from pytest_moe_routing.compare.tolerances import PRECISIONS, Precision
 
-__all__ = ["PRECISIONS", "Comparison", "Precision", "assert_routing", "compare_routing"]
+__all__ = [
+    "PRECISIONS",
+    "Arithmetic",
+    "Comparison",
+    "FingerprintExperts",
+    "MoEComparison",
+    "MoEProblem",
+    "Precision",
+    "admissible_routings",
+    "assert_moe",
+    "assert_routing",
+    "compare_moe",
+    "compare_routing",
+]

@@ -1,0 +1,304 @@
+"""The fused MoE, in torch: from hidden states, quantized weights and a routing to the output.
+
+Numbers are rounded exactly where the kernels store them, and nowhere else: the input, the first
+GEMM's result where a kernel writes it out before the activation (DeepSeek FP8), the intermediate,
+the second GEMM's rows (bfloat16), the output. Sources: FlashInfer 0.7.2.post1,
+`csrc/trtllm_fused_moe_runner.cu` (dtypes of each buffer) and `trtllm_fused_moe_dev_kernel.cu`.
+
+Shared experts are outside: add their output to this one's.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import LayerError
+from pytest_moe_routing.reference.activation import Activation, activation
+from pytest_moe_routing.reference.quantization import (
+    Quantized,
+    dequantize,
+    fake_quantize,
+    find_format,
+    quantize,
+)
+from pytest_moe_routing.reference.routing import Routing, route
+from pytest_moe_routing.reference.weights import Expert, Experts
+from pytest_moe_routing.routing.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Which format each tensor of a fused MoE has. `float32` rounds nothing.
+
+    Attributes:
+        name: As models and backends name it.
+        weight: Both weights.
+        input: Hidden states, as the kernel takes them.
+        intermediate: The second GEMM's input.
+        gemm1: The first GEMM's result, where it is stored before the activation.
+        gemm2: The second GEMM's result, before it is weighted and summed over experts.
+    """
+
+    name: str
+    weight: str
+    input: str
+    intermediate: str
+    gemm1: str = "float32"
+    gemm2: str = "bf16"
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    s.name: s
+    for s in (
+        Scheme("float32", "float32", "float32", "float32", gemm2="float32"),
+        Scheme("bf16", "bf16", "bf16", "bf16"),
+        Scheme("fp8_per_tensor", "fp8", "fp8", "fp8"),
+        Scheme("fp8_block", "fp8_128x128", "fp8_1x128", "fp8_1x128", gemm1="fp8_1x128"),
+        Scheme("mxfp8", "mxfp8", "mxfp8", "mxfp8"),
+        Scheme("nvfp4", "nvfp4", "nvfp4", "nvfp4"),
+        Scheme("mxfp4", "mxfp4", "mxfp8", "mxfp8"),
+        Scheme("mxfp4_bf16", "mxfp4", "bf16", "bf16"),
+        Scheme("mxint4", "mxint4", "bf16", "bf16"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a fused MoE computes, apart from its weights.
+
+    Attributes:
+        scheme: Formats of everything.
+        activation: What stands between the GEMMs.
+        weight_on: What a router weight multiplies: the expert's `output`, or its `input`, which
+            kernels do on the first GEMM's result (Llama4).
+    """
+
+    scheme: Scheme
+    activation: Activation
+    weight_on: str = "output"
+
+    @classmethod
+    def of(cls, scheme: str, activated: str = "silu", weight_on: str = "output") -> Layer:
+        """A layer by names.
+
+        Raises:
+            LayerError: There is no such scheme or activation.
+        """
+        if scheme not in SCHEMES:
+            raise LayerError(f"unknown scheme {scheme!r}; schemes: {', '.join(SCHEMES)}")
+        return cls(SCHEMES[scheme], activation(activated), weight_on)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One expert's numbers for its tokens, before and after each rounding.
+
+    Attributes:
+        gemm1: Exact result of the first GEMM, weighted if on the input, with bias.
+        stored1: The same as the activation reads it.
+        activated: Exact result of the activation, `[tokens, intermediate]`.
+        intermediate: The same as the second GEMM reads it.
+        gemm2: Exact result of the second GEMM with bias, `[tokens, hidden]`.
+        output: The same as it is stored.
+    """
+
+    gemm1: Tensor
+    stored1: Tensor
+    activated: Tensor
+    intermediate: Tensor
+    gemm2: Tensor
+    output: Tensor
+
+
+#: Elements of a weight that are real numbers at one time: 4 MiB in float32 stay in a cache, which
+#: is four times faster than to write out the whole matrix and read it again.
+_CHUNK = 1 << 20
+
+
+def real_rows(weight: Quantized, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A weight `[rows, columns]` as real numbers, some rows at a time."""
+    if weight.data.dtype == dtype:
+        yield weight.data
+        return
+    rows, columns = weight.shape
+    unit = weight.format.block[0] or 1
+    step = max(1, _CHUNK // columns // unit) * unit
+    for start in range(0, rows, step):
+        yield dequantize(weight.rows(start, min(start + step, rows)), dtype)
+
+
+def linear(x: Tensor, weight: Quantized) -> Tensor:
+    """`x @ weight.T` in the dtype of `x`: `[tokens, columns]` to `[tokens, rows]`."""
+    parts = [x @ rows.T for rows in real_rows(weight, x.dtype)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def run_expert(x: Tensor, expert: Expert, layer: Layer, weight: Tensor | None = None) -> Stages:
+    """Run one expert on its tokens.
+
+    Args:
+        x: Real hidden states `[tokens, hidden]`, in the computing dtype.
+        expert: Its weights.
+        layer: Formats and activation.
+        weight: Router weights `[tokens]`, where they go on the input.
+    """
+    scheme = layer.scheme
+    gemm1 = linear(x, expert.gemm1)
+    if weight is not None:
+        gemm1 *= weight.unsqueeze(1)
+    if expert.bias1 is not None:
+        gemm1 += expert.bias1.to(x.dtype)
+    stored1 = stored(gemm1, scheme.gemm1)
+    activated = layer.activation(stored1)
+    intermediate = stored(activated, scheme.intermediate, expert.intermediate_scale)
+    gemm2 = linear(intermediate, expert.gemm2)
+    if expert.bias2 is not None:
+        gemm2 += expert.bias2.to(x.dtype)
+    return Stages(gemm1, stored1, activated, intermediate, gemm2, stored(gemm2, scheme.gemm2))
+
+
+def stored(x: Tensor, format: str, scale: float | None = None) -> Tensor:
+    """What is read back after `x` was stored in a format, with this static scale if it has one."""
+    if format == "float32":
+        return x
+    if format == "bf16":
+        return x.to(torch.bfloat16).to(x.dtype)
+    return fake_quantize(x, format, **static(format, scale))
+
+
+def static(format: str, scale: float | None) -> dict[str, Tensor]:
+    """The keywords of `quantize` that make it use a static scale."""
+    fmt = find_format(format)
+    if scale is None or (fmt.scale != "e4m3" and fmt.block != (0, 0)):
+        return {}
+    if fmt.scale == "e4m3":
+        return {"global_scale": torch.tensor(scale)}
+    return {"scales": torch.tensor([[scale]])}
+
+
+def real_input(hidden: Tensor | Quantized, layer: Layer, dtype: torch.dtype) -> Tensor:
+    """The numbers that the first GEMM reads: hidden states quantized as the scheme says."""
+    if isinstance(hidden, Quantized):
+        return dequantize(hidden, dtype)
+    return dequantize(quantize(hidden, layer.scheme.input), dtype)
+
+
+def slots_by_expert(
+    routing: Routing, experts: range, dtype: torch.dtype
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each expert that has tokens: it, its tokens `[n]`, and their weights `[n]`."""
+    flat = routing.topk_ids.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts.stop).tolist()
+    tokens = torch.split(order // routing.topk_ids.shape[1], counts)
+    weights = torch.split(routing.topk_weights.flatten()[order].to(dtype), counts)
+    for expert in experts:
+        if counts[expert]:
+            yield expert, tokens[expert], weights[expert]
+
+
+def moe(
+    hidden: Tensor | Quantized,
+    experts: Experts,
+    routing: Routing,
+    layer: Layer,
+    *,
+    shard: range | None = None,
+    dtype: torch.dtype = torch.float32,
+    output_dtype: torch.dtype = torch.bfloat16,
+    progress: bool | None = None,
+) -> Tensor:
+    """The output of a fused MoE, `[tokens, hidden]`.
+
+    Weights become real numbers a few rows at a time, so memory is that of one stored expert and of
+    the tokens, whatever the layer's size.
+
+    Args:
+        hidden: Hidden states `[tokens, hidden]`, floating, or already in the scheme's input format
+            (with the static scale that the kernel is given).
+        experts: The weights, of all experts.
+        routing: Chosen experts and their weights, by global id.
+        layer: What to compute.
+        shard: The experts of this rank; slots of other experts add nothing. Default: all.
+        dtype: Accumulate in float32, or in float64 for the exact result.
+        output_dtype: What the sum over experts is rounded to.
+        progress: Say on stderr how far it is; default: on a terminal, when it takes long.
+
+    Raises:
+        LayerError: Shapes, formats or ids do not fit together.
+    """
+    shard = range(len(experts)) if shard is None else shard
+    check_inputs(hidden, experts, routing, shard)
+    if not hidden.shape[0]:
+        return torch.zeros(hidden.shape, dtype=output_dtype)
+    with torch.no_grad():
+        x = real_input(hidden, layer, dtype)
+        total = x.new_zeros(x.shape)
+        steps = slots_by_expert(routing, shard, dtype)
+        for expert, tokens, weight in _with_progress(steps, len(shard), progress):
+            mine = x.index_select(0, tokens)
+            if layer.weight_on == "input":
+                rows = run_expert(mine, experts[expert], layer, weight).output
+            else:
+                rows = run_expert(mine, experts[expert], layer).output * weight.unsqueeze(1)
+            total.index_add_(0, tokens, rows)
+        return total.to(output_dtype)
+
+
+def moe_from_logits(
+    hidden: Tensor | Quantized,
+    logits: Tensor,
+    recipe: Recipe,
+    experts: Experts,
+    layer: Layer,
+    *,
+    bias: Tensor | None = None,
+    **options: object,
+) -> Tensor:
+    """Route with the reference, then run the experts; options as for `moe`."""
+    routing = route(logits, recipe, bias)
+    layer = replace(layer, weight_on=recipe.weight_on)
+    return moe(hidden, experts, routing, layer, **options)  # type: ignore[arg-type]
+
+
+def check_inputs(
+    hidden: Tensor | Quantized, experts: Experts, routing: Routing, shard: range
+) -> None:
+    """Raise `LayerError` unless these belong together."""
+    ids, weights = routing.topk_ids, routing.topk_weights
+    if len(hidden.shape) != 2 or ids.ndim != 2 or ids.shape != weights.shape:
+        raise LayerError(
+            f"moe: found hidden states {list(hidden.shape)}, ids {list(ids.shape)} and weights "
+            f"{list(weights.shape)}, expected [tokens, hidden] and twice [tokens, top_k]"
+        )
+    if len(ids) != hidden.shape[0]:
+        raise LayerError(
+            f"moe: found {hidden.shape[0]} hidden states, but {len(ids)} tokens are routed"
+        )
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(experts):
+        raise LayerError(f"topk_ids: found ids outside 0..{len(experts) - 1}")
+    if shard.step != 1 or not 0 <= shard.start < shard.stop <= len(experts):
+        raise LayerError(f"shard: found {shard}, expected a range within {len(experts)} experts")
+
+
+def _with_progress(
+    steps: Iterator[tuple[int, Tensor, Tensor]], count: int, show: bool | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Pass steps on; after two seconds, show on the terminal how far they are."""
+    started = time.monotonic()
+    show = sys.stderr.isatty() if show is None else show
+    shown = False
+    for step in steps:
+        if show and time.monotonic() - started > 2:
+            shown = True
+            print(f"\rexpert {step[0] + 1} of {count}", end="", file=sys.stderr, flush=True)
+        yield step
+    if shown:
+        print(file=sys.stderr)

@@ -44,7 +44,7 @@ class MoESession:
         from pytest_moe_routing.targets.registry import check_target
 
         check_target(self.target_name)
-        if self.backend_names and not self.cases:
+        if self.models and self.backend_names and not self.cases:
             chosen = ", ".join(self.backend_names)
             raise MoERoutingError(f"no chosen model has a checkpoint for {chosen}")
         _ = self.flashinfer

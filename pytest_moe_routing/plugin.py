@@ -36,6 +36,7 @@ _OPTIONS = (
     ("backends", "args", "names of backends, comma-separated (default: all)"),
     ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
     ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
+    ("config", "paths", "a Hugging Face config.json, or its folder; may be repeated"),
     ("require-gpu", "bool", "fail unless at least one GPU test ran"),
 )
 
@@ -92,6 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
         backend_names=_names(config, "backends"),
         flashinfer_release=_option(config, "flashinfer") or None,
         golden_dirs=[Path(d) for d in _option(config, "golden_dir") or []],
+        configs=[Path(p) for p in _option(config, "config") or []],
     )
     if _option(config, "golden"):
         try:
@@ -123,6 +125,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     session = metafunc.config.stash[_SESSION]
     try:
         cases = session.cases if "moe_backend" in wanted else [(m, "") for m in session.models]
+        if "moe_golden" in metafunc.fixturenames:
+            cases = [case for case in cases if case[0] in session.golden_models]
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
     for marker in metafunc.definition.iter_markers("moe_models"):

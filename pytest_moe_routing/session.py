@@ -29,6 +29,7 @@ class MoESession:
 
     Attributes:
         golden_dirs: Further golden directories, over the packaged one.
+        configs: Hugging Face configs of models for this run, which have no goldens.
     """
 
     target_name: str
@@ -36,6 +37,7 @@ class MoESession:
     backend_names: list[str]
     flashinfer_release: str | None
     golden_dirs: list[Path]
+    configs: list[Path]
 
     def check(self) -> None:
         """Raise `MoERoutingError` if any option cannot be met. Imports no torch and no target."""
@@ -49,11 +51,23 @@ class MoESession:
 
     @cached_property
     def models(self) -> list[ModelSpec]:
-        """The chosen models, by id."""
-        from pytest_moe_routing.models import load_models, select
+        """The chosen models, by id; a config's model is there besides one of the same id."""
+        from dataclasses import replace
 
-        directories = [goldens.packaged_directory(), *self.golden_dirs]
-        return select(load_models(*directories), self.model_patterns)
+        from pytest_moe_routing.models import load_models, read_config, select
+
+        models = load_models(goldens.packaged_directory(), *self.golden_dirs)
+        for path in self.configs:
+            model = read_config(path)
+            while model.id in models:
+                model = replace(model, folder=Path(f"{model.id}.config"))
+            models[model.id] = model
+        return select(models, self.model_patterns)
+
+    @property
+    def golden_models(self) -> list[ModelSpec]:
+        """The chosen models that have a folder of goldens."""
+        return [model for model in self.models if model.folder.is_absolute()]
 
     @cached_property
     def backends(self) -> list[str]:
@@ -102,7 +116,7 @@ class MoESession:
             )
         if forked:
             raise MoERoutingError("--snapshot-update: --forked loses what is written; run without")
-        for model in self.models:
+        for model in self.golden_models:
             if not goldens.is_checkout(model.folder.parent):
                 raise MoERoutingError(
                     f"--snapshot-update: {model.folder} belongs to an installed package; run in a "
@@ -119,5 +133,5 @@ class MoESession:
         return (
             f"moe-routing: target {self.target_name}, {self.flashinfer} ({origin}), "
             f"{len(self.models)} models, goldens in "
-            + ", ".join(str(d) for d in dict.fromkeys(m.folder.parent for m in self.models))
+            + ", ".join(str(d) for d in dict.fromkeys(m.folder.parent for m in self.golden_models))
         )

@@ -25,6 +25,11 @@ class Vllm022(BuiltinTarget):
             return super().classify(model)
         return Classification(method, ("as vLLM 0.22",))
 
+    def gates(self, model, backend, method):
+        """No vLLM release asks whether the method takes the router's parameters into account."""
+        gates = super().gates(model, backend, method)
+        return tuple(gate for gate in gates if gate.name != "router parameters")
+
 
 class NoFloat32Logits(BuiltinTarget):
     """The gate of vLLM 0.15.1 to 0.20 and of PR 43859: no float32 router logits (DeepSeekV3 too)."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_model, read_config
 
 
 def test_explain_tells_the_whole_story(capsys):
@@ -38,7 +42,7 @@ def test_explain_for_another_target(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["explain", "nothing"], "'nothing' is no file and no known model; models: deepseek-r1"),
+        (["explain", "nothing"], "'nothing' is no file and no known model; models: a.x-k2"),
         (["explain", "deepseek-r1", "--flashinfer", "x"], "found 'x', expected a number"),
         (["explain", "deepseek-r1", "--target", "x"], "unknown target 'x'"),
         (["explain", "deepseek-r1", "--golden-dir", "nowhere"], "expected a golden directory"),
@@ -56,3 +60,43 @@ def test_no_command_is_usage(capsys):
         main([])
     assert caught.value.code == 2
     assert "usage: moe-routing" in capsys.readouterr().err
+
+
+CONFIG = """{
+ "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 256, "moe_intermediate_size": 64,
+ "num_experts": 32, "num_experts_per_tok": 4, "norm_topk_prob": true, "torch_dtype": "bfloat16",
+ "_name_or_path": "somebody/Tiny-MoE"
+}"""
+
+
+def test_explain_a_config(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(CONFIG)
+    assert main(["explain", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "router   softmax -> top 4 -> / sum" in text
+    assert "not judged: bf16; backends: fp8_block" in text
+
+
+def test_add_writes_what_is_then_read(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(CONFIG)
+    assert main(["add", str(tmp_path / "config.json"), str(tmp_path / "golden")]) == 0
+    assert "--moe-models tiny-moe -m 'not gpu' --snapshot-update" in capsys.readouterr().out
+    written = load_model(tmp_path / "golden" / "tiny-moe")
+    assert replace(written, folder=Path()) == replace(read_config(tmp_path), folder=Path())
+    assert main(["add", str(tmp_path), str(tmp_path / "golden")]) == 2
+    assert "there is one already" in capsys.readouterr().err
+
+
+def test_add_of_a_broken_config_writes_nothing(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(CONFIG.replace("32", "-32"))
+    assert main(["add", str(tmp_path), str(tmp_path / "golden")]) == 2
+    error = capsys.readouterr().err
+    assert "num_experts: found -32" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "golden").exists()
+
+
+def test_the_page_of_models_is_current(capsys):
+    assert main(["models"]) == 0
+    page = Path(__file__).parents[1] / "docs" / "models.md"
+    assert page.read_text() == capsys.readouterr().out, "moe-routing models > docs/models.md"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer, exact_calls
+from pytest_moe_routing.backends import FlashInfer, exact_calls, same_calls
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.logits import make
 from pytest_moe_routing.models import load_models
@@ -128,5 +128,9 @@ def test_every_model_means_what_its_recipe_says_and_no_neighbour():
     assert not same(recipes["nemotron-3-nano"], recipes["deepseek-r1"], 256)
 
 
-def test_every_backend_of_a_model_is_known():
-    assert {c for spec in MODELS.values() for c in spec.checkpoints} <= set(BACKENDS)
+def test_a_router_that_is_not_expressible_equals_nothing():
+    gemma = MODELS["gemma-4-26b-a4b"].router
+    assert gemma.not_expressible
+    assert same_calls(gemma, "nvfp4", FlashInfer.of("0.7.2.post1")) == []
+    plain = replace(gemma, not_expressible=None)
+    assert same_calls(plain, "nvfp4", FlashInfer.of("0.7.2.post1")) != []

@@ -101,7 +101,10 @@ def test_architectures_count_before_model_types(tmp_path):
 def test_the_inner_config_counts(tmp_path):
     outer = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25"}
     spec = read(tmp_path, {**outer, "hidden_size": 1, "text_config": R1})
-    assert (spec.architecture, spec.experts.hidden_size) == ("KimiK25ForConditionalGeneration", 7168)
+    assert (spec.architecture, spec.experts.hidden_size) == (
+        "KimiK25ForConditionalGeneration",
+        7168,
+    )
 
 
 # -- values ---------------------------------------------------------------------------------------
@@ -135,7 +138,9 @@ def test_a_key_that_the_code_ignores_is_noted(tmp_path):
     """dots.llm1 names a method where others name a function; transformers reads neither."""
     spec = read(tmp_path, {**R1, "scoring_func": "noaux_tc"})
     assert spec.router.scoring_func == "sigmoid"
-    assert 'scoring_func is "noaux_tc", which the architecture\'s code ignores: sigmoid' in spec.notes
+    assert (
+        'scoring_func is "noaux_tc", which the architecture\'s code ignores: sigmoid' in spec.notes
+    )
     assert not any("scoring_func" in note for note in read(tmp_path, R1).notes)
 
 
@@ -172,7 +177,11 @@ def groups(**weights):
 
 def mixed(**layers):
     algorithms = {name.replace("_", "."): {"quant_algo": algo} for name, algo in layers.items()}
-    return {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": algorithms}
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": algorithms,
+    }
 
 
 QUANTIZATIONS = [
@@ -188,7 +197,10 @@ QUANTIZATIONS = [
     ({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}, "w4a16_nvfp4"),
     ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}, "fp8_per_tensor"),
     ({"quant_method": "modelopt_mxfp8", "quant_algo": "MXFP8"}, "mxfp8"),
-    (mixed(layers_0_mlp_experts="NVFP4", layers_0_attn="MXFP8", layers_0_shared_experts="FP8"), "nvfp4"),
+    (
+        mixed(layers_0_mlp_experts="NVFP4", layers_0_attn="MXFP8", layers_0_shared_experts="FP8"),
+        "nvfp4",
+    ),
     (groups(type="float", num_bits=8, strategy="block"), "fp8_block"),
     (groups(type="float", num_bits=8, strategy="tensor"), "fp8_per_tensor"),
     (groups(type="float", num_bits=8, strategy="channel"), "fp8_per_channel"),
@@ -197,8 +209,14 @@ QUANTIZATIONS = [
     (groups(type="float", num_bits=4, strategy="group", group_size=32), "mxfp4"),
     (groups(type="int", num_bits=4, strategy="group", group_size=32), "mxint4"),
     (groups(type="int", num_bits=4, strategy="group", group_size=128), "int4"),
-    ({**groups(type="float", num_bits=8, strategy="block"), "ignore": ["re:.*mlp.experts.*"]}, "bf16"),
-    ({**groups(type="float", num_bits=8, strategy="block"), "ignore": ["re:.*shared_experts.*"]}, "fp8_block"),
+    (
+        {**groups(type="float", num_bits=8, strategy="block"), "ignore": ["re:.*mlp.experts.*"]},
+        "bf16",
+    ),
+    (
+        {**groups(type="float", num_bits=8, strategy="block"), "ignore": ["re:.*shared_experts.*"]},
+        "fp8_block",
+    ),
     ({"quant_method": "awq", "bits": 4}, "int4"),
     ({"quant_method": "gptq", "bits": 8}, "int8"),
 ]
@@ -242,7 +260,10 @@ def test_fp4_experts_of_an_fp8_model(tmp_path):
 
 def test_not_expressible_is_a_fallback_everywhere(tmp_path):
     """The nearest recipe of LongCat is known, and no verdict may come of it."""
-    config = {"architectures": ["LongcatFlashForCausalLM"], "quantization_config": R1["quantization_config"]}
+    config = {
+        "architectures": ["LongcatFlashForCausalLM"],
+        "quantization_config": R1["quantization_config"],
+    }
     spec = read(tmp_path, config)
     assert "zero experts" in spec.router.not_expressible
     for backend in BACKENDS:
@@ -252,49 +273,154 @@ def test_not_expressible_is_a_fallback_everywhere(tmp_path):
 
 
 ERRORS = {
-    "unknown": ({"architectures": ["LlamaForCausalLM"]}, "architectures: found LlamaForCausalLM, expected one of the"),
+    "unknown": (
+        {"architectures": ["LlamaForCausalLM"]},
+        "architectures: found LlamaForCausalLM, expected one of the",
+    ),
     "nameless": ({"hidden_size": 8}, "architectures: found nothing"),
     "names that are no names": ({"architectures": [7, None]}, "architectures: found nothing"),
-    "architectures that are no list": ({"architectures": "X"}, 'architectures: found "X", expected a list'),
+    "architectures that are no list": (
+        {"architectures": "X"},
+        'architectures: found "X", expected a list',
+    ),
     "capacity": ({"architectures": ["SwitchTransformersForConditionalGeneration"]}, "drop tokens"),
     "Grok-2": ({"architectures": ["Grok1ForCausalLM"]}, "soft-caps"),
-    "missing": ({**without("n_routed_experts"), "architectures": ["NemotronHForCausalLM"]}, "n_routed_experts: found nothing: the key is missing, expected an integer >= 1"),
-    "missing size": ({"architectures": ["BailingMoeForCausalLM"], "num_experts": 64, "num_experts_per_tok": 4, "norm_topk_prob": True, "moe_intermediate_size": 8}, "hidden_size: found nothing"),
-    "null": ({**R1, "n_routed_experts": None}, "n_routed_experts: found null, expected an integer >= 1"),
-    "text for a number": ({**R1, "num_experts_per_tok": "8"}, 'num_experts_per_tok: found "8", expected an integer'),
-    "float for a count": ({**R1, "num_experts_per_tok": 8.0}, "num_experts_per_tok: found 8.0, expected an integer"),
-    "true for a count": ({**R1, "num_experts_per_tok": True}, "num_experts_per_tok: found true, expected an integer"),
-    "number for a flag": ({**R1, "norm_topk_prob": 1}, "norm_topk_prob: found 1, expected true or false"),
-    "object for a number": ({**R1, "hidden_size": {"a": 1}}, "hidden_size: found an object, expected an integer"),
+    "missing": (
+        {**without("n_routed_experts"), "architectures": ["NemotronHForCausalLM"]},
+        "n_routed_experts: found nothing: the key is missing, expected an integer >= 1",
+    ),
+    "missing size": (
+        {
+            "architectures": ["BailingMoeForCausalLM"],
+            "num_experts": 64,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": 8,
+        },
+        "hidden_size: found nothing",
+    ),
+    "null": (
+        {**R1, "n_routed_experts": None},
+        "n_routed_experts: found null, expected an integer >= 1",
+    ),
+    "text for a number": (
+        {**R1, "num_experts_per_tok": "8"},
+        'num_experts_per_tok: found "8", expected an integer',
+    ),
+    "float for a count": (
+        {**R1, "num_experts_per_tok": 8.0},
+        "num_experts_per_tok: found 8.0, expected an integer",
+    ),
+    "true for a count": (
+        {**R1, "num_experts_per_tok": True},
+        "num_experts_per_tok: found true, expected an integer",
+    ),
+    "number for a flag": (
+        {**R1, "norm_topk_prob": 1},
+        "norm_topk_prob: found 1, expected true or false",
+    ),
+    "object for a number": (
+        {**R1, "hidden_size": {"a": 1}},
+        "hidden_size: found an object, expected an integer",
+    ),
     "empty list": ({**R1, "hidden_size": []}, "hidden_size: found a list, expected an integer"),
-    "negative": ({**R1, "n_routed_experts": -256}, "n_routed_experts: found -256, expected an integer >= 1"),
+    "negative": (
+        {**R1, "n_routed_experts": -256},
+        "n_routed_experts: found -256, expected an integer >= 1",
+    ),
     "zero": ({**R1, "hidden_size": 0}, "hidden_size: found 0, expected an integer >= 1"),
-    "too many experts": ({**R1, "n_routed_experts": 2**31 - 1}, "n_routed_experts: found 2147483647, expected an integer >= 1 <= 65536"),
+    "too many experts": (
+        {**R1, "n_routed_experts": 2**31 - 1},
+        "n_routed_experts: found 2147483647, expected an integer >= 1 <= 65536",
+    ),
     "absurd": ({**R1, "hidden_size": 10**4000}, "hidden_size: found Infinity"),
-    "infinite": ({**R1, "routed_scaling_factor": float("inf")}, "routed_scaling_factor: found Infinity, expected a number > 0"),
-    "not a number": ({**R1, "routed_scaling_factor": float("nan")}, "routed_scaling_factor: found NaN, expected a number > 0"),
-    "more than there are": ({**R1, "num_experts_per_tok": 300}, "num_experts_per_tok: found 300, expected at most num_experts (256)"),
-    "groups that do not divide": ({**R1, "n_group": 7}, "n_group: found 7, expected a divisor of num_experts (256)"),
-    "more groups than there are": ({**R1, "topk_group": 9}, "topk_group: found 9, expected at most n_group (8)"),
+    "infinite": (
+        {**R1, "routed_scaling_factor": float("inf")},
+        "routed_scaling_factor: found Infinity, expected a number > 0",
+    ),
+    "not a number": (
+        {**R1, "routed_scaling_factor": float("nan")},
+        "routed_scaling_factor: found NaN, expected a number > 0",
+    ),
+    "more than there are": (
+        {**R1, "num_experts_per_tok": 300},
+        "num_experts_per_tok: found 300, expected at most num_experts (256)",
+    ),
+    "groups that do not divide": (
+        {**R1, "n_group": 7},
+        "n_group: found 7, expected a divisor of num_experts (256)",
+    ),
+    "more groups than there are": (
+        {**R1, "topk_group": 9},
+        "topk_group: found 9, expected at most n_group (8)",
+    ),
     "half a grouping": ({**R1, "topk_group": None}, "topk_group: found nothing, expected a value"),
-    "two spellings that disagree": ({**R1, "num_local_experts": 128}, "num_local_experts: found 128, expected 256 as n_routed_experts has it"),
-    "unknown activation": ({**R1, "hidden_act": "relu"}, 'hidden_act: found "relu", expected one of silu'),
-    "unknown method": ({**R1, "architectures": ["DeepseekV2ForCausalLM"], "topk_method": "noaux"}, 'topk_method: found "noaux", expected one of greedy, group_limited_greedy'),
-    "one for true": ({"architectures": ["Lfm2MoeForCausalLM"], "use_expert_bias": 1}, "use_expert_bias: found 1, expected one of True, False"),
+    "two spellings that disagree": (
+        {**R1, "num_local_experts": 128},
+        "num_local_experts: found 128, expected 256 as n_routed_experts has it",
+    ),
+    "unknown activation": (
+        {**R1, "hidden_act": "relu"},
+        'hidden_act: found "relu", expected one of silu',
+    ),
+    "unknown method": (
+        {**R1, "architectures": ["DeepseekV2ForCausalLM"], "topk_method": "noaux"},
+        'topk_method: found "noaux", expected one of greedy, group_limited_greedy',
+    ),
+    "one for true": (
+        {"architectures": ["Lfm2MoeForCausalLM"], "use_expert_bias": 1},
+        "use_expert_bias: found 1, expected one of True, False",
+    ),
     "no object": ({"text_config": [R1]}, "text_config: found a list, expected an object"),
-    "nested key": ({"text_config": {**R1, "hidden_size": "x"}}, 'text_config.hidden_size: found "x"'),
+    "nested key": (
+        {"text_config": {**R1, "hidden_size": "x"}},
+        'text_config.hidden_size: found "x"',
+    ),
     "long value": ({**R1, "hidden_size": "x" * 10**6}, 'hidden_size: found "xxxxxxxx'),
-    "quantization": ({**R1, "quantization_config": 8}, "quantization_config: found 8, expected an object"),
-    "unknown quantization": ({**R1, "quantization_config": {"quant_method": "zip"}}, 'quantization_config.quant_method: found "zip", expected one of auto-round'),
-    "method that is no text": ({**R1, "quantization_config": {"quant_method": {}}}, "quantization_config.quant_method: found an object, expected text"),
-    "odd blocks": ({**R1, "quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "weight_block_size: found [64, 64], expected [128, 128] or null"),
-    "odd bits": ({**R1, "quantization_config": {"quant_method": "awq", "bits": 3}}, "bits: found 3, expected 4 or 8"),
-    "two algorithms": ({**R1, "quantization_config": mixed(a_experts_0="FP8", a_experts_1="NVFP4")}, "quantized_layers: found FP8, NVFP4, expected one quant_algo"),
-    "mixed without experts": ({**R1, "quantization_config": mixed(attn="FP8")}, "quantized_layers: found no experts"),
-    "unknown algorithm": ({**R1, "quantization_config": {"quant_algo": ["FP8"]}}, "quant_algo: found a list, expected one of FP8"),
-    "unknown weights": ({**R1, "quantization_config": groups(type="float", num_bits=6)}, 'weights.strategy: found "float" of 6 bits by "tensor"'),
-    "weights of lists": ({**R1, "quantization_config": groups(type=[], num_bits={})}, "weights.strategy: found a list of an object bits"),
-    "no groups": ({**R1, "quantization_config": {"quant_method": "compressed-tensors"}}, "config_groups: found nothing"),
+    "quantization": (
+        {**R1, "quantization_config": 8},
+        "quantization_config: found 8, expected an object",
+    ),
+    "unknown quantization": (
+        {**R1, "quantization_config": {"quant_method": "zip"}},
+        'quantization_config.quant_method: found "zip", expected one of auto-round',
+    ),
+    "method that is no text": (
+        {**R1, "quantization_config": {"quant_method": {}}},
+        "quantization_config.quant_method: found an object, expected text",
+    ),
+    "odd blocks": (
+        {**R1, "quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+        "weight_block_size: found [64, 64], expected [128, 128] or null",
+    ),
+    "odd bits": (
+        {**R1, "quantization_config": {"quant_method": "awq", "bits": 3}},
+        "bits: found 3, expected 4 or 8",
+    ),
+    "two algorithms": (
+        {**R1, "quantization_config": mixed(a_experts_0="FP8", a_experts_1="NVFP4")},
+        "quantized_layers: found FP8, NVFP4, expected one quant_algo",
+    ),
+    "mixed without experts": (
+        {**R1, "quantization_config": mixed(attn="FP8")},
+        "quantized_layers: found no experts",
+    ),
+    "unknown algorithm": (
+        {**R1, "quantization_config": {"quant_algo": ["FP8"]}},
+        "quant_algo: found a list, expected one of FP8",
+    ),
+    "unknown weights": (
+        {**R1, "quantization_config": groups(type="float", num_bits=6)},
+        'weights.strategy: found "float" of 6 bits by "tensor"',
+    ),
+    "weights of lists": (
+        {**R1, "quantization_config": groups(type=[], num_bits={})},
+        "weights.strategy: found a list of an object bits",
+    ),
+    "no groups": (
+        {**R1, "quantization_config": {"quant_method": "compressed-tensors"}},
+        "config_groups: found nothing",
+    ),
 }
 
 
@@ -321,8 +447,14 @@ HOSTILE = {
     "nested arrays": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     "nested objects": (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
     "key twice": (b'{"hidden_size": 8, "hidden_size": 9}', "hidden_size: found the key again"),
-    "key twice, deep": (b'{"text_config": {"n_group": 8, "n_group": 8}}', "n_group: found the key again"),
-    "many keys": (b"{" + b", ".join(b'"%d": 0' % i for i in range(100_000)) + b"}", "found nothing"),
+    "key twice, deep": (
+        b'{"text_config": {"n_group": 8, "n_group": 8}}',
+        "n_group: found the key again",
+    ),
+    "many keys": (
+        b"{" + b", ".join(b'"%d": 0' % i for i in range(100_000)) + b"}",
+        "found nothing",
+    ),
     "100 MB": (b'{"a": "' + b"x" * 100_000_000 + b'"}', "expected at most 16000000"),
 }
 
@@ -356,19 +488,36 @@ def test_a_hostile_file_beside_the_config(tmp_path):
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 read_keys = sorted(
     {key for keys in table().spellings.values() for key in keys}
     | {case.key for family in table().families.values() for case in family.cases}
-    | {"architectures", "quantization_config", "text_config", "ffn_config", "expert_dtype", "swiglu_limits"}
-    | {"mlp_layer_types", "moe_layer_freq", "first_k_dense_replace", "num_hash_layers", "_name_or_path"}
+    | {
+        "architectures",
+        "quantization_config",
+        "text_config",
+        "ffn_config",
+        "expert_dtype",
+        "swiglu_limits",
+    }
+    | {
+        "mlp_layer_types",
+        "moe_layer_freq",
+        "first_k_dense_replace",
+        "num_hash_layers",
+        "_name_or_path",
+    }
 )
 names = st.sampled_from(sorted(table().by_name))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=400)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=400
+)
 @given(name=names, changes=st.dictionaries(st.sampled_from(read_keys), values, max_size=6))
 def test_any_value_under_any_key_is_understood_or_one_error(tmp_path, name, changes):
     config = {"model_type": name, "num_experts": 8, "num_experts_per_tok": 2, **changes}
@@ -394,7 +543,11 @@ def check(spec, tmp_path):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(text=st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | values.map(json.dumps).map(str.encode))
+@given(
+    text=st.binary(max_size=60)
+    | st.text(max_size=60).map(str.encode)
+    | values.map(json.dumps).map(str.encode)
+)
 def test_any_bytes_are_one_error(tmp_path, text):
     with pytest.raises(ModelError) as caught:
         read(tmp_path, text)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from pytest_moe_routing import goldens
+from pytest_moe_routing.backends import BACKENDS
+from pytest_moe_routing.models import load_models
 
 HERE = Path(__file__).parent
 MODEL = "minimax-m2"
@@ -38,20 +40,37 @@ def run(host, *args):
     return host.runpytest_subprocess("--moe-models", MODEL, "-p", "no:cacheprovider", *args)
 
 
+CONFIG = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "_name_or_path": "somebody/Tiny-V3",
+    "hidden_size": 256,
+    "moe_intermediate_size": 128,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
 def files(directory):
     return {p.name: p.read_text() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def test_golden_runs_only_the_suite_and_ends_with_the_table(host):
+    models = load_models(goldens.packaged_directory()).values()
+    cases = [(m, c) for m in models for c in m.checkpoints if c in BACKENDS]
     result = host.runpytest_subprocess("--moe-golden", "-m", "not gpu")
-    result.assert_outcomes(passed=7 * 3 + 14 * 2 + 1)
+    result.assert_outcomes(passed=len(models) * 3 + len(cases) * 2 + 1)
     result.stdout.fnmatch_lines(
         [
-            "moe-routing: target builtin, FlashInfer *, 7 models, goldens in *",
+            f"moe-routing: target builtin, FlashInfer *, {len(models)} models, goldens in *",
             "*MoE routing verdicts*",
             "model * fp8_block * fp8_per_tensor * nvfp4",
             "minimax-m2 * exact (MiniMax2) * - * exact (MiniMax2)",
-            "12 exact, 2 fallback; builtin *",
+            "* exact, * fallback; builtin *",
         ]
     )
     assert "test_of_the_host" not in result.stdout.str()
@@ -90,7 +109,7 @@ def test_ini_twins(host):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--moe-models", "gpt-*"), "no model matches 'gpt-*'; models: deepseek-r1"),
+        (("--moe-models", "gpt-*"), "no model matches 'gpt-*'; models: a.x-k2"),
         (("--moe-backends", "nvfp5"), "unknown backend 'nvfp5'; backends: fp8_block"),
         (("--moe-backends", "mxfp8"), "no chosen model has a checkpoint for mxfp8"),
         (("--moe-target", "vlm"), "unknown target 'vlm'; targets: builtin, vllm, or module:Class"),
@@ -107,11 +126,16 @@ def test_ini_twins(host):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["", "n2"])
-def test_misuse_is_one_line_and_exit_4(host, args, message, workers):
-    if workers and args[0] != "--moe-models":
-        pytest.skip("one mistake is enough under xdist")
-    result = host.runpytest_subprocess("--moe-golden", *args, *workers)
+def test_misuse_is_one_line_and_exit_4(host, args, message):
+    check_misuse(host, args, message)
+
+
+def test_misuse_is_one_line_and_exit_4_under_xdist(host):
+    check_misuse(host, ("--moe-models", "gpt-*", "-n", "2"), "no model matches 'gpt-*'")
+
+
+def check_misuse(host, args, message):
+    result = host.runpytest_subprocess("--moe-golden", *args)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: {message}" in result.stderr.str().replace("--snapshot-update: ", "").replace(
         "--snapshot-update ", ""
@@ -180,20 +204,48 @@ def test_fixtures_and_marker_for_tests_of_the_host(host):
         test_host="""
         import pytest
 
-        @pytest.mark.moe_models("llama-4-*", "minimax-*")
-        def test_models(moe_model): assert moe_model.router.top_k in (1, 8)
+        @pytest.mark.moe_models("llama-4-*", "minimax-m2")
+        def test_models(moe_model): assert moe_model.router.num_experts >= 16
 
         def test_backends(moe_backend): assert moe_backend in ("fp8_block", "fp8_per_tensor", "mxfp8", "nvfp4")
 
+        @pytest.mark.moe_models("minimax-m2", "llama-4-scout")
         def test_cases(moe_model, moe_backend, moe_target, moe_flashinfer):
             assert moe_backend in moe_model.checkpoints
             assert moe_target.classify(moe_model).method in moe_flashinfer.methods
         """
     )
     result = host.runpytest_subprocess("-v")
-    result.assert_outcomes(passed=3 + 3 + 14)
+    result.assert_outcomes(passed=3 + 3 + 4)
     result.stdout.fnmatch_lines(
         ["*test_models[[]llama-4-maverick[]]*", "*test_cases[[]minimax-m2-fp8_block[]]*"]
+    )
+
+
+def test_a_config_adds_a_model_for_this_run(host):
+    (host.path / "config.json").write_text(json.dumps(CONFIG))
+    result = host.runpytest_subprocess(
+        *(
+            "--moe-golden",
+            "-m",
+            "not gpu",
+            "--moe-config",
+            "config.json",
+            "--moe-models",
+            "tiny-*,minimax-m2",
+        )
+    )
+    # A verdict, and no goldens.
+    result.assert_outcomes(passed=8 + 1)
+    result.stdout.fnmatch_lines(["tiny-v3 * exact (DeepSeekV3) *"])
+
+
+def test_a_config_that_is_wrong(host):
+    (host.path / "config.json").write_text(json.dumps({**CONFIG, "n_group": 5}))
+    result = host.runpytest_subprocess("--moe-golden", "--moe-config", "config.json")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        ["ERROR: *config.json*n_group: found 5, expected a divisor of *64*"]
     )
 
 

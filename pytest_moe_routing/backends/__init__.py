@@ -7,6 +7,7 @@ from pytest_moe_routing.backends.experts import (
     exact_calls,
     find_backend,
     kernel_call,
+    same_calls,
     support_gates,
 )
 from pytest_moe_routing.backends.flashinfer import (
@@ -27,5 +28,6 @@ __all__ = [
     "installed_release",
     "kernel_call",
     "known_releases",
+    "same_calls",
     "support_gates",
 ]

@@ -135,6 +135,13 @@ def _permutation(result: Any, tile: int, local_num_experts: int) -> Permutation:
     """The kernel's bookkeeping in the reference's terms: tiles belong to experts, rows to tiles."""
     padded = int(result.total_num_padded_tokens)
     expert_of_tile = result.cta_idx_xy_to_batch_idx[: padded // tile].cpu().to(torch.int64)
+    outside = ~((expert_of_tile >= 0) & (expert_of_tile < local_num_experts))
+    if bool(outside.any()):
+        tile_index = int(outside.nonzero()[0])
+        raise AssertionError(
+            f"the kernel gave tile {tile_index} to expert {int(expert_of_tile[tile_index])}, "
+            f"but this rank holds experts 0 to {local_num_experts - 1} (local indices)"
+        )
     tiles = torch.bincount(expert_of_tile, minlength=local_num_experts)
     rows = result.expanded_idx_to_permuted_idx.cpu().to(torch.int64)
     used = rows[rows >= 0]

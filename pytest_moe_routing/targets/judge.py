@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.backends import FlashInfer, Gate, KernelCall, exact_calls
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.routing import Classification, Recipe, recipe_of
 from pytest_moe_routing.targets.protocol import Target
@@ -125,6 +126,10 @@ def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
         exact = tuple(exact_calls(model, backend, flashinfer))
         return replace(base, verdict="missed" if exact else "fallback", exact=exact)
 
+    if model.router.not_expressible is not None:
+        raise Unsupported(
+            f"{target} lets {model} through, which cannot be judged: {model.router.not_expressible}"
+        )
     number = target.method_numbers().get(classification.method)
     method = None if number is None else flashinfer.method(number)
     drift = f"{target} passes {classification.method} as {number}, which {flashinfer} reads as "

@@ -79,7 +79,12 @@ def test_like_takes_router_and_experts(write):
 
 
 def test_own_keys_count_one_by_one(write):
-    like = load_model(write("like", LIKE + "router:\n  top_k: 4\n  n_group: 2\n  topk_group: 1\n  group_score: max\n"))
+    like = load_model(
+        write(
+            "like",
+            LIKE + "router:\n  top_k: 4\n  n_group: 2\n  topk_group: 1\n  group_score: max\n",
+        )
+    )
     assert (like.router.top_k, like.router.n_group, like.router.num_experts) == (4, 2, 8)
     assert like.experts.hidden_size == 64
 
@@ -180,7 +185,9 @@ texts = st.lists(st.text(min_size=1), min_size=1, max_size=3, unique=True).map(t
 specs = st.builds(
     ModelSpec,
     router=st.builds(RouterConfig, **values(RouterConfig)).filter(lambda s: not list(s.problems())),
-    experts=st.builds(ExpertsConfig, **values(ExpertsConfig)).filter(lambda s: not list(s.problems())),
+    experts=st.builds(ExpertsConfig, **values(ExpertsConfig)).filter(
+        lambda s: not list(s.problems())
+    ),
     model=st.text(min_size=1),
     hf_repo=st.just("someone/Model"),
     architecture=st.text(min_size=1),
@@ -191,7 +198,8 @@ specs = st.builds(
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much], deadline=None
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+    deadline=None,
 )
 @given(spec=specs)
 def test_any_model_is_read_back(write, spec):

@@ -7,3 +7,11 @@ import pytest
 def _not_a_worker(monkeypatch):
     """Inner pytest runs must not take themselves for workers of the outer one."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Workers share the cores: threads that wait for each other made runs ten times slower."""
+    import torch
+
+    torch.set_num_threads(1)

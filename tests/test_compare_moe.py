@@ -130,10 +130,10 @@ MUTANTS = {
     "no clamp": ("the activation's clamp is missing", {"act": "swigluoai", "limit": 2.0}),
     "no expert bias": ("the experts' biases are ignored", {"biases": True}),
     "scale row": ("block scales of the first GEMM are one row off", {"size": 256}),
-    "transposed scales": ("scales of the hidden states are read transposed", {}),
+    "transposed scales": ("scales of the hidden states are read transposed", {"size": 256}),
 }
 WITHOUT_BLOCKS = {"bf16", "fp8_per_tensor"}
-WITHOUT_INPUT_BLOCKS = {"bf16", "fp8_per_tensor", "mxfp4_bf16", "mxint4", "fp8_block"}
+WITHOUT_INPUT_BLOCKS = {"bf16", "fp8_per_tensor", "mxfp4_bf16", "mxint4"}
 
 
 def narrow(problem):

@@ -14,6 +14,8 @@ _WHERE = {
     "RouterConfig": "models",
     "load_model": "models",
     "load_models": "models",
+    "read_config": "models",
+    "dump_model": "models",
     "Recipe": "routing",
     "RoutingMethodType": "routing",
     "classify": "routing",

@@ -85,7 +85,9 @@ def _check_update(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and FlashInfer; skipped without")
     config.addinivalue_line(
-        "markers", "moe_models(*patterns): run with the models whose id matches a pattern"
+        "markers",
+        "moe_models(*patterns, distinct_routers=False): run with the models whose id matches a "
+        "pattern; with distinct_routers, with one model of each router",
     )
     session = config.stash[_SESSION] = MoESession(
         target_name=_option(config, "target") or BUILTIN,
@@ -130,7 +132,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
     for marker in metafunc.definition.iter_markers("moe_models"):
-        cases = [c for c in cases if any(fnmatchcase(c[0].id, p) for p in marker.args)]
+        patterns = marker.args or ("*",)
+        cases = [c for c in cases if any(fnmatchcase(c[0].id, p) for p in patterns)]
+        if marker.kwargs.get("distinct_routers"):
+            cases = list(
+                {
+                    (model.router, backend): (model, backend) for model, backend in cases[::-1]
+                }.values()
+            )[::-1]
     if wanted == ["moe_backend"]:
         metafunc.parametrize("moe_backend", list(dict.fromkeys(b for _, b in cases)))
     elif wanted == ["moe_model"]:

@@ -44,7 +44,7 @@ class MoESession:
         from pytest_moe_routing.targets.registry import check_target
 
         check_target(self.target_name)
-        if not self.cases:
+        if self.models and self.backend_names and not self.cases:
             chosen = ", ".join(self.backend_names)
             raise MoERoutingError(f"no chosen model has a checkpoint for {chosen}")
         _ = self.flashinfer
@@ -123,6 +123,13 @@ class MoESession:
                     "checkout, or choose models of a --moe-golden-dir with --moe-models"
                 )
 
+    def _left_out(self) -> str:
+        """How many models are known in part only, and so are not judged."""
+        from pytest_moe_routing.models import load_incomplete
+
+        count = len(load_incomplete(goldens.packaged_directory(), *self.golden_dirs))
+        return f" ({count} more known in part, not judged)" if count else ""
+
     def describe(self) -> str:
         """The header line of a run."""
         from pytest_moe_routing.backends import installed_release
@@ -132,6 +139,6 @@ class MoESession:
             origin = "newest known, none installed"
         return (
             f"moe-routing: target {self.target_name}, {self.flashinfer} ({origin}), "
-            f"{len(self.models)} models, goldens in "
+            f"{len(self.models)} models{self._left_out()}, goldens in "
             + ", ".join(str(d) for d in dict.fromkeys(m.folder.parent for m in self.golden_models))
         )

@@ -32,6 +32,7 @@ RECIPES = {
     "deepseek": DEEPSEEK,
     "minimax": MINIMAX,
     "default": Recipe(top_k=8),
+    "deepseek-v4": Recipe(top_k=6, score="sqrtsoftplus", bias=True, normalize="sum"),
     "renormalize": Recipe(top_k=8, score="identity", normalize="softmax"),
     "llama4": Recipe(top_k=1, score="identity", weigh_by="sigmoid"),
 }

@@ -90,14 +90,13 @@ def fill(router, bias, gate):
     return gates
 
 
-def run(case, recipe, pattern, dtype=torch.float32):
+def run(case, router, recipe, pattern, dtype=torch.float32):
     """Feed one pattern to the router: (experts, weights, the logits it saw, the bias it added)."""
     name = "plain" if pattern == HIDDEN_STATES else pattern
     inputs = make(name, recipe, num_tokens=TOKENS, num_experts=E)
     bias = None if inputs.bias is None else inputs.bias.to(dtype)
     gate = bell(E, E, seed=5) / 4 if pattern == HIDDEN_STATES else torch.eye(E)
-    router = make_router(case).to(dtype)
-    fill(router, bias, gate)
+    fill(router.to(dtype), bias, gate)
     with torch.no_grad():
         ids, weights, logits = case.call(router, inputs.logits.to(dtype), bias)
     return ids, weights.to(torch.float64), logits, bias
@@ -146,9 +145,9 @@ def test_router(case, dtype, tmp_path):
     spec = imported(case, tmp_path)
     assert spec.not_expressible is None
     recipe = recipe_of(spec)
-    found = {}
+    router, found = make_router(case), {}
     for pattern in (*PATTERNS, HIDDEN_STATES):
-        outputs = run(case, recipe, pattern, dtype)
+        outputs = run(case, router, recipe, pattern, dtype)
         wrong, ambiguous = differences(recipe, outputs, *tolerances(dtype, case.rounds_scores))
         if wrong:
             found[pattern] = f"{len(wrong)} of {TOKENS} tokens, first {wrong[0]}"
@@ -162,7 +161,8 @@ def test_mutations_are_seen(case, tmp_path):
     """Every step of every router counts: a recipe without it, or with another, does not pass."""
     spec = imported(case, tmp_path)
     recipe = recipe_of(spec)
-    outputs = [run(case, recipe, pattern) for pattern in PATTERNS]
+    router = make_router(case)
+    outputs = [run(case, router, recipe, pattern) for pattern in PATTERNS]
     within = tolerances(torch.float32, False)
     void, unseen = set(), set()
     for name, mutate in MUTATIONS.items():
@@ -186,7 +186,7 @@ def test_what_no_recipe_expresses(case, tmp_path):
     spec = imported(case, tmp_path)
     assert spec.not_expressible
     recipe = recipe_of(spec)
-    outputs = run(case, recipe, "plain")
+    outputs = run(case, make_router(case), recipe, "plain")
     # Zero experts have ids from num_experts on.
     no_experts = bool((outputs[0] >= spec.num_experts).any())
     assert no_experts or differences(recipe, outputs, *tolerances(torch.float32, False))[0]
@@ -202,9 +202,9 @@ def test_a_x_k2_fills_excluded_groups_with_0(tmp_path):
     case = Case("axk2", "AXK2TopkRouter", GROUPED)
     recipe = recipe_of(imported(case, tmp_path))
     within = tolerances(torch.float32, False)
-    positive = run(case, recipe, "deep-negative-high-bias")
+    positive = run(case, make_router(case), recipe, "deep-negative-high-bias")
     assert differences(recipe, positive, *within)[0] == []
-    negative = run(case, recipe, "bias-below-minus-1")
+    negative = run(case, make_router(case), recipe, "bias-below-minus-1")
     assert len(differences(recipe, negative, *within)[0]) == TOKENS
 
 

@@ -21,6 +21,8 @@ from pytest_moe_routing.reference import routing as reference
 from pytest_moe_routing.routing.recipe import Recipe
 
 _WORST = 8
+#: Below the smallest normal float32, numbers may be lost or flushed to zero.
+_TINY = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,15 @@ class _Rows:
     def _score_error(self, scores: Tensor, name: str) -> Tensor:
         if name == "identity":
             return torch.zeros_like(scores)
-        error = self.precision.relative * scores.abs()
-        return error + self.precision.sigmoid if name == "sigmoid" else error
+        return (
+            self.precision.relative * scores.abs()
+            + {
+                "sigmoid": self.precision.sigmoid,
+                "softmax": _TINY,
+                # The root of what underflowed.
+                "sqrtsoftplus": _TINY**0.5,
+            }[name]
+        )
 
     def excess(self, token: int, ids: Tensor) -> float | None:
         """How far beyond ambiguity these experts are; None when they may have been chosen."""
@@ -305,8 +314,7 @@ class _Rows:
             )
         low, high = low * recipe.scale, high * recipe.scale
         slack = (precision.weight + precision.relative) * torch.maximum(low.abs(), high.abs())
-        # Float32 flushes or loses what is below its smallest normal number.
-        slack = slack + 2.0**-126 * max(1.0, recipe.scale)
+        slack = slack + _TINY * max(1.0, recipe.scale)
         return low - slack, high + slack, undefined
 
     def wrong_weights(self, ids: Tensor, weights: Tensor, *, skip: Tensor) -> list[Difference]:

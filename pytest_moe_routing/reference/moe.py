@@ -170,7 +170,8 @@ def stored(x: Tensor, format: str, scale: float | None = None) -> Tensor:
         return x
     if format == "bf16":
         return x.to(torch.bfloat16).to(x.dtype)
-    return fake_quantize(x, format, **static(format, scale))
+    options = static(format, scale)
+    return fake_quantize(x, format, **{name: v.to(x.device) for name, v in options.items()})
 
 
 def static(format: str, scale: float | None) -> dict[str, Tensor]:

@@ -116,4 +116,5 @@ def golden_names(model: ModelSpec) -> set[str]:
     """Every golden that a model has."""
     from pytest_moe_routing.backends import BACKENDS
 
-    return {ROUTER, ROUTING, *(name for name in model.checkpoints if name in BACKENDS)}
+    routing = set() if model.router.not_expressible else {ROUTING}
+    return {ROUTER, *routing, *(name for name in model.checkpoints if name in BACKENDS)}

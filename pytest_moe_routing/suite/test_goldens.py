@@ -22,6 +22,8 @@ def test_routing(moe_model, moe_golden):
     """Which experts, with which weights, for named logits."""
     from pytest_moe_routing.suite import payloads
 
+    if moe_model.router.not_expressible:
+        pytest.skip(f"no recipe computes this router: {moe_model.router.not_expressible}")
     try:
         stored = goldens.read(goldens.golden_path(moe_model.folder, payloads.ROUTING))
     except MoERoutingError:

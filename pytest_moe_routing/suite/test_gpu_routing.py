@@ -13,7 +13,8 @@ import pytest
 
 from pytest_moe_routing.errors import Unsupported
 
-pytestmark = pytest.mark.gpu
+# Models that share a router share a test.
+pytestmark = [pytest.mark.gpu, pytest.mark.moe_models(distinct_routers=True)]
 
 #: On both sides of every switch between kernels (facts of FlashInfer 0.7.2.post1's launcher).
 TOKENS = (1, 4, 5, 16, 17, 64, 65, 256, 257, 1024, 1025, 4096)
@@ -108,7 +109,7 @@ def unsupported_is_skipped():
 
 
 def call_of(model, flashinfer, logits_dtype="float32", bias_dtype="float32"):
-    """The call that serves a model, with the given dtypes."""
+    """The call that serves a model, with the given dtypes; a skip where no kernel does."""
     from pytest_moe_routing.backends import kernel_call
     from pytest_moe_routing.targets.builtin import BuiltinTarget
 

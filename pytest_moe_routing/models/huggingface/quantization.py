@@ -67,6 +67,8 @@ def scheme_of(root: Section, text: Section, beside: Section | None) -> str:
     )
     if found is None:
         return "bf16"
+    # Early ModelOpt configs have a level more.
+    found = found.section("quantization") or found
     if _leaves_experts_alone(found):
         return "bf16"
     method = found.get("quant_method", "")

@@ -1,0 +1,259 @@
+"""The packaged models, and what a file may say of them: like another, incomplete, written back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import (
+    ExpertsConfig,
+    ModelSpec,
+    RouterConfig,
+    dump_model,
+    load_incomplete,
+    load_model,
+    load_models,
+    read_config,
+)
+from pytest_moe_routing.models.huggingface.families import table
+from pytest_moe_routing.models.spec import SCHEMES, schema
+
+ZOO = load_models(packaged_directory())
+
+BASE = """\
+model: Base
+hf_repo: someone/Base
+architecture: BaseForCausalLM
+router:
+  num_experts: 8
+  top_k: 2
+  scoring_func: sigmoid
+  correction_bias: float32
+  renormalize: true
+  logits_dtype: float32
+experts: {hidden_size: 64, intermediate_size: 32, activation: silu, gated: true}
+checkpoints: [nvfp4]
+sources: ["made up for this test"]
+"""
+LIKE = """\
+model: Like
+hf_repo: someone/Like
+architecture: BaseForCausalLM
+like: base
+checkpoints: [fp8_block]
+sources: ["made up for this test"]
+"""
+INCOMPLETE = """\
+model: Partial
+architecture: BaseForCausalLM
+incomplete: "everything but the number of experts"
+router: {num_experts: 8}
+sources: ["made up for this test"]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(id_, text):
+        path = tmp_path / id_ / "model.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return path
+
+    write("base", BASE)
+    return write
+
+
+# -- like another model ---------------------------------------------------------------------------
+
+
+def test_like_takes_router_and_experts(write):
+    base, like = load_model(write("base", BASE)), load_model(write("like", LIKE))
+    assert (like.router, like.experts) == (base.router, base.experts)
+    assert (like.id, like.model, like.checkpoints) == ("like", "Like", ("fp8_block",))
+
+
+def test_own_keys_count_one_by_one(write):
+    like = load_model(
+        write(
+            "like",
+            LIKE + "router:\n  top_k: 4\n  n_group: 2\n  topk_group: 1\n  group_score: max\n",
+        )
+    )
+    assert (like.router.top_k, like.router.n_group, like.router.num_experts) == (4, 2, 8)
+    assert like.experts.hidden_size == 64
+
+
+def test_like_one_that_is_like_another(write):
+    write("middle", LIKE.replace("Like", "Middle") + "router: {top_k: 4}\n")
+    like = load_model(write("like", LIKE.replace("base", "middle") + "router: {num_experts: 16}\n"))
+    assert (like.router.top_k, like.router.num_experts) == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ("nobody", "found 'nobody', expected the id of a model in"),
+        ("..", "found '..', expected the id of a model in"),
+        ("../tmp/base", "expected the id of a model in"),
+        ("like", "found 'like', expected a model that is not, by way of others, like this one"),
+        ("circle", "found 'like', expected a model that is not, by way of others, like this one"),
+    ],
+)
+def test_like_what_cannot_be(write, other, expected):
+    write("circle", LIKE.replace("base", "like").replace("Like", "Circle"))
+    path = write("like", LIKE.replace("base", other))
+    with pytest.raises(ModelError, match=r"model.yaml:4: like: ") as caught:
+        load_model(path)
+    assert expected in str(caught.value)
+
+
+def test_an_error_is_where_the_key_stands(write):
+    base = write("base", BASE.replace("num_experts: 8", "num_experts: eight"))
+    path = write("like", LIKE)
+    with pytest.raises(ModelError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(f"{base.resolve()}:5: router.num_experts: found 'eight'")
+    write("base", BASE)
+    path = write("like", LIKE + "router:\n  top_k: 9\n")
+    with pytest.raises(ModelError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(f"{path}:8: router.top_k: found 9")
+
+
+# -- incomplete models ----------------------------------------------------------------------------
+
+
+def test_incomplete_models_are_kept_apart(write, tmp_path):
+    path = write("partial", INCOMPLETE)
+    assert list(load_models(tmp_path)) == ["base"]
+    (partial,) = load_incomplete(tmp_path).values()
+    assert (partial.id, partial.router, partial.experts) == ("partial", {"num_experts": 8}, {})
+    with pytest.raises(ModelError, match="incomplete, so it cannot be judged: everything but"):
+        load_model(path)
+
+
+def test_a_later_directory_can_complete_a_model(write, tmp_path):
+    write("partial", INCOMPLETE)
+    later = tmp_path / "later" / "partial" / "model.yaml"
+    later.parent.mkdir(parents=True)
+    later.write_text(BASE)
+    assert set(load_models(tmp_path, later.parents[1])) == {"base", "partial"}
+    assert not load_incomplete(tmp_path, later.parents[1])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("num_experts: 8", "num_experts: -8", ":4: router.num_experts: found '-8'"),
+        ("num_experts: 8", "num_expert: 8", ":4: router.num_expert: found an unknown key"),
+        ("architecture: BaseForCausalLM\n", "", ":1: architecture: found nothing"),
+        ("incomplete:", "hf_repo: x\nincomplete:", ":3: hf_repo: found x, expected owner/name"),
+    ],
+)
+def test_what_is_known_of_an_incomplete_model_is_checked(write, tmp_path, old, new, expected):
+    write("partial", INCOMPLETE.replace(old, new))
+    with pytest.raises(ModelError) as caught:
+        load_incomplete(tmp_path)
+    assert expected in str(caught.value)
+
+
+# -- written back ---------------------------------------------------------------------------------
+
+
+def values(cls):
+    """Keyword arguments of a section, each valid by itself."""
+
+    def one(kind):
+        strategies = {
+            int: st.integers(int(kind.minimum or 0), 64),
+            float: st.floats(2**-70, 1.0),
+            bool: st.booleans(),
+            str: st.sampled_from(kind.choices) if kind.choices else st.text(min_size=1),
+        }
+        return strategies[kind.type] | (st.none() if kind.nullable else st.nothing())
+
+    return {name: one(item.metadata["kind"]) for name, item in schema(cls).items()}
+
+
+texts = st.lists(st.text(min_size=1), min_size=1, max_size=3, unique=True).map(tuple)
+specs = st.builds(
+    ModelSpec,
+    router=st.builds(RouterConfig, **values(RouterConfig)).filter(lambda s: not list(s.problems())),
+    experts=st.builds(ExpertsConfig, **values(ExpertsConfig)).filter(
+        lambda s: not list(s.problems())
+    ),
+    model=st.text(min_size=1),
+    hf_repo=st.just("someone/Model"),
+    architecture=st.text(min_size=1),
+    checkpoints=st.lists(st.sampled_from(SCHEMES), min_size=1, unique=True).map(tuple),
+    sources=texts,
+    notes=texts | st.just(()),
+)
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+    deadline=None,
+)
+@given(spec=specs)
+def test_any_model_is_read_back(write, spec):
+    assert load_model(write("written", dump_model(spec))) == spec
+
+
+@pytest.mark.parametrize("model", ZOO.values(), ids=str)
+def test_packaged_models_are_read_back(write, model):
+    written = load_model(write("written", dump_model(model)))
+    assert written.as_dict() == model.as_dict()
+    assert (written.sources, written.notes) == (model.sources, model.notes)
+
+
+# -- the packaged models --------------------------------------------------------------------------
+
+
+def config_of(model):
+    """A config.json with the model's numbers, under the first spelling of each key."""
+    family = table().by_name[model.architecture]
+    config = {"architectures": [model.architecture]}
+    numbers = {**vars(model.router), **vars(model.experts)}
+    for name, spellings in table().spellings.items():
+        if name not in family.fixed and numbers[name] is not None:
+            path = (family.keys.get(name) or spellings)[0]
+            config[path] = numbers[name]
+    if family.name == "deepseek_v2" and (model.router.n_group or 1) > 1:
+        config["topk_method"] = "group_limited_greedy"
+    if family.name == "gemma4_text":
+        config["enable_moe_block"] = True
+    return config
+
+
+IN_FAMILIES = [model for model in ZOO.values() if model.architecture in table().by_name]
+
+
+@pytest.mark.parametrize("model", IN_FAMILIES, ids=str)
+def test_a_model_is_what_its_family_computes(model, tmp_path):
+    """Fixed values of a family (scores, bias, epsilon, order, side) hold in every model of it."""
+    (tmp_path / "config.json").write_text(json.dumps(config_of(model)))
+    imported = read_config(tmp_path)
+    assert imported.router == model.router
+    assert imported.experts == model.experts
+
+
+def test_models_of_no_family():
+    """Architectures that wrap another, so that a flat config would not name the family."""
+    others = {model.id for model in ZOO.values()} - {model.id for model in IN_FAMILIES}
+    assert others == {"kimi-k2.5", "kimi-k3"}
+
+
+def test_every_model_names_its_sources():
+    incomplete = load_incomplete(packaged_directory())
+    assert len(ZOO) + len(incomplete) >= 70
+    for model in [*ZOO.values(), *incomplete.values()]:
+        assert any(source.startswith("numbers: ") for source in model.sources), model.id
+    for model in ZOO.values():
+        assert any(source.startswith("checkpoints: ") for source in model.sources), model.id

@@ -1,6 +1,6 @@
 """The MoE reference beside what others would do, in one run: read the ratios, not the seconds.
 
-pytest benchmarks/test_bench_moe.py --benchmark-only --benchmark-group-by=param:case
+pytest benchmarks/test_bench_moe.py --benchmark-only
 MOE_FULL=1 pytest benchmarks/test_bench_moe.py --benchmark-only -k full     # whole layers
 """
 
@@ -52,7 +52,8 @@ class Case:
 
 
 @pytest.fixture(params=CASES)
-def case(request):
+def case(request, benchmark):
+    benchmark.group = request.param
     return Case(*CASES[request.param])
 
 
@@ -163,17 +164,20 @@ GROWTH = {
 }
 
 
+@pytest.mark.benchmark(group="growth")
 @pytest.mark.parametrize("growth", GROWTH)
 @pytest.mark.parametrize("scheme", ["bf16", "nvfp4"])
 def test_growth(benchmark, scheme, growth):
     benchmark(Case(*GROWTH[growth], scheme).run)
 
 
+@pytest.mark.benchmark(group="schemes")
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
 def test_scheme(benchmark, scheme):
     benchmark(Case(*GROWTH["base"], scheme).run)
 
 
+@pytest.mark.benchmark(group="error bars")
 @pytest.mark.parametrize("scheme", ["bf16", "nvfp4", "fp8_block"])
 def test_error_bars(benchmark, scheme):
     """The float64 reference with its budget: what a comparison costs."""

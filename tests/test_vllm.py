@@ -40,6 +40,12 @@ def test_the_real_gates_answer_and_know_no(target):
     assert [g.name for g in refused if not g.ok] == ["routing method", "is_supported_config"]
 
 
+def test_the_activation_is_named_with_the_layout_of_the_checkpoint(target):
+    assert judge(target, MODELS["minimax-m3"], "nvfp4").verdict == "exact"
+    gates = {g.name: g.ok for g in target.gates(MODELS["gpt-oss-20b"], "nvfp4", "Renormalize")}
+    assert not gates["activation"]
+
+
 def test_the_real_platform_is_back_after_asking(target):
     from vllm.model_executor.layers.fused_moe.experts import trtllm_fp8_moe
 

@@ -228,6 +228,9 @@ class VllmTarget(Target):
         activation = import_module(f"{_MOE}.activation").MoEActivation
         experts, router = model.experts, model.router
         name = experts.activation if experts.gated else f"{experts.activation}_no_mul"
+        if name == "swigluoai" and not model.architecture.startswith("GptOss"):
+            # Only gpt-oss checkpoints interleave gate and up; vLLM names the others' layout apart.
+            name = "swigluoai_uninterleave"
         hidden = experts.latent_size or experts.hidden_size
         return self._config.FusedMoEConfig(
             num_experts=router.num_experts,

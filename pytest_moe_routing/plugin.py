@@ -135,11 +135,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         patterns = marker.args or ("*",)
         cases = [c for c in cases if any(fnmatchcase(c[0].id, p) for p in patterns)]
         if marker.kwargs.get("distinct_routers"):
-            cases = list(
-                {
-                    (model.router, backend): (model, backend) for model, backend in cases[::-1]
-                }.values()
-            )[::-1]
+            first: dict[Any, Any] = {}
+            for model, backend in cases:
+                first.setdefault((model.router, backend), (model, backend))
+            cases = list(first.values())
     if wanted == ["moe_backend"]:
         metafunc.parametrize("moe_backend", list(dict.fromkeys(b for _, b in cases)))
     elif wanted == ["moe_model"]:

@@ -23,6 +23,13 @@ class Target:
     def __init__(self, flashinfer: FlashInfer) -> None:
         self.flashinfer = flashinfer
 
+    @classmethod
+    def check_installed(cls) -> None:
+        """Raise `TargetNotInstalled` if the package is not here. Asked at start: must be cheap.
+
+        The module of a target is imported for this: it imports what it tests later, when made.
+        """
+
     def version(self) -> str:
         """The release of what is tested."""
         raise Unsupported(f"{self.name} does not say its version")

@@ -17,11 +17,19 @@ def target_names() -> list[str]:
 
 
 def check_target(name: str) -> None:
-    """Raise `UnknownTarget` unless `name` is registered or of the form `module:Class`."""
-    if ":" not in name and name not in target_names():
+    """Find out at start what can be found out cheaply.
+
+    Raises:
+        UnknownTarget: `name` is neither registered nor of the form `module:Class`.
+        TargetNotInstalled: It is registered, and its package is not in this environment.
+    """
+    if ":" in name:
+        return
+    if name not in target_names():
         raise UnknownTarget(
             f"unknown target {name!r}; targets: {', '.join(target_names())}, or module:Class"
         )
+    _registered(name).check_installed()
 
 
 def load_target(name: str, flashinfer: FlashInfer) -> Target:
@@ -35,10 +43,7 @@ def load_target(name: str, flashinfer: FlashInfer) -> Target:
     check_target(name)
     module, _, attribute = name.partition(":")
     try:
-        if attribute:
-            cls = getattr(import_module(module), attribute)
-        else:
-            cls = next(e for e in metadata.entry_points(group=GROUP) if e.name == name).load()
+        cls = getattr(import_module(module), attribute) if attribute else _registered(name)
         return _checked(name, cls)(flashinfer)
     except (UnknownTarget, TargetNotInstalled, TargetImportError):
         raise
@@ -47,6 +52,11 @@ def load_target(name: str, flashinfer: FlashInfer) -> Target:
         raise TargetImportError(
             f"target {name!r} fails to import: {type(error).__name__}: {error}"
         ) from error
+
+
+def _registered(name: str) -> type[Target]:
+    entry = next(e for e in metadata.entry_points(group=GROUP) if e.name == name)
+    return _checked(name, entry.load())
 
 
 def _checked(name: str, cls: object) -> type[Target]:

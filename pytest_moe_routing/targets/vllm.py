@@ -57,6 +57,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _installed_version() -> str:
+    for distribution in _DISTRIBUTIONS:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise TargetNotInstalled("target vllm: vllm is not installed: pip install vllm")
+
+
 class _Blackwell:
     """vLLM's platform object, but for the questions that decide whether a GPU is at hand."""
 
@@ -91,14 +100,7 @@ class VllmTarget(Target):
 
     def __init__(self, flashinfer: FlashInfer) -> None:
         super().__init__(flashinfer)
-        for distribution in _DISTRIBUTIONS:
-            try:
-                self._version = metadata.version(distribution)
-                break
-            except metadata.PackageNotFoundError:
-                continue
-        else:
-            raise TargetNotInstalled("target vllm: vllm is not installed: pip install vllm")
+        self._version = _installed_version()
         try:
             with _quiet():
                 self._config = import_module(f"{_MOE}.config")
@@ -107,6 +109,10 @@ class VllmTarget(Target):
                 f"target vllm: vllm {self._version} is installed, but {_MOE} fails to import: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+    @classmethod
+    def check_installed(cls) -> None:
+        _installed_version()
 
     def version(self) -> str:
         return self._version

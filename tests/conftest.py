@@ -1,6 +1,11 @@
 """For the tests of this repository. The plugin itself is loaded through its entry point."""
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: a test that fails fails for everybody.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, softplus
 
 from pytest_moe_routing.errors import RecipeError
 from pytest_moe_routing.routing.recipe import Recipe
@@ -95,7 +96,7 @@ def score(logits: Tensor, name: str) -> Tensor:
         return logits.softmax(-1)
     if name == "sigmoid":
         return logits.sigmoid()
-    return torch.nn.functional.softplus(logits).sqrt()
+    return softplus(logits).sqrt()
 
 
 def choosing_keys(scores: Tensor, recipe: Recipe, bias: Tensor | None) -> Tensor:
@@ -110,13 +111,17 @@ def choosing_keys(scores: Tensor, recipe: Recipe, bias: Tensor | None) -> Tensor
 def group_scores(keys: Tensor, recipe: Recipe) -> Tensor:
     """The score of each group, `[num_tokens, n_group]`."""
     grouped = keys.unflatten(-1, (recipe.n_group, -1))
-    best = grouped.amax(-1)
     if recipe.group_score == "max":
-        return best
-    # Two passes of amax are some ten times faster than topk(2) over short rows.
-    is_best = grouped == best.unsqueeze(-1)
-    second = grouped.masked_fill(is_best, -torch.inf).amax(-1)
-    return best + torch.where(is_best.sum(-1) > 1, best, second)
+        return grouped.amax(-1)
+    # A tournament, half against half: many times faster than topk(2) over short rows.
+    best, second = grouped, torch.full_like(grouped, -torch.inf)
+    while best.shape[-1] > 1:
+        if best.shape[-1] % 2:
+            best, second = (pad(x, (0, 1), value=-torch.inf) for x in (best, second))
+        one, other = best.chunk(2, -1)
+        second = torch.maximum(torch.minimum(one, other), torch.maximum(*second.chunk(2, -1)))
+        best = torch.maximum(one, other)
+    return (best + second).squeeze(-1)
 
 
 def choose(keys: Tensor, recipe: Recipe) -> Tensor:

@@ -1,23 +1,12 @@
 """Layouts: each has an inverse, and agrees with flashinfer's and torchao's pure-torch helpers."""
 
-import importlib
-import warnings
-
 import pytest
 import torch
+from independent import independent
 
 from pytest_moe_routing.errors import QuantizationError
 from pytest_moe_routing.logits import integers
 from pytest_moe_routing.reference import layouts
-
-
-def independent(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            pytest.skip(f"no independent implementation to compare with: {error}")
 
 
 def numbered(*shape, dtype=torch.uint8):

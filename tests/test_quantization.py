@@ -4,12 +4,10 @@ Used where installed: ml_dtypes (elements), torch's float8_e8m0fnu, torchao (MX 
 compressed-tensors (FP8 blocks, integers, FP4 packing), flashinfer's CPU decoder of FP4.
 """
 
-import importlib
-import warnings
-
 import numpy as np
 import pytest
 import torch
+from independent import independent
 
 from pytest_moe_routing.errors import QuantizationError
 from pytest_moe_routing.logits import bell, integers
@@ -25,16 +23,6 @@ from pytest_moe_routing.reference.quantization import (
 ALL = sorted(FORMATS)
 BLOCKED = [name for name in ALL if FORMATS[name].block != (0, 0)]
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-
-
-def independent(name):
-    """Another implementation of the same thing; the test is skipped where it is not installed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            pytest.skip(f"no independent implementation to compare with: {error}")
 
 
 def matrix(rows=256, columns=512, seed=1):

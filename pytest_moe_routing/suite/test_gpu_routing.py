@@ -6,12 +6,11 @@ and epsilon included), within the kernel's documented arithmetic error and not b
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
-from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 # Models that share a router share a test.
 pytestmark = [pytest.mark.gpu, pytest.mark.moe_models(distinct_routers=True)]
@@ -98,14 +97,6 @@ class Routed:
         if problems or not found.ok:
             text = "\n".join([*problems, *([] if found.ok else [found.message()])])
             pytest.fail(f"{self.call}\nwith {num_tokens} tokens: {text}", pytrace=False)
-
-
-@contextmanager
-def unsupported_is_skipped():
-    try:
-        yield
-    except Unsupported as reason:
-        pytest.skip(str(reason))
 
 
 def call_of(model, flashinfer, logits_dtype="float32", bias_dtype="float32"):

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 
-from pytest_moe_routing.errors import Unsupported
-
-
-@contextmanager
-def unanswered_is_skipped():
-    try:
-        yield
-    except Unsupported as question:
-        pytest.skip(str(question))
+from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 
 def test_verdict(moe_target, moe_model, moe_backend, record_property, moe_session):
@@ -24,7 +14,7 @@ def test_verdict(moe_target, moe_model, moe_backend, record_property, moe_sessio
     """
     from pytest_moe_routing.targets import judge
 
-    with unanswered_is_skipped():
+    with unsupported_is_skipped():
         found = judge(moe_target, moe_model, moe_backend)
     record_property(
         "moe_verdict",
@@ -44,7 +34,7 @@ def test_verdict(moe_target, moe_model, moe_backend, record_property, moe_sessio
 
 def test_method_numbers(moe_target, moe_session):
     """No gate lets a method through under a number that FlashInfer reads as another method."""
-    with unanswered_is_skipped():
+    with unsupported_is_skipped():
         numbers = moe_target.method_numbers()
         problems = []
         for method, number in numbers.items():

@@ -8,11 +8,15 @@ class MoERoutingError(Exception):
 
 
 class ModelError(MoERoutingError):
-    """A model description is wrong. Names the file, the line and the key."""
+    """A model description or another YAML file is wrong. Names the file, the line and the key."""
 
 
 class ReleaseError(MoERoutingError):
     """A FlashInfer release that cannot be judged."""
+
+
+class DataError(MoERoutingError):
+    """A row of this package's own data that cannot be. Names the file and the row."""
 
 
 class RecipeError(MoERoutingError):
@@ -41,6 +45,10 @@ class TargetNotInstalled(TargetError):
 
 class TargetImportError(TargetError):
     """The target's package is installed and fails to import."""
+
+
+class GpuMemoryError(MoERoutingError):
+    """A GPU test does not get the memory that it needs. Says how much is free."""
 
 
 class Unsupported(MoERoutingError):

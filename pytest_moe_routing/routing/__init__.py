@@ -2,6 +2,7 @@
 
 from pytest_moe_routing.routing.classify import Classification, classify, get_routing_method_type
 from pytest_moe_routing.routing.methods import METHODS, Method, RoutingMethodType
+from pytest_moe_routing.routing.normal_form import normal_form, same
 from pytest_moe_routing.routing.recipe import Recipe, recipe_of
 
 __all__ = [
@@ -12,5 +13,7 @@ __all__ = [
     "RoutingMethodType",
     "classify",
     "get_routing_method_type",
+    "normal_form",
     "recipe_of",
+    "same",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pytest_moe_routing.backends.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.models import ModelSpec, RouterConfig
-from pytest_moe_routing.routing import RoutingMethodType
+from pytest_moe_routing.routing import METHODS, RoutingMethodType, recipe_of, same
 
 #: Major compute capability that verdicts are about: no GPU is needed to judge one.
 BLACKWELL = 10
@@ -60,6 +60,9 @@ BACKENDS: Mapping[str, Backend] = {
         Backend("fp8_per_tensor", "FP8 with one scale per tensor", _ALL),
         Backend("mxfp8", "MXFP8", _WITHOUT_LLAMA4),
         Backend("nvfp4", "NVFP4", _ALL),
+        Backend("mxfp4", "MXFP4", _ALL),
+        Backend("bf16", "bfloat16", _ALL),
+        Backend("mxint4", "MXINT4", _ALL),
     )
 }
 
@@ -81,7 +84,8 @@ def kernel_call(
     """The routing arguments that a router needs, passed to a backend's kernel.
 
     DeepSeekV3 takes groups, one of all experts when the router has none; a method that reads a
-    bias gets zeros when the router has none. The scaling factor is always the kernel's to apply.
+    bias gets zeros when the router has none, in bfloat16, which every launcher takes. The scaling
+    factor is always the kernel's to apply.
     """
     grouped = method == RoutingMethodType.DeepSeekV3.name
     entry = flashinfer.entry_point(backend)
@@ -96,7 +100,7 @@ def kernel_call(
         n_group=(router.n_group or 1) if grouped else 0,
         topk_group=(router.topk_group or 1) if grouped else 0,
         bias="router" if router.correction_bias else unbiased,
-        bias_dtype=router.correction_bias or "float32",
+        bias_dtype=router.correction_bias or "bfloat16",
         routed_scaling_factor=router.routed_scaling_factor,
         weight_on="input" if on_input else "output",
     )
@@ -161,7 +165,7 @@ def support_gates(
         )
     )
     if gates[-1].ok:
-        lost = [name for name in _needs(model.router) if not flashinfer.honours(method, name)]
+        lost = list(_lost(model.router, method, flashinfer))
         gates.append(Gate("router parameters", not lost, f"{method} ignores {', '.join(lost)}"))
     dtype = model.router.logits_dtype
     gates.append(
@@ -178,13 +182,16 @@ def support_gates(
     return tuple(gates)
 
 
-def _needs(router: RouterConfig) -> Iterator[str]:
-    """The arguments without which a kernel cannot mean what this router means."""
-    if router.correction_bias is not None:
+def _lost(router: RouterConfig, method: str, flashinfer: FlashInfer) -> Iterator[str]:
+    """What a router needs its kernel to heed, and this method does not."""
+    if router.correction_bias is not None and not flashinfer.honours(method, "bias"):
         yield "bias"
     if (router.topk_group or 1) < (router.n_group or 1):
-        yield "n_group"
-    if router.routed_scaling_factor != 1.0:
+        if not flashinfer.honours(method, "n_group"):
+            yield "n_group"
+        elif router.group_score != METHODS[RoutingMethodType[method]].recipe.group_score:
+            yield f"group_score {router.group_score}"
+    if router.routed_scaling_factor != 1.0 and not flashinfer.honours(method, "scale"):
         yield "scale"
 
 
@@ -197,10 +204,6 @@ def exact_calls(model: ModelSpec, backend: str, flashinfer: FlashInfer) -> list[
 
 def same_calls(router: RouterConfig, backend: str, flashinfer: FlashInfer) -> list[KernelCall]:
     """Every call of a backend's kernel that means what a router means, whatever the experts are."""
-    # Torch is needed here only.
-    from pytest_moe_routing.routing.equivalence import same
-    from pytest_moe_routing.routing.recipe import recipe_of
-
     if router.not_expressible is not None:
         return []
     wanted = recipe_of(router)
@@ -208,6 +211,7 @@ def same_calls(router: RouterConfig, backend: str, flashinfer: FlashInfer) -> li
     return [
         call
         for call in calls
-        if not flashinfer.troubles(call)
+        if call.method != "Unspecified"
         and same(wanted, flashinfer.recipe(call), router.num_experts)
+        and not flashinfer.troubles(call)
     ]

@@ -5,17 +5,19 @@ This module knows how to read the rules, not one fact about FlashInfer.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property, lru_cache
 from importlib import metadata, resources
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from pytest_moe_routing.backends import signatures
 from pytest_moe_routing.errors import ReleaseError
 from pytest_moe_routing.routing.methods import METHODS, RoutingMethodType
 from pytest_moe_routing.routing.recipe import Recipe
@@ -33,6 +35,7 @@ class KernelCall:
         n_group, topk_group: As passed; 0 stands for None as well.
         bias: What is passed as routing bias: `none`, `zeros` or the `router`'s own.
         weight_on: `input` when the routing scales are applied on the input.
+        scale_after: What the layer multiplies the kernel's output by.
     """
 
     backend: str
@@ -46,6 +49,7 @@ class KernelCall:
     bias_dtype: str = "float32"
     routed_scaling_factor: float = 1.0
     weight_on: str = "output"
+    scale_after: float = 1.0
 
     @property
     def group_size(self) -> int:
@@ -56,7 +60,12 @@ class KernelCall:
         return max(self.topk_group, 1) * self.group_size
 
 
-_OPERATORS = {
+#: Names that conditions may use, and those of them that are numbers.
+_PROPERTIES = {"group_size", "kept_experts"}
+_NAMES = {f.name for f in fields(KernelCall)} | _PROPERTIES
+_NUMBERS = {f.name for f in fields(KernelCall) if f.type in ("int", "float")} | _PROPERTIES
+_OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "%": lambda value, divisor: bool(divisor) and value % divisor == 0,
     "==": operator.eq,
     "!=": operator.ne,
     "<=": operator.le,
@@ -65,22 +74,33 @@ _OPERATORS = {
     ">": operator.gt,
 }
 _TEST = re.compile(r"(==|!=|<=|>=|<|>|%|in:)(\S+)")
+_Test = Callable[[KernelCall], bool]
 
 
-def _holds(call: KernelCall, name: str, condition: str) -> bool:
-    """Whether `name` of the call meets every part of a condition such as `>=1 <=n_group`."""
-    value = getattr(call, name)
-    for sign, operand in _TEST.findall(condition):
-        if sign == "in:":
-            met = value in operand.split(",")
-        else:
-            other = getattr(call, operand, operand)
-            if isinstance(value, int):
-                other = int(other)
-            met = value % other == 0 if sign == "%" else _OPERATORS[sign](value, other)
-        if not met:
-            return False
-    return True
+def _test(name: str, sign: str, operand: str) -> _Test:
+    """Whether `name` of a call meets one part of a condition, such as `<=n_group`."""
+    value = operator.attrgetter(name)
+    if sign == "in:":
+        members = frozenset(operand.split(","))
+        return lambda call: value(call) in members
+    compare = _OPERATORS[sign]
+    if operand in _NAMES:
+        other = operator.attrgetter(operand)
+        return lambda call: compare(value(call), other(call))
+    constant = float(operand) if name in _NUMBERS else operand
+    return lambda call: compare(value(call), constant)
+
+
+def _tests(conditions: Mapping[str, str]) -> tuple[tuple[str, _Test], ...]:
+    """Conditions by name, each as (name, whether all its parts hold)."""
+
+    def every(parts: list[_Test]) -> _Test:
+        return parts[0] if len(parts) == 1 else lambda call: all(part(call) for part in parts)
+
+    return tuple(
+        (name, every([_test(name, *part) for part in _TEST.findall(condition)]))
+        for name, condition in conditions.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -102,23 +122,32 @@ class Rule:
     def in_force(self, release: Version) -> bool:
         return Version(self.since) <= release and (not self.until or release < Version(self.until))
 
-    def concerns(self, call: KernelCall) -> bool:
-        return (
-            (not self.backends or call.backend in self.backends)
-            and (not self.methods or call.method in self.methods)
-            and all(_holds(call, name, test) for name, test in self.when.items())
+    def covers(self, backend: str, method: str) -> bool:
+        """Whether calls of this method on this backend can be concerned at all."""
+        return (not self.backends or backend in self.backends) and (
+            not self.methods or method in self.methods
         )
 
+    @cached_property
+    def _when(self) -> tuple[tuple[str, _Test], ...]:
+        return _tests(self.when)
+
+    @cached_property
+    def _require(self) -> tuple[tuple[str, _Test], ...]:
+        return _tests(self.require)
+
+    def applies(self, call: KernelCall) -> bool:
+        """Whether a call that it covers meets `when`."""
+        return all(test(call) for _, test in self._when)
+
     def broken(self, call: KernelCall) -> str | None:
-        """How the call breaks this rule, in words; None when it does not."""
-        if not self.effect or not self.concerns(call):
+        """How a call that it covers breaks this rule, in words; None when it does not."""
+        if not self.effect or not self.applies(call):
             return None
-        if not self.require:
-            return self.fact
-        for name, test in self.require.items():
-            if not _holds(call, name, test):
-                return f"{name} is {getattr(call, name)}, not {test}: {self.fact}"
-        return None
+        for name, test in self._require:
+            if not test(call):
+                return f"{name} is {getattr(call, name)}, not {self.require[name]}: {self.fact}"
+        return None if self.require else self.fact
 
 
 @dataclass(frozen=True)
@@ -136,8 +165,11 @@ class EntryPoint:
 def _data() -> dict[str, Any]:
     import yaml
 
+    from pytest_moe_routing.backends.check import check_data
+
     text = resources.files(__package__).joinpath("flashinfer.yaml").read_text("utf-8")
     data: dict[str, Any] = yaml.safe_load(text)
+    check_data(data)
     data["rules"] = [Rule(**row) for row in data["rules"]]
     data["entry_points"] = {n: EntryPoint(**row) for n, row in data["entry_points"].items()}
     return data
@@ -154,6 +186,82 @@ def installed_release() -> str | None:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return None
+
+
+#: What a rule changes in a recipe: (arguments ignored, fields overridden).
+_Change = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The rules for one method on one backend, in one release, by what they do."""
+
+    limits: tuple[Rule, ...]
+    changes: tuple[tuple[Rule, _Change], ...]
+    noted: tuple[Rule, ...]
+
+
+def _rules(release: str) -> Iterator[Rule]:
+    """The rules in force in a release."""
+    return (rule for rule in _data()["rules"] if rule.in_force(Version(release)))
+
+
+@cache
+def _kernel(release: str, backend: str, method: str) -> _Kernel:
+    rules = [rule for rule in _rules(release) if rule.covers(backend, method)]
+    return _Kernel(
+        limits=tuple(rule for rule in rules if rule.effect),
+        changes=tuple(
+            (rule, (tuple(rule.ignores), tuple(rule.recipe.items())))
+            for rule in rules
+            if rule.ignores or rule.recipe
+        ),
+        noted=tuple(rule for rule in rules if rule.note),
+    )
+
+
+@cache
+def _entry_point(release: str, backend: str) -> EntryPoint | None:
+    entry: EntryPoint | None = _data()["entry_points"].get(backend)
+    return entry if entry and Version(entry.since) <= Version(release) else None
+
+
+@cache
+def _honoured(release: str, method: str) -> frozenset[str]:
+    """The arguments that a method of a release heeds."""
+    row = METHODS.get(RoutingMethodType[method])
+    ignored = {name for rule in _rules(release) if method in rule.methods for name in rule.ignores}
+    return row.honours - ignored if row else frozenset()
+
+
+@lru_cache(maxsize=1 << 16)
+def _recipe(
+    method: str,
+    changes: tuple[_Change, ...],
+    top_k: int,
+    bias_dtype: str | None,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    weight_on: str,
+    scale_after: float,
+) -> Recipe:
+    """The recipe of a method, changed by rules and bound to a call's arguments."""
+    row = METHODS[RoutingMethodType[method]]
+    ignored = {name for ignores, _ in changes for name in ignores}
+    bound = replace(row, honours=row.honours - ignored).bind(
+        top_k=top_k,
+        bias=bias_dtype is not None,
+        n_group=n_group,
+        topk_group=topk_group,
+        scale=scale,
+        weight_on=weight_on,
+    )
+    bound = replace(bound, scale=bound.scale * scale_after)
+    overrides: dict[str, Any] = {"bias_dtype": bias_dtype} if bound.bias else {}
+    for _, overridden in changes:
+        overrides.update(overridden)
+    return replace(bound, **overrides)
 
 
 @dataclass(frozen=True)
@@ -187,10 +295,6 @@ class FlashInfer:
             raise ReleaseError(f"FlashInfer {release} is older than the oldest known, {known[0]}")
         return cls(release, known[place - 1])
 
-    @cached_property
-    def _rules(self) -> list[Rule]:
-        return [rule for rule in _data()["rules"] if rule.in_force(Version(self.judged_as))]
-
     def _in_force(self, timeline: Mapping[str, Any]) -> Any:
         """The newest value of a timeline that is not newer than this release; None before all."""
         past = [r for r in timeline if Version(r) <= Version(self.judged_as)]
@@ -199,7 +303,7 @@ class FlashInfer:
     def has(self, since: str) -> bool:
         return Version(since) <= Version(self.judged_as)
 
-    @property
+    @cached_property
     def methods(self) -> tuple[str, ...]:
         """Names of the routing methods, in the order of their numbers."""
         return tuple(self._in_force(_data()["numbers"]))
@@ -214,11 +318,7 @@ class FlashInfer:
 
     def honours(self, method: str, argument: str) -> bool:
         """Whether a method of this release heeds an argument: `scale`, `bias`, `n_group`."""
-        if method not in self.methods:
-            return False
-        row = METHODS.get(RoutingMethodType[method])
-        ignored = {name for rule in self._rules if method in rule.methods for name in rule.ignores}
-        return row is not None and argument in row.honours - ignored
+        return method in self.methods and argument in _honoured(self.judged_as, method)
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -227,45 +327,57 @@ class FlashInfer:
 
     def entry_point(self, backend: str) -> EntryPoint | None:
         """The entry point that serves a backend's scheme; None when this release has none."""
-        entry: EntryPoint | None = _data()["entry_points"].get(backend)
-        return entry if entry and self.has(entry.since) else None
+        return _entry_point(self.judged_as, backend)
+
+    def signature(self, function: str) -> inspect.Signature | None:
+        """The signature of an entry point, enum members as numbers; None when there is none."""
+        return signatures.signature(function, self.release)
 
     def recipe(self, call: KernelCall) -> Recipe:
         """What the kernel computes when called so; meaningful only if it is not `refused`."""
-        method = METHODS[RoutingMethodType[call.method]]
-        ignored: set[str] = set()
-        overrides: dict[str, Any] = {}
-        for rule in self._rules:
-            if rule.concerns(call):
-                ignored.update(rule.ignores)
-                overrides.update(rule.recipe)
-        bound = replace(method, honours=method.honours - ignored).bind(
-            top_k=call.top_k,
-            bias=call.bias == "router",
-            n_group=max(call.n_group, 1),
-            topk_group=max(call.topk_group, 1),
-            scale=call.routed_scaling_factor,
-            weight_on=call.weight_on,
+        kernel = _kernel(self.judged_as, call.backend, call.method)
+        return _recipe(
+            call.method,
+            tuple(change for rule, change in kernel.changes if rule.applies(call)),
+            call.top_k,
+            call.bias_dtype if call.bias == "router" else None,
+            max(call.n_group, 1),
+            # Kernels without groups do not look at it.
+            max(call.topk_group, 1) if call.n_group > 1 else 1,
+            call.routed_scaling_factor,
+            call.weight_on,
+            call.scale_after,
         )
-        if bound.bias:
-            overrides = {"bias_dtype": call.bias_dtype, **overrides}
-        return replace(bound, **overrides)
+
+    def broken(self, call: KernelCall) -> list[tuple[Rule, str]]:
+        """The rules that the call breaks, and how, in words; errors first."""
+        found = [
+            (rule, how)
+            for rule in _kernel(self.judged_as, call.backend, call.method).limits
+            if (how := rule.broken(call))
+        ]
+        return sorted(found, key=lambda broken: broken[0].effect)
 
     def troubles(self, call: KernelCall) -> list[tuple[str, str]]:
         """Rules that the call breaks, as (`error` or `garbage`, in words), errors first."""
         if self.number(call.method) is None or call.method == "Unspecified":
             return [("error", f"FlashInfer {self.judged_as} has no routing method {call.method}")]
-        found = [(rule.effect, how) for rule in self._rules if (how := rule.broken(call))]
-        return sorted(found, key=lambda trouble: trouble[0])
+        return [(rule.effect, how) for rule, how in self.broken(call)]
 
-    def facts(self, call: KernelCall) -> list[str]:
-        """Why `recipe` is not the method's row of the newest release."""
-        rules = [rule for rule in self._rules if rule.recipe or rule.ignores]
-        return [rule.fact for rule in rules if rule.concerns(call)]
+    def facts(self, call: KernelCall, about: Collection[str] | None = None) -> list[str]:
+        """Why fields of `recipe`, all or these, are not those of the method's row."""
+        kernel = _kernel(self.judged_as, call.backend, call.method)
+        return [
+            rule.fact
+            for rule, _ in kernel.changes
+            if (about is None or not {*rule.ignores, *rule.recipe}.isdisjoint(about))
+            and rule.applies(call)
+        ]
 
     def notes(self, call: KernelCall) -> list[str]:
         """What is a matter of precision in this call."""
-        return [rule.note for rule in self._rules if rule.note and rule.concerns(call)]
+        kernel = _kernel(self.judged_as, call.backend, call.method)
+        return [rule.note for rule in kernel.noted if rule.applies(call)]
 
     def __str__(self) -> str:
         as_ = "" if self.release == self.judged_as else f" (judged as {self.judged_as})"

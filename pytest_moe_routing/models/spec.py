@@ -163,16 +163,14 @@ class ExpertsConfig:
             yield "gated", "false", f"true for {self.activation}"
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """One model: `golden/<id>/model.yaml`."""
+@dataclass(frozen=True, kw_only=True)
+class _Described:
+    """What every `golden/<id>/model.yaml` says."""
 
-    router: RouterConfig
-    experts: ExpertsConfig
     model: str = key(str)
-    hf_repo: str = key(str)
+    hf_repo: str | None
     architecture: str = key(str)
-    checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True)
+    checkpoints: tuple[str, ...]
     #: Where each number comes from.
     sources: tuple[str, ...] = key(str, many=True)
     #: What a reader should know and no other key says, such as layers that differ.
@@ -188,7 +186,20 @@ class ModelSpec:
         return self.folder.name
 
     def problems(self) -> Iterator[Problem]:
-        yield from _repository_problems(self.hf_repo)
+        if self.hf_repo is not None:
+            owner, _, name = self.hf_repo.partition("/")
+            if not owner or not name or "/" in name:
+                yield "hf_repo", self.hf_repo, "owner/name"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(_Described):
+    """One model, as far as it must be known to be judged."""
+
+    router: RouterConfig
+    experts: ExpertsConfig
+    hf_repo: str = key(str)
+    checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True)
 
     def as_dict(self) -> dict[str, Any]:
         """What the model says, as plain data: everything but where it was read and sourced."""
@@ -202,37 +213,17 @@ class ModelSpec:
         return self.id
 
 
-@dataclass(frozen=True)
-class IncompleteModel:
+@dataclass(frozen=True, kw_only=True)
+class IncompleteModel(_Described):
     """A model of which some keys have no source. What is known is checked; nothing is judged."""
 
-    model: str = key(str)
-    architecture: str = key(str)
     #: What is missing, in words.
     incomplete: str = key(str)
-    sources: tuple[str, ...] = key(str, many=True)
     hf_repo: str | None = key(str, default=None)
     #: The keys of a `RouterConfig` and an `ExpertsConfig` that are known.
     router: Mapping[str, Any] = field(default_factory=dict)
     experts: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True, default=())
-    notes: tuple[str, ...] = key(str, many=True, default=())
-    like: str | None = key(str, default=None, nullable=True)
-    folder: Path = field(default=Path(), compare=False)
-
-    @property
-    def id(self) -> str:
-        return self.folder.name
-
-    def problems(self) -> Iterator[Problem]:
-        if self.hf_repo is not None:
-            yield from _repository_problems(self.hf_repo)
-
-
-def _repository_problems(hf_repo: str) -> Iterator[Problem]:
-    owner, _, name = hf_repo.partition("/")
-    if not owner or not name or "/" in name:
-        yield "hf_repo", hf_repo, "owner/name"
 
 
 SECTIONS: Mapping[str, type] = {"router": RouterConfig, "experts": ExpertsConfig}

@@ -1,0 +1,161 @@
+"""YAML mappings that know the file and the line of every key, and check them against a schema."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.models.spec import SECTIONS, is_required, schema
+
+MAX_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key's value, and where it stands."""
+
+    node: yaml.Node
+    file: Path
+    line: int
+
+
+class Section:
+    """A YAML mapping that remembers where every key stands, over one that it inherits keys from."""
+
+    def __init__(
+        self,
+        file: Path,
+        node: yaml.Node,
+        name: str = "",
+        line: int = 1,
+        under: Section | None = None,
+    ) -> None:
+        self.file, self.name, self.line = file, name, line
+        #: For the whole file: the one whose sections it inherits, key by key.
+        self.like: Section | None = None
+        if not isinstance(node, yaml.MappingNode):
+            fail_at(file, line, name or "the file", show(node), "a mapping of keys to values")
+        own: dict[str, Entry] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in own:
+                first = own[key].line
+                where = self._path(key)
+                fail_at(file, line, where, "the key again", f"it once; it stands on line {first}")
+            own[key] = Entry(value_node, file, line)
+        self.entries: dict[str, Entry] = {**(under.entries if under else {}), **own}
+
+    def fail(self, key: str, found: str, expected: str) -> NoReturn:
+        """Raise the `ModelError` of one of its keys, there or missing."""
+        entry = self.entries.get(key)
+        file, line = (entry.file, entry.line) if entry else (self.file, self.line)
+        fail_at(file, line, self._path(key), found, expected)
+
+    def _path(self, key: str) -> str:
+        return f"{self.name}.{key}" if self.name else key
+
+    def section(self, key: str) -> Section | None:
+        """The mapping under a key, over the same one of the file that this file is like."""
+        under = self.like.section(key) if self.like else None
+        entry = self.entries.get(key)
+        return Section(entry.file, entry.node, key, entry.line, under) if entry else under
+
+    def build(self, cls: type, *, partial: bool = False) -> Any:
+        """Make the dataclass from its keys, checked; with `partial`, sections may lack keys."""
+        values = self.values(cls, partial=partial)
+        for key, item in schema(cls).items():
+            if key not in values and is_required(item):
+                expected = item.metadata.get("kind", "a mapping of keys to values")
+                self.fail(key, "nothing: the key is missing", str(expected))
+        built = cls(**values)
+        for key, found, expected in built.problems():
+            self.fail(key, found, expected)
+        return built
+
+    def values(self, cls: type, *, partial: bool = False) -> dict[str, Any]:
+        """The keys that are there, each checked; sections are built unless `partial`."""
+        keys = schema(cls)
+        for key in self.entries:
+            if key not in keys:
+                near = get_close_matches(key, keys, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(keys)}"
+                self.fail(key, "an unknown key", hint)
+        values: dict[str, Any] = {}
+        for key, item in keys.items():
+            if key in SECTIONS:
+                if section := self.section(key):
+                    of = SECTIONS[key]
+                    values[key] = section.values(of) if partial else section.build(of)
+            elif key in self.entries:
+                values[key] = self.value(key, item.metadata["kind"])
+        return values
+
+    def value(self, key: str, kind: Any) -> Any:
+        """The value of a key that is there, checked.
+
+        Raises:
+            ModelError: It is not of this kind.
+        """
+        node = self.entries[key].node
+        try:
+            value = yaml.SafeLoader("").construct_object(node, deep=True)
+        except (yaml.YAMLError, ValueError) as error:
+            self.fail(key, f"{show(node)} ({error})", str(kind))
+        expected = kind.problem(value)
+        if expected is not None:
+            if kind.type is float and isinstance(value, str) and _is_number(value):
+                expected += f" (YAML reads {value} as text; write {float(value)!r} with a dot)"
+            if kind.type is str and isinstance(value, (int, float)) and not kind.choices:
+                expected += f" (YAML reads {show(node)} as a number; write it in quotes)"
+            self.fail(key, show(node), expected)
+        return tuple(value) if kind.many else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def show(node: yaml.Node) -> str:
+    """What stands there, for a message."""
+    if isinstance(node, yaml.ScalarNode):
+        return f"{node.value[:60]!r}" if node.value else "nothing"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def fail_at(path: Path, line: int, key: str, found: str, expected: str) -> NoReturn:
+    """Raise the `ModelError` of one key."""
+    raise ModelError(f"{path}:{line}: {key}: found {found}, expected {expected}")
+
+
+def compose(file: Path) -> yaml.Node | None:
+    """The root of a YAML file; None when there is nothing in it.
+
+    Raises:
+        ModelError: It cannot be read, is too large, not UTF-8 text or not YAML.
+    """
+    try:
+        raw = file.read_bytes()
+        if len(raw) > MAX_BYTES:
+            raise ModelError(f"{file}: found {len(raw)} bytes, expected at most {MAX_BYTES}")
+        return yaml.compose(raw.decode("utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ModelError(f"{file}:{line}: found bytes that are not UTF-8 text") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        is_alias = "alias" in f"{error.context} {error.problem}"
+        hint = "; text that starts with * wants quotes" if is_alias else ""
+        raise ModelError(f"{file}:{line}: not valid YAML: {error.problem}{hint}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ModelError(f"{file}:1: not valid YAML: {error}") from error

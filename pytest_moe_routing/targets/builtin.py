@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 
 from pytest_moe_routing.backends import Gate, find_backend, support_gates
@@ -11,13 +12,19 @@ from pytest_moe_routing.routing import Classification, RoutingMethodType, classi
 from pytest_moe_routing.targets.protocol import Target
 
 
+@cache
+def _version() -> str:
+    """Looking it up takes longer than a verdict."""
+    return metadata.version("pytest-moe-routing")
+
+
 class BuiltinTarget(Target):
     """Right for each FlashInfer release: the tree and the gates look the release up."""
 
     name = "builtin"
 
     def version(self) -> str:
-        return metadata.version("pytest-moe-routing")
+        return _version()
 
     def method_numbers(self) -> Mapping[str, int]:
         return {method: number for number, method in enumerate(self.flashinfer.methods)}
@@ -26,7 +33,8 @@ class BuiltinTarget(Target):
         router = model.router
         if router.not_expressible is not None:
             return Classification(RoutingMethodType.Custom.name, (router.not_expressible,))
-        if router.topk_before_score and router.top_k == 1 and router.scoring_func == "sigmoid":
+        llama4 = router.topk_before_score and router.top_k == 1 and not router.renormalize
+        if llama4 and router.scoring_func == "sigmoid":
             # Frameworks recognise this routing function itself, before any tree.
             return Classification(RoutingMethodType.Llama4.name, ("top-1 on the logits, sigmoid",))
         return classify(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.backends import FlashInfer, Gate, KernelCall, exact_calls
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.routing import Classification, Recipe, recipe_of
-from pytest_moe_routing.targets.protocol import Target
+from pytest_moe_routing.routing import Classification, Recipe, normal_form, recipe_of, same
+from pytest_moe_routing.targets.protocol import Captured, Target
 
 if TYPE_CHECKING:
     from pytest_moe_routing.routing.equivalence import Counterexample
@@ -37,10 +39,10 @@ class Judgement:
         wanted: What the model's router computes.
         call: What reaches the kernel (or would, had the gates accepted).
         got: What the kernel computes then; None when the kernel does not run.
+        problems: What the target's own code, or its number for the method, makes wrong.
         reasons: Why a kernel that was let run is wrong or crashes, in words.
         exact: The calls that would have meant what the model means.
         notes: Matters of precision, for a kernel that runs.
-        counterexample: A token, when the recipe itself is wrong.
     """
 
     target: str
@@ -53,37 +55,113 @@ class Judgement:
     wanted: Recipe
     call: KernelCall | None = None
     got: Recipe | None = None
+    problems: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     exact: tuple[KernelCall, ...] = ()
     notes: tuple[str, ...] = ()
-    counterexample: Counterexample | None = field(default=None)
+
+    @property
+    def differing(self) -> dict[str, tuple[object, object]]:
+        """The fields in which the kernel means something else, as written: (wanted, got)."""
+        if self.got is None:
+            return {}
+        experts = self.model.router.num_experts
+        meant = normal_form(self.wanted, experts).differences(normal_form(self.got, experts))
+        written = self.wanted.differences(self.got)
+        return {name: written[name] for name in meant if name in written} or meant
+
+    @cached_property
+    def counterexample(self) -> Counterexample | None:
+        """A smallest token, when the recipe itself is wrong. Looked for when first asked for."""
+        if self.verdict != "wrong" or self.got is None:
+            return None
+        from pytest_moe_routing.routing.equivalence import counterexample
+
+        return counterexample(self.wanted, self.got, self.model.router.num_experts)
 
     @property
     def good(self) -> bool:
         return self.verdict in GOOD
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON, for reports of other processes and machines."""
+        return {
+            "model": self.model.id,
+            "backend": self.backend,
+            "target": self.target,
+            "flashinfer": str(self.flashinfer),
+            "verdict": self.verdict,
+            "method": self.classification.method,
+            "path": list(self.classification.path),
+            "router": self.model.router.not_expressible or str(self.wanted),
+            "gates": [gate.name for gate in self.gates],
+            "refused": [str(gate) for gate in self.gates if not gate.ok],
+            "kernel": None if self.got is None else str(self.got),
+            "reasons": list(self.reasons),
+            "counterexample": self.counterexample.lines() if self.counterexample else [],
+            "exact": [show_call(call) for call in self.exact],
+            "notes": list(self.notes),
+        }
+
     def lines(self) -> list[str]:
         """The whole story, from the router to the token."""
-        refused = [str(gate) for gate in self.gates if not gate.ok]
-        asked = ", ".join(gate.name for gate in self.gates)
-        lines = [
-            f"{self.model} on {self.backend}, decided by {self.target}: {self.verdict}",
-            f"  {VERDICTS[self.verdict]} ({self.flashinfer})",
-            f"  router   {self.model.router.not_expressible or self.wanted}",
-            f"  decided  {self.classification}",
-            *[f"  gate     {text}" for text in refused or [f"all accept: {asked}"]],
+        return story(self.as_dict())
+
+
+def story(record: Mapping[str, Any]) -> list[str]:
+    """The lines of a `Judgement.as_dict`, or of an `unjudged`."""
+    verdict = record["verdict"]
+    meaning = VERDICTS.get(verdict, "not judged: the target does not answer")
+    lines = [
+        "{model} on {backend}, decided by {target}: {verdict}".format(**record),
+        f"  {meaning} ({record['flashinfer']})",
+    ]
+    if verdict in VERDICTS:
+        lines.append(f"  router   {record['router']}")
+        lines.append(f"  decided  {' -> '.join((*record['path'], record['method']))}")
+        accepted = [f"all accept: {', '.join(record['gates'])}"]
+        lines += [f"  gate     {text}" for text in record["refused"] or accepted]
+    if record["kernel"] is not None:
+        lines.append(f"  kernel   {record['kernel']}")
+    lines += [f"  because  {reason}" for reason in record["reasons"]]
+    lines += [f"    {line}" for line in record["counterexample"]]
+    if verdict in VERDICTS and verdict not in GOOD:
+        lines += [f"  exact    would be {call}" for call in record["exact"]] or [
+            "  exact    no routing method of this release expresses the router"
         ]
-        if self.got is not None:
-            lines.append(f"  kernel   {self.got}")
-        lines += [f"  because  {reason}" for reason in self.reasons]
-        if self.counterexample is not None:
-            lines += [f"    {line}" for line in self.counterexample.lines()]
-        if not self.good:
-            lines += [f"  exact    would be {show_call(call)}" for call in self.exact] or [
-                "  exact    no routing method of this release expresses the router"
-            ]
-        lines += [f"  note     {note}" for note in self.notes]
-        return lines
+    return lines + [f"  note     {note}" for note in record["notes"]]
+
+
+def unjudged(target: Target, model: ModelSpec, backend: str, why: Exception) -> dict[str, Any]:
+    """What `Judgement.as_dict` would be, had the target answered."""
+    try:
+        name = str(target)
+    except Unsupported:
+        name = target.name
+    return {
+        "model": model.id,
+        "backend": backend,
+        "target": name,
+        "flashinfer": str(target.flashinfer),
+        "verdict": "skipped" if isinstance(why, Unsupported) else "error",
+        "method": "",
+        "router": str(recipe_of(model.router)),
+        **dict.fromkeys(("path", "gates", "refused", "counterexample", "exact", "notes"), ()),
+        "kernel": None,
+        "reasons": [str(why)],
+    }
+
+
+def _assumed(target: Target, model: ModelSpec, backend: str, method: str) -> Captured:
+    """The call of a target whose own is not recorded, with its number for the method."""
+    flashinfer = target.flashinfer
+    number = target.method_numbers().get(method)
+    read_as = None if number is None else flashinfer.method(number)
+    drift = f"{target} passes {method} as {number}, which {flashinfer} reads as "
+    if read_as is None:
+        return Captured(None, (drift + "no routing method",))
+    call = target.kernel_call(model, backend, read_as)
+    return Captured(call, () if read_as == method else (drift + read_as,))
 
 
 def show_call(call: KernelCall) -> str:
@@ -106,8 +184,6 @@ def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
     """
-    from pytest_moe_routing.routing.equivalence import counterexample
-
     flashinfer = target.flashinfer
     classification = target.classify(model)
     gates = target.gates(model, backend, classification.method)
@@ -126,21 +202,19 @@ def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
         exact = tuple(exact_calls(model, backend, flashinfer))
         return replace(base, verdict="missed" if exact else "fallback", exact=exact)
 
-    if model.router.not_expressible is not None:
-        raise Unsupported(
-            f"{target} lets {model} through, which cannot be judged: {model.router.not_expressible}"
-        )
-    number = target.method_numbers().get(classification.method)
-    method = None if number is None else flashinfer.method(number)
-    drift = f"{target} passes {classification.method} as {number}, which {flashinfer} reads as "
-    if method is None:
+    beyond = Unsupported(
+        f"{target} lets {model} through, which cannot be judged: {model.router.not_expressible}"
+    )
+    captured = target.capture(model, backend, classification.method)
+    if captured is None:
+        if model.router.not_expressible is not None:
+            raise beyond
+        captured = _assumed(target, model, backend, classification.method)
+    reasons, call = captured.problems, captured.call
+    if call is None:
         exact = tuple(exact_calls(model, backend, flashinfer))
-        return replace(base, verdict="crash", reasons=(drift + "no routing method",), exact=exact)
-    reasons: tuple[str, ...] = ()
-    if method != classification.method:
-        reasons = (drift + method,)
-    call = target.kernel_call(model, backend, method)
-    base = replace(base, call=call)
+        return replace(base, verdict="crash", reasons=reasons, exact=exact)
+    base = replace(base, call=call, problems=captured.problems)
     troubles = flashinfer.troubles(call)
     if troubles:
         verdict = "crash" if troubles[0][0] == "error" else "wrong"
@@ -148,20 +222,21 @@ def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
         exact = tuple(exact_calls(model, backend, flashinfer))
         return replace(base, verdict=verdict, reasons=reasons, exact=exact)
     got = flashinfer.recipe(call)
-    base = replace(base, got=got, notes=tuple(flashinfer.notes(call)))
-    example = counterexample(base.wanted, got, model.router.num_experts)
-    if example is None:
+    base = replace(base, got=got, notes=(*captured.notes, *flashinfer.notes(call)))
+    is_same = same(base.wanted, got, model.router.num_experts)
+    if is_same and model.router.not_expressible is not None:
+        # What the recipe does not say may be done outside the kernel; the rest was judged.
+        raise beyond
+    if is_same and not captured.problems:
         return base
-    ignored = {"epsilon", "bias_dtype", "weight_dtype"}
+    differing = {} if is_same else base.differing
     reasons += tuple(
         f"{name}: the router has {wanted}, the kernel {got}"
-        for name, (wanted, got) in base.wanted.differences(got).items()
-        if name not in ignored
+        for name, (wanted, got) in differing.items()
     )
     return replace(
         base,
         verdict="wrong",
-        reasons=reasons + tuple(flashinfer.facts(call)),
+        reasons=reasons + (() if is_same else tuple(flashinfer.facts(call, differing))),
         exact=tuple(exact_calls(model, backend, flashinfer)),
-        counterexample=example,
     )

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_moe_routing.backends import FlashInfer, Gate, KernelCall, kernel_call
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.routing import Classification
+from pytest_moe_routing.targets.model_code import LayerRequest
+from pytest_moe_routing.targets.source import Source
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A call as a target's own code made it.
+
+    Attributes:
+        call: What reached the kernel; None when the code failed before.
+        problems: Why it fails there, or what reaches the kernel wrongly, in words.
+        notes: Matters of precision on the way.
+    """
+
+    call: KernelCall | None
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Target:
@@ -19,20 +37,28 @@ class Target:
     """
 
     name: ClassVar[str]
+    #: The framework's top-level package, and the distributions that bring it. A target that names
+    #: them is made with a `Source` as well: what is installed, or what lies at `name@PATH`. Its
+    #: module is imported at start, so it must not import the framework.
+    package: ClassVar[str] = ""
+    distributions: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, flashinfer: FlashInfer) -> None:
+    def __init__(self, flashinfer: FlashInfer, source: Source | None = None) -> None:
         self.flashinfer = flashinfer
+        self.source = source
 
-    @classmethod
-    def check_installed(cls) -> None:
-        """Raise `TargetNotInstalled` if the package is not here. Asked at start: must be cheap.
-
-        The module of a target is imported for this: it imports what it tests later, when made.
-        """
+    def close(self) -> None:
+        """Let go of what the target holds, such as a process."""
 
     def version(self) -> str:
         """The release of what is tested."""
-        raise Unsupported(f"{self.name} does not say its version")
+        if self.source is None:
+            raise Unsupported(f"{self.name} does not say its version")
+        return self.source.version
+
+    def drift(self) -> tuple[str, ...]:
+        """Where a FlashInfer that the target brings contradicts our data; most bring none."""
+        return ()
 
     def method_numbers(self) -> Mapping[str, int]:
         """The number that the target passes to FlashInfer for each routing method, by name."""
@@ -46,12 +72,20 @@ class Target:
         """The gates that a backend's fused experts put before this method, with their answers."""
         raise Unsupported(f"{self.name} has no gates for {backend}")
 
+    def capture(self, model: ModelSpec, backend: str, method: str) -> Captured | None:
+        """The call that the target's own code makes; None when it is not recorded."""
+        return None
+
     def kernel_call(self, model: ModelSpec, backend: str, method: str) -> KernelCall:
         """The routing arguments that reach the kernel.
 
         A target that does not record its real calls is taken to pass what the model says.
         """
         return kernel_call(model.router, backend, method, self.flashinfer)
+
+    def layer_request(self, model: ModelSpec) -> LayerRequest:
+        """What the target's own code of a model asks of its MoE layer."""
+        raise Unsupported(f"{self.name} has no code of models")
 
     def __str__(self) -> str:
         return f"{self.name} {self.version()}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module, metadata
+from pathlib import Path
 
 from pytest_moe_routing.backends import FlashInfer
 from pytest_moe_routing.errors import TargetImportError, TargetNotInstalled, UnknownTarget
 from pytest_moe_routing.targets.protocol import Target
+from pytest_moe_routing.targets.source import Source
 
 GROUP = "moe_routing.targets"
 
@@ -20,31 +22,38 @@ def check_target(name: str) -> None:
     """Find out at start what can be found out cheaply.
 
     Raises:
-        UnknownTarget: `name` is neither registered nor of the form `module:Class`.
+        UnknownTarget: `name` is neither `registered`, `registered@PATH` nor `module:Class`, or
+            there is nothing of the kind at PATH.
         TargetNotInstalled: It is registered, and its package is not in this environment.
     """
-    if ":" in name:
-        return
-    if name not in target_names():
-        raise UnknownTarget(
-            f"unknown target {name!r}; targets: {', '.join(target_names())}, or module:Class"
-        )
-    _registered(name).check_installed()
+    if ":" not in name.partition("@")[0]:
+        _locate(name)
+
+
+def pinned_flashinfer(name: str) -> str | None:
+    """The FlashInfer release that a target's sources are made for, if they say so."""
+    if ":" in name.partition("@")[0]:
+        return None
+    source = _locate(name)[1]
+    return source.flashinfer if source else None
 
 
 def load_target(name: str, flashinfer: FlashInfer) -> Target:
     """Make a target, given its registered name or, as an author would, `module:Class`.
+
+    `name@PATH` is that target as its sources at PATH have it: a wheel, an unpacked one, a checkout.
 
     Raises:
         UnknownTarget: No such name, or what it names is not a target.
         TargetNotInstalled: Its package is not in this environment.
         TargetImportError: Its package, or the module that adapts it, fails to import.
     """
-    check_target(name)
-    module, _, attribute = name.partition(":")
+    module, colon, attribute = name.partition(":")
     try:
-        cls = getattr(import_module(module), attribute) if attribute else _registered(name)
-        return _checked(name, cls)(flashinfer)
+        if colon and "@" not in module:
+            return _checked(name, getattr(import_module(module), attribute))(flashinfer)
+        cls, source = _locate(name)
+        return cls(flashinfer) if source is None else cls(flashinfer, source)
     except (UnknownTarget, TargetNotInstalled, TargetImportError):
         raise
     except Exception as error:
@@ -52,6 +61,23 @@ def load_target(name: str, flashinfer: FlashInfer) -> Target:
         raise TargetImportError(
             f"target {name!r} fails to import: {type(error).__name__}: {error}"
         ) from error
+
+
+def _locate(name: str) -> tuple[type[Target], Source | None]:
+    """The class of a registered target, and the sources that it is about."""
+    registered, at, path = name.partition("@")
+    if registered not in target_names():
+        raise UnknownTarget(
+            f"unknown target {name!r}; targets: {', '.join(target_names())}, or module:Class"
+        )
+    cls = _registered(registered)
+    if not cls.package:
+        if at:
+            raise UnknownTarget(f"target {name!r}: {registered} takes no @PATH")
+        return cls, None
+    if at:
+        return cls, Source.at(cls.package, Path(path).expanduser())
+    return cls, Source.installed(cls.package, cls.distributions)
 
 
 def _registered(name: str) -> type[Target]:

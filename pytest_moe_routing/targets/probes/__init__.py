@@ -1,0 +1,1 @@
+"""Child processes in which a framework's own code answers for itself; see `probe.py`."""

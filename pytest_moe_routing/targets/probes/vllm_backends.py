@@ -1,0 +1,123 @@
+"""Where each release of vLLM keeps what serves a backend. Names only: nothing is imported here.
+
+Every list is in order of preference: the first that a release has is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LAYERS = "vllm.model_executor.layers"
+MOE = f"{LAYERS}.fused_moe"
+QUANTIZATION = f"{LAYERS}.quantization"
+KEYS = f"{QUANTIZATION}.utils.quant_utils"
+
+
+@dataclass(frozen=True)
+class VllmBackend:
+    """What serves one quantization scheme.
+
+    Attributes:
+        experts: Module below `fused_moe`, and class in it, of the monolithic experts. An empty
+            class is the module itself, whose functions are the gates.
+        keys: Names of the quantization keys of (weight, activation); "" stands for None.
+        methods: Module below `quantization`, or `fused_moe` when it starts with a dot, and class
+            of the layer's methods that call the experts.
+        quantized: Activations as the experts get them: dtype, values a byte, values a scale (0: no
+            scale), dtype of the scale.
+        packed: Two weights a byte.
+        quantization: What vLLM's quantization config is told: dtype of the activations, of the
+            weights, and the block.
+    """
+
+    experts: tuple[tuple[str, str], ...]
+    keys: tuple[str, str]
+    methods: tuple[tuple[str, str], ...]
+    quantized: tuple[str, int, int, str]
+    packed: bool = False
+    quantization: tuple[str, str, tuple[int, int] | None] = ("", "", None)
+
+
+_FP8 = (
+    ("experts.trtllm_fp8_moe", "TrtLlmFp8ExpertsMonolithic"),
+    ("experts.trtllm_fp8_moe", "TrtLlmFp8Experts"),
+)
+_TENSORS = "compressed_tensors.compressed_tensors_moe"
+_W8A8_FP8 = (f"{_TENSORS}.compressed_tensors_moe_w8a8_fp8", "CompressedTensorsW8A8Fp8MoEMethod")
+
+BACKENDS: Mapping[str, VllmBackend] = {
+    "fp8_block": VllmBackend(
+        _FP8,
+        ("kFp8Static128BlockSym", "kFp8Dynamic128Sym"),
+        (("fp8", "Fp8MoEMethod"), _W8A8_FP8),
+        ("float8_e4m3fn", 1, 128, "float32"),
+        quantization=("float8_e4m3fn", "", (128, 128)),
+    ),
+    "fp8_per_tensor": VllmBackend(
+        _FP8,
+        ("kFp8StaticTensorSym", "kFp8StaticTensorSym"),
+        (("modelopt", "ModelOptFp8MoEMethod"), ("fp8", "Fp8MoEMethod"), _W8A8_FP8),
+        ("float8_e4m3fn", 1, 0, "float32"),
+        quantization=("float8_e4m3fn", "", None),
+    ),
+    "mxfp8": VllmBackend(
+        _FP8,
+        ("kMxfp8Static", "kMxfp8Dynamic"),
+        (
+            ("modelopt", "ModelOptMxFp8FusedMoE"),
+            (
+                f"{_TENSORS}.compressed_tensors_moe_w8a8_mxfp8",
+                "CompressedTensorsW8A8Mxfp8MoEMethod",
+            ),
+        ),
+        ("float8_e4m3fn", 1, 32, "uint8"),
+        quantization=("mxfp8", "", (1, 32)),
+    ),
+    "nvfp4": VllmBackend(
+        (("experts.trtllm_nvfp4_moe", "TrtLlmNvFp4ExpertsMonolithic"),),
+        ("kNvfp4Static", "kNvfp4Dynamic"),
+        (
+            ("modelopt", "ModelOptNvFp4FusedMoE"),
+            (
+                f"{_TENSORS}.compressed_tensors_moe_w4a4_nvfp4",
+                "CompressedTensorsW4A4Nvfp4MoEMethod",
+            ),
+        ),
+        ("uint8", 2, 16, "uint8"),
+        packed=True,
+        quantization=("nvfp4", "", None),
+    ),
+    "bf16": VllmBackend(
+        (
+            ("experts.trtllm_bf16_moe", "TrtLlmBf16ExpertsMonolithic"),
+            ("experts.trtllm_bf16_moe", "TrtLlmBf16Experts"),
+            ("flashinfer_trtllm_moe", ""),
+        ),
+        ("", ""),
+        ((".unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"),),
+        ("bfloat16", 1, 0, ""),
+    ),
+    "mxfp4": VllmBackend(
+        (("experts.trtllm_mxfp4_moe", "TrtLlmMxfp4ExpertsMonolithic"),),
+        ("kMxfp4Static", "kMxfp8Dynamic"),
+        (("mxfp4", "GptOssMxfp4MoEMethod"), ("mxfp4", "Mxfp4MoEMethod")),
+        ("float8_e4m3fn", 1, 32, "uint8"),
+        packed=True,
+        quantization=("mxfp8", "mxfp4", None),
+    ),
+    "mxint4": VllmBackend(
+        (("experts.trtllm_mxint4_moe", "TrtLlmMxint4ExpertsMonolithic"),),
+        ("kInt4Static32", ""),
+        (
+            (f"{_TENSORS}.compressed_tensors_moe_wna16", "CompressedTensorsWNA16MoEMethod"),
+            (
+                f"{_TENSORS}.compressed_tensors_moe_wna16_marlin",
+                "CompressedTensorsWNA16MarlinMoEMethod",
+            ),
+        ),
+        ("bfloat16", 1, 0, ""),
+        packed=True,
+        quantization=("", "int4", (0, 32)),
+    ),
+}

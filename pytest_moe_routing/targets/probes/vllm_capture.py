@@ -1,0 +1,225 @@
+"""Runs vLLM's experts on a layer of a model, down to the kernel, and says what arrived there.
+
+Everything between the layer and the kernel is vLLM's own: the layer's quantization method, the
+fused kernel object, the experts. Only the activations' quantization, a GPU's business, is ours. The
+layer has the model's experts, top-k, groups and factors, and small widths.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import TargetError, Unsupported
+from pytest_moe_routing.targets.probes import vllm_release as release
+from pytest_moe_routing.targets.probes.recorder import DoesNotBind, Reached, plain
+from pytest_moe_routing.targets.probes.stubs import Stub
+from pytest_moe_routing.targets.probes.vllm_backends import (
+    BACKENDS,
+    MOE,
+    QUANTIZATION,
+    VllmBackend,
+)
+from pytest_moe_routing.targets.probes.vllm_config import (
+    moe_config,
+    quant_config,
+    unquantized_backend,
+)
+from pytest_moe_routing.targets.probes.vllm_gates import experts_of
+
+TOKENS, HIDDEN, INTERMEDIATE = 8, 512, 256
+#: What vLLM's own code raises when it will not go on.
+_REFUSALS = (AssertionError, DoesNotBind, ImportError, KeyError, NotImplementedError, ValueError)
+
+
+def capture(model: Mapping[str, Any], backend: str, method: str) -> dict[str, Any]:
+    """What reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
+
+    Each of the `calls` is `by` whom, in how many `shards`, and either the `function` and its
+    `arguments` or why it is `refused`. `router_factor` is the scaling factor that the layer's
+    router has, `intermediate_size` that of its experts.
+
+    Raises:
+        Unsupported: The release has no such experts, or none that a layer calls.
+    """
+    row = BACKENDS[backend]
+    experts = experts_of(row)
+    methods = _methods(row)
+    if not methods:
+        raise Unsupported(f"no layer of this release calls {experts.__name__}")
+    shards = [1, 2] if model["router"]["num_experts"] % 2 == 0 else [1]
+    calls = [
+        {
+            "by": caller.__qualname__.split(".")[0],
+            "shards": count,
+            **_one(experts, caller, _Layer(model, row, method, count)),
+        }
+        for caller in methods
+        for count in shards
+    ]
+    return {
+        "calls": calls,
+        "router_factor": release.router_factor(model),
+        "intermediate_size": INTERMEDIATE,
+    }
+
+
+def _methods(row: VllmBackend) -> list[Any]:
+    """The layers' methods that call monolithic experts, as functions."""
+    found = []
+    for module, name in row.methods:
+        try:
+            place = f"{MOE}{module}" if module.startswith(".") else f"{QUANTIZATION}.{module}"
+            cls = vars(getattr(release.real(place), name, object))
+        except Unsupported:
+            continue
+        method = cls.get("apply_monolithic") or cls.get("forward_monolithic_cuda")
+        if method is not None:
+            found.append(method)
+    return found
+
+
+class _Layer:
+    """The attributes of vLLM's layer that its methods read; there are no others."""
+
+    def __init__(self, model: Mapping[str, Any], row: VllmBackend, method: str, shards: int):
+        router = model["router"]
+        experts = router["num_experts"]
+        self.config = moe_config(model, method, shards, (HIDDEN, INTERMEDIATE))
+        self.row = row
+        self.logits = torch.linspace(-3.3, 3.1, TOKENS * experts).reshape(TOKENS, experts)
+        self.logits = self.logits.to(getattr(torch, router["logits_dtype"]))
+        made = release.make_router(model)
+        bias = None
+        if router["correction_bias"] is not None:
+            # Most values have no bfloat16 of their own.
+            bias = torch.linspace(0.101, 0.907, experts)
+            bias = bias.to(getattr(torch, router["correction_bias"]))
+        prepare = getattr(made, "prepare_monolithic_bias", lambda same: same)
+        self.e_score_correction_bias = prepare(bias)
+        self.activation = self.config.activation
+        self.global_num_experts = experts
+        self.local_num_experts = self.config.num_local_experts
+        self.ep_rank = shards - 1
+        self.top_k = router["top_k"]
+        self.num_expert_group = router["n_group"]
+        self.topk_group = router["topk_group"]
+        self.routed_scaling_factor = release.router_factor(model)
+        self.routing_method_type = self.config.routing_method
+        self.apply_router_weight_on_input = router["weight_on"] == "input"
+        self.intermediate_size_per_partition = INTERMEDIATE
+        self.routing_sink = None
+        self.hash_indices_table = None
+        self.expert_map = None
+        if shards > 1:
+            self.expert_map = torch.full((experts,), -1, dtype=torch.int32)
+            local = self.local_num_experts
+            self.expert_map[local:] = torch.arange(local, dtype=torch.int32)
+        self._make_tensors(model["experts"]["gated"])
+
+    def _make_tensors(self, gated: bool) -> None:
+        """Activations as the backend has them, and weights that nobody reads."""
+        name, a_byte, a_scale, scale_dtype = self.row.quantized
+        dtype = getattr(torch, name)
+        local, rows = self.local_num_experts, INTERMEDIATE * (2 if gated else 1)
+        weight_dtype = torch.uint8 if self.row.packed else dtype
+        per = 2 if self.row.packed else 1
+        self.w13_weight = torch.empty(local, rows, HIDDEN // per, dtype=weight_dtype)
+        self.w2_weight = torch.empty(local, HIDDEN, INTERMEDIATE // per, dtype=weight_dtype)
+        self.w13_weight_packed, self.w2_weight_packed = self.w13_weight, self.w2_weight
+        self.hidden = torch.zeros(TOKENS, HIDDEN // a_byte, dtype=dtype)
+        self.scale = None
+        if a_scale:
+            shape = (TOKENS, HIDDEN // a_scale)
+            self.scale = torch.zeros(shape, dtype=getattr(torch, scale_dtype))
+
+    def named(self) -> dict[str, Tensor | None]:
+        """The tensors that a kernel may be given, by the names that answers use."""
+        return {"router logits": self.logits, "bias": self.e_score_correction_bias}
+
+
+def _one(experts: Any, method: Any, layer: _Layer) -> dict[str, Any]:
+    Stub.asked.clear()
+    try:
+        with _on_one_gpu():
+            kernel = None
+            if isinstance(experts, type):
+                config = quant_config(layer.row, layer.local_num_experts, layer.config)
+                kernel = _kernel(experts(layer.config, config), layer)
+            method(_Caller(kernel), layer, layer.hidden, layer.logits)
+    except Reached as reached:
+        arguments = {name: plain(value, layer.named()) for name, value in reached.arguments.items()}
+        return {"function": reached.function, "arguments": arguments}
+    except _REFUSALS as error:
+        if Stub.asked:
+            raise TargetError(f"{_where(error)}, after stubs: {', '.join(Stub.asked)}") from error
+        return {"refused": _where(error)}
+    raise TargetError(f"{method.__qualname__} called no kernel")
+
+
+@contextmanager
+def _on_one_gpu() -> Iterator[None]:
+    """What vLLM's experts ask of their surroundings."""
+    compilation = SimpleNamespace(max_cudagraph_capture_size=512)
+    vllm_config = SimpleNamespace(compilation_config=compilation)
+    module = import_module("vllm.config")
+    with (
+        patch.object(torch.accelerator, "current_device_index", lambda: "cpu"),
+        patch.object(module, "get_current_vllm_config", lambda: vllm_config),
+    ):
+        yield
+
+
+class _Caller:
+    """What the layer's method is a method of: whatever its monolithic half asks of itself."""
+
+    is_monolithic = True
+
+    def __init__(self, kernel: Any) -> None:
+        self.moe_kernel = kernel
+
+    @property
+    def unquantized_backend(self) -> Any:
+        return unquantized_backend()
+
+
+class _Prepared:
+    """Stands for the step before the experts: its activations are quantized already."""
+
+    def __init__(self, layer: _Layer) -> None:
+        self._layer = layer
+
+    def prepare(
+        self, hidden: Tensor, router_logits: Tensor, *_: Any, defer_input_quant: bool, **__: Any
+    ) -> Any:
+        if defer_input_quant:
+            return torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16), None, router_logits
+        return self._layer.hidden, self._layer.scale, router_logits
+
+
+def _kernel(experts: Any, layer: _Layer) -> Any:
+    """The kernel object around the experts."""
+    modular_kernel = release.real(f"{MOE}.modular_kernel")
+    kernel = object.__new__(modular_kernel.FusedMoEKernel)
+    kernel.impl = modular_kernel.FusedMoEKernelMonolithicImpl(_Prepared(layer), experts)
+    return kernel
+
+
+def _where(error: BaseException) -> str:
+    """An error, and the line of vLLM that raised it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/vllm/" in f.filename]
+    text = " ".join(str(error).split())[:300]
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if not frames:
+        return what
+    file = frames[-1].filename.rpartition("/vllm/")[2]
+    line = f" `{frames[-1].line}`" if frames[-1].line else ""
+    return f"vllm/{file}:{frames[-1].lineno}{line}: {what}"

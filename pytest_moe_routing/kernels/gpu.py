@@ -3,7 +3,7 @@
 A GPU test runs inside `guarded`: it waits for memory that a neighbour holds; a stuck kernel ends
 its process with the stack, and so does a device fault, as no later call in that process could be
 trusted. Under pytest-xdist the worker is replaced and the tests after it run; the failed test is
-reported as the one that crashed the worker.
+reported as the one that crashed the worker. What is built for the tests is built in `build.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from pytest_moe_routing.backends import FlashInfer, installed_release
+from pytest_moe_routing.errors import GpuMemoryError
 
 #: The standalone routing operator came with this release.
 NEEDS_FLASHINFER = "0.7.0"
@@ -26,9 +27,12 @@ NEEDS_FLASHINFER = "0.7.0"
 HOPPER = 9
 #: Seconds after which a GPU test counts as stuck; a JIT build on few cores takes minutes.
 STUCK_AFTER = 1800.0
-#: Free bytes that a routing test wants, and seconds that it waits for them.
+#: Free bytes that a routing test wants, and seconds that a process waits for them, in all its tests
+#: together until they are there: each waiting anew would keep a full GPU's job for days.
 MEMORY = 2 * 2**30
 PATIENCE = 600.0
+
+_waited = 0.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Gpu:
     missing: str = ""
     name: str = ""
     capability: tuple[int, int] = (0, 0)
+    uuid: str = ""
+    driver: str = ""
 
     def __str__(self) -> str:
         if self.missing:
@@ -57,6 +63,17 @@ def place_worker(environ: MutableMapping[str, str], count: int) -> None:
         environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker) % len(devices)]
 
 
+def share_cores() -> None:
+    """Give an xdist worker its part of the cores: torch takes them all, and all workers then wait.
+
+    The reference runs on the CPU. On 16 cores, `-n 4` took six times as long without.
+    """
+    import torch
+
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 @cache
 def find_gpu() -> Gpu:
     """The GPU of this process. Cheap questions come first: no torch where there is no driver."""
@@ -69,6 +86,7 @@ def find_gpu() -> Gpu:
 
     if not torch.cuda.is_available():
         return Gpu("torch finds no CUDA device")
+    share_cores()
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     release = installed_release()
@@ -81,14 +99,41 @@ def find_gpu() -> Gpu:
     if major not in devices:
         majors = ", ".join(f"{m}.x" for m in sorted(devices))
         return Gpu(f"{name}: compute capability {major}.{minor}, but routing kernels want {majors}")
-    return Gpu("", name, (major, minor))
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", "")
+    return Gpu("", name, (major, minor), f"GPU-{uuid}" if uuid else "", _driver())
+
+
+def _driver() -> str:
+    """The driver's release, which torch does not tell."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return "unknown"
+    text = ctypes.create_string_buffer(80)
+    nvml.nvmlInit_v2()
+    nvml.nvmlSystemGetDriverVersion(text, len(text))
+    return text.value.decode() or "unknown"
 
 
 def free_memory() -> int:
-    """Free bytes on the device."""
+    """Free bytes on the device, when torch has given back what earlier tests left in its cache."""
     import torch
 
-    return int(torch.cuda.mem_get_info()[0])
+    free = int(torch.cuda.mem_get_info()[0])
+    if free < MEMORY:
+        torch.cuda.empty_cache()
+        free = int(torch.cuda.mem_get_info()[0])
+    return free
+
+
+def memory_use() -> str:
+    """Who holds the device's memory, in words."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    own = torch.cuda.memory_reserved()
+    sizes = [f"{size / 2**30:.1f} GiB" for size in (free, total, own, total - free - own)]
+    return "{} of {} are free, torch holds {} in this process, others hold {}".format(*sizes)
 
 
 def synchronize() -> None:
@@ -99,25 +144,55 @@ def synchronize() -> None:
 
 
 @contextmanager
-def guarded(stderr: int) -> Iterator[None]:
-    """Run one GPU test, see the module's description; last words go to the descriptor `stderr`."""
-    wait_for_memory()
+def watchdog(stderr: int) -> Iterator[None]:
+    """End this process unless done in `STUCK_AFTER`; its stacks go to the descriptor `stderr`."""
     faulthandler.dump_traceback_later(STUCK_AFTER, exit=True, file=stderr)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def guarded(stderr: int) -> Iterator[None]:
+    """Run one GPU test, see the module's description; last words go to the descriptor `stderr`.
+
+    Raises:
+        GpuMemoryError: Others hold the device's memory, and go on holding it.
+    """
+    # A kernel that hangs is launched in the test and waited for in `synchronize`: watch both.
+    with watchdog(stderr):
+        wait_for_memory()
         try:
-            synchronize()
-        except Exception as error:
-            # Nothing that this process asks of CUDA from here on would be answered.
-            test = os.environ.get("PYTEST_CURRENT_TEST", "a test")
-            os.write(stderr, f"moe-routing: {test}: device fault: {error}\n".encode())
-            os._exit(1)
+            yield
+        finally:
+            try:
+                synchronize()
+            except Exception as error:
+                # Nothing that this process asks of CUDA from here on would be answered.
+                test = os.environ.get("PYTEST_CURRENT_TEST", "a test")
+                os.write(stderr, f"moe-routing: {test}: device fault: {error}\n".encode())
+                os._exit(1)
 
 
 def wait_for_memory() -> None:
-    """Wait until the device has `MEMORY` bytes free; give up after `PATIENCE` seconds."""
-    deadline = time.monotonic() + PATIENCE
-    while free_memory() < MEMORY and time.monotonic() < deadline:
+    """Wait until the device has `MEMORY` bytes free, for `PATIENCE` seconds at most.
+
+    Raises:
+        GpuMemoryError: It has not.
+    """
+    global _waited
+    while free_memory() < MEMORY:
+        if _waited >= PATIENCE:
+            wanted = f"{MEMORY / 2**30:.1f} GiB of GPU memory"
+            raise GpuMemoryError(f"waited {PATIENCE:.0f} s for {wanted}: {memory_use()}")
         time.sleep(1.0)
+        _waited += 1.0
+    _waited = 0.0
+
+
+def explain(error: Exception) -> Exception:
+    """Who holds the memory that an error lacks, as FlashInfer's do not say; others as they are."""
+    if "out of memory" not in str(error).lower():
+        return error
+    return GpuMemoryError(f"out of GPU memory: {memory_use()}")

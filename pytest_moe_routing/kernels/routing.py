@@ -7,7 +7,7 @@ before its GEMMs, and returns experts, weights and the permutation.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
@@ -16,8 +16,24 @@ from torch import Tensor
 
 from pytest_moe_routing.backends import FlashInfer, KernelCall
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.kernels.gpu import HOPPER
+from pytest_moe_routing.kernels.gpu import HOPPER, NEEDS_FLASHINFER
 from pytest_moe_routing.reference.permutation import Permutation
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The experts of one rank, in the launchers' words."""
+
+    local_expert_offset: int
+    local_num_experts: int
+
+    @classmethod
+    def whole(cls, num_experts: int) -> Shard:
+        return cls(0, num_experts)
+
+    @property
+    def experts(self) -> range:
+        return range(self.local_expert_offset, self.local_expert_offset + self.local_num_experts)
 
 
 @dataclass(frozen=True)
@@ -41,8 +57,7 @@ def routing_arguments(
     call: KernelCall,
     *,
     tile_tokens_dim: int,
-    local_expert_offset: int,
-    local_num_experts: int,
+    shard: Shard,
 ) -> dict[str, Any]:
     """The keyword arguments of `trtllm_gen_routing`, but for the method, which is an enum there."""
     if call.bias == "zeros":
@@ -53,8 +68,7 @@ def routing_arguments(
         "top_k": call.top_k,
         "n_group": call.n_group,
         "topk_group": call.topk_group,
-        "local_expert_offset": local_expert_offset,
-        "local_num_experts": local_num_experts,
+        **asdict(shard),
         "routed_scaling_factor": call.routed_scaling_factor,
         "tile_tokens_dim": tile_tokens_dim,
     }
@@ -66,30 +80,27 @@ def launch(
     call: KernelCall,
     *,
     tile_tokens_dim: int = 8,
-    local_expert_offset: int = 0,
-    local_num_experts: int | None = None,
+    shard: Shard | None = None,
+    fused_moe: Any = None,
 ) -> Any:
     """Call `trtllm_gen_routing`, asynchronously; arguments and errors as for `run_routing`."""
-    fused_moe = import_module("flashinfer.fused_moe")
-    arguments = routing_arguments(
-        logits,
-        bias,
-        call,
-        tile_tokens_dim=tile_tokens_dim,
-        local_expert_offset=local_expert_offset,
-        local_num_experts=local_num_experts or call.num_experts,
-    )
+    fused_moe = fused_moe or import_module("flashinfer.fused_moe")
+    shard = shard or Shard.whole(call.num_experts)
+    arguments = routing_arguments(logits, bias, call, tile_tokens_dim=tile_tokens_dim, shard=shard)
     arguments["routing_method"] = fused_moe.RoutingMethodType[call.method]
-    takes = inspect.signature(fused_moe.trtllm_gen_routing).parameters
+    operator = getattr(fused_moe, "trtllm_gen_routing", None)
+    if operator is None:
+        raise Unsupported(f"trtllm_gen_routing needs FlashInfer {NEEDS_FLASHINFER}")
+    takes = inspect.signature(operator).parameters
     unknown = [name for name in arguments if name not in takes]
     if unknown:
         raise TypeError(f"trtllm_gen_routing takes no {', '.join(unknown)}")
-    if torch.cuda.get_device_capability(logits.device)[0] == HOPPER:
+    if logits.is_cuda and torch.cuda.get_device_capability(logits.device)[0] == HOPPER:
         from pytest_moe_routing.kernels.hopper import install_routing_module
 
         install_routing_module()
         arguments["skip_check"] = True
-    return fused_moe.trtllm_gen_routing(**arguments)
+    return operator(**arguments)
 
 
 def run_routing(
@@ -98,10 +109,10 @@ def run_routing(
     call: KernelCall,
     *,
     tile_tokens_dim: int = 8,
-    local_expert_offset: int = 0,
-    local_num_experts: int | None = None,
+    shard: Shard | None = None,
+    fused_moe: Any = None,
 ) -> KernelRouting:
-    """Route on the GPU that `logits` lie on, and wait for the result.
+    """Route where `logits` lie, and wait for the result.
 
     Args:
         logits: float32 or bfloat16 `[num_tokens, num_experts]`, on a CUDA device.
@@ -109,25 +120,22 @@ def run_routing(
             `router`.
         call: Method, groups and scale; its dtypes describe `logits` and `bias`.
         tile_tokens_dim: Token tile of the grouped GEMM that would follow, a power of two.
-        local_expert_offset, local_num_experts: The expert-parallel shard; default all experts.
+        shard: The expert-parallel shard; default all experts.
+        fused_moe: `flashinfer.fused_moe`, or what stands for it.
 
     Raises:
         Unsupported: The kernels cannot be had on this GPU.
         TypeError: The installed FlashInfer takes other arguments than this adapter passes.
     """
-    result = launch(
-        logits,
-        bias,
-        call,
-        tile_tokens_dim=tile_tokens_dim,
-        local_expert_offset=local_expert_offset,
-        local_num_experts=local_num_experts,
-    )
-    torch.cuda.synchronize(logits.device)
+    how: dict[str, Any] = {"tile_tokens_dim": tile_tokens_dim, "shard": shard}
+    result = launch(logits, bias, call, **how, fused_moe=fused_moe)
+    if logits.is_cuda:
+        torch.cuda.synchronize(logits.device)
+    local = shard.local_num_experts if shard else call.num_experts
     return KernelRouting(
         result.topk_ids.cpu().to(torch.int64),
         result.topk_weights.cpu(),
-        _permutation(result, tile_tokens_dim, local_num_experts or call.num_experts),
+        _permutation(result, tile_tokens_dim, local),
     )
 
 

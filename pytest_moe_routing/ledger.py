@@ -1,0 +1,231 @@
+"""A team's ledger of known failures: what may fail, why, and since when; and that it still does.
+
+A YAML list; an entry's keys are the fields of `KnownFailure`. What a run makes of the entries is
+here as well: a case that fails as known is an xfail, one that passes fails, and an entry that no
+case matches is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from packaging.version import InvalidVersion, Version
+
+from pytest_moe_routing.errors import MoERoutingError, Unsupported
+from pytest_moe_routing.models.sections import Section, compose, fail_at, show
+from pytest_moe_routing.models.spec import Problem, key
+from pytest_moe_routing.targets import GOOD, VERDICTS, target_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+_ENTRIES = pytest.StashKey[list["KnownFailure"]]()
+#: Where a worker leaves what it matched for the controller.
+_OUTPUT = "moe_known_failures"
+
+
+@dataclass(frozen=True)
+class KnownFailure:
+    """One entry. Releases are ranges: from `since` on, and before `until`."""
+
+    #: A shell pattern of the ids in a test's brackets, as in `test_verdict[deepseek-r1-nvfp4]`.
+    case: str = key(str)
+    #: The target's name, without `@PATH`.
+    target: str = key(str)
+    reason: str = key(str)
+    link: str = key(str)
+    test: str = key(str, default="test_verdict")
+    #: The verdict that is known; another one fails. Without it, any failure is the known one.
+    verdict: str | None = key(
+        str, default=None, choices=tuple(v for v in VERDICTS if v not in GOOD), nullable=True
+    )
+    since: str | None = key(str, default=None, nullable=True)
+    until: str | None = key(str, default=None, nullable=True)
+    flashinfer_since: str | None = key(str, default=None, nullable=True)
+    flashinfer_until: str | None = key(str, default=None, nullable=True)
+    #: FILE:LINE of the entry.
+    place: str = field(default="", compare=False)
+
+    def problems(self) -> Iterator[Problem]:
+        """Values of the right kind that make no entry."""
+        for name in ("case", "reason"):
+            if not getattr(self, name).strip():
+                yield name, "nothing", "text"
+        if not self.link.startswith(("https://", "http://")):
+            yield "link", repr(self.link), "https://..., where the failure is written about"
+        if ":" not in self.target and self.target not in target_names():
+            names = ", ".join(target_names())
+            yield "target", repr(self.target), f"one of {names}, or module:Class"
+        for prefix in ("", "flashinfer_"):
+            bounds = []
+            for name in (f"{prefix}since", f"{prefix}until"):
+                if (text := getattr(self, name)) is None:
+                    continue
+                try:
+                    bounds.append(Version(text))
+                except InvalidVersion:
+                    yield name, repr(text), "a release such as 0.30.0"
+            if len(bounds) == 2 and bounds[0] >= bounds[1]:
+                yield f"{prefix}until", repr(text), "a release after the one it is known since"
+
+    def matches(self, test: str, case: str) -> bool:
+        return test == self.test and fnmatchcase(case, self.case)
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.link})"
+
+
+def load_ledger(file: Path) -> list[KnownFailure]:
+    """Read a ledger.
+
+    Raises:
+        ModelError: The file cannot be read, or an entry is not as `KnownFailure` says.
+    """
+    root = compose(file)
+    if root is None:
+        return []
+    if not isinstance(root, yaml.SequenceNode):
+        fail_at(file, root.start_mark.line + 1, "the file", show(root), "a list of entries")
+    entries = []
+    for node in root.value:
+        line = node.start_mark.line + 1
+        entry: KnownFailure = Section(file, node, line=line).build(KnownFailure)
+        entries.append(replace(entry, place=f"{file}:{line}"))
+    return entries
+
+
+def in_force(
+    entries: Sequence[KnownFailure], *, target: str, release: Callable[[], str], flashinfer: str
+) -> list[KnownFailure]:
+    """The entries about a target, as it is named to `load_target`, and about these releases.
+
+    The target's own release is asked for only when an entry depends on it.
+
+    Raises:
+        MoERoutingError: An entry has a range of releases, and the target does not say its own.
+    """
+    name = target if ":" in target.partition("@")[0] else target.partition("@")[0]
+
+    def concerns(entry: KnownFailure) -> bool:
+        if entry.target != name:
+            return False
+        if not _is_between(Version(flashinfer), entry.flashinfer_since, entry.flashinfer_until):
+            return False
+        if entry.since is None and entry.until is None:
+            return True
+        where = f"{entry.place}: an entry with a range of releases of {target}"
+        try:
+            found = release()
+            return _is_between(Version(found), entry.since, entry.until)
+        except Unsupported as error:
+            raise MoERoutingError(f"{where}, but {error}") from None
+        except InvalidVersion:
+            raise MoERoutingError(f"{where}, which says only that it is {found!r}") from None
+
+    return [entry for entry in entries if concerns(entry)]
+
+
+def _is_between(release: Version, since: str | None, until: str | None) -> bool:
+    return (since is None or release >= Version(since)) and (
+        until is None or release < Version(until)
+    )
+
+
+class LedgerPlugin:
+    """Applies the entries in force to the tests that it is shown, and reports what they came to.
+
+    Args:
+        entries: The entries in force.
+        whole_suite: Whether the run is about every case of the suite, so that an entry that matches
+            none makes it fail.
+    """
+
+    def __init__(self, entries: Sequence[KnownFailure], *, whole_suite: bool) -> None:
+        self.entries = entries
+        self.whole_suite = whole_suite
+        #: Places of entries that matched a case; None until a collection has finished.
+        self.matched: set[str] | None = None
+
+    def mark(self, item: pytest.Item, test: str, case: str) -> None:
+        """Remember which entries are about a collected test."""
+        found = [entry for entry in self.entries if entry.matches(test, case)]
+        if found:
+            item.stash[_ENTRIES] = found
+        self.matched = (self.matched or set()) | {entry.place for entry in found}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        entries = item.stash.get(_ENTRIES, [])
+        runs_all = item.config.getoption("runxfail", False)
+        if not entries or call.when != "call" or report.skipped or runs_all:
+            return report
+        if report.passed:
+            places = ", ".join(f"{entry.place} ({entry})" for entry in entries)
+            report.outcome = "failed"
+            report.longrepr = f"known failure is gone: remove or narrow the entry {places}"
+            report.user_properties.append(("moe_gone", report.longrepr))
+            return report
+        properties: dict[str, Any] = dict(report.user_properties)
+        verdict = properties.get("moe_verdict", {}).get("verdict")
+        for entry in entries:
+            if entry.verdict in (None, verdict):
+                report.outcome = "skipped"
+                report.wasxfail = str(entry)
+                known = {"reason": entry.reason, "link": entry.link}
+                report.user_properties.append(("moe_known", known))
+                return report
+        places = ", ".join(f"{entry.place} knows {entry.verdict}" for entry in entries)
+        report.sections.append(("known failures", f"another failure than the known: {places}"))
+        return report
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take over what a worker matched; each of them collects all."""
+        found = getattr(node, "workeroutput", {}).get(_OUTPUT)
+        if found is not None:
+            self.matched = (self.matched or set()) | set(found)
+
+    @property
+    def unmatched(self) -> list[KnownFailure]:
+        """Entries that no collected case matched; none if nothing was collected at all."""
+        if self.matched is None:
+            return []
+        return [entry for entry in self.entries if entry.place not in self.matched]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        output = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output[_OUTPUT] = None if self.matched is None else sorted(self.matched)
+        elif (
+            self.unmatched
+            and self.whole_suite
+            and session.exitstatus
+            in (
+                pytest.ExitCode.OK,
+                pytest.ExitCode.NO_TESTS_COLLECTED,
+            )
+        ):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.unmatched:
+            return
+        colour = {"red": True} if self.whole_suite else {"yellow": True}
+        remedy = "remove them" if self.whole_suite else "not all of the suite was chosen"
+        terminalreporter.write_line(
+            f"moe-routing: known failures that match no case ({remedy}):", **colour
+        )
+        for entry in self.unmatched:
+            terminalreporter.write_line(
+                f"  {entry.place}: {entry.test}[{entry.case}]: {entry}", **colour
+            )

@@ -1,0 +1,152 @@
+"""Collects what the tests of a run found, xdist workers' included, and reports it at the end.
+
+Imported by every pytest run of an environment: what makes reports is loaded when there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.report.records import Record, key
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.session import MoESession
+
+#: Lines of a failed test's message that are kept.
+_LINES = 60
+_PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+class Reporter:
+    """The one of a run: registered where the terminal is, not in xdist's workers.
+
+    Args:
+        paths: Report files to write.
+
+    Raises:
+        MoERoutingError: A path says no format.
+    """
+
+    def __init__(self, session: MoESession, *, paths: Sequence[Path] = ()) -> None:
+        if paths:
+            from pytest_moe_routing.report.files import check_suffix
+
+            for path in paths:
+                check_suffix(path)
+        self.session = session
+        self.paths = [path.absolute() for path in paths]
+        self.records: dict[tuple[str, ...], Record] = {}
+        self.written: list[Path] = []
+        self.problems: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        properties: dict[str, Any] = dict(report.user_properties)
+        outcome = "xfailed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
+        gpu: dict[str, str] = properties.get("moe_gpu", {})
+        record: Record
+        if "moe_verdict" in properties and report.when == "call":
+            record = {"kind": "verdict", **properties["moe_verdict"], "outcome": outcome}
+            if "moe_gone" in properties:
+                record["notes"] = [*record["notes"], properties["moe_gone"]]
+        elif self._is_told(report, properties):
+            record = {
+                "kind": "test",
+                "flashinfer": self._flashinfer,
+                "device": gpu.get("gpu") or gpu.get("missing", ""),
+                "case": properties.get("moe_case") or report.nodeid.rpartition("/")[2],
+                "outcome": outcome,
+                "message": _message(report),
+            }
+        else:
+            return
+        if "moe_known" in properties:
+            record["known"] = properties["moe_known"]
+        # A test that failed stays so, whatever its teardown says.
+        if self.records.get(key(record), {}).get("outcome") != "failed":
+            self.records[key(record)] = record
+
+    @staticmethod
+    def _is_told(report: pytest.TestReport, properties: dict[str, Any]) -> bool:
+        if "moe_gpu" in properties:
+            return report.when == "call" or not report.passed
+        # A test that took its worker down is reported by the controller, without its properties.
+        is_crash = report.when not in ("setup", "call", "teardown")
+        return report.failed and ("moe_case" in properties or is_crash)
+
+    @cached_property
+    def _flashinfer(self) -> str:
+        try:
+            return str(self.session.flashinfer)
+        except MoERoutingError as error:
+            # Said to every test that asks for the release, so also here.
+            return str(error)
+
+    @property
+    def verdicts(self) -> list[Record]:
+        return [record for record in self.records.values() if record["kind"] == "verdict"]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        is_written = session.config.option.collectonly or self._write(session)
+        if not is_written and session.exitstatus in _PASSED:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _write(self, session: pytest.Session) -> bool:
+        """Write the report files; whether all are written.
+
+        Half a matrix would look like a whole one: it is not written.
+        """
+        ended = session.exitstatus in (*_PASSED, pytest.ExitCode.TESTS_FAILED)
+        if not ended or session.shouldfail or session.shouldstop:
+            self.problems = [
+                f"report {path}: not written: the run broke off" for path in self.paths
+            ]
+            return False
+        if self.paths:
+            from pytest_moe_routing.report.files import write_report
+        for path in self.paths:
+            try:
+                write_report(path, list(self.records.values()))
+            except MoERoutingError as error:
+                self.problems.append(str(error))
+            else:
+                self.written.append(path)
+        return not self.problems
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        write = terminalreporter.write_line
+        if self.verdicts:
+            terminalreporter.section("MoE routing verdicts")
+            for line in summary(self.verdicts):
+                write(line)
+        for path in self.written:
+            write(f"moe-routing: report {path}")
+        for problem in self.problems:
+            write(f"moe-routing: {problem}", red=True)
+
+
+def summary(verdicts: Sequence[Record]) -> Iterator[str]:
+    """The verdict table of one decider, or where several differ; and the totals of each."""
+    from pytest_moe_routing.report import matrix
+
+    deciders = matrix.by_decider(verdicts)
+    several = len(deciders) > 1
+    table = matrix.decider_table(deciders) if several else matrix.backend_table(verdicts)
+    if table[1:]:
+        yield from matrix.aligned(table)
+    for name, found in deciders.items():
+        yield f"{matrix.totals(found)}; {name}"
+
+
+def _message(report: pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    lines = report.longreprtext.splitlines()
+    left_out = [f"... {len(lines) - _LINES} more lines"] if len(lines) > _LINES else []
+    return "\n".join(lines[:_LINES] + left_out)

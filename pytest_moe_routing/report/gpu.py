@@ -1,0 +1,129 @@
+"""What the GPU tests of a run came to: on which GPU, with which software, and what did not run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import PurePath
+
+import pytest
+
+#: What can become of a test; of what its phases and its worker say, the last in this order counts.
+OUTCOMES = ("unfinished", "passed", "xfailed", "skipped", "failed", "crashed")
+#: Outcomes of tests that ran on a GPU.
+RAN = ("passed", "xfailed", "failed", "crashed")
+
+
+@dataclass
+class GpuTest:
+    """One test that asked for a GPU.
+
+    Attributes:
+        function: Its file and name. Not the node id's: that has no file in other repositories.
+        machine: The `moe_gpu` property: GPU and software, or why there is no GPU (`missing`).
+    """
+
+    function: str
+    machine: dict[str, str]
+    outcome: str = OUTCOMES[0]
+    reason: str = ""
+
+
+class GpuReporter:
+    """Collects GPU tests from reports, those of xdist's workers and of its crashes included.
+
+    Attributes:
+        wanted: How many GPU tests must have run.
+        option: Who wants that many.
+        tests: By node id.
+    """
+
+    def __init__(self, wanted: int, option: str) -> None:
+        self.wanted = wanted
+        self.option = option
+        self.tests: dict[str, GpuTest] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        machine = dict(report.user_properties).get("moe_gpu")
+        if isinstance(machine, dict):
+            path, _, name = report.location
+            function = f"{PurePath(path).name}::{name.partition('[')[0]}"
+            self.tests.setdefault(report.nodeid, GpuTest(function, machine))
+        if report.nodeid not in self.tests:
+            return
+        test, outcome = self.tests[report.nodeid], _outcome(report)
+        if OUTCOMES.index(outcome) > OUTCOMES.index(test.outcome):
+            test.outcome = outcome
+            if outcome == "skipped" and isinstance(report.longrepr, tuple):
+                test.reason = report.longrepr[2].removeprefix("Skipped: ")
+
+    @property
+    def ran(self) -> int:
+        """How many tests ran on a GPU."""
+        return sum(test.outcome in RAN for test in self.tests.values())
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.ran < self.wanted and session.exitstatus in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+        ):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.tests:
+            terminalreporter.section("MoE routing on GPUs")
+            for line in lines(list(self.tests.values())):
+                terminalreporter.write_line(line)
+        if self.ran < self.wanted:
+            skipped = sum(test.outcome == "skipped" for test in self.tests.values())
+            terminalreporter.write_line(
+                f"moe-routing: {self.option}, but {self.ran or 'no'} GPU tests ran; "
+                f"{skipped} were skipped",
+                red=True,
+            )
+
+
+def _outcome(report: pytest.TestReport) -> str:
+    if report.when not in ("setup", "call", "teardown"):
+        return "crashed"  # xdist's report of the test that a worker died in is of no phase
+    if report.outcome == "passed":
+        return "passed" if report.when == "call" else "unfinished"
+    if hasattr(report, "wasxfail"):
+        return "xfailed"
+    return report.outcome if report.outcome in OUTCOMES else "unfinished"  # a rerun, say
+
+
+def lines(tests: list[GpuTest]) -> list[str]:
+    """The software; each GPU with its outcomes by test function; reasons of skips, counted."""
+    shown = [
+        f"{key} {', '.join(values)}"
+        for key in dict.fromkeys(key for test in tests for key in test.machine)
+        if key not in ("gpu", "uuid", "worker", "missing")
+        if (values := sorted({test.machine[key] for test in tests if key in test.machine}))
+    ]
+    gpus: dict[str, list[GpuTest]] = {}
+    for test in tests:
+        gpus.setdefault(_name(test.machine), []).append(test)
+    for name, those in sorted(gpus.items()):
+        workers = {test.machine["worker"] for test in those if "worker" in test.machine}
+        by_number = sorted(workers, key=lambda worker: (len(worker), worker))
+        shown.append(name + (f": {', '.join(by_number)}" if workers else ""))
+        functions: dict[str, Counter[str]] = {}
+        for test in those:
+            functions.setdefault(test.function, Counter())[test.outcome] += 1
+        width = max(map(len, functions))
+        shown += [
+            f"  {function:{width}}  {_counts(c)}" for function, c in sorted(functions.items())
+        ]
+    skips = Counter(test.reason for test in tests if test.outcome == "skipped")
+    shown += [f"{count} skipped: {reason}" for reason, count in skips.most_common()]
+    return shown
+
+
+def _name(machine: dict[str, str]) -> str:
+    return "no GPU" if "missing" in machine else f"{machine['gpu']}, {machine['uuid']}"
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{counts[o]} {o}" for o in reversed(OUTCOMES) if counts[o])

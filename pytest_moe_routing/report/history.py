@@ -1,0 +1,153 @@
+"""The verdict matrix over releases of one target: what changed, and when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pytest_moe_routing.errors import MoERoutingError, TargetImportError
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.report import matrix
+from pytest_moe_routing.report.records import FORMAT, Record
+from pytest_moe_routing.session import MoESession
+from pytest_moe_routing.targets import VERDICTS, Target, judge, unjudged
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one release made of the cases.
+
+    Attributes:
+        name: The release, or where its sources are when it does not say.
+        path: Where its sources are.
+        flashinfer: The kernels that it is judged against.
+        records: As `Judgement.as_dict`.
+        problem: Why there is no verdict at all.
+    """
+
+    name: str
+    path: str
+    flashinfer: str
+    records: tuple[Record, ...] = ()
+    problem: str = ""
+
+
+def survey(sessions: Iterable[MoESession]) -> list[Release]:
+    """Judge the cases of each session, one release after the other; oldest first.
+
+    A release that cannot be asked is one with a problem, and does not end the survey.
+    """
+    found: list[Release] = []
+    cases: list[tuple[ModelSpec, str]] | None = None
+    for session in sessions:
+        cases = session.cases if cases is None else cases
+        found.append(_ask(session, cases))
+    names = [release.name for release in found]
+    return sorted(
+        (replace(r, name=f"{r.name} {r.path}") if names.count(r.name) > 1 else r for r in found),
+        key=lambda release: matrix.version_order(release.name.partition(" ")[0]),
+    )
+
+
+def _ask(session: MoESession, cases: Sequence[tuple[ModelSpec, str]]) -> Release:
+    path = session.target_name.partition("@")[2]
+    release = Release(Path(path).name, path, "")
+    try:
+        release = replace(release, flashinfer=str(session.flashinfer))
+        target = session.target
+    except MoERoutingError as error:
+        return replace(release, problem=matrix.brief(str(error)))
+    try:
+        release = replace(release, name=target.version())
+        records = tuple(_judge(target, *case) for case in cases)
+    except MoERoutingError as error:
+        return replace(release, problem=matrix.brief(str(error)))
+    finally:
+        target.close()
+    if not any(record["verdict"] in VERDICTS for record in records):
+        problem = "; ".join(matrix.why_unjudged(records))
+        return replace(release, records=records, problem=problem)
+    return replace(release, records=records)
+
+
+def _judge(target: Target, model: ModelSpec, backend: str) -> Record:
+    try:
+        return judge(target, model, backend).as_dict()
+    except TargetImportError:
+        raise
+    except MoERoutingError as error:
+        return unjudged(target, model, backend, error)
+
+
+def _columns(releases: Sequence[Release]) -> dict[str, Sequence[Record]]:
+    """The records of each release, under its name with the number of its footnote."""
+    numbers = iter(range(1, len(releases) + 1))
+    return {f"{r.name} [{next(numbers)}]" if r.problem else r.name: r.records for r in releases}
+
+
+def _footnotes(releases: Sequence[Release]) -> list[str]:
+    problems = [r.problem for r in releases if r.problem]
+    return [f"[{n}] {problem}" for n, problem in enumerate(problems, 1)]
+
+
+def _totals(releases: Sequence[Release]) -> Iterator[tuple[str, list[str]]]:
+    """What each release comes to, and why some of it has no verdict."""
+    for release in releases:
+        if not release.problem:
+            text = f"{release.name}, {release.flashinfer}: {matrix.totals(release.records)}"
+            yield text, matrix.why_unjudged(release.records)
+
+
+def terminal(target: str, releases: Sequence[Release], *, every: bool = False) -> str:
+    """For a terminal."""
+    columns = _columns(releases)
+    table = matrix.decider_table(columns, every=every)
+    lines = [f"{target}, {len(releases)} releases", ""]
+    lines += matrix.aligned(table) if table[1:] else ["no verdict differs"]
+    lines += _footnotes(releases)
+    lines += ["", "changes"]
+    lines += [f"  {change}" for change in matrix.changes(columns)] or ["  none"]
+    lines += ["", "totals"]
+    for text, reasons in _totals(releases):
+        lines += [f"  {text}", *(f"    {reason}" for reason in reasons)]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(target: str, releases: Sequence[Release], *, every: bool = False) -> str:
+    """As Markdown."""
+    columns = _columns(releases)
+    table = matrix.decider_table(columns, every=every)
+    lines = [f"# Verdicts of {target}, release by release", ""]
+    lines += matrix.markdown(table) if table[1:] else ["No verdict differs."]
+    lines += [line for note in _footnotes(releases) for line in ("", matrix.inline(note))]
+    lines += ["", "## Changes", ""]
+    lines += [f"- {change}" for change in matrix.changes(columns)] or ["None."]
+    lines += ["", "## Totals", ""]
+    for text, reasons in _totals(releases):
+        lines += [f"- {text}", *(f"  - {matrix.inline(reason)}" for reason in reasons)]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(target: str, releases: Sequence[Release], *, every: bool = False) -> str:
+    """As JSON: always every verdict."""
+    data = {
+        "format": FORMAT,
+        "target": target,
+        "changes": matrix.changes(_columns(releases)),
+        "releases": [
+            {
+                "release": r.name,
+                "path": r.path,
+                "flashinfer": r.flashinfer,
+                "problem": r.problem or None,
+                "verdicts": r.records,
+            }
+            for r in releases
+        ],
+    }
+    return json.dumps(data, indent=1) + "\n"
+
+
+FORMATS: Mapping[str, Callable[..., str]] = {".md": markdown, ".json": as_json}

@@ -1,0 +1,163 @@
+"""Verdicts as tables of plain text: what every format of report shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from packaging.version import InvalidVersion, Version
+
+from pytest_moe_routing.report.records import Record
+from pytest_moe_routing.targets import GOOD, VERDICTS
+
+Table = list[list[str]]
+_NOTHING = "-"
+
+
+def label(record: Record) -> str:
+    """Who decided, for which kernels."""
+    return f"{record['target']}, {record['flashinfer']}"
+
+
+def by_decider(verdicts: Iterable[Record]) -> dict[str, list[Record]]:
+    """The verdicts of each target and release, older releases first."""
+    groups: dict[str, list[Record]] = {}
+    for record in sorted(verdicts, key=_release_order):
+        groups.setdefault(label(record), []).append(record)
+    return groups
+
+
+def _release_order(record: Record) -> tuple[object, ...]:
+    name, _, release = record["target"].rpartition(" ")
+    flashinfer = record["flashinfer"].split()
+    return (name, *version_order(release), *version_order(flashinfer[1] if flashinfer[1:] else ""))
+
+
+def version_order(release: str) -> tuple[bool, Version, str]:
+    """A key that sorts releases by age, and what is no release after them."""
+    try:
+        return (False, Version(release), "")
+    except InvalidVersion:
+        return (True, Version("0"), release)
+
+
+def cell(record: Record | None) -> str:
+    """A verdict, with the method that was decided for where a kernel was in question."""
+    if record is None:
+        return _NOTHING
+    text: str = record["verdict"]
+    if text in VERDICTS and text != "fallback":
+        text += f" ({record['method']})"
+    return f"{text}, known" if "known" in record else text
+
+
+def is_bad(record: Record) -> bool:
+    return record["verdict"] not in GOOD
+
+
+def backend_table(verdicts: Sequence[Record]) -> Table:
+    """One decider: a row for each model, a column for each backend, under a header."""
+    models = sorted({v["model"] for v in verdicts})
+    backends = sorted({v["backend"] for v in verdicts})
+    cells = {(v["model"], v["backend"]): v for v in verdicts}
+    rows = [[m, *(cell(cells.get((m, b))) for b in backends)] for m in models]
+    return [["model", *backends], *rows]
+
+
+def decider_table(columns: Mapping[str, Sequence[Record]], *, every: bool = False) -> Table:
+    """Several deciders: a row for each model on a backend, a column for each decider.
+
+    Rows that all who judged agree on are left out, unless `every`.
+    """
+    cells, rows = _by_case(columns), []
+    for case, found in cells.items():
+        judged = {record["verdict"] for record in found.values() if record["verdict"] in VERDICTS}
+        if every or len(judged) > 1:
+            rows.append([*case, *(cell(found.get(name)) for name in columns)])
+    return [["model", "backend", *columns], *rows]
+
+
+def changes(columns: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Where a verdict differs from that of the last release before that was judged."""
+    lines = []
+    for (model, backend), found in _by_case(columns).items():
+        last: tuple[str, str] | None = None
+        steps = []
+        for name in columns:
+            verdict = found[name]["verdict"] if name in found else None
+            if verdict not in VERDICTS:
+                continue
+            if last is not None and last[1] != verdict:
+                steps.append(f"{last[0]} {last[1]} -> {name} {verdict}")
+            last = (name, verdict)
+        lines += [f"{model} {backend}: {step}" for step in steps]
+    return lines
+
+
+def _by_case(
+    columns: Mapping[str, Sequence[Record]],
+) -> dict[tuple[str, str], dict[str, Record]]:
+    cells: dict[tuple[str, str], dict[str, Record]] = {}
+    for name, records in columns.items():
+        for record in records:
+            cells.setdefault((record["model"], record["backend"]), {})[name] = record
+    return dict(sorted(cells.items()))
+
+
+def totals(verdicts: Sequence[Record]) -> str:
+    """How many there are of each verdict, and how many of those fail as known."""
+    counts = Counter(v["verdict"] for v in verdicts)
+    known = Counter(v["verdict"] for v in verdicts if "known" in v)
+    return ", ".join(
+        f"{count} {name}" + (f" ({known[name]} known)" if known[name] else "")
+        for name, count in sorted(counts.items())
+    )
+
+
+def why_unjudged(verdicts: Sequence[Record]) -> list[str]:
+    """The reasons for which there is no verdict, most frequent first, each with its count."""
+    counts = Counter(brief(v["reasons"][0]) for v in verdicts if v["verdict"] not in VERDICTS)
+    return [f"{count} x {reason}" for reason, count in counts.most_common()]
+
+
+def brief(reason: str) -> str:
+    """One line of a reason that may quote a traceback: how it begins, and what it comes to."""
+    first, *more = reason.strip().splitlines() or [""]
+    return f"{first} ... {more[-1].strip()}" if more else first
+
+
+def test_table(tests: Sequence[Record]) -> Table:
+    """Outcomes of tests by device and test function."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for test in tests:
+        device = f"{test['device']}, {test['flashinfer']}" if test["device"] else _NOTHING
+        counts.setdefault((device, test["case"].partition("[")[0]), Counter())[test["outcome"]] += 1
+    rows = [
+        [*about, ", ".join(f"{n} {outcome}" for outcome, n in sorted(found.items()))]
+        for about, found in sorted(counts.items())
+    ]
+    return [["device", "test", "outcomes"], *rows]
+
+
+def aligned(table: Table) -> list[str]:
+    """The lines of a table for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+
+
+def inline(text: str) -> str:
+    """Text that Markdown does not take for HTML, on one line."""
+    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split("\n"))
+
+
+def markdown(table: Table) -> list[str]:
+    """The lines of a table for Markdown."""
+
+    def line(row: Iterable[str]) -> str:
+        return "| " + " | ".join(inline(text).replace("|", "\\|") for text in row) + " |"
+
+    header, *rows = table
+    return [line(header), "|" + "---|" * len(header), *map(line, rows)]

@@ -1,4 +1,4 @@
-"""`moe-routing`: look at one model without running tests."""
+"""`moe-routing`: what can be asked, and begun, without running tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pytest_moe_routing.errors import MoERoutingError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when it answered, 1 when a verdict is bad, 2 for misuse."""
+    """Run the command; 0 when it answered, 1 when the answer is bad, 2 for misuse."""
     parser = argparse.ArgumentParser(prog="moe-routing", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser(
@@ -26,10 +26,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = commands.add_parser("add", help="write a model folder from a Hugging Face config.json")
     add.add_argument("config", type=Path, help="the file, or the folder that holds it")
     add.add_argument("directory", type=Path, help="the golden directory to write into")
+    init = commands.add_parser("init", help="begin a golden directory, with one model to change")
+    init.add_argument("directory", type=Path)
+    init.add_argument(
+        "--from", dest="model", default="deepseek-r1", metavar="MODEL", help="id of a known model"
+    )
+    report = commands.add_parser("report", help="merge the .jsonl reports of several runs")
+    report.add_argument("out", type=Path, help="what to write: .html, .md, .json or .jsonl")
+    report.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
+    history = commands.add_parser("history", help="when verdicts changed, release by release")
+    history.add_argument("target", help="a target's name, such as vllm")
+    history.add_argument("paths", nargs="+", metavar="PATH", help="a wheel or its sources")
+    history.add_argument("--models", default="", metavar="PATTERNS", help="default: all")
+    history.add_argument("--backends", default="", metavar="NAMES", help="default: all")
+    history.add_argument("--flashinfer", metavar="RELEASE", help="default: what each is made for")
+    history.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
+    history.add_argument("--all", action="store_true", help="also what never changed")
+    history.add_argument("-o", dest="out", type=Path, metavar="FILE", help="a .md or .json file")
     commands.add_parser("models", help="print docs/models.md: every known model's router")
+    commands.add_parser("faults", help="print docs/gpu-faults.md: which GPU test catches what")
+    flashinfer = commands.add_parser(
+        "flashinfer", help="compare a flashinfer-python with what is known of its release"
+    )
+    flashinfer.add_argument(
+        "path",
+        type=Path,
+        nargs="*",
+        help="a wheel, an unpacked one or a checkout (default: the installed package)",
+    )
     arguments = parser.parse_args(argv)
     try:
-        return {"explain": _explain, "add": _add, "models": _models}[arguments.command](arguments)
+        return _COMMANDS[arguments.command](arguments)
     except MoERoutingError as error:
         print(f"moe-routing: {error}", file=sys.stderr)
         return 2
@@ -97,17 +124,8 @@ def _add(arguments: argparse.Namespace) -> int:
     from pytest_moe_routing.models import dump_model, read_config
 
     model = read_config(arguments.config)
-    folder = arguments.directory / model.id
-    file = folder / "model.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Never over a file that somebody may have worked on.
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(dump_model(model))
-    except FileExistsError:
-        raise MoERoutingError(f"{file}: there is one already; remove it to write it anew") from None
-    except OSError as error:
-        raise MoERoutingError(f"{file}: cannot be written: {error.strerror}") from error
+    file = arguments.directory / model.id / "model.yaml"
+    _write_new(file, dump_model(model))
     print(f"{file}\nRead it, then write its goldens:")
     print(
         f"  pytest --moe-golden --moe-golden-dir {arguments.directory} "
@@ -116,11 +134,123 @@ def _add(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _write_new(file: Path, text: str) -> None:
+    """Write a file, but never over one that somebody may have worked on."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise MoERoutingError(f"{file}: there is one already; remove it to write it anew") from None
+    except OSError as error:
+        raise MoERoutingError(f"{file}: cannot be written: {error.strerror}") from error
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from pytest_moe_routing.goldens import packaged_directory
+    from pytest_moe_routing.models import dump_model, load_models
+
+    directory, models = arguments.directory, load_models(packaged_directory())
+    if arguments.model not in models:
+        raise MoERoutingError(f"no model {arguments.model!r}; models: {', '.join(models)}")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise MoERoutingError(f"{directory}: found something there, expected nothing yet")
+    model = models[arguments.model]
+    source = model.folder / "model.yaml"
+    # As it stands, with its comments, unless it is like a model that would not be there.
+    text = source.read_text("utf-8") if model.like is None else dump_model(model)
+    _write_new(directory / model.id / "model.yaml", text)
+    print(
+        f"{directory / model.id / 'model.yaml'}\n"
+        "Rename its folder and make it your model. Then write its goldens, and test:\n"
+        f"  pytest --moe-golden --moe-golden-dir {directory} --moe-models ID "
+        "-m 'not gpu' --snapshot-update\n"
+        f"  pytest --moe-golden --moe-golden-dir {directory} -m 'not gpu'"
+    )
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pytest_moe_routing.report.files import check_suffix, write_report
+    from pytest_moe_routing.report.records import merge
+
+    check_suffix(arguments.out)
+    write_report(arguments.out, merge(arguments.files))
+    return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    from pytest_moe_routing.report import history
+    from pytest_moe_routing.report.files import check_suffix, write_text
+    from pytest_moe_routing.session import MoESession
+    from pytest_moe_routing.targets import check_target
+
+    if arguments.out:
+        check_suffix(arguments.out, tuple(history.FORMATS))
+    if not arguments.target.isidentifier():
+        raise MoERoutingError(f"found target {arguments.target!r}, expected a registered name")
+
+    def names(text: str) -> list[str]:
+        return [name.strip() for name in text.split(",") if name.strip()]
+
+    sessions = [
+        MoESession(
+            target_name=f"{arguments.target}@{path}",
+            model_patterns=names(arguments.models),
+            backend_names=names(arguments.backends),
+            flashinfer_release=arguments.flashinfer,
+            golden_dirs=arguments.golden_dir,
+        )
+        for path in dict.fromkeys(arguments.paths)
+    ]
+    sessions[0].check()
+    for session in sessions:
+        check_target(session.target_name)
+    releases = history.survey(sessions)
+    form = history.FORMATS[arguments.out.suffix] if arguments.out else history.terminal
+    text = form(arguments.target, releases, every=arguments.all)
+    if arguments.out:
+        write_text(arguments.out, text)
+    else:
+        print(text, end="")
+    return 1 if all(release.problem for release in releases) else 0
+
+
 def _models(arguments: argparse.Namespace) -> int:
     from pytest_moe_routing.report.models import page
 
     print(page(), end="")
     return 0
+
+
+def _faults(arguments: argparse.Namespace) -> int:
+    from pytest_moe_routing.report.faults import page
+
+    print(page(), end="")
+    return 0
+
+
+def _flashinfer(arguments: argparse.Namespace) -> int:
+    from pytest_moe_routing.backends.drift import examine
+    from pytest_moe_routing.backends.wheel import Package
+
+    packages = [Package.of(path) for path in arguments.path] or [Package.installed()]
+    examined = [examine(package) for package in packages]
+    for found in examined:
+        print("\n".join(found.lines()))
+    return int(any(found.differences for found in examined))
+
+
+_COMMANDS = {
+    "explain": _explain,
+    "add": _add,
+    "init": _init,
+    "report": _report,
+    "history": _history,
+    "models": _models,
+    "faults": _faults,
+    "flashinfer": _flashinfer,
+}
 
 
 if __name__ == "__main__":

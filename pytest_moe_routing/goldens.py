@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,16 @@ def read(path: Path) -> dict[str, Any]:
         raise MoERoutingError(f"{path}: format: found {found!r}, expected {FORMAT}")
     del data["format"]
     return data
+
+
+def write_in_one_step(path: Path, text: str) -> None:
+    """Write a file that is there in full or not at all; what was there before is replaced."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def differences(golden: Any, now: Any, where: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ This module is imported by every pytest run of an environment: it imports pytest
 from __future__ import annotations
 
 import os
+import re
 from fnmatch import fnmatchcase
 from importlib import util
 from pathlib import Path
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 
     from pytest_moe_routing.backends import FlashInfer
     from pytest_moe_routing.kernels.gpu import Gpu
+    from pytest_moe_routing.kernels.library import Kernels
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.targets import Target
 
 SUITE = Path(__file__).resolve().parent / "suite"
 
 _SESSION = pytest.StashKey[MoESession]()
+_LEDGER = "moe-routing-ledger"
+#: The fixtures that make a test one of this plugin's, be it the suite's or the host's.
+_FIXTURES = {"moe_model", "moe_backend", "moe_target", "moe_gpu"}
 
 # option, ini type, help; the ini twin of --moe-x is moe_x, and the command line wins.
 _OPTIONS = (
@@ -37,7 +42,12 @@ _OPTIONS = (
     ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
     ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
     ("config", "paths", "a Hugging Face config.json, or its folder; may be repeated"),
+    ("kernels", "string", "flashinfer, or simulator[:FAULT] on the CPU (default: flashinfer)"),
+    ("scale", "string", "sizes of fused MoE tests: reduced or full (default: reduced)"),
     ("require-gpu", "bool", "fail unless at least one GPU test ran"),
+    ("min-gpu-tests", "string", "fail unless at least that many GPU tests ran"),
+    ("known-failures", "paths", "a YAML ledger of failures that are known; may be repeated"),
+    ("report", "paths", "write the verdicts as .html, .md, .json or .jsonl; may be repeated"),
 )
 
 
@@ -70,6 +80,16 @@ def _names(config: pytest.Config, name: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def _wanted_gpu_tests(config: pytest.Config) -> tuple[int, str]:
+    """How many GPU tests must run, and which option says so."""
+    given = _option(config, "min_gpu_tests")
+    if given and not given.isdecimal():
+        raise pytest.UsageError(f"--moe-min-gpu-tests: found {given!r}, expected a number")
+    if given and int(given):
+        return int(given), f"--moe-min-gpu-tests {given}"
+    return int(bool(_option(config, "require_gpu"))), "--moe-require-gpu"
+
+
 def _is_updating(config: pytest.Config) -> bool:
     return bool(config.getoption("update_snapshots", False))
 
@@ -81,9 +101,24 @@ def _check_update(config: pytest.Config) -> None:
     )
 
 
+def _check_choices(config: pytest.Config) -> None:
+    """Refuse what is none of an option's values."""
+    for name, values in (
+        ("kernels", r"flashinfer|simulator(:[\w-]+)?"),
+        ("scale", "reduced|full"),
+    ):
+        found = _option(config, name)
+        if found and not re.fullmatch(values, found):
+            raise pytest.UsageError(f"--moe-{name}: found {found!r}, expected {values}")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU and FlashInfer; skipped without")
+    config.addinivalue_line(
+        "markers",
+        "gpu(kernels=None): needs an NVIDIA GPU and FlashInfer, and is skipped without; kernels "
+        "('routing', 'fused') are built before the test",
+    )
     config.addinivalue_line(
         "markers",
         "moe_models(*patterns, distinct_routers=False): run with the models whose id matches a "
@@ -96,24 +131,38 @@ def pytest_configure(config: pytest.Config) -> None:
         flashinfer_release=_option(config, "flashinfer") or None,
         golden_dirs=[Path(d) for d in _option(config, "golden_dir") or []],
         configs=[Path(p) for p in _option(config, "config") or []],
+        ledgers=[Path(p) for p in _option(config, "known_failures") or []],
     )
-    if _option(config, "golden"):
-        try:
+    _check_choices(config)
+    reports = [Path(p) for p in _option(config, "report") or []]
+    golden = bool(_option(config, "golden"))
+    try:
+        if golden:
             session.check()
-            if _is_updating(config):
-                _check_update(config)
-        except MoERoutingError as error:
-            raise pytest.UsageError(str(error)) from None
+        if golden and _is_updating(config):
+            _check_update(config)
+        if session.ledgers:
+            from pytest_moe_routing.ledger import LedgerPlugin
+
+            chosen = session.model_patterns or session.backend_names
+            chosen = chosen or config.getoption("keyword") or config.getoption("lf", False)
+            known = LedgerPlugin(session.known_failures, whole_suite=golden and not chosen)
+            config.pluginmanager.register(known, _LEDGER)
+        if not hasattr(config, "workerinput"):
+            from pytest_moe_routing.report.collect import Reporter
+            from pytest_moe_routing.report.gpu import GpuReporter
+
+            gpus = GpuReporter(*_wanted_gpu_tests(config))
+            config.pluginmanager.register(gpus, "moe-routing-gpus")
+            reporter = Reporter(session, paths=reports)
+            config.pluginmanager.register(reporter, "moe-routing-reporter")
+    except MoERoutingError as error:
+        raise pytest.UsageError(str(error)) from None
+    if golden:
         # Files, not their folder: the host's python_files must not decide what is collected.
         suite = [str(path) for path in sorted(SUITE.glob("test_*.py"))]
         given = config.args_source is config.ArgsSource.ARGS
         config.args = config.args + suite if given else suite
-    if not hasattr(config, "workerinput"):
-        from pytest_moe_routing.report.terminal import Reporter
-
-        config.pluginmanager.register(
-            Reporter(require_gpu=bool(_option(config, "require_gpu"))), "moe-routing-reporter"
-        )
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -121,12 +170,15 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    wanted = [n for n in ("moe_model", "moe_backend") if n in metafunc.fixturenames]
+    names = ("moe_model", "moe_backend", "moe_scheme")
+    wanted = [name for name in names if name in metafunc.fixturenames]
     if not wanted:
         return
     session = metafunc.config.stash[_SESSION]
     try:
         cases = session.cases if "moe_backend" in wanted else [(m, "") for m in session.models]
+        if "moe_scheme" in wanted:
+            cases = session.layers
         if "moe_golden" in metafunc.fixturenames:
             cases = [case for case in cases if case[0] in session.golden_models]
     except MoERoutingError as error:
@@ -137,7 +189,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if marker.kwargs.get("distinct_routers"):
             first: dict[Any, Any] = {}
             for model, backend in cases:
-                first.setdefault((model.router, backend), (model, backend))
+                experts = (model.experts.activation, model.experts.gated) if backend else None
+                first.setdefault((model.router, experts, backend), (model, backend))
             cases = list(first.values())
     if wanted == ["moe_backend"]:
         metafunc.parametrize("moe_backend", list(dict.fromkeys(b for _, b in cases)))
@@ -145,17 +198,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("moe_model", [m for m, _ in cases], ids=str)
     else:
         ids = [f"{model}-{backend}" for model, backend in cases]
-        metafunc.parametrize(("moe_model", "moe_backend"), cases, ids=ids)
+        metafunc.parametrize(tuple(wanted), cases, ids=ids)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Goldens are the builtin target's decisions; another target is judged, not compared."""
-    if config.stash[_SESSION].is_builtin:
-        return
-    golden = [item for item in items if "moe_golden" in getattr(item, "fixturenames", ())]
-    if golden:
-        items[:] = [item for item in items if item not in golden]
-        config.hook.pytest_deselected(items=golden)
+    """Before anybody deselects: leave out what cannot be asked, and name our cases.
+
+    Goldens are the builtin target's decisions; another target is judged, not compared. Only a
+    framework has model code.
+    """
+    builtin = config.stash[_SESSION].is_builtin
+    not_for_this = "moe_framework" if builtin else "moe_golden"
+    left_out = [item for item in items if not_for_this in getattr(item, "fixturenames", ())]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    ledger = config.pluginmanager.get_plugin(_LEDGER)
+    for item in items:
+        if isinstance(item, pytest.Function) and _FIXTURES & set(item.fixturenames):
+            case = item.callspec.id if hasattr(item, "callspec") else ""
+            item.user_properties.append(("moe_case", f"{item.path.stem}::{item.name}"))
+            if ledger:
+                ledger.mark(item, item.originalname, case)
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +245,12 @@ def moe_target(moe_session: MoESession) -> Target:
     pytest.fail(message, pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def moe_framework(moe_target: Target) -> Target:
+    """The target in force, for tests that are left out when it is the builtin one."""
+    return moe_target
+
+
 @pytest.fixture
 def moe_model(request: pytest.FixtureRequest) -> ModelSpec:
     """A chosen model; the test runs once for each."""
@@ -192,6 +263,13 @@ def moe_backend(request: pytest.FixtureRequest) -> str:
     """A chosen backend; with `moe_model`, one that serves a checkpoint of that model."""
     backend: str = request.param
     return backend
+
+
+@pytest.fixture
+def moe_scheme(request: pytest.FixtureRequest) -> str:
+    """With `moe_model`, the quantization of a checkpoint of it that some kernel serves."""
+    scheme: str = request.param
+    return scheme
 
 
 @pytest.fixture
@@ -247,13 +325,68 @@ def _moe_stderr(pytestconfig: pytest.Config) -> Iterator[int]:
 
 
 @pytest.fixture
-def moe_gpu(record_property: Callable[[str, Any], None], _moe_stderr: int) -> Iterator[Gpu]:
-    """A GPU that runs FlashInfer's routing kernels; the test is skipped with the reason without."""
+def moe_gpu(
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, Any], None],
+    _moe_stderr: int,
+) -> Iterator[Gpu]:
+    """A GPU that runs FlashInfer's routing kernels; the test is skipped with the reason without.
+
+    What `@pytest.mark.gpu(kernels=...)` names is built by now, and not in the test's own time.
+    """
     from pytest_moe_routing.kernels import gpu
 
-    found = gpu.find_gpu()
-    record_property("moe_gpu", str(found))
+    with gpu.watchdog(_moe_stderr):
+        found = gpu.find_gpu()
     if found.missing:
+        record_property("moe_gpu", {"missing": found.missing})
         pytest.skip(found.missing)
+    from pytest_moe_routing.kernels import build
+
+    marker = request.node.get_closest_marker("gpu")
+    build.warm_up(found, marker.kwargs.get("kernels", "") if marker else "", _moe_stderr)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "no xdist")
+    here = {"gpu": str(found), "uuid": found.uuid, "driver": found.driver, "worker": worker}
+    record_property("moe_gpu", {**here, **build.software()})
     with gpu.guarded(_moe_stderr):
         yield found
+
+
+@pytest.fixture
+def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> Kernels:
+    """The kernels under test: FlashInfer's on `moe_gpu`, or the simulated ones."""
+    from pytest_moe_routing.kernels import library
+
+    name = _option(request.config, "kernels") or library.FLASHINFER
+    if name == library.FLASHINFER:
+        return library.on_gpu(request.getfixturevalue("moe_gpu"))
+    try:
+        return library.simulated(name, moe_flashinfer)
+    except MoERoutingError as error:
+        message = str(error)
+    pytest.fail(message, pytrace=False)
+
+
+@pytest.fixture
+def moe_full_scale(pytestconfig: pytest.Config) -> bool:
+    """Whether layers have their model's own sizes."""
+    return _option(pytestconfig, "scale") == "full"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A GPU test that lacks memory says how much there was."""
+    __tracebackhide__ = True
+    try:
+        return (yield)
+    except Exception as error:
+        # Not by its fixtures: another may have asked for `moe_gpu`.
+        properties: dict[str, Any] = dict(item.user_properties)
+        if "gpu" not in properties.get("moe_gpu", ()):
+            raise
+        from pytest_moe_routing.kernels import gpu
+
+        explained = gpu.explain(error)
+        if explained is error:
+            raise
+        raise explained from error

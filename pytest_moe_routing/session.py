@@ -5,7 +5,7 @@ Built from the options on first use, and checked in one place: every mistake is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from pytest_moe_routing.errors import MoERoutingError
 
 if TYPE_CHECKING:
     from pytest_moe_routing.backends import FlashInfer
+    from pytest_moe_routing.ledger import KnownFailure
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.targets import Target
 
@@ -30,6 +31,7 @@ class MoESession:
     Attributes:
         golden_dirs: Further golden directories, over the packaged one.
         configs: Hugging Face configs of models for this run, which have no goldens.
+        ledgers: Files of known failures.
     """
 
     target_name: str
@@ -37,7 +39,8 @@ class MoESession:
     backend_names: list[str]
     flashinfer_release: str | None
     golden_dirs: list[Path]
-    configs: list[Path]
+    configs: list[Path] = field(default_factory=list)
+    ledgers: list[Path] = field(default_factory=list)
 
     def check(self) -> None:
         """Raise `MoERoutingError` if any option cannot be met. Imports no torch and no target."""
@@ -87,11 +90,34 @@ class MoESession:
         ]
 
     @cached_property
+    def layers(self) -> list[tuple[ModelSpec, str]]:
+        """Every chosen model with every quantization of it that some kernel serves."""
+        from pytest_moe_routing.models.spec import SERVED_SCHEMES
+
+        wanted = self.backends if self.backend_names else SERVED_SCHEMES
+        return [(m, scheme) for m in self.models for scheme in m.checkpoints if scheme in wanted]
+
+    @cached_property
     def flashinfer(self) -> FlashInfer:
-        """The release in force: the one asked for, else installed, else the newest known."""
+        """The release in force; `_flashinfer_origin` says which that is."""
         from pytest_moe_routing.backends import FlashInfer
 
-        return FlashInfer.of(self.flashinfer_release)
+        return FlashInfer.of(self._flashinfer_origin[0])
+
+    @cached_property
+    def _flashinfer_origin(self) -> tuple[str | None, str]:
+        """The release and why it is the one: sources at a path do not run what is installed."""
+        from pytest_moe_routing.backends import installed_release
+        from pytest_moe_routing.targets.registry import pinned_flashinfer
+
+        if self.flashinfer_release:
+            return self.flashinfer_release, "as asked for"
+        if installed_release() and "@" not in self.target_name:
+            return installed_release(), "installed"
+        pin = pinned_flashinfer(self.target_name)
+        if pin:
+            return pin, "what the target is made for"
+        return None, "newest known, none installed"
 
     @cached_property
     def target(self) -> Target:
@@ -99,6 +125,19 @@ class MoESession:
         from pytest_moe_routing.targets import load_target
 
         return load_target(self.target_name, self.flashinfer)
+
+    @cached_property
+    def known_failures(self) -> list[KnownFailure]:
+        """The entries of the ledgers that are about this target and these releases."""
+        from pytest_moe_routing.ledger import in_force, load_ledger
+
+        entries = [entry for file in self.ledgers for entry in load_ledger(file)]
+        return in_force(
+            entries,
+            target=self.target_name,
+            release=lambda: self.target.version(),
+            flashinfer=self.flashinfer.release,
+        )
 
     @property
     def is_builtin(self) -> bool:
@@ -132,13 +171,9 @@ class MoESession:
 
     def describe(self) -> str:
         """The header line of a run."""
-        from pytest_moe_routing.backends import installed_release
-
-        origin = "as asked for" if self.flashinfer_release else "installed"
-        if not self.flashinfer_release and installed_release() is None:
-            origin = "newest known, none installed"
+        origin = self._flashinfer_origin[1]
+        folders = dict.fromkeys(str(model.folder.parent) for model in self.golden_models)
         return (
             f"moe-routing: target {self.target_name}, {self.flashinfer} ({origin}), "
-            f"{len(self.models)} models{self._left_out()}, goldens in "
-            + ", ".join(str(d) for d in dict.fromkeys(m.folder.parent for m in self.golden_models))
+            f"{len(self.models)} models{self._left_out()}, goldens in {', '.join(folders)}"
         )

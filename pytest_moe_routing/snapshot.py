@@ -7,7 +7,6 @@ one step, never half-written.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +52,5 @@ class GoldenExtension(SingleFileSnapshotExtension):
     def write_snapshot_collection(
         cls, *, snapshot_collection: SnapshotCollection, name_order: dict[str, int] | None = None
     ) -> None:
-        path = Path(snapshot_collection.location)
         text = str(next(iter(snapshot_collection)).data)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        goldens.write_in_one_step(Path(snapshot_collection.location), text)

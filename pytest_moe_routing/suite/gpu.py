@@ -1,0 +1,52 @@
+"""What tests of the routing kernels and of the fused ones share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_moe_routing.backends import FlashInfer, KernelCall, kernel_call
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.suite.skips import unsupported_is_skipped
+from pytest_moe_routing.targets.builtin import BuiltinTarget
+
+if TYPE_CHECKING:
+    import torch
+
+
+def dtype(name: str) -> torch.dtype:
+    """The torch dtype of this name."""
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def call_of(
+    model: ModelSpec,
+    flashinfer: FlashInfer,
+    logits_dtype: str = "float32",
+    bias_dtype: str = "",
+    *,
+    scheme: str = "",
+) -> KernelCall:
+    """The call that serves a model, with the given dtypes, for one of its quantizations."""
+    method = BuiltinTarget(flashinfer).classify(model).method
+    call = kernel_call(model.router, scheme or model.checkpoints[0], method, flashinfer)
+    return replace(call, logits_dtype=logits_dtype, bias_dtype=bias_dtype or call.bias_dtype)
+
+
+def require(flashinfer: FlashInfer, call: KernelCall) -> None:
+    """Skip where this release's kernels are known not to run a call."""
+    from pytest_moe_routing.kernels.routing import require
+
+    with unsupported_is_skipped():
+        require(flashinfer, call)
+
+
+def explained(run: Callable[[Any], Any], got: Any, flashinfer: FlashInfer) -> list[str]:
+    """Lines that name the known faults which explain a result."""
+    from pytest_moe_routing.kernels.explain import explain
+
+    return explain(run, got, flashinfer)

@@ -1,0 +1,28 @@
+"""What the target in force makes of routers that no model has, yet."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.suite.skips import unsupported_is_skipped
+
+
+@pytest.fixture(scope="module")
+def asked_once(moe_target):
+    from pytest_moe_routing.targets.lattice import Once
+
+    return Once(moe_target)
+
+
+def test_lattice(asked_once, moe_backend, moe_session):
+    """No router of the lattice passes all gates and goes wrong, or crashes."""
+    from pytest_moe_routing.errors import Unsupported
+    from pytest_moe_routing.targets.lattice import sweep
+
+    models = [model for model, backend in moe_session.cases if backend == moe_backend]
+    with unsupported_is_skipped():
+        found = sweep(asked_once, moe_backend, models)
+        if not found.verdicts:
+            raise Unsupported(found.unanswered.most_common(1)[0][0])
+    if found.causes:
+        pytest.fail("\n".join(found.lines()), pytrace=False)

@@ -19,7 +19,7 @@ from pytest_moe_routing.reference.moe import Layer, moe
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import GeneratedExperts
 from pytest_moe_routing.routing import recipe_of
-from pytest_moe_routing.suite.test_gpu_moe import on_gpu
+from pytest_moe_routing.suite.test_gpu_moe import moved
 
 pytestmark = pytest.mark.gpu
 
@@ -75,7 +75,9 @@ def layer(request):
     if find_gpu().missing:
         pytest.skip(find_gpu().missing)
     experts = [GeneratedExperts(64, 1024, 512, "float32")[e] for e in range(64)]
-    experts = [replace(e, gemm1=on_gpu(e.gemm1), gemm2=on_gpu(e.gemm2)) for e in experts]
+    experts = [
+        replace(e, gemm1=moved(e.gemm1, "cuda"), gemm2=moved(e.gemm2, "cuda")) for e in experts
+    ]
     ids = distinct(request.param, 64, seed=2)[:, :8].contiguous().cuda()
     routing = Routing(ids, torch.full(ids.shape, 0.125, device="cuda"))
     return bell(request.param, 1024, seed=1).cuda(), experts, routing

@@ -1,5 +1,8 @@
 """For the tests of this repository. The plugin itself is loaded through its entry point."""
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -20,3 +23,13 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def host(pytester, monkeypatch):
+    """An unrelated repository, with tests and a conftest of its own."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    pytester.makepyfile(test_host="def test_of_the_host(): pass")
+    pytester.makeconftest("HOST = True")
+    pytester.makeini("[pytest]\npython_files = test_host.py\nfilterwarnings = error\n")
+    return pytester

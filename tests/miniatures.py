@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pytest_moe_routing.backends import Gate
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.routing import Classification
+from pytest_moe_routing.routing import Classification, recipe_of
 from pytest_moe_routing.targets import Target
 from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.model_code import LayerRequest
 
 
 class Vllm022(BuiltinTarget):
@@ -73,8 +76,6 @@ class LosesScale(BuiltinTarget):
     name = "loses-scale"
 
     def kernel_call(self, model, backend, method):
-        from dataclasses import replace
-
         return replace(super().kernel_call(model, backend, method), routed_scaling_factor=1.0)
 
 
@@ -83,6 +84,23 @@ class AnswersNothing(Target):
 
     def version(self):
         return "0"
+
+
+class AsksForTwo(AnswersNothing):
+    """Model code that asks for two experts a token, whatever the model."""
+
+    name = "asks-for-two"
+
+    def layer_request(self, model):
+        return LayerRequest(
+            block="a.Block",
+            num_experts=model.router.num_experts,
+            recipe=replace(recipe_of(model.router), top_k=2),
+            passed={},
+            told_dtype="float32",
+            logits_dtype="float32",
+            gate_dtype="float32",
+        )
 
 
 class OnlyClassifies(AnswersNothing):

@@ -22,7 +22,9 @@ LAYERS = [
     {"reference", "compare", "logits"},
     {"backends"},
     {"targets", "kernels"},
-    {"suite", "report", "session", "snapshot"},
+    {"ledger"},
+    {"suite", "session", "snapshot"},
+    {"report"},
     {"plugin", "cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -31,16 +33,22 @@ RUNS_RECIPES = {"routing.equivalence"}
 #: Modules that a collection or a classification loads.
 WITHOUT_TORCH = [
     "plugin",
+    "ledger",
     "session",
     "cli",
     "models",
     "routing",
     "backends",
+    "backends.drift",
     "targets",
     "targets.builtin",
+    "targets.flashinfer",
     "targets.vllm",
+    "targets.sglang",
     "kernels.gpu",
-    "report.terminal",
+    "kernels.build",
+    "report.collect",
+    "report.gpu",
 ]
 
 
@@ -85,7 +93,7 @@ def test_every_module_has_a_layer():
 
 
 def test_targets_do_not_import_each_other():
-    adapters = {"builtin", "vllm"}
+    adapters = {"builtin", "flashinfer", "vllm"}
     for path in (PACKAGE / "targets").glob("*.py"):
         others = adapters - {path.stem}
         for imported, _ in imports(path):

@@ -74,7 +74,17 @@ def test_explain_a_config(tmp_path, capsys):
     assert main(["explain", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "router   softmax -> top 4 -> / sum" in text
-    assert "not judged: bf16; backends: fp8_block" in text
+    assert "bf16: fallback" in text
+    assert "intermediate_size 64 not a multiple of 128" in text
+
+
+def test_explain_says_what_no_backend_serves(tmp_path, capsys):
+    quantized = CONFIG.replace(
+        '"norm_topk', '"quantization_config": {"quant_method": "awq", "bits": 4}, "norm_topk'
+    )
+    (tmp_path / "config.json").write_text(quantized)
+    assert main(["explain", str(tmp_path)]) == 0
+    assert "not judged: int4; backends: fp8_block" in capsys.readouterr().out
 
 
 def test_add_writes_what_is_then_read(tmp_path, capsys):

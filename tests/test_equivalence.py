@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
+import strategies
 import torch
+from hypothesis import given, settings
 
 from pytest_moe_routing.backends import FlashInfer, exact_calls, same_calls
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.logits import make
+from pytest_moe_routing.logits import bell, integers
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.reference.routing import route
-from pytest_moe_routing.routing import METHODS, Recipe, RoutingMethodType, recipe_of
-from pytest_moe_routing.routing.equivalence import counterexample, same
+from pytest_moe_routing.routing import (
+    METHODS,
+    Recipe,
+    RoutingMethodType,
+    normal_form,
+    recipe_of,
+    same,
+)
+from pytest_moe_routing.routing.equivalence import counterexample
+from pytest_moe_routing.routing.recipe import NORMALIZATIONS, SCORES
 
 T = RoutingMethodType
 MODELS = load_models(packaged_directory())
@@ -61,39 +72,185 @@ CHANGES = [
     {"normalize": "none"},
     {"normalize": "softmax"},
     {"scale": 1.0},
-    {"scale": 2.5000001},
+    {"scale": 2.500001},
     {"weight_on": "input"},
 ]
+
+
+def check_by_hand(one, other, num_experts):
+    """The token, routed by both recipes from scratch, gives what is said, and that differs.
+
+    Their normal forms are run: groups that exclude nothing would still have to divide its experts.
+    """
+    example = counterexample(one, other, num_experts)
+    assert example.num_experts <= num_experts
+    one, other = normal_form(one, num_experts), normal_form(other, num_experts)
+    logits = torch.tensor([example.logits], dtype=torch.float64)
+    bias = torch.tensor(example.bias, dtype=torch.float64)
+    for recipe, said in ((one, example.wanted), (other, example.got)):
+        got = route(logits, recipe, bias if recipe.bias else None, dtype=torch.float64)
+        row = dict(zip(got.topk_ids[0].tolist(), got.topk_weights[0].tolist(), strict=True))
+        assert row == pytest.approx(said, rel=1e-7)
+    assert example.sides == (one.weight_on, other.weight_on)
+    assert example.wanted != pytest.approx(example.got, rel=1e-8) or (
+        example.sides[0] != example.sides[1] and set(example.wanted.values()) != {1.0}
+    )
+    assert all(value % 0.5 == 0 for value in (*example.logits, *example.bias))
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
 def test_every_field_is_told_apart(change):
     other = replace(GROUPED, **change)
-    example = counterexample(GROUPED, other, 256)
-    assert example is not None
-    assert counterexample(other, GROUPED, 256) is not None
+    for one, two in ((GROUPED, other), (other, GROUPED)):
+        assert not same(one, two, 256)
+        check_by_hand(one, two, 256)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_a_counterexample_can_be_checked_by_hand(change):
-    """The token it names, routed by both recipes from scratch, gives what it says."""
-    other = replace(GROUPED, **change)
-    example = counterexample(GROUPED, other, 256)
-    inputs = make(example.pattern, replace(GROUPED, bias=True), num_tokens=16, num_experts=256)
-    for recipe, said in ((GROUPED, example.wanted), (other, example.got)):
-        got = route(
-            inputs.logits, recipe, inputs.bias if recipe.bias else None, dtype=torch.float64
-        )
-        row = dict(
-            zip(
-                got.topk_ids[example.token].tolist(),
-                got.topk_weights[example.token].tolist(),
-                strict=True,
+#: Worked out by hand: what is changed, and the token that shows it.
+SMALLEST = [
+    (
+        {"scale": 1.0},
+        ["a token of 8 experts", "logits   all 0", "bias     all 0"],
+        ["wanted   0-7: 0.375", "got      0-7: 0.125"],
+    ),
+    (
+        {"bias": False},
+        ["a token of 9 experts", "logits   all 0", "bias     6: -0.5  others 0"],
+        ["wanted   0-5 7-8: 0.375", "got      0-7: 0.375"],
+    ),
+    (
+        {"weight_on": "input"},
+        ["a token of 8 experts", "logits   all 0", "bias     all 0"],
+        ["wanted   0-7: 0.375  on the expert output", "got      0-7: 0.375  on the expert input"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "token", "weights"), SMALLEST, ids=str)
+def test_the_smallest_token(change, token, weights):
+    step = Recipe(top_k=8, score="sigmoid", bias=True, normalize="sum", scale=3.0)
+    assert counterexample(step, replace(step, **change), 288).lines() == [*token, *weights]
+
+
+def test_the_smallest_token_of_groups():
+    """8 groups of two: by their best, expert 0's group is kept; by their sums, it is not."""
+    example = counterexample(GROUPED, replace(GROUPED, group_score="max"), 256)
+    assert example.num_experts == 16
+    assert example.logits == (0.5, *[0.0] * 15)
+    assert example.bias == (0.0, -0.5, *[0.0] * 14)
+
+
+def test_a_weight_that_is_always_1_is_the_same_on_either_side():
+    top1 = Recipe(top_k=1, normalize="sum")
+    assert same(top1, replace(top1, weight_on="input"), 16)
+    assert not same(replace(top1, scale=2.0), replace(top1, scale=2.0, weight_on="input"), 16)
+    assert not same(Recipe(top_k=1), Recipe(top_k=1, weight_on="input"), 16)
+
+
+def test_an_epsilon_matters_where_it_is_no_guard():
+    plain = Recipe(top_k=4, score="sigmoid", normalize="sum")
+    assert same(plain, replace(plain, epsilon=1e-6), 16)
+    assert not same(plain, replace(plain, epsilon=0.01), 16)
+    check_by_hand(plain, replace(plain, epsilon=0.01), 16)
+
+
+def all_recipes(num_experts):
+    """Every recipe of a few experts, but for factors."""
+    divisors = [g for g in range(1, num_experts + 1) if num_experts % g == 0]
+    groups = [(1, 1, "max")] + [
+        (n, t, s) for n in divisors[1:] for t in range(1, n + 1) for s in ("max", "top2_sum")
+    ]
+    axes = itertools.product(
+        groups, SCORES, SCORES, (False, True), NORMALIZATIONS, ("output", "input")
+    )
+    for (n, t, s), score, weigh_by, bias, normalize, side in axes:
+        for top_k in range(1, num_experts // n * t + 1):
+            yield Recipe(
+                top_k, score, weigh_by, bias, n, t, s, normalize, scale=1.0, weight_on=side
             )
-        )
-        assert row == said
-    assert all(example.logits[e] == inputs.logits[example.token, e].item() for e in example.logits)
-    assert "wanted" in "\n".join(example.lines())
+
+
+def run(recipe, logits, biases):
+    """(weights by expert, which are chosen) of all tokens with all biases, flat, in float64."""
+    weights, chosen = [], []
+    for bias in biases:
+        routing = route(logits, recipe, bias if recipe.bias else None, dtype=torch.float64)
+        weights.append(routing.dense(logits.shape[1]))
+        chosen.append(torch.zeros_like(weights[-1]).scatter(1, routing.topk_ids, 1.0))
+    return torch.cat(weights).flatten(), torch.cat(chosen).flatten()
+
+
+def witnesses(num_experts):
+    """Wide, narrow, all negative and saturated logits, and ties; wide and narrow biases."""
+    plain = bell(48, num_experts, seed=1)
+    ties = integers(24, num_experts, seed=2, bits=2) * 0.5 + 0.5
+    logits = torch.cat([plain * 3, plain / 2, plain - 8, plain + 16, ties]).to(torch.float64)
+    return logits, (bell(num_experts, seed=4), bell(num_experts, seed=8) / 8 - 2)
+
+
+@pytest.mark.parametrize(("num_experts", "every"), [(1, 1), (2, 1), (3, 1), (4, 1), (6, 7)])
+def test_normal_forms_are_equal_exactly_where_meanings_are(num_experts, every):
+    """Every recipe does what its normal form does; no two normal forms do the same."""
+    logits, biases = witnesses(num_experts)
+    forms = {}
+    for recipe in itertools.islice(all_recipes(num_experts), 0, None, every):
+        form = normal_form(recipe, num_experts)
+        assert normal_form(form, num_experts) == form
+        if form not in forms:
+            forms[form] = run(form, logits, biases)
+        if recipe == form or recipe.weight_on == "input":
+            continue
+        weights, chosen = run(recipe, logits, biases)
+        assert torch.equal(chosen, forms[form][1]), (recipe, form)
+        assert torch.allclose(weights, forms[form][0], rtol=1e-9, atol=0), (recipe, form)
+    listed = list(forms.items())
+    weights = torch.stack([w for _, (w, _) in listed])
+    for i, (form, (weight, chosen)) in enumerate(listed):
+        # A few tokens tell most apart.
+        near = torch.isclose(weight[:120], weights[i + 1 :, :120], rtol=1e-7, atol=0).all(1)
+        for j in (near.nonzero().flatten() + i + 1).tolist():
+            other, (its_weight, its_chosen) = listed[j]
+            alike = torch.equal(chosen, its_chosen) and torch.allclose(
+                weight, its_weight, rtol=1e-7, atol=0
+            )
+            sides = form.weight_on != other.weight_on and not weight[chosen == 1].eq(1).all()
+            assert not alike or sides, (form, other)
+
+
+@settings(deadline=None, max_examples=60)
+@given(strategies.recipes(), strategies.recipes())
+def test_what_differs_has_a_token_and_what_is_the_same_has_none(one, other):
+    (one, num_experts), (other, its_experts) = one, other
+    other = other if its_experts == num_experts else replace(one, weigh_by=other.weigh_by)
+    if same(one, other, num_experts):
+        assert counterexample(one, other, num_experts) is None
+    else:
+        check_by_hand(one, other, num_experts)
+
+
+@pytest.mark.parametrize(("num_experts", "every"), [(4, 97), (8, 601)])
+def test_neighbours_that_differ_have_a_token(num_experts, every):
+    """One field changed at a time."""
+    changes = [
+        *({"score": score} for score in SCORES),
+        *({"weigh_by": score} for score in SCORES),
+        *({"normalize": normalize} for normalize in NORMALIZATIONS),
+        {"bias": True},
+        {"group_score": "top2_sum"},
+        {"n_group": 1, "topk_group": 1},
+        {"n_group": 4, "topk_group": 2},
+        {"scale": 1.5},
+        {"weight_on": "input"},
+    ]
+    found = 0
+    for recipe in itertools.islice(all_recipes(num_experts), 0, None, every):
+        for change in changes:
+            other = replace(recipe, **change)
+            fits = other.top_k <= num_experts // other.n_group * other.topk_group
+            if fits and not same(recipe, other, num_experts):
+                check_by_hand(recipe, other, num_experts)
+                found += 1
+    assert found > 100
 
 
 #: Worked out by hand from the methods' definitions, for the newest known release.

@@ -2,58 +2,111 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import fields, replace
+import re
+from dataclasses import replace
+from importlib import resources
+from itertools import product
 
 import pytest
+import yaml
 from packaging.version import Version
 
+from pytest_moe_routing import backends
 from pytest_moe_routing.backends import (
     BACKENDS,
     FlashInfer,
     KernelCall,
-    installed_release,
     known_releases,
 )
-from pytest_moe_routing.backends.flashinfer import _TEST, _data
-from pytest_moe_routing.errors import ReleaseError
-from pytest_moe_routing.models.spec import ACTIVATIONS, DTYPES
-from pytest_moe_routing.routing import METHODS, Recipe, RoutingMethodType
+from pytest_moe_routing.backends.check import check_data
+from pytest_moe_routing.backends.flashinfer import _data
+from pytest_moe_routing.errors import DataError, ReleaseError
+from pytest_moe_routing.models.spec import DTYPES
+from pytest_moe_routing.routing import METHODS, RoutingMethodType
 
 RULES = _data()["rules"]
-NAMES = {name for name, _ in inspect.getmembers(KernelCall)} | {f.name for f in fields(KernelCall)}
 
 
-def test_releases_are_sorted_and_every_change_is_at_one():
-    known = known_releases()
-    assert known == sorted(known, key=Version)
-    data = _data()
-    turns = {*data["numbers"], *data["devices"]}
-    for entry in data["entry_points"].values():
-        turns |= {entry.since, *entry.activations.values()}
-    for rule in RULES:
-        turns |= {rule.since, rule.until}
-    assert turns - {"0", ""} <= set(known)
+def calls_of(rule, flashinfer):
+    """Calls on both sides of every number that a rule speaks of, as a backend would make them."""
+    said = " ".join([*rule.when, *rule.require, *rule.when.values(), *rule.require.values()])
+    numbers = {int(n) for n in re.findall(r"\d+", said)}
+    near = sorted({0, 1, 4, 8, *numbers, *(n + 1 for n in numbers), *(n + 4 for n in numbers)})
+    grouped = "group" in said or "kept" in said
+    choices = {
+        "backend": [b for b in rule.backends or BACKENDS if flashinfer.entry_point(b)],
+        "method": [m for m in rule.methods or flashinfer.methods if m != "Unspecified"],
+        "num_experts": [n for n in (*near, 64, 256) if n > 1],
+        "top_k": [n for n in near if n > 0],
+        "n_group": [0, *(n for n in near if n > 0)] if grouped else [0],
+        "topk_group": [0, *(n for n in near if 0 < n < 9)] if grouped else [0],
+        "logits_dtype": ["float32", "bfloat16", "float16"],
+        "bias": ["none", "router"],
+        "bias_dtype": ["float32", "bfloat16"],
+        "weight_on": ["output", "input"],
+    }
+    for values in product(*choices.values()):
+        yield KernelCall(**dict(zip(choices, values, strict=True)))
+
+
+def is_reached(rule, release):
+    flashinfer = FlashInfer.of(release)
+    for made in calls_of(rule, flashinfer):
+        if rule.effect and any(how.endswith(rule.fact) for _, how in flashinfer.troubles(made)):
+            return True
+        if not rule.effect and (
+            rule.note in flashinfer.notes(made) or rule.fact in flashinfer.facts(made)
+        ):
+            return True
+    return False
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.fact[:60])
-def test_rules_are_well_formed(rule):
-    assert set(rule.methods) <= set(RoutingMethodType.__members__)
-    assert set(rule.backends) <= set(BACKENDS)
-    assert rule.effect in ("", "error", "garbage")
-    assert rule.effect or rule.recipe or rule.ignores or rule.note
-    assert not rule.require or rule.effect
-    assert set(rule.recipe) <= {f.name for f in fields(Recipe)}
-    for name, condition in (*rule.when.items(), *rule.require.items()):
-        assert name in NAMES
-        assert _TEST.sub("", condition).strip() == "", condition
+def test_every_rule_is_reached_by_a_call(rule):
+    assert any(is_reached(rule, r) for r in known_releases() if rule.in_force(Version(r)))
 
 
-def test_entry_points_are_well_formed():
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["releases"].reverse(), "releases: expected oldest first"),
+        (lambda d: d["numbers"].update({"0.6.10": ["Default"]}), "numbers at 0.6.10: found release '0.6.10'"),
+        (lambda d: d["numbers"].update({"0.7.0": ["Renormalise"]}), "found method 'Renormalise', expected one of Default"),
+        (lambda d: d["devices"].update({"0.1": [9]}), "devices: found release '0.1'"),
+        (lambda d: d["entry_points"].update(int4={}), "found backend 'int4', expected one of fp8_block"),
+        (lambda d: d["entry_points"]["bf16"].update(since="0.5.2"), "entry point of bf16: found release '0.5.2'"),
+        (lambda d: d["entry_points"]["bf16"].update(since="0.4.1"), "found function 'trtllm_bf16_moe', expected one of"),
+        (lambda d: d["entry_points"]["bf16"].update(weight_on=["both"]), "found weight side 'both'"),
+        (lambda d: d["entry_points"]["bf16"]["activations"].update(selu="0.6.0"), "found activation 'selu'"),
+        (lambda d: d["entry_points"]["bf16"].pop("multiple_of"), "entry point of bf16: has no multiple_of"),
+        (lambda d: d["rules"][0].update(untl="0.6.8"), "found field 'untl', expected one of fact, since"),
+        (lambda d: d["rules"][0].pop("fact"), "rule 1 (no fact): has no fact"),
+        (lambda d: d["rules"][0].update(fact=d["rules"][1]["fact"]), "expected one of its own"),
+        (lambda d: d["rules"][0].update(until="0.6.9"), "found release '0.6.9'"),
+        (lambda d: d["rules"][0].update(backends=["fp4"]), "found backend 'fp4'"),
+        (lambda d: d["rules"][0].update(methods=["Softmax"]), "found method 'Softmax'"),
+        (lambda d: d["rules"][0].update(effect="wrong"), "found effect 'wrong', expected one of error, garbage"),
+        (lambda d: d["rules"][0].pop("effect"), "has no effect"),
+        (lambda d: d["rules"][0].update(recipe={"skale": 1}), "found recipe field 'skale'"),
+        (lambda d: d["rules"][0].update(ignores=["routed_scaling_factor"]), "found argument 'routed_scaling_factor'"),
+        (lambda d: d["rules"][0].update(when={"experts": "<=8"}), "found name in when 'experts'"),
+        (lambda d: d["rules"][0].update(when={"top_k": 8}), "when top_k: found 8, expected such as"),
+        (lambda d: d["rules"][0].update(when={"top_k": "8"}), "when top_k: found '8', expected such as"),
+        (lambda d: d["rules"][0].update(when={"top_k": "<=experts"}), "found <=experts, expected a number or a name"),
+        (lambda d: d["rules"][0].update(when={"bias": "<none"}), "found operator '<'"),
+        (lambda d: d["rules"][0].update(require={"bias_dtype": "==fp32"}), "found value 'fp32', expected one of float32"),
+    ],
+)  # fmt: skip
+def test_data_that_cannot_be_are_one_clear_error(change, message):
+    data = yaml.safe_load(resources.files(backends).joinpath("flashinfer.yaml").read_text("utf-8"))
+    check_data(data)
+    change(data)
+    with pytest.raises(DataError, match=f"^flashinfer.yaml, .*{re.escape(message)}"):
+        check_data(data)
+
+
+def test_every_backend_has_an_entry_point():
     assert set(_data()["entry_points"]) == set(BACKENDS)
-    for entry in _data()["entry_points"].values():
-        assert set(entry.activations) <= set(ACTIVATIONS)
-        assert set(entry.weight_on) <= {"output", "input"}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +198,23 @@ FLAT = {"n_group": 0, "topk_group": 0}
         ("0.7.0", {"method": "Llama4", **FLAT, "top_k": 1, "num_experts": 128}, set()),
         ("0.7.0", {"method": "Sigmoid", "n_group": 8, "topk_group": 4}, {"error"}),
         ("0.7.0", {"method": "Unspecified"}, {"error"}),
+        # bf16 passes no scaling factor in 0.5.3; bf16 and mxint4 read logits in a dtype of their own
+        ("0.5.3", {"backend": "bf16"}, {"garbage"}),
+        ("0.6.0", {"backend": "bf16"}, set()),
+        ("0.6.0", {"backend": "bf16", "logits_dtype": "bfloat16"}, {"garbage"}),
+        ("0.6.8", {"backend": "bf16", "logits_dtype": "bfloat16"}, set()),
+        ("0.6.6", {"backend": "mxint4", "method": "TopK", **FLAT, "num_experts": 128}, {"error", "garbage"}),
+        ("0.6.8", {"backend": "bf16", **FLAT}, set()),
+        # mxint4 takes no float32 bias before 0.6.18
+        ("0.6.17", {"backend": "mxint4"}, {"error"}),
+        ("0.6.17", {"backend": "mxint4", "bias_dtype": "bfloat16"}, set()),
+        ("0.6.18", {"backend": "mxint4"}, set()),
+        # the FP4 launcher takes float32 logits of DeepSeekV3 alone, and any top_k up to 8, from 0.2.10 on
+        ("0.2.10", {"backend": "mxfp4", "method": "Renormalize", **FLAT, "num_experts": 32, "top_k": 4, "logits_dtype": "bfloat16", "bias": "none"}, set()),
+        ("0.2.9", {"backend": "nvfp4", "method": "Renormalize", **FLAT, "num_experts": 32, "top_k": 4, "logits_dtype": "bfloat16", "bias": "none"}, {"error"}),
+        # as many experts as the DeepSeek kernel's largest top_k
+        ("0.6.7", {"bias_dtype": "bfloat16", "num_experts": 16, "n_group": 1, "topk_group": 1}, {"error"}),
+        ("0.6.8", {"num_experts": 16, "n_group": 1, "topk_group": 1}, set()),
         ("0.7.0", {"method": "DeepseekV4"}, {"error"}),
     ],
 )  # fmt: skip
@@ -173,26 +243,18 @@ def test_arguments_that_a_method_ignores_have_no_effect():
     assert (sigmoid.bias, sigmoid.scale, sigmoid.n_group) == (False, 1.0, 1)
 
 
-def test_the_installed_flashinfer_says_the_same():
-    """Enum and signatures of the real package, where it is installed."""
-    release = installed_release()
-    if release is None:
-        pytest.skip("flashinfer-python is not installed")
-    fused_moe = pytest.importorskip("flashinfer.fused_moe")
+@pytest.mark.parametrize("release", known_releases())
+def test_entry_points_take_the_arguments_that_calls_have(release):
     flashinfer = FlashInfer.of(release)
-    numbers = {member.name: int(member) for member in fused_moe.RoutingMethodType}
-    assert {name: number for number, name in enumerate(flashinfer.methods)} == numbers
     for backend in BACKENDS:
         entry = flashinfer.entry_point(backend)
-        takes = inspect.signature(getattr(fused_moe, entry.function)).parameters
-        assert {
-            "routing_logits",
-            "routing_bias",
-            "n_group",
-            "topk_group",
-            "routed_scaling_factor",
-        } <= set(takes)
+        if entry is None:
+            continue
+        takes = set(flashinfer.signature(entry.function).parameters)
+        assert {"routing_logits", "routing_bias", "top_k", "n_group", "topk_group"} <= takes
         assert ("use_routing_scales_on_input" in takes) == ("input" in entry.weight_on)
+        # The one entry point that had no scaling factor has a rule that says so.
+        assert ("routed_scaling_factor" in takes) != (backend == "bf16" and release == "0.5.3")
 
 
 def test_every_kernel_method_of_every_release_has_a_recipe_row():

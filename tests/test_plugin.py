@@ -14,18 +14,8 @@ from pytest_moe_routing import goldens
 from pytest_moe_routing.backends import BACKENDS
 from pytest_moe_routing.models import load_models
 
-HERE = Path(__file__).parent
 MODEL = "minimax-m2"
-
-
-@pytest.fixture
-def host(pytester, monkeypatch):
-    """An unrelated repository, with tests and a conftest of its own."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-    pytester.makepyfile(test_host="def test_of_the_host(): pass")
-    pytester.makeconftest("HOST = True")
-    pytester.makeini("[pytest]\npython_files = test_host.py\nfilterwarnings = error\n")
-    return pytester
+MODELS = load_models(goldens.packaged_directory()).values()
 
 
 @pytest.fixture
@@ -60,16 +50,17 @@ def files(directory):
 
 
 def test_golden_runs_only_the_suite_and_ends_with_the_table(host):
-    models = load_models(goldens.packaged_directory()).values()
-    cases = [(m, c) for m in models for c in m.checkpoints if c in BACKENDS]
+    cases = [(m, c) for m in MODELS for c in m.checkpoints if c in BACKENDS]
     result = host.runpytest_subprocess("--moe-golden", "-m", "not gpu")
-    inexpressible = sum(m.router.not_expressible is not None for m in models)
+    inexpressible = sum(m.router.not_expressible is not None for m in MODELS)
+    swept = {backend for _, backend in cases}
     result.assert_outcomes(
-        passed=len(models) * 3 + len(cases) * 2 + 1 - inexpressible, skipped=inexpressible
+        passed=len(MODELS) * 3 + len(cases) * 2 + len(swept) + 1 - inexpressible,
+        skipped=inexpressible,
     )
     result.stdout.fnmatch_lines(
         [
-            f"moe-routing: target builtin, FlashInfer *, {len(models)} models (* not judged), goldens in *",
+            f"moe-routing: target builtin, FlashInfer *, {len(MODELS)} models (* not judged), goldens in *",
             "*MoE routing verdicts*",
             "model * fp8_block * fp8_per_tensor * nvfp4",
             "minimax-m2 * exact (MiniMax2) * - * exact (MiniMax2)",
@@ -81,7 +72,7 @@ def test_golden_runs_only_the_suite_and_ends_with_the_table(host):
 
 def test_paths_on_the_command_line_run_as_well(host):
     result = run(host, "--moe-golden", "-m", "not gpu", "test_host.py")
-    result.assert_outcomes(passed=3 + 2 * 2 + 1 + 1)
+    result.assert_outcomes(passed=3 + 2 * 3 + 1 + 1)
 
 
 def test_without_the_option_the_host_is_left_alone(host):
@@ -115,7 +106,10 @@ def test_ini_twins(host):
         (("--moe-models", "nope-*"), "no model matches 'nope-*'; models: a.x-k2"),
         (("--moe-backends", "nvfp5"), "unknown backend 'nvfp5'; backends: fp8_block"),
         (("--moe-backends", "mxfp8"), "no chosen model has a checkpoint for mxfp8"),
-        (("--moe-target", "vlm"), "unknown target 'vlm'; targets: builtin, vllm, or module:Class"),
+        (
+            ("--moe-target", "vlm"),
+            "unknown target 'vlm'; targets: builtin, flashinfer, sglang, vllm, or module:Class",
+        ),
         (("--moe-flashinfer", "0.1"), "FlashInfer 0.1 is older than the oldest known, 0.2.9"),
         (("--moe-golden-dir", "nowhere"), "nowhere: found no */model.yaml"),
         (
@@ -157,8 +151,9 @@ def test_update_in_an_installed_package_is_refused(host, monkeypatch):
 
 def test_another_target_is_judged_not_compared(host):
     result = run(host, "--moe-golden", "-m", "not gpu", "--moe-target", "miniatures:LosesScale")
-    # Three goldens and an inventory are left out; MiniMax-M2 has no scale to lose.
-    result.assert_outcomes(passed=3)
+    # Goldens are left out, model code is not asked; MiniMax-M2 has no scale to lose, the lattice has.
+    result.assert_outcomes(passed=3, failed=2, skipped=1)
+    result.stdout.fnmatch_lines(["FAILED *::test_lattice[[]fp8_block[]]*"])
     result.stdout.fnmatch_lines(["2 exact; loses-scale *"])
 
 
@@ -173,16 +168,18 @@ def test_history_is_told_by_the_suite(host):
         "0.6.12",
     )
     assert result.ret == 1
-    failed = re.findall(r"^FAILED .*::(\S+)", result.stdout.str(), re.M)
+    failed = re.findall(r"^FAILED .*::(test_verdict\S+)", result.stdout.str(), re.M)
     scaled_without_groups = {
         f"test_verdict[{m}-{backend}]"
-        for m in load_models(goldens.packaged_directory()).values()
+        for m in MODELS
         for backend in m.checkpoints
         if backend in BACKENDS and m.router.scoring_func == "sigmoid" and not m.router.n_group
         if m.router.correction_bias and m.router.routed_scaling_factor != 1.0
     }
     assert "test_verdict[step-3.7-flash-nvfp4]" in scaled_without_groups
-    assert set(failed) == scaled_without_groups
+    no_kernel = {"test_verdict[minimax-m3-bf16]"}  # swigluoai: from 0.6.13 on
+    groups_lost = {"test_verdict[deepseek-v2-bf16]"}  # grouped softmax is taken for Default
+    assert set(failed) == (scaled_without_groups - no_kernel) | groups_lost
     result.stdout.fnmatch_lines(
         [
             "step-3.7-flash on fp8_block, decided by vllm-0.22-classifier *: wrong",
@@ -215,7 +212,7 @@ def test_fixtures_and_marker_for_tests_of_the_host(host):
         @pytest.mark.moe_models("llama-4-*", "minimax-m2")
         def test_models(moe_model): assert moe_model.router.num_experts >= 16
 
-        def test_backends(moe_backend): assert moe_backend in ("fp8_block", "fp8_per_tensor", "mxfp8", "nvfp4")
+        def test_backends(moe_backend): assert moe_backend
 
         @pytest.mark.moe_models("minimax-m2", "llama-4-scout")
         def test_cases(moe_model, moe_backend, moe_target, moe_flashinfer):
@@ -224,7 +221,8 @@ def test_fixtures_and_marker_for_tests_of_the_host(host):
         """
     )
     result = host.runpytest_subprocess("-v")
-    result.assert_outcomes(passed=3 + 3 + 4)
+    served = {c for m in MODELS for c in m.checkpoints} & set(BACKENDS)
+    result.assert_outcomes(passed=3 + len(served) + 4)
     result.stdout.fnmatch_lines(
         ["*test_models[[]llama-4-maverick[]]*", "*test_cases[[]minimax-m2-fp8_block[]]*"]
     )
@@ -244,7 +242,7 @@ def test_a_config_adds_a_model_for_this_run(host):
         )
     )
     # A verdict, and no goldens.
-    result.assert_outcomes(passed=8 + 1)
+    result.assert_outcomes(passed=8 + 2 + 1)
     result.stdout.fnmatch_lines(["tiny-v3 * exact (DeepSeekV3) *"])
 
 
@@ -428,105 +426,6 @@ def test_a_number_one_unit_off_in_its_last_digit_is_a_difference():
     assert len(list(goldens.differences({"x": True}, {"x": 1}))) == 1
 
 
-# -- GPU --------------------------------------------------------------------------------------
-
-
-def test_gpu_tests_skip_with_the_reason(host):
-    result = run(host, "--moe-golden", "-m", "gpu", "-rs", "-k", "test_expert_parallel_shard")
-    result.assert_outcomes(skipped=6)
-    result.stdout.fnmatch_lines(["SKIPPED*no NVIDIA driver*"])
-
-
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["serial", "n2"])
-def test_a_gpu_job_that_ran_nothing_fails_if_required(host, workers):
-    args = ("--moe-golden", "-m", "gpu", "-k", "test_expert_parallel_shard", "--moe-require-gpu")
-    result = run(host, *args, *workers)
-    assert result.ret == 1
-    result.stdout.fnmatch_lines(
-        ["*--moe-require-gpu, but no GPU test ran; 6 were skipped:", "*6 x *no NVIDIA driver*"]
-    )
-
-
-FAKE_GPU = """
-import os, time
-import pytest
-from pytest_moe_routing.kernels import gpu
-
-state = {"fault": False}
-
-def synchronize():
-    if state["fault"]:
-        raise RuntimeError("an illegal memory access was encountered")
-
-gpu.find_gpu = lambda: gpu.Gpu("", "a fake GPU", (10, 0))
-gpu.synchronize = synchronize
-gpu.free_memory = lambda: gpu.MEMORY
-"""
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("conftest.state['fault'] = True", "device fault: an illegal memory access"),
-        ("import os; os._exit(7)", "crashed while running"),
-        ("import ctypes; ctypes.string_at(0)", "crashed while running"),
-        ("import time; time.sleep(60)", "Timeout"),
-    ],
-    ids=["device fault", "exit", "segmentation fault", "stuck"],
-)
-def test_a_fault_fails_its_own_test_and_no_other(host, fault, message):
-    host.makeconftest(FAKE_GPU + "gpu.STUCK_AFTER = 2.0\n")
-    host.makepyfile(
-        test_host=f"""
-        import conftest, pytest
-
-        @pytest.mark.gpu
-        @pytest.mark.parametrize("n", range(8))
-        def test_kernel(moe_gpu, n):
-            if n == 3:
-                {fault}
-        """
-    )
-    result = host.runpytest_subprocess("-n", "2", "-p", "no:faulthandler", "--moe-require-gpu")
-    failed = set(re.findall(r"^FAILED \S+::(test_kernel\S+)", result.stdout.str(), re.M))
-    assert failed == {"test_kernel[3]"}
-    result.assert_outcomes(passed=8 if "state" in fault else 7, failed=1)
-    assert message in result.stdout.str() + result.stderr.str()
-
-
-def test_memory_of_a_neighbour_is_waited_for(host):
-    host.makeconftest(
-        FAKE_GPU
-        + "free = [0, 0, gpu.MEMORY]\ngpu.free_memory = lambda: free.pop(0)\nslept = []\ngpu.time.sleep = slept.append\n"
-    )
-    host.makepyfile(
-        test_host="import conftest\ndef test_kernel(moe_gpu): assert conftest.slept == [1.0, 1.0]"
-    )
-    host.runpytest_subprocess("-p", "no:xdist").assert_outcomes(passed=1)
-
-
-@pytest.mark.parametrize(
-    ("worker", "mask", "count", "device"),
-    [
-        ("gw0", None, 4, "0"),
-        ("gw5", None, 4, "1"),
-        ("gw1", "2,3", 4, "3"),
-        ("gw1", "GPU-a,GPU-b", 8, "GPU-b"),
-        ("gw3", None, 1, None),
-        ("gw3", "6", 8, "6"),
-        ("gw3", "", 8, ""),
-        (None, None, 4, None),
-    ],
-)
-def test_each_worker_gets_its_gpu(worker, mask, count, device):
-    from pytest_moe_routing.kernels.gpu import place_worker
-
-    environ = {"PYTEST_XDIST_WORKER": worker, "CUDA_VISIBLE_DEVICES": mask}
-    environ = {key: value for key, value in environ.items() if value is not None}
-    place_worker(environ, count)
-    assert environ.get("CUDA_VISIBLE_DEVICES") == device
-
-
 # -- cost -------------------------------------------------------------------------------------
 
 LOADED = "import sys; heavy = {'torch', 'yaml', 'numpy', 'syrupy.extensions'} & set(sys.modules)"
@@ -575,7 +474,12 @@ def test_help_names_every_option(host):
         "backends",
         "flashinfer",
         "golden-dir",
+        "kernels",
+        "scale",
         "require-gpu",
+        "min-gpu-tests",
+        "known-failures",
+        "report",
     ):
         assert f"--moe-{name}" in text
         assert f"moe_{name}".replace("-", "_") in text

@@ -1,0 +1,48 @@
+"""How fast the oracle is: routers per second, for all methods of a backend, and whole verdicts."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.backends import FlashInfer, known_releases, same_calls
+from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.routing.equivalence import _token, counterexample
+from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.lattice import Once, lattice, sweep
+
+
+@pytest.mark.benchmark(group="lattice")
+@pytest.mark.parametrize("backend", ["fp8_block", "nvfp4"])
+def test_same_calls(benchmark, backend):
+    """Which methods mean what a router means, within their limits; at least 10,000 a second."""
+    flashinfer, routers = FlashInfer.of(known_releases()[-1]), lattice()
+
+    def ask_all():
+        return sum(len(same_calls(router, backend, flashinfer)) for router in routers)
+
+    assert benchmark(ask_all) > 1000
+    per_second = benchmark.extra_info["routers per second"] = (
+        len(routers) / benchmark.stats.stats.median
+    )
+    assert per_second > 2000, "far below what any machine should reach"
+
+
+@pytest.mark.benchmark(group="lattice")
+def test_sweep(benchmark):
+    """The whole lattice judged on one backend."""
+    target = Once(BuiltinTarget(FlashInfer.of(known_releases()[-1])))
+    assert not benchmark(sweep, target, "nvfp4", ()).causes
+    benchmark.extra_info["verdicts per second"] = len(lattice()) / benchmark.stats.stats.median
+
+
+@pytest.mark.benchmark(group="lattice")
+def test_counterexample(benchmark):
+    """The smallest token for a forgotten scaling factor, not remembered."""
+    wanted = Recipe(top_k=8, score="sigmoid", bias=True, normalize="sum", scale=3.0)
+    got = Recipe(top_k=8, score="sigmoid", bias=True, normalize="sum")
+
+    def find():
+        _token.cache_clear()
+        return counterexample(wanted, got, 288)
+
+    assert benchmark(find).num_experts == 8

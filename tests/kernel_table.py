@@ -1,0 +1,128 @@
+"""What kernels make of calls, and the builtin target of routers, in each release: in counts."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from itertools import chain, combinations, product
+from typing import Any
+
+from pytest_moe_routing.backends import FlashInfer, KernelCall, known_releases
+from pytest_moe_routing.models import ExpertsConfig, ModelSpec
+from pytest_moe_routing.models.spec import ACTIVATIONS
+from pytest_moe_routing.targets import Target, judge
+from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.lattice import as_model, lattice
+
+#: What calls take, on both sides of every limit.
+_PLAIN = {"backend": "", "method": "", "logits_dtype": "bfloat16"}
+_AXES: tuple[list[dict[str, Any]], ...] = (
+    [
+        {"num_experts": n}
+        for n in (4, 16, 62, 128, 256, 260, 384, 388, 512, 516, 1024, 1028, 2048, 2052)
+    ],
+    [{"top_k": k} for k in (1, 4, 8, 9, 10, 11, 22, 23, 32, 33)],
+    [
+        {"n_group": n, "topk_group": t}
+        for n, t in ((0, 0), (1, 1), (1, 2), (2, 1), (3, 2), (8, 0), (8, 4), (8, 5), (16, 4))
+    ],
+    [{"bias": bias} for bias in ("none", "zeros", "router")],
+    [{"bias_dtype": dtype} for dtype in ("float32", "bfloat16")],
+    [{"logits_dtype": dtype} for dtype in ("float32", "bfloat16", "float16")],
+    [{"weight_on": side} for side in ("output", "input")],
+    [{"routed_scaling_factor": scale} for scale in (1.0, 2.5)],
+)
+#: Calls that are often made; logits are bfloat16 where nothing else is said.
+_COMMON: tuple[dict[str, Any], ...] = (
+    {"num_experts": 128, "top_k": 8, "n_group": 0, "topk_group": 0, "bias": "none"},
+    {"num_experts": 128, "top_k": 8, "n_group": 0, "topk_group": 0, "logits_dtype": "float32"},
+    {"num_experts": 512, "top_k": 8, "n_group": 1, "topk_group": 1, "bias": "router"},
+    {
+        "num_experts": 256,
+        "top_k": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "bias": "router",
+        "logits_dtype": "float32",
+    },
+)
+#: Calls that differ from a common one in two axes, but for method and backend.
+CALLS = list(
+    dict.fromkeys(
+        KernelCall(
+            **dict(chain.from_iterable(part.items() for part in (_PLAIN, common, *changes))),
+        )
+        for common in _COMMON
+        for axes in combinations(_AXES, 2)
+        for changes in product(*axes)
+    )
+)
+
+
+@cache
+def calls(backend: str, method: str) -> list[KernelCall]:
+    return [replace(call, backend=backend, method=method) for call in CALLS]
+
+
+def outcomes(flashinfer: FlashInfer, backend: str, method: str) -> dict[str, int]:
+    """How many calls are refused, compute garbage, or run, and a checksum of what those compute."""
+    counts: Counter[str] = Counter()
+    computed: Counter[Any] = Counter()
+    for call in calls(backend, method):
+        troubles = flashinfer.troubles(call)
+        if troubles:
+            counts[troubles[0][0]] += 1
+        else:
+            counts["runs"] += 1
+            computed[flashinfer.recipe(call), tuple(flashinfer.notes(call))] += 1
+    listed = sorted(f"{count} {what}" for what, count in computed.items())
+    return {**dict(sorted(counts.items())), "checksum": zlib.crc32("".join(listed).encode())}
+
+
+#: One router on experts of all kinds: most backends take some of them.
+_KINDS = [
+    ExpertsConfig(hidden_size=hidden, intermediate_size=768, activation=name, gated=gated)
+    for name, gated, hidden in product(ACTIVATIONS, (True, False), (4096, 4104, 4132))
+] + [
+    ExpertsConfig(
+        hidden_size=4104, latent_size=4096, intermediate_size=768, activation="silu", gated=True
+    )
+]
+OTHER_EXPERTS = [replace(as_model(lattice(1)[0]), experts=experts) for experts in _KINDS]
+
+
+def verdicts(target: Target, backend: str, models: Iterable[ModelSpec]) -> dict[str, int]:
+    """How many models have each verdict."""
+    return dict(sorted(Counter(judge(target, m, backend).verdict for m in models).items()))
+
+
+def timeline(value: Callable[[FlashInfer], Any]) -> dict[str, Any]:
+    """A value of every release, from each on at which it changes."""
+    found: dict[str, Any] = {}
+    last: Any = None
+    for release in known_releases():
+        now = value(FlashInfer.of(release))
+        if now != last:
+            found[release] = last = now
+    return found
+
+
+def table(backend: str) -> dict[str, Any]:
+    """A backend's kernels, and the builtin target's verdicts."""
+    methods = FlashInfer.of(known_releases()[-1]).methods
+    return {
+        "methods": {
+            method: timeline(lambda f, method=method: outcomes(f, backend, method))
+            for method in methods
+            if method != "Unspecified"
+        },
+        "verdicts": timeline(
+            lambda f: verdicts(BuiltinTarget(f), backend, map(as_model, lattice(1)))
+        ),
+        "verdicts of other experts": timeline(
+            lambda f: verdicts(BuiltinTarget(f), backend, OTHER_EXPERTS)
+        ),
+    }

@@ -1,0 +1,162 @@
+"""Recorded arguments of a kernel call: what routes is read, everything else must be the layer's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pytest_moe_routing.backends import FlashInfer, kernel_call
+from pytest_moe_routing.backends.arguments import Layer, read
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+
+MODELS = load_models(packaged_directory())
+FLASHINFER = FlashInfer.of("0.7.2.post1")
+FUNCTION = "trtllm_fp8_block_scale_moe"
+R1 = MODELS["deepseek-r1"]
+LAYER = Layer(rank=1, shards=2, intermediate_size=256)
+
+
+def tensor(dtype="float32", shape=(256,), **more):
+    return {"dtype": dtype, "shape": list(shape), "contiguous": True, **more}
+
+
+def recorded(**changes):
+    """A call for DeepSeek-R1 on rank 1 of 2, as it should be."""
+    base = {
+        "routing_logits": tensor(shape=(8, 256), **{"is": "router logits"}),
+        "routing_bias": tensor(**{"is": "bias"}),
+        "hidden_states_scale": tensor(shape=(4, 8)),
+        "num_experts": 256,
+        "top_k": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "intermediate_size": 256,
+        "local_expert_offset": 128,
+        "local_num_experts": 128,
+        "routed_scaling_factor": 2.5,
+        "routing_method_type": 2,
+        "activation_type": 3,
+        "norm_topk_prob": True,
+        "gemm1_alpha": None,
+        "gemm1_beta": None,
+        "gemm1_clamp_limit": None,
+    }
+    return {**base, **changes}
+
+
+def reading(model=R1, layer=LAYER, flashinfer=FLASHINFER, function=FUNCTION, **changes):
+    return read(model, "fp8_block", function, recorded(**changes), layer, flashinfer)
+
+
+def test_a_right_call_is_the_one_that_the_router_needs():
+    found = reading()
+    assert found.call == kernel_call(R1.router, "fp8_block", "DeepSeekV3", FLASHINFER)
+    assert (found.problems, found.notes) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"num_experts": 128}, "num_experts arrives as 128, the layer has 256"),
+        ({"top_k": 6}, "top_k arrives as 6, the layer has 8"),
+        ({"intermediate_size": 512}, "intermediate_size arrives as 512, the layer has 256"),
+        ({"local_expert_offset": 0}, "local_expert_offset arrives as 0, the layer has 128"),
+        ({"local_num_experts": 256}, "local_num_experts arrives as 256, the layer has 128"),
+        ({"norm_topk_prob": False}, "norm_topk_prob arrives as False"),
+        ({"routing_logits": tensor(shape=(8, 256))}, "routing_logits are not the router's logits"),
+        ({"routing_bias": tensor()}, "routing_bias is not the router's bias"),
+        ({"hidden_states_scale": tensor(contiguous=False)}, "hidden_states_scale is not contig"),
+        ({"activation_type": 6}, "activation_type arrives as Relu2, not Swiglu"),
+        ({"activation_type": 99}, "activation_type arrives as 99, not Swiglu"),
+        ({"gemm1_clamp_limit": tensor(all=7.0)}, "gemm1_clamp_limit arrives as"),
+        ({"gemm1_alpha": tensor()}, "gemm1_alpha arrives as"),
+    ],
+)
+def test_what_is_not_the_layers_is_a_problem(changes, problem):
+    found = reading(**changes)
+    assert len(found.problems) == 1
+    assert found.problems[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value"),
+    [
+        ({"n_group": None}, "n_group", 0),
+        ({"topk_group": 0}, "topk_group", 0),
+        ({"routed_scaling_factor": None}, "routed_scaling_factor", 1.0),
+        ({"routing_bias": None}, "bias", "none"),
+        ({"routing_bias": tensor("bfloat16", all=0.0)}, "bias", "zeros"),
+        ({"routing_method_type": 7}, "method", "MiniMax2"),
+        ({"use_routing_scales_on_input": True}, "weight_on", "input"),
+    ],
+)
+def test_what_routes_is_left_to_be_judged_by_its_meaning(changes, field, value):
+    found = reading(**changes)
+    assert getattr(found.call, field) == value
+    assert found.problems == ()
+
+
+def test_numbers_are_read_as_the_release_reads_them():
+    assert reading(routing_method_type=8).call.method == "Sigmoid"
+    older = reading(routing_method_type=8, flashinfer=FlashInfer.of("0.6.8")).call
+    assert older.method == "Unspecified"
+    found = reading(routing_method_type=101)
+    assert found.call is None
+    assert "101 is no routing method of FlashInfer 0.7.2.post1" in found.problems[0]
+
+
+@pytest.mark.parametrize("name", ["top_k", "local_expert_offset", "routing_method_type"])
+def test_an_integer_that_is_none_reaches_no_kernel(name):
+    found = reading(**{name: None})
+    assert found.call is None
+    assert found.problems == (f"{FUNCTION} gets {name}=None: it needs integers there",)
+
+
+def test_rounding_before_the_call_is_a_note():
+    found = reading(
+        routing_logits=tensor("bfloat16", (8, 256), **{"is": "router logits"}),
+        routing_bias=tensor("bfloat16", **{"is": "bias"}),
+    )
+    assert (found.call.logits_dtype, found.call.bias_dtype) == ("bfloat16", "bfloat16")
+    assert found.notes == (
+        "the float32 router logits are rounded to bfloat16 before the call",
+        "the float32 bias is rounded to bfloat16 before the call",
+    )
+    assert found.problems == ()
+
+
+def test_a_factor_of_the_layer_multiplies_the_kernels():
+    call = reading(layer=replace(LAYER, scale_after=2.5), routed_scaling_factor=1.0).call
+    assert FLASHINFER.recipe(call).scale == 2.5
+    twice = reading(layer=replace(LAYER, scale_after=2.5)).call
+    assert FLASHINFER.recipe(twice).scale == 6.25
+
+
+def test_another_entry_point_is_a_problem():
+    (problem,) = reading(function="trtllm_bf16_moe").problems
+    assert problem == f"trtllm_bf16_moe is called, fp8_block is served by {FUNCTION}"
+
+
+def test_the_parameters_of_an_activation_must_arrive():
+    model = replace(R1, experts=replace(R1.experts, activation="swigluoai"))
+    right = {
+        "gemm1_alpha": tensor(all=1.7020000219345093),
+        "gemm1_beta": tensor(all=1.0),
+        "gemm1_clamp_limit": tensor(all=7.0),
+    }
+    assert reading(model, **right).problems == ()
+    (problem,) = reading(model, **{**right, "gemm1_clamp_limit": None}).problems
+    assert problem == "gemm1_clamp_limit arrives as None, swigluoai has 7"
+    squared = replace(R1, experts=replace(R1.experts, activation="relu2", gated=False))
+    assert reading(squared, activation_type=6).problems == ()
+
+
+def test_an_entry_point_without_the_argument_has_swiglu_alone():
+    arguments = recorded()
+    del arguments["activation_type"]
+    squared = replace(R1, experts=replace(R1.experts, activation="relu2", gated=False))
+    (problem,) = read(squared, "fp8_block", FUNCTION, arguments, LAYER, FLASHINFER).problems
+    assert problem == "activation_type arrives as Swiglu, not Relu2"
+    assert read(R1, "fp8_block", FUNCTION, arguments, LAYER, FLASHINFER).problems == ()

@@ -1,0 +1,22 @@
+"""What kernels make of calls, and the builtin target of routers, is what was reviewed.
+
+`pytest tests/test_kernel_table.py --snapshot-update` accepts a change of the data or of the target;
+`git diff` then says which methods of which releases it concerns.
+"""
+
+from __future__ import annotations
+
+import pytest
+from kernel_table import CALLS, table
+from syrupy.extensions.json import JSONSnapshotExtension
+
+from pytest_moe_routing.backends import BACKENDS
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_table(backend, snapshot):
+    assert table(backend) == snapshot(extension_class=JSONSnapshotExtension)
+
+
+def test_calls_are_distinct():
+    assert len(CALLS) == len(set(CALLS)) > 1000

@@ -1,0 +1,153 @@
+"""The lattice of routers: what it holds, how it is judged, and that the builtin target passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import miniatures
+import pytest
+
+from pytest_moe_routing.backends import BACKENDS, FlashInfer, known_releases
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import ModelSpec, load_models
+from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.lattice import Once, lattice, sweep
+
+MODELS = load_models(packaged_directory())
+NEWEST = known_releases()[-1]
+
+
+def serving(backend):
+    return [model for model in MODELS.values() if backend in model.checkpoints]
+
+
+def test_the_lattice_is_bounded_valid_and_in_order():
+    routers = lattice()
+    assert 2000 < len(routers) < 6000
+    assert len(set(routers)) == len(routers)
+    assert not [problem for router in routers for problem in router.problems()]
+    sizes = [(router.num_experts, router.top_k) for router in routers]
+    assert sizes == sorted(sizes)
+    assert set(lattice(1)) <= set(routers)
+
+
+def test_the_lattice_surrounds_every_expressible_model():
+    """But for sizes, every model's router is in it, or one step away from one that is."""
+
+    def words(router):
+        grouped = (router.topk_group or 1) < (router.n_group or 1)
+        return (
+            router.scoring_func,
+            router.renormalize,
+            router.correction_bias is not None,
+            router.routed_scaling_factor != 1.0,
+            router.group_score if grouped else None,
+            router.topk_before_score,
+            router.weight_on,
+        )
+
+    there = {words(router) for router in lattice()}
+    for model in MODELS.values():
+        if model.router.not_expressible is None:
+            mine = words(model.router)
+            assert min(sum(a != b for a, b in zip(mine, w, strict=True)) for w in there) <= 1, model
+
+
+@pytest.mark.parametrize("release", known_releases())
+def test_the_builtin_target_passes(release):
+    """In the release in force the suite sweeps the whole lattice; here its heart, in each."""
+    routers = lattice() if release in ("0.6.8", "0.6.12") else lattice(1)
+    target = Once(BuiltinTarget(FlashInfer.of(release)))
+    for backend in BACKENDS:
+        found = sweep(target, backend, (), routers)
+        assert not found.causes, "\n".join(found.lines())
+        assert found.verdicts.total() == len(routers)
+
+
+def test_history_of_scaled_minimax2():
+    """vLLM 0.22's classifier: a handful of causes, and the one that a model reaches."""
+    target = Once(miniatures.Vllm022(FlashInfer.of("0.6.12")))
+    found = sweep(target, "nvfp4", serving("nvfp4"))
+    assert len(found.causes) < 40
+    [scaled] = [
+        cause for cause in found.causes if cause.method == "MiniMax2" and "scale" in cause.why
+    ]
+    assert scaled.models == ("minimax-m3", "step-3.7-flash")
+    assert scaled.count > 20
+    assert scaled.example.model.router.num_experts == 8
+    text = "\n".join(scaled.lines())
+    assert "MiniMax2 forces routed_scaling_factor to 1.0 before 0.6.13" in text
+    assert "routed_scaling_factor: 1.5" in text
+    assert "a token of " in text
+    latent = [cause for cause in found.causes if not cause.models]
+    assert "latent: no model has such a router" in latent[0].lines()[1]
+    crashes = {cause.why for cause in found.causes if cause.verdict == "crash"}
+    assert ("the Llama4 kernel takes top_k 1 and at most 128 experts",) in crashes
+
+
+def test_causes_that_are_others_together_are_left_out():
+    target = Once(miniatures.Vllm022(FlashInfer.of("0.6.12")))
+    softmax = {c.why for c in sweep(target, "nvfp4", ()).causes if c.method == "Default"}
+    assert {("scale",), ("groups",)} <= softmax
+    assert not any({"scale", "groups"} <= set(why) for why in softmax)
+
+
+class Counting(BuiltinTarget):
+    """Counts the questions that it is asked."""
+
+    name = "counting"
+
+    def __init__(self, flashinfer):
+        super().__init__(flashinfer)
+        self.asked = Counter()
+
+    def version(self):
+        self.asked["version"] += 1
+        return super().version()
+
+    def method_numbers(self):
+        self.asked["method_numbers"] += 1
+        return super().method_numbers()
+
+    def classify(self, model: ModelSpec):
+        self.asked["classify"] += 1
+        return super().classify(model)
+
+    def gates(self, model, backend, method):
+        self.asked["gates", backend] += 1
+        return super().gates(model, backend, method)
+
+    def kernel_call(self, model, backend, method):
+        self.asked["kernel_call", backend] += 1
+        return super().kernel_call(model, backend, method)
+
+
+def test_questions_are_few():
+    """Every router is asked about, once for each thing that can differ."""
+    target, routers = Counting(FlashInfer.of(NEWEST)), lattice(1)
+    once = Once(target)
+    exact = {b: sweep(once, b, (), routers).verdicts["exact"] for b in ("nvfp4", "fp8_block")}
+    assert target.asked == {
+        "version": 1,
+        "method_numbers": 1,
+        "classify": len(routers),
+        **{("gates", b): len(routers) for b in exact},
+        **{("kernel_call", b): passed for b, passed in exact.items()},
+    }
+
+
+class AnswersSoftmax(BuiltinTarget):
+    name = "answers-softmax"
+
+    def classify(self, model):
+        if model.router.scoring_func != "softmax":
+            raise Unsupported("too hard")
+        return super().classify(model)
+
+
+def test_what_cannot_be_answered_is_counted():
+    found = sweep(AnswersSoftmax(FlashInfer.of(NEWEST)), "nvfp4", (), lattice(1))
+    assert found.unanswered["too hard"] + found.verdicts.total() == len(lattice(1))
+    assert found.unanswered["too hard"] > 50
+    assert "without an answer" in found.lines()[0]

@@ -1,0 +1,224 @@
+"""What model code asks of its MoE layer, compared with the model's router; needs no framework."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.targets.model_code import compare_request
+from pytest_moe_routing.targets.vllm_models import blocks, request_of
+
+MODELS = load_models(packaged_directory())
+
+NOTHING_SPECIAL = {
+    "block": "a.Block",
+    "gate_dtypes": ["bfloat16"],
+    "scoring_func": "softmax",
+    "renormalize": True,
+    "use_grouped_topk": False,
+    "num_expert_group": None,
+    "topk_group": None,
+    "routed_scaling_factor": 1.0,
+    "apply_routed_scale_to_output": False,
+    "apply_router_weight_on_input": False,
+    "bias_dtype": None,
+    "router_logits_dtype": None,
+    "logits_dtype": "bfloat16",
+    "output_factor": 1.0,
+    "shared_experts": False,
+    "custom_routing": None,
+    "custom_problem": None,
+}
+#: What a layer is asked for when all is right.
+RIGHT = {
+    "glm-5": {
+        "num_experts": 256,
+        "top_k": 8,
+        "scoring_func": "sigmoid",
+        "use_grouped_topk": True,
+        "num_expert_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "bias_dtype": "float32",
+        "router_logits_dtype": "float32",
+        "logits_dtype": "float32",
+        "gate_dtypes": ["float32"],
+        "shared_experts": True,
+    },
+    "qwen3-30b-a3b": {"num_experts": 128, "top_k": 8},
+    "gpt-oss-20b": {"num_experts": 32, "top_k": 4},
+    "deepseek-v2": {
+        "num_experts": 160,
+        "top_k": 6,
+        "renormalize": False,
+        "use_grouped_topk": True,
+        "num_expert_group": 8,
+        "topk_group": 3,
+        "routed_scaling_factor": 16.0,
+        "apply_routed_scale_to_output": True,
+        "shared_experts": True,
+    },
+    "llama-4-scout": {
+        "num_experts": 16,
+        "top_k": 1,
+        "renormalize": False,
+        "apply_router_weight_on_input": True,
+        "custom_routing": "Block.custom_routing_function",
+    },
+}
+RIGHT["deepseek-r1"] = {
+    **RIGHT["glm-5"],
+    "num_expert_group": 8,
+    "topk_group": 4,
+    "router_logits_dtype": None,
+    "logits_dtype": "bfloat16",
+    "gate_dtypes": ["bfloat16"],
+}
+
+
+def compared(name, **changes):
+    model = MODELS[name]
+    answer = {**NOTHING_SPECIAL, **RIGHT[name], **changes}
+    return compare_request(model, request_of(answer, blocks()[model.architecture], model))
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_right_request_has_no_problem(name):
+    assert compared(name).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("glm-5", {"use_grouped_topk": False, "num_expert_group": None, "topk_group": None}),
+        ("glm-5", {"apply_routed_scale_to_output": True}),
+        ("qwen3-30b-a3b", {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}),
+        ("qwen3-30b-a3b", {"routed_scaling_factor": None}),
+        ("qwen3-30b-a3b", {"logits_dtype": "float32", "router_logits_dtype": "float32"}),
+        # As old releases did: the model's code scales the routed experts and adds the shared ones.
+        (
+            "glm-5",
+            {"routed_scaling_factor": 1.0, "output_factor": 2.5, "shared_experts": False},
+        ),
+    ],
+)
+def test_what_means_the_same_is_no_problem(name, changes):
+    assert compared(name, **changes).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        (
+            "deepseek-r1",
+            {"num_expert_group": None},
+            "n_group: the model has 8, the model code asks for 1 "
+            "(use_grouped_topk=True, num_expert_group=None, topk_group=4)",
+        ),
+        ("deepseek-r1", {"use_grouped_topk": False}, "n_group: the model has 8"),
+        ("deepseek-r1", {"topk_group": 8}, "topk_group: the model has 4"),
+        (
+            "glm-5",
+            {"bias_dtype": None},
+            "correction bias: the model has one, the model code asks for none "
+            "(e_score_correction_bias=None)",
+        ),
+        ("glm-5", {"bias_dtype": "bfloat16"}, "correction bias: the model has float32"),
+        ("glm-5", {"scoring_func": "softmax"}, "scoring function: the model has sigmoid"),
+        ("glm-5", {"scoring_func": "tanh"}, "what no router does: Recipe.score: found 'tanh'"),
+        ("glm-5", {"renormalize": False}, "renormalize: the model has sum"),
+        ("glm-5", {"top_k": 6}, "top_k: the model has 8"),
+        ("glm-5", {"num_experts": 257}, "num_experts: the model has 256"),
+        (
+            "glm-5",
+            {"routed_scaling_factor": None},
+            "scale: the model has 2.5, the model code asks for 1 in all "
+            "(routed_scaling_factor=None",
+        ),
+        (
+            "glm-5",
+            {"output_factor": 2.5},
+            "scale: the model has 2.5, the model code asks for 6.25 in all",
+        ),
+        ("glm-5", {"apply_router_weight_on_input": True}, "router weight on: the model has output"),
+        (
+            "glm-5",
+            {"router_logits_dtype": None},
+            "router logits: the layer is told bfloat16 (router_logits_dtype=None), "
+            "and is handed float32",
+        ),
+        ("glm-5", {"gate_dtypes": ["bfloat16"]}, "rounds them to bfloat16"),
+        ("qwen3-30b-a3b", {"renormalize": False}, "renormalize: the model has softmax"),
+        ("gpt-oss-20b", {"top_k": 2}, "top_k: the model has 4"),
+        ("deepseek-v2", {"bias_dtype": "float32"}, "group score: the model has max"),
+        ("llama-4-scout", {"apply_router_weight_on_input": False}, "router weight on: the model"),
+        (
+            "llama-4-scout",
+            {"custom_problem": "token 0: expert 3 instead of 5"},
+            "Block.custom_routing_function routes otherwise: token 0: expert 3 instead of 5",
+        ),
+    ],
+)
+def test_a_difference_is_named_with_both_values(name, changes, problem):
+    found = compared(name, **changes)
+    assert any(problem in text for text in found.problems), found.problems
+    assert found.lines()[0].startswith(f"{name}: a.Block")
+
+
+def test_a_factor_on_the_whole_block_is_on_the_shared_experts_too():
+    found = compared("glm-5", routed_scaling_factor=1.0, output_factor=2.5)
+    assert found.problems == (
+        "shared experts: the model code multiplies what the layer returns by 2.5, and the shared "
+        "experts with it",
+    )
+
+
+def test_a_wrong_meaning_comes_with_a_token():
+    found = compared("deepseek-r1", num_expert_group=None)
+    assert len(found.problems) == 1
+    assert any(line.strip().startswith("wanted") for line in found.lines())
+
+
+def test_rounding_that_the_publisher_does_as_well_is_a_note():
+    found = compared("deepseek-r1")
+    assert found.problems == ()
+    assert "DeepSeek's own inference code" in found.notes[0]
+
+
+def test_a_router_that_no_recipe_computes_is_not_compared():
+    model = MODELS["gemma-4-26b-a4b"]
+    request = request_of({**NOTHING_SPECIAL, "num_experts": 128, "top_k": 8}, {}, model)
+    with pytest.raises(Unsupported, match="learned scale"):
+        compare_request(model, request)
+
+
+def test_every_row_says_what_it_must():
+    columns = {"module", "block", "config", "keys", "published", "arguments", "prepare"}
+    columns |= {"rounds_logits", "own_factor"}
+    router = {"num_experts", "top_k", "n_group", "topk_group", "renormalize", "scoring_func"}
+    values = router | {"routed_scaling_factor", "shared_experts", "latent_size"}
+    for architecture, row in blocks().items():
+        assert {"module", "block", "config", "keys"} <= set(row) <= columns, architecture
+        assert {"top_k", "num_experts"} <= set(row["keys"]) <= values, architecture
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "line"),
+    [
+        ("builtin", pytest.ExitCode.NO_TESTS_COLLECTED, "*deselected*"),
+        ("miniatures:AnswersNothing", 0, "*1 skipped*"),
+        ("miniatures:AsksForTwo", 1, "*top_k: the model has 8, the model code asks for 2*"),
+    ],
+)
+def test_the_suite_asks_frameworks_alone(pytester, monkeypatch, target, status, line):
+    here = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", here, prepend=os.pathsep)
+    only = ("--moe-models", "minimax-m2", "-k", "test_model_code", "-p", "no:cacheprovider")
+    result = pytester.runpytest_subprocess("--moe-golden", "--moe-target", target, *only)
+    assert result.ret == status
+    result.stdout.fnmatch_lines([line])

@@ -1,0 +1,267 @@
+"""Report files: what a run writes, what merges, and what each format shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pytest_moe_routing.backends import FlashInfer
+from pytest_moe_routing.cli import main
+from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_model
+from pytest_moe_routing.report import files, records
+from pytest_moe_routing.report.collect import summary
+from pytest_moe_routing.targets import judge, load_target
+
+HOSTILE = "<script>alert(1)</script>|`` ``` ````"
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    """Step-3.7-Flash as vLLM 0.22 and today's tree decide, for the kernels of one release."""
+    model = load_model(packaged_directory() / "step-3.7-flash")
+    found = []
+    for name in ("miniatures:Vllm022", "builtin"):
+        target = load_target(name, FlashInfer.of("0.6.12"))
+        for backend in ("fp8_block", "nvfp4"):
+            data = judge(target, model, backend).as_dict()
+            found.append({"kind": "verdict", **data, "outcome": "failed"})
+    return found
+
+
+def gpu_test(n=0, **changes):
+    return {
+        "kind": "test",
+        "flashinfer": "FlashInfer 0.7.0",
+        "device": "NVIDIA B200",
+        "case": f"test_gpu_routing::test_model[plain-{n}]",
+        "outcome": "passed",
+        "message": "",
+        **changes,
+    }
+
+
+def write(path, found):
+    path.write_text(records.dump(found))
+    return path
+
+
+class Document(HTMLParser):
+    """Tags, targets of links, and text by tag."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.open, self.text = [], [], "", {}
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *attribute) for attribute in attributes]
+        self.open = tag
+
+    def handle_data(self, data):
+        self.text.setdefault(self.open, []).append(data)
+
+
+# -- merging ------------------------------------------------------------------------------------
+
+
+def test_runs_of_several_machines_merge(tmp_path, verdicts, capsys):
+    """What both have is one; a message may name another place; every format says it all."""
+    skipped = gpu_test(device="no NVIDIA driver", outcome="skipped", message="no NVIDIA driver")
+    failed = {"outcome": "failed", "message": f"/one/place {HOSTILE}"}
+    one = write(tmp_path / "one.jsonl", [*verdicts[:3], skipped, gpu_test(1, **failed)])
+    other_place = gpu_test(1, **{**failed, "message": "/another/place"})
+    two = write(tmp_path / "two.jsonl", [*verdicts[2:], gpu_test(), other_place])
+    for suffix in files.FORMATS:
+        assert main(["report", str(tmp_path / f"all{suffix}"), str(one), str(two)]) == 0
+    merged = records.load(tmp_path / "all.jsonl")
+    assert len(merged) == 4 + 3
+    assert records.dump(records.merge([two, one])).count("\n") == 7
+    data = json.loads((tmp_path / "all.json").read_text())
+    assert [v["verdict"] for v in data["verdicts"]] == ["missed", "missed", "wrong", "wrong"]
+    assert sorted(t["outcome"] for t in data["tests"]) == ["failed", "passed", "skipped"]
+    page = Document((tmp_path / "all.html").read_text())
+    text = (tmp_path / "all.md").read_text()
+    for shown in (text, " ".join(page.text["td"])):
+        assert "step-3.7-flash" in shown
+        assert "1 failed, 1 passed" in shown
+    for shown in (text, "".join(page.text["pre"])):
+        assert "because  scale: the router has 3.0, the kernel 1.0" in shown
+        assert "wanted   0-7: 0.375" in shown
+        assert HOSTILE in shown
+    assert "| nvfp4 | missed (Unspecified) | wrong (MiniMax2) |" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "bad.jsonl:2: not valid JSON"),
+        ("[]", "bad.jsonl:2: format: found None, expected 1"),
+        ('{"format": 2}', "bad.jsonl:2: format: found 2, expected 1"),
+        ('{"format": 1, "kind": "x"}', "kind: found 'x', expected verdict or test"),
+        (json.dumps({"format": 1, **gpu_test(device=3)}), "device: found 3, expected text"),
+        (json.dumps({"format": 1, **gpu_test(known={})}), "known: found {}, expected a reason"),
+        (None, "none.jsonl: cannot be read: No such file"),
+    ],
+)
+def test_a_line_that_is_no_record(tmp_path, capsys, line, message):
+    bad = write(tmp_path / "bad.jsonl", [gpu_test()])
+    bad.write_text(bad.read_text() + str(line))
+    given = bad if line else tmp_path / "none.jsonl"
+    assert main(["report", str(tmp_path / "out.md"), str(given)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.md").exists()
+
+
+def test_runs_that_disagree(tmp_path, verdicts, capsys):
+    """Nothing is chosen silently: both files are named, and what differs."""
+    one = write(tmp_path / "one.jsonl", verdicts)
+    two = write(tmp_path / "two.jsonl", [{**verdicts[0], "verdict": "exact"}])
+    out = tmp_path / "out.html"
+    out.write_text("before")
+    assert main(["report", str(out), str(one), str(two)]) == 2
+    error = capsys.readouterr().err
+    assert f"{one} and {two} disagree on vllm-0.22-classifier" in error
+    assert "step-3.7-flash fp8_block: verdict: 'wrong' or 'exact'" in error
+    assert out.read_text() == "before"
+
+
+# -- formats ------------------------------------------------------------------------------------
+
+
+def test_the_html_needs_nothing_and_lets_nothing_in(verdicts):
+    """What a record says is text; a link leads to the web or is none."""
+    known = {"reason": HOSTILE, "link": "javascript:alert(1)"}
+    good = {"reason": "known", "link": 'https://example.com/?a=1&b="2"'}
+    hostile = {**verdicts[0], "model": HOSTILE, "reasons": [HOSTILE], "known": known}
+    document = Document(files.html.page([hostile, {**verdicts[1], "known": good}, gpu_test()]))
+    assert not {"script", "link", "img", "iframe"} & set(document.tags)
+    assert not any(name in ("src", "onclick", "style") for _, name, _ in document.attributes)
+    links = {value for _, name, value in document.attributes if name == "href"}
+    assert {link for link in links if not link.startswith("#")} == {good["link"]}
+    anchors = {f"#{value}" for tag, name, value in document.attributes if name == "id"}
+    assert {link for link in links if link.startswith("#")} == anchors
+
+
+def test_markdown_cannot_be_broken_out_of(verdicts):
+    text = files.markdown.page([{**verdicts[0], "model": HOSTILE, "reasons": [HOSTILE]}])
+    lines = text.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    fences = [
+        n for n, line in enumerate(lines) if line.strip("`") in ("", "text") and "```" in line
+    ]
+    inside = lines[fences[0] + 1 : fences[1]]
+    assert f"  because  {HOSTILE}" in inside
+    assert "<script>" not in "".join(lines[: fences[0]])
+
+
+def test_no_record_is_said(tmp_path):
+    for suffix in (".html", ".md"):
+        files.write_report(tmp_path / f"none{suffix}", [])
+        assert "Nothing was judged." in (tmp_path / f"none{suffix}").read_text()
+
+
+def test_several_deciders_are_told_apart(verdicts):
+    """One row where they differ, and the totals of each: as short as that."""
+    lines = list(summary(verdicts))
+    assert [line.split()[0] for line in lines] == ["model", *["step-3.7-flash"] * 2, "2", "2"]
+    cells = re.split(r"  +", lines[1])
+    assert cells == ["step-3.7-flash", "fp8_block", "missed (Unspecified)", "wrong (MiniMax2)"]
+    assert lines[-1] == "2 wrong; vllm-0.22-classifier 0.1.0, FlashInfer 0.6.12"
+
+
+def test_a_file_is_there_in_full_or_as_before(tmp_path, monkeypatch, verdicts):
+    out = tmp_path / "folder" / "out.md"
+    files.write_report(out, verdicts)
+    before = out.read_text()
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(MoERoutingError, match=r"out.md: cannot be written: No space left"):
+        files.write_report(out, [])
+    assert {p.name: p.read_text() for p in out.parent.iterdir()} == {"out.md": before}
+
+
+# -- in a run -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def host(pytester, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    return pytester
+
+
+RUN = (
+    *("-p", "no:cacheprovider", "--moe-golden", "--moe-models", "step-3.7-flash,minimax-m2"),
+    *("--moe-flashinfer", "0.6.12", "-k", "test_verdict or shard"),
+)
+
+
+def test_a_run_writes_what_its_workers_found(host):
+    """The same file with and without workers; GPU tests with the reason why they did not run."""
+    host.makeini("[pytest]\nmoe_report = a.jsonl b/c.html\n")
+    args = (*RUN, "--moe-target", "miniatures:Vllm022")
+    result = host.runpytest_subprocess(*args, "-n", "2")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["moe-routing: report */a.jsonl", "moe-routing: report */b/c.html"])
+    parallel = (host.path / "a.jsonl").read_text()
+    host.runpytest_subprocess(*args, "-p", "no:xdist", "--moe-report", "s.jsonl")
+    assert (host.path / "s.jsonl").read_text() == parallel
+    found = records.load(host.path / "a.jsonl")
+    by_kind = {k: [r for r in found if r["kind"] == k] for k in ("verdict", "test")}
+    outcomes = {(v["model"], v["backend"]): v["outcome"] for v in by_kind["verdict"]}
+    assert outcomes["step-3.7-flash", "nvfp4"] == "failed"
+    assert set(outcomes.values()) > {"failed"}
+    assert by_kind["test"]
+    for test in by_kind["test"]:
+        assert test["case"].startswith("test_gpu_routing::test_expert_parallel_shard[")
+        assert test["outcome"] == "skipped"
+        assert test["message"].startswith("Skipped: no NVIDIA driver")
+    assert "counterexample" in by_kind["verdict"][0]
+
+
+def test_what_has_no_verdict_is_in_the_report_too(host):
+    """A target that does not answer is `skipped` with the reason; a broken test is told."""
+    args = (*RUN, "--moe-report", "r.jsonl", "--moe-target")
+    host.runpytest_subprocess(*args, "miniatures:OnlyClassifies")
+    found = [r for r in records.load(host.path / "r.jsonl") if r["kind"] == "verdict"]
+    assert {r["verdict"] for r in found} == {"skipped"}
+    assert found[0]["reasons"] == ["the crystal ball is cloudy"]
+    host.runpytest_subprocess(*args, "miniatures:FailsToStart")
+    found = [r for r in records.load(host.path / "r.jsonl") if r["outcome"] == "failed"]
+    assert {r["kind"] for r in found} == {"test"}
+    assert "libfoo.so.1" in found[0]["message"]
+    assert any(r["case"].startswith("test_verdicts::test_verdict[") for r in found)
+
+
+def test_a_report_that_cannot_be_written_fails_the_run(host):
+    """A wrong suffix at once; a folder that is none at the end; nothing after an interruption."""
+    result = host.runpytest_subprocess(*RUN, "--moe-report", "r.txt")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        ["ERROR: report r.txt: found '.txt', expected a file in .html, .md, .json, .jsonl"]
+    )
+    (host.path / "file").touch()
+    passing = ("-p", "no:cacheprovider", "--moe-models", "minimax-m2")
+    host.makepyfile("def test_own(moe_model): pass")
+    result = host.runpytest_subprocess(*passing, "--moe-report", "file/r.md")
+    result.assert_outcomes(passed=1)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["moe-routing: report */file/r.md: cannot be written: *"])
+    for disaster, args in [("raise KeyboardInterrupt", ()), ("assert 0", ("-x",))]:
+        host.makeconftest(f"def pytest_runtest_call(item): {disaster}")
+        result = host.runpytest_subprocess(*passing, "--moe-report", "r.md", *args)
+        result.stdout.fnmatch_lines(["moe-routing: report */r.md: not written: the run broke off"])
+        assert not (host.path / "r.md").exists()

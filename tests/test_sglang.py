@@ -1,0 +1,247 @@
+"""The SGLang target: reading sources of a miniature, and whole releases where there are some.
+
+`MOE_SGLANG_SOURCES` names wheels, unpacked ones or checkouts of SGLang, separated as in PATH.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from pytest_moe_routing.backends import FlashInfer, Gate, kernel_call
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.targets import judge
+from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.probes.sglang_sources import Sources
+from pytest_moe_routing.targets.protocol import Captured
+from pytest_moe_routing.targets.sglang import SglangTarget, config_of
+from pytest_moe_routing.targets.source import Source
+
+MODELS = load_models(Path(__file__).parent.parent / "golden")
+RELEASES = [path for path in os.environ.get("MOE_SGLANG_SOURCES", "").split(os.pathsep) if path]
+
+LEAF = """
+    class {block}:
+        def __init__(self, config, late=False):
+            self.experts = get_moe_impl_class(None)(num_experts=8)
+            self.topk = TopK(top_k=2)
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Writes modules of `sglang.srt`, and reads them."""
+
+    def write(**modules):
+        for name, text in modules.items():
+            file = tmp_path / "sglang/srt" / f"{name.replace('__', '/')}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(dedent(text))
+        return Sources(str(tmp_path))
+
+    return write
+
+
+def blocks(sources, architecture="Model"):
+    found = sources.blocks(architecture)
+    return [f"{m.removeprefix('sglang.srt.models.')}.{name}" for m, name, _ in found]
+
+
+def test_a_block_is_found_through_classes_constants_and_modules(tree):
+    sources = tree(
+        models__model="""
+            from sglang.srt.models.inner import Layer
+            LAYERS = {"moe": Layer}
+            class Model(Base):
+                def __init__(self):
+                    self.layer = LAYERS["moe"]()
+        """,
+        models__inner="""
+            import sglang.srt.models.leaf as leaf
+            class Layer:
+                def __init__(self, config):
+                    self.mlp = leaf.Block(config, late=True)
+        """,
+        models__leaf=LEAF.format(block="Block"),
+    )
+    assert blocks(sources) == ["leaf.Block"]
+    assert sources.blocks("Model")[0][2] == {"late": True}
+
+
+def test_a_base_class_does_not_bring_the_layers_that_its_child_replaces(tree):
+    sources = tree(
+        models__base=LEAF.format(block="OldBlock")
+        + """
+    class OldLayer:
+        def __init__(self, config):
+            self.mlp = OldBlock(config)
+    class BaseModel:
+        def __init__(self, config, layer=OldLayer):
+            layer = layer or OldLayer
+            self.layers = [layer(config)]
+    class Model(Root):
+        def __init__(self, config):
+            self.model = BaseModel(config)
+""",
+        models__child=LEAF.format(block="NewBlock")
+        + """
+    from sglang.srt.models.base import BaseModel
+    class NewLayer:
+        def __init__(self, config):
+            self.mlp = NewBlock(config)
+    class NewModel(BaseModel):
+        def __init__(self, config):
+            super().__init__(config, layer=NewLayer)
+    class Child(Root):
+        def __init__(self, config):
+            self.model = NewModel(config)
+""",
+    )
+    assert blocks(sources, "Child") == ["child.NewBlock"]
+    assert blocks(sources, "Model") == ["base.OldBlock"]
+
+
+def test_what_is_not_there_is_said(tree):
+    sources = tree(models__dense="class Model(Root):\n    def __init__(self): ...\n")
+    with pytest.raises(Unsupported, match="this release has no Other"):
+        sources.blocks("Other")
+    with pytest.raises(Unsupported, match="the code of Model makes no FusedMoE layer"):
+        sources.blocks("Model")
+
+
+CHECKS = """
+    def check(self):
+        if self.moe_runner_backend == "flashinfer_cutlass":
+            assert self.quantization in ["cutlass-only"]
+        if {test}:
+            assert self.quantization in ["fp8", None], "no"
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "allowed"),
+    [
+        ('self.moe_runner_backend == "flashinfer_trtllm"', ["fp8", None]),
+        ('view.moe_runner_backend in ["flashinfer_trtllm", "other"]', ["fp8", None]),
+        ('self.moe_runner_backend != "flashinfer_trtllm"', None),
+        ('self.moe_runner_backend == "flashinfer_trtllm_routed"', None),
+    ],
+)
+def test_the_servers_own_check_of_the_quantization_is_read(tree, test, allowed):
+    assert tree(server_args=CHECKS.format(test=test)).accepted_quantizations() == allowed
+    assert (
+        tree(server_args="", arg_groups__hook=CHECKS.format(test=test)).accepted_quantizations()
+        == allowed
+    )
+
+
+def test_a_config_has_the_models_values_under_every_name():
+    config = config_of(MODELS["deepseek-r1"])
+    assert (config["n_routed_experts"], config["num_experts_per_tok"]) == (256, 8)
+    assert (config["n_group"], config["topk_group"], config["routed_scaling_factor"]) == (8, 4, 2.5)
+    assert config["topk_method"] == "noaux_tc"
+    # What a model does not have, its config does not have either.
+    assert "n_group" not in config_of(MODELS["qwen3-30b-a3b"])
+
+
+def test_a_backend_that_sglang_serves_otherwise_is_not_judged(tmp_path):
+    target = SglangTarget(FlashInfer.of(), Source(tmp_path, "0", None))
+    with pytest.raises(Unsupported, match="how SGLang serves mxint4 is not known"):
+        target.gates(MODELS["kimi-k2.5"], "mxint4", "DeepSeekV3")
+    target.close()
+
+
+@pytest.fixture(scope="module", params=RELEASES or [None], ids=lambda path: Path(path or "-").name)
+def target(request):
+    if request.param is None:
+        pytest.skip("MOE_SGLANG_SOURCES names no sources of SGLang")
+    source = Source.at("sglang", Path(request.param))
+    made = SglangTarget(FlashInfer.of(source.flashinfer), source)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("backend", ["fp8_block", "nvfp4"])
+def test_release_deepseek_is_exact(target, backend):
+    """The model that this runner was made for; expert parallel, with groups, bias and scale."""
+    found = judge(target, MODELS["deepseek-r1"], backend)
+    assert found.verdict == "exact", "\n".join(found.lines())
+    assert "declares -> DeepSeekV3" in str(found.classification)
+    assert (found.call.n_group, found.call.topk_group, found.call.bias) == (8, 4, "router")
+
+
+def test_release_sees_a_changed_model(target):
+    """The verdict follows from what the code does with the config, not from the model's name."""
+    model = MODELS["deepseek-r1"]
+    softmax = replace(model, router=replace(model.router, scoring_func="softmax"))
+    assert judge(target, softmax, "fp8_block").verdict != "exact"
+    unscaled = replace(model, router=replace(model.router, routed_scaling_factor=1.0))
+    assert judge(target, unscaled, "fp8_block").call.routed_scaling_factor == 1.0
+
+
+def test_release_that_lacks_a_model_says_so(target):
+    model = replace(MODELS["deepseek-r1"], architecture="NoSuchForCausalLM")
+    with pytest.raises(Unsupported, match="has no NoSuchForCausalLM"):
+        target.classify(model)
+
+
+#: By the first release that behaves so: Gemma 4 has a routing function of its own, and Llama 4 the
+#: weight on the experts' input.
+HISTORY = {
+    ("gemma-4-26b-a4b", "nvfp4"): {"0.5.13": "wrong", "0.5.18": "wrong", "0.5.23": "fallback"},
+    ("llama-4-scout", "fp8_per_tensor"): {
+        "0.5.9": "exact",
+        "0.5.13": "crash",
+        "0.5.18": "crash",
+        "0.5.23": "wrong",
+    },
+    ("minimax-m2", "nvfp4"): {
+        "0.5.9": "missed",
+        "0.5.13": "wrong",
+        "0.5.18": "wrong",
+        "0.5.23": "missed",
+    },
+    ("nemotron-3-super", "nvfp4"): {"0.5.13": "exact", "0.5.18": "exact", "0.5.23": "exact"},
+    ("qwen3-235b-a22b", "fp8_block"): dict.fromkeys(
+        ["0.5.9", "0.5.13", "0.5.18", "0.5.23"], "exact"
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "backend"), HISTORY)
+def test_release_history(target, model, backend):
+    """Verdicts confirmed by reading these releases' sources."""
+    expected = HISTORY[model, backend].get(target.version())
+    if expected is None:
+        pytest.skip(f"the verdict on {model} in {target} was not confirmed by reading")
+    found = judge(target, MODELS[model], backend)
+    assert found.verdict == expected, "\n".join(found.lines())
+
+
+class Records(BuiltinTarget):
+    """Lets everything through; its calls are recorded, with one routing method for all."""
+
+    method = ""
+
+    def gates(self, model, backend, method):
+        return (Gate("anything goes", True),)
+
+    def capture(self, model, backend, method):
+        return Captured(kernel_call(model.router, backend, self.method, self.flashinfer))
+
+
+def test_a_recorded_call_is_judged_as_far_as_the_router_can_be_said():
+    gemma, target = MODELS["gemma-4-26b-a4b"], Records(FlashInfer.of("0.6.17"))
+    target.method = "Default"
+    found = judge(target, gemma, "nvfp4")
+    assert found.verdict == "wrong"
+    assert found.reasons[0] == "normalize: the router has sum, the kernel none"
+    # The nearest recipe is met; who applies the experts' own scales is not known.
+    target.method = "RenormalizeNaive"
+    with pytest.raises(Unsupported, match="cannot be judged"):
+        judge(target, gemma, "nvfp4")

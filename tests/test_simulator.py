@@ -1,0 +1,134 @@
+"""The simulated kernels against the reference: every layout is read as it was written."""
+
+import inspect
+from dataclasses import replace
+
+import fused_cases
+import pytest
+import torch
+
+from pytest_moe_routing.backends import FlashInfer
+from pytest_moe_routing.compare import assert_moe, assert_routing
+from pytest_moe_routing.kernels.fused import (
+    fused_arguments,
+    launch_fused,
+    rows_of,
+    without_routing,
+)
+from pytest_moe_routing.kernels.routing import Shard
+from pytest_moe_routing.kernels.simulator import Simulator
+from pytest_moe_routing.kernels.weights import KERNELS, prepare
+
+FLASHINFER = FlashInfer.of("0.7.2.post1")
+LAYOUTS = [
+    (scheme, act, layout) for scheme, act in fused_cases.CASES for layout in KERNELS[scheme].layouts
+]
+
+
+def run(problem, call, *, layout=None, shard=None, **how):
+    kernel = KERNELS[problem.layer.scheme.name]
+    prepared = prepare(
+        problem.experts,
+        kernel,
+        gated=problem.layer.activation.gated,
+        layout=kernel.layouts[layout] if layout else None,
+        shard=shard,
+    )
+    given = fused_arguments(problem, call, prepared, FLASHINFER, **how)
+    return launch_fused(Simulator(FLASHINFER), kernel.function(how.get("routed", False)), given)
+
+
+@pytest.mark.parametrize("routed", [False, True], ids=["logits", "routed"])
+@pytest.mark.parametrize(("scheme", "activated", "layout"), LAYOUTS)
+def test_simulator_agrees_with_the_reference(scheme, activated, layout, routed):
+    call = fused_cases.call(scheme)
+    problem = fused_cases.problem(FLASHINFER, call, scheme, activated)
+    (output,) = run(problem, call, layout=layout, routed=routed)
+    assert_moe(output, problem)
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4_bf16"])
+def test_biases_of_experts(scheme):
+    call = fused_cases.call(scheme)
+    problem = fused_cases.problem(FLASHINFER, call, scheme, "swigluoai", biases=True)
+    (output,) = run(problem, call)
+    assert_moe(output, problem)
+
+
+def test_shards_add_up_and_rows_are_weighted():
+    call = fused_cases.call("bf16")
+    problem = fused_cases.problem(FLASHINFER, call, "bf16", num_tokens=19)
+    for first in (0, 4):
+        shard = Shard(first, 4)
+        mine = replace(problem, shard=shard.experts)
+        (output,) = run(mine, call, shard=shard)
+        assert_moe(output, mine)
+        found = rows_of(run(mine, call, shard=shard, finalize=False), 19, fused_cases.TOP_K)
+        total = (found.rows.float() * found.weights.float().unsqueeze(-1)).sum(1)
+        torch.testing.assert_close(output.float(), total, rtol=2**-7, atol=1e-6)
+        assert (found.local == ((problem.routing.topk_ids // 4) == first // 4)).all()
+
+
+def test_weight_on_the_input():
+    call = fused_cases.call("fp8_per_tensor", method="Llama4", top_k=1, weight_on="input")
+    problem = fused_cases.problem(FLASHINFER, call, "fp8_per_tensor")
+    assert problem.layer.weight_on == "input"
+    (output,) = run(problem, call)
+    assert_moe(output, problem)
+    (routed,) = run(without_routing(problem, problem.routing), call, routed=True)
+    assert torch.equal(routed, output)
+
+
+def test_signatures_are_those_of_the_release():
+    simulator = Simulator(FLASHINFER)
+    for kernel in KERNELS.values():
+        name = kernel.function()
+        assert inspect.signature(getattr(simulator, name)) == FLASHINFER.signature(name)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tile'"):
+        simulator.trtllm_gen_routing(torch.zeros(1, 8), None, 1, 2, tile=8)
+    with pytest.raises(TypeError, match="missing a required argument: 'top_k'"):
+        simulator.trtllm_gen_routing(torch.zeros(1, 8), None, 1)
+    with pytest.raises(AttributeError, match=r"simulated FlashInfer 0\.6\.18 has no trtllm_gen"):
+        _ = Simulator(FlashInfer.of("0.6.18")).trtllm_gen_routing
+
+
+def test_replay_is_what_was_chosen():
+    call = fused_cases.call("bf16")
+    problem = fused_cases.problem(FLASHINFER, call, "bf16")
+    replay = torch.zeros(5, 2, dtype=torch.int16)
+    rows = rows_of(run(problem, call, finalize=False, replay=replay), 5, 2)
+    assert_routing(replay, rows.weights, problem.logits, problem.recipe, precision="flashinfer")
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "problem"),
+    [
+        ("gemm1_weights", lambda w: w[:, :-1], "gemm1_weights: torch.float8_e4m3fn"),
+        ("gemm2_weights", lambda w: w.view(torch.uint8), "gemm2_weights: torch.uint8"),
+        ("hidden_states_scale", lambda s: s.T, r"wanted torch.float32 \[2, 5\]"),
+        ("routing_logits", lambda x: x.double(), "routing_logits: torch.float64"),
+        ("top_k", lambda k: 9, "top_k 9 of 8 experts"),
+        ("local_expert_offset", lambda o: 1, "shard outside"),
+        ("n_group", lambda n: 4, "takes groups for DeepSeekV3 alone"),
+    ],
+)
+def test_launcher_checks(argument, change, problem):
+    call = fused_cases.call("fp8_block")
+    given = fused_cases.problem(FLASHINFER, call, "fp8_block")
+    prepared = prepare(given.experts, KERNELS["fp8_block"], gated=True)
+    arguments = fused_arguments(given, call, prepared, FLASHINFER)
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises(RuntimeError, match=problem):
+        Simulator(FLASHINFER).trtllm_fp8_block_scale_moe(**arguments)
+
+
+def test_strides_are_not_looked_at():
+    """As in the launchers: a transposed view of the right shape is read in memory order."""
+    call = fused_cases.call("fp8_block")
+    problem = fused_cases.problem(FLASHINFER, call, "fp8_block")
+    prepared = prepare(problem.experts, KERNELS["fp8_block"], gated=True)
+    arguments = fused_arguments(problem, call, prepared, FLASHINFER)
+    right = Simulator(FLASHINFER).trtllm_fp8_block_scale_moe(**arguments)
+    arguments["hidden_states_scale"] = problem.hidden.scales.T
+    wrong = Simulator(FLASHINFER).trtllm_fp8_block_scale_moe(**arguments)
+    assert not torch.equal(right, wrong)

@@ -1,0 +1,127 @@
+"""Sources of a framework: where they are, which release, made for which FlashInfer."""
+
+from __future__ import annotations
+
+import zipfile
+
+import pytest
+
+from pytest_moe_routing.errors import TargetError, TargetNotInstalled, UnknownTarget, Unsupported
+from pytest_moe_routing.targets import pinned_flashinfer
+from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.source import Source
+
+METADATA = "Metadata-Version: 2.4\nName: vllm\nVersion: {version}\n{requires}\n"
+PINNED = 'Requires-Dist: torch==2.13.0\nRequires-Dist: flashinfer-python==0.6.12; extra == "x"'
+
+
+def wheel(path, version="0.23.0", requires=PINNED, package="vllm"):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{package}/__init__.py", "")
+        metadata = METADATA.format(version=version, requires=requires)
+        file.writestr(f"vllm-{version}.dist-info/METADATA", metadata)
+    return path
+
+
+def test_a_wheel_says_its_release_and_pin(tmp_path):
+    source = Source.at("vllm", wheel(tmp_path / "a.whl"))
+    assert (source.version, source.flashinfer) == ("0.23.0", "0.6.12")
+
+
+def test_an_unpacked_wheel_says_the_same(tmp_path):
+    with zipfile.ZipFile(wheel(tmp_path / "a.whl")) as file:
+        file.extractall(tmp_path / "x")
+    source = Source.at("vllm", tmp_path / "x")
+    assert (source.root, source.version, source.flashinfer) == (tmp_path / "x", "0.23.0", "0.6.12")
+
+
+@pytest.mark.parametrize(
+    ("version", "pin"), [("0.14.0", None), ("0.21.0", "0.6.8.post1"), ("0.29.0", "0.6.16.post3")]
+)
+def test_a_wheel_without_a_pin_has_the_one_of_its_release(tmp_path, version, pin):
+    source = Source.at("vllm", wheel(tmp_path / "a.whl", version, "Requires-Dist: torch"))
+    assert source.flashinfer == pin
+
+
+def test_a_checkout_says_its_pin_in_its_requirements(tmp_path):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").touch()
+    (tmp_path / "vllm/_version.py").write_text("__version__ = version = '0.34.0.dev7'\n")
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements/cuda.txt").write_text("numba\nflashinfer-python==0.7.1  # why\n")
+    source = Source.at("vllm", tmp_path)
+    assert (source.version, source.flashinfer) == ("0.34.0.dev7", "0.7.1")
+
+
+def test_a_checkout_that_says_nothing_goes_by_its_folder(tmp_path):
+    (tmp_path / "main/python/sglang").mkdir(parents=True)
+    (tmp_path / "main/python/sglang/__init__.py").touch()
+    source = Source.at("sglang", tmp_path / "main")
+    assert (source.root.name, source.version, source.flashinfer) == ("python", "main", None)
+
+
+def test_what_has_no_sources_is_one_line(tmp_path):
+    (tmp_path / "no.whl").write_text("nothing")
+    for path, message in [
+        (tmp_path / "nowhere", "no such file or directory"),
+        (tmp_path, "found no vllm/__init__.py, expected a wheel"),
+        (tmp_path / "no.whl", "found no wheel file"),
+        (wheel(tmp_path / "other.whl", package="other"), "found no vllm/__init__.py in it"),
+    ]:
+        with pytest.raises(UnknownTarget, match=message) as caught:
+            Source.at("vllm", path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TargetNotInstalled, match="pip install nothing"):
+        Source.installed("nothing", ("nothing-at-all",))
+
+
+def test_targets_are_found_at_a_path(tmp_path):
+    assert pinned_flashinfer(f"vllm@{wheel(tmp_path / 'a.whl')}") == "0.6.12"
+    assert pinned_flashinfer("builtin") is None
+    with pytest.raises(UnknownTarget, match="builtin takes no @PATH"):
+        pinned_flashinfer(f"builtin@{tmp_path}")
+
+
+CHILD = """
+import os, sys
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.probes.server import serve
+
+def refuse():
+    raise Unsupported("not known to 0.1")
+
+def speak(word):
+    print("noise of the framework")
+    os.write(1, b"and of its C code")
+    return [word, sys.argv[1]]
+
+serve({"speak": speak, "refuse": refuse, "fail": lambda: 1 / 0, "die": lambda: os._exit(3)})
+"""
+
+
+@pytest.fixture
+def probe(tmp_path, monkeypatch):
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = Probe("mine", "child", "argument")
+    yield found
+    found.close()
+
+
+def test_a_probe_answers_past_all_noise(probe):
+    assert probe.ask("speak", word="gr\u00fc\u00df") == ["gr\u00fc\u00df", "argument"]
+    assert probe.ask("speak", word="again") == ["again", "argument"]
+
+
+def test_a_probe_that_cannot_answer_says_why(probe):
+    with pytest.raises(Unsupported, match=r"mine: not known to 0\.1"):
+        probe.ask("refuse")
+    with pytest.raises(TargetError, match=r"(?s)mine failed at fail:.*ZeroDivisionError"):
+        probe.ask("fail")
+    assert probe.ask("speak", word="still here") == ["still here", "argument"]
+
+
+def test_a_probe_that_dies_leaves_its_last_words(probe):
+    probe.ask("speak", word="before")
+    with pytest.raises(TargetError, match=r"(?s)ended with 3.*noise of the framework"):
+        probe.ask("die")

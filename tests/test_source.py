@@ -28,6 +28,13 @@ def test_a_wheel_says_its_release_and_pin(tmp_path):
     assert (source.version, source.flashinfer) == ("0.23.0", "0.6.12")
 
 
+def test_a_pin_is_found_under_every_spelling(tmp_path):
+    requires = (
+        "Requires-Dist: flashinfer_cubin==0.6.15\nRequires-Dist: flashinfer_python[cu13]==0.6.14"
+    )
+    assert Source.at("vllm", wheel(tmp_path / "a.whl", requires=requires)).flashinfer == "0.6.14"
+
+
 def test_an_unpacked_wheel_says_the_same(tmp_path):
     with zipfile.ZipFile(wheel(tmp_path / "a.whl")) as file:
         file.extractall(tmp_path / "x")

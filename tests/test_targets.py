@@ -7,7 +7,7 @@ from dataclasses import replace
 import miniatures
 import pytest
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer, known_releases, support_gates
+from pytest_moe_routing.backends import BACKENDS, FlashInfer, Gate, known_releases, support_gates
 from pytest_moe_routing.errors import (
     TargetImportError,
     TargetNotInstalled,
@@ -18,6 +18,7 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.targets import check_target, judge, load_target, target_names
 from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.numbers import misread_methods
 
 MODELS = load_models(packaged_directory())
 #: The spine: models whose verdicts were worked out by hand.
@@ -83,6 +84,43 @@ def test_a_number_that_means_another_method():
         "passes DeepSeekV3 as 7, which FlashInfer 0.6.8 reads as MiniMax2" in judgement.reasons[0]
     )
     assert judgement.counterexample is not None
+
+
+def test_a_misread_number_matters_where_no_gate_stops_its_method():
+    deepseek, custom = misread_methods(miniatures.DriftedNumbers(FlashInfer.of("0.6.8")), CASES)
+    assert custom.startswith(
+        "drifted-numbers 0.1.0 passes Custom as 6, which FlashInfer 0.6.8 reads as SigmoidRenorm; "
+        "no gate stops it for deepseek-r1-fp8_block, deepseek-r1-nvfp4, "
+    )
+    assert custom.endswith(f" and {len(CASES) - 3} more")
+    assert "DeepSeekV3 as 7, which FlashInfer 0.6.8 reads as MiniMax2" in deepseek
+
+    class Closed(miniatures.DriftedNumbers):
+        def gates(self, model, backend, method):
+            return (Gate("routing method", method != "Custom", "not a kernel's"),)
+
+    # Before 0.6.8, six is Unspecified, and seven nothing.
+    assert [line.split()[3] for line in misread_methods(Closed(FlashInfer.of("0.6.8")), CASES)] == [
+        "DeepSeekV3"
+    ]
+    assert not misread_methods(Closed(FlashInfer.of("0.6.7")), CASES)
+
+
+def test_a_model_without_an_answer_hides_no_misread_number():
+    class Partly(miniatures.DriftedNumbers):
+        known = "nvfp4"
+
+        def gates(self, model, backend, method):
+            if backend != self.known:
+                raise Unsupported(f"no {backend} here")
+            return super().gates(model, backend, method)
+
+    assert len(misread_methods(Partly(FlashInfer.of("0.6.8")), CASES)) == 2
+    Partly.known = "nothing"
+    with pytest.raises(Unsupported, match="reads as MiniMax2; no gate answers: no nvfp4 here"):
+        misread_methods(Partly(FlashInfer.of("0.6.8")), CASES)
+    with pytest.raises(Unsupported, match="answers-nothing has no routing method numbers"):
+        misread_methods(miniatures.AnswersNothing(FlashInfer.of("0.6.8")), CASES)
 
 
 def test_what_the_launcher_refuses_is_a_crash():

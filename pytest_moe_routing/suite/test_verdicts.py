@@ -30,27 +30,14 @@ def test_verdict(moe_target, moe_model, moe_backend, record_property, moe_sessio
 
 def test_method_numbers(moe_target, moe_session):
     """No gate lets a method through under a number that FlashInfer reads as another method."""
+    from pytest_moe_routing.targets.numbers import misread_methods
+
     drift = moe_target.drift()
     if drift:
         pytest.fail(
             "\n".join(("what is known of this FlashInfer is wrong:", *drift)), pytrace=False
         )
     with unsupported_is_skipped():
-        numbers = moe_target.method_numbers()
-        problems = []
-        for method, number in numbers.items():
-            read_as = moe_target.flashinfer.method(number)
-            if read_as in (None, method):
-                continue
-            passes = [
-                f"{model}-{backend}"
-                for model, backend in moe_session.cases
-                if all(gate.ok for gate in moe_target.gates(model, backend, method))
-            ]
-            if passes:
-                problems.append(
-                    f"{moe_target} passes {method} as {number}, which {moe_target.flashinfer} "
-                    f"reads as {read_as}; no gate stops it for {', '.join(passes)}"
-                )
+        problems = misread_methods(moe_target, moe_session.cases)
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)

@@ -99,8 +99,12 @@ class SglangTarget(Target):
         )
         if not accepted.ok:
             return (accepted,)
-        refused = self._run(model, backend)["refused"]
-        return accepted, Gate("the kernel routes", refused is None, refused or "")
+        refused, declared = self._run(model, backend)["refused"], self.classify(model).method
+        return (
+            accepted,
+            Gate("declared method", method == declared, f"the model's code has {declared}"),
+            Gate("the kernel routes", refused is None, refused or ""),
+        )
 
     def capture(self, model: ModelSpec, backend: str, method: str) -> Captured:
         """The call that the model's block ends in, on the second of two ranks."""

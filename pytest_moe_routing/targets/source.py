@@ -11,6 +11,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from pytest_moe_routing.errors import TargetNotInstalled, UnknownTarget
@@ -122,11 +123,12 @@ def _requirements(lines: Iterator[str], checkout: Path | None = None) -> Iterato
 def _pin(requirements: Iterable[str]) -> str | None:
     """The one release that is required of FlashInfer."""
     for text in requirements:
-        if not text.startswith(_FLASHINFER):
-            continue
         try:
-            specifiers = list(Requirement(text.partition("#")[0].strip()).specifier)
+            requirement = Requirement(text.partition("#")[0].strip())
         except InvalidRequirement:
+            continue
+        specifiers = list(requirement.specifier)
+        if canonicalize_name(requirement.name) != _FLASHINFER:
             continue
         if len(specifiers) == 1 and specifiers[0].operator == "==":
             return specifiers[0].version

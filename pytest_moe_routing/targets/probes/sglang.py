@@ -302,10 +302,13 @@ def _stand_in_weights(layer: Any) -> None:
 
 def _verdict_on(error: Exception) -> tuple[str, str]:
     """Whether SGLang refuses, or fails over the routing method, or nothing can be said."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    place = last.filename.replace("\\", "/").partition("/sglang/srt/")[2]
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame.filename.replace("\\", "/").partition("/sglang/srt/")[2] for frame in frames]
+    last, place = frames[-1], places[-1]
     text = shorten(f"{type(error).__name__}: {error}", 300)
-    where = f"{place or Path(last.filename).name}:{last.lineno}"
+    # Stand-ins fail in files of ours or of torch: what matters is who asked them.
+    asked = next((i for i in reversed(range(len(frames))) if places[i]), -1)
+    where = f"{places[asked] or Path(last.filename).name}:{frames[asked].lineno}"
     line = last.line or ""
     if isinstance(error, DoesNotBind):
         return "failed", str(error)

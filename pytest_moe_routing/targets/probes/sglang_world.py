@@ -24,6 +24,7 @@ _LAYERS = "sglang.srt.layers"
 REAL = (
     "sglang.srt.models",
     "sglang.srt.configs.shared_experts",
+    "sglang.srt.environ",
     f"{_LAYERS}.moe",
     f"{_LAYERS}.parameter",
     f"{_LAYERS}.quantization.base_config",
@@ -60,6 +61,7 @@ def enter(root: str, flashinfer: FlashInfer, calls: list[Call]) -> None:
         return mm(a, b, **options) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
 
     torch.mm = mm_on_a_cpu  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     stand_ins = {
         **_utilities(),
         **_parallel(),
@@ -173,7 +175,7 @@ def _options() -> dict[str, Any]:
         # No remapping of experts, which would need their ids.
         "ExpertLocationDispatchInfo": known("placement", init_new=lambda *_, **__: None),
         "get_exec": lambda: known("exec", moe=options),
-        "get_flags": lambda: known("flags", moe=Options()),
+        "get_flags": lambda: known("flags", moe=Options(), disable_shared_experts_fusion=True),
         "get_forward": lambda: known("forward", moe_output_buffer=None),
         "get_global_server_args": lambda: options,
         "get_model": model,
@@ -234,6 +236,7 @@ def _modules() -> dict[str, Any]:
         "LinearBase": _Linear,
         **{f"{name}Linear": _Linear for name in linear},
         "BaseFusedOp": _FusedOp,
+        "CustomOp": _FusedOp,
         "MultiPlatformOp": _FusedOp,
         "SiluAndMul": _GatedActivation,
         "GeluAndMul": _GatedActivation,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import miniatures
 import pytest
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer, known_releases
+from pytest_moe_routing.backends import BACKENDS, FlashInfer, Gate, kernel_call, known_releases
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import ModelSpec, load_models
 from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.lattice import Once, lattice, sweep
+from pytest_moe_routing.targets.lattice import Once, lattice, sweep, sweep_behind_gates
+from pytest_moe_routing.targets.protocol import Captured
 
 MODELS = load_models(packaged_directory())
 NEWEST = known_releases()[-1]
@@ -91,6 +93,51 @@ def test_causes_that_are_others_together_are_left_out():
     softmax = {c.why for c in sweep(target, "nvfp4", ()).causes if c.method == "Default"}
     assert {("scale",), ("groups",)} <= softmax
     assert not any({"scale", "groups"} <= set(why) for why in softmax)
+
+
+class Gated(BuiltinTarget):
+    """Records its calls, which know no factor; takes `methods` only, and no router of 8 experts."""
+
+    name = "gated"
+    methods = ("Renormalize", "RenormalizeNaive")
+
+    def gates(self, model, backend, method):
+        return (
+            Gate("routing method", method in self.methods, f"{method} is not taken"),
+            Gate("shape", model.router.num_experts != 8, "8 experts"),
+        )
+
+    def capture(self, model, backend, method):
+        call = kernel_call(model.router, backend, method, self.flashinfer)
+        return Captured(replace(call, routed_scaling_factor=1.0))
+
+
+def test_what_only_a_routing_gate_stops_is_judged():
+    """vLLM PR 44007: the gate of MXFP4 hid that four arguments were None."""
+    target = Once(Gated(FlashInfer.of(NEWEST)))
+    assert not [c for c in sweep(target, "fp8_block", ()).causes if c.method == "DeepSeekV3"]
+    found = sweep_behind_gates(target, "fp8_block", serving("fp8_block"))
+    [lost] = [cause for cause in found.causes if cause.method == "DeepSeekV3"]
+    assert (lost.verdict, lost.why) == ("wrong", ("scale",))
+    assert {"deepseek-r1", "step-3.7-flash"} <= set(lost.models)
+    text = "\n".join(lost.lines())
+    assert "decided  had no gate stopped it -> DeepSeekV3" in text
+    assert "gate     routing method: no, DeepSeekV3 is not taken" in text
+    # Other gates had their reasons, and no framework makes up a bias.
+    assert all(c.example.model.router.num_experts != 8 for c in found.causes)
+    assert all(c.example.model.router.correction_bias for c in found.causes)
+
+
+def test_behind_open_gates_there_is_nothing(monkeypatch):
+    monkeypatch.setattr(Gated, "methods", FlashInfer.of(NEWEST).methods)
+    found = sweep_behind_gates(Once(Gated(FlashInfer.of(NEWEST))), "mxfp4", ())
+    assert (found.verdicts.total(), found.unanswered.total()) == (0, 0)
+
+
+def test_calls_that_are_not_recorded_cannot_be_judged_behind_gates():
+    found = sweep_behind_gates(Once(BuiltinTarget(FlashInfer.of(NEWEST))), "nvfp4", ())
+    assert set(found.unanswered) == {"builtin 0.1.0: its calls are not recorded"}
+    assert not found.verdicts
 
 
 class Counting(BuiltinTarget):

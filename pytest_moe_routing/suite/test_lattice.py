@@ -14,15 +14,27 @@ def asked_once(moe_target):
     return Once(moe_target)
 
 
-def test_lattice(asked_once, moe_backend, moe_session):
-    """No router of the lattice passes all gates and goes wrong, or crashes."""
+def check(sweep, asked_once, moe_backend, moe_session):
     from pytest_moe_routing.errors import Unsupported
-    from pytest_moe_routing.targets.lattice import sweep
 
     models = [model for model, backend in moe_session.cases if backend == moe_backend]
     with unsupported_is_skipped():
         found = sweep(asked_once, moe_backend, models)
-        if not found.verdicts:
+        if not found.verdicts and found.unanswered:
             raise Unsupported(found.unanswered.most_common(1)[0][0])
     if found.causes:
         pytest.fail("\n".join(found.lines()), pytrace=False)
+
+
+def test_lattice(asked_once, moe_backend, moe_session):
+    """No router of the lattice passes all gates and goes wrong, or crashes."""
+    from pytest_moe_routing.targets.lattice import sweep
+
+    check(sweep, asked_once, moe_backend, moe_session)
+
+
+def test_behind_gates(moe_framework, asked_once, moe_backend, moe_session):
+    """No call that only a gate for the routing method stops would go wrong."""
+    from pytest_moe_routing.targets.lattice import sweep_behind_gates
+
+    check(sweep_behind_gates, asked_once, moe_backend, moe_session)

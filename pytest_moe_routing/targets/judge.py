@@ -197,19 +197,51 @@ def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
         gates=gates,
         wanted=recipe_of(model.router),
     )
-    refused = [gate for gate in gates if not gate.ok]
-    if refused:
+    if not all(gate.ok for gate in gates):
         exact = tuple(exact_calls(model, backend, flashinfer))
         return replace(base, verdict="missed" if exact else "fallback", exact=exact)
+    return _judge_call(target, base)
 
+
+def judge_behind_gates(
+    target: Target, model: ModelSpec, backend: str, method: str, gates: tuple[Gate, ...]
+) -> Judgement:
+    """Judge the call that a target would make, whatever its classifier and gates say.
+
+    Args:
+        method: The routing method that the call would be made with.
+        gates: The gates' answers for it, for the record.
+
+    Raises:
+        Unsupported: The target's calls are not recorded, or this one cannot be made.
+    """
+    base = Judgement(
+        target=str(target),
+        model=model,
+        backend=backend,
+        flashinfer=target.flashinfer,
+        verdict="exact",
+        classification=Classification(method, ("had no gate stopped it",)),
+        gates=gates,
+        wanted=recipe_of(model.router),
+    )
+    return _judge_call(target, base, recorded_only=True)
+
+
+def _judge_call(target: Target, base: Judgement, *, recorded_only: bool = False) -> Judgement:
+    """Judge the call that follows a classification."""
+    model, backend, flashinfer = base.model, base.backend, base.flashinfer
+    method = base.classification.method
     beyond = Unsupported(
         f"{target} lets {model} through, which cannot be judged: {model.router.not_expressible}"
     )
-    captured = target.capture(model, backend, classification.method)
+    captured = target.capture(model, backend, method)
     if captured is None:
+        if recorded_only:
+            raise Unsupported(f"{target}: its calls are not recorded")
         if model.router.not_expressible is not None:
             raise beyond
-        captured = _assumed(target, model, backend, classification.method)
+        captured = _assumed(target, model, backend, method)
     reasons, call = captured.problems, captured.call
     if call is None:
         exact = tuple(exact_calls(model, backend, flashinfer))

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache, cached_property
 from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Any
 
-from pytest_moe_routing.backends import BACKENDS, Gate, KernelCall
+from pytest_moe_routing.backends import BACKENDS, Gate, KernelCall, exact_calls
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec, RouterConfig
-from pytest_moe_routing.targets.judge import Judgement, judge
+from pytest_moe_routing.targets.judge import Judgement, judge, judge_behind_gates
 from pytest_moe_routing.targets.protocol import Captured, Target
 
 BAD = ("wrong", "crash")
@@ -235,29 +235,72 @@ def sweep(
         models: Those of which a cause says whether it concerns them.
         routers: Other routers than the lattice's, smallest first.
     """
+    return _sweep(lambda model: (judge(target, model, backend),), backend, models, routers)
+
+
+def sweep_behind_gates(
+    target: Target,
+    backend: str,
+    models: Iterable[ModelSpec],
+    routers: Iterable[RouterConfig] | None = None,
+) -> Sweep:
+    """Judge the calls that only a gate for the routing method stops, as `sweep` does the others.
+
+    A gate can hide that the code behind it forgets an argument, until somebody opens it. A call is
+    looked at where its method would mean what the router means, the backend refuses it, and takes
+    the same model with another method. What would crash is no cause: it would be noticed.
+    """
+    near = lattice(1) if routers is None else routers
+    return _sweep(
+        lambda model: _behind_gates(target, model, backend), backend, models, near, bad=("wrong",)
+    )
+
+
+def _behind_gates(target: Target, model: ModelSpec, backend: str) -> Iterator[Judgement]:
+    flashinfer = target.flashinfer
+    numbers = target.method_numbers()
+    answers = {
+        method: target.gates(model, backend, method)
+        for method in flashinfer.methods
+        if method in numbers
+    }
+    if any(all(gate.ok for gate in gates) for gates in answers.values()):
+        for call in exact_calls(model, backend, flashinfer):
+            gates = answers.get(call.method, ())
+            # No framework makes up a bias for a router that has none.
+            if call.bias != "zeros" and not all(gate.ok for gate in gates):
+                yield judge_behind_gates(target, model, backend, call.method, gates)
+
+
+def _sweep(
+    judged: Callable[[ModelSpec], Iterable[Judgement]],
+    backend: str,
+    models: Iterable[ModelSpec],
+    routers: Iterable[RouterConfig] | None,
+    bad: Sequence[str] = BAD,
+) -> Sweep:
     verdicts: Counter[str] = Counter()
     unanswered: Counter[str] = Counter()
-    bad: dict[_Key, list[Judgement]] = {}
+    examples: dict[_Key, list[Judgement]] = {}
     for router in lattice() if routers is None else routers:
         try:
-            found = judge(target, as_model(router), backend)
+            for found in judged(as_model(router)):
+                verdicts[found.verdict] += 1
+                if found.verdict in bad:
+                    examples.setdefault(_key(found), []).append(found)
         except Unsupported as reason:
             unanswered[str(reason)] += 1
-            continue
-        verdicts[found.verdict] += 1
-        if found.verdict in BAD:
-            bad.setdefault(_key(found), []).append(found)
     concerned: dict[_Key, list[str]] = {}
-    for model in models if bad else ():
+    for model in models if examples else ():
         try:
-            found = judge(target, model, backend)
+            for found in judged(model):
+                if found.verdict in bad:
+                    concerned.setdefault(_key(found), []).append(model.id)
         except Unsupported:
             continue
-        if found.verdict in BAD:
-            concerned.setdefault(_key(found), []).append(model.id)
     causes = [
         Cause(backend, *key, len(found), found[0], tuple(concerned.get(key, ())))
-        for key, found in bad.items()
+        for key, found in examples.items()
     ]
     return Sweep(verdicts, unanswered, tuple(_independent(causes)))
 

@@ -108,6 +108,9 @@ class SglangTarget(Target):
 
     def capture(self, model: ModelSpec, backend: str, method: str) -> Captured:
         """The call that the model's block ends in, on the second of two ranks."""
+        declared = self.classify(model).method
+        if method != declared:
+            raise Unsupported(f"{self}: the model's code has {declared}, not {method}")
         found = self._run(model, backend)
         if found["failed"]:
             return Captured(None, (found["failed"],))

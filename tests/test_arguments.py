@@ -53,7 +53,7 @@ def reading(model=R1, layer=LAYER, flashinfer=FLASHINFER, function=FUNCTION, **c
 def test_a_right_call_is_the_one_that_the_router_needs():
     found = reading()
     assert found.call == kernel_call(R1.router, "fp8_block", "DeepSeekV3", FLASHINFER)
-    assert (found.problems, found.notes) == ((), ())
+    assert (found.problems, found.rounded) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -114,16 +114,13 @@ def test_an_integer_that_is_none_reaches_no_kernel(name):
     assert found.problems == (f"{FUNCTION} gets {name}=None: it needs integers there",)
 
 
-def test_rounding_before_the_call_is_a_note():
+def test_rounding_before_the_call_is_no_problem_but_said():
     found = reading(
         routing_logits=tensor("bfloat16", (8, 256), **{"is": "router logits"}),
         routing_bias=tensor("bfloat16", **{"is": "bias"}),
     )
     assert (found.call.logits_dtype, found.call.bias_dtype) == ("bfloat16", "bfloat16")
-    assert found.notes == (
-        "the float32 router logits are rounded to bfloat16 before the call",
-        "the float32 bias is rounded to bfloat16 before the call",
-    )
+    assert found.rounded == ("logits", "bias")
     assert found.problems == ()
 
 

@@ -47,6 +47,12 @@ _INTEGERS = (
     "routing_method_type",
 )
 _PRECISION = ("float32", "bfloat16")
+#: What may be rounded on the way from a model to a kernel, in words.
+ROUNDED: Mapping[str, str] = {
+    "logits": "the float32 router logits are rounded to bfloat16 before the call",
+    "gate": "the router logits are made in bfloat16, and widened to float32",
+    "bias": "the float32 bias is rounded to bfloat16 before the call",
+}
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,12 @@ class Reading:
     Attributes:
         call: Its routing arguments; None when the launcher cannot take it.
         problems: What is wrong, in words.
-        notes: What is less precise than in the layer, in words.
+        rounded: What is less precise than in the layer: keys of `ROUNDED`.
     """
 
     call: KernelCall | None
     problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
 
 
 def read(
@@ -118,7 +124,7 @@ def read(
         *_wrong_tensors(model, arguments),
         *_wrong_activation(model, arguments, flashinfer),
     )
-    return Reading(call, problems, tuple(_notes(model, call)))
+    return Reading(call, problems, tuple(_rounded(model, call)))
 
 
 def _dtype(tensor: Any) -> str | None:
@@ -198,9 +204,9 @@ def _each(value: Any, absent: float) -> float | None:
     return None if found is None else float(found)
 
 
-def _notes(model: ModelSpec, call: KernelCall) -> Iterator[str]:
+def _rounded(model: ModelSpec, call: KernelCall) -> Iterator[str]:
     router = model.router
     if (router.logits_dtype, call.logits_dtype) == _PRECISION:
-        yield "the float32 router logits are rounded to bfloat16 before the call"
+        yield "logits"
     if call.bias == "router" and (router.correction_bias, call.bias_dtype) == _PRECISION:
-        yield "the float32 bias is rounded to bfloat16 before the call"
+        yield "bias"

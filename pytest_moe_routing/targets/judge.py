@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.backends import FlashInfer, Gate, KernelCall, exact_calls
+from pytest_moe_routing.backends.arguments import ROUNDED
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.routing import Classification, Recipe, normal_form, recipe_of, same
@@ -42,7 +43,8 @@ class Judgement:
         problems: What the target's own code, or its number for the method, makes wrong.
         reasons: Why a kernel that was let run is wrong or crashes, in words.
         exact: The calls that would have meant what the model means.
-        notes: Matters of precision, for a kernel that runs.
+        rounded: What the target's own code rounds, for a kernel that runs: keys of `ROUNDED`.
+        notes: Matters of precision, those included, for a kernel that runs.
     """
 
     target: str
@@ -58,6 +60,7 @@ class Judgement:
     problems: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     exact: tuple[KernelCall, ...] = ()
+    rounded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -254,7 +257,8 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool = False)
         exact = tuple(exact_calls(model, backend, flashinfer))
         return replace(base, verdict=verdict, reasons=reasons, exact=exact)
     got = flashinfer.recipe(call)
-    base = replace(base, got=got, notes=(*captured.notes, *flashinfer.notes(call)))
+    notes = (*(ROUNDED[what] for what in captured.rounded), *flashinfer.notes(call))
+    base = replace(base, got=got, rounded=captured.rounded, notes=notes)
     is_same = same(base.wanted, got, model.router.num_experts)
     if is_same and model.router.not_expressible is not None:
         # What the recipe does not say may be done outside the kernel; the rest was judged.

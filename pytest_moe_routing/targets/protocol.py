@@ -21,12 +21,12 @@ class Captured:
     Attributes:
         call: What reached the kernel; None when the code failed before.
         problems: Why it fails there, or what reaches the kernel wrongly, in words.
-        notes: Matters of precision on the way.
+        rounded: What lost precision on the way: keys of `backends.arguments.ROUNDED`.
     """
 
     call: KernelCall | None
     problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
 
 
 class Target:

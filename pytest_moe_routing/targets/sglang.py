@@ -118,7 +118,7 @@ class SglangTarget(Target):
         layer = Layer(1, 2, sizes["intermediate_size"], found["scale_after"])
         function, arguments = found["function"], found["arguments"]
         reading = read(model, backend, function, arguments, layer, self.flashinfer)
-        number, notes = arguments["routing_method_type"], list(reading.notes)
+        number, rounded = arguments["routing_method_type"], list(reading.rounded)
         own = next((name for name, value in self._numbers.items() if value == number), None)
         problems = list(reading.problems)
         if reading.call is not None and own not in (None, reading.call.method):
@@ -128,8 +128,8 @@ class SglangTarget(Target):
             )
         arriving = None if reading.call is None else reading.call.logits_dtype
         if (found["logits_dtype"], arriving) == ("bfloat16", "float32"):
-            notes.append("SGLang's gate makes the router logits in bfloat16, and widens them")
-        return Captured(reading.call, tuple(problems), tuple(notes))
+            rounded.append("gate")
+        return Captured(reading.call, tuple(problems), tuple(rounded))
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

@@ -74,16 +74,16 @@ class VllmTarget(Target):
         ]
         first = readings[0][1].call
         problems = list(self._drift(method))
-        notes: list[str] = []
+        rounded: list[str] = []
         for record, reading in readings:
-            notes += reading.notes
+            rounded += reading.rounded
             way = f"{record['by']}" + (", rank 1 of 2" if record["shards"] > 1 else "")
             problems += [f"{problem} ({way})" for problem in reading.problems]
             if reading.call is not None and first is not None and reading.call != first:
                 problems.append(f"{_difference(first, reading.call)} ({way})")
             if reading.call is None:
                 first = None
-        return Captured(first, tuple(_shortened(problems)), tuple(dict.fromkeys(notes)))
+        return Captured(first, tuple(_shortened(problems)), tuple(dict.fromkeys(rounded)))
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """What the model's MoE block passes to its layer, when vLLM's model code builds it."""

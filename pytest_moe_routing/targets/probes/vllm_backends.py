@@ -19,8 +19,9 @@ class VllmBackend:
     """What serves one quantization scheme.
 
     Attributes:
-        experts: Module below `fused_moe`, and class in it, of the monolithic experts. An empty
-            class is the module itself, whose functions are the gates.
+        experts: Module below `fused_moe` (or `quantization`, when it starts with that), and class
+            in it, of the monolithic experts. Before there were classes, the name is that of a
+            function: all gates at once, the single ones beside it in its module.
         keys: Names of the quantization keys of (weight, activation); "" stands for None.
         methods: Module below `quantization`, or `fused_moe` when it starts with a dot, and class
             of the layer's methods that call the experts.
@@ -42,22 +43,27 @@ class VllmBackend:
 _FP8 = (
     ("experts.trtllm_fp8_moe", "TrtLlmFp8ExpertsMonolithic"),
     ("experts.trtllm_fp8_moe", "TrtLlmFp8Experts"),
+    ("flashinfer_trtllm_moe", "is_supported_config_trtllm_fp8"),
+    ("flashinfer_trtllm_moe", "is_supported_config_trtllm"),
 )
 _TENSORS = "compressed_tensors.compressed_tensors_moe"
-_W8A8_FP8 = (f"{_TENSORS}.compressed_tensors_moe_w8a8_fp8", "CompressedTensorsW8A8Fp8MoEMethod")
+_W8A8_FP8 = (
+    (f"{_TENSORS}.compressed_tensors_moe_w8a8_fp8", "CompressedTensorsW8A8Fp8MoEMethod"),
+    (_TENSORS, "CompressedTensorsW8A8Fp8MoEMethod"),
+)
 
 BACKENDS: Mapping[str, VllmBackend] = {
     "fp8_block": VllmBackend(
         _FP8,
         ("kFp8Static128BlockSym", "kFp8Dynamic128Sym"),
-        (("fp8", "Fp8MoEMethod"), _W8A8_FP8),
+        (("fp8", "Fp8MoEMethod"), *_W8A8_FP8),
         ("float8_e4m3fn", 1, 128, "float32"),
         quantization=("float8_e4m3fn", "", (128, 128)),
     ),
     "fp8_per_tensor": VllmBackend(
         _FP8,
         ("kFp8StaticTensorSym", "kFp8StaticTensorSym"),
-        (("modelopt", "ModelOptFp8MoEMethod"), ("fp8", "Fp8MoEMethod"), _W8A8_FP8),
+        (("modelopt", "ModelOptFp8MoEMethod"), ("fp8", "Fp8MoEMethod"), *_W8A8_FP8),
         ("float8_e4m3fn", 1, 0, "float32"),
         quantization=("float8_e4m3fn", "", None),
     ),
@@ -75,7 +81,10 @@ BACKENDS: Mapping[str, VllmBackend] = {
         quantization=("mxfp8", "", (1, 32)),
     ),
     "nvfp4": VllmBackend(
-        (("experts.trtllm_nvfp4_moe", "TrtLlmNvFp4ExpertsMonolithic"),),
+        (
+            ("experts.trtllm_nvfp4_moe", "TrtLlmNvFp4ExpertsMonolithic"),
+            ("quantization.utils.flashinfer_fp4_moe", "is_supported_config_trtllm"),
+        ),
         ("kNvfp4Static", "kNvfp4Dynamic"),
         (
             ("modelopt", "ModelOptNvFp4FusedMoE"),
@@ -83,6 +92,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
                 f"{_TENSORS}.compressed_tensors_moe_w4a4_nvfp4",
                 "CompressedTensorsW4A4Nvfp4MoEMethod",
             ),
+            (_TENSORS, "CompressedTensorsW4A4Nvfp4MoEMethod"),
         ),
         ("uint8", 2, 16, "uint8"),
         packed=True,
@@ -92,7 +102,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         (
             ("experts.trtllm_bf16_moe", "TrtLlmBf16ExpertsMonolithic"),
             ("experts.trtllm_bf16_moe", "TrtLlmBf16Experts"),
-            ("flashinfer_trtllm_moe", ""),
+            ("flashinfer_trtllm_moe", "is_supported_config_trtllm_bf16"),
         ),
         ("", ""),
         ((".unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"),),

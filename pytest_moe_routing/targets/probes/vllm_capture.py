@@ -29,9 +29,9 @@ from pytest_moe_routing.targets.probes.vllm_backends import (
     VllmBackend,
 )
 from pytest_moe_routing.targets.probes.vllm_config import (
+    chosen,
     moe_config,
     quant_config,
-    unquantized_backend,
 )
 from pytest_moe_routing.targets.probes.vllm_gates import experts_of
 
@@ -60,7 +60,7 @@ def capture(model: Mapping[str, Any], backend: str, method: str) -> dict[str, An
         {
             "by": caller.__qualname__.split(".")[0],
             "shards": count,
-            **_one(experts, caller, _Layer(model, row, method, count)),
+            **_one(experts, caller, _Layer(model, row, method, count, isinstance(experts, type))),
         }
         for caller in methods
         for count in shards
@@ -90,7 +90,14 @@ def _methods(row: VllmBackend) -> list[Any]:
 class _Layer:
     """The attributes of vLLM's layer that its methods read; there are no others."""
 
-    def __init__(self, model: Mapping[str, Any], row: VllmBackend, method: str, shards: int):
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        row: VllmBackend,
+        method: str,
+        shards: int,
+        is_class: bool,
+    ) -> None:
         router = model["router"]
         experts = router["num_experts"]
         self.config = moe_config(model, method, shards, (HIDDEN, INTERMEDIATE))
@@ -124,6 +131,25 @@ class _Layer:
             local = self.local_num_experts
             self.expert_map[local:] = torch.arange(local, dtype=torch.int32)
         self._make_tensors(model["experts"]["gated"])
+        if not is_class:
+            self._before_classes(model)
+
+    def _before_classes(self, model: Mapping[str, Any]) -> None:
+        """What the layer's methods read and quantize themselves, as there were no experts to."""
+        self.hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+        self.enable_eplb = False
+        self.renormalize = model["router"]["renormalize"]
+        self.custom_routing_function = release.routing_function_of(model)
+        # One value serves as every scale: nobody reads them.
+        each = torch.ones(self.local_num_experts)
+        for name in ("w13", "w2"):
+            setattr(self, f"{name}_weight_scale_inv", each)
+            setattr(self, f"{name}_weight_scale", each.to(torch.float8_e4m3fn))
+            setattr(self, f"{name}_input_scale", each)
+        for name in ("scalar", "gate_scalar"):
+            setattr(self, f"output1_scales_{name}", each)
+        self.output2_scales_scalar = each
+        self.g1_scale_c = self.g1_alphas = self.g2_alphas = self.a1_gscale = each
 
     def _make_tensors(self, gated: bool) -> None:
         """Activations as the backend has them, and weights that nobody reads."""
@@ -154,7 +180,7 @@ def _one(experts: Any, method: Any, layer: _Layer) -> dict[str, Any]:
             if isinstance(experts, type):
                 config = quant_config(layer.row, layer.local_num_experts, layer.config)
                 kernel = _kernel(experts(layer.config, config), layer)
-            method(_Caller(kernel), layer, layer.hidden, layer.logits)
+            method(_Caller(kernel, layer.row), layer, layer.hidden, layer.logits)
     except Reached as reached:
         arguments = {name: plain(value, layer.named()) for name, value in reached.arguments.items()}
         return {"function": reached.function, "arguments": arguments}
@@ -183,12 +209,23 @@ class _Caller:
 
     is_monolithic = True
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, row: VllmBackend) -> None:
         self.moe_kernel = kernel
+        block = row.quantization[2]
+        self.block_quant = block is not None
+        self.weight_block_size = list(block) if block else None
 
     @property
     def unquantized_backend(self) -> Any:
-        return unquantized_backend()
+        return chosen("unquantized", "UnquantizedMoeBackend")
+
+    @property
+    def fp8_backend(self) -> Any:
+        return chosen("fp8", "Fp8MoeBackend")
+
+    @property
+    def nvfp4_backend(self) -> Any:
+        return chosen("nvfp4", "NvFp4MoeBackend")
 
 
 class _Prepared:

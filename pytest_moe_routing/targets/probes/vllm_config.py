@@ -45,6 +45,18 @@ def _activation_arguments(model: Mapping[str, Any]) -> dict[str, float]:
     return {}
 
 
+def _activation(name: str) -> Any:
+    """An activation as the release has it: a member of an enum, or before that its name."""
+    try:
+        module = real(f"{MOE}.activation")
+    except Unsupported:
+        return name
+    try:
+        return module.MoEActivation.from_str(name)
+    except ValueError:
+        raise Unsupported(f"this release has no activation {name}") from None
+
+
 def moe_config(
     model: Mapping[str, Any],
     method: str,
@@ -56,12 +68,7 @@ def moe_config(
     Raises:
         Unsupported: The release does not know the activation.
     """
-    activations = real(f"{MOE}.activation").MoEActivation
-    name = activation_name(model)
-    try:
-        activation = activations.from_str(name)
-    except ValueError:
-        raise Unsupported(f"this release has no activation {name}") from None
+    activation = _activation(activation_name(model))
     router, widths = model["router"], model["experts"]
     hidden, intermediate = sizes or (
         widths["latent_size"] or widths["hidden_size"],
@@ -123,6 +130,6 @@ def quant_config(row: VllmBackend, experts: int, layer: Any) -> Any:
     return make(**accepted(make, arguments))
 
 
-def unquantized_backend() -> Any:
-    """The value that stands for the TRT-LLM experts among vLLM's unquantized backends."""
-    return real(f"{MOE}.oracle.unquantized").UnquantizedMoeBackend.FLASHINFER_TRTLLM
+def chosen(oracle: str, backends: str) -> Any:
+    """The member that stands for the TRT-LLM experts in the enum of one of vLLM's selectors."""
+    return getattr(real(f"{MOE}.oracle.{oracle}"), backends).FLASHINFER_TRTLLM

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.targets.probes.vllm_backends import BACKENDS, KEYS, MOE, VllmBackend
-from pytest_moe_routing.targets.probes.vllm_config import moe_config
-from pytest_moe_routing.targets.probes.vllm_release import real
+from pytest_moe_routing.targets.probes.vllm_backends import (
+    BACKENDS,
+    KEYS,
+    LAYERS,
+    MOE,
+    VllmBackend,
+)
+from pytest_moe_routing.targets.probes.vllm_config import activation_name, moe_config
+from pytest_moe_routing.targets.probes.vllm_release import accepted, real
 
 
 def experts_of(backend: VllmBackend) -> Any:
-    """The class of a backend's monolithic experts, or the module whose functions are its gates."""
-    return find(backend.experts)
-
-
-def find(places: tuple[tuple[str, str], ...]) -> Any:
-    """The first class, or module, of those named that this release has.
+    """A backend's monolithic experts, see `VllmBackend.experts`: a class, or a function.
 
     Raises:
-        Unsupported: It has none of them.
+        Unsupported: The release has none.
     """
-    for module, name in places:
+    for module, name in backend.experts:
+        below = LAYERS if module.startswith("quantization.") else MOE
         try:
-            found = real(f"{MOE}.{module}")
-        except Unsupported:
+            return getattr(real(f"{below}.{module}"), name)
+        except (Unsupported, AttributeError):
             continue
-        if not name or hasattr(found, name):
-            return getattr(found, name) if name else found
-    raise Unsupported(f"this release has no {' or '.join(name or m for m, name in places)}")
+    raise Unsupported(f"this release has no {backend.experts[0][1]}")
 
 
 def quant_keys(backend: VllmBackend) -> tuple[Any, Any]:
@@ -57,49 +55,53 @@ def gates(model: Mapping[str, Any], backend: str, method: str) -> list[list[Any]
         layer = moe_config(model, method)
     except Unsupported as unknown:
         return [["activation", False, str(unknown)]]
-    name = owner.__name__.rpartition(".")[2]
+    name = owner.__name__
     quantized = " x ".join(key or "none" for key in row.keys)
-    asked: list[tuple[str, str, tuple[Any, ...], str]] = [
-        ("device", "_supports_current_device", (), "Blackwell"),
-        ("gated experts", "_supports_no_act_and_mul", (), f"gated={model['experts']['gated']}"),
-        ("activation", "_supports_activation", (layer.activation,), layer.activation.value),
-        ("quantization scheme", "_supports_quant_scheme", (weight, activation_key), quantized),
-        ("parallel config", "_supports_parallel_config", (layer.moe_parallel_config,), "one GPU"),
-        (
-            "routing method",
-            "_supports_routing_method",
-            (layer.routing_method, weight, activation_key),
-            method,
-        ),
-        (
-            "router logits dtype",
-            "_supports_router_logits_dtype",
-            (layer.router_logits_dtype, layer.routing_method),
-            model["router"]["logits_dtype"],
-        ),
-        ("shape", "_supports_shape", (layer.hidden_dim,), f"hidden size {layer.hidden_dim}"),
+    given = {
+        "activation": layer.activation,
+        "weight_key": weight,
+        "activation_key": activation_key,
+        "moe_parallel_config": layer.moe_parallel_config,
+        "routing_method": layer.routing_method,
+        "routing_method_type": layer.routing_method,
+        "router_logits_dtype": layer.router_logits_dtype,
+        "hidden_dim": layer.hidden_dim,
+    }
+    asked = [
+        ("device", "current_device", "Blackwell"),
+        ("gated experts", "no_act_and_mul", f"gated={model['experts']['gated']}"),
+        ("activation", "activation", activation_name(model)),
+        ("quantization scheme", "quant_scheme", quantized),
+        ("parallel config", "parallel_config", "one GPU"),
+        ("routing method", "routing_method", method),
+        ("router logits dtype", "router_logits_dtype", model["router"]["logits_dtype"]),
+        ("shape", "shape", f"hidden size {layer.hidden_dim}"),
     ]
     answers: list[list[Any]] = []
-    for gate, function, arguments, what in asked:
-        answer = _ask(owner, function, arguments)
+    for gate, function, what in asked:
+        found = _gate(owner, f"_supports_{function}")
+        if found is None:
+            continue
+        answer = found(**accepted(found, given))
         if gate == "gated experts" and model["experts"]["gated"]:
             answer = True
-        if answer is not None:
-            answers.append([gate, bool(answer), f"{name} does not take {what}"])
-    supported, reason = _all_at_once(owner, layer, weight, activation_key)
+        answers.append([gate, bool(answer), f"{name} does not take {what}"])
+    supported, reason = _all_at_once(owner, layer, given)
     return [*answers, ["is_supported_config", bool(supported), reason or ""]]
 
 
-def _ask(owner: Any, function: str, arguments: tuple[Any, ...]) -> Any:
-    """A gate's answer; None when the owner has no such gate."""
-    gate = next((g for n, g in inspect.getmembers(owner) if n.startswith(function)), None)
-    if gate is None:
-        return None
-    return gate(*arguments[: len(inspect.signature(gate).parameters)])
+def _gate(owner: Any, name: str) -> Any:
+    """One gate of a class, or of those that a function calls; None when there is none."""
+    if isinstance(owner, type):
+        return getattr(owner, name, None)
+    called = [other for other in owner.__code__.co_names if other.startswith(name)]
+    return owner.__globals__[called[0]] if called else None
 
 
-def _all_at_once(owner: Any, layer: Any, weight: Any, activation: Any) -> Any:
+def _all_at_once(owner: Any, layer: Any, given: Mapping[str, Any]) -> Any:
+    if isinstance(owner, type):
+        keys = given["weight_key"], given["activation_key"]
+        return owner.is_supported_config(owner, layer, *keys, owner.activation_format())  # type: ignore[attr-defined]
     standard = real(f"{MOE}.modular_kernel").FusedMoEActivationFormat.Standard
-    if isinstance(owner, ModuleType):
-        return owner.is_supported_config_trtllm_bf16(layer, standard)
-    return owner.is_supported_config(owner, layer, weight, activation, owner.activation_format())
+    given = {**given, "moe_config": layer, "activation_format": standard}
+    return owner(**accepted(owner, given))

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pytest_moe_routing.backends import FlashInfer
 from pytest_moe_routing.errors import Unsupported
@@ -109,6 +110,24 @@ class _Blackwell:
         raise AttributeError(name)
 
 
+def _fp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return x.to(torch.float8_e4m3fn), torch.ones(len(x), 1)
+
+
+def _fp4(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    tokens, size = x.shape
+    scales = torch.zeros(tokens, size // 16, dtype=torch.uint8)
+    return torch.zeros(tokens, size // 2, dtype=torch.uint8), scales
+
+
+#: Quantization of activations, as to shape and dtype: it needs a GPU, and its values do not matter.
+_QUANTIZERS = {
+    "per_token_group_quant_fp8": _fp8,
+    "scaled_fp8_quant": _fp8,
+    "scaled_fp4_quant": _fp4,
+}
+
+
 def _register(op_name: str, op_func: Any, *_: Any, **__: Any) -> None:
     """Call a custom operator as the plain function that it is made of."""
     setattr(torch.ops.vllm, op_name, op_func)
@@ -124,6 +143,8 @@ def install(root: str, flashinfer: FlashInfer) -> None:
     import_module("vllm.platforms").current_platform = _Blackwell()  # type: ignore[attr-defined]
     operators = import_module("vllm.utils.torch_utils")
     operators.direct_register_custom_op = _register  # type: ignore[attr-defined]
+    for module in ("vllm._custom_ops", f"{QUANTIZATION}.utils.fp8_utils"):
+        vars(import_module(module)).update(_QUANTIZERS)
 
 
 def real(module: str) -> ModuleType:
@@ -179,12 +200,12 @@ def make_router(model: Mapping[str, Any]) -> Any:
         scoring_func=router["scoring_func"],
         routed_scaling_factor=router_factor(model),
         e_score_correction_bias=bias,
-        custom_routing_function=_routing_function(model),
+        custom_routing_function=routing_function_of(model),
         **accepted(factory, {"eplb_state": None}),
     )
 
 
-def _routing_function(model: Mapping[str, Any]) -> Any:
+def routing_function_of(model: Mapping[str, Any]) -> Any:
     """The routing function that the model's code gives to the layer, as a stub.
 
     The router recognises the function itself, as an attribute of its module, and never runs it.

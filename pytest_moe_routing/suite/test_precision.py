@@ -1,0 +1,21 @@
+"""What the target in force makes less precise than a model's router is."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.suite.skips import unsupported_is_skipped
+
+
+def test_precision(moe_framework, moe_model, moe_backend):
+    """Nothing is rounded on the way to a kernel that would have taken it as it is."""
+    from pytest_moe_routing.targets import judge
+    from pytest_moe_routing.targets.precision import lines, lost_needlessly
+
+    with unsupported_is_skipped():
+        found = judge(moe_framework, moe_model, moe_backend)
+    if found.got is None:
+        pytest.skip(f"no kernel runs: {found.verdict}")
+    lost = lost_needlessly(found)
+    if lost:
+        pytest.fail("\n".join(lines(found, lost)), pytrace=False)

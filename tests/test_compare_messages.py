@@ -1,0 +1,251 @@
+"""What a failure of the comparator says: each reason and each diagnosis, made by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pytest_moe_routing.compare import assert_routing, compare_routing
+from pytest_moe_routing.logits import make
+from pytest_moe_routing.reference import routing as reference
+from pytest_moe_routing.reference.routing import route
+from pytest_moe_routing.routing.recipe import Recipe
+
+DEEPSEEK = Recipe(
+    top_k=8,
+    score="sigmoid",
+    bias=True,
+    n_group=8,
+    topk_group=4,
+    normalize="sum",
+    epsilon=1e-20,
+    scale=2.5,
+)
+UNGROUPED = replace(DEEPSEEK, n_group=1, topk_group=1)
+TWO_GROUPS = Recipe(score="identity", n_group=2, group_score="top2_sum")
+EIGHT = Recipe(top_k=3, score="identity", n_group=4, topk_group=2, group_score="max")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "logits", "got", "problem", "because"),
+    [
+        (
+            TWO_GROUPS,
+            [3, 0, 2, 2],
+            [0],
+            "experts [0] instead of [2]",
+            "experts 0 lie in group 0, which is not kept: kept are 1 (scores 4), group 0 has 3; "
+            "their keys are higher, which counts in kept groups alone",
+        ),
+        (
+            TWO_GROUPS,
+            [-2, -2, -3, -9],
+            [2],
+            "experts [2] instead of [0]",
+            "experts 2 lie in group 1, which is not kept: kept are 0 (scores -4), group 1 has -12",
+        ),
+        (
+            EIGHT,
+            [3, 4, 1, 8, 5, 0, 9, 2],
+            [6, 0, 4],
+            "experts [0, 4] instead of [3, 7]",
+            "experts 0 4 lie in groups 0 2, which are not kept: kept are 1 3 (scores 8 9), "
+            "groups 0 2 have 4 5; their keys are higher, which counts in kept groups alone",
+        ),
+        (
+            TWO_GROUPS,
+            [1, 2, 2, 1],
+            [2],
+            "experts [2] instead of [1]",
+            "experts 2 lie in group 1, which is not kept: kept are 0 (scores 3), group 1 has 3; "
+            "0 and 1 are scored by the same inputs: the lower must win",
+        ),
+        (
+            Recipe(top_k=2, score="identity"),
+            [1, 3, 1, 0],
+            [1, 2],
+            "experts [2] instead of [0]",
+            "2 is chosen over 0, which has the same logit: the lower index must win",
+        ),
+        (
+            Recipe(score="sigmoid", bias=True),
+            [2, 2, 0, 0],
+            [1],
+            "experts [1] instead of [0]",
+            "1 is chosen over 0, which has the same logit and bias: the lower index must win",
+        ),
+        (
+            Recipe(score="sigmoid"),
+            [0, 0.5, 1, 0],
+            [1],
+            "experts [1] instead of [2]",
+            "1 is chosen over 2, whose key is 0.109 higher; errors explain 3e-06",
+        ),
+    ],
+)
+def test_the_message_proves_that_experts_are_wrong(recipe, logits, got, problem, because):
+    logits = torch.tensor([logits], dtype=torch.float32)
+    bias = torch.zeros(logits.shape[1]) if recipe.bias else None
+    text = compare_routing(torch.tensor([got]), None, logits, recipe, bias).message()
+    assert f"  token 0: {problem}\n    because {because}\n    wanted " in text
+
+
+def test_no_weight_is_allowed_that_the_recipe_cannot_give():
+    recipe = Recipe(top_k=2, score="sigmoid", normalize="sum")
+    logits, weights = torch.full((1, 2), -112.0), torch.tensor([[-1e-9, 0.5]])
+    found = compare_routing(torch.tensor([[0, 1]]), weights, logits, recipe)
+    assert "expert 0 weighs -1e-09, allowed 0 to 1\n" in found.message()
+
+
+def routed(logits, recipe, bias, /, **other):
+    """Experts and weights of another recipe."""
+    recipe = replace(recipe, **other)
+    got = route(logits, recipe, bias if recipe.bias else None)
+    return got.topk_ids, got.topk_weights
+
+
+def biased_weights(logits, recipe, bias):
+    ids, _ = routed(logits, recipe, bias)
+    weights = (logits.sigmoid() + bias).gather(1, ids)
+    return ids, recipe.scale * weights / weights.sum(1, keepdim=True)
+
+
+def masked(logits, recipe, bias, mask, **other):
+    """Experts where those of excluded groups have a number for their keys."""
+    recipe = replace(recipe, **other)
+    keys = logits.sigmoid() + bias
+    best = reference.group_scores(keys, recipe).topk(recipe.topk_group).indices
+    out = torch.ones(len(keys), recipe.n_group, dtype=torch.bool).scatter(1, best, False)
+    keys = keys.masked_fill(out.repeat_interleave(keys.shape[1] // recipe.n_group, 1), mask)
+    ids = keys.topk(recipe.top_k).indices
+    return ids, reference.weigh(logits, recipe, ids)
+
+
+def scored_in_bfloat16(logits, recipe, bias, weighed_in=torch.bfloat16):
+    scores = logits.sigmoid().bfloat16()
+    ids = reference.choose(scores.float() + bias, recipe)
+    weights = scores.gather(1, ids).to(weighed_in)
+    return ids, (weights / weights.sum(1, keepdim=True)).float() * recipe.scale
+
+
+def rounded_weights(logits, recipe, bias, scale):
+    ids, weights = routed(logits, recipe, bias, scale=recipe.scale / scale)
+    return ids, weights.bfloat16().float() * scale
+
+
+RANKED = "groups are ranked by their best expert, not by the sum of their two best"
+MASKED = "experts of excluded groups take part, with a number such as 0 for their keys"
+#: What is made of the logits, from which pattern, and what the message says of it.
+DIAGNOSES = {
+    "scale lost": (routed, {"scale": 1.0}, "plain", "the routed scaling factor is missing"),
+    "scale twice": (routed, {"scale": 6.25}, "plain", "the routed scaling factor is applied twice"),
+    "biased weights": (biased_weights, {}, "plain", "router weights are those of score + bias"),
+    "negative sums": (
+        biased_weights,
+        {},
+        "bias-below-minus-1",
+        "router weights are those of score + bias",
+    ),
+    "no epsilon": (
+        routed,
+        {"epsilon": 0.0},
+        "below-minus-100",
+        "all chosen scores underflow to 0, and 0/0 is NaN without the recipe's epsilon",
+    ),
+    "logits": (
+        lambda logits, recipe, bias: routed(logits.bfloat16(), recipe, bias),
+        {},
+        "plain",
+        "router logits are rounded to bfloat16",
+    ),
+    "scores": (
+        scored_in_bfloat16,
+        {"weighed_in": torch.float32},
+        "plain",
+        "scores are rounded to bfloat16",
+    ),
+    "scores and weights": (
+        scored_in_bfloat16,
+        {},
+        "plain",
+        "scores and weights are computed in bfloat16",
+    ),
+    "weights": (rounded_weights, {"scale": 1.0}, "plain", "router weights are rounded to bfloat16"),
+    "weights, then scaled": (
+        rounded_weights,
+        {"scale": 2.5},
+        "plain",
+        "router weights are rounded to bfloat16",
+    ),
+    "bias ignored": (routed, {"bias": False}, "plain", "the router's correction bias is ignored"),
+    "groups ignored": (
+        routed,
+        {"n_group": 1, "topk_group": 1},
+        "plain",
+        "the group limit is ignored",
+    ),
+    "group score": (routed, {"group_score": "max"}, "plain", RANKED),
+    # With its bias rounded to bfloat16, all keys would be alike and any choice explained.
+    "not a rounded bias": (routed, {"group_score": "max"}, "deep-negative-high-bias", RANKED),
+    "mask 0": (masked, {"mask": 0.0}, "bias-below-minus-1", MASKED),
+    "mask -1": (masked, {"mask": -1.0}, "bias-below-minus-1", MASKED),
+    "mask and group score": (
+        masked,
+        {"mask": 0.0, "group_score": "max"},
+        "bias-below-minus-1",
+        f"{RANKED}; {MASKED}",
+    ),
+    "two mistakes": (
+        routed,
+        {"group_score": "max", "scale": 1.0},
+        "plain",
+        f"{RANKED} (explains the experts alone)",
+        "the routed scaling factor is missing (explains the weights alone)",
+    ),
+    "another": (routed, {"weigh_by": "softmax"}, "plain"),
+}
+
+
+@pytest.mark.parametrize("name", DIAGNOSES)
+def test_what_explains_all_that_is_wrong_is_named(name):
+    make_wrong, how, pattern, *wanted = DIAGNOSES[name]
+    case = make(pattern, DEEPSEEK, num_tokens=64, num_experts=256)
+    got = make_wrong(case.logits, DEEPSEEK, case.bias, **how)
+    found = compare_routing(*got, case.logits, DEEPSEEK, case.bias)
+    assert list(found.diagnosis) == wanted
+    lines = found.message().splitlines()
+    assert [line for line in lines if "diagnosis" in line] == [f"  diagnosis  {x}" for x in wanted]
+    assert not wanted or lines[-1].startswith("  diagnosis")
+
+
+def test_one_token_that_a_mistake_does_not_explain_rules_it_out():
+    case = make("plain", DEEPSEEK, num_tokens=64, num_experts=256)
+    ids, weights = routed(case.logits, DEEPSEEK, case.bias, scale=1.0)
+    weights[63] *= 2.5
+    assert not compare_routing(ids, weights, case.logits, DEEPSEEK, case.bias).diagnosis
+
+
+def test_numbers_are_no_underflow():
+    """Where the sum may be 0, without an epsilon any weight would be as right as NaN."""
+    case = make("below-minus-100", DEEPSEEK, num_tokens=8, num_experts=256)
+    ids = route(case.logits, DEEPSEEK, case.bias).topk_ids
+    found = compare_routing(ids, torch.full((8, 8), 0.3125), case.logits, DEEPSEEK, case.bias)
+    assert len(found.differences) == 8
+    assert not found.diagnosis
+
+
+def test_a_right_routing_needs_no_diagnosis(monkeypatch):
+    monkeypatch.setattr("pytest_moe_routing.compare.routing.diagnose", None)
+    case = make("plain", DEEPSEEK, num_tokens=8, num_experts=256)
+    got = route(case.logits, DEEPSEEK, case.bias)
+    assert_routing(got.topk_ids, got.topk_weights, case.logits, DEEPSEEK, case.bias)
+
+
+@pytest.mark.parametrize("pattern", ["deep-negative-high-bias", "below-minus-100"])
+def test_tiny_weights_are_told_apart(pattern):
+    """float32's sigmoid has no absolute error, beside which biased weights would pass."""
+    case = make(pattern, UNGROUPED, num_tokens=16, num_experts=256)
+    got = biased_weights(case.logits, UNGROUPED, case.bias)
+    assert len(compare_routing(*got, case.logits, UNGROUPED, case.bias).differences) == 16

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from old_releases import find_wheel
+from wheels import find_wheel
 
 from pytest_moe_routing.plugin import SUITE
 

@@ -22,14 +22,6 @@ from unittest.mock import MagicMock
 
 import torch
 
-
-def find_wheel(release):
-    """The wheel of a release (`vllm 0.7.2`) in the folders that MOE_WHEELS names, or None."""
-    folders = filter(None, os.environ.get("MOE_WHEELS", "").split(os.pathsep))
-    wheels = (wheel for folder in folders for wheel in Path(folder).glob("*.whl"))
-    return next((wheel for wheel in wheels if wheel.name.split("-")[:2] == release.split()), None)
-
-
 # -- functions of vLLM and SGLang ------------------------------------------------------------------
 
 #: vLLM's switches, all off: the torch code runs.

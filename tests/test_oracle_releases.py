@@ -12,14 +12,14 @@ ties are left out.
 from __future__ import annotations
 
 import functools
-import os
 import re
 from dataclasses import dataclass, replace
 from math import inf
 
 import pytest
 import torch
-from old_releases import call_function, find_wheel, load_function, run_blocks, small_config
+from old_releases import call_function, load_function, run_blocks, small_config
+from wheels import find_wheel
 
 from pytest_moe_routing.compare import assert_routing
 from pytest_moe_routing.goldens import packaged_directory
@@ -275,13 +275,3 @@ def test_affected(report, release):
 @each("fixed")
 def test_fixed(report, release):
     assert failures_of(report, outputs_of(report, release)) == {}
-
-
-def test_a_wheel_is_found_by_its_exact_version(tmp_path, monkeypatch):
-    wheel = tmp_path / "sglang-0.4.3.post2-py3-none-any.whl"
-    wheel.touch()
-    monkeypatch.setenv("MOE_WHEELS", f"{tmp_path / 'empty'}{os.pathsep}{tmp_path}")
-    assert find_wheel("sglang 0.4.3.post2") == wheel
-    assert find_wheel("sglang 0.4.3") is None
-    monkeypatch.delenv("MOE_WHEELS")
-    assert find_wheel("sglang 0.4.3.post2") is None

@@ -1,16 +1,16 @@
 """The SGLang target: reading sources of a miniature, and whole releases where there are some.
 
-`MOE_SGLANG_SOURCES` names wheels, unpacked ones or checkouts of SGLang, separated as in PATH.
+The releases are those of which MOE_WHEELS has a wheel.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from wheels import wheels_since
 
 from pytest_moe_routing.backends import FlashInfer, Gate, kernel_call
 from pytest_moe_routing.errors import Unsupported
@@ -23,7 +23,7 @@ from pytest_moe_routing.targets.sglang import SglangTarget, config_of
 from pytest_moe_routing.targets.source import Source
 
 MODELS = load_models(Path(__file__).parent.parent / "golden")
-RELEASES = [path for path in os.environ.get("MOE_SGLANG_SOURCES", "").split(os.pathsep) if path]
+RELEASES = wheels_since("0.5.6", "sglang")
 
 LEAF = """
     class {block}:
@@ -156,11 +156,13 @@ def test_a_backend_that_sglang_serves_otherwise_is_not_judged(tmp_path):
     target.close()
 
 
-@pytest.fixture(scope="module", params=RELEASES or [None], ids=lambda path: Path(path or "-").name)
+@pytest.fixture(
+    scope="module", params=RELEASES or [None], ids=lambda path: path.name if path else "-"
+)
 def target(request):
     if request.param is None:
-        pytest.skip("MOE_SGLANG_SOURCES names no sources of SGLang")
-    source = Source.at("sglang", Path(request.param))
+        pytest.skip("MOE_WHEELS has no SGLang")
+    source = Source.at("sglang", request.param)
     made = SglangTarget(FlashInfer.of(source.flashinfer), source)
     yield made
     made.close()

@@ -1,0 +1,24 @@
+"""What the README shows is what is printed."""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+from known_bugs import options, run
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_failure_is_what_vllm_0_22_1_gets(tmp_path):
+    chosen = options("vllm 0.22.1")
+    if chosen is None:
+        pytest.skip("MOE_WHEELS has no vllm 0.22.1")
+    shown = re.search(r"```text\n(step-3.7-flash on .*?)```", README.read_text(), re.DOTALL)[1]
+    _, text = run("test_verdict[step-3.7-flash-fp8_block]", chosen, tmp_path)
+    printed = text.splitlines()
+    start = next(i for i, line in enumerate(printed) if line.startswith("step-3.7-flash on"))
+    for line, shown_line in zip(printed[start:], shown.splitlines(), strict=False):
+        assert fnmatchcase(line, shown_line.replace("...", "*"))

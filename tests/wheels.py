@@ -1,0 +1,36 @@
+"""Wheels of real releases that tests may use: those in the folders that MOE_WHEELS names.
+
+Folders are separated as in PATH. What is not there is skipped; `.ci/run` gets a few of each kind.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from packaging.version import Version
+
+
+def _all():
+    folders = filter(None, os.environ.get("MOE_WHEELS", "").split(os.pathsep))
+    return (wheel for folder in folders for wheel in Path(folder).glob("*.whl"))
+
+
+def _release(wheel):
+    distribution, version = wheel.name.split("-")[:2]
+    return distribution, Version(version)
+
+
+def find_wheel(release):
+    """The wheel of a release (`vllm 0.7.2`), or None."""
+    return next((wheel for wheel in _all() if wheel.name.split("-")[:2] == release.split()), None)
+
+
+def wheels_since(version, *distributions):
+    """All wheels of these distributions from a release on, oldest first."""
+    found = {_release(wheel): wheel for wheel in _all()}
+    return [
+        found[name, release]
+        for name, release in sorted(found, key=lambda key: key[::-1])
+        if name in distributions and release >= Version(version)
+    ]

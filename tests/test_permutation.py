@@ -113,7 +113,7 @@ def broken(name):
         ("row shared", "two slots share a row"),
         ("other segment", "do not lead back|another expert's segment|lead back"),
         ("token lost", "lead back"),
-        ("count", "tokens_per_expert"),
+        ("count", r"tokens_per_expert: \[\d+\] is (\d+), not \d+"),
         ("beyond", "beyond the padded size"),
     ],
 )

@@ -117,6 +117,16 @@ def nan_rows(x: Inputs, _: Context) -> Routing:
     return Routing(found.topk_ids.masked_fill(broken, 0), found.topk_weights)
 
 
+def nan_beyond(x: Inputs, c: Context) -> Routing | None:
+    """A token of bfloat16 NaN gets experts of the compiled tier that the router does not have."""
+    tier = max(128, 1 << (c.num_experts - 1).bit_length())
+    if x.recipe.score != "identity" or x.logits.dtype != torch.bfloat16 or c.num_experts == tier:
+        return None
+    found = route(x.logits, x.recipe, x.bias)
+    lost = x.logits.isnan().all(1, keepdim=True)
+    return Routing(found.topk_ids.masked_fill(lost, c.num_experts), found.topk_weights)
+
+
 def cancelled(x: Inputs, _: Context) -> Routing | None:
     """The score is recovered from the key, by taking the bias away again."""
     r = x.recipe

@@ -79,6 +79,14 @@ FAULTS: Mapping[str, Fault] = {
             "test_gpu_routing.py::test_model[qwen3-235b-a22b-not-finite-float32-float32]",
         ),
         Fault(
+            "nan-beyond",
+            "route",
+            changes.nan_beyond,
+            "a token of bfloat16 NaN gets experts that do not exist, below the compiled tier",
+            "flashinfer 0.7.2.post1, docs/findings.md",
+            "test_gpu_routing.py::test_model[gpt-oss-20b-not-finite-bfloat16-float32]",
+        ),
+        Fault(
             "cancelled-bias",
             "route",
             changes.cancelled,

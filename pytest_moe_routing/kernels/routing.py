@@ -43,12 +43,14 @@ class KernelRouting:
     Attributes:
         topk_ids: int64 `[num_tokens, top_k]`, global; -1 outside the local shard.
         topk_weights: bfloat16 `[num_tokens, top_k]`.
-        permutation: As `reference.permutation.permute` describes it.
+        permutation: As `reference.permutation.permute` describes it; None where it cannot be one.
+        broken: Why it cannot, in words.
     """
 
     topk_ids: Tensor
     topk_weights: Tensor
-    permutation: Permutation
+    permutation: Permutation | None
+    broken: str = ""
 
 
 def routing_arguments(
@@ -132,35 +134,47 @@ def run_routing(
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
     local = shard.local_num_experts if shard else call.num_experts
-    return KernelRouting(
-        result.topk_ids.cpu().to(torch.int64),
-        result.topk_weights.cpu(),
-        _permutation(result, tile_tokens_dim, local),
-    )
+    ids, weights = result.topk_ids.cpu().to(torch.int64), result.topk_weights.cpu()
+    tiles = _Tiles(result, tile_tokens_dim)
+    broken = tiles.broken(local)
+    return KernelRouting(ids, weights, None if broken else tiles.permutation(local), broken)
 
 
-def _permutation(result: Any, tile: int, local_num_experts: int) -> Permutation:
-    """The kernel's bookkeeping in the reference's terms: tiles belong to experts, rows to tiles."""
-    padded = int(result.total_num_padded_tokens)
-    expert_of_tile = result.cta_idx_xy_to_batch_idx[: padded // tile].cpu().to(torch.int64)
-    outside = ~((expert_of_tile >= 0) & (expert_of_tile < local_num_experts))
-    if bool(outside.any()):
-        tile_index = int(outside.nonzero()[0])
-        raise AssertionError(
-            f"the kernel gave tile {tile_index} to expert {int(expert_of_tile[tile_index])}, "
-            f"but this rank holds experts 0 to {local_num_experts - 1} (local indices)"
+class _Tiles:
+    """The kernel's bookkeeping: tiles belong to experts (local indices), rows to tiles."""
+
+    def __init__(self, result: Any, tile: int) -> None:
+        self._tile = tile
+        self._padded = int(result.total_num_padded_tokens)
+        experts = result.cta_idx_xy_to_batch_idx[: self._padded // tile]
+        self._experts = experts.cpu().to(torch.int64)
+        self._rows = result.expanded_idx_to_permuted_idx.cpu().to(torch.int64)
+        self._tokens = result.permuted_idx_to_token_idx[: self._padded].cpu().to(torch.int64)
+
+    def broken(self, local_num_experts: int) -> str:
+        """What no permutation of a rank's experts can have; empty if there is nothing."""
+        outside = ~((self._experts >= 0) & (self._experts < local_num_experts))
+        if bool(outside.any()):
+            place = int(outside.nonzero()[0])
+            return (
+                f"the kernel gave tile {place} to expert {int(self._experts[place])}, "
+                f"but this rank holds experts 0 to {local_num_experts - 1} (local indices)"
+            )
+        if bool((self._rows >= self._padded).any()):
+            return f"the kernel put a slot at row {int(self._rows.max())} of {self._padded}"
+        return ""
+
+    def permutation(self, local_num_experts: int) -> Permutation:
+        """The same in the reference's terms."""
+        tiles = torch.bincount(self._experts, minlength=local_num_experts)
+        used = self._rows[self._rows >= 0]
+        counts = torch.bincount(self._experts[used // self._tile], minlength=local_num_experts)
+        return Permutation(
+            tokens_per_expert=counts,
+            segment_starts=torch.cat([tiles.new_zeros(1), (tiles * self._tile).cumsum(0)]),
+            expanded_idx_to_permuted_idx=self._rows,
+            permuted_idx_to_token_idx=self._tokens,
         )
-    tiles = torch.bincount(expert_of_tile, minlength=local_num_experts)
-    rows = result.expanded_idx_to_permuted_idx.cpu().to(torch.int64)
-    used = rows[rows >= 0]
-    if bool((used >= padded).any()):
-        raise AssertionError(f"the kernel put a slot at row {int(used.max())} of {padded}")
-    return Permutation(
-        tokens_per_expert=torch.bincount(expert_of_tile[used // tile], minlength=local_num_experts),
-        segment_starts=torch.cat([tiles.new_zeros(1), (tiles * tile).cumsum(0)]),
-        expanded_idx_to_permuted_idx=rows,
-        permuted_idx_to_token_idx=result.permuted_idx_to_token_idx[:padded].cpu().to(torch.int64),
-    )
 
 
 def require(flashinfer: FlashInfer, call: KernelCall) -> None:

@@ -79,8 +79,7 @@ def check_permutation(got: Permutation, topk_ids: Tensor, wanted: Permutation) -
     """What is wrong with a kernel's permutation; empty when it is one of the right ones."""
     problems = []
     for name in ("tokens_per_expert", "segment_starts"):
-        if not torch.equal(getattr(got, name), getattr(wanted, name)):
-            problems.append(f"{name}: {getattr(got, name)} instead of {getattr(wanted, name)}")
+        problems += _unequal(name, getattr(got, name), getattr(wanted, name))
     rows = got.expanded_idx_to_permuted_idx
     local = wanted.expanded_idx_to_permuted_idx >= 0
     if not torch.equal(rows >= 0, local):
@@ -105,3 +104,15 @@ def check_permutation(got: Permutation, topk_ids: Tensor, wanted: Permutation) -
     elif not torch.equal(got.permuted_idx_to_token_idx[used], token_of_slot[local]):
         problems.append("the permuted buffer does not lead back to the slots' own tokens")
     return problems
+
+
+def _unequal(name: str, got: Tensor, wanted: Tensor) -> list[str]:
+    """The first elements of a vector that are not as wanted, and how many others are not."""
+    if got.shape != wanted.shape:
+        return [f"{name} has {len(got)} elements, not {len(wanted)}"]
+    places = (got != wanted).nonzero().flatten().tolist()
+    if not places:
+        return []
+    first = ", ".join(f"[{p}] is {int(got[p])}, not {int(wanted[p])}" for p in places[:3])
+    others = f" (and {len(places) - 3} more)" if len(places) > 3 else ""
+    return [f"{name}: {first}{others}"]

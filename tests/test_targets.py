@@ -18,6 +18,7 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.targets import check_target, judge, load_target, target_names
 from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.modular import refused_by_method
 from pytest_moe_routing.targets.numbers import misread_methods
 
 MODELS = load_models(packaged_directory())
@@ -121,6 +122,37 @@ def test_a_model_without_an_answer_hides_no_misread_number():
         misread_methods(Partly(FlashInfer.of("0.6.8")), CASES)
     with pytest.raises(Unsupported, match="answers-nothing has no routing method numbers"):
         misread_methods(miniatures.AnswersNothing(FlashInfer.of("0.6.8")), CASES)
+
+
+class Modular(BuiltinTarget):
+    """The gate for float32 logits stands on a base class, as in vLLM 0.18.1; no MXFP4."""
+
+    name = "modular"
+
+    def modular_gates(self, model, backend, method):
+        if backend == "mxfp4":
+            return super().modular_gates(model, backend, method)
+        refuses = model.router.logits_dtype == "float32" and method != "DeepSeekV3"
+        return (
+            Gate("router logits dtype", not refuses, "float32"),
+            Gate("shape", model.id != "nemotron-3-nano", "odd"),
+        )
+
+
+def test_modular_experts_that_refuse_a_method():
+    target = Modular(FlashInfer.of("0.6.7"))
+    models = [MODELS[m] for m in ("minimax-m2", "llama-4-scout", "nemotron-3-nano", "deepseek-r1")]
+    [line] = refused_by_method(target, "nvfp4", models)
+    assert line.startswith("modular 0.1.0, modular experts for nvfp4: they are given experts")
+    assert "refuse Default, Renormalize, Llama4" in line
+    assert line.endswith("at router logits dtype; they take DeepSeekV3 (minimax-m2, deepseek-r1)")
+    # What is refused whatever the method has another reason.
+    assert refused_by_method(target, "nvfp4", [MODELS["nemotron-3-nano"]]) == []
+
+
+def test_modular_experts_that_are_not_there():
+    with pytest.raises(Unsupported, match="modular has no modular experts for mxfp4"):
+        refused_by_method(Modular(FlashInfer.of("0.6.7")), "mxfp4", [MODELS["gpt-oss-20b"]])
 
 
 def test_what_the_launcher_refuses_is_a_crash():

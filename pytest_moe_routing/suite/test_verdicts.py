@@ -41,3 +41,14 @@ def test_method_numbers(moe_target, moe_session):
         problems = misread_methods(moe_target, moe_session.cases)
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
+
+
+def test_modular(moe_framework, moe_backend, moe_session):
+    """Experts that are given ids and weights refuse no router for its method."""
+    from pytest_moe_routing.targets.modular import refused_by_method
+
+    models = [model for model, backend in moe_session.cases if backend == moe_backend]
+    with unsupported_is_skipped():
+        problems = refused_by_method(moe_framework, moe_backend, models)
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)

@@ -72,6 +72,10 @@ class Target:
         """The gates that a backend's fused experts put before this method, with their answers."""
         raise Unsupported(f"{self.name} has no gates for {backend}")
 
+    def modular_gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+        """The gates of the fused experts that are given ids and weights, and do not route."""
+        raise Unsupported(f"{self.name} has no modular experts for {backend}")
+
     def capture(self, model: ModelSpec, backend: str, method: str) -> Captured | None:
         """The call that the target's own code makes; None when it is not recorded."""
         return None

@@ -61,6 +61,15 @@ class VllmTarget(Target):
         rows = self._probe.ask("gates", model=model.as_dict(), backend=backend, method=method)
         return tuple(Gate(*row) for row in rows)
 
+    def modular_gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+        """The same of the experts that vLLM's own router gives ids and weights.
+
+        Raises:
+            Unsupported: The release has no such experts.
+        """
+        asked = {"model": model.as_dict(), "backend": backend, "method": method}
+        return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
+
     def capture(self, model: ModelSpec, backend: str, method: str) -> Captured:
         """The call of vLLM's own code, from a layer of the model down to the kernel.
 

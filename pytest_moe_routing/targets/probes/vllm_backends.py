@@ -22,6 +22,8 @@ class VllmBackend:
         experts: Module below `fused_moe` (or `quantization`, when it starts with that), and class
             in it, of the monolithic experts. Before there were classes, the name is that of a
             function: all gates at once, the single ones beside it in its module.
+        modular: Module and class of the experts that are given ids and weights; none before there
+            were two kinds, and for MXINT4.
         keys: Names of the quantization keys of (weight, activation); "" stands for None.
         methods: Module below `quantization`, or `fused_moe` when it starts with a dot, and class
             of the layer's methods that call the experts.
@@ -38,6 +40,7 @@ class VllmBackend:
     quantized: tuple[str, int, int, str]
     packed: bool = False
     quantization: tuple[str, str, tuple[int, int] | None] = ("", "", None)
+    modular: tuple[tuple[str, str], ...] = ()
 
 
 _FP8 = (
@@ -52,6 +55,8 @@ _W8A8_FP8 = (
     (_TENSORS, "CompressedTensorsW8A8Fp8MoEMethod"),
 )
 
+_FP8_MODULAR = (("experts.trtllm_fp8_moe", "TrtLlmFp8ExpertsModular"),)
+
 BACKENDS: Mapping[str, VllmBackend] = {
     "fp8_block": VllmBackend(
         _FP8,
@@ -59,6 +64,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         (("fp8", "Fp8MoEMethod"), *_W8A8_FP8),
         ("float8_e4m3fn", 1, 128, "float32"),
         quantization=("float8_e4m3fn", "", (128, 128)),
+        modular=_FP8_MODULAR,
     ),
     "fp8_per_tensor": VllmBackend(
         _FP8,
@@ -66,6 +72,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         (("modelopt", "ModelOptFp8MoEMethod"), ("fp8", "Fp8MoEMethod"), *_W8A8_FP8),
         ("float8_e4m3fn", 1, 0, "float32"),
         quantization=("float8_e4m3fn", "", None),
+        modular=_FP8_MODULAR,
     ),
     "mxfp8": VllmBackend(
         _FP8,
@@ -79,6 +86,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         ),
         ("float8_e4m3fn", 1, 32, "uint8"),
         quantization=("mxfp8", "", (1, 32)),
+        modular=_FP8_MODULAR,
     ),
     "nvfp4": VllmBackend(
         (
@@ -97,6 +105,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         ("uint8", 2, 16, "uint8"),
         packed=True,
         quantization=("nvfp4", "", None),
+        modular=(("experts.trtllm_nvfp4_moe", "TrtLlmNvFp4ExpertsModular"),),
     ),
     "bf16": VllmBackend(
         (
@@ -107,6 +116,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         ("", ""),
         ((".unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"),),
         ("bfloat16", 1, 0, ""),
+        modular=(("experts.trtllm_bf16_moe", "TrtLlmBf16ExpertsModular"),),
     ),
     "mxfp4": VllmBackend(
         (("experts.trtllm_mxfp4_moe", "TrtLlmMxfp4ExpertsMonolithic"),),
@@ -115,6 +125,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         ("float8_e4m3fn", 1, 32, "uint8"),
         packed=True,
         quantization=("mxfp8", "mxfp4", None),
+        modular=(("experts.trtllm_mxfp4_moe", "TrtLlmMxfp4ExpertsModular"),),
     ),
     "mxint4": VllmBackend(
         (("experts.trtllm_mxint4_moe", "TrtLlmMxint4ExpertsMonolithic"),),

@@ -17,19 +17,24 @@ from pytest_moe_routing.targets.probes.vllm_config import activation_name, moe_c
 from pytest_moe_routing.targets.probes.vllm_release import accepted, real
 
 
-def experts_of(backend: VllmBackend) -> Any:
+def experts_of(backend: VllmBackend, *, modular: bool = False) -> Any:
     """A backend's monolithic experts, see `VllmBackend.experts`: a class, or a function.
+
+    Args:
+        modular: The class that is given ids and weights instead.
 
     Raises:
         Unsupported: The release has none.
     """
-    for module, name in backend.experts:
+    places = backend.modular if modular else backend.experts
+    for module, name in places:
         below = LAYERS if module.startswith("quantization.") else MOE
         try:
             return getattr(real(f"{below}.{module}"), name)
         except (Unsupported, AttributeError):
             continue
-    raise Unsupported(f"this release has no {backend.experts[0][1]}")
+    missing = places[0][1] if places else "modular experts for this backend"
+    raise Unsupported(f"this release has no {missing}")
 
 
 def quant_keys(backend: VllmBackend) -> tuple[Any, Any]:
@@ -46,10 +51,12 @@ def quant_keys(backend: VllmBackend) -> tuple[Any, Any]:
     return weight, activation
 
 
-def gates(model: Mapping[str, Any], backend: str, method: str) -> list[list[Any]]:
+def gates(
+    model: Mapping[str, Any], backend: str, method: str, modular: bool = False
+) -> list[list[Any]]:
     """Every gate of the backend's experts as [name, answer, reason], then all of them at once."""
     row = BACKENDS[backend]
-    owner = experts_of(row)
+    owner = experts_of(row, modular=modular)
     weight, activation_key = quant_keys(row)
     try:
         layer = moe_config(model, method)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pytest_moe_routing.backends import FlashInfer, kernel_call
-from pytest_moe_routing.backends.arguments import Layer, read
+from pytest_moe_routing.backends.arguments import Layer, read, read_routed
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 
@@ -157,3 +157,36 @@ def test_an_entry_point_without_the_argument_has_swiglu_alone():
     (problem,) = read(squared, "fp8_block", FUNCTION, arguments, LAYER, FLASHINFER).problems
     assert problem == "activation_type arrives as Swiglu, not Relu2"
     assert read(R1, "fp8_block", FUNCTION, arguments, LAYER, FLASHINFER).problems == ()
+
+
+IDS = tensor("int32", (8, 8), **{"is": "ids"})
+WEIGHTS = tensor("float32", (8, 8), **{"is": "weights"})
+PACKED = tensor("int32", (8, 8), **{"is": "packed"})
+
+
+def routed(function="trtllm_fp8_block_scale_routed_moe", **changes):
+    arguments = {**recorded(routing_method_type=1, n_group=None, topk_group=None), **changes}
+    return read_routed(R1, "fp8_block", function, arguments, LAYER, FLASHINFER)
+
+
+@pytest.mark.parametrize("given", [PACKED, [IDS, WEIGHTS]], ids=["packed", "apart"])
+def test_experts_and_weights_that_arrive(given):
+    assert routed(topk_ids=given) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"topk_ids": [WEIGHTS, IDS]}, "topk_ids are not the layer's experts and weights"),
+        ({"topk_ids": IDS}, "topk_ids are not the layer's experts and weights"),
+        ({"topk_ids": None}, "topk_ids are not the layer's experts and weights"),
+        ({"function": FUNCTION}, "fp8_block is served by trtllm_fp8_block_scale_routed_moe"),
+        ({"local_expert_offset": 0}, "local_expert_offset arrives as 0, the layer has 128"),
+        ({"activation_type": 4}, "activation_type arrives as"),
+        ({"num_experts": None}, "num_experts=None: it needs integers there"),
+        ({"hidden_states_scale": {**PACKED, "contiguous": False}}, "is not contiguous"),
+    ],
+)
+def test_experts_and_weights_that_do_not(changes, problem):
+    [found] = routed(**{"topk_ids": PACKED, **changes})
+    assert problem in found

@@ -133,3 +133,17 @@ def test_a_lost_factor_is_wrong_unless_the_layer_applies_it(target):
     assert judge(target, ours, "mxint4").verdict == "exact"
     other = replace(ours, architecture="Step3p5ForCausalLM")
     assert judge(target, other, "mxint4").verdict == "wrong"
+
+
+def test_modular_experts_are_given_what_the_layer_routes(target):
+    """Packed into one int32, in later releases apart; alone, and as rank 1 of 2."""
+    model = MODELS["deepseek-r1"]
+    if release(target) < (0, 18):
+        with pytest.raises(Unsupported, match="this release has no TrtLlmFp8ExpertsModular"):
+            target.modular_gates(model, "fp8_block", "DeepSeekV3")
+        return
+    assert all(gate.ok for gate in target.modular_gates(model, "fp8_block", "DeepSeekV3"))
+    for backend in ("fp8_block", "nvfp4"):
+        assert target.modular_problems(model, backend) == ()
+    with pytest.raises(Unsupported, match="no modular experts for this backend"):
+        target.modular_problems(MODELS["kimi-k2.5"], "mxint4")

@@ -95,10 +95,9 @@ def read(
     flashinfer: FlashInfer,
 ) -> Reading:
     """Read the recorded arguments of one call, defaults of the entry point included."""
-    missing = [name for name in _INTEGERS if type(arguments.get(name)) is not int]
+    missing = _missing(function, arguments)
     if missing:
-        named = ", ".join(f"{name}={arguments.get(name)!r}" for name in missing)
-        return Reading(None, (f"{function} gets {named}: it needs integers there",))
+        return Reading(None, missing)
     method = flashinfer.method(arguments["routing_method_type"])
     if method is None:
         number = arguments["routing_method_type"]
@@ -121,10 +120,46 @@ def read(
     problems = (
         *_wrong_function(backend, function, flashinfer),
         *_wrong_numbers(model, arguments, layer),
-        *_wrong_tensors(model, arguments),
+        *_wrong_tensors(arguments),
+        *_wrong_memory(arguments),
         *_wrong_activation(model, arguments, flashinfer),
     )
     return Reading(call, problems, tuple(_rounded(model, call)))
+
+
+def read_routed(
+    model: ModelSpec,
+    backend: str,
+    function: str,
+    arguments: Arguments,
+    layer: Layer,
+    flashinfer: FlashInfer,
+) -> tuple[str, ...]:
+    """What is wrong, in words, with a call that is given experts and weights.
+
+    The recorder knows them as `ids`, `weights` and `packed`, both in one int32.
+    """
+    missing = _missing(function, arguments)
+    if missing:
+        return missing
+    given = arguments.get("topk_ids")
+    parts = [part.get("is") for part in (given if isinstance(given, list) else [given]) if part]
+    wrong = parts not in (["packed"], ["ids", "weights"])
+    return (
+        *_wrong_function(backend, function, flashinfer, routed=True),
+        *_wrong_numbers(model, arguments, layer),
+        *([f"topk_ids are not the layer's experts and weights: {given}"] if wrong else ()),
+        *_wrong_memory(arguments),
+        *_wrong_activation(model, arguments, flashinfer),
+    )
+
+
+def _missing(function: str, arguments: Arguments) -> tuple[str, ...]:
+    missing = [name for name in _INTEGERS if type(arguments.get(name)) is not int]
+    if not missing:
+        return ()
+    named = ", ".join(f"{name}={arguments.get(name)!r}" for name in missing)
+    return (f"{function} gets {named}: it needs integers there",)
 
 
 def _dtype(tensor: Any) -> str | None:
@@ -142,10 +177,15 @@ def _bias(tensor: Any) -> str:
     return "zeros" if tensor.get("all") == 0 else "router"
 
 
-def _wrong_function(backend: str, function: str, flashinfer: FlashInfer) -> Iterator[str]:
+def _wrong_function(
+    backend: str, function: str, flashinfer: FlashInfer, *, routed: bool = False
+) -> Iterator[str]:
     entry = flashinfer.entry_point(backend)
-    if entry is not None and entry.function != function:
-        yield f"{function} is called, {backend} is served by {entry.function}"
+    if entry is None:
+        return
+    serves = entry.function.replace("_moe", "_routed_moe") if routed else entry.function
+    if serves != function:
+        yield f"{function} is called, {backend} is served by {serves}"
 
 
 def _wrong_numbers(model: ModelSpec, arguments: Arguments, layer: Layer) -> Iterator[str]:
@@ -164,13 +204,16 @@ def _wrong_numbers(model: ModelSpec, arguments: Arguments, layer: Layer) -> Iter
         yield "norm_topk_prob arrives as False, the router renormalizes"
 
 
-def _wrong_tensors(model: ModelSpec, arguments: Arguments) -> Iterator[str]:
+def _wrong_tensors(arguments: Arguments) -> Iterator[str]:
     logits = arguments["routing_logits"]
     if logits is None or logits.get("is") != "router logits":
         yield f"routing_logits are not the router's logits: {logits}"
     bias = arguments.get("routing_bias")
     if bias is not None and bias.get("is") != "bias" and bias.get("all") != 0:
         yield f"routing_bias is not the router's bias: {bias}"
+
+
+def _wrong_memory(arguments: Arguments) -> Iterator[str]:
     for name, value in arguments.items():
         if isinstance(value, Mapping) and value.get("contiguous") is False:
             yield f"{name} is not contiguous, and the kernel reads it as if it were"

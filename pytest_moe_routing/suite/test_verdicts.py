@@ -52,3 +52,16 @@ def test_modular(moe_framework, moe_backend, moe_session):
         problems = refused_by_method(moe_framework, moe_backend, models)
     if problems:
         pytest.fail("\n".join(problems), pytrace=False)
+
+
+def test_modular_call(moe_framework, moe_model, moe_backend):
+    """Experts and weights that a layer hands over arrive, with its shard and activation."""
+    with unsupported_is_skipped():
+        method = moe_framework.classify(moe_model).method
+        gates = moe_framework.modular_gates(moe_model, moe_backend, method)
+        refused = [gate for gate in gates if not gate.ok]
+        if refused:
+            pytest.skip(f"modular experts do not run: {refused[0].name}")
+        problems = moe_framework.modular_problems(moe_model, moe_backend)
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)

@@ -76,6 +76,10 @@ class Target:
         """The gates of the fused experts that are given ids and weights, and do not route."""
         raise Unsupported(f"{self.name} has no modular experts for {backend}")
 
+    def modular_problems(self, model: ModelSpec, backend: str) -> tuple[str, ...]:
+        """What arrives wrongly at their kernel, when they are given experts and weights."""
+        raise Unsupported(f"{self.name} records no calls of modular experts")
+
     def capture(self, model: ModelSpec, backend: str, method: str) -> Captured | None:
         """The call that the target's own code makes; None when it is not recorded."""
         return None

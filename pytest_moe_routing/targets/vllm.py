@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from pytest_moe_routing.backends import FlashInfer, Gate, KernelCall
-from pytest_moe_routing.backends.arguments import Layer, Reading, read
+from pytest_moe_routing.backends.arguments import Layer, Reading, read, read_routed
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.routing import Classification
 from pytest_moe_routing.targets.model_code import LayerRequest
@@ -70,6 +70,27 @@ class VllmTarget(Target):
         asked = {"model": model.as_dict(), "backend": backend, "method": method}
         return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
 
+    def modular_problems(self, model: ModelSpec, backend: str) -> tuple[str, ...]:
+        """What arrives wrongly at the kernel of the experts that are given ids and weights."""
+        found = self._probe.ask("capture_modular", model=model.as_dict(), backend=backend)
+        problems = []
+        for record in found["calls"]:
+            layer = Layer(record["shards"] - 1, record["shards"], found["intermediate_size"])
+            wrong = (
+                (record["refused"],)
+                if "refused" in record
+                else read_routed(
+                    model,
+                    backend,
+                    record["function"],
+                    record["arguments"],
+                    layer,
+                    self.flashinfer,
+                )
+            )
+            problems += [f"{problem} ({_way(record)})" for problem in wrong]
+        return tuple(_shortened(problems))
+
     def capture(self, model: ModelSpec, backend: str, method: str) -> Captured:
         """The call of vLLM's own code, from a layer of the model down to the kernel.
 
@@ -86,7 +107,7 @@ class VllmTarget(Target):
         rounded: list[str] = []
         for record, reading in readings:
             rounded += reading.rounded
-            way = f"{record['by']}" + (", rank 1 of 2" if record["shards"] > 1 else "")
+            way = _way(record)
             problems += [f"{problem} ({way})" for problem in reading.problems]
             if reading.call is not None and first is not None and reading.call != first:
                 problems.append(f"{_difference(first, reading.call)} ({way})")
@@ -116,6 +137,10 @@ class VllmTarget(Target):
             scale_after=model.router.routed_scaling_factor / found["router_factor"],
         )
         return read(model, backend, record["function"], record["arguments"], layer, self.flashinfer)
+
+
+def _way(record: Mapping[str, Any]) -> str:
+    return f"{record['by']}" + (", rank 1 of 2" if record["shards"] > 1 else "")
 
 
 def _difference(first: KernelCall, other: KernelCall) -> str:

@@ -22,6 +22,7 @@ def main() -> None:
             "classify": release.classify,
             "gates": vllm_gates.gates,
             "capture": vllm_capture.capture,
+            "capture_modular": vllm_capture.capture_modular,
         }
     )
 

@@ -7,8 +7,9 @@ layer has the model's experts, top-k, groups and factors, and small widths.
 
 from __future__ import annotations
 
+import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from types import SimpleNamespace
@@ -36,6 +37,8 @@ from pytest_moe_routing.targets.probes.vllm_config import (
 from pytest_moe_routing.targets.probes.vllm_gates import experts_of
 
 TOKENS, HIDDEN, INTERMEDIATE = 8, 512, 256
+#: vLLM's function that packs ids and weights.
+_PACK = "trtllm_moe_pack_topk_ids_weights"
 #: What vLLM's own code raises when it will not go on.
 _REFUSALS = (AssertionError, DoesNotBind, ImportError, KeyError, NotImplementedError, ValueError)
 
@@ -68,8 +71,67 @@ def capture(model: Mapping[str, Any], backend: str, method: str) -> dict[str, An
     return {
         "calls": calls,
         "router_factor": release.router_factor(model),
-        "intermediate_size": INTERMEDIATE,
+        "intermediate_size": _intermediate(model),
     }
+
+
+def capture_modular(model: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    """What reaches the kernel from the experts that are given ids and weights; see `capture`.
+
+    Raises:
+        Unsupported: The release has no such experts.
+    """
+    row = BACKENDS[backend]
+    experts = experts_of(row, modular=True)
+    shards = [1, 2] if model["router"]["num_experts"] % 2 == 0 else [1]
+    method = release.classify(model)[0]
+    calls = []
+    for count in shards:
+        layer = _Layer(model, row, method, count, True)
+        calls.append({"by": experts.__name__, "shards": count, **_given(experts, layer)})
+    return {"calls": calls, "intermediate_size": _intermediate(model)}
+
+
+def _intermediate(model: Mapping[str, Any]) -> int:
+    """Other than the hidden size, where it is in the model: code may take one for the other."""
+    experts = model["experts"]
+    hidden = experts["latent_size"] or experts["hidden_size"]
+    return HIDDEN if experts["intermediate_size"] == hidden else INTERMEDIATE
+
+
+def _given(experts: Any, layer: _Layer) -> dict[str, Any]:
+    """Hand ids and weights to modular experts."""
+    tokens, top_k = torch.arange(TOKENS).unsqueeze(1), torch.arange(layer.top_k)
+    ids = ((tokens + 3 * top_k) % layer.global_num_experts).to(torch.int32)
+    # Exact in bfloat16.
+    weights = (1 + (tokens + top_k) % 8) / 8
+    packed = (ids << 16) | weights.bfloat16().view(torch.int16).to(torch.int32)
+    given = {
+        "output": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16),
+        "hidden_states": layer.hidden,
+        "w1": layer.w13_weight,
+        "w2": layer.w2_weight,
+        "topk_weights": weights,
+        "topk_ids": ids,
+        "activation": layer.activation,
+        "global_num_experts": layer.global_num_experts,
+        "expert_map": layer.expert_map,
+        "a1q_scale": layer.scale,
+        "a2_scale": None,
+        "workspace13": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16),
+        "workspace2": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16),
+        "expert_tokens_meta": None,
+        "apply_router_weight_on_input": layer.apply_router_weight_on_input,
+    }
+
+    def call() -> None:
+        config = quant_config(layer.row, layer.local_num_experts, layer.config)
+        made = experts(layer.config, config)
+        # Packing is a Triton kernel in some releases.
+        with patch.dict(vars(sys.modules[experts.__module__]), {_PACK: lambda *_, **__: packed}):
+            made.apply(**release.accepted(made.apply, given))
+
+    return _recorded(call, {"ids": ids, "weights": weights, "packed": packed}, experts.__name__)
 
 
 def _methods(row: VllmBackend) -> list[Any]:
@@ -100,7 +162,7 @@ class _Layer:
     ) -> None:
         router = model["router"]
         experts = router["num_experts"]
-        self.config = moe_config(model, method, shards, (HIDDEN, INTERMEDIATE))
+        self.config = moe_config(model, method, shards, (HIDDEN, _intermediate(model)))
         self.row = row
         self.logits = torch.linspace(-3.3, 3.1, TOKENS * experts).reshape(TOKENS, experts)
         self.logits = self.logits.to(getattr(torch, router["logits_dtype"]))
@@ -122,7 +184,7 @@ class _Layer:
         self.routed_scaling_factor = release.router_factor(model)
         self.routing_method_type = self.config.routing_method
         self.apply_router_weight_on_input = router["weight_on"] == "input"
-        self.intermediate_size_per_partition = INTERMEDIATE
+        self.intermediate_size_per_partition = _intermediate(model)
         self.routing_sink = None
         self.hash_indices_table = None
         self.expert_map = None
@@ -155,11 +217,12 @@ class _Layer:
         """Activations as the backend has them, and weights that nobody reads."""
         name, a_byte, a_scale, scale_dtype = self.row.quantized
         dtype = getattr(torch, name)
-        local, rows = self.local_num_experts, INTERMEDIATE * (2 if gated else 1)
+        local, inner = self.local_num_experts, self.intermediate_size_per_partition
+        rows = inner * (2 if gated else 1)
         weight_dtype = torch.uint8 if self.row.packed else dtype
         per = 2 if self.row.packed else 1
         self.w13_weight = torch.empty(local, rows, HIDDEN // per, dtype=weight_dtype)
-        self.w2_weight = torch.empty(local, HIDDEN, INTERMEDIATE // per, dtype=weight_dtype)
+        self.w2_weight = torch.empty(local, HIDDEN, inner // per, dtype=weight_dtype)
         self.w13_weight_packed, self.w2_weight_packed = self.w13_weight, self.w2_weight
         self.hidden = torch.zeros(TOKENS, HIDDEN // a_byte, dtype=dtype)
         self.scale = None
@@ -173,22 +236,34 @@ class _Layer:
 
 
 def _one(experts: Any, method: Any, layer: _Layer) -> dict[str, Any]:
+    """Run a layer's method down to the kernel."""
+
+    def call() -> None:
+        kernel = None
+        if isinstance(experts, type):
+            config = quant_config(layer.row, layer.local_num_experts, layer.config)
+            kernel = _kernel(experts(layer.config, config), layer)
+        method(_Caller(kernel, layer.row), layer, layer.hidden, layer.logits)
+
+    return _recorded(call, layer.named(), method.__qualname__)
+
+
+def _recorded(
+    call: Callable[[], None], named: Mapping[str, Tensor | None], what: str
+) -> dict[str, Any]:
+    """The kernel's `function` and `arguments`, or why vLLM `refused` to call it."""
     Stub.asked.clear()
     try:
         with _on_one_gpu():
-            kernel = None
-            if isinstance(experts, type):
-                config = quant_config(layer.row, layer.local_num_experts, layer.config)
-                kernel = _kernel(experts(layer.config, config), layer)
-            method(_Caller(kernel, layer.row), layer, layer.hidden, layer.logits)
+            call()
     except Reached as reached:
-        arguments = {name: plain(value, layer.named()) for name, value in reached.arguments.items()}
+        arguments = {name: plain(value, named) for name, value in reached.arguments.items()}
         return {"function": reached.function, "arguments": arguments}
     except _REFUSALS as error:
         if Stub.asked:
             raise TargetError(f"{_where(error)}, after stubs: {', '.join(Stub.asked)}") from error
         return {"refused": _where(error)}
-    raise TargetError(f"{method.__qualname__} called no kernel")
+    raise TargetError(f"{what} called no kernel")
 
 
 @contextmanager

@@ -150,8 +150,9 @@ def test_known_failures_are_expected_and_others_are_not(host, workers):
     )
     args = ("--moe-known-failures=known.yaml", "--moe-report=r.jsonl", *workers)
     result = host.runpytest_subprocess(*RUN, *TWO, *args)
-    # The lattice is wrong on either backend, in ways that nobody knows; model code is not asked.
-    result.assert_outcomes(passed=1, xfailed=1, failed=5, skipped=2)
+    # The lattice is wrong on either backend, in ways that nobody knows. Model code, recorded calls
+    # and modular experts, which this target does not have, are not asked.
+    result.assert_outcomes(passed=1, xfailed=1, failed=5, skipped=14)
     text = result.stdout.str()
     assert text.count("known failure is gone: remove or narrow the entry known.yaml:4") == 2
     result.stdout.fnmatch_lines_random(

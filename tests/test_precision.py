@@ -69,11 +69,15 @@ def test_nothing_rounded_is_nothing_lost():
     assert lost_needlessly(found) == []
 
 
-def test_the_suite_asks_recorded_calls_only(host, monkeypatch):
-    run = ("--moe-golden", "-k", "test_precision", "--moe-models", "minimax-m2,gpt-oss-20b")
+def test_the_suite_asks_recorded_calls_only(host):
+    models = ("--moe-models", "minimax-m2,gpt-oss-20b")
+    run = ("--moe-golden", "-k", "test_precision", "-rs", *models)
     result = host.runpytest_subprocess(*run, "--moe-target", "test_precision:Rounds")
     result.assert_outcomes(failed=3, deselected=result.parseoutcomes()["deselected"])
     result.stdout.fnmatch_lines(["minimax-m2 on nvfp4, decided by rounds 0.1.0: less precise*"])
+    other = host.runpytest_subprocess(*run, "--moe-target", "miniatures:LosesScale")
+    other.assert_outcomes(skipped=3, deselected=other.parseoutcomes()["deselected"])
+    other.stdout.fnmatch_lines(["SKIPPED*loses-scale 0.1.0: its calls are not recorded"])
     # Our own calls are what the model says: there is nothing to ask.
     result = host.runpytest_subprocess(*run)
     assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED

@@ -181,8 +181,13 @@ def show_call(call: KernelCall) -> str:
     return f"{call.method}({', '.join(arguments)})"
 
 
-def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
+def judge(
+    target: Target, model: ModelSpec, backend: str, *, recorded_only: bool = False
+) -> Judgement:
     """Judge what a target makes of a model on a backend.
+
+    Args:
+        recorded_only: Do not take a call that is not recorded to be what the model says.
 
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
@@ -203,7 +208,7 @@ def judge(target: Target, model: ModelSpec, backend: str) -> Judgement:
     if not all(gate.ok for gate in gates):
         exact = tuple(exact_calls(model, backend, flashinfer))
         return replace(base, verdict="missed" if exact else "fallback", exact=exact)
-    return _judge_call(target, base)
+    return _judge_call(target, base, recorded_only=recorded_only)
 
 
 def judge_behind_gates(
@@ -231,7 +236,7 @@ def judge_behind_gates(
     return _judge_call(target, base, recorded_only=True)
 
 
-def _judge_call(target: Target, base: Judgement, *, recorded_only: bool = False) -> Judgement:
+def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judgement:
     """Judge the call that follows a classification."""
     model, backend, flashinfer = base.model, base.backend, base.flashinfer
     method = base.classification.method

@@ -19,7 +19,7 @@ from pytest_moe_routing.reference.moe import Layer, moe
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import GeneratedExperts
 from pytest_moe_routing.routing import recipe_of
-from pytest_moe_routing.suite.test_gpu_moe import moved
+from pytest_moe_routing.suite.fused import moved
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""Recipes and inputs for hypothesis."""
+"""Recipes and inputs: DeepSeek's, which has every step, and hypothesis's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from hypothesis import strategies as st
 
 from pytest_moe_routing.logits import bell, integers
 from pytest_moe_routing.routing.recipe import NORMALIZATIONS, SCORES, Recipe
+
+DEEPSEEK = Recipe(
+    top_k=8,
+    score="sigmoid",
+    bias=True,
+    n_group=8,
+    topk_group=4,
+    normalize="sum",
+    epsilon=1e-20,
+    scale=2.5,
+)
 
 
 @st.composite

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import inputs, recipes, seeds
+from strategies import DEEPSEEK, inputs, recipes, seeds
 
 from pytest_moe_routing.compare import PRECISIONS, assert_routing, compare_routing
 from pytest_moe_routing.errors import RecipeError
@@ -17,16 +17,6 @@ from pytest_moe_routing.reference import routing as reference
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing.recipe import Recipe
 
-DEEPSEEK = Recipe(
-    top_k=8,
-    score="sigmoid",
-    bias=True,
-    n_group=8,
-    topk_group=4,
-    normalize="sum",
-    epsilon=1e-20,
-    scale=2.5,
-)
 MINIMAX = replace(DEEPSEEK, n_group=1, topk_group=1)
 RECIPES = {
     "deepseek": DEEPSEEK,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from strategies import DEEPSEEK
 
 from pytest_moe_routing.compare import assert_routing, compare_routing
 from pytest_moe_routing.logits import make
@@ -13,16 +14,6 @@ from pytest_moe_routing.reference import routing as reference
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing.recipe import Recipe
 
-DEEPSEEK = Recipe(
-    top_k=8,
-    score="sigmoid",
-    bias=True,
-    n_group=8,
-    topk_group=4,
-    normalize="sum",
-    epsilon=1e-20,
-    scale=2.5,
-)
 UNGROUPED = replace(DEEPSEEK, n_group=1, topk_group=1)
 TWO_GROUPS = Recipe(score="identity", n_group=2, group_score="top2_sum")
 EIGHT = Recipe(top_k=3, score="identity", n_group=4, topk_group=2, group_score="max")

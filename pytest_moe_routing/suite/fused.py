@@ -1,0 +1,284 @@
+"""A layer of a fused MoE under test: its weights, its calls, and every comparison of one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pytest
+
+from pytest_moe_routing.suite.gpu import dtype, explained
+from pytest_moe_routing.suite.skips import unsupported_is_skipped
+
+#: Experts that are different, where sizes are reduced; a prime, so that no shard begins anew.
+DISTINCT = 61
+
+
+@dataclass(frozen=True)
+class Cycled:
+    """As many experts as a model has, of which only some are different."""
+
+    few: list
+    count: int
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, expert):
+        return self.few[expert % len(self.few)]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A layer, and the calls of its kernel."""
+
+    kernels: object
+    flashinfer: object
+    call: object
+    scheme: str
+    activated: str = "silu"
+    sizes: tuple | None = None
+    layout: str | None = None
+    biases: bool = False
+    silent: int | None = None
+    limit: float | None = None
+
+    @cached_property
+    def layer(self):
+        from pytest_moe_routing.reference.activation import activation
+        from pytest_moe_routing.reference.moe import SCHEMES, Layer
+
+        return Layer(
+            SCHEMES[self.scheme], activation(self.activated, limit=self.limit), self.call.weight_on
+        )
+
+    @cached_property
+    def kernel(self):
+        from pytest_moe_routing.kernels.weights import KERNELS
+
+        return KERNELS[self.scheme]
+
+    @cached_property
+    def width(self):
+        """Hidden and intermediate size."""
+        if self.sizes:
+            return self.sizes
+        inner = 256 if self.scheme == "mxint4" or not self.kernels.simulated else 128
+        return (256 if self.kernels.simulated else 512), inner
+
+    @cached_property
+    def experts(self):
+        from pytest_moe_routing.reference.weights import GeneratedExperts
+
+        count = self.call.num_experts
+        made = GeneratedExperts(
+            count,
+            *self.width,
+            self.layer.scheme.weight,
+            self.layer.activation.gated,
+            self.biases,
+            intermediate_scale=0.01,
+        )
+        if self.sizes:
+            return made
+        few = [made[e] for e in range(min(DISTINCT, count))]
+        if self.silent is not None:
+            few[self.silent] = silenced(few[self.silent])
+        return Cycled(few, count)
+
+    @cached_property
+    def _prepared(self):
+        from pytest_moe_routing.kernels.routing import Shard
+        from pytest_moe_routing.kernels.weights import prepare
+
+        distinct = self.experts if self.sizes else self.experts.few
+        return prepare(
+            distinct,
+            self.kernel,
+            gated=self.layer.activation.gated,
+            layout=self.kernel.layouts[self.layout] if self.layout else None,
+            shard=Shard.whole(len(distinct)),
+            device=self.kernels.device,
+        )
+
+    def prepared(self, shard):
+        """The weights of a shard, as the kernel wants them."""
+        count = len(self._prepared.gate)
+        return self._prepared.take([e % count for e in shard.experts], shard)
+
+    @cached_property
+    def whole(self):
+        from pytest_moe_routing.kernels.routing import Shard
+
+        return self.prepared(Shard.whole(self.call.num_experts))
+
+    def problem(self, num_tokens, pattern="plain"):
+        """What the kernel is asked, routed by the reference."""
+        from pytest_moe_routing import logits
+        from pytest_moe_routing.compare import MoEProblem
+
+        recipe = self.flashinfer.recipe(self.call)
+        case = logits.make(
+            pattern, recipe, num_tokens=num_tokens, num_experts=self.call.num_experts
+        )
+        bias = None if case.bias is None else case.bias.to(dtype(self.call.bias_dtype))
+        return MoEProblem.of(
+            # Not small: clamps must have something to do.
+            2 * logits.bell(num_tokens, self.width[0], seed=num_tokens),
+            self.experts,
+            self.layer,
+            recipe=recipe,
+            logits=case.logits.to(dtype(self.call.logits_dtype)),
+            bias=bias,
+        )
+
+    def arguments(self, problem, *, prepared=None, **how):
+        from pytest_moe_routing.kernels.fused import fused_arguments
+
+        with unsupported_is_skipped():
+            return fused_arguments(
+                problem, self.call, prepared or self.whole, self.flashinfer, **how
+            )
+
+    def launch(self, arguments, *, routed=False, tuned=False):
+        from pytest_moe_routing.kernels.fused import launch_fused
+
+        return launch_fused(
+            self.kernels.fused_moe,
+            self.kernel.function(routed),
+            arguments,
+            self.kernels.autotune(True) if tuned else None,
+        )
+
+    def output(self, problem, *, tuned=False, **how):
+        """The output, and what explains it if it is wrong."""
+        arguments = self.arguments(problem, **how)
+        (output,) = self.launch(arguments, routed=how.get("routed", False), tuned=tuned)
+        return output, lambda: self.explained(arguments, output, how.get("routed", False), tuned)
+
+    def explained(self, arguments, output, routed, tuned=False):
+        from pytest_moe_routing.kernels.fused import launch_fused
+
+        given = {name: _on_cpu(value) for name, value in arguments.items()}
+
+        def run(fused_moe):
+            tune = fused_moe.autotune(True) if tuned else None
+            return launch_fused(fused_moe, self.kernel.function(routed), dict(given), tune)[0]
+
+        return explained(run, output, self.flashinfer)
+
+    def rows(self, problem, **how):
+        """Chosen experts, and what was computed for each, as the kernel says itself."""
+        import torch
+
+        from pytest_moe_routing.kernels.fused import rows_of
+
+        tokens, top_k = len(problem.logits), self.call.top_k
+        replay = torch.full((tokens, top_k), -1, dtype=torch.int16, device=self.kernels.device)
+        result = self.launch(self.arguments(problem, finalize=False, replay=replay, **how))
+        return replay.cpu().to(torch.int64), rows_of(result, tokens, top_k)
+
+    def check(self, num_tokens, *, pattern="plain", pairs=(False,)):
+        """Every comparison of one call."""
+        from pytest_moe_routing.compare import compare_moe
+        from pytest_moe_routing.kernels.fused import without_routing
+        from pytest_moe_routing.reference.routing import Routing
+
+        problem = self.problem(num_tokens, pattern)
+        ids, found = self.rows(problem)
+        self.check_choice(problem, ids, found)
+        problem = replace(problem, routing=Routing(ids, found.weights))
+        output, why = self.output(problem)
+        compared = compare_moe(output, problem)
+        self.expect(compared.ok, num_tokens, compared.message, why)
+        self.check_sum(output, output_of(found, self.call), found, "the sum of its rows", why)
+        for pair in pairs:
+            given = without_routing(problem, problem.routing)
+            twin, why = self.output(given, routed=True, pair=pair)
+            self.check_sum(twin, output, found, "the routed twin", why)
+
+    def check_choice(self, problem, ids, found):
+        """Experts by margin; weights within what bfloat16 and the kernel's sigmoid allow."""
+        import torch
+
+        from pytest_moe_routing.compare import compare_routing
+        from pytest_moe_routing.kernels.explain import dense
+        from pytest_moe_routing.kernels.fused import launch_fused, rows_of
+
+        tokens, top_k = ids.shape
+        compared = compare_routing(
+            ids,
+            found.weights,
+            problem.logits,
+            problem.recipe,
+            problem.bias,
+            precision=self.kernels.precision,
+        )
+
+        def run(fused_moe):
+            replay = torch.full((tokens, top_k), -1, dtype=torch.int16)
+            given = {
+                name: _on_cpu(value)
+                for name, value in self.arguments(problem, finalize=False, replay=replay).items()
+            }
+            result = launch_fused(fused_moe, self.kernel.function(), given)
+            weights = rows_of(result, tokens, top_k).weights
+            return dense(given["routing_replay_out"], weights, self.call.num_experts)
+
+        def why():
+            return explained(run, dense(ids, found.weights, self.call.num_experts), self.flashinfer)
+
+        self.expect(compared.ok, tokens, compared.message, why)
+        labelled = found.weights.dtype == torch.bfloat16
+        self.expect(labelled, tokens, lambda: f"weights are labelled {found.weights.dtype}", why)
+
+    def check_sum(self, one, other, found, what, why):
+        """Two sums of the same rows: each row and the result may be off by a step of bfloat16."""
+        size = (found.weights.double().abs().unsqueeze(-1) * found.rows.double().abs()).sum(1)
+        if self.call.weight_on == "input":
+            size = found.rows.double().abs().sum(1)
+        off = (one.double() - other.double()).abs() - 2**-7 * size
+        worst = float(off.nan_to_num(1e30).max())
+        self.expect(
+            worst <= 1e-30,
+            len(one),
+            lambda: f"the output differs from {what}, by up to {worst:.3g} more than rounding does",
+            why,
+        )
+
+    def expect(self, ok, num_tokens, message, why):
+        if not ok:
+            case = f"{self.scheme}, {self.activated}, {num_tokens} tokens"
+            text = "\n".join([message(), *why()])
+            pytest.fail(f"{self.call}\n{case}: {text}", pytrace=False)
+
+
+def _on_cpu(value):
+    if isinstance(value, tuple):
+        return tuple(_on_cpu(v) for v in value)
+    return value.cpu() if hasattr(value, "cpu") else value
+
+
+def output_of(found, call):
+    """The sum over experts of what a kernel returned without it."""
+    weights = found.weights.double().unsqueeze(-1)
+    if call.weight_on == "input":
+        weights = weights.new_ones(weights.shape)
+    return (found.rows.double() * weights).sum(1)
+
+
+def silenced(expert):
+    """An expert whose every number is zero, block scales included."""
+    return replace(
+        expert,
+        gemm1=replace(expert.gemm1, data=expert.gemm1.data.clone().zero_()),
+        gemm2=replace(expert.gemm2, data=expert.gemm2.data.clone().zero_()),
+    )
+
+
+def moved(matrix, device):
+    """A matrix in its format, on a device."""
+    tensors = {name: getattr(matrix, name) for name in ("data", "scales", "global_scale")}
+    return replace(
+        matrix, **{name: None if t is None else t.to(device) for name, t in tensors.items()}
+    )

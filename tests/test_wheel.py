@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import zipfile
 
 import pytest
@@ -246,6 +247,8 @@ def test_the_installed_package_says_what_we_say():
 
 
 def test_the_installed_package_is_found_and_not_imported(tmp_path, monkeypatch, capsys):
+    # Where it is really installed, other tests have imported it.
+    monkeypatch.delitem(sys.modules, "flashinfer", raising=False)
     monkeypatch.syspath_prepend(unpacked(tmp_path, {**files(), "__init__.py": "1 / 0"}))
     assert Package.installed().release == "0.7.0"
     assert main(["flashinfer"]) == 0

@@ -76,18 +76,11 @@ class VllmTarget(Target):
         problems = []
         for record in found["calls"]:
             layer = Layer(record["shards"] - 1, record["shards"], found["intermediate_size"])
-            wrong = (
-                (record["refused"],)
-                if "refused" in record
-                else read_routed(
-                    model,
-                    backend,
-                    record["function"],
-                    record["arguments"],
-                    layer,
-                    self.flashinfer,
-                )
-            )
+            if "refused" in record:
+                wrong: tuple[str, ...] = (record["refused"],)
+            else:
+                call = record["function"], record["arguments"]
+                wrong = read_routed(model, backend, *call, layer, self.flashinfer)
             problems += [f"{problem} ({_way(record)})" for problem in wrong]
         return tuple(_shortened(problems))
 

@@ -192,21 +192,11 @@ def judge(
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
     """
-    flashinfer = target.flashinfer
     classification = target.classify(model)
     gates = target.gates(model, backend, classification.method)
-    base = Judgement(
-        target=str(target),
-        model=model,
-        backend=backend,
-        flashinfer=flashinfer,
-        verdict="exact",
-        classification=classification,
-        gates=gates,
-        wanted=recipe_of(model.router),
-    )
+    base = _asked(target, model, backend, classification, gates)
     if not all(gate.ok for gate in gates):
-        exact = tuple(exact_calls(model, backend, flashinfer))
+        exact = tuple(exact_calls(model, backend, target.flashinfer))
         return replace(base, verdict="missed" if exact else "fallback", exact=exact)
     return _judge_call(target, base, recorded_only=recorded_only)
 
@@ -223,17 +213,29 @@ def judge_behind_gates(
     Raises:
         Unsupported: The target's calls are not recorded, or this one cannot be made.
     """
-    base = Judgement(
+    classification = Classification(method, ("had no gate stopped it",))
+    base = _asked(target, model, backend, classification, gates)
+    return _judge_call(target, base, recorded_only=True)
+
+
+def _asked(
+    target: Target,
+    model: ModelSpec,
+    backend: str,
+    classification: Classification,
+    gates: tuple[Gate, ...],
+) -> Judgement:
+    """What is known before the call: exact, unless more is found."""
+    return Judgement(
         target=str(target),
         model=model,
         backend=backend,
         flashinfer=target.flashinfer,
         verdict="exact",
-        classification=Classification(method, ("had no gate stopped it",)),
+        classification=classification,
         gates=gates,
         wanted=recipe_of(model.router),
     )
-    return _judge_call(target, base, recorded_only=True)
 
 
 def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judgement:

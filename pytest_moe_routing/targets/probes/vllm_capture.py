@@ -58,7 +58,6 @@ def capture(model: Mapping[str, Any], backend: str, method: str) -> dict[str, An
     methods = _methods(row)
     if not methods:
         raise Unsupported(f"no layer of this release calls {experts.__name__}")
-    shards = [1, 2] if model["router"]["num_experts"] % 2 == 0 else [1]
     calls = [
         {
             "by": caller.__qualname__.split(".")[0],
@@ -66,7 +65,7 @@ def capture(model: Mapping[str, Any], backend: str, method: str) -> dict[str, An
             **_one(experts, caller, _Layer(model, row, method, count, isinstance(experts, type))),
         }
         for caller in methods
-        for count in shards
+        for count in _shards(model)
     ]
     return {
         "calls": calls,
@@ -83,13 +82,17 @@ def capture_modular(model: Mapping[str, Any], backend: str) -> dict[str, Any]:
     """
     row = BACKENDS[backend]
     experts = experts_of(row, modular=True)
-    shards = [1, 2] if model["router"]["num_experts"] % 2 == 0 else [1]
     method = release.classify(model)[0]
     calls = []
-    for count in shards:
+    for count in _shards(model):
         layer = _Layer(model, row, method, count, True)
         calls.append({"by": experts.__name__, "shards": count, **_given(experts, layer)})
     return {"calls": calls, "intermediate_size": _intermediate(model)}
+
+
+def _shards(model: Mapping[str, Any]) -> list[int]:
+    """Alone, and as one of two ranks where the experts can be shared out."""
+    return [1, 2] if model["router"]["num_experts"] % 2 == 0 else [1]
 
 
 def _intermediate(model: Mapping[str, Any]) -> int:
@@ -125,8 +128,7 @@ def _given(experts: Any, layer: _Layer) -> dict[str, Any]:
     }
 
     def call() -> None:
-        config = quant_config(layer.row, layer.local_num_experts, layer.config)
-        made = experts(layer.config, config)
+        made = _made(experts, layer)
         # Packing is a Triton kernel in some releases.
         with patch.dict(vars(sys.modules[experts.__module__]), {_PACK: lambda *_, **__: packed}):
             made.apply(**release.accepted(made.apply, given))
@@ -241,11 +243,15 @@ def _one(experts: Any, method: Any, layer: _Layer) -> dict[str, Any]:
     def call() -> None:
         kernel = None
         if isinstance(experts, type):
-            config = quant_config(layer.row, layer.local_num_experts, layer.config)
-            kernel = _kernel(experts(layer.config, config), layer)
+            kernel = _kernel(_made(experts, layer), layer)
         method(_Caller(kernel, layer.row), layer, layer.hidden, layer.logits)
 
     return _recorded(call, layer.named(), method.__qualname__)
+
+
+def _made(experts: Any, layer: _Layer) -> Any:
+    """A layer's experts, of a class of vLLM."""
+    return experts(layer.config, quant_config(layer.row, layer.local_num_experts, layer.config))
 
 
 def _recorded(

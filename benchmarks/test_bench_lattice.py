@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_moe_routing.backends import FlashInfer, known_releases, same_calls
+from pytest_moe_routing.compare.equivalence import _token, counterexample
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
+from pytest_moe_routing.oracle.config_sweep import Once, lattice, sweep
+from pytest_moe_routing.oracle.exact import same_calls
 from pytest_moe_routing.routing import Recipe
-from pytest_moe_routing.routing.equivalence import _token, counterexample
-from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.lattice import Once, lattice, sweep
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 
 @pytest.mark.benchmark(group="lattice")

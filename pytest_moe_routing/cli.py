@@ -67,12 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from pytest_moe_routing.backends import BACKENDS, FlashInfer, exact_calls
+    from pytest_moe_routing.flashinfer import FlashInfer
     from pytest_moe_routing.goldens import packaged_directory
     from pytest_moe_routing.models import load_model, load_models, read_config
+    from pytest_moe_routing.oracle.exact import exact_calls
+    from pytest_moe_routing.oracle.judge import judge, show_call
     from pytest_moe_routing.routing import recipe_of
-    from pytest_moe_routing.targets import judge, load_target
-    from pytest_moe_routing.targets.judge import show_call
+    from pytest_moe_routing.schemes import SERVED_SCHEMES
+    from pytest_moe_routing.targets import load_target
 
     path = Path(arguments.model)
     if path.exists():
@@ -100,11 +102,11 @@ def _explain(arguments: argparse.Namespace) -> int:
         yield f"  judged   by {target} against {flashinfer}"
 
     print("\n".join(text()))
-    unserved = [name for name in model.checkpoints if name not in BACKENDS]
+    unserved = [name for name in model.checkpoints if name not in SERVED_SCHEMES]
     if unserved:
-        print(f"\nnot judged: {', '.join(unserved)}; backends: {', '.join(BACKENDS)}")
+        print(f"\nnot judged: {', '.join(unserved)}; backends: {', '.join(SERVED_SCHEMES)}")
     good = True
-    for backend in (name for name in model.checkpoints if name in BACKENDS):
+    for backend in (name for name in model.checkpoints if name in SERVED_SCHEMES):
         found = judge(target, model, backend)
         good = good and found.good
         same = ", ".join(map(show_call, exact_calls(model, backend, flashinfer))) or "none"
@@ -231,8 +233,8 @@ def _faults(arguments: argparse.Namespace) -> int:
 
 
 def _flashinfer(arguments: argparse.Namespace) -> int:
-    from pytest_moe_routing.backends.drift import examine
-    from pytest_moe_routing.backends.wheel import Package
+    from pytest_moe_routing.flashinfer.drift import examine
+    from pytest_moe_routing.flashinfer.package import Package
 
     packages = [Package.of(path) for path in arguments.path] or [Package.installed()]
     examined = [examine(package) for package in packages]

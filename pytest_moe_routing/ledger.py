@@ -20,7 +20,8 @@ from packaging.version import InvalidVersion, Version
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
 from pytest_moe_routing.models.sections import Section, compose, fail_at, show
 from pytest_moe_routing.models.spec import Problem, key
-from pytest_moe_routing.targets import GOOD, VERDICTS, target_names
+from pytest_moe_routing.oracle.judge import GOOD, VERDICTS
+from pytest_moe_routing.targets import target_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator

@@ -20,11 +20,11 @@ from pytest_moe_routing.session import BUILTIN, MoESession
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_moe_routing.backends import FlashInfer
+    from pytest_moe_routing.flashinfer import FlashInfer
     from pytest_moe_routing.kernels.gpu import Gpu
     from pytest_moe_routing.kernels.library import Kernels
     from pytest_moe_routing.models import ModelSpec
-    from pytest_moe_routing.targets import Target
+    from pytest_moe_routing.oracle.target import Target
 
 SUITE = Path(__file__).resolve().parent / "suite"
 

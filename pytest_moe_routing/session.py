@@ -14,10 +14,10 @@ from pytest_moe_routing import goldens
 from pytest_moe_routing.errors import MoERoutingError
 
 if TYPE_CHECKING:
-    from pytest_moe_routing.backends import FlashInfer
+    from pytest_moe_routing.flashinfer import FlashInfer
     from pytest_moe_routing.ledger import KnownFailure
     from pytest_moe_routing.models import ModelSpec
-    from pytest_moe_routing.targets import Target
+    from pytest_moe_routing.oracle.target import Target
 
 
 #: The embedded default target; goldens are its decisions.
@@ -75,9 +75,9 @@ class MoESession:
     @cached_property
     def backends(self) -> list[str]:
         """The chosen backends."""
-        from pytest_moe_routing.backends import BACKENDS, find_backend
+        from pytest_moe_routing.schemes import SERVED_SCHEMES, check_scheme
 
-        return [find_backend(name).name for name in self.backend_names or BACKENDS]
+        return [check_scheme(name) for name in self.backend_names or SERVED_SCHEMES]
 
     @cached_property
     def cases(self) -> list[tuple[ModelSpec, str]]:
@@ -92,7 +92,7 @@ class MoESession:
     @cached_property
     def layers(self) -> list[tuple[ModelSpec, str]]:
         """Every chosen model with every quantization of it that some kernel serves."""
-        from pytest_moe_routing.models.spec import SERVED_SCHEMES
+        from pytest_moe_routing.schemes import SERVED_SCHEMES
 
         wanted = self.backends if self.backend_names else SERVED_SCHEMES
         return [(m, scheme) for m in self.models for scheme in m.checkpoints if scheme in wanted]
@@ -100,14 +100,14 @@ class MoESession:
     @cached_property
     def flashinfer(self) -> FlashInfer:
         """The release in force; `_flashinfer_origin` says which that is."""
-        from pytest_moe_routing.backends import FlashInfer
+        from pytest_moe_routing.flashinfer import FlashInfer
 
         return FlashInfer.of(self._flashinfer_origin[0])
 
     @cached_property
     def _flashinfer_origin(self) -> tuple[str | None, str]:
         """The release and why it is the one: sources at a path do not run what is installed."""
-        from pytest_moe_routing.backends import installed_release
+        from pytest_moe_routing.flashinfer import installed_release
         from pytest_moe_routing.targets.registry import pinned_flashinfer
 
         if self.flashinfer_release:

@@ -4,11 +4,11 @@ from functools import cache
 
 import torch
 
-from pytest_moe_routing.backends import KernelCall
-from pytest_moe_routing.compare import MoEProblem
+from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.kernels.weights import KERNELS
 from pytest_moe_routing.logits import bell
 from pytest_moe_routing.reference.moe import SCHEMES, Layer
+from pytest_moe_routing.reference.problem import MoEProblem
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import GeneratedExperts
 

@@ -10,12 +10,13 @@ from functools import cache
 from itertools import chain, combinations, product
 from typing import Any
 
-from pytest_moe_routing.backends import FlashInfer, KernelCall, known_releases
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.models.spec import ACTIVATIONS
-from pytest_moe_routing.targets import Target, judge
-from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.lattice import as_model, lattice
+from pytest_moe_routing.oracle.config_sweep import as_model, lattice
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.target import Target
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 #: What calls take, on both sides of every limit.
 _PLAIN = {"backend": "", "method": "", "logits_dtype": "bfloat16"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pytest_moe_routing.backends import Gate
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.routing import Classification, recipe_of
-from pytest_moe_routing.targets import Target
-from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.model_code import LayerRequest
+from pytest_moe_routing.oracle.exact import Gate
+from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.oracle.target import Classification, Target
+from pytest_moe_routing.routing import recipe_of
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 
 class Vllm022(BuiltinTarget):

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pytest_moe_routing.backends.flashinfer import Rule
+from pytest_moe_routing.flashinfer.grammar import Rule
 
 
 @dataclass(frozen=True)

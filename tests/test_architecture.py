@@ -1,4 +1,4 @@
-"""Imports go one way, and what must be cheap imports no torch."""
+"""Imports follow one total order, and what must start quickly imports no torch."""
 
 from __future__ import annotations
 
@@ -14,37 +14,31 @@ import pytest_moe_routing
 PACKAGE = Path(pytest_moe_routing.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-#: Each layer may import those before it, and of its own layer what is listed.
-LAYERS = [
-    {"errors"},
-    {"models", "goldens"},
-    {"routing"},
-    {"reference", "compare", "logits"},
-    {"backends"},
-    {"targets", "kernels"},
-    {"ledger"},
-    {"suite", "session", "snapshot"},
-    {"report"},
-    {"plugin", "cli"},
-]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-#: The one module of `routing` that must run recipes.
-RUNS_RECIPES = {"routing.equivalence"}
+#: A module imports only what stands before its own package, and its own package.
+ORDER = """
+    errors schemes models routing logits reference compare flashinfer oracle targets simulator
+    kernels goldens ledger session snapshot report suite plugin cli
+""".split()
+TARGETS = sorted(path.name for path in (PACKAGE / "targets").iterdir() if path.is_dir())
 #: Modules that a collection or a classification loads.
 WITHOUT_TORCH = [
     "plugin",
     "ledger",
     "session",
     "cli",
+    "schemes",
     "models",
     "routing",
-    "backends",
-    "backends.drift",
+    "flashinfer",
+    "flashinfer.drift",
+    "oracle",
+    "oracle.exact",
+    "oracle.model_code",
     "targets",
-    "targets.builtin",
-    "targets.flashinfer",
-    "targets.vllm",
-    "targets.sglang",
+    "targets.builtin.target",
+    "targets.flashinfer.target",
+    "targets.vllm.target",
+    "targets.sglang.target",
     "kernels.gpu",
     "kernels.build",
     "report.collect",
@@ -57,47 +51,91 @@ def name_of(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+NAMES = {name_of(path) for path in MODULES}
+
+
 def imports(path):
-    """(imported module of this package, whether at module level) of one file."""
-    tree = ast.parse(path.read_text())
-    top = set(map(id, tree.body))
-    for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+    """Every module of this package that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
         for name in names:
-            if name.startswith("pytest_moe_routing."):
-                yield name.removeprefix("pytest_moe_routing."), id(node) in top
+            if not name.startswith("pytest_moe_routing."):
+                continue
+            name = name.removeprefix("pytest_moe_routing.")
+            yield name if name in NAMES else name.rpartition(".")[0]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_go_one_way(path):
-    name = name_of(path)
-    if not name or name in RUNS_RECIPES:
-        return
-    layer = name.split(".")[0]
-    for imported, _ in imports(path):
-        other = imported.split(".")[0]
-        if other == layer or other not in RANK:
-            continue
-        if imported.startswith(tuple(RUNS_RECIPES)):
-            assert RANK[layer] >= RANK["backends"], f"{name} imports {imported}"
-            continue
-        assert RANK[other] < RANK[layer] or {other, layer} <= {"reference", "compare", "logits"}, (
-            f"{name} imports {imported}"
-        )
+def imported_by(name):
+    path = PACKAGE.joinpath(*name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return set(imports(path)) - {""}
 
 
-def test_every_module_has_a_layer():
-    assert {name_of(path).split(".")[0] for path in MODULES} - {""} <= set(RANK)
+def is_package(name):
+    return PACKAGE.joinpath(*name.split("."), "__init__.py").is_file()
+
+
+def test_every_module_has_a_place_in_the_order():
+    assert {name.split(".")[0] for name in NAMES} - {""} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {""}))
+def test_imports_follow_the_order(name):
+    place = ORDER.index(name.split(".")[0])
+    for other in imported_by(name):
+        assert ORDER.index(other.split(".")[0]) <= place, f"{name} imports {other}"
+
+
+def test_no_module_imports_itself_through_others():
+    """No cycle between modules; a package's `__init__` counts as a module."""
+    graph = {name: imported_by(name) for name in NAMES if name}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(graph.get(name, ())):
+            # Importing a submodule of one's own package does not read the package's names.
+            if not (is_package(other) and name.startswith(f"{other}.")):
+                visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in sorted(graph):
+        visit(name)
 
 
 def test_targets_do_not_import_each_other():
-    adapters = {"builtin", "flashinfer", "vllm"}
-    for path in (PACKAGE / "targets").glob("*.py"):
-        others = adapters - {path.stem}
-        for imported, _ in imports(path):
-            assert imported not in {f"targets.{other}" for other in others}, path
+    assert set(TARGETS) >= {"builtin", "flashinfer", "sglang", "vllm"}
+    for name in NAMES:
+        _, _, rest = name.partition("targets.")
+        owner = rest.split(".")[0]
+        for other in imported_by(name) if name and owner in TARGETS else ():
+            parts = other.split(".")
+            if parts[0] == "targets" and len(parts) > 1 and parts[1] in TARGETS:
+                assert parts[1] == owner, f"{name} imports {other}"
+        if name.startswith("targets.") and owner not in TARGETS:
+            assert not any(
+                other.startswith(f"targets.{t}") for other in imported_by(name) for t in TARGETS
+            ), name
+
+
+def test_the_order_is_checked_by_something():
+    """The reader of imports sees the imports that the order is about."""
+    assert "flashinfer.grammar" in imported_by("flashinfer.rules")
+    assert "reference.routing" in imported_by("compare.equivalence")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_module_is_longer_than_400_lines(path):
+    assert len(path.read_text("utf-8").splitlines()) <= 400
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_moe_routing.backends import FlashInfer, kernel_call
-from pytest_moe_routing.backends.arguments import Layer, read, read_routed
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.arguments import Layer, read, read_routed
+from pytest_moe_routing.oracle.exact import kernel_call
 
 MODELS = load_models(packaged_directory())
 FLASHINFER = FlashInfer.of("0.7.2.post1")

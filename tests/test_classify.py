@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from pytest_moe_routing.routing import RoutingMethodType, classify, get_routing_method_type
+from pytest_moe_routing.routing import RoutingMethodType
+from pytest_moe_routing.targets.builtin.classify import classify, get_routing_method_type
 
 # scoring_func, renormalize, num_expert_group, has_e_score_bias, routed_scaling_factor -> method
 TABLE = [
@@ -74,7 +75,7 @@ def test_the_path_is_the_questions_that_were_asked():
 
 
 def test_numbers_are_those_of_the_newest_flashinfer():
-    from pytest_moe_routing.backends import FlashInfer, known_releases
+    from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 
     newest = FlashInfer.of(known_releases()[-1])
     kernel_methods = [member for member in RoutingMethodType if member < 100]

@@ -14,7 +14,6 @@ from toy_kernel import STORED, Toy
 from pytest_moe_routing.compare import (
     Arithmetic,
     FingerprintExperts,
-    MoEProblem,
     admissible_routings,
     assert_moe,
     compare_moe,
@@ -23,6 +22,7 @@ from pytest_moe_routing.errors import LayerError, RecipeError
 from pytest_moe_routing.logits import bell, integers
 from pytest_moe_routing.reference.activation import activation
 from pytest_moe_routing.reference.moe import SCHEMES, Layer, moe
+from pytest_moe_routing.reference.problem import MoEProblem
 from pytest_moe_routing.reference.quantization import quantize
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import GeneratedExperts

@@ -10,10 +10,12 @@ import strategies
 import torch
 from hypothesis import given, settings
 
-from pytest_moe_routing.backends import FlashInfer, exact_calls, same_calls
+from pytest_moe_routing.compare.equivalence import counterexample
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.logits import bell, integers
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.exact import exact_calls, same_calls
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing import (
     METHODS,
@@ -23,7 +25,6 @@ from pytest_moe_routing.routing import (
     recipe_of,
     same,
 )
-from pytest_moe_routing.routing.equivalence import counterexample
 from pytest_moe_routing.routing.recipe import NORMALIZATIONS, SCORES
 
 T = RoutingMethodType

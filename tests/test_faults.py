@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.kernels.faults import FAULTS
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.plugin import SUITE
+from pytest_moe_routing.simulator.faults import FAULTS
 
 
 def run(pytester, kernels, *tests):

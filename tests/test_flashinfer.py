@@ -11,18 +11,13 @@ import pytest
 import yaml
 from packaging.version import Version
 
-from pytest_moe_routing import backends
-from pytest_moe_routing.backends import (
-    BACKENDS,
-    FlashInfer,
-    KernelCall,
-    known_releases,
-)
-from pytest_moe_routing.backends.check import check_data
-from pytest_moe_routing.backends.flashinfer import _data
 from pytest_moe_routing.errors import DataError, ReleaseError
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases
+from pytest_moe_routing.flashinfer.check import check_data
+from pytest_moe_routing.flashinfer.rules import _data
 from pytest_moe_routing.models.spec import DTYPES
 from pytest_moe_routing.routing import METHODS, RoutingMethodType
+from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 RULES = _data()["rules"]
 
@@ -34,7 +29,7 @@ def calls_of(rule, flashinfer):
     near = sorted({0, 1, 4, 8, *numbers, *(n + 1 for n in numbers), *(n + 4 for n in numbers)})
     grouped = "group" in said or "kept" in said
     choices = {
-        "backend": [b for b in rule.backends or BACKENDS if flashinfer.entry_point(b)],
+        "backend": [b for b in rule.backends or SERVED_SCHEMES if flashinfer.entry_point(b)],
         "method": [m for m in rule.methods or flashinfer.methods if m != "Unspecified"],
         "num_experts": [n for n in (*near, 64, 256) if n > 1],
         "top_k": [n for n in near if n > 0],
@@ -98,15 +93,19 @@ def test_every_rule_is_reached_by_a_call(rule):
     ],
 )  # fmt: skip
 def test_data_that_cannot_be_are_one_clear_error(change, message):
-    data = yaml.safe_load(resources.files(backends).joinpath("flashinfer.yaml").read_text("utf-8"))
+    data = yaml.safe_load(
+        resources.files("pytest_moe_routing.flashinfer")
+        .joinpath("releases.yaml")
+        .read_text("utf-8")
+    )
     check_data(data)
     change(data)
-    with pytest.raises(DataError, match=f"^flashinfer.yaml, .*{re.escape(message)}"):
+    with pytest.raises(DataError, match=f"^releases.yaml, .*{re.escape(message)}"):
         check_data(data)
 
 
 def test_every_backend_has_an_entry_point():
-    assert set(_data()["entry_points"]) == set(BACKENDS)
+    assert set(_data()["entry_points"]) == set(SERVED_SCHEMES)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +245,7 @@ def test_arguments_that_a_method_ignores_have_no_effect():
 @pytest.mark.parametrize("release", known_releases())
 def test_entry_points_take_the_arguments_that_calls_have(release):
     flashinfer = FlashInfer.of(release)
-    for backend in BACKENDS:
+    for backend in SERVED_SCHEMES:
         entry = flashinfer.entry_point(backend)
         if entry is None:
             continue

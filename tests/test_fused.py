@@ -6,12 +6,14 @@ import fused_cases
 import pytest
 import torch
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer, KernelCall, installed_release
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, installed_release
 from pytest_moe_routing.kernels.fused import fused_arguments
-from pytest_moe_routing.kernels.routing import Shard, routing_arguments
+from pytest_moe_routing.kernels.routing import routing_arguments
 from pytest_moe_routing.kernels.weights import KERNELS, prepare
+from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.routing import RoutingMethodType
+from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 RELEASES = ("0.6.12", "0.6.18", "0.7.2.post1")
 
@@ -99,7 +101,7 @@ def test_routing_call_fits_the_signature():
 
 
 def test_entry_points_are_those_that_are_judged():
-    for backend in BACKENDS:
+    for backend in SERVED_SCHEMES:
         entry = FlashInfer.of("0.7.2.post1").entry_point(backend)
         assert entry.function == KERNELS[backend].function()
 

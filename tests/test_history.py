@@ -13,7 +13,7 @@ from pytest_moe_routing.cli import main
 from pytest_moe_routing.errors import TargetImportError, Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model
-from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = "step-3.7-flash,minimax-m2"
 closed = []

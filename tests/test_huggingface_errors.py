@@ -11,13 +11,14 @@ from configs import R1, groups, mixed, read, without
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer
 from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import dump_model, load_model, read_config
 from pytest_moe_routing.models.huggingface.families import table
 from pytest_moe_routing.models.spec import schema
-from pytest_moe_routing.targets import judge
-from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.schemes import SERVED_SCHEMES
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 # -- what cannot be described ---------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ def test_not_expressible_is_a_fallback_everywhere(tmp_path):
     }
     spec = read(tmp_path, config)
     assert "zero experts" in spec.router.not_expressible
-    for backend in BACKENDS:
+    for backend in SERVED_SCHEMES:
         judgement = judge(BuiltinTarget(FlashInfer.of()), spec, backend)
         assert (judgement.verdict, judgement.exact) == ("fallback", ())
         assert "zero experts" in "\n".join(judgement.lines())

@@ -10,10 +10,10 @@ import pytest
 from kernel_table import CALLS, table
 from syrupy.extensions.json import JSONSnapshotExtension
 
-from pytest_moe_routing.backends import BACKENDS
+from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SERVED_SCHEMES)
 def test_table(backend, snapshot):
     assert table(backend) == snapshot(extension_class=JSONSnapshotExtension)
 

@@ -8,13 +8,15 @@ from dataclasses import replace
 import miniatures
 import pytest
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer, Gate, kernel_call, known_releases
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import ModelSpec, load_models
-from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.lattice import Once, lattice, sweep, sweep_behind_gates
-from pytest_moe_routing.targets.protocol import Captured
+from pytest_moe_routing.oracle.config_sweep import Once, lattice, sweep, sweep_behind_gates
+from pytest_moe_routing.oracle.exact import Gate, kernel_call
+from pytest_moe_routing.oracle.target import Captured
+from pytest_moe_routing.schemes import SERVED_SCHEMES
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())
 NEWEST = known_releases()[-1]
@@ -61,7 +63,7 @@ def test_the_builtin_target_passes(release):
     """In the release in force the suite sweeps the whole lattice; here its heart, in each."""
     routers = lattice() if release in ("0.6.8", "0.6.12") else lattice(1)
     target = Once(BuiltinTarget(FlashInfer.of(release)))
-    for backend in BACKENDS:
+    for backend in SERVED_SCHEMES:
         found = sweep(target, backend, (), routers)
         assert not found.causes, "\n".join(found.lines())
         assert found.verdicts.total() == len(routers)

@@ -10,8 +10,8 @@ import pytest
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.targets.model_code import compare_request
-from pytest_moe_routing.targets.vllm_models import blocks, request_of
+from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.targets.vllm.model_code import blocks, request_of
 
 MODELS = load_models(packaged_directory())
 

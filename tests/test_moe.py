@@ -15,12 +15,7 @@ from pytest_moe_routing.reference import moe as reference
 from pytest_moe_routing.reference.activation import ACTIVATIONS, activation
 from pytest_moe_routing.reference.layouts import deinterleave_rows
 from pytest_moe_routing.reference.moe import SCHEMES, Layer, moe, moe_from_logits
-from pytest_moe_routing.reference.quantization import (
-    FORMATS,
-    Quantized,
-    dequantize,
-    quantize,
-)
+from pytest_moe_routing.reference.quantization import FORMATS, Quantized, dequantize, quantize
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import (
     Expert,

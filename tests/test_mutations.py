@@ -18,14 +18,17 @@ import pytest
 from kernel_table import OTHER_EXPERTS, outcomes, verdicts
 from packaging.version import Version
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer, experts, known_releases
-from pytest_moe_routing.backends import flashinfer as releases
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
+from pytest_moe_routing.flashinfer import rules as releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.targets import builtin, judge, protocol
-from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.judge import show_call
-from pytest_moe_routing.targets.lattice import as_model, lattice
+from pytest_moe_routing.oracle import target as protocol
+from pytest_moe_routing.oracle.config_sweep import as_model, lattice
+from pytest_moe_routing.oracle.judge import judge, show_call
+from pytest_moe_routing.schemes import SERVED_SCHEMES
+from pytest_moe_routing.targets.builtin import gates as experts
+from pytest_moe_routing.targets.builtin import target as builtin
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())
 NEWEST = known_releases()[-1]
@@ -39,10 +42,10 @@ def decided():
     targets = {release: BuiltinTarget(FlashInfer.of(release)) for release in RELEASES}
     for target in targets.values():
         for model in MODELS.values():
-            for backend in BACKENDS:
+            for backend in SERVED_SCHEMES:
                 if backend in model.checkpoints:
                     yield golden(judge(target, model, backend))
-        for backend in BACKENDS:
+        for backend in SERVED_SCHEMES:
             yield verdicts(target, backend, OTHER_EXPERTS)
     for release, backend in SWEPT:
         yield verdicts(targets[release], backend, map(as_model, lattice(1)))
@@ -113,7 +116,7 @@ SURVIVORS: dict[str, dict[str, str]] = {
         "router.correction_bias or 'bfloat16' -> router.correction_bias": "the tree gives "
         "methods that read a bias to routers that have one: no verdict hangs on the dtype of zeros",
     },
-    "backends": {f"{backend}: Renormalize": _NOT_GIVEN for backend in BACKENDS},
+    "backends": {f"{backend}: Renormalize": _NOT_GIVEN for backend in SERVED_SCHEMES},
     "arguments": {"nothing": "that it goes unnoticed shows that the changes are what is noticed"},
     "rules": dict.fromkeys(
         (
@@ -134,7 +137,7 @@ SURVIVORS: dict[str, dict[str, str]] = {
     ),
 }
 
-classify_module = importlib.import_module("pytest_moe_routing.routing.classify")
+classify_module = importlib.import_module("pytest_moe_routing.targets.builtin.classify")
 FUNCTIONS: dict[str, tuple[Callable, tuple]] = {
     "tree": (classify_module.classify, (builtin,)),
     "before the tree": (BuiltinTarget.classify, (BuiltinTarget,)),
@@ -162,13 +165,13 @@ def test_a_change_of_the_builtin_target_is_noticed(name, monkeypatch, frozen):
 def test_a_backend_that_takes_other_methods_or_dtypes_is_noticed(monkeypatch):
     target = BuiltinTarget(FlashInfer.of(NEWEST))
     survivors = []
-    for backend in list(BACKENDS.values()):
+    for backend in list(SERVED_SCHEMES.values()):
         was = verdicts(target, backend.name, map(as_model, lattice(1)))
         changed = {m: {"methods": backend.methods - {m}} for m in sorted(backend.methods)}
         changed |= {d: {"logits_dtypes": (d,)} for d in backend.logits_dtypes}
         for name, change in changed.items():
             with monkeypatch.context() as patch:
-                patch.setitem(BACKENDS, backend.name, replace(backend, **change))
+                patch.setitem(SERVED_SCHEMES, backend.name, replace(backend, **change))
                 if verdicts(target, backend.name, map(as_model, lattice(1))) == was:
                     survivors.append(f"{backend.name}: {name}")
     assert survivors == list(SURVIVORS["backends"])
@@ -219,7 +222,7 @@ def test_a_change_of_a_rule_is_noticed(monkeypatch):
         cases = [
             (flashinfer, backend, method)
             for flashinfer in dict.fromkeys(FlashInfer.of(ends[i]) for i in (0, len(ends) // 2, -1))
-            for backend in BACKENDS
+            for backend in SERVED_SCHEMES
             for method in flashinfer.methods
             if rule.covers(backend, method) and method != "Unspecified"
         ]

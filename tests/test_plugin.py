@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from pytest_moe_routing import goldens
-from pytest_moe_routing.backends import BACKENDS
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 MODEL = "minimax-m2"
 MODELS = load_models(goldens.packaged_directory()).values()
@@ -36,7 +36,7 @@ CONFIG = {
 
 
 def test_golden_runs_only_the_suite_and_ends_with_the_table(host):
-    cases = [(m, c) for m in MODELS for c in m.checkpoints if c in BACKENDS]
+    cases = [(m, c) for m in MODELS for c in m.checkpoints if c in SERVED_SCHEMES]
     result = host.runpytest_subprocess("--moe-golden", "-m", "not gpu")
     inexpressible = sum(m.router.not_expressible is not None for m in MODELS)
     swept = {backend for _, backend in cases}
@@ -160,7 +160,7 @@ def test_history_is_told_by_the_suite(host):
         f"test_verdict[{m}-{backend}]"
         for m in MODELS
         for backend in m.checkpoints
-        if backend in BACKENDS and m.router.scoring_func == "sigmoid" and not m.router.n_group
+        if backend in SERVED_SCHEMES and m.router.scoring_func == "sigmoid" and not m.router.n_group
         if m.router.correction_bias and m.router.routed_scaling_factor != 1.0
     }
     assert "test_verdict[step-3.7-flash-nvfp4]" in scaled_without_groups
@@ -208,7 +208,7 @@ def test_fixtures_and_marker_for_tests_of_the_host(host):
         """
     )
     result = host.runpytest_subprocess("-v")
-    served = {c for m in MODELS for c in m.checkpoints} & set(BACKENDS)
+    served = {c for m in MODELS for c in m.checkpoints} & set(SERVED_SCHEMES)
     result.assert_outcomes(passed=3 + len(served) + 4)
     result.stdout.fnmatch_lines(
         ["*test_models[[]llama-4-maverick[]]*", "*test_cases[[]minimax-m2-fp8_block[]]*"]

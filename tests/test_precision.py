@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_moe_routing.backends import FlashInfer, Gate, kernel_call
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.targets import judge
-from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.precision import lines, lost_needlessly
-from pytest_moe_routing.targets.protocol import Captured
+from pytest_moe_routing.oracle.downcasts import lines, lost_needlessly
+from pytest_moe_routing.oracle.exact import Gate, kernel_call
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.target import Captured
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())
 

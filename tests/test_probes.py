@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from pytest_moe_routing.targets.probes.vllm_models import (
+from pytest_moe_routing.targets.vllm.probe.models import (
     has_architecture,
     routing_function,
     scales_output,

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from pytest_moe_routing.backends import FlashInfer
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model
+from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.report import files, records
 from pytest_moe_routing.report.collect import summary
-from pytest_moe_routing.targets import judge, load_target
+from pytest_moe_routing.targets import load_target
 
 HOSTILE = "<script>alert(1)</script>|`` ``` ````"
 

@@ -12,14 +12,15 @@ from textwrap import dedent
 import pytest
 from wheels import wheels_since
 
-from pytest_moe_routing.backends import FlashInfer, Gate, kernel_call
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.targets import judge
-from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.probes.sglang_sources import Sources
-from pytest_moe_routing.targets.protocol import Captured
-from pytest_moe_routing.targets.sglang import SglangTarget, config_of
+from pytest_moe_routing.oracle.exact import Gate, kernel_call
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.target import Captured
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
+from pytest_moe_routing.targets.sglang.probe.sources import Sources
+from pytest_moe_routing.targets.sglang.target import SglangTarget, config_of
 from pytest_moe_routing.targets.source import Source
 
 MODELS = load_models(Path(__file__).parent.parent / "golden")

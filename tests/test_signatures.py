@@ -6,9 +6,9 @@ import inspect
 
 import pytest
 
-from pytest_moe_routing.backends import FlashInfer
-from pytest_moe_routing.backends.signatures import _data, edited, enum, functions, parameters
 from pytest_moe_routing.errors import DataError
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer.signatures import _data, edited, enum, functions, parameters
 
 
 @pytest.mark.parametrize("function", _data()["functions"])

@@ -7,17 +7,12 @@ import fused_cases
 import pytest
 import torch
 
-from pytest_moe_routing.backends import FlashInfer
 from pytest_moe_routing.compare import assert_moe, assert_routing
-from pytest_moe_routing.kernels.fused import (
-    fused_arguments,
-    launch_fused,
-    rows_of,
-    without_routing,
-)
-from pytest_moe_routing.kernels.routing import Shard
-from pytest_moe_routing.kernels.simulator import Simulator
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.kernels.fused import fused_arguments, launch_fused, rows_of, without_routing
 from pytest_moe_routing.kernels.weights import KERNELS, prepare
+from pytest_moe_routing.reference.shard import Shard
+from pytest_moe_routing.simulator.simulator import Simulator
 
 FLASHINFER = FlashInfer.of("0.7.2.post1")
 LAYOUTS = [

@@ -7,19 +7,23 @@ from dataclasses import replace
 import miniatures
 import pytest
 
-from pytest_moe_routing.backends import BACKENDS, FlashInfer, Gate, known_releases, support_gates
 from pytest_moe_routing.errors import (
     TargetImportError,
     TargetNotInstalled,
     UnknownTarget,
     Unsupported,
 )
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.targets import check_target, judge, load_target, target_names
-from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.modular import refused_by_method
-from pytest_moe_routing.targets.numbers import misread_methods
+from pytest_moe_routing.oracle.enum_numbers import misread_methods
+from pytest_moe_routing.oracle.exact import Gate
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.modular import refused_by_method
+from pytest_moe_routing.schemes import SERVED_SCHEMES
+from pytest_moe_routing.targets import check_target, load_target, target_names
+from pytest_moe_routing.targets.builtin.gates import support_gates
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())
 #: The spine: models whose verdicts were worked out by hand.
@@ -35,7 +39,7 @@ def verdicts(target_class, release):
 @pytest.mark.parametrize("release", known_releases())
 def test_the_builtin_target_is_never_wrong_and_never_crashes(release):
     target = BuiltinTarget(FlashInfer.of(release))
-    cases = [(m, b) for m in MODELS.values() for b in m.checkpoints if b in BACKENDS]
+    cases = [(m, b) for m in MODELS.values() for b in m.checkpoints if b in SERVED_SCHEMES]
     found = {judge(target, model, backend).verdict for model, backend in cases}
     assert found <= {"exact", "fallback", "missed"}
 
@@ -237,10 +241,8 @@ def test_a_method_that_ignores_what_the_router_has_is_refused(changes, lost):
         MODELS["minimax-m2"].router, scoring_func="softmax", correction_bias=None, renormalize=False
     )
     model = replace(MODELS["minimax-m2"], router=replace(base, **changes))
-    gates = support_gates(model, BACKENDS["nvfp4"], "Default", FlashInfer.of("0.7.0"))
+    gates = support_gates(model, "nvfp4", "Default", FlashInfer.of("0.7.0"))
     assert [str(g) for g in gates if not g.ok] == [f"router parameters: no, Default ignores {lost}"]
     plain = replace(MODELS["minimax-m2"], router=base)
-    assert all(
-        g.ok for g in support_gates(plain, BACKENDS["nvfp4"], "Default", FlashInfer.of("0.7.0"))
-    )
+    assert all(g.ok for g in support_gates(plain, "nvfp4", "Default", FlashInfer.of("0.7.0")))
     assert judge(BuiltinTarget(FlashInfer.of("0.7.0")), model, "nvfp4").verdict == "fallback"

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 from wheels import wheels_since
 
-from pytest_moe_routing.backends import FlashInfer
 from pytest_moe_routing.errors import TargetNotInstalled, Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.targets import check_target, judge, load_target, pinned_flashinfer
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.targets import check_target, load_target, pinned_flashinfer
 
 MODELS = load_models(packaged_directory())
 

@@ -9,15 +9,15 @@ from importlib.util import find_spec
 
 import pytest
 
-from pytest_moe_routing.backends import FlashInfer
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models, read_config
+from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.targets import load_target
-from pytest_moe_routing.targets.model_code import compare_request
 from pytest_moe_routing.targets.source import Source
-from pytest_moe_routing.targets.vllm import VllmTarget
-from pytest_moe_routing.targets.vllm_models import ModelCode, blocks
+from pytest_moe_routing.targets.vllm.model_code import ModelCode, blocks
+from pytest_moe_routing.targets.vllm.target import VllmTarget
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 MODELS = load_models(packaged_directory())
@@ -185,7 +185,7 @@ def mutants(tmp_path_factory):
         def compare(block):
             wrong = {**row, "module": "wrong_models.blocks", "block": block}
             patch.setattr(
-                "pytest_moe_routing.targets.vllm_models.blocks",
+                "pytest_moe_routing.targets.vllm.model_code.blocks",
                 lambda: {"DeepseekV3ForCausalLM": wrong},
             )
             model = MODELS["deepseek-r1"]

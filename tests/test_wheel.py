@@ -8,11 +8,11 @@ import zipfile
 
 import pytest
 
-from pytest_moe_routing.backends import FlashInfer, signatures
-from pytest_moe_routing.backends.drift import drift, examine
-from pytest_moe_routing.backends.wheel import Package
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.errors import ReleaseError, TargetImportError, Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer, signatures
+from pytest_moe_routing.flashinfer.drift import drift, examine
+from pytest_moe_routing.flashinfer.package import Package
 from pytest_moe_routing.targets import load_target
 
 INCLUDE = "data/include/flashinfer/trtllm/fused_moe/"
@@ -270,7 +270,7 @@ def test_the_target_answers_for_a_wheel(tmp_path):
 
 
 def test_the_target_needs_a_package():
-    from pytest_moe_routing.targets.flashinfer import FlashInferTarget
+    from pytest_moe_routing.targets.flashinfer.target import FlashInferTarget
 
     with pytest.raises(TargetImportError, match="without a package"):
         FlashInferTarget(FlashInfer.of("0.7.0")).method_numbers()

@@ -21,7 +21,8 @@ from pytest_moe_routing.models import (
     read_config,
 )
 from pytest_moe_routing.models.huggingface.families import table
-from pytest_moe_routing.models.spec import SCHEMES, schema
+from pytest_moe_routing.models.spec import schema
+from pytest_moe_routing.schemes import SCHEMES
 
 ZOO = load_models(packaged_directory())
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pytest_moe_routing.backends import KernelCall
+from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.kernels.routing import run_routing
 from pytest_moe_routing.logits import make
 from pytest_moe_routing.routing import Recipe

@@ -6,7 +6,7 @@ Run on a GPU with flashinfer-python >= 0.7.0. Output of an H200: probe.txt.
 import torch
 from flashinfer.fused_moe import RoutingMethodType, trtllm_gen_routing
 
-from pytest_moe_routing.backends import KernelCall
+from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.kernels.routing import run_routing
 
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 12, 15, 16, 17, 18, 32, 64, 65, 100, 128, 256, 257, 300, 1024, 1025)

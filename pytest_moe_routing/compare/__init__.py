@@ -2,7 +2,6 @@
 
 from pytest_moe_routing.compare.budget import Arithmetic
 from pytest_moe_routing.compare.choices import admissible_routings
-from pytest_moe_routing.compare.defects import MoEProblem
 from pytest_moe_routing.compare.fingerprints import FingerprintExperts
 from pytest_moe_routing.compare.moe import MoEComparison, assert_moe, compare_moe
 from pytest_moe_routing.compare.routing import Comparison, assert_routing, compare_routing
@@ -14,7 +13,6 @@ __all__ = [
     "Comparison",
     "FingerprintExperts",
     "MoEComparison",
-    "MoEProblem",
     "Precision",
     "admissible_routings",
     "assert_moe",

@@ -13,80 +13,12 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.compare.mistakes import RECIPES, Mistake
-from pytest_moe_routing.errors import LayerError
 from pytest_moe_routing.reference.activation import ACTIVATIONS
 from pytest_moe_routing.reference.layouts import interleave_rows, swap_halves
-from pytest_moe_routing.reference.moe import Layer
-from pytest_moe_routing.reference.quantization import Quantized, quantize
+from pytest_moe_routing.reference.problem import MoEProblem
+from pytest_moe_routing.reference.quantization import Quantized
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import Expert, Experts
-from pytest_moe_routing.routing.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class MoEProblem:
-    """Everything that determines a fused MoE's output.
-
-    Attributes:
-        hidden: `[tokens, hidden]` in the scheme's input format.
-        experts: The weights.
-        layer: What is computed.
-        routing: Experts and weights of every token.
-        recipe, logits, bias: Where the routing comes from, if it was not given to the kernel;
-            defects of routing are looked for only then.
-        shard: The experts of this rank.
-    """
-
-    hidden: Quantized
-    experts: Experts
-    layer: Layer
-    routing: Routing
-    recipe: Recipe | None = None
-    logits: Tensor | None = None
-    bias: Tensor | None = None
-    shard: range | None = None
-
-    @classmethod
-    def of(
-        cls,
-        hidden: Tensor | Quantized,
-        experts: Experts,
-        layer: Layer,
-        routing: Routing | None = None,
-        *,
-        recipe: Recipe | None = None,
-        logits: Tensor | None = None,
-        bias: Tensor | None = None,
-        shard: range | None = None,
-    ) -> MoEProblem:
-        """A problem with a routing, or with the recipe and the logits that make it.
-
-        Raises:
-            LayerError: There is neither.
-        """
-        if isinstance(hidden, Tensor):
-            hidden = quantize(hidden, layer.scheme.input)
-        if recipe is not None:
-            layer = replace(layer, weight_on=recipe.weight_on)
-        if routing is None:
-            if recipe is None or logits is None:
-                raise LayerError("found neither a routing nor a recipe with logits, expected one")
-            routing = route(logits, recipe, bias)
-        return cls(hidden, experts, layer, routing, recipe, logits, bias, shard)
-
-    def take(self, tokens: Tensor) -> MoEProblem:
-        """The same problem for some of its tokens."""
-        routing = Routing(self.routing.topk_ids[tokens], self.routing.topk_weights[tokens])
-        logits = None if self.logits is None else self.logits[tokens]
-        return replace(self, hidden=take(self.hidden, tokens), routing=routing, logits=logits)
-
-
-def take(hidden: Quantized, tokens: Tensor) -> Quantized:
-    """Some rows of quantized hidden states, whose blocks are one row high or the whole."""
-    scales = hidden.scales
-    if scales is not None and hidden.format.block[0] == 1:
-        scales = scales[tokens]
-    return replace(hidden, data=hidden.data[tokens], scales=scales)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.compare.budget import FLASHINFER, Arithmetic, Bounded, bounded_moe
-from pytest_moe_routing.compare.defects import DEFECTS, MoEProblem
+from pytest_moe_routing.compare.defects import DEFECTS
 from pytest_moe_routing.errors import LayerError
 from pytest_moe_routing.reference.moe import check_inputs
+from pytest_moe_routing.reference.problem import MoEProblem
 from pytest_moe_routing.reference.quantization import find_format
 from pytest_moe_routing.reference.routing import Routing
 

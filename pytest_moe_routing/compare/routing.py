@@ -10,12 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.compare.messages import (
-    Difference,
-    structural,
-    wrong_experts,
-    wrong_weights,
-)
+from pytest_moe_routing.compare.messages import Difference, structural, wrong_experts, wrong_weights
 from pytest_moe_routing.compare.mistakes import diagnose
 from pytest_moe_routing.compare.rows import Rows
 from pytest_moe_routing.compare.tolerances import PRECISIONS

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.backends import FlashInfer, KernelCall, signatures
-from pytest_moe_routing.compare import MoEProblem
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, signatures
 from pytest_moe_routing.kernels.weights import KERNELS, Kernel, Prepared
 from pytest_moe_routing.reference.activation import Activation
+from pytest_moe_routing.reference.problem import MoEProblem
 from pytest_moe_routing.reference.quantization import Quantized
 from pytest_moe_routing.reference.routing import Routing
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pytest_moe_routing.backends import FlashInfer, installed_release
 from pytest_moe_routing.errors import GpuMemoryError
+from pytest_moe_routing.flashinfer import FlashInfer, installed_release
 
 #: The standalone routing operator came with this release.
 NEEDS_FLASHINFER = "0.7.0"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from pytest_moe_routing.backends import FlashInfer
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.kernels.gpu import HOPPER, Gpu
 
 #: What `--moe-kernels` is by default; `simulator` or `simulator:FAULT` otherwise.
@@ -59,8 +59,8 @@ def simulated(name: str, flashinfer: FlashInfer) -> Kernels:
     Raises:
         MoERoutingError: There is no such fault.
     """
-    from pytest_moe_routing.kernels.faults import FAULTS
-    from pytest_moe_routing.kernels.simulator import Simulator
+    from pytest_moe_routing.simulator.faults import FAULTS
+    from pytest_moe_routing.simulator.simulator import Simulator
 
     _, _, fault = name.partition(":")
     if fault and fault not in FAULTS:

@@ -14,26 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.backends import FlashInfer, KernelCall
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.kernels.gpu import HOPPER, NEEDS_FLASHINFER
 from pytest_moe_routing.reference.permutation import Permutation
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The experts of one rank, in the launchers' words."""
-
-    local_expert_offset: int
-    local_num_experts: int
-
-    @classmethod
-    def whole(cls, num_experts: int) -> Shard:
-        return cls(0, num_experts)
-
-    @property
-    def experts(self) -> range:
-        return range(self.local_expert_offset, self.local_expert_offset + self.local_num_experts)
+from pytest_moe_routing.reference.shard import Shard
 
 
 @dataclass(frozen=True)

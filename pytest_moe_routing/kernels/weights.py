@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.kernels.routing import Shard
 from pytest_moe_routing.reference.layouts import (
     block_major,
     interleave_rows,
@@ -22,6 +21,7 @@ from pytest_moe_routing.reference.layouts import (
     swizzle_scales,
 )
 from pytest_moe_routing.reference.quantization import Quantized
+from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.reference.weights import Expert, Experts
 
 

@@ -3,7 +3,6 @@
 from pytest_moe_routing.models.huggingface import read_config
 from pytest_moe_routing.models.loader import load_incomplete, load_model, load_models, select
 from pytest_moe_routing.models.spec import (
-    SCHEMES,
     ExpertsConfig,
     IncompleteModel,
     ModelSpec,
@@ -12,7 +11,6 @@ from pytest_moe_routing.models.spec import (
 from pytest_moe_routing.models.writer import dump_model
 
 __all__ = [
-    "SCHEMES",
     "ExpertsConfig",
     "IncompleteModel",
     "ModelSpec",

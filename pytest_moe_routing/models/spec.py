@@ -11,6 +11,8 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pytest_moe_routing.schemes import SCHEMES
+
 #: (offending key, what was found, what is expected instead)
 Problem = tuple[str, str, str]
 
@@ -78,11 +80,6 @@ DTYPES = ("float32", "bfloat16")
 SCORING_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2_sum", "max")
 ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep", "situ")
-#: Quantization schemes of the experts, named after the fused backend that serves them.
-SERVED_SCHEMES = ("fp8_block", "fp8_per_tensor", "mxfp8", "nvfp4", "mxfp4", "bf16", "mxint4")
-#: Schemes that checkpoints have and no fused backend of FlashInfer serves.
-OTHER_SCHEMES = ("fp8_per_channel", "w4a16_nvfp4", "int4", "int8")
-SCHEMES = SERVED_SCHEMES + OTHER_SCHEMES
 
 _COUNT = {"minimum": 1, "maximum": 2**31 - 1}
 # Routing is run on this many columns: a slip in a config must not become an allocation of 100 GB.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_moe_routing.kernels.faults import FAULTS
+from pytest_moe_routing.simulator.faults import FAULTS
 
 _INTRODUCTION = """\
 # Faults of kernels, and the GPU tests that catch them

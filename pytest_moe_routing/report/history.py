@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError, TargetImportError
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.judge import VERDICTS, judge, unjudged
+from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.report import matrix
 from pytest_moe_routing.report.records import FORMAT, Record
 from pytest_moe_routing.session import MoESession
-from pytest_moe_routing.targets import VERDICTS, Target, judge, unjudged
 
 
 @dataclass(frozen=True)

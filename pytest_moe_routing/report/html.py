@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from pytest_moe_routing.oracle.judge import VERDICTS, story
 from pytest_moe_routing.report import matrix
 from pytest_moe_routing.report.records import Record
-from pytest_moe_routing.targets import VERDICTS, story
 
 _HEAD = """\
 <!doctype html>

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pytest_moe_routing.oracle.judge import story
 from pytest_moe_routing.report import matrix
 from pytest_moe_routing.report.records import Record
-from pytest_moe_routing.targets import story
 
 
 def page(records: Sequence[Record]) -> str:

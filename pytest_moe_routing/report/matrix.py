@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from packaging.version import InvalidVersion, Version
 
+from pytest_moe_routing.oracle.judge import GOOD, VERDICTS
 from pytest_moe_routing.report.records import Record
-from pytest_moe_routing.targets import GOOD, VERDICTS
 
 Table = list[list[str]]
 _NOTHING = "-"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pytest_moe_routing.backends import FlashInfer, known_releases, same_calls
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import ModelSpec, RouterConfig, load_incomplete, load_models
+from pytest_moe_routing.oracle.exact import same_calls
 from pytest_moe_routing.routing import recipe_of
 
 _INTRODUCTION = """\

@@ -1,7 +1,7 @@
 """FlashInfer's routing methods: the enum, and one recipe row for each.
 
 A row says what the method means in the newest release; how releases differ is data of
-`backends/flashinfer.yaml`. Semantics read from FlashInfer 0.7.2.post1,
+`flashinfer/releases.yaml`. Semantics read from FlashInfer 0.7.2.post1,
 `csrc/fused_moe/trtllm_backend/trtllm_fused_moe_routing_runner.cu`.
 """
 

@@ -88,8 +88,8 @@ class Fused:
 
     @cached_property
     def _prepared(self):
-        from pytest_moe_routing.kernels.routing import Shard
         from pytest_moe_routing.kernels.weights import prepare
+        from pytest_moe_routing.reference.shard import Shard
 
         distinct = self.experts if self.sizes else self.experts.few
         return prepare(
@@ -108,14 +108,14 @@ class Fused:
 
     @cached_property
     def whole(self):
-        from pytest_moe_routing.kernels.routing import Shard
+        from pytest_moe_routing.reference.shard import Shard
 
         return self.prepared(Shard.whole(self.call.num_experts))
 
     def problem(self, num_tokens, pattern="plain"):
         """What the kernel is asked, routed by the reference."""
         from pytest_moe_routing import logits
-        from pytest_moe_routing.compare import MoEProblem
+        from pytest_moe_routing.reference.problem import MoEProblem
 
         recipe = self.flashinfer.recipe(self.call)
         case = logits.make(
@@ -202,8 +202,8 @@ class Fused:
         import torch
 
         from pytest_moe_routing.compare import compare_routing
-        from pytest_moe_routing.kernels.explain import dense
         from pytest_moe_routing.kernels.fused import launch_fused, rows_of
+        from pytest_moe_routing.simulator.explain import dense
 
         tokens, top_k = ids.shape
         compared = compare_routing(

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_moe_routing.backends import FlashInfer, KernelCall, kernel_call
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.exact import kernel_call
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
-from pytest_moe_routing.targets.builtin import BuiltinTarget
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,6 @@ def require(flashinfer: FlashInfer, call: KernelCall) -> None:
 
 def explained(run: Callable[[Any], Any], got: Any, flashinfer: FlashInfer) -> list[str]:
     """Lines that name the known faults which explain a result."""
-    from pytest_moe_routing.kernels.explain import explain
+    from pytest_moe_routing.simulator.explain import explain
 
     return explain(run, got, flashinfer)

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
-from pytest_moe_routing.backends import FlashInfer, known_releases
 from pytest_moe_routing.compare import compare_routing
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.logits import PATTERNS, make
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.judge import judge, show_call
 from pytest_moe_routing.reference.routing import route, weigh
 from pytest_moe_routing.routing import recipe_of
-from pytest_moe_routing.targets import judge
-from pytest_moe_routing.targets.builtin import BuiltinTarget
-from pytest_moe_routing.targets.judge import show_call
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 ROUTER = "router"
 ROUTING = "routing"
@@ -114,7 +113,7 @@ def _golden_ids(
 
 def golden_names(model: ModelSpec) -> set[str]:
     """Every golden that a model has."""
-    from pytest_moe_routing.backends import BACKENDS
+    from pytest_moe_routing.schemes import SERVED_SCHEMES
 
     routing = set() if model.router.not_expressible else {ROUTING}
-    return {ROUTER, *routing, *(name for name in model.checkpoints if name in BACKENDS)}
+    return {ROUTER, *routing, *(name for name in model.checkpoints if name in SERVED_SCHEMES)}

@@ -35,7 +35,7 @@ ACTIVATIONS = ("silu", "relu2", "gelu", "swigluoai", "swiglustep")
 
 def small_call(scheme, method="DeepSeekV3", **fields):
     """A call with 16 experts, whether or not a model makes it."""
-    from pytest_moe_routing.backends import KernelCall
+    from pytest_moe_routing.flashinfer import KernelCall
 
     bias = "router" if method == "DeepSeekV3" else "none"
     given = {"num_experts": 16, "top_k": 4, "logits_dtype": "float32", "bias": bias}
@@ -141,8 +141,8 @@ def test_autotuned(fused, scheme):
 def test_expert_parallel_shard(fused, scheme, rank):
     """A rank computes the share of its own experts, from weights that are its own only."""
     from pytest_moe_routing.compare import compare_moe
-    from pytest_moe_routing.kernels.routing import Shard
     from pytest_moe_routing.reference.routing import Routing
+    from pytest_moe_routing.reference.shard import Shard
 
     layer = fused(small_call(scheme), scheme)
     local = layer.call.num_experts // 4
@@ -162,10 +162,11 @@ def test_reference(moe_kernels, scheme):
     """The MoE reference gives on the GPU what it gives on the CPU, within its own error bars."""
     import torch
 
-    from pytest_moe_routing.compare import MoEProblem, assert_moe
+    from pytest_moe_routing.compare import assert_moe
     from pytest_moe_routing.logits import bell, distinct
     from pytest_moe_routing.reference.moe import SCHEMES as FORMATS
     from pytest_moe_routing.reference.moe import Layer, moe
+    from pytest_moe_routing.reference.problem import MoEProblem
     from pytest_moe_routing.reference.routing import Routing
     from pytest_moe_routing.reference.weights import GeneratedExperts
 

@@ -128,7 +128,7 @@ class Routed:
 
     def expect(self, num_tokens, problems, got, **shard):
         """Fail with what is wrong, and with the known faults that explain it."""
-        from pytest_moe_routing.kernels.explain import dense
+        from pytest_moe_routing.simulator.explain import dense
 
         def weights(result):
             return dense(result.topk_ids, result.topk_weights, self.call.num_experts)
@@ -169,7 +169,7 @@ def test_model(moe_kernels, moe_model, moe_flashinfer, pattern, logits_dtype, bi
 @pytest.mark.parametrize("method", METHODS)
 def test_method(moe_kernels, moe_flashinfer, method, num_experts, top_k, logits_dtype):
     """Every routing method, whether or not a model uses it, inside its limits."""
-    from pytest_moe_routing.backends import KernelCall
+    from pytest_moe_routing.flashinfer import KernelCall
 
     # The standalone operator checks DeepSeekV3's groups as the block-scale launcher does.
     groups = 1 if method == "DeepSeekV3" else 0
@@ -227,8 +227,8 @@ def test_expert_parallel_shard(moe_kernels, moe_model, moe_flashinfer, rank, til
     """A shard chooses and weighs as the whole does, and permutes its own experts only."""
     import torch
 
-    from pytest_moe_routing.kernels.routing import Shard
     from pytest_moe_routing.reference.permutation import permute
+    from pytest_moe_routing.reference.shard import Shard
 
     experts = moe_model.router.num_experts
     call = call_of(moe_model, moe_flashinfer)

@@ -9,7 +9,7 @@ from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 @pytest.fixture(scope="module")
 def asked_once(moe_target):
-    from pytest_moe_routing.targets.lattice import Once
+    from pytest_moe_routing.oracle.config_sweep import Once
 
     return Once(moe_target)
 
@@ -29,13 +29,13 @@ def check(sweep, asked_once, moe_backend, moe_session):
 
 def test_lattice(asked_once, moe_backend, moe_session):
     """No router of the lattice passes all gates and goes wrong, or crashes."""
-    from pytest_moe_routing.targets.lattice import sweep
+    from pytest_moe_routing.oracle.config_sweep import sweep
 
     check(sweep, asked_once, moe_backend, moe_session)
 
 
 def test_behind_gates(moe_framework, asked_once, moe_backend, moe_session):
     """No call that only a gate for the routing method stops would go wrong."""
-    from pytest_moe_routing.targets.lattice import sweep_behind_gates
+    from pytest_moe_routing.oracle.config_sweep import sweep_behind_gates
 
     check(sweep_behind_gates, asked_once, moe_backend, moe_session)

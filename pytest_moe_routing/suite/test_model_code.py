@@ -9,7 +9,7 @@ from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 def test_model_code(moe_framework, moe_model):
     """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once."""
-    from pytest_moe_routing.targets.model_code import compare_request
+    from pytest_moe_routing.oracle.model_code import compare_request
 
     with unsupported_is_skipped():
         found = compare_request(moe_model, moe_framework.layer_request(moe_model))

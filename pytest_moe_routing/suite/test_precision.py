@@ -9,8 +9,8 @@ from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 def test_precision(moe_framework, moe_model, moe_backend):
     """Nothing is rounded on the way to a kernel that would have taken it as it is."""
-    from pytest_moe_routing.targets import judge
-    from pytest_moe_routing.targets.precision import lines, lost_needlessly
+    from pytest_moe_routing.oracle.downcasts import lines, lost_needlessly
+    from pytest_moe_routing.oracle.judge import judge
 
     with unsupported_is_skipped():
         found = judge(moe_framework, moe_model, moe_backend, recorded_only=True)

@@ -13,7 +13,7 @@ def test_verdict(moe_target, moe_model, moe_backend, record_property, moe_sessio
     The builtin target's known losses (`missed`) are frozen in its goldens; they fail for others.
     """
     from pytest_moe_routing.errors import Unsupported
-    from pytest_moe_routing.targets import judge, unjudged
+    from pytest_moe_routing.oracle.judge import judge, unjudged
 
     with unsupported_is_skipped():
         try:
@@ -30,7 +30,7 @@ def test_verdict(moe_target, moe_model, moe_backend, record_property, moe_sessio
 
 def test_method_numbers(moe_target, moe_session):
     """No gate lets a method through under a number that FlashInfer reads as another method."""
-    from pytest_moe_routing.targets.numbers import misread_methods
+    from pytest_moe_routing.oracle.enum_numbers import misread_methods
 
     drift = moe_target.drift()
     if drift:
@@ -45,7 +45,7 @@ def test_method_numbers(moe_target, moe_session):
 
 def test_modular(moe_framework, moe_backend, moe_session):
     """Experts that are given ids and weights refuse no router for its method."""
-    from pytest_moe_routing.targets.modular import refused_by_method
+    from pytest_moe_routing.oracle.modular import refused_by_method
 
     models = [model for model, backend in moe_session.cases if backend == moe_backend]
     with unsupported_is_skipped():

@@ -1,7 +1,5 @@
-"""Systems under test: one protocol, one registry, adapters that never import each other."""
+"""Adapters of the systems under test, and the registry that finds them."""
 
-from pytest_moe_routing.targets.judge import GOOD, VERDICTS, Judgement, judge, story, unjudged
-from pytest_moe_routing.targets.protocol import Target
 from pytest_moe_routing.targets.registry import (
     check_target,
     load_target,
@@ -9,16 +7,4 @@ from pytest_moe_routing.targets.registry import (
     target_names,
 )
 
-__all__ = [
-    "GOOD",
-    "VERDICTS",
-    "Judgement",
-    "Target",
-    "check_target",
-    "judge",
-    "load_target",
-    "pinned_flashinfer",
-    "story",
-    "target_names",
-    "unjudged",
-]
+__all__ = ["check_target", "load_target", "pinned_flashinfer", "target_names"]

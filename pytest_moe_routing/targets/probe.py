@@ -21,7 +21,7 @@ class Probe:
 
     Args:
         target: Name of the target, for messages.
-        module: What the child runs, by its full name; it serves with `probes.server`.
+        module: What the child runs, by its full name; it serves with `targets.server`.
         arguments: Its command line.
     """
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from pathlib import Path
 
-from pytest_moe_routing.backends import FlashInfer
 from pytest_moe_routing.errors import TargetImportError, TargetNotInstalled, UnknownTarget
-from pytest_moe_routing.targets.protocol import Target
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.oracle.target import Target
+from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.source import Source
 
 GROUP = "moe_routing.targets"
@@ -53,7 +54,10 @@ def load_target(name: str, flashinfer: FlashInfer) -> Target:
         if colon and "@" not in module:
             return _checked(name, getattr(import_module(module), attribute))(flashinfer)
         cls, source = _locate(name)
-        return cls(flashinfer) if source is None else cls(flashinfer, source)
+        if issubclass(cls, FrameworkTarget):
+            assert source is not None
+            return cls(flashinfer, source)
+        return cls(flashinfer)
     except (UnknownTarget, TargetNotInstalled, TargetImportError):
         raise
     except Exception as error:
@@ -71,7 +75,7 @@ def _locate(name: str) -> tuple[type[Target], Source | None]:
             f"unknown target {name!r}; targets: {', '.join(target_names())}, or module:Class"
         )
     cls = _registered(registered)
-    if not cls.package:
+    if not issubclass(cls, FrameworkTarget):
         if at:
             raise UnknownTarget(f"target {name!r}: {registered} takes no @PATH")
         return cls, None

@@ -141,8 +141,8 @@ def _known_pin(package: str, version: str) -> str | None:
         return version
     import yaml
 
-    text = resources.files(__package__).joinpath("pins.yaml").read_text("utf-8")
-    pins: dict[str, str] = yaml.safe_load(text).get(package, {})
+    text = resources.files(__package__).joinpath(package, "pins.yaml")
+    pins: dict[str, str] = yaml.safe_load(text.read_text("utf-8")) if text.is_file() else {}
     try:
         place = bisect_right([Version(release) for release in pins], Version(version))
     except InvalidVersion:

@@ -1,0 +1,107 @@
+"""`releases.yaml` is checked when read: a slip in a rule must not become a wrong verdict."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from packaging.version import Version
+
+from pytest_moe_routing.errors import DataError
+from pytest_moe_routing.flashinfer import signatures
+from pytest_moe_routing.flashinfer.grammar import CONDITION_TEST, EntryPoint, KernelCall, Rule
+from pytest_moe_routing.models.spec import ACTIVATIONS, DTYPES
+from pytest_moe_routing.routing.methods import RoutingMethodType
+from pytest_moe_routing.routing.recipe import Recipe
+from pytest_moe_routing.schemes import SERVED_SCHEMES
+
+_PROPERTIES = inspect.getmembers(KernelCall, lambda member: isinstance(member, property))
+#: What conditions may speak of.
+_NAMES = {f.name for f in fields(KernelCall)} | {name for name, _ in _PROPERTIES}
+_WORDS = {
+    "bias": ("none", "zeros", "router"),
+    "weight_on": ("output", "input"),
+    "logits_dtype": DTYPES,
+    "bias_dtype": DTYPES,
+}
+
+
+def check_data(data: Mapping[str, Any]) -> None:
+    """Raise `DataError`, naming the place, if anything in the data cannot be."""
+    releases = data["releases"]
+    if releases != sorted(releases, key=Version):
+        raise DataError("releases.yaml, releases: expected oldest first")
+    for turn, methods in data["numbers"].items():
+        where = f"numbers at {turn}"
+        _each(where, "release", [turn], releases)
+        _each(where, "method", methods, RoutingMethodType.__members__)
+    for turn in data["devices"]:
+        _each("devices", "release", [turn], releases)
+    for backend, row in data["entry_points"].items():
+        _check_entry_point(f"entry point of {backend}", backend, row, releases)
+    facts = set()
+    for place, row in enumerate(data["rules"], 1):
+        where = f"rule {place} ({row.get('fact', 'no fact')})"
+        _check_rule(where, row, releases, data["entry_points"])
+        _each(where, "fact", [row["fact"]], () if row["fact"] in facts else [row["fact"]])
+        facts.add(row["fact"])
+
+
+def _each(where: str, what: str, found: Iterable[Any], valid: Iterable[Any]) -> None:
+    known = list(valid)
+    for value in found:
+        if value not in known:
+            expected = f"one of {', '.join(map(str, known))}" if known else "one of its own"
+            raise DataError(f"releases.yaml, {where}: found {what} {value!r}, expected {expected}")
+
+
+def _fields(where: str, row: Mapping[str, Any], cls: type) -> None:
+    _each(where, "field", row, [f.name for f in fields(cls)])
+    for f in fields(cls):
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in row:
+            raise DataError(f"releases.yaml, {where}: has no {f.name}")
+
+
+def _check_entry_point(
+    where: str, backend: str, row: Mapping[str, Any], releases: list[str]
+) -> None:
+    _each("entry points", "backend", [backend], SERVED_SCHEMES)
+    _fields(where, row, EntryPoint)
+    _each(where, "release", [row["since"], *row["activations"].values()], releases)
+    _each(where, "activation", row["activations"], ACTIVATIONS)
+    _each(where, "weight side", row["weight_on"], _WORDS["weight_on"])
+    _each(where, "function", [row["function"]], signatures.functions(row["since"]))
+
+
+def _check_rule(
+    where: str, row: Mapping[str, Any], releases: list[str], backends: Iterable[str]
+) -> None:
+    _fields(where, row, Rule)
+    _each(where, "release", [row[k] for k in ("since", "until") if k in row], releases)
+    _each(where, "backend", row.get("backends", ()), backends)
+    _each(where, "method", row.get("methods", ()), RoutingMethodType.__members__)
+    _each(where, "recipe field", row.get("recipe", ()), [f.name for f in fields(Recipe)])
+    _each(where, "argument", row.get("ignores", ()), ("bias", "n_group", "scale", "weight_on"))
+    if "effect" in row:
+        _each(where, "effect", [row["effect"]], ("error", "garbage"))
+    elif "require" in row or not row.keys() & {"recipe", "ignores", "note"}:
+        raise DataError(f"releases.yaml, {where}: has no effect")
+    for part in ("when", "require"):
+        for name, condition in row.get(part, {}).items():
+            _each(where, f"name in {part}", [name], _NAMES)
+            _check_condition(f"{where}, {part} {name}", name, condition)
+
+
+def _check_condition(where: str, name: str, condition: object) -> None:
+    if not isinstance(condition, str) or not condition or CONDITION_TEST.sub("", condition).strip():
+        raise DataError(f"releases.yaml, {where}: found {condition!r}, expected such as '<=8'")
+    for sign, operand in CONDITION_TEST.findall(condition):
+        if name in _WORDS:
+            _each(where, "operator", [sign], ("==", "!=", "in:"))
+            _each(where, "value", operand.split(","), _WORDS[name])
+        elif sign == "in:" or not (operand.isdigit() or operand in _NAMES):
+            raise DataError(
+                f"releases.yaml, {where}: found {sign}{operand}, expected a number or a name"
+            )

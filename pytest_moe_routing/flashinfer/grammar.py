@@ -1,0 +1,158 @@
+"""The conditions in which rules about FlashInfer are written, and the calls that they judge."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from packaging.version import Version
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """The routing arguments that reach a fused kernel.
+
+    Attributes:
+        backend: Whose entry point is called, e.g. `fp8_block`.
+        method: Name of the routing method.
+        n_group, topk_group: As passed; 0 stands for None as well.
+        bias: What is passed as routing bias: `none`, `zeros` or the `router`'s own.
+        weight_on: `input` when the routing scales are applied on the input.
+        scale_after: What the layer multiplies the kernel's output by.
+    """
+
+    backend: str
+    method: str
+    num_experts: int
+    top_k: int
+    logits_dtype: str
+    n_group: int = 0
+    topk_group: int = 0
+    bias: str = "none"
+    bias_dtype: str = "float32"
+    routed_scaling_factor: float = 1.0
+    weight_on: str = "output"
+    scale_after: float = 1.0
+
+    @property
+    def group_size(self) -> int:
+        return self.num_experts // max(self.n_group, 1)
+
+    @property
+    def kept_experts(self) -> int:
+        return max(self.topk_group, 1) * self.group_size
+
+
+#: Names that conditions may use, and those of them that are numbers.
+_PROPERTIES = {"group_size", "kept_experts"}
+
+
+_NAMES = {f.name for f in fields(KernelCall)} | _PROPERTIES
+
+
+_NUMBERS = {f.name for f in fields(KernelCall) if f.type in ("int", "float")} | _PROPERTIES
+
+
+_OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "%": lambda value, divisor: bool(divisor) and value % divisor == 0,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+CONDITION_TEST = re.compile(r"(==|!=|<=|>=|<|>|%|in:)(\S+)")
+
+
+_Test = Callable[[KernelCall], bool]
+
+
+def _test(name: str, sign: str, operand: str) -> _Test:
+    """Whether `name` of a call meets one part of a condition, such as `<=n_group`."""
+    value = operator.attrgetter(name)
+    if sign == "in:":
+        members = frozenset(operand.split(","))
+        return lambda call: value(call) in members
+    compare = _OPERATORS[sign]
+    if operand in _NAMES:
+        other = operator.attrgetter(operand)
+        return lambda call: compare(value(call), other(call))
+    constant = float(operand) if name in _NUMBERS else operand
+    return lambda call: compare(value(call), constant)
+
+
+def _tests(conditions: Mapping[str, str]) -> tuple[tuple[str, _Test], ...]:
+    """Conditions by name, each as (name, whether all its parts hold)."""
+
+    def every(parts: list[_Test]) -> _Test:
+        return parts[0] if len(parts) == 1 else lambda call: all(part(call) for part in parts)
+
+    return tuple(
+        (name, every([_test(name, *part) for part in CONDITION_TEST.findall(condition)]))
+        for name, condition in conditions.items()
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of `releases.yaml`; its header explains the fields."""
+
+    fact: str
+    since: str = "0"
+    until: str = ""
+    backends: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    when: Mapping[str, str] = field(default_factory=dict)
+    require: Mapping[str, str] = field(default_factory=dict)
+    effect: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    ignores: tuple[str, ...] = ()
+    note: str = ""
+
+    def in_force(self, release: Version) -> bool:
+        return Version(self.since) <= release and (not self.until or release < Version(self.until))
+
+    def covers(self, backend: str, method: str) -> bool:
+        """Whether calls of this method on this backend can be concerned at all."""
+        return (not self.backends or backend in self.backends) and (
+            not self.methods or method in self.methods
+        )
+
+    @cached_property
+    def _when(self) -> tuple[tuple[str, _Test], ...]:
+        return _tests(self.when)
+
+    @cached_property
+    def _require(self) -> tuple[tuple[str, _Test], ...]:
+        return _tests(self.require)
+
+    def applies(self, call: KernelCall) -> bool:
+        """Whether a call that it covers meets `when`."""
+        return all(test(call) for _, test in self._when)
+
+    def broken(self, call: KernelCall) -> str | None:
+        """How a call that it covers breaks this rule, in words; None when it does not."""
+        if not self.effect or not self.applies(call):
+            return None
+        for name, test in self._require:
+            if not test(call):
+                return f"{name} is {getattr(call, name)}, not {self.require[name]}: {self.fact}"
+        return None if self.require else self.fact
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """A fused MoE function, as one backend uses it."""
+
+    function: str
+    since: str
+    weight_on: tuple[str, ...]
+    multiple_of: int
+    activations: Mapping[str, str]

@@ -1,0 +1,157 @@
+"""What a flashinfer-python package says of itself: read from its files, never imported.
+
+A package is a wheel, a folder that holds `flashinfer` (an unpacked wheel, a site-packages, a source
+checkout), or the `flashinfer` folder itself. No torch, no GPU and no other dependency is needed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pytest_moe_routing.errors import ReleaseError
+from pytest_moe_routing.flashinfer.signatures import each_parameter
+
+#: Where Python enums and entry points have been, newest place first.
+_ENUM_FILES = ("tllm_enums.py", "fused_moe/core.py")
+_FUNCTION_FILES = ("fused_moe/core.py", "fused_moe/trtllm_gen_routing.py")
+#: An entry point that is called with routing arguments (and not `trtllm_moe_*`, its helpers).
+_ENTRY_POINT = re.compile(r"trtllm_(?!moe_)\w+_moe|trtllm_gen_routing")
+
+
+@dataclass(frozen=True)
+class Package:
+    """The files of one flashinfer-python.
+
+    Attributes:
+        path: What was given.
+        root: The folder above `flashinfer`; inside the wheel, if it is one.
+    """
+
+    path: Path
+    root: Path | zipfile.Path
+
+    @classmethod
+    def of(cls, path: Path) -> Package:
+        """Find the package.
+
+        Raises:
+            ReleaseError: There is nothing at the path, or no flashinfer-python.
+        """
+        if path.is_dir():
+            roots: list[Path | zipfile.Path] = [path, path.parent]
+        elif zipfile.is_zipfile(path):
+            roots = [zipfile.Path(path)]
+        else:
+            what = "no wheel and no folder" if path.exists() else "no such file"
+            raise ReleaseError(f"{path}: {what}")
+        for root in roots:
+            package = cls(path, root)
+            if package.read("fused_moe/core.py") is not None:
+                return package
+        raise ReleaseError(
+            f"{path}: no flashinfer-python: flashinfer/fused_moe/core.py is not in it"
+        )
+
+    @classmethod
+    def installed(cls) -> Package:
+        """The flashinfer of this environment: found, not imported.
+
+        Raises:
+            ReleaseError: There is none.
+        """
+        spec = importlib.util.find_spec("flashinfer")
+        places = [] if spec is None else spec.submodule_search_locations or []
+        for place in places:
+            return cls.of(Path(place))
+        raise ReleaseError("flashinfer-python is not installed; name a wheel of it")
+
+    def read(self, name: str) -> str | None:
+        """A file of the package, by its path below `flashinfer`; None when it has none."""
+        return self._text(f"flashinfer/{name}")
+
+    def source(self, name: str) -> str | None:
+        """A file of the kernels' sources, by its path below the wheel's `data`."""
+        # A checkout has them beside the package.
+        return self._text(f"flashinfer/data/{name}") or self._text(name)
+
+    def _text(self, name: str) -> str | None:
+        file = self.root.joinpath(*name.split("/"))
+        try:
+            return file.read_text(encoding="utf-8") if file.is_file() else None
+        except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ReleaseError(f"{self.path}: {name} cannot be read: {error}") from None
+
+    @cached_property
+    def release(self) -> str:
+        """The release that the package says it is."""
+        stated = re.search(r'__version__ = "([^"]+)"', self.read("_build_meta.py") or "")
+        if stated:
+            return stated[1]
+        checkout = self._text("version.txt")
+        if checkout is None:
+            raise ReleaseError(f"{self.path}: does not say which release it is")
+        return checkout.strip()
+
+    def _tree(self, name: str) -> ast.Module:
+        text = self.read(name)
+        try:
+            return ast.parse(text or "")
+        except SyntaxError as error:
+            raise ReleaseError(f"{self.path}: flashinfer/{name}: {error}") from None
+
+    @cached_property
+    def enums(self) -> Mapping[str, Mapping[str, int]]:
+        """Members and their numbers, of every plain enum beside the entry points."""
+        found: dict[str, dict[str, int]] = {}
+        for name in _ENUM_FILES:
+            for node in self._tree(name).body:
+                if isinstance(node, ast.ClassDef) and node.name not in found:
+                    members = dict(_members(node))
+                    if members:
+                        found[node.name] = members
+        return found
+
+    @cached_property
+    def signatures(self) -> Mapping[str, tuple[str, ...]]:
+        """The parameters of every entry point, each as `name` or `name=default`, `*` included."""
+        return {
+            node.name: tuple(_parameters(node.args))
+            for name in _FUNCTION_FILES
+            for node in self._tree(name).body
+            if isinstance(node, ast.FunctionDef) and _ENTRY_POINT.fullmatch(node.name)
+        }
+
+
+def _members(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
+    """Members of an enum whose values are written as numbers (or as tuples of one)."""
+    if not any(ast.unparse(base).endswith("Enum") for base in node.bases):
+        return
+    for statement in node.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            value: ast.expr = statement.value
+            if isinstance(value, ast.Tuple) and len(value.elts) == 1:
+                value = value.elts[0]
+            if isinstance(value, ast.Constant) and type(value.value) is int:
+                yield statement.targets[0].id, value.value
+
+
+def _parameters(arguments: ast.arguments) -> Iterator[str]:
+    """The parameters without their annotations, written as in `signatures.yaml`."""
+    starred = arguments.vararg is not None
+    for name, default, by_name in each_parameter(arguments):
+        if by_name and not starred:
+            starred = True
+            yield "*"
+        yield name if default is None else f"{name}={ast.unparse(default)}"
+    if arguments.vararg:
+        yield f"*{arguments.vararg.arg}"
+    if arguments.kwarg:
+        yield f"**{arguments.kwarg.arg}"

@@ -1,0 +1,246 @@
+"""FlashInfer's fused MoE kernels, release by release: `releases.yaml`, looked up.
+
+This module knows how to read the rules, not one fact about FlashInfer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
+from importlib import metadata, resources
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from pytest_moe_routing.errors import ReleaseError
+from pytest_moe_routing.flashinfer import signatures
+from pytest_moe_routing.flashinfer.check import check_data
+from pytest_moe_routing.flashinfer.grammar import EntryPoint, KernelCall, Rule
+from pytest_moe_routing.routing.methods import METHODS, RoutingMethodType
+from pytest_moe_routing.routing.recipe import Recipe
+
+DISTRIBUTION = "flashinfer-python"
+
+
+@cache
+def _data() -> dict[str, Any]:
+    import yaml
+
+    text = resources.files(__package__).joinpath("releases.yaml").read_text("utf-8")
+    data: dict[str, Any] = yaml.safe_load(text)
+    check_data(data)
+    data["rules"] = [Rule(**row) for row in data["rules"]]
+    data["entry_points"] = {n: EntryPoint(**row) for n, row in data["entry_points"].items()}
+    return data
+
+
+def known_releases() -> list[str]:
+    """The releases in the data, oldest first."""
+    return list(_data()["releases"])
+
+
+def installed_release() -> str | None:
+    """The installed flashinfer-python, without importing it."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+#: What a rule changes in a recipe: (arguments ignored, fields overridden).
+_Change = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The rules for one method on one backend, in one release, by what they do."""
+
+    limits: tuple[Rule, ...]
+    changes: tuple[tuple[Rule, _Change], ...]
+    noted: tuple[Rule, ...]
+
+
+def _rules(release: str) -> Iterator[Rule]:
+    """The rules in force in a release."""
+    return (rule for rule in _data()["rules"] if rule.in_force(Version(release)))
+
+
+@cache
+def _kernel(release: str, backend: str, method: str) -> _Kernel:
+    rules = [rule for rule in _rules(release) if rule.covers(backend, method)]
+    return _Kernel(
+        limits=tuple(rule for rule in rules if rule.effect),
+        changes=tuple(
+            (rule, (tuple(rule.ignores), tuple(rule.recipe.items())))
+            for rule in rules
+            if rule.ignores or rule.recipe
+        ),
+        noted=tuple(rule for rule in rules if rule.note),
+    )
+
+
+@cache
+def _entry_point(release: str, backend: str) -> EntryPoint | None:
+    entry: EntryPoint | None = _data()["entry_points"].get(backend)
+    return entry if entry and Version(entry.since) <= Version(release) else None
+
+
+@cache
+def _honoured(release: str, method: str) -> frozenset[str]:
+    """The arguments that a method of a release heeds."""
+    row = METHODS.get(RoutingMethodType[method])
+    ignored = {name for rule in _rules(release) if method in rule.methods for name in rule.ignores}
+    return row.honours - ignored if row else frozenset()
+
+
+@lru_cache(maxsize=1 << 16)
+def _recipe(
+    method: str,
+    changes: tuple[_Change, ...],
+    top_k: int,
+    bias_dtype: str | None,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+    weight_on: str,
+    scale_after: float,
+) -> Recipe:
+    """The recipe of a method, changed by rules and bound to a call's arguments."""
+    row = METHODS[RoutingMethodType[method]]
+    ignored = {name for ignores, _ in changes for name in ignores}
+    bound = replace(row, honours=row.honours - ignored).bind(
+        top_k=top_k,
+        bias=bias_dtype is not None,
+        n_group=n_group,
+        topk_group=topk_group,
+        scale=scale,
+        weight_on=weight_on,
+    )
+    bound = replace(bound, scale=bound.scale * scale_after)
+    overrides: dict[str, Any] = {"bias_dtype": bias_dtype} if bound.bias else {}
+    for _, overridden in changes:
+        overrides.update(overridden)
+    return replace(bound, **overrides)
+
+
+@dataclass(frozen=True)
+class FlashInfer:
+    """The kernels of one FlashInfer release.
+
+    Attributes:
+        release: The release asked for.
+        judged_as: The newest known release that is not newer; its facts are used.
+    """
+
+    release: str
+    judged_as: str
+
+    @classmethod
+    def of(cls, release: str | None = None) -> FlashInfer:
+        """Look a release up: the given one, else the installed one, else the newest known.
+
+        Raises:
+            ReleaseError: Not a release number, or older than the oldest known release.
+        """
+        known = known_releases()
+        release = release or installed_release() or known[-1]
+        try:
+            place = bisect_right([Version(r) for r in known], Version(release))
+        except InvalidVersion:
+            raise ReleaseError(
+                f"FlashInfer release: found {release!r}, expected a number such as {known[-1]}"
+            ) from None
+        if not place:
+            raise ReleaseError(f"FlashInfer {release} is older than the oldest known, {known[0]}")
+        return cls(release, known[place - 1])
+
+    def _in_force(self, timeline: Mapping[str, Any]) -> Any:
+        """The newest value of a timeline that is not newer than this release; None before all."""
+        past = [r for r in timeline if Version(r) <= Version(self.judged_as)]
+        return timeline[max(past, key=Version)] if past else None
+
+    def has(self, since: str) -> bool:
+        return Version(since) <= Version(self.judged_as)
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the routing methods, in the order of their numbers."""
+        return tuple(self._in_force(_data()["numbers"]))
+
+    def number(self, method: str) -> int | None:
+        """The number of a method in this release; None when it has none."""
+        return self.methods.index(method) if method in self.methods else None
+
+    def method(self, number: int) -> str | None:
+        """The method that a number means in this release; None when it means none."""
+        return self.methods[number] if 0 <= number < len(self.methods) else None
+
+    def honours(self, method: str, argument: str) -> bool:
+        """Whether a method of this release heeds an argument: `scale`, `bias`, `n_group`."""
+        return method in self.methods and argument in _honoured(self.judged_as, method)
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Major compute capabilities that the launchers accept."""
+        return tuple(self._in_force(_data()["devices"]))
+
+    def entry_point(self, backend: str) -> EntryPoint | None:
+        """The entry point that serves a backend's scheme; None when this release has none."""
+        return _entry_point(self.judged_as, backend)
+
+    def signature(self, function: str) -> inspect.Signature | None:
+        """The signature of an entry point, enum members as numbers; None when there is none."""
+        return signatures.signature(function, self.release)
+
+    def recipe(self, call: KernelCall) -> Recipe:
+        """What the kernel computes when called so; meaningful only if it is not `refused`."""
+        kernel = _kernel(self.judged_as, call.backend, call.method)
+        return _recipe(
+            call.method,
+            tuple(change for rule, change in kernel.changes if rule.applies(call)),
+            call.top_k,
+            call.bias_dtype if call.bias == "router" else None,
+            max(call.n_group, 1),
+            # Kernels without groups do not look at it.
+            max(call.topk_group, 1) if call.n_group > 1 else 1,
+            call.routed_scaling_factor,
+            call.weight_on,
+            call.scale_after,
+        )
+
+    def broken(self, call: KernelCall) -> list[tuple[Rule, str]]:
+        """The rules that the call breaks, and how, in words; errors first."""
+        found = [
+            (rule, how)
+            for rule in _kernel(self.judged_as, call.backend, call.method).limits
+            if (how := rule.broken(call))
+        ]
+        return sorted(found, key=lambda broken: broken[0].effect)
+
+    def troubles(self, call: KernelCall) -> list[tuple[str, str]]:
+        """Rules that the call breaks, as (`error` or `garbage`, in words), errors first."""
+        if self.number(call.method) is None or call.method == "Unspecified":
+            return [("error", f"FlashInfer {self.judged_as} has no routing method {call.method}")]
+        return [(rule.effect, how) for rule, how in self.broken(call)]
+
+    def facts(self, call: KernelCall, about: Collection[str] | None = None) -> list[str]:
+        """Why fields of `recipe`, all or these, are not those of the method's row."""
+        kernel = _kernel(self.judged_as, call.backend, call.method)
+        return [
+            rule.fact
+            for rule, _ in kernel.changes
+            if (about is None or not {*rule.ignores, *rule.recipe}.isdisjoint(about))
+            and rule.applies(call)
+        ]
+
+    def notes(self, call: KernelCall) -> list[str]:
+        """What is a matter of precision in this call."""
+        kernel = _kernel(self.judged_as, call.backend, call.method)
+        return [rule.note for rule in kernel.noted if rule.applies(call)]
+
+    def __str__(self) -> str:
+        as_ = "" if self.release == self.judged_as else f" (judged as {self.judged_as})"
+        return f"FlashInfer {self.release}{as_}"

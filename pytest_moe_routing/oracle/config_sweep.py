@@ -1,0 +1,346 @@
+"""The lattice: router configurations around every known family, whether or not a model has them.
+
+A target that is right for every model may still be wrong for the next one. Each configuration of
+the lattice is judged as a model would be, and what is wrong or crashes is grouped by its cause.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cache, cached_property
+from itertools import chain, combinations, product
+from pathlib import Path
+from typing import Any
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import KernelCall
+from pytest_moe_routing.models import ExpertsConfig, ModelSpec, RouterConfig
+from pytest_moe_routing.oracle.exact import Gate, exact_calls
+from pytest_moe_routing.oracle.judge import Judgement, judge, judge_behind_gates
+from pytest_moe_routing.oracle.target import Captured, Target
+from pytest_moe_routing.schemes import SERVED_SCHEMES
+
+BAD = ("wrong", "crash")
+
+_Values = Mapping[str, Any]
+
+
+def _groups(n_group: int | None, topk_group: int | None, group_score: str | None) -> _Values:
+    return {"n_group": n_group, "topk_group": topk_group, "group_score": group_score}
+
+
+#: What each axis takes: limits of kernels, and what models have, on both sides.
+_AXES: tuple[tuple[_Values, ...], ...] = (
+    tuple(
+        {"num_experts": n}
+        for n in (8, 16, 60, 64, 128, 160, 192, 256, 257, 288, 384, 512, 896, 1024, 2048)
+    ),
+    tuple({"top_k": k} for k in (1, 2, 4, 6, 8, 10, 16, 22, 32)),
+    tuple({"scoring_func": name} for name in ("softmax", "sigmoid", "sqrtsoftplus")),
+    ({"renormalize": False}, {"renormalize": True}),
+    tuple({"correction_bias": dtype} for dtype in (None, "float32", "bfloat16")),
+    tuple({"routed_scaling_factor": scale} for scale in (1.0, 1.5, 2.5)),
+    (
+        _groups(None, None, None),
+        _groups(1, 1, None),
+        _groups(2, 1, "max"),
+        _groups(4, 2, "top2_sum"),
+        _groups(8, 4, "top2_sum"),
+        _groups(8, 4, "max"),
+        _groups(8, 8, "top2_sum"),
+        _groups(16, 4, "top2_sum"),
+    ),
+    ({"logits_dtype": "float32"}, {"logits_dtype": "bfloat16"}),
+    ({"topk_before_score": False}, {"topk_before_score": True}),
+    ({"weight_on": "output"}, {"weight_on": "input"}),
+)
+
+_PLAIN: _Values = {name: value for axis in _AXES for name, value in axis[0].items()}
+_BIASED: _Values = {"scoring_func": "sigmoid", "renormalize": True, "correction_bias": "float32"}
+#: The families of routers that models have: the lattice surrounds each.
+_FAMILIES: tuple[_Values, ...] = (
+    {"top_k": 2},
+    {"top_k": 8, "num_experts": 128, "renormalize": True, "logits_dtype": "bfloat16"},
+    {"top_k": 8, "num_experts": 64, "topk_before_score": True, "renormalize": True},
+    {"top_k": 6, "num_experts": 64, "scoring_func": "sigmoid"},
+    {"top_k": 8, "num_experts": 128, "scoring_func": "sigmoid", "renormalize": True},
+    {"top_k": 8, "num_experts": 256, **_BIASED},
+    {
+        "top_k": 8,
+        "num_experts": 256,
+        **_BIASED,
+        "routed_scaling_factor": 2.5,
+        **_groups(8, 4, "top2_sum"),
+    },
+    {
+        "top_k": 6,
+        "num_experts": 256,
+        **_BIASED,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
+    },
+    {
+        "top_k": 1,
+        "num_experts": 16,
+        "scoring_func": "sigmoid",
+        "weight_on": "input",
+        "topk_before_score": True,
+    },
+)
+
+#: Experts that every backend takes, so that only the router decides.
+_EXPERTS = ExpertsConfig(hidden_size=4096, intermediate_size=2048, activation="silu", gated=True)
+
+
+@cache
+def lattice(distance: int = 2) -> tuple[RouterConfig, ...]:
+    """Every router that differs from a family in at most `distance` axes, smallest first."""
+    routers = {
+        RouterConfig(**dict(chain(_PLAIN.items(), family.items(), *(c.items() for c in changes))))
+        for family in _FAMILIES
+        for axes in combinations(_AXES, distance)
+        for changes in product(*axes)
+    }
+    valid = [router for router in routers if not list(router.problems())]
+    return tuple(sorted(valid, key=_size))
+
+
+def _size(router: RouterConfig) -> tuple[int, int, int, int, str]:
+    """Small and plain routers first; any order will do among equals, but always the same."""
+    unlike = sum(getattr(router, name) != value for name, value in _PLAIN.items())
+    groups = router.n_group or 0
+    return router.num_experts, router.top_k, groups, unlike, repr(router)
+
+
+def as_model(router: RouterConfig) -> ModelSpec:
+    """A model with this router, and experts that every backend takes."""
+    sigmoid_top1 = router.topk_before_score and router.scoring_func == "sigmoid"
+    llama4 = sigmoid_top1 and router.top_k == 1 and not (router.renormalize or router.n_group)
+    return ModelSpec(
+        router=router,
+        experts=_EXPERTS,
+        model="a point of the lattice",
+        hf_repo="none/none",
+        # By which frameworks know the one router that they do not tell from its parameters.
+        architecture="Llama4ForConditionalGeneration" if llama4 else "AnyMoeForCausalLM",
+        checkpoints=tuple(SERVED_SCHEMES),
+        sources=("made up",),
+        folder=Path("lattice"),
+    )
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One reason why a target is wrong or crashes, however many routers it concerns.
+
+    Attributes:
+        why: What differs or is broken: fields of the recipe, and facts about the release.
+        count: Points of the lattice that it concerns.
+        example: The judgement of the smallest of them.
+        models: Ids of the models that it concerns; none when it is latent.
+    """
+
+    backend: str
+    verdict: str
+    method: str
+    why: tuple[str, ...]
+    count: int
+    example: Judgement
+    models: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The cause, and its smallest example with the whole story."""
+        routers = "1 router" if self.count == 1 else f"{self.count} routers"
+        reached = ", ".join(self.models) or "latent: no model has such a router"
+        router = self.example.model.router
+        said = {f.name: getattr(router, f.name) for f in fields(router)}
+        needed = [f"{n}: {said[n]}" for n in said if said[n] != _DEFAULTS.get(n, MISSING)]
+        return [
+            f"{self.verdict}: {self.method}, {'; '.join(self.why)}",
+            f"  {routers}; {reached}",
+            f"  such as  {', '.join(needed)}",
+            *[f"  {line}" for line in self.example.lines()],
+        ]
+
+
+_DEFAULTS = {f.name: f.default for f in fields(RouterConfig)}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a target makes of the whole lattice on one backend.
+
+    Attributes:
+        verdicts: How many points have each verdict.
+        unanswered: Why how many points could not be judged.
+        causes: Of all bad verdicts, those with the smallest examples first.
+    """
+
+    verdicts: Counter[str]
+    unanswered: Counter[str]
+    causes: tuple[Cause, ...]
+
+    def lines(self) -> list[str]:
+        """Every cause, and what was judged."""
+        counts = {**self.verdicts, "without an answer": self.unanswered.total()}
+        total = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
+        causes = "1 cause" if len(self.causes) == 1 else f"{len(self.causes)} causes"
+        lines = [f"{causes} of wrong or crash in the lattice of routers: {total}"]
+        for cause in self.causes:
+            lines += ["", *cause.lines()]
+        return lines
+
+
+class Once(Target):
+    """A target that is asked once for what no backend changes: its questions may be slow."""
+
+    name = "once"
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target.flashinfer)
+        self._target = target
+        self.version = cache(target.version)  # type: ignore[method-assign]
+        self.method_numbers = cache(target.method_numbers)  # type: ignore[method-assign]
+        self.classify = cache(target.classify)  # type: ignore[method-assign]
+
+    def gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+        return self._target.gates(model, backend, method)
+
+    def capture(self, model: ModelSpec, backend: str, method: str) -> Captured | None:
+        return self._target.capture(model, backend, method)
+
+    def kernel_call(self, model: ModelSpec, backend: str, method: str) -> KernelCall:
+        return self._target.kernel_call(model, backend, method)
+
+    @cached_property
+    def _text(self) -> str:
+        return str(self._target)
+
+    def __str__(self) -> str:
+        return self._text
+
+
+def sweep(
+    target: Target,
+    backend: str,
+    models: Iterable[ModelSpec],
+    routers: Iterable[RouterConfig] | None = None,
+) -> Sweep:
+    """Judge every router of the lattice on a backend, and group what is bad by its cause.
+
+    Args:
+        target: Asked for the gates of every router, and for the call of every one that passes.
+        backend: Name of the backend.
+        models: Those of which a cause says whether it concerns them.
+        routers: Other routers than the lattice's, smallest first.
+    """
+    return _sweep(lambda model: (judge(target, model, backend),), backend, models, routers)
+
+
+def sweep_behind_gates(
+    target: Target,
+    backend: str,
+    models: Iterable[ModelSpec],
+    routers: Iterable[RouterConfig] | None = None,
+) -> Sweep:
+    """Judge the calls that only a gate for the routing method stops, as `sweep` does the others.
+
+    A gate can hide that the code behind it forgets an argument, until somebody opens it. A call is
+    looked at where its method would mean what the router means, the backend refuses it, and takes
+    the same model with another method. What would crash is no cause: it would be noticed.
+    """
+    near = lattice(1) if routers is None else routers
+    return _sweep(
+        lambda model: _behind_gates(target, model, backend), backend, models, near, bad=("wrong",)
+    )
+
+
+def _behind_gates(target: Target, model: ModelSpec, backend: str) -> Iterator[Judgement]:
+    flashinfer = target.flashinfer
+    numbers = target.method_numbers()
+    answers = {
+        method: target.gates(model, backend, method)
+        for method in flashinfer.methods
+        if method in numbers
+    }
+    if any(all(gate.ok for gate in gates) for gates in answers.values()):
+        for call in exact_calls(model, backend, flashinfer):
+            gates = answers.get(call.method, ())
+            # No framework makes up a bias for a router that has none.
+            if call.bias != "zeros" and not all(gate.ok for gate in gates):
+                yield judge_behind_gates(target, model, backend, call.method, gates)
+
+
+def _sweep(
+    judged: Callable[[ModelSpec], Iterable[Judgement]],
+    backend: str,
+    models: Iterable[ModelSpec],
+    routers: Iterable[RouterConfig] | None,
+    bad: Sequence[str] = BAD,
+) -> Sweep:
+    verdicts: Counter[str] = Counter()
+    unanswered: Counter[str] = Counter()
+    examples: dict[_Key, list[Judgement]] = {}
+    for router in lattice() if routers is None else routers:
+        try:
+            for found in judged(as_model(router)):
+                verdicts[found.verdict] += 1
+                if found.verdict in bad:
+                    examples.setdefault(_key(found), []).append(found)
+        except Unsupported as reason:
+            unanswered[str(reason)] += 1
+    concerned: dict[_Key, list[str]] = {}
+    for model in models if examples else ():
+        try:
+            for found in judged(model):
+                if found.verdict in bad:
+                    concerned.setdefault(_key(found), []).append(model.id)
+        except Unsupported:
+            continue
+    causes = [
+        Cause(backend, *key, len(found), found[0], tuple(concerned.get(key, ())))
+        for key, found in examples.items()
+    ]
+    return Sweep(verdicts, unanswered, tuple(_independent(causes)))
+
+
+def _independent(causes: list[Cause]) -> Iterator[Cause]:
+    """The causes without those that are others coming together."""
+    for cause in causes:
+        parts = [
+            set(other.why)
+            for other in causes
+            if (other.verdict, other.method) == (cause.verdict, cause.method)
+            and set(other.why) < set(cause.why)
+        ]
+        if set().union(*parts) != set(cause.why):
+            yield cause
+
+
+#: verdict, method, why
+_Key = tuple[str, str, tuple[str, ...]]
+
+
+def _key(judgement: Judgement) -> _Key:
+    return judgement.verdict, judgement.classification.method, cause_of(judgement)
+
+
+def cause_of(judgement: Judgement) -> tuple[str, ...]:
+    """Why a judgement is bad, without the numbers of its router."""
+    call, flashinfer = judgement.call, judgement.flashinfer
+    if call is None or flashinfer.number(call.method) is None:
+        return tuple(map(_numberless, judgement.reasons))
+    problems = tuple(map(_numberless, judgement.problems))
+    if judgement.got is None:
+        return problems + tuple(dict.fromkeys(rule.fact for rule, _ in flashinfer.broken(call)))
+    differing = judgement.differing
+    groups = {name for name in differing if name in ("n_group", "topk_group", "group_score")}
+    names = ["groups"] * bool(groups) + [name for name in differing if name not in groups]
+    return (*problems, *names, *flashinfer.facts(call, differing))
+
+
+def _numberless(text: str) -> str:
+    return re.sub(r"(?<![\w.])\d+(\.\d+)?(?![\w.])", "N", text)

@@ -1,0 +1,120 @@
+"""The kernel calls that mean what a model's router means, and what kernels can do for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pytest_moe_routing.flashinfer.grammar import KernelCall
+from pytest_moe_routing.flashinfer.rules import FlashInfer
+from pytest_moe_routing.models import ModelSpec, RouterConfig
+from pytest_moe_routing.routing import RoutingMethodType, recipe_of, same
+
+#: Major compute capability that verdicts are about: no GPU is needed to judge one.
+BLACKWELL = 10
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One question that an expert backend asks of a configuration, and its answer."""
+
+    name: str
+    ok: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'yes' if self.ok else 'no, ' + self.reason}"
+
+
+def kernel_call(
+    router: RouterConfig, backend: str, method: str, flashinfer: FlashInfer
+) -> KernelCall:
+    """The routing arguments that a router needs, passed to a backend's kernel.
+
+    DeepSeekV3 takes groups, one of all experts when the router has none; a method that reads a
+    bias gets zeros when the router has none, in bfloat16, which every launcher takes. The scaling
+    factor is always the kernel's to apply.
+    """
+    grouped = method == RoutingMethodType.DeepSeekV3.name
+    entry = flashinfer.entry_point(backend)
+    on_input = router.weight_on == "input" and entry is not None and "input" in entry.weight_on
+    unbiased = "zeros" if flashinfer.honours(method, "bias") else "none"
+    return KernelCall(
+        backend=backend,
+        method=method,
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        logits_dtype=router.logits_dtype,
+        n_group=(router.n_group or 1) if grouped else 0,
+        topk_group=(router.topk_group or 1) if grouped else 0,
+        bias="router" if router.correction_bias else unbiased,
+        bias_dtype=router.correction_bias or "bfloat16",
+        routed_scaling_factor=router.routed_scaling_factor,
+        weight_on="input" if on_input else "output",
+    )
+
+
+def kernel_gates(
+    model: ModelSpec, backend: str, flashinfer: FlashInfer, device: int = BLACKWELL
+) -> Iterator[Gate]:
+    """What the kernels of a release can do for a model whatever the routing method."""
+    entry = flashinfer.entry_point(backend)
+    if model.router.not_expressible is not None:
+        yield Gate("router", False, model.router.not_expressible)
+    yield Gate(
+        "quantization scheme",
+        backend in model.checkpoints and entry is not None,
+        f"{flashinfer} has no kernel for {backend}"
+        if backend in model.checkpoints
+        else f"{model} has no {backend} checkpoint",
+    )
+    majors = flashinfer.devices
+    yield Gate(
+        "device",
+        device in majors,
+        f"compute capability {device}.x is not in {', '.join(f'{m}.x' for m in majors)}",
+    )
+    if entry is None:
+        return
+    experts, router = model.experts, model.router
+    gated_as_needed = experts.gated == (experts.activation != "relu2")
+    since = entry.activations.get(experts.activation)
+    yield Gate(
+        "activation",
+        gated_as_needed and since is not None and flashinfer.has(since),
+        f"no {entry.function} kernel for {experts.activation}, "
+        f"{'gated' if experts.gated else 'not gated'}, in {flashinfer}",
+    )
+    yield Gate(
+        "router weight side",
+        router.weight_on in entry.weight_on,
+        f"{entry.function} cannot apply the router weight on the expert {router.weight_on}",
+    )
+    sizes = {
+        "hidden_size": experts.latent_size or experts.hidden_size,
+        "intermediate_size": experts.intermediate_size,
+    }
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % entry.multiple_of]
+    yield Gate("shape", not odd, f"{' and '.join(odd)} not a multiple of {entry.multiple_of}")
+
+
+def exact_calls(model: ModelSpec, backend: str, flashinfer: FlashInfer) -> list[KernelCall]:
+    """Every kernel call that means what the model's router means: computed, not classified."""
+    if not all(gate.ok for gate in kernel_gates(model, backend, flashinfer)):
+        return []
+    return same_calls(model.router, backend, flashinfer)
+
+
+def same_calls(router: RouterConfig, backend: str, flashinfer: FlashInfer) -> list[KernelCall]:
+    """Every call of a backend's kernel that means what a router means, whatever the experts are."""
+    if router.not_expressible is not None:
+        return []
+    wanted = recipe_of(router)
+    calls = (kernel_call(router, backend, method, flashinfer) for method in flashinfer.methods)
+    return [
+        call
+        for call in calls
+        if call.method != "Unspecified"
+        and same(wanted, flashinfer.recipe(call), router.num_experts)
+        and not flashinfer.troubles(call)
+    ]

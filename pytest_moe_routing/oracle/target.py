@@ -1,0 +1,101 @@
+"""What a target is: something that classifies routers and gates them, in one release."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.exact import Gate, kernel_call
+from pytest_moe_routing.oracle.model_code import LayerRequest
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A routing method by name, and the questions and answers that led to it."""
+
+    method: str
+    path: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " -> ".join((*self.path, self.method))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A call as a target's own code made it.
+
+    Attributes:
+        call: What reached the kernel; None when the code failed before.
+        problems: Why it fails there, or what reaches the kernel wrongly, in words.
+        rounded: What lost precision on the way: keys of `oracle.arguments.ROUNDED`.
+    """
+
+    call: KernelCall | None
+    problems: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
+
+
+class Target:
+    """Base class of targets: answers nothing, so that a subclass answers what it can.
+
+    A question that a target cannot answer raises `Unsupported` with a reason, which becomes a
+    skip. A target is made with the FlashInfer release that its decisions are judged against.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, flashinfer: FlashInfer) -> None:
+        self.flashinfer = flashinfer
+
+    def close(self) -> None:
+        """Let go of what the target holds, such as a process."""
+
+    def version(self) -> str:
+        """The release of what is tested."""
+        raise Unsupported(f"{self.name} does not say its version")
+
+    def drift(self) -> tuple[str, ...]:
+        """Where a FlashInfer that the target brings contradicts our data; most bring none."""
+        return ()
+
+    def method_numbers(self) -> Mapping[str, int]:
+        """The number that the target passes to FlashInfer for each routing method, by name."""
+        raise Unsupported(f"{self.name} has no routing method numbers")
+
+    def classify(self, model: ModelSpec) -> Classification:
+        """The routing method that the target gives to a model's router."""
+        raise Unsupported(f"{self.name} does not classify routers")
+
+    def gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+        """The gates that a backend's fused experts put before this method, with their answers."""
+        raise Unsupported(f"{self.name} has no gates for {backend}")
+
+    def modular_gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+        """The gates of the fused experts that are given ids and weights, and do not route."""
+        raise Unsupported(f"{self.name} has no modular experts for {backend}")
+
+    def modular_problems(self, model: ModelSpec, backend: str) -> tuple[str, ...]:
+        """What arrives wrongly at their kernel, when they are given experts and weights."""
+        raise Unsupported(f"{self.name} records no calls of modular experts")
+
+    def capture(self, model: ModelSpec, backend: str, method: str) -> Captured | None:
+        """The call that the target's own code makes; None when it is not recorded."""
+        return None
+
+    def kernel_call(self, model: ModelSpec, backend: str, method: str) -> KernelCall:
+        """The routing arguments that reach the kernel.
+
+        A target that does not record its real calls is taken to pass what the model says.
+        """
+        return kernel_call(model.router, backend, method, self.flashinfer)
+
+    def layer_request(self, model: ModelSpec) -> LayerRequest:
+        """What the target's own code of a model asks of its MoE layer."""
+        raise Unsupported(f"{self.name} has no code of models")
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version()}"

@@ -1,0 +1,1 @@
+"""FlashInfer's entry points in torch: memory layouts, arithmetic and injectable faults."""

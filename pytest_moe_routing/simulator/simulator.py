@@ -1,0 +1,391 @@
+"""FlashInfer's fused MoE module, simulated in torch: the same names, signatures, checks, layouts.
+
+It stands for `flashinfer.fused_moe` where there is no GPU, so that the bodies of GPU tests run; and
+with one fault at a time (`faults.py`), so that it is known which of them fail. It refuses what the
+launchers refuse (`flashinfer/releases.yaml`), reads weights from the bits that it is given
+(`memory.py`), rounds where the kernels round, and knows nothing of how arguments were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, signatures
+from pytest_moe_routing.reference.routing import Routing, route
+from pytest_moe_routing.reference.shard import Shard
+from pytest_moe_routing.simulator import epilogue
+from pytest_moe_routing.simulator.changes import Context, Inputs
+from pytest_moe_routing.simulator.faults import Fault
+from pytest_moe_routing.simulator.memory import (
+    MEMORY,
+    Memory,
+    decode,
+    decode_scale,
+    raw,
+    read_weight,
+)
+
+#: Of buffers that no kernel wrote: an expert that is none.
+UNWRITTEN = -(2**15)
+_TILE = 8
+
+
+class Simulator:
+    """What stands for the module `flashinfer.fused_moe` of a release.
+
+    Attributes:
+        RoutingMethodType: The release's enum.
+    """
+
+    def __init__(self, flashinfer: FlashInfer, fault: Fault | None = None) -> None:
+        self.flashinfer = flashinfer
+        self.fault = fault
+        self.tuning = False
+        members = {name: number for number, name in enumerate(flashinfer.methods)}
+        self.RoutingMethodType = IntEnum("RoutingMethodType", members)  # type: ignore[misc]
+        self._opened: tuple[Any, dict[int, tuple[Tensor, Tensor]]] = (None, {})
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        signature = self.flashinfer.signature(name) if name.startswith("trtllm_") else None
+        if signature is None:
+            raise AttributeError(f"simulated FlashInfer {self.flashinfer.release} has no {name}")
+
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            run = self._routing if name == "trtllm_gen_routing" else self._fused
+            return run(name, dict(bound.arguments))
+
+        entry.__name__ = name
+        entry.__signature__ = signature  # type: ignore[attr-defined]
+        return entry
+
+    @contextmanager
+    def autotune(self, on: bool = True) -> Iterator[None]:
+        """As `flashinfer.autotune`: no tactics here, but a fault may depend on them."""
+        self.tuning, before = on, self.tuning
+        try:
+            yield
+        finally:
+            self.tuning = before
+
+    def _at(self, stage: str, value: Any, context: Context) -> Any:
+        """What becomes of a value at a stage: what the fault makes of it, if it is one of there."""
+        if self.fault is None or self.fault.stage != stage:
+            return value
+        return self.fault.change(value, context)
+
+    # -- routing ------------------------------------------------------------------------------
+
+    def _routing(self, name: str, given: dict[str, Any]) -> Any:
+        logits = given["routing_logits"]
+        tokens, experts = logits.shape
+        _check(tokens >= 1, "routing_logits has no rows")
+        tile = given["tile_tokens_dim"]
+        _check(tile >= 1 and not tile & (tile - 1), "tile_tokens_dim must be a power of two")
+        method = self.flashinfer.method(int(given["routing_method"]))
+        shard = Shard(given["local_expert_offset"], given["local_num_experts"] or experts)
+        context = Context(given, "routing", method or "", experts, given["top_k"], shard)
+        routing = self._choose(context)
+        shard = self._at("shard", shard, context)
+        place = permute(routing.topk_ids, shard, tile)
+        ids = torch.full_like(place.expanded, -1)
+        used = place.expanded >= 0
+        tiles = place.expanded[used] // tile
+        ids[used] = place.expert_of_tile[tiles] + shard.local_expert_offset
+        return SimpleNamespace(
+            topk_ids=ids.to(torch.int32),
+            topk_weights=routing.topk_weights,
+            total_num_padded_tokens=torch.tensor([len(place.tokens)], dtype=torch.int32),
+            expanded_idx_to_permuted_idx=place.expanded.to(torch.int32),
+            permuted_idx_to_token_idx=place.tokens.to(torch.int32),
+            cta_idx_xy_to_batch_idx=place.expert_of_tile.to(torch.int32),
+            num_non_exiting_ctas=torch.tensor([len(place.expert_of_tile)], dtype=torch.int32),
+        )
+
+    def _choose(self, context: Context) -> Routing:
+        """From logits to experts and bfloat16 weights."""
+        given = context.given
+        logits, bias = given["routing_logits"], given["routing_bias"]
+        experts, top_k = context.num_experts, context.top_k
+        shard = context.shard
+        _check(1 <= top_k <= experts, f"top_k {top_k} of {experts} experts")
+        last = shard.local_expert_offset + shard.local_num_experts
+        _check(0 <= shard.local_expert_offset < last <= experts, "shard outside the experts")
+        _expect("routing_logits", logits, (torch.float32, torch.bfloat16), (-1, experts))
+        if bias is not None:
+            _expect("routing_bias", bias, (torch.float32, torch.bfloat16), (experts,))
+        scale = given["routed_scaling_factor"]
+        call = KernelCall(
+            backend=context.scheme,
+            method=context.method,
+            num_experts=experts,
+            top_k=top_k,
+            logits_dtype=str(logits.dtype).removeprefix("torch."),
+            n_group=given["n_group"] or 0,
+            topk_group=given["topk_group"] or 0,
+            bias="none" if bias is None else "router",
+            bias_dtype="float32" if bias is None else str(bias.dtype).removeprefix("torch."),
+            routed_scaling_factor=1.0 if scale is None else scale,
+            weight_on="input" if given.get("use_routing_scales_on_input") else "output",
+        )
+        troubles = self.flashinfer.troubles(call)
+        for effect, text in troubles:
+            _check(effect != "error", text)
+        recipe = self.flashinfer.recipe(call)
+        if context.method == "SigmoidRenorm" and not given.get("norm_topk_prob", True):
+            recipe = replace(recipe, normalize="none", epsilon=0.0)
+        recipe = self._at("recipe", recipe, context)
+        logits = self._at("logits", raw(logits), context)
+        bias = self._at("bias", None if bias is None else raw(bias), context)
+        bias = bias if recipe.bias else None
+        if troubles or self._at("launched", True, context) is False:
+            return unwritten(len(logits), top_k)
+        inputs = Inputs(logits, recipe, bias)
+        # A fault may concern other calls than this one: then it leaves the inputs as they are.
+        found = self._at("route", inputs, context)
+        routing = found if isinstance(found, Routing) else route(logits, recipe, bias)
+        return Routing(routing.topk_ids, routing.topk_weights.to(torch.bfloat16))
+
+    # -- the fused MoE ------------------------------------------------------------------------
+
+    def _fused(self, name: str, given: dict[str, Any]) -> Any:
+        scheme = scheme_of(name, given)
+        method = self.flashinfer.method(int(given["routing_method_type"])) or ""
+        experts, top_k = given["num_experts"], given["top_k"]
+        shard = Shard(given["local_expert_offset"], given["local_num_experts"])
+        context = Context(given, scheme, method, experts, top_k, shard, tuning=self.tuning)
+        given = context.given = self._at("arguments", given, context)
+        memory = self._at("memory", memory_of(scheme, given), context)
+        kinds = signatures.enum("ActivationType", self.flashinfer.release)
+        numbers = {number: kind for kind, number in kinds.items()}
+        layer = epilogue.Layer(
+            scheme, numbers[given.get("activation_type", kinds["Swiglu"])], given
+        )
+        self._check_weights(given, scheme, memory, layer, shard)
+        routing, is_routed = self._given_or_chosen(context)
+        hidden = self._hidden(given, scheme, context)
+        _check(len(hidden) == len(routing.topk_ids), "as many logits as hidden states")
+        replay = given.get("routing_replay_out")
+        if replay is not None:
+            _expect("routing_replay_out", replay, (torch.int16,), (-1, top_k))
+            replay[: len(hidden)] = routing.topk_ids
+        rows = self._rows(hidden, routing, memory, layer, context)
+        rows = self._at("rows", rows, context)
+        if not given["do_finalize"]:
+            place = permute(routing.topk_ids, shard, _TILE)
+            permuted = torch.full((len(place.tokens), rows.shape[-1]), torch.nan).bfloat16()
+            local = place.expanded >= 0
+            permuted[place.expanded[local]] = rows[local]
+            weights = self._at("label", routing.topk_weights, context)
+            return [permuted, weights, place.expanded.flatten().to(torch.int32)]
+        weights = routing.topk_weights.to(torch.float32)
+        if given.get("use_routing_scales_on_input"):
+            weights = torch.ones_like(weights)
+        weights = self._at("finalize", weights, replace(context, routing=routing, routed=is_routed))
+        total = torch.zeros(len(hidden), rows.shape[-1])
+        for slot in range(top_k):
+            total += weights[:, slot : slot + 1] * rows[:, slot].to(torch.float32)
+        output = self._at("output", total.to(torch.bfloat16), context)
+        return [output] if "fp4" in name or "mxint4" in name else output
+
+    def _given_or_chosen(self, context: Context) -> tuple[Routing, bool]:
+        topk = context.given.get("topk_ids")
+        if topk is None:
+            return self._choose(context), False
+        if isinstance(topk, tuple):
+            ids, weights = topk
+            _expect("topk_ids", ids, (torch.int32,), (-1, context.top_k))
+            _expect("topk_weights", weights, (torch.bfloat16, torch.float32), tuple(ids.shape))
+            return Routing(ids.to(torch.int64), weights), True
+        _expect("topk_ids", topk, (torch.int32,), (-1, context.top_k))
+        topk = self._at("packed", topk, context)
+        weights = (topk & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.bfloat16)
+        return Routing((topk >> 16).to(torch.int64), weights), True
+
+    def _hidden(self, given: dict[str, Any], scheme: str, context: Context) -> Tensor:
+        """Hidden states times their block scales, float32 `[tokens, hidden]`."""
+        hidden = raw(given["hidden_states"])
+        element = {torch.bfloat16: "bf16", torch.uint8: "e2m1"}.get(hidden.dtype, "e4m3")
+        values = decode(hidden, element)
+        scales = given.get("hidden_states_scale")
+        if scales is None:
+            return values
+        tokens, size = values.shape
+        block = {"fp8_block": 128, "nvfp4": 16}.get(scheme, 32)
+        shape = (size // block, tokens) if scheme == "fp8_block" else (tokens, size // block)
+        kind = {"fp8_block": "float32", "nvfp4": "e4m3"}.get(scheme, "ue8m0")
+        dtype = {"fp8_block": torch.float32, "mxfp8": torch.uint8}.get(scheme, torch.float8_e4m3fn)
+        _expect("hidden_states_scale", scales, (dtype,), shape)
+        real = decode_scale(raw(scales), kind)
+        if scheme == "fp8_block":
+            real = real.T
+        real = self._at("input scales", real, context)
+        return (values.view(tokens, -1, block) * real.unsqueeze(2)).view(tokens, size)
+
+    def _rows(
+        self, hidden: Tensor, routing: Routing, memory: Memory, layer: Any, context: Context
+    ) -> Tensor:
+        """Each slot's expert output as it is stored: bfloat16 `[tokens, top_k, hidden]`."""
+        local = routing.topk_ids - context.shard.local_expert_offset
+        local = self._at("local", local, context)
+        rows = torch.zeros(*local.shape, hidden.shape[1], dtype=torch.bfloat16)
+        on_input = bool(context.given.get("use_routing_scales_on_input"))
+        for expert in local.unique().tolist():
+            if not 0 <= expert < context.shard.local_num_experts:
+                continue
+            token, slot = (local == expert).nonzero(as_tuple=True)
+            weight = routing.topk_weights[token, slot].to(torch.float32) if on_input else None
+            gemm1, gemm2 = self._open(context.given, expert, memory, layer)
+            rows[token, slot] = layer.run(hidden[token], gemm1, gemm2, expert, memory, weight)
+        return rows
+
+    def _open(
+        self, given: dict[str, Any], expert: int, memory: Memory, layer: Any
+    ) -> tuple[Tensor, Tensor]:
+        """An expert's weights; kept, as tests call with the same ones many times."""
+        key = (id(given["gemm1_weights"]), id(given["gemm2_weights"]), memory)
+        if self._opened[0] is None or self._opened[0][0] != key:
+            # The tensors are kept too, so that no other one takes their identity.
+            keep = (key, given["gemm1_weights"], given["gemm2_weights"])
+            self._opened = (keep, {})
+        opened = self._opened[1]
+        if expert not in opened:
+            one, two = (
+                read_weight(
+                    given[f"{gemm}_weights"][expert],
+                    None if (s := given.get(f"{gemm}_weights_scale")) is None else s[expert],
+                    gated,
+                    memory,
+                )
+                for gemm, gated in (("gemm1", layer.gated), ("gemm2", False))
+            )
+            opened[expert] = one, two
+        return opened[expert]
+
+    def _check_weights(
+        self, given: dict[str, Any], scheme: str, memory: Memory, layer: Any, shard: Shard
+    ) -> None:
+        """The launchers' checks of shapes and dtypes."""
+        dtype = {"e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}.get(
+            memory.element, torch.uint8
+        )
+        packing = 2 if memory.element in ("e2m1", "int4") else 1
+        packed = 2 if given["hidden_states"].dtype == torch.uint8 else 1
+        hidden = given["hidden_states"].shape[1] * packed
+        inner, local = given["intermediate_size"], shard.local_num_experts
+        rows = inner * (2 if layer.gated else 1)
+        scaled = {"ue8m0": torch.uint8, "float32": torch.float32, "bf16": torch.bfloat16}
+        scale_dtype = scaled.get(memory.scale, torch.float8_e4m3fn)
+        if scheme.startswith("mxfp4"):
+            scale_dtype = torch.float8_e4m3fn
+        for name, high, wide in (("gemm1", rows, hidden), ("gemm2", hidden, inner)):
+            stored = wide // packing
+            width = 128 // dtype.itemsize
+            shape = (
+                (local, stored // width, high, width) if memory.blocked else (local, high, stored)
+            )
+            _expect(f"{name}_weights", given[f"{name}_weights"], (dtype,), shape)
+            scales = given.get(f"{name}_weights_scale")
+            if memory.scales != "none":
+                square = memory.scales == "square"
+                shape = (local, high // 128 if square else high, wide // memory.block)
+                _expect(f"{name}_weights_scale", scales, (scale_dtype,), shape)
+        _check(not memory.blocked or inner % 128 == 0, "intermediate_size is a multiple of 128")
+        for argument in epilogue.PER_EXPERT:
+            if given.get(argument) is not None:
+                _expect(argument, given[argument], (torch.float32,), (local,))
+
+
+def scheme_of(name: str, given: dict[str, Any]) -> str:
+    """Which quantization a call is about, told as the launchers tell."""
+    if "fp8_block" in name:
+        return "mxfp8" if given.get("fp8_quantization_type") == 2 else "fp8_block"
+    if "fp4" in name:
+        per_scale = 2 * given["gemm1_weights"].numel() // given["gemm1_weights_scale"].numel()
+        if per_scale == 16:
+            return "nvfp4"
+        return "mxfp4_bf16" if given["hidden_states"].dtype == torch.bfloat16 else "mxfp4"
+    return next(s for s in ("fp8_per_tensor", "bf16", "mxint4") if s in name)
+
+
+def memory_of(scheme: str, given: dict[str, Any]) -> Memory:
+    """The layout that a call declares.
+
+    Raises:
+        RuntimeError: One that the entry point does not take.
+    """
+    memory = MEMORY[scheme]
+    shuffled, layout = given.get("use_shuffled_weight"), given.get("weight_layout")
+    if scheme == "fp8_block":
+        _check(layout in (0, 2), f"weight_layout {layout}")
+        _check(shuffled or layout == 0, "BlockMajorK wants shuffled weights")
+        return replace(memory, shuffled=16 if shuffled else 0, blocked=layout == 2)
+    if scheme == "mxfp8":
+        _check(shuffled is True and layout == 0, "MXFP8 wants shuffled weights, MajorK")
+    if scheme == "bf16":
+        _check(shuffled is True and layout == 2, "BF16 wants shuffled weights, BlockMajorK")
+    return memory
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where slots go: rows of the permuted buffer, grouped by local expert, padded to tiles."""
+
+    expanded: Tensor
+    tokens: Tensor
+    expert_of_tile: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def permute(ids: Tensor, shard: Shard, tile: int) -> Place:
+    """Give every slot of a local expert a row; later tokens first, as the order is no contract."""
+    tokens, top_k = ids.shape
+    local = (ids - shard.local_expert_offset).flatten()
+    mine = (local >= 0) & (local < shard.local_num_experts)
+    slots = mine.nonzero().flatten().flip(0)
+    slots = slots[local[slots].argsort(stable=True)]
+    experts = local[slots]
+    counts = torch.bincount(experts, minlength=shard.local_num_experts)
+    tiles = -(-counts // tile)
+    before = (tiles.cumsum(0) - tiles) * tile
+    rank = torch.arange(len(slots)) - (counts.cumsum(0) - counts)[experts]
+    expanded = torch.full((tokens * top_k,), -1)
+    expanded[slots] = before[experts] + rank
+    back = torch.full((int(tiles.sum()) * tile,), -1)
+    back[expanded[slots]] = slots // top_k
+    owner = torch.arange(shard.local_num_experts).repeat_interleave(tiles)
+    return Place(expanded.view(tokens, top_k), back, owner)
+
+
+def unwritten(tokens: int, top_k: int) -> Routing:
+    """Buffers as they were: experts that are none, weights that are nothing."""
+    ids = torch.full((tokens, top_k), UNWRITTEN)
+    return Routing(ids, torch.zeros(tokens, top_k, dtype=torch.bfloat16))
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise RuntimeError(f"simulated launcher check failed: {what}")
+
+
+def _expect(
+    name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> None:
+    """Refuse a tensor of another dtype or shape; -1 is any size."""
+    _check(isinstance(tensor, Tensor), f"{name} is missing")
+    assert tensor is not None
+    fits = len(tensor.shape) == len(shape) and all(
+        want in (-1, size) for size, want in zip(tensor.shape, shape, strict=True)
+    )
+    _check(
+        fits and tensor.dtype in dtypes,
+        f"{name}: {tensor.dtype} {list(tensor.shape)}, wanted {dtypes[0]} {list(shape)}",
+    )

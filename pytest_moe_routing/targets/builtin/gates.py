@@ -1,0 +1,98 @@
+"""Our experts: which fused backends there are, their support gates, and the call they make.
+
+A gate answers yes, or no with a reason in words. Gates ask the FlashInfer release in force, so
+what a release cannot do is refused, whatever the rest of the configuration says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pytest_moe_routing.flashinfer.rules import FlashInfer
+from pytest_moe_routing.models import ModelSpec, RouterConfig
+from pytest_moe_routing.oracle.exact import BLACKWELL, Gate, kernel_call, kernel_gates
+from pytest_moe_routing.routing import METHODS, RoutingMethodType
+
+
+@dataclass(frozen=True)
+class SchemeGates:
+    """What the builtin target's experts of one quantization scheme accept.
+
+    Attributes:
+        methods: Names of routing methods.
+        logits_dtypes: dtypes of the router logits.
+    """
+
+    methods: frozenset[str]
+    logits_dtypes: tuple[str, ...] = ("bfloat16", "float32")
+
+
+_WITHOUT_LLAMA4 = frozenset(
+    {
+        "Default",
+        "Renormalize",
+        "RenormalizeNaive",
+        "DeepSeekV3",
+        "SigmoidRenorm",
+        "Sigmoid",
+        "MiniMax2",
+    }
+)
+_ALL = _WITHOUT_LLAMA4 | {"Llama4"}
+
+GATES: Mapping[str, SchemeGates] = {
+    "fp8_block": SchemeGates(_WITHOUT_LLAMA4),
+    "fp8_per_tensor": SchemeGates(_ALL),
+    "mxfp8": SchemeGates(_WITHOUT_LLAMA4),
+    "nvfp4": SchemeGates(_ALL),
+    "mxfp4": SchemeGates(_ALL),
+    "bf16": SchemeGates(_ALL),
+    "mxint4": SchemeGates(_ALL),
+}
+
+
+def support_gates(
+    model: ModelSpec, scheme: str, method: str, flashinfer: FlashInfer, device: int = BLACKWELL
+) -> tuple[Gate, ...]:
+    """Return every gate of a scheme's experts, in the order in which they are asked."""
+    accepts = GATES[scheme]
+    gates = list(kernel_gates(model, scheme, flashinfer, device))
+    gates.append(
+        Gate(
+            "routing method",
+            method in accepts.methods and flashinfer.number(method) is not None,
+            f"{flashinfer} has no {method}"
+            if method in accepts.methods
+            else f"{scheme} does not take {method}",
+        )
+    )
+    if gates[-1].ok:
+        lost = list(_lost(model.router, method, flashinfer))
+        gates.append(Gate("router parameters", not lost, f"{method} ignores {', '.join(lost)}"))
+    dtype = model.router.logits_dtype
+    gates.append(
+        Gate(
+            "router logits dtype",
+            dtype in accepts.logits_dtypes,
+            f"{dtype} is not one of {', '.join(accepts.logits_dtypes)}",
+        )
+    )
+    if all(gate.ok for gate in gates):
+        troubles = flashinfer.troubles(kernel_call(model.router, scheme, method, flashinfer))
+        reason = "; ".join(text for _, text in troubles)
+        gates.append(Gate("kernel limits", not troubles, reason))
+    return tuple(gates)
+
+
+def _lost(router: RouterConfig, method: str, flashinfer: FlashInfer) -> Iterator[str]:
+    """What a router needs its kernel to heed, and this method does not."""
+    if router.correction_bias is not None and not flashinfer.honours(method, "bias"):
+        yield "bias"
+    if (router.topk_group or 1) < (router.n_group or 1):
+        if not flashinfer.honours(method, "n_group"):
+            yield "n_group"
+        elif router.group_score != METHODS[RoutingMethodType[method]].recipe.group_score:
+            yield f"group_score {router.group_score}"
+    if router.routed_scaling_factor != 1.0 and not flashinfer.honours(method, "scale"):
+        yield "scale"

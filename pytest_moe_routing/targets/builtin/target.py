@@ -1,0 +1,53 @@
+"""The embedded default: our own classifier and gates. Needs nothing installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.exact import Gate
+from pytest_moe_routing.oracle.target import Classification, Target
+from pytest_moe_routing.routing import RoutingMethodType
+from pytest_moe_routing.targets.builtin.classify import classify
+from pytest_moe_routing.targets.builtin.gates import support_gates
+
+
+@cache
+def _version() -> str:
+    """Looking it up takes longer than a verdict."""
+    return metadata.version("pytest-moe-routing")
+
+
+class BuiltinTarget(Target):
+    """Right for each FlashInfer release: the tree and the gates look the release up."""
+
+    name = "builtin"
+
+    def version(self) -> str:
+        return _version()
+
+    def method_numbers(self) -> Mapping[str, int]:
+        return {method: number for number, method in enumerate(self.flashinfer.methods)}
+
+    def classify(self, model: ModelSpec) -> Classification:
+        router = model.router
+        if router.not_expressible is not None:
+            return Classification(RoutingMethodType.Custom.name, (router.not_expressible,))
+        llama4 = router.topk_before_score and router.top_k == 1 and not router.renormalize
+        if llama4 and router.scoring_func == "sigmoid":
+            # Frameworks recognise this routing function itself, before any tree.
+            return Classification(RoutingMethodType.Llama4.name, ("top-1 on the logits, sigmoid",))
+        return classify(
+            scoring_func=router.scoring_func,
+            top_k=router.top_k,
+            renormalize=router.renormalize,
+            num_expert_group=router.n_group,
+            has_e_score_bias=router.correction_bias is not None,
+            routed_scaling_factor=router.routed_scaling_factor,
+            minimax2_scales=self.flashinfer.honours("MiniMax2", "scale"),
+        )
+
+    def gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+        return support_gates(model, backend, method, self.flashinfer)

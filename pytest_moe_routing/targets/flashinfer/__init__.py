@@ -1,0 +1,1 @@
+"""FlashInfer itself as a target."""

@@ -1,1 +1,0 @@
-"""Child processes in which a framework's own code answers for itself; see `probe.py`."""

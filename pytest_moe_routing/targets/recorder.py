@@ -1,0 +1,142 @@
+"""Stands in for FlashInfer: has the entry points of one release, and records instead of computing.
+
+A call with arguments that the release does not take is refused as Python would; any other one ends
+in `Reached`, which carries the arguments up through the framework's code, or in an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import Enum, IntEnum
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer.signatures import enum, functions
+
+#: Where frameworks look for what is recorded.
+MODULES = (
+    "flashinfer",
+    "flashinfer.fused_moe",
+    "flashinfer.fused_moe.core",
+    "flashinfer.tllm_enums",
+)
+_ENUMS = ("ActivationType", "Fp8QuantizationType", "WeightLayout")
+
+
+class Reached(BaseException):
+    """A kernel has been called; not an `Exception`, so that no framework code catches it."""
+
+    def __init__(self, function: str, arguments: Mapping[str, Any]) -> None:
+        super().__init__(function)
+        self.function, self.arguments = function, dict(arguments)
+
+
+class DoesNotBind(Exception):
+    """A call that the release's entry point does not take."""
+
+
+def _reached(function: str, arguments: Mapping[str, Any]) -> Any:
+    raise Reached(function, arguments)
+
+
+def install(
+    flashinfer: FlashInfer, answer: Callable[[str, Mapping[str, Any]], Any] = _reached
+) -> None:
+    """Give the stub modules of FlashInfer, already importable, what the release has.
+
+    An entry point that the release lacks is no attribute, as frameworks ask with `hasattr`.
+
+    Args:
+        answer: What comes of a call, given the entry point's name and all its arguments.
+    """
+    members: dict[str, Any] = {
+        name: IntEnum(name, dict(numbers))
+        for name in _ENUMS
+        if (numbers := enum(name, flashinfer.release))
+    }
+    methods = {name: number for number, name in enumerate(flashinfer.methods)}
+    members["RoutingMethodType"] = IntEnum("RoutingMethodType", methods)
+    members["mxfp8_quantize"] = _mxfp8_quantize
+    present = functions(flashinfer.release)
+    members.update({name: _recorded(name, flashinfer, answer) for name in present})
+    for name in MODULES:
+        module = import_module(name)
+        module.__class__ = _without(type(module))
+        vars(module).update(members)
+
+
+def _mxfp8_quantize(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """Activations and their scales in the shape of FlashInfer's, whatever the values are."""
+    scales = torch.zeros(x.numel() // 32, dtype=torch.uint8, device=x.device)
+    return x.to(torch.float8_e4m3fn), scales
+
+
+def _without(base: type[ModuleType]) -> type[ModuleType]:
+    class Recorder(base):  # type: ignore[valid-type, misc]
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("trtllm_") and "moe" in name:
+                raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            return super().__getattr__(name)
+
+    return Recorder
+
+
+def _recorded(
+    name: str, flashinfer: FlashInfer, answer: Callable[[str, Mapping[str, Any]], Any]
+) -> Callable[..., Any]:
+    signature = flashinfer.signature(name)
+    assert signature is not None
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise DoesNotBind(f"{name} of {flashinfer}: {error}") from None
+        bound.apply_defaults()
+        return answer(name, bound.arguments)
+
+    record.__name__ = record.__qualname__ = name
+    record.__signature__ = signature  # type: ignore[attr-defined]
+    return record
+
+
+def plain(value: Any, named: Mapping[str, Tensor | None]) -> Any:
+    """An argument as JSON can say it; see `oracle.arguments`.
+
+    Args:
+        named: The tensors that a kernel may be given, by the names that answers use.
+    """
+    if isinstance(value, Tensor):
+        return _tensor(value, named)
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, (list, tuple)):
+        return [plain(item, named) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return {"type": type(value).__name__}
+
+
+def _tensor(value: Tensor, named: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    said: dict[str, Any] = {
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "shape": list(value.shape),
+        "contiguous": value.is_contiguous(),
+    }
+    for name, tensor in named.items():
+        if tensor is None or value.shape != tensor.shape:
+            continue
+        if torch.equal(value, tensor.to(value.dtype)):
+            said["is"] = name
+    if value.ndim == 1 and value.dtype == torch.float32 and value.numel():
+        first = value[0]
+        if bool((value == first).all()):
+            said["all"] = first.item()
+    elif "is" not in said and value.ndim == 1 and not value.any():
+        said["all"] = 0.0
+    return said

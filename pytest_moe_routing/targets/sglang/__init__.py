@@ -1,0 +1,1 @@
+"""SGLang: everything that is known about it, and the code that asks it."""

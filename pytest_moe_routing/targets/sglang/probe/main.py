@@ -1,0 +1,331 @@
+"""Builds and runs a model's MoE block as SGLang's own code does, up to FlashInfer's entry point.
+
+`python -m pytest_moe_routing.targets.sglang.probe.main ROOT FLASHINFER` answers; see `world`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from textwrap import shorten
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.targets.recorder import DoesNotBind, plain
+from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.sglang.probe.sources import Sources
+from pytest_moe_routing.targets.sglang.probe.world import (
+    EP_RANK,
+    EP_SIZE,
+    Call,
+    RoutedOutside,
+    enter,
+)
+from pytest_moe_routing.targets.stubs import Stub
+
+_MODELS = "sglang.srt.models"
+_LAYERS = "sglang.srt.layers"
+#: More than the largest batch of any special gate kernel.
+_TOKENS = 64
+#: A layer of experts in every model: the first few are dense, or routed by a table.
+_LAYER = 5
+_SIZE = 256
+
+#: Backend: module and class of the quantization config, and its arguments.
+_CONFIGS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "fp8_block": ("fp8", "Fp8Config", {"weight_block_size": [128, 128]}),
+    "mxfp8": ("fp8", "Fp8Config", {"weight_block_size": [1, 32], "use_mxfp8": True}),
+    "fp8_per_tensor": ("modelopt_quant", "ModelOptFp8Config", {"exclude_modules": []}),
+    "bf16": ("", "", {}),
+    "nvfp4": ("modelopt_quant", "ModelOptFp4Config", {"group_size": 16, "exclude_modules": []}),
+}
+
+
+class _Config:
+    """A model's config object: what is not in it, it does not have."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"SGLang's code reads {name!r} of the model's config")
+
+
+@dataclass
+class _Seen:
+    """What happened while a block was built and run."""
+
+    #: The routing method that each MoE layer was given, and where.
+    layers: list[tuple[Any, str]] = field(default_factory=list)
+    topks: list[Any] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+
+class Blocks:
+    """Answers about the MoE blocks of one release's models."""
+
+    def __init__(self, root: str, flashinfer: FlashInfer) -> None:
+        self.calls: list[Call] = []
+        self.sources = Sources(root)
+        enter(root, flashinfer, self.calls)
+        torch.set_default_dtype(torch.bfloat16)
+
+    def method_numbers(self) -> dict[str, int]:
+        methods = import_module(f"{_LAYERS}.moe.utils").RoutingMethodType
+        return {member.name: int(member) for member in methods}
+
+    def accepted_quantizations(self) -> list[str | None] | None:
+        """What `--moe-runner-backend flashinfer_trtllm` may be combined with; None for anything."""
+        return self.sources.accepted_quantizations()
+
+    def capture(self, architecture: str, config: dict[str, Any], backend: str) -> dict[str, Any]:
+        """What the model's code asks for, and what reaches the kernel.
+
+        Raises:
+            Unsupported: The block cannot be found, built or run, or there are several that differ.
+        """
+        if backend not in _CONFIGS:
+            raise Unsupported(f"how SGLang serves {backend} is not known to this adapter")
+        answers: dict[str, dict[str, Any]] = {}
+        for module, name, given in self.sources.blocks(architecture):
+            block = f"{module.removeprefix('sglang.srt.')}.{name}"
+            try:
+                answers[block] = self._run(module, name, given, config, backend)
+            except Unsupported as reason:
+                raise Unsupported(f"{block}: {reason}") from reason
+        first, *others = answers
+        for block in others:
+            if {**answers[block], "place": ""} != {**answers[first], "place": ""}:
+                raise Unsupported(f"{architecture} has MoE blocks that differ: {first}, {block}")
+        return answers[first]
+
+    def _run(
+        self,
+        module: str,
+        name: str,
+        given: Mapping[str, Any],
+        values: Mapping[str, Any],
+        backend: str,
+    ) -> dict[str, Any]:
+        seen, self.calls[:] = _Seen(), []
+        answer: dict[str, Any] = {"refused": None, "failed": None}
+        output: Any = None
+        try:
+            with _watching(seen), torch.no_grad():
+                block = _build(module, name, given, values, backend)
+                _fill(block, seen)
+                output = _forward(block, values["num_experts"])
+        except RoutedOutside:
+            answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
+        except Exception as error:
+            kind, text = _verdict_on(error)
+            if kind == "unknown":
+                raise Unsupported(text) from error
+            answer[kind] = text
+        if len(seen.layers) != 1 or len(seen.topks) != 1:
+            if answer["refused"] or answer["failed"]:
+                raise Unsupported(answer["refused"] or answer["failed"])
+            raise Unsupported(f"it makes {len(seen.layers)} MoE layers, {len(seen.topks)} TopK")
+        ((declared, place),) = seen.layers
+        answer |= {"place": place, "declared": None if declared is None else declared.name}
+        if not (answer["refused"] or answer["failed"]):
+            answer |= self._call(output, seen)
+        return answer
+
+    def _call(self, output: Any, seen: _Seen) -> dict[str, Any]:
+        """The one call of an entry point that routes, and what follows it."""
+        if not self.calls:
+            return {"refused": "no fused kernel is called"}
+        if len(self.calls) > 1:
+            raise Unsupported(f"{len(self.calls)} kernels are called")
+        ((function, arguments),) = self.calls
+        if "routing_logits" not in arguments:
+            return {"refused": f"{function} is given experts and weights"}
+        if not isinstance(output, Tensor) or not bool((output == output.flatten()[0]).all()):
+            raise Unsupported("what becomes of the kernel's output cannot be followed")
+        if len(seen.logits) != 1 or not isinstance(arguments["routing_logits"], Tensor):
+            raise Unsupported("the logits that reach the kernel cannot be followed")
+        bias = seen.topks[0].topk_config.correction_bias
+        named = {"router logits": seen.logits[0], "bias": bias}
+        return {
+            "function": function,
+            "arguments": {name: plain(value, named) for name, value in arguments.items()},
+            "logits_dtype": str(seen.logits[0].dtype).removeprefix("torch."),
+            "scale_after": float(output.flatten()[0]),
+        }
+
+
+def _quant_config(backend: str) -> Any:
+    """The quantization config of a checkpoint that is quantized so; None for one that is not."""
+    module, name, options = _CONFIGS[backend]
+    if not module:
+        return None
+    return getattr(import_module(f"{_LAYERS}.quantization.{module}"), name)(True, **options)
+
+
+def _build(
+    module: str, name: str, given: Mapping[str, Any], values: Mapping[str, Any], backend: str
+) -> nn.Module:
+    """The block, as a decoder layer would make it."""
+    known = {
+        "config": _Config(values),
+        "quant_config": _quant_config(backend),
+        "prefix": f"model.layers.{_LAYER}.mlp",
+        "layer_id": _LAYER,
+        "layer_idx": _LAYER,
+        "num_experts": values["num_experts"],
+        "top_k": values["num_experts_per_tok"],
+        "hidden_size": _SIZE,
+        "intermediate_size": _SIZE,
+        **given,
+    }
+    block = getattr(import_module(module), name)
+    names = inspect.signature(block.__init__).parameters
+    built: nn.Module = block(**{n: known[n] for n in names if n in known})
+    return built
+
+
+def _forward(block: nn.Module, num_experts: int) -> Any:
+    """One pass; a block that gets its logits from outside has ours anyway."""
+    parameters = list(inspect.signature(block.forward).parameters.values())
+    known = {
+        "router_logits": torch.zeros(_TOKENS, num_experts),
+        "forward_batch": Stub("forward_batch"),
+    }
+    needed = [p.name for p in parameters[1:] if p.default is inspect.Parameter.empty]
+    rest = {name: known[name] for name in needed if name in known}
+    return block(**{parameters[0].name: torch.zeros(_TOKENS, _SIZE)}, **rest)
+
+
+def _fill(block: nn.Module, seen: _Seen) -> None:
+    """Zeros, so that all but the experts adds nothing; a bias that shows when it is rounded."""
+    for tensor in (*block.parameters(), *block.buffers()):
+        tensor.zero_()
+    for topk in seen.topks:
+        bias = topk.topk_config.correction_bias
+        if isinstance(bias, Tensor):
+            bias.copy_(_recognisable(len(bias)))
+
+
+def _recognisable(*shape: int) -> Tensor:
+    """Values all different, also in bfloat16's neighbours."""
+    count = torch.Size(shape).numel()
+    return (torch.arange(count, dtype=torch.float64) / 7 + 1 / 3).to(torch.float32).reshape(shape)
+
+
+@contextmanager
+def _watching(seen: _Seen) -> Iterator[None]:
+    """Note what the model's code asks of FusedMoE and TopK, and the logits that it routes by."""
+    layer = import_module(f"{_LAYERS}.moe.fused_moe_triton.layer").FusedMoE
+    topk = import_module(f"{_LAYERS}.moe.topk").TopK
+    make_layer, make_topk, call_topk = layer.__init__, topk.__init__, topk.forward_cuda
+    signature = inspect.signature(make_layer)
+
+    def layer_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        seen.layers.append((bound.arguments["routing_method_type"], _caller()))
+        make_layer(self, *args, **kwargs)
+        _stand_in_weights(self)
+
+    def topk_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        make_topk(self, *args, **kwargs)
+        seen.topks.append(self)
+
+    def topk_call(self: Any, hidden_states: Tensor, router_logits: Tensor, **kwargs: Any) -> Any:
+        if isinstance(router_logits, Tensor):
+            router_logits = _recognisable(*router_logits.shape).to(router_logits.dtype)
+            seen.logits.append(router_logits)
+        return call_topk(self, hidden_states, router_logits, **kwargs)
+
+    layer.__init__, topk.__init__, topk.forward_cuda = layer_init, topk_init, topk_call
+    try:
+        yield
+    finally:
+        layer.__init__, topk.__init__, topk.forward_cuda = make_layer, make_topk, call_topk
+
+
+def _caller() -> str:
+    """File and line of the model's code that is constructing a layer."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith(_MODELS):
+        frame = frame.f_back
+    if frame is None:
+        return "?"
+    name = frame.f_globals["__name__"].removeprefix("sglang.srt.").replace(".", "/")
+    return f"{name}.py:{frame.f_lineno}"
+
+
+class _Dispatcher:
+    """Dispatch where nothing is sent: every rank has all tokens."""
+
+    moe_ep_size, moe_ep_rank = EP_SIZE, EP_RANK
+    local_expert_mapping = None
+
+    def dispatch(self, hidden_states: Tensor, topk_output: Any, **_: Any) -> Any:
+        standard = import_module(f"{_LAYERS}.moe.token_dispatcher.standard")
+        return standard.StandardDispatchOutput(
+            hidden_states=hidden_states, hidden_states_scale=None, topk_output=topk_output
+        )
+
+    def combine(self, combine_input: Any, **_: Any) -> Any:
+        return combine_input.hidden_states
+
+
+def _stand_in_weights(layer: Any) -> None:
+    """What loading a checkpoint would have made of the weights, as far as `apply` reads it."""
+    layer.dispatcher = _Dispatcher()
+    layer.trtllm_padded_hidden_size = None
+    for name in ("alpha", "beta", "clamp_limit"):
+        setattr(layer, f"_flashinfer_trtllm_gemm1_{name}", None)
+    scalars = ("g1_scale_c", "g1_alphas", "g2_alphas", "w13_input_scale_quant", "w13_input_scale")
+    scales = ("output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar")
+    for name in (*scalars, *scales):
+        layer._parameters.pop(name, None)
+        setattr(layer, name, torch.ones(1))
+    if layer.quant_config is not None and layer.quant_config.get_name() == "modelopt_fp4":
+        # Releases that shuffle weights into tensors of their own know the runner by them.
+        for name in ("gemm1_weights", "gemm2_weights", "gemm1_scales", "gemm2_scales"):
+            setattr(layer, f"{name}_fp4_shuffled", torch.zeros(1, dtype=torch.uint8))
+
+
+def _verdict_on(error: Exception) -> tuple[str, str]:
+    """Whether SGLang refuses, or fails over the routing method, or nothing can be said."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame.filename.replace("\\", "/").partition("/sglang/srt/")[2] for frame in frames]
+    last, place = frames[-1], places[-1]
+    text = shorten(f"{type(error).__name__}: {error}", 300)
+    # Stand-ins fail in files of ours or of torch: what matters is who asked them.
+    asked = next((i for i in reversed(range(len(frames))) if places[i]), -1)
+    where = f"{places[asked] or Path(last.filename).name}:{frames[asked].lineno}"
+    line = last.line or ""
+    if isinstance(error, DoesNotBind):
+        return "failed", str(error)
+    if place and "Stub" not in text:
+        if isinstance(error, AssertionError) or line.startswith("raise "):
+            return "refused", f"{text} ({where})"
+        if "routing_method_type" in line or "BypassedTopKOutput" in text:
+            return "failed", f"{text} ({where}: {line})"
+    return "unknown", f"it does not build and run on a CPU: {text} ({where})"
+
+
+def main() -> None:
+    root, release = sys.argv[1:]
+    blocks = Blocks(root, FlashInfer.of(release))
+    names = ("method_numbers", "accepted_quantizations", "capture")
+    serve({name: getattr(blocks, name) for name in names})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Reads SGLang's sources without running them: which class is a model's MoE block."""
+
+from __future__ import annotations
+
+import ast
+import pkgutil
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
+from typing import Any
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.stubs import source_of
+
+_MODELS = "sglang.srt.models"
+_RUNNER = "flashinfer_trtllm"
+#: A module, and a name in it.
+Place = tuple[str, str]
+
+
+class Sources:
+    """The sources of one release, in a directory or a wheel."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.source = lru_cache(maxsize=None)(lambda module: source_of(root, module))
+        self.tree = lru_cache(maxsize=None)(lambda module: ast.parse(self.source(module)))
+
+    def _modules(self, package: str) -> Iterator[str]:
+        for module in pkgutil.iter_modules(["/".join([self.root, *package.split(".")])]):
+            name = f"{package}.{module.name}"
+            yield name
+            if module.ispkg:
+                yield from self._modules(name)
+
+    @cached_property
+    def models(self) -> tuple[str, ...]:
+        return tuple(self._modules(_MODELS))
+
+    def definitions(self, module: str) -> Mapping[str, ast.stmt]:
+        """Classes, functions and constants of a module, by name."""
+        found: dict[str, ast.stmt] = {}
+        for node in self.tree(module).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found[node.name] = node
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found |= {t.id: node for t in targets if isinstance(t, ast.Name)}
+        return found
+
+    def _imports(self, module: str) -> Mapping[str, Place]:
+        """Names that a module takes from other model modules: (module, name there or "")."""
+        names: dict[str, Place] = {}
+        for node in ast.walk(self.tree(module)):
+            if isinstance(node, ast.ImportFrom) and node.module in (_MODELS, *self.models):
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    there = (full, "") if full in self.models else (node.module, alias.name)
+                    names[alias.asname or alias.name] = there
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    if alias.name in self.models and alias.asname:
+                        names[alias.asname] = (alias.name, "")
+        return names
+
+    def _used(self, module: str, node: ast.stmt, is_base: bool) -> Iterator[tuple[Place, ast.expr]]:
+        """Definitions of model modules that a definition names, and where."""
+        imports = self._imports(module)
+        # What a parameter is when the caller says nothing: a derived class says it.
+        defaults = set(_defaults(node)) if is_base else set()
+        for expression in ast.walk(node):
+            if id(expression) in defaults:
+                continue
+            there = None
+            if isinstance(expression, ast.Name):
+                there = imports.get(expression.id, (module, expression.id))
+            elif isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name):
+                within = imports.get(expression.value.id, ("", "?"))
+                there = (within[0], expression.attr) if not within[1] else None
+            if there is not None and there[1] in self.definitions(there[0]):
+                assert isinstance(expression, ast.expr)
+                yield there, expression
+
+    def blocks(self, architecture: str) -> list[tuple[str, str, dict[str, Any]]]:
+        """Each class that makes an architecture's MoE layer: module, name, and constant arguments.
+
+        The nearest comes first; the arguments are those that the code which makes it says outright.
+
+        Raises:
+            Unsupported: This release has no such architecture, or it makes no MoE layer.
+        """
+        start = f"class {architecture}("
+        place = next((module for module in self.models if start in self.source(module)), None)
+        if place is None:
+            raise Unsupported(f"this release has no {architecture}")
+        queue, found = [(place, architecture)], []
+        arguments: dict[Place, dict[str, Any]] = {queue[0]: {}}
+        bases: set[Place] = set()
+        while queue:
+            module, name = queue.pop(0)
+            node = self.definitions(module)[name]
+            if _makes_experts(node):
+                found.append((module, name, arguments[module, name]))
+            calls = {id(n.func): n for n in ast.walk(node) if isinstance(n, ast.Call)}
+            derived_from = set(map(id, node.bases)) if isinstance(node, ast.ClassDef) else set()
+            for there, expression in self._used(module, node, (module, name) in bases):
+                if there not in arguments:
+                    queue.append(there)
+                    arguments[there] = {}
+                    if id(expression) in derived_from:
+                        bases.add(there)
+                arguments[there] |= _constants(calls.get(id(expression)))
+        if not found:
+            raise Unsupported(f"the code of {architecture} makes no FusedMoE layer")
+        return found
+
+    def accepted_quantizations(self) -> list[str | None] | None:
+        """The `quantization` values that the server's arguments allow with the TRT-LLM runner.
+
+        None when no assertion says so.
+        """
+        modules = ["sglang.srt.server_args", *self._modules("sglang.srt.arg_groups")]
+        for module in modules:
+            if _RUNNER not in self.source(module):
+                continue
+            for node in ast.walk(self.tree(module)):
+                if isinstance(node, ast.If) and _asks_for_runner(node.test):
+                    for allowed in map(_allowed_quantizations, node.body):
+                        if allowed is not None:
+                            return allowed
+        return None
+
+
+def _defaults(node: ast.AST) -> Iterator[int]:
+    """Ids of all that stands as a parameter's default, or after `parameter or`."""
+    for inner in ast.walk(node):
+        values: list[ast.expr | None] = []
+        if isinstance(inner, ast.arguments):
+            values = [*inner.defaults, *inner.kw_defaults]
+        elif isinstance(inner, ast.BoolOp) and isinstance(inner.op, ast.Or):
+            values = [*inner.values[1:]]
+        for value in values:
+            if value is not None:
+                yield from map(id, ast.walk(value))
+
+
+def _constants(call: ast.Call | None) -> dict[str, Any]:
+    """Keyword arguments of a call that are constants."""
+    if call is None:
+        return {}
+    return {
+        word.arg: word.value.value
+        for word in call.keywords
+        if word.arg and isinstance(word.value, ast.Constant)
+    }
+
+
+def _makes_experts(node: ast.stmt) -> bool:
+    """Whether a class has both a router and SGLang's MoE layer made."""
+    if not isinstance(node, ast.ClassDef):
+        return False
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    called = {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
+    return "TopK" in called and bool({"get_moe_impl_class", "FusedMoE"} & names)
+
+
+def _asks_for_runner(test: ast.expr) -> bool:
+    """Whether a condition is that the runner is ours, alone or among others."""
+    if not isinstance(test, ast.Compare) or not ast.unparse(test.left).endswith(
+        "moe_runner_backend"
+    ):
+        return False
+    if not isinstance(test.ops[0], (ast.Eq, ast.In)):
+        return False
+    values = {n.value for n in ast.walk(test) if isinstance(n, ast.Constant)}
+    return _RUNNER in values
+
+
+def _allowed_quantizations(statement: ast.stmt) -> list[str | None] | None:
+    if not isinstance(statement, ast.Assert) or not isinstance(statement.test, ast.Compare):
+        return None
+    test = statement.test
+    (allowed,) = test.comparators[:1]
+    if not ast.unparse(test.left).endswith("quantization") or not isinstance(allowed, ast.List):
+        return None
+    return [n.value for n in allowed.elts if isinstance(n, ast.Constant)]  # type: ignore[misc]

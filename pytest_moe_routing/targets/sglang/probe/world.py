@@ -1,0 +1,291 @@
+"""The world that SGLang's routing code sees: a Blackwell GPU, the TRT-LLM runner, two ranks.
+
+SGLang's models, MoE layers, quantization methods and runners are its own; what lies around them
+(its runtime, its linear layers, GPU libraries, FlashInfer) are stand-ins, so that a model's MoE
+block is built and run on a CPU, up to the call of FlashInfer's entry point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.targets import recorder, stubs
+
+_LAYERS = "sglang.srt.layers"
+#: What runs for real.
+REAL = (
+    "sglang.srt.models",
+    "sglang.srt.configs.shared_experts",
+    "sglang.srt.environ",
+    f"{_LAYERS}.moe",
+    f"{_LAYERS}.parameter",
+    f"{_LAYERS}.quantization.base_config",
+    f"{_LAYERS}.quantization.fp8",
+    f"{_LAYERS}.quantization.modelopt_quant",
+    f"{_LAYERS}.quantization.mxfp4_flashinfer_trtllm_moe",
+    f"{_LAYERS}.quantization.unquant",
+)
+#: Third-party packages that are stubs, installed or not.
+ABSENT = (
+    *("PIL", "aiter", "compressed_tensors", "cutlass", "deep_ep", "deep_gemm", "einops"),
+    *("flashinfer", "huggingface_hub", "kt_kernel", "msgspec", "numba", "orjson", "psutil"),
+    *("pybase64", "pydantic", "regex", "requests", "safetensors", "sgl_kernel", "sglang_kernel"),
+    *("torchao", "torchvision", "tqdm", "transformers", "triton", "triton_kernels", "zmq"),
+)
+#: An entry point of FlashInfer, and the arguments it was called with.
+Call = tuple[str, dict[str, Any]]
+#: The rank under test is the second of two, each with half of the experts.
+EP_SIZE, EP_RANK = 2, 1
+
+
+class RoutedOutside(Exception):
+    """SGLang chooses the experts itself; no fused kernel routes."""
+
+
+def enter(root: str, flashinfer: FlashInfer, calls: list[Call]) -> None:
+    """From now on import SGLang from `root`, in this world; entry points append to `calls`."""
+    # torch's compiler would look for a GPU's, and the operators of sgl_kernel are not here.
+    torch.compile = lambda f=None, *_, **__: f or (lambda g: g)  # type: ignore[assignment]
+    torch.library.register_fake = lambda *_, **__: lambda f: f
+    mm = torch.mm
+
+    def mm_on_a_cpu(a: Tensor, b: Tensor, out_dtype: Any = None, **options: Any) -> Tensor:
+        return mm(a, b, **options) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+
+    torch.mm = mm_on_a_cpu  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
+    stand_ins = {
+        **_utilities(),
+        **_parallel(),
+        **_options(),
+        **_modules(),
+        **_quantizers(),
+    }
+    stubs.install("sglang", root, real=REAL, absent=ABSENT, stand_ins=stand_ins)
+
+    def answer(function: str, arguments: Mapping[str, Any]) -> Any:
+        """A kernel's output: ones, as the function returns it."""
+        calls.append((function, dict(arguments)))
+        states, output = arguments["hidden_states"], arguments.get("output")
+        if output is None:
+            width = states.shape[1] * (2 if states.dtype == torch.uint8 else 1)
+            output = torch.empty(len(states), width, dtype=torch.bfloat16)
+        output.fill_(1)
+        return [output] if "fp4" in function or "mxint4" in function else output
+
+    recorder.install(flashinfer, answer)
+    _choose_runner()
+
+
+def known(name: str, **values: Any) -> stubs.Stub:
+    """A stub of which some attributes are known."""
+    stub = stubs.Stub(name)
+    for key, value in values.items():
+        setattr(stub, key, value)
+    return stub
+
+
+class Options:
+    """Options of a server, each as given here or else not set."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _utilities() -> dict[str, Any]:
+    return {
+        "add_prefix": lambda name, prefix: f"{prefix}.{name}" if prefix else name,
+        "ceil_div": lambda x, to: -(-x // to),
+        "get_bool_env_var": lambda _, default="false": default.lower() in ("1", "true"),
+        "get_device_capability": lambda *_: (10, 0),
+        "get_device_sm": lambda *_: 100,
+        "get_platform": lambda: known("platform", is_blackwell=True, is_sm100=True),
+        "is_blackwell_supported": lambda *_: True,
+        "is_cuda": lambda: True,
+        "is_cuda_alike": lambda: True,
+        "is_flashinfer_available": lambda: True,
+        "is_layer_skipped": lambda *_, **__: False,
+        "is_sm100_supported": lambda *_: True,
+        "next_power_of_2": lambda n: 1 << max(n - 1, 0).bit_length(),
+        "round_up": lambda x, to: -(-x // to) * to,
+        "set_weight_attrs": lambda weight, attributes: None,
+        "use_symmetric_memory": lambda *_, **__: nullcontext(),
+    }
+
+
+def _parallel() -> dict[str, Any]:
+    """Two ranks of expert parallelism, nothing else parallel."""
+    sizes = {
+        "tp_size": EP_SIZE,
+        "tp_rank": EP_RANK,
+        "moe_ep_size": EP_SIZE,
+        "moe_ep_rank": EP_RANK,
+        "moe_tp_size": 1,
+        "moe_tp_rank": 0,
+        "moe_dp_size": 1,
+        "attn_tp_size": 1,
+        "attn_tp_rank": 0,
+        "dwdp_size": 1,
+        "pp_size": 1,
+    }
+    functions = {
+        "tensor_model_parallel_world_size": EP_SIZE,
+        "tensor_model_parallel_rank": EP_RANK,
+        "moe_expert_parallel_world_size": EP_SIZE,
+        "moe_expert_parallel_rank": EP_RANK,
+        "moe_tensor_parallel_world_size": 1,
+        "moe_tensor_parallel_rank": 0,
+        "moe_data_parallel_world_size": 1,
+        "attention_tp_size": 1,
+        "attention_tp_rank": 0,
+    }
+    reductions = ("tensor_model_parallel", "moe_tensor_model_parallel", "moe_expert_parallel")
+    return {
+        "get_parallel": lambda: known("parallel", **sizes),
+        **{f"get_{name}": lambda value=value: value for name, value in functions.items()},
+        **{f"{name}_all_reduce": lambda x, *_, **__: x for name in reductions},
+    }
+
+
+def _options() -> dict[str, Any]:
+    """A server to which nothing was said but the runner, and what follows from that."""
+    options = Options(
+        moe_runner_backend="flashinfer_trtllm",
+        disable_shared_experts_fusion=True,
+        ep_num_redundant_experts=0,
+    )
+
+    def model() -> Any:
+        shared = import_module("sglang.srt.configs.shared_experts").SharedExpertsConfig()
+        return known("model", shared_experts=shared)
+
+    return {
+        # No remapping of experts, which would need their ids.
+        "ExpertLocationDispatchInfo": known("placement", init_new=lambda *_, **__: None),
+        "get_exec": lambda: known("exec", moe=options),
+        "get_flags": lambda: known("flags", moe=Options(), disable_shared_experts_fusion=True),
+        "get_forward": lambda: known("forward", moe_output_buffer=None),
+        "get_global_server_args": lambda: options,
+        "get_model": model,
+        "get_server_args": lambda: options,
+    }
+
+
+class _Linear(nn.Module):
+    """A linear layer of SGLang: zeros of the right shape, in the dtype that was asked for."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int = 0,
+        *_: Any,
+        output_sizes: Any = None,
+        params_dtype: torch.dtype | None = None,
+        **__: Any,
+    ) -> None:
+        super().__init__()
+        sizes = output_sizes or output_size
+        size = sizes if isinstance(sizes, int) else sum(sizes)
+        dtype = params_dtype or torch.get_default_dtype()
+        self.weight = nn.Parameter(torch.zeros(size, input_size, dtype=dtype))
+        self.quant_method = stubs.Stub("quant_method")
+        self.output_size_per_partition = size
+        self.input_size_per_partition = input_size
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return functional.linear(x.to(self.weight.dtype), self.weight), None
+
+
+class _FusedOp(nn.Module):
+    """The base of SGLang's layers that have one implementation per device: CUDA's is run."""
+
+    forward_cuda: Callable[..., Any]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward_cuda(*args, **kwargs)
+
+
+class _GatedActivation(nn.Module):
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., : x.shape[-1] // 2]
+
+
+class _Activation(_GatedActivation):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _modules() -> dict[str, Any]:
+    linear = ("Replicated", "ColumnParallel", "MergedColumnParallel", "RowParallel")
+    return {
+        "LinearBase": _Linear,
+        **{f"{name}Linear": _Linear for name in linear},
+        "BaseFusedOp": _FusedOp,
+        "CustomOp": _FusedOp,
+        "MultiPlatformOp": _FusedOp,
+        "SiluAndMul": _GatedActivation,
+        "GeluAndMul": _GatedActivation,
+        "ReLU2": _Activation,
+        "linear_bf16_fp32": lambda x, y, *_, **__: functional.linear(x.float(), y.float()),
+    }
+
+
+def _quantizers() -> dict[str, Any]:
+    """Quantized activations, as to shape and dtype."""
+    e4m3 = torch.float8_e4m3fn
+
+    def fp8_groups(
+        x: Tensor, group: int, *_: Any, column_major_scales: bool = False, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows, columns = len(x), x.shape[1] // group
+        scales = torch.ones(columns, rows).t() if column_major_scales else torch.ones(rows, columns)
+        return x.to(e4m3), scales
+
+    def fp8_tensor(x: Tensor, scale: Any = None, *_: Any, **__: Any) -> tuple[Tensor, Any]:
+        return x.to(e4m3), scale
+
+    def mxfp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return x.to(e4m3), torch.zeros(x.numel() // 32, dtype=torch.uint8)
+
+    def fp4(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        packed = torch.zeros(len(x), x.shape[1] // 2, dtype=torch.uint8)
+        return packed, torch.zeros(x.numel() // 16, dtype=torch.uint8)
+
+    return {
+        "per_token_group_quant_fp8": fp8_groups,
+        "scaled_fp8_quant": fp8_tensor,
+        "flashinfer_mxfp8_quantize": mxfp8,
+        "mxfp8_quantize": mxfp8,
+        "fp4_quantize": fp4,
+        "scaled_fp4_quant": fp4,
+    }
+
+
+def _choose_runner() -> None:
+    """SGLang's own MoE package, told that the TRT-LLM runner was chosen, and nothing else."""
+    utils = import_module(f"{_LAYERS}.moe.utils")
+    package = import_module(f"{_LAYERS}.moe")
+    for module in (utils, package):
+        vars(module)["get_moe_runner_backend"] = lambda: utils.MoeRunnerBackend.FLASHINFER_TRTLLM
+        vars(module)["get_moe_a2a_backend"] = lambda: utils.MoeA2ABackend.NONE
+    topk = import_module(f"{_LAYERS}.moe.topk")
+
+    def select_experts(*_: Any, **__: Any) -> Any:
+        raise RoutedOutside
+
+    vars(topk)["select_experts"] = select_experts

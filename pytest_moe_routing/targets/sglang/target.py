@@ -1,0 +1,161 @@
+"""SGLang, any release: the routing method that a model's code declares, and the call it ends in.
+
+There is no classifier in SGLang: each model's code names a method when it makes its MoE layer, or
+names none. So the model's own MoE block is built and run, by SGLang's code in a process of its own,
+with `--moe-runner-backend flashinfer_trtllm` on a Blackwell GPU, up to FlashInfer's entry point.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache, cached_property
+from importlib import resources
+from typing import Any
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.arguments import Layer, read
+from pytest_moe_routing.oracle.exact import Gate
+from pytest_moe_routing.oracle.target import Captured, Classification
+from pytest_moe_routing.targets.framework import FrameworkTarget
+from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.source import Source
+
+#: What `--quantization` is for a checkpoint that a backend serves.
+_QUANTIZATIONS = {
+    "fp8_block": "fp8",
+    "fp8_per_tensor": "modelopt_fp8",
+    "mxfp8": "mxfp8",
+    "nvfp4": "modelopt_fp4",
+    "bf16": None,
+}
+#: The method of a model whose code names none: what its layer gets depends on the backend.
+UNDECLARED = "undeclared"
+
+
+@cache
+def _configs() -> dict[str, Any]:
+    import yaml
+
+    text = resources.files(__package__).joinpath("configs.yaml").read_text("utf-8")
+    data: dict[str, Any] = yaml.safe_load(text)
+    return data
+
+
+def config_of(model: ModelSpec) -> dict[str, Any]:
+    """Attributes of the config object from which SGLang builds a model's MoE block."""
+    data = _configs()
+    values = dict(data["sizes"])
+    for section, names in data["names"].items():
+        for key, attributes in names.items():
+            value = getattr(getattr(model, section), key)
+            if value is not None:
+                values.update(dict.fromkeys(attributes, value))
+    return {**values, **data["published"].get(model.architecture, {})}
+
+
+class SglangTarget(FrameworkTarget):
+    """The SGLang of this environment, or at `sglang@PATH`.
+
+    Raises:
+        TargetNotInstalled: `sglang` is not installed.
+    """
+
+    name = "sglang"
+    package = "sglang"
+    distributions = ("sglang",)
+
+    def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
+        super().__init__(flashinfer, source)
+        module = "pytest_moe_routing.targets.sglang.probe.main"
+        name = f"{self.name} {source.version}"
+        self._probe = Probe(name, module, str(source.root), flashinfer.release)
+        self._answers: dict[str, dict[str, Any] | Unsupported] = {}
+
+    def close(self) -> None:
+        self._probe.close()
+
+    def method_numbers(self) -> Mapping[str, int]:
+        return self._numbers
+
+    def classify(self, model: ModelSpec) -> Classification:
+        """The method that the model's code declares, whatever the checkpoint."""
+        backends = [name for name in model.checkpoints if name in _QUANTIZATIONS]
+        found = self._run(model, (backends or ["fp8_block"])[0])
+        method = found["declared"]
+        verb = "declares no routing method" if method is None else "declares"
+        return Classification(method or UNDECLARED, (f"{found['place']} {verb}",))
+
+    def gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+        """What lets the kernel route; the TRT-LLM runner is taken to be chosen."""
+        if backend not in _QUANTIZATIONS:
+            raise Unsupported(f"how SGLang serves {backend} is not known to this adapter")
+        quantization, allowed = _QUANTIZATIONS[backend], self._allowed
+        accepted = Gate(
+            "server arguments",
+            allowed is None or quantization in allowed,
+            f"--moe-runner-backend flashinfer_trtllm does not go with {quantization}",
+        )
+        if not accepted.ok:
+            return (accepted,)
+        refused, declared = self._run(model, backend)["refused"], self.classify(model).method
+        return (
+            accepted,
+            Gate("declared method", method == declared, f"the model's code has {declared}"),
+            Gate("the kernel routes", refused is None, refused or ""),
+        )
+
+    def capture(self, model: ModelSpec, backend: str, method: str) -> Captured:
+        """The call that the model's block ends in, on the second of two ranks."""
+        declared = self.classify(model).method
+        if method != declared:
+            raise Unsupported(f"{self}: the model's code has {declared}, not {method}")
+        found = self._run(model, backend)
+        if found["failed"]:
+            return Captured(None, (found["failed"],))
+        sizes = _configs()["sizes"]
+        layer = Layer(1, 2, sizes["intermediate_size"], found["scale_after"])
+        function, arguments = found["function"], found["arguments"]
+        reading = read(model, backend, function, arguments, layer, self.flashinfer)
+        number, rounded = arguments["routing_method_type"], list(reading.rounded)
+        own = next((name for name, value in self._numbers.items() if value == number), None)
+        problems = list(reading.problems)
+        if reading.call is not None and own not in (None, reading.call.method):
+            problems.append(
+                f"{self} passes {own} as {number}, which {self.flashinfer} reads as "
+                f"{reading.call.method}"
+            )
+        arriving = None if reading.call is None else reading.call.logits_dtype
+        if (found["logits_dtype"], arriving) == ("bfloat16", "float32"):
+            rounded.append("gate")
+        return Captured(reading.call, tuple(problems), tuple(rounded))
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        numbers: dict[str, int] = self._probe.ask("method_numbers")
+        return numbers
+
+    @cached_property
+    def _allowed(self) -> list[str | None] | None:
+        allowed: list[str | None] | None = self._probe.ask("accepted_quantizations")
+        return allowed
+
+    def _run(self, model: ModelSpec, backend: str) -> dict[str, Any]:
+        """One run of the model's block, remembered."""
+        question = {
+            "architecture": model.architecture,
+            "config": config_of(model),
+            "backend": backend,
+        }
+        key = json.dumps(question, sort_keys=True)
+        if key not in self._answers:
+            try:
+                self._answers[key] = self._probe.ask("capture", **question)
+            except Unsupported as reason:
+                self._answers[key] = reason
+        found = self._answers[key]
+        if isinstance(found, Unsupported):
+            raise found
+        return found

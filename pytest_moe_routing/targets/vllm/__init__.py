@@ -1,0 +1,1 @@
+"""vLLM: everything that is known about it, and the code that asks it."""

@@ -1,0 +1,126 @@
+"""vLLM's model code and what it asks of its MoE layer: the parent's side of `vllm_blocks`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from pytest_moe_routing.errors import RecipeError, Unsupported
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.routing import Recipe, recipe_of
+from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.source import Source
+
+_CHILD = "pytest_moe_routing.targets.vllm.probe.blocks"
+
+
+@cache
+def blocks() -> Mapping[str, Mapping[str, Any]]:
+    """The MoE block of each architecture; the columns are explained in `blocks.yaml`."""
+    text = resources.files(__package__).joinpath("blocks.yaml").read_text("utf-8")
+    rows: Mapping[str, Mapping[str, Any]] = yaml.safe_load(text)["blocks"]
+    return rows
+
+
+class ModelCode:
+    """The models of one vLLM, in a process that has imported all of it."""
+
+    def __init__(self, source: Source) -> None:
+        self._probe = Probe("vllm", _CHILD, str(source.root))
+
+    def layer_request(self, model: ModelSpec) -> LayerRequest:
+        """What a model's MoE block asks of its MoE layer.
+
+        Raises:
+            Unsupported: The block is not in the table, or not in this release, or cannot be built
+                on a CPU; or no recipe can be compared with its router.
+        """
+        if model.router.not_expressible is not None:
+            raise Unsupported(
+                f"no recipe computes {model}'s router: {model.router.not_expressible}"
+            )
+        row = blocks().get(model.architecture)
+        if row is None:
+            raise Unsupported(
+                f"vllm: the MoE block of {model.architecture} is not known to this adapter"
+            )
+        router = asdict(model.router)
+        said = {**router, **asdict(model.experts)}
+        values = {key: said[name] for name, key in row["keys"].items() if said[name] is not None}
+        answer = self._probe.ask("layer_request", row=row, values=values, router=router)
+        return request_of(answer, row, model)
+
+    def close(self) -> None:
+        self._probe.close()
+
+
+def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSpec) -> LayerRequest:
+    """A request, from the arguments that vLLM's layer is made with.
+
+    As its routers read them: groups count with `use_grouped_topk`, and are scored by the best two
+    of them when there is a bias; a routing function takes the place of all but the weights' side.
+    """
+
+    def said(*names: str) -> str:
+        return ", ".join(f"{name}={answer[name]!r}" for name in names)
+
+    groups = ("use_grouped_topk", "num_expert_group", "topk_group")
+    scale = ("routed_scaling_factor", "apply_routed_scale_to_output")
+    passed = {
+        "score": said("scoring_func"),
+        "bias": f"e_score_correction_bias={'None' if answer['bias_dtype'] is None else '...'}",
+        "n_group": said(*groups),
+        "topk_group": said(*groups),
+        "top_k": said("top_k"),
+        "normalize": said("renormalize"),
+        "scale": f"{said(*scale)}, and x {answer['output_factor']:.4g} on what the layer returns",
+        "weight_on": said("apply_router_weight_on_input"),
+        "logits_dtype": said("router_logits_dtype"),
+    }
+    groups_count = bool(answer["use_grouped_topk"] and answer["num_expert_group"])
+    factor = answer["routed_scaling_factor"]
+    recipe, otherwise = recipe_of(model.router), None
+    try:
+        if answer["custom_routing"] is not None:
+            recipe = replace(recipe, top_k=answer["top_k"], scale=1.0)
+            if answer["custom_problem"] is not None:
+                otherwise = (
+                    f"{answer['custom_routing']} routes otherwise: {answer['custom_problem']}"
+                )
+        else:
+            recipe = Recipe(
+                top_k=answer["top_k"],
+                score=answer["scoring_func"],
+                bias=answer["bias_dtype"] is not None,
+                n_group=answer["num_expert_group"] if groups_count else 1,
+                topk_group=(answer["topk_group"] or 1) if groups_count else 1,
+                group_score="max" if answer["bias_dtype"] is None else "top2_sum",
+                normalize="sum" if answer["renormalize"] else "none",
+                scale=1.0 if factor is None else factor,
+                bias_dtype=answer["bias_dtype"] or "float32",
+            )
+    except RecipeError as error:
+        otherwise = f"the model code asks for what no router does: {error}"
+    side = "input" if answer["apply_router_weight_on_input"] else "output"
+    has_shared = model.experts.shared_experts > 0
+    return LayerRequest(
+        block=answer["block"],
+        num_experts=answer["num_experts"],
+        recipe=replace(recipe, weight_on=side),
+        passed=passed,
+        # The layer takes the dtype of the hidden states when it is told nothing.
+        told_dtype=answer["router_logits_dtype"] or "bfloat16",
+        logits_dtype=answer["logits_dtype"],
+        gate_dtype="bfloat16" if "bfloat16" in answer["gate_dtypes"] else "float32",
+        output_factor=answer["output_factor"],
+        shared_experts=answer["shared_experts"],
+        own_factor=row.get("own_factor", 1.0) if has_shared else 1.0,
+        otherwise=otherwise,
+        rounds_logits=row.get("rounds_logits"),
+    )

@@ -1,0 +1,1 @@
+"""The child processes that run vLLM's own code."""

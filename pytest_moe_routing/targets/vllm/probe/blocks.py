@@ -1,0 +1,362 @@
+"""Builds a model's MoE block as vLLM's model code does, with a layer that records what it is asked.
+
+For a process of its own: vLLM is told that it runs on a CPU, a group of one process is made, and
+the models' modules are patched. `python -m pytest_moe_routing.targets.vllm.probe.blocks` answers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import torch
+from torch import Tensor, nn
+
+from pytest_moe_routing.compare import compare_routing
+from pytest_moe_routing.errors import RecipeError, Unsupported
+from pytest_moe_routing.logits import make
+from pytest_moe_routing.models import RouterConfig
+from pytest_moe_routing.routing import recipe_of
+
+#: Names under which releases have had the MoE layer.
+_LAYERS = ("FusedMoEFactory", "SharedFusedMoE", "FusedMoE")
+_MODELS = "vllm.model_executor.models"
+#: A layer of experts in every model: the first few are dense, or routed by a table.
+_PREFIX = "model.layers.3.mlp"
+#: More than the largest batch of any special gate kernel.
+_TOKENS = 64
+_HIDDEN = 64
+_SIZES = {
+    "hidden_size": _HIDDEN,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+}
+_LATENT = 32
+#: Logits without ties, as torch.topk does not say which of equals it chooses.
+_PATTERNS = ("plain", "all-negative", "near-ties")
+
+
+class _Recorder(nn.Module):
+    """The MoE layer's stand-in: remembers its arguments, and returns ones."""
+
+    def __init__(self, arguments: Mapping[str, Any], hidden_size: int) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.hidden_size = hidden_size
+        self.moe_config = SimpleNamespace(hidden_dim=arguments.get("hidden_size"))
+        self.is_internal_router = arguments.get("gate") is not None
+        self.logits_dtype: torch.dtype | None = None
+
+    def forward(self, hidden_states: Tensor, router_logits: Tensor, **_: Any) -> Tensor:
+        # A layer that was given the gate calls it itself.
+        if self.is_internal_router:
+            router_logits, _bias = self.arguments["gate"](hidden_states)
+        self.logits_dtype = router_logits.dtype
+        # In float32, so that a factor on it is not rounded.
+        return torch.ones(len(hidden_states), self.hidden_size, dtype=torch.float32)
+
+
+@cache
+def _started() -> tuple[Any, str]:
+    """Start vLLM once: its config, or the reason why it does not run here."""
+    try:
+        return _vllm_config(), ""
+    except Exception as error:
+        return None, f"models' code needs a vllm that runs here: {type(error).__name__}: {error}"
+
+
+def _vllm_config() -> Any:
+    """One config for all blocks; vLLM's groups, of this one process, are there from now on."""
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    # On a machine with GPUs too: what the model code asks of its layer is the same.
+    vllm.platforms.current_platform = CpuPlatform()
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    config = VllmConfig()
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    store = Path(folder.name) / "store"
+    with set_current_vllm_config(config):
+        init_distributed_environment(
+            world_size=1,
+            rank=0,
+            local_rank=0,
+            distributed_init_method=store.as_uri(),
+            backend="gloo",
+        )
+        initialize_model_parallel(1)
+    return config
+
+
+def layer_request(
+    row: Mapping[str, Any], values: Mapping[str, Any], router: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a block asks of its MoE layer.
+
+    Args:
+        row: Of `blocks.yaml`.
+        values: Published config keys of the model, with their values.
+        router: The fields of the model's `RouterConfig`, to judge a custom routing function by.
+
+    Raises:
+        Unsupported: The release does not have the block, or it cannot be built or run here.
+    """
+    vllm_config, failure = _started()
+    if failure:
+        raise Unsupported(failure)
+    from vllm.config import set_current_vllm_config
+
+    module = _import(row["module"])
+    name = f"{module.__name__}.{row['block']}"
+    block_class = getattr(module, row["block"], None)
+    if block_class is None:
+        raise Unsupported(f"this release has no {name}")
+    config = _config(row, values)
+    if row.get("prepare"):
+        place, _, function = row["prepare"].rpartition(".")
+        config = getattr(import_module(f"{module.__package__}.{place}"), function)(config)
+    recorders: list[_Recorder] = []
+    try:
+        with (
+            set_current_vllm_config(vllm_config),
+            _recording(block_class, recorders, config.hidden_size),
+            _bfloat16(),
+        ):
+            arguments = _arguments(block_class, row.get("arguments") or {}, config, vllm_config)
+            block = block_class(**arguments)
+            gate_dtypes = _gate_dtypes(block, router["num_experts"])
+            output = _run(block, config.hidden_size)
+    except Exception as error:
+        raise Unsupported(
+            f"{name} does not build and run on a CPU: {type(error).__name__}: {error}"
+        ) from error
+    used = [recorder for recorder in recorders if recorder.logits_dtype is not None]
+    if len(used) != 1:
+        raise Unsupported(f"{name} called {len(used)} MoE layers")
+    return {
+        "block": name,
+        "gate_dtypes": sorted(gate_dtypes),
+        **_answer(used[0], output, RouterConfig(**router)),
+    }
+
+
+def _gate_dtypes(block: nn.Module, num_experts: int) -> set[str]:
+    """The dtypes in which the block's modules give router logits, filled while it runs."""
+    dtypes: set[str] = set()
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and first.shape == (_TOKENS, num_experts):
+            dtypes.add(_name(first.dtype))
+
+    for module in block.modules():
+        module.register_forward_hook(note)
+    return dtypes
+
+
+def _answer(layer: _Recorder, output: Tensor, router: RouterConfig) -> dict[str, Any]:
+    asked = layer.arguments
+    assert layer.logits_dtype is not None
+    if asked.get("router") is not None:
+        raise Unsupported("the model code brings a router object of its own")
+    factors = output.float().unique().tolist()
+    if len(factors) != 1:
+        raise Unsupported("the model code does more than scale what the layer returns")
+    bias, custom = asked.get("e_score_correction_bias"), asked.get("custom_routing_function")
+    told = asked.get("router_logits_dtype")
+    names = (
+        "num_experts",
+        "top_k",
+        "scoring_func",
+        "renormalize",
+        "use_grouped_topk",
+        "num_expert_group",
+        "topk_group",
+        "routed_scaling_factor",
+        "apply_routed_scale_to_output",
+        "apply_router_weight_on_input",
+    )
+    return {
+        **{name: asked.get(name) for name in names},
+        "bias_dtype": None if bias is None else _name(bias.dtype),
+        "router_logits_dtype": None if told is None else _name(told),
+        "logits_dtype": _name(layer.logits_dtype),
+        "output_factor": factors[0],
+        "shared_experts": asked.get("shared_experts") is not None,
+        "custom_routing": None if custom is None else getattr(custom, "__qualname__", str(custom)),
+        "custom_problem": None if custom is None else _custom_problem(custom, asked, router),
+    }
+
+
+def _custom_problem(
+    function: Callable[..., Any], asked: Mapping[str, Any], router: RouterConfig
+) -> str | None:
+    """How a routing function differs from the model's router, found by running both."""
+    # The layer applies no factor to what such a function returns, and weights the side it is told.
+    recipe = replace(recipe_of(router), scale=1.0)
+    for pattern in _PATTERNS:
+        case = make(pattern, recipe, num_tokens=_TOKENS, num_experts=router.num_experts)
+        hidden = torch.zeros(_TOKENS, _HIDDEN)
+        weights, ids = function(hidden, case.logits, asked["top_k"], asked["renormalize"])
+        try:
+            found = compare_routing(ids, weights, case.logits, recipe, case.bias)
+        except RecipeError as error:
+            return str(error)
+        if not found.ok:
+            return f"logits pattern {pattern!r}: {found.message()}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _import(name: str) -> ModuleType:
+    full = name if "." in name else f"{_MODELS}.{name}"
+    # transformers looks once for what is installed, and must not see what follows.
+    import transformers  # noqa: F401
+
+    # Some models' modules import their vision part as well, which is not used here.
+    if find_spec("torchvision") is None:
+        for part in ("", ".transforms", ".transforms.v2", ".transforms.functional", ".ops"):
+            sys.modules.setdefault(f"torchvision{part}", MagicMock())
+    try:
+        return import_module(full)
+    except Exception as error:
+        raise Unsupported(
+            f"this release has no {full}, or it does not import: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for stub in [name for name, m in sys.modules.items() if isinstance(m, MagicMock)]:
+            del sys.modules[stub]
+
+
+def _config(row: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
+    """The config object as vLLM reads it from a config.json with these keys."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    kind = row.get("config")
+    if kind is None:
+        cls = PreTrainedConfig
+    elif kind in _CONFIG_REGISTRY:
+        cls = _CONFIG_REGISTRY[kind]
+    elif kind in CONFIG_MAPPING:
+        cls = CONFIG_MAPPING[kind]
+    else:
+        raise Unsupported(f"neither vllm nor transformers has a config class {kind}")
+    sizes = {**_SIZES, "model_type": kind} if kind else _SIZES
+    latent = {key: _LATENT for name, key in row["keys"].items() if name == "latent_size"}
+    latent = {key: size for key, size in latent.items() if values.get(key)}
+    return cls.from_dict({**sizes, **(row.get("published") or {}), **values, **latent})
+
+
+@contextmanager
+def _recording(block: type, layers: list[_Recorder], hidden_size: int) -> Iterator[None]:
+    """Put recorders where the code of a block, and of what it derives from, makes MoE layers."""
+
+    def recorder_of(real: Any) -> Callable[..., _Recorder]:
+        signature = inspect.signature(real)
+
+        def make_recorder(*args: Any, **kwargs: Any) -> _Recorder:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            layers.append(_Recorder(bound.arguments, hidden_size))
+            return layers[-1]
+
+        return make_recorder
+
+    with ExitStack() as stack:
+        for module in {sys.modules[cls.__module__] for cls in block.__mro__}:
+            for name in _LAYERS:
+                if hasattr(module, name):
+                    recorder = recorder_of(getattr(module, name))
+                    stack.enter_context(patch.object(module, name, recorder))
+        # A platform chooses its own way when weights are loaded, which they are not.
+        stack.enter_context(patch.object(_linear_method(), "apply", _linear))
+        # Streams and events of a GPU that is not here; the work is done in order.
+        stack.enter_context(patch.multiple(torch.cuda, Event=MagicMock, Stream=MagicMock))
+        yield
+
+
+def _linear_method() -> Any:
+    return import_module("vllm.model_executor.layers.linear").UnquantizedLinearMethod
+
+
+def _linear(_method: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return nn.functional.linear(x, layer.weight, bias)
+
+
+@contextmanager
+def _bfloat16() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _arguments(
+    block: type, given: Mapping[str, Any], config: Any, vllm_config: Any
+) -> dict[str, Any]:
+    """Arguments of a block's constructor, by what their names say."""
+    vllm_config.model_config = SimpleNamespace(
+        hf_config=config, hf_text_config=config, dtype=torch.bfloat16
+    )
+    known = {
+        "config": config,
+        "vllm_config": vllm_config,
+        "parallel_config": vllm_config.parallel_config,
+        "quant_config": None,
+        "prefix": _PREFIX,
+        "layer_idx": 3,
+        "layer_id": 3,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": _SIZES["intermediate_size"],
+        **{
+            name: getattr(config, value[1:]) if isinstance(value, str) else value
+            for name, value in given.items()
+        },
+    }
+    names = inspect.signature(block.__init__).parameters  # type: ignore[misc]
+    return {name: known[name] for name in names if name in known}
+
+
+def _run(block: nn.Module, hidden_size: int) -> Tensor:
+    """The block's output, but for a factor that of its MoE layer: all else is zero."""
+    with torch.no_grad():
+        for tensor in (*block.parameters(), *block.buffers()):
+            tensor.zero_()
+        first = next(iter(inspect.signature(block.forward).parameters))
+        output = block(**{first: torch.zeros(_TOKENS, hidden_size, dtype=torch.bfloat16)})
+    if not isinstance(output, Tensor):
+        raise TypeError(f"forward returns {type(output).__name__}")
+    return output
+
+
+if __name__ == "__main__":
+    from pytest_moe_routing.targets.server import serve
+
+    # Where the release lies, before any other that is installed.
+    sys.path.insert(0, sys.argv[1])
+    serve({"layer_request": layer_request})

@@ -1,0 +1,339 @@
+"""Runs vLLM's experts on a layer of a model, down to the kernel, and says what arrived there.
+
+Everything between the layer and the kernel is vLLM's own: the layer's quantization method, the
+fused kernel object, the experts. Only the activations' quantization, a GPU's business, is ours. The
+layer has the model's experts, top-k, groups and factors, and small widths.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import TargetError, Unsupported
+from pytest_moe_routing.targets.recorder import DoesNotBind, Reached, plain
+from pytest_moe_routing.targets.stubs import Stub
+from pytest_moe_routing.targets.vllm.probe import release as release
+from pytest_moe_routing.targets.vllm.probe.config import chosen, moe_config, quant_config
+from pytest_moe_routing.targets.vllm.probe.experts import (
+    BACKENDS,
+    MOE,
+    QUANTIZATION,
+    VllmBackend,
+)
+from pytest_moe_routing.targets.vllm.probe.gates import experts_of
+
+TOKENS, HIDDEN, INTERMEDIATE = 8, 512, 256
+#: vLLM's function that packs ids and weights.
+_PACK = "trtllm_moe_pack_topk_ids_weights"
+#: What vLLM's own code raises when it will not go on.
+_REFUSALS = (AssertionError, DoesNotBind, ImportError, KeyError, NotImplementedError, ValueError)
+
+
+def capture(model: Mapping[str, Any], backend: str, method: str) -> dict[str, Any]:
+    """What reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
+
+    Each of the `calls` is `by` whom, in how many `shards`, and either the `function` and its
+    `arguments` or why it is `refused`. `router_factor` is the scaling factor that the layer's
+    router has, `intermediate_size` that of its experts.
+
+    Raises:
+        Unsupported: The release has no such experts, or none that a layer calls.
+    """
+    row = BACKENDS[backend]
+    experts = experts_of(row)
+    methods = _methods(row)
+    if not methods:
+        raise Unsupported(f"no layer of this release calls {experts.__name__}")
+    calls = [
+        {
+            "by": caller.__qualname__.split(".")[0],
+            "shards": count,
+            **_one(experts, caller, _Layer(model, row, method, count, isinstance(experts, type))),
+        }
+        for caller in methods
+        for count in _shards(model)
+    ]
+    return {
+        "calls": calls,
+        "router_factor": release.router_factor(model),
+        "intermediate_size": _intermediate(model),
+    }
+
+
+def capture_modular(model: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    """What reaches the kernel from the experts that are given ids and weights; see `capture`.
+
+    Raises:
+        Unsupported: The release has no such experts.
+    """
+    row = BACKENDS[backend]
+    experts = experts_of(row, modular=True)
+    method = release.classify(model)[0]
+    calls = []
+    for count in _shards(model):
+        layer = _Layer(model, row, method, count, True)
+        calls.append({"by": experts.__name__, "shards": count, **_given(experts, layer)})
+    return {"calls": calls, "intermediate_size": _intermediate(model)}
+
+
+def _shards(model: Mapping[str, Any]) -> list[int]:
+    """Alone, and as one of two ranks where the experts can be shared out."""
+    return [1, 2] if model["router"]["num_experts"] % 2 == 0 else [1]
+
+
+def _intermediate(model: Mapping[str, Any]) -> int:
+    """Other than the hidden size, where it is in the model: code may take one for the other."""
+    experts = model["experts"]
+    hidden = experts["latent_size"] or experts["hidden_size"]
+    return HIDDEN if experts["intermediate_size"] == hidden else INTERMEDIATE
+
+
+def _given(experts: Any, layer: _Layer) -> dict[str, Any]:
+    """Hand ids and weights to modular experts."""
+    tokens, top_k = torch.arange(TOKENS).unsqueeze(1), torch.arange(layer.top_k)
+    ids = ((tokens + 3 * top_k) % layer.global_num_experts).to(torch.int32)
+    # Exact in bfloat16.
+    weights = (1 + (tokens + top_k) % 8) / 8
+    packed = (ids << 16) | weights.bfloat16().view(torch.int16).to(torch.int32)
+    given = {
+        "output": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16),
+        "hidden_states": layer.hidden,
+        "w1": layer.w13_weight,
+        "w2": layer.w2_weight,
+        "topk_weights": weights,
+        "topk_ids": ids,
+        "activation": layer.activation,
+        "global_num_experts": layer.global_num_experts,
+        "expert_map": layer.expert_map,
+        "a1q_scale": layer.scale,
+        "a2_scale": None,
+        "workspace13": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16),
+        "workspace2": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16),
+        "expert_tokens_meta": None,
+        "apply_router_weight_on_input": layer.apply_router_weight_on_input,
+    }
+
+    def call() -> None:
+        made = _made(experts, layer)
+        # Packing is a Triton kernel in some releases.
+        with patch.dict(vars(sys.modules[experts.__module__]), {_PACK: lambda *_, **__: packed}):
+            made.apply(**release.accepted(made.apply, given))
+
+    return _recorded(call, {"ids": ids, "weights": weights, "packed": packed}, experts.__name__)
+
+
+def _methods(row: VllmBackend) -> list[Any]:
+    """The layers' methods that call monolithic experts, as functions."""
+    found = []
+    for module, name in row.methods:
+        try:
+            place = f"{MOE}{module}" if module.startswith(".") else f"{QUANTIZATION}.{module}"
+            cls = vars(getattr(release.real(place), name, object))
+        except Unsupported:
+            continue
+        method = cls.get("apply_monolithic") or cls.get("forward_monolithic_cuda")
+        if method is not None:
+            found.append(method)
+    return found
+
+
+class _Layer:
+    """The attributes of vLLM's layer that its methods read; there are no others."""
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        row: VllmBackend,
+        method: str,
+        shards: int,
+        is_class: bool,
+    ) -> None:
+        router = model["router"]
+        experts = router["num_experts"]
+        self.config = moe_config(model, method, shards, (HIDDEN, _intermediate(model)))
+        self.row = row
+        self.logits = torch.linspace(-3.3, 3.1, TOKENS * experts).reshape(TOKENS, experts)
+        self.logits = self.logits.to(getattr(torch, router["logits_dtype"]))
+        made = release.make_router(model)
+        bias = None
+        if router["correction_bias"] is not None:
+            # Most values have no bfloat16 of their own.
+            bias = torch.linspace(0.101, 0.907, experts)
+            bias = bias.to(getattr(torch, router["correction_bias"]))
+        prepare = getattr(made, "prepare_monolithic_bias", lambda same: same)
+        self.e_score_correction_bias = prepare(bias)
+        self.activation = self.config.activation
+        self.global_num_experts = experts
+        self.local_num_experts = self.config.num_local_experts
+        self.ep_rank = shards - 1
+        self.top_k = router["top_k"]
+        self.num_expert_group = router["n_group"]
+        self.topk_group = router["topk_group"]
+        self.routed_scaling_factor = release.router_factor(model)
+        self.routing_method_type = self.config.routing_method
+        self.apply_router_weight_on_input = router["weight_on"] == "input"
+        self.intermediate_size_per_partition = _intermediate(model)
+        self.routing_sink = None
+        self.hash_indices_table = None
+        self.expert_map = None
+        if shards > 1:
+            self.expert_map = torch.full((experts,), -1, dtype=torch.int32)
+            local = self.local_num_experts
+            self.expert_map[local:] = torch.arange(local, dtype=torch.int32)
+        self._make_tensors(model["experts"]["gated"])
+        if not is_class:
+            self._before_classes(model)
+
+    def _before_classes(self, model: Mapping[str, Any]) -> None:
+        """What the layer's methods read and quantize themselves, as there were no experts to."""
+        self.hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+        self.enable_eplb = False
+        self.renormalize = model["router"]["renormalize"]
+        self.custom_routing_function = release.routing_function_of(model)
+        # One value serves as every scale: nobody reads them.
+        each = torch.ones(self.local_num_experts)
+        for name in ("w13", "w2"):
+            setattr(self, f"{name}_weight_scale_inv", each)
+            setattr(self, f"{name}_weight_scale", each.to(torch.float8_e4m3fn))
+            setattr(self, f"{name}_input_scale", each)
+        for name in ("scalar", "gate_scalar"):
+            setattr(self, f"output1_scales_{name}", each)
+        self.output2_scales_scalar = each
+        self.g1_scale_c = self.g1_alphas = self.g2_alphas = self.a1_gscale = each
+
+    def _make_tensors(self, gated: bool) -> None:
+        """Activations as the backend has them, and weights that nobody reads."""
+        name, a_byte, a_scale, scale_dtype = self.row.quantized
+        dtype = getattr(torch, name)
+        local, inner = self.local_num_experts, self.intermediate_size_per_partition
+        rows = inner * (2 if gated else 1)
+        weight_dtype = torch.uint8 if self.row.packed else dtype
+        per = 2 if self.row.packed else 1
+        self.w13_weight = torch.empty(local, rows, HIDDEN // per, dtype=weight_dtype)
+        self.w2_weight = torch.empty(local, HIDDEN, inner // per, dtype=weight_dtype)
+        self.w13_weight_packed, self.w2_weight_packed = self.w13_weight, self.w2_weight
+        self.hidden = torch.zeros(TOKENS, HIDDEN // a_byte, dtype=dtype)
+        self.scale = None
+        if a_scale:
+            shape = (TOKENS, HIDDEN // a_scale)
+            self.scale = torch.zeros(shape, dtype=getattr(torch, scale_dtype))
+
+    def named(self) -> dict[str, Tensor | None]:
+        """The tensors that a kernel may be given, by the names that answers use."""
+        return {"router logits": self.logits, "bias": self.e_score_correction_bias}
+
+
+def _one(experts: Any, method: Any, layer: _Layer) -> dict[str, Any]:
+    """Run a layer's method down to the kernel."""
+
+    def call() -> None:
+        kernel = None
+        if isinstance(experts, type):
+            kernel = _kernel(_made(experts, layer), layer)
+        method(_Caller(kernel, layer.row), layer, layer.hidden, layer.logits)
+
+    return _recorded(call, layer.named(), method.__qualname__)
+
+
+def _made(experts: Any, layer: _Layer) -> Any:
+    """A layer's experts, of a class of vLLM."""
+    return experts(layer.config, quant_config(layer.row, layer.local_num_experts, layer.config))
+
+
+def _recorded(
+    call: Callable[[], None], named: Mapping[str, Tensor | None], what: str
+) -> dict[str, Any]:
+    """The kernel's `function` and `arguments`, or why vLLM `refused` to call it."""
+    Stub.asked.clear()
+    try:
+        with _on_one_gpu():
+            call()
+    except Reached as reached:
+        arguments = {name: plain(value, named) for name, value in reached.arguments.items()}
+        return {"function": reached.function, "arguments": arguments}
+    except _REFUSALS as error:
+        if Stub.asked:
+            raise TargetError(f"{_where(error)}, after stubs: {', '.join(Stub.asked)}") from error
+        return {"refused": _where(error)}
+    raise TargetError(f"{what} called no kernel")
+
+
+@contextmanager
+def _on_one_gpu() -> Iterator[None]:
+    """What vLLM's experts ask of their surroundings."""
+    compilation = SimpleNamespace(max_cudagraph_capture_size=512)
+    vllm_config = SimpleNamespace(compilation_config=compilation)
+    module = import_module("vllm.config")
+    with (
+        patch.object(torch.accelerator, "current_device_index", lambda: "cpu"),
+        patch.object(module, "get_current_vllm_config", lambda: vllm_config),
+    ):
+        yield
+
+
+class _Caller:
+    """What the layer's method is a method of: whatever its monolithic half asks of itself."""
+
+    is_monolithic = True
+
+    def __init__(self, kernel: Any, row: VllmBackend) -> None:
+        self.moe_kernel = kernel
+        block = row.quantization[2]
+        self.block_quant = block is not None
+        self.weight_block_size = list(block) if block else None
+
+    @property
+    def unquantized_backend(self) -> Any:
+        return chosen("unquantized", "UnquantizedMoeBackend")
+
+    @property
+    def fp8_backend(self) -> Any:
+        return chosen("fp8", "Fp8MoeBackend")
+
+    @property
+    def nvfp4_backend(self) -> Any:
+        return chosen("nvfp4", "NvFp4MoeBackend")
+
+
+class _Prepared:
+    """Stands for the step before the experts: its activations are quantized already."""
+
+    def __init__(self, layer: _Layer) -> None:
+        self._layer = layer
+
+    def prepare(
+        self, hidden: Tensor, router_logits: Tensor, *_: Any, defer_input_quant: bool, **__: Any
+    ) -> Any:
+        if defer_input_quant:
+            return torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16), None, router_logits
+        return self._layer.hidden, self._layer.scale, router_logits
+
+
+def _kernel(experts: Any, layer: _Layer) -> Any:
+    """The kernel object around the experts."""
+    modular_kernel = release.real(f"{MOE}.modular_kernel")
+    kernel = object.__new__(modular_kernel.FusedMoEKernel)
+    kernel.impl = modular_kernel.FusedMoEKernelMonolithicImpl(_Prepared(layer), experts)
+    return kernel
+
+
+def _where(error: BaseException) -> str:
+    """An error, and the line of vLLM that raised it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/vllm/" in f.filename]
+    text = " ".join(str(error).split())[:300]
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if not frames:
+        return what
+    file = frames[-1].filename.rpartition("/vllm/")[2]
+    line = f" `{frames[-1].line}`" if frames[-1].line else ""
+    return f"vllm/{file}:{frames[-1].lineno}{line}: {what}"

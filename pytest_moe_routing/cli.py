@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moe-routing", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser(
-        "explain", help="what a model's router means, and what becomes of it on each backend"
+        "explain", help="what a model's router means, and what becomes of it on each scheme"
     )
     explain.add_argument(
         "model", help="id of a known model, or path of a model.yaml or config.json"
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     history.add_argument("target", help="a target's name, such as vllm")
     history.add_argument("paths", nargs="+", metavar="PATH", help="a wheel or its sources")
     history.add_argument("--models", default="", metavar="PATTERNS", help="default: all")
-    history.add_argument("--backends", default="", metavar="NAMES", help="default: all")
+    history.add_argument("--schemes", default="", metavar="NAMES", help="default: all")
     history.add_argument("--flashinfer", metavar="RELEASE", help="default: what each is made for")
     history.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
     history.add_argument("--all", action="store_true", help="also what never changed")
@@ -104,13 +104,13 @@ def _explain(arguments: argparse.Namespace) -> int:
     print("\n".join(text()))
     unserved = [name for name in model.checkpoints if name not in SERVED_SCHEMES]
     if unserved:
-        print(f"\nnot judged: {', '.join(unserved)}; backends: {', '.join(SERVED_SCHEMES)}")
+        print(f"\nnot judged: {', '.join(unserved)}; schemes: {', '.join(SERVED_SCHEMES)}")
     good = True
-    for backend in (name for name in model.checkpoints if name in SERVED_SCHEMES):
-        found = judge(target, model, backend)
+    for scheme in (name for name in model.checkpoints if name in SERVED_SCHEMES):
+        found = judge(target, model, scheme)
         good = good and found.good
-        same = ", ".join(map(show_call, exact_calls(model, backend, flashinfer))) or "none"
-        print(f"\n{backend}: {found.verdict}")
+        same = ", ".join(map(show_call, exact_calls(model, scheme, flashinfer))) or "none"
+        print(f"\n{scheme}: {found.verdict}")
         for gate in found.gates:
             print(f"  gate     {gate}")
         print(f"  same     {same}")
@@ -199,7 +199,7 @@ def _history(arguments: argparse.Namespace) -> int:
         MoESession(
             target_name=f"{arguments.target}@{path}",
             model_patterns=names(arguments.models),
-            backend_names=names(arguments.backends),
+            scheme_names=names(arguments.schemes),
             flashinfer_release=arguments.flashinfer,
             golden_dirs=arguments.golden_dir,
         )

@@ -31,14 +31,14 @@ SUITE = Path(__file__).resolve().parent / "suite"
 _SESSION = pytest.StashKey[MoESession]()
 _LEDGER = "moe-routing-ledger"
 #: The fixtures that make a test one of this plugin's, be it the suite's or the host's.
-_FIXTURES = {"moe_model", "moe_backend", "moe_target", "moe_gpu"}
+_FIXTURES = {"moe_model", "moe_scheme", "moe_target", "moe_gpu"}
 
 # option, ini type, help; the ini twin of --moe-x is moe_x, and the command line wins.
 _OPTIONS = (
     ("golden", "bool", "run the golden suite: every model's routing, decisions and verdicts"),
     ("target", "string", "what is judged: a target's name, or module:Class (default: builtin)"),
     ("models", "args", "ids of models, as comma-separated shell patterns (default: all)"),
-    ("backends", "args", "names of backends, comma-separated (default: all)"),
+    ("schemes", "args", "names of schemes, comma-separated (default: all)"),
     ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
     ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
     ("config", "paths", "a Hugging Face config.json, or its folder; may be repeated"),
@@ -127,7 +127,7 @@ def pytest_configure(config: pytest.Config) -> None:
     session = config.stash[_SESSION] = MoESession(
         target_name=_option(config, "target") or BUILTIN,
         model_patterns=_names(config, "models"),
-        backend_names=_names(config, "backends"),
+        scheme_names=_names(config, "schemes"),
         flashinfer_release=_option(config, "flashinfer") or None,
         golden_dirs=[Path(d) for d in _option(config, "golden_dir") or []],
         configs=[Path(p) for p in _option(config, "config") or []],
@@ -144,7 +144,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if session.ledgers:
             from pytest_moe_routing.ledger import LedgerPlugin
 
-            chosen = session.model_patterns or session.backend_names
+            chosen = session.model_patterns or session.scheme_names
             chosen = chosen or config.getoption("keyword") or config.getoption("lf", False)
             known = LedgerPlugin(session.known_failures, whole_suite=golden and not chosen)
             config.pluginmanager.register(known, _LEDGER)
@@ -170,15 +170,13 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = ("moe_model", "moe_backend", "moe_scheme")
+    names = ("moe_model", "moe_scheme")
     wanted = [name for name in names if name in metafunc.fixturenames]
     if not wanted:
         return
     session = metafunc.config.stash[_SESSION]
     try:
-        cases = session.cases if "moe_backend" in wanted else [(m, "") for m in session.models]
-        if "moe_scheme" in wanted:
-            cases = session.layers
+        cases = session.cases if "moe_scheme" in wanted else [(m, "") for m in session.models]
         if "moe_golden" in metafunc.fixturenames:
             cases = [case for case in cases if case[0] in session.golden_models]
     except MoERoutingError as error:
@@ -188,16 +186,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = [c for c in cases if any(fnmatchcase(c[0].id, p) for p in patterns)]
         if marker.kwargs.get("distinct_routers"):
             first: dict[Any, Any] = {}
-            for model, backend in cases:
-                experts = (model.experts.activation, model.experts.gated) if backend else None
-                first.setdefault((model.router, experts, backend), (model, backend))
+            for model, scheme in cases:
+                experts = (model.experts.activation, model.experts.gated) if scheme else None
+                first.setdefault((model.router, experts, scheme), (model, scheme))
             cases = list(first.values())
-    if wanted == ["moe_backend"]:
-        metafunc.parametrize("moe_backend", list(dict.fromkeys(b for _, b in cases)))
+    if wanted == ["moe_scheme"]:
+        metafunc.parametrize("moe_scheme", list(dict.fromkeys(b for _, b in cases)))
     elif wanted == ["moe_model"]:
         metafunc.parametrize("moe_model", [m for m, _ in cases], ids=str)
     else:
-        ids = [f"{model}-{backend}" for model, backend in cases]
+        ids = [f"{model}-{scheme}" for model, scheme in cases]
         metafunc.parametrize(tuple(wanted), cases, ids=ids)
 
 
@@ -262,15 +260,8 @@ def moe_model(request: pytest.FixtureRequest) -> ModelSpec:
 
 
 @pytest.fixture
-def moe_backend(request: pytest.FixtureRequest) -> str:
-    """A chosen backend; with `moe_model`, one that serves a checkpoint of that model."""
-    backend: str = request.param
-    return backend
-
-
-@pytest.fixture
 def moe_scheme(request: pytest.FixtureRequest) -> str:
-    """With `moe_model`, the quantization of a checkpoint of it that some kernel serves."""
+    """A chosen quantization scheme; with `moe_model`, that of a checkpoint of the model."""
     scheme: str = request.param
     return scheme
 

@@ -1,4 +1,4 @@
-"""What one pytest run is about: models, backends, a target, a FlashInfer release.
+"""What one pytest run is about: models, schemes, a target, a FlashInfer release.
 
 Built from the options on first use, and checked in one place: every mistake is a `MoERoutingError`.
 """
@@ -36,7 +36,7 @@ class MoESession:
 
     target_name: str
     model_patterns: list[str]
-    backend_names: list[str]
+    scheme_names: list[str]
     flashinfer_release: str | None
     golden_dirs: list[Path]
     configs: list[Path] = field(default_factory=list)
@@ -47,8 +47,8 @@ class MoESession:
         from pytest_moe_routing.targets.registry import check_target
 
         check_target(self.target_name)
-        if self.models and self.backend_names and not self.cases:
-            chosen = ", ".join(self.backend_names)
+        if self.models and self.scheme_names and not self.cases:
+            chosen = ", ".join(self.scheme_names)
             raise MoERoutingError(f"no chosen model has a checkpoint for {chosen}")
         _ = self.flashinfer
 
@@ -73,29 +73,21 @@ class MoESession:
         return [model for model in self.models if model.folder.is_absolute()]
 
     @cached_property
-    def backends(self) -> list[str]:
-        """The chosen backends."""
+    def schemes(self) -> list[str]:
+        """The chosen schemes."""
         from pytest_moe_routing.schemes import SERVED_SCHEMES, check_scheme
 
-        return [check_scheme(name) for name in self.backend_names or SERVED_SCHEMES]
+        return [check_scheme(name) for name in self.scheme_names or SERVED_SCHEMES]
 
     @cached_property
     def cases(self) -> list[tuple[ModelSpec, str]]:
-        """Every chosen model with every chosen backend that serves a checkpoint of it."""
+        """Every chosen model with every chosen scheme that serves a checkpoint of it."""
         return [
-            (model, backend)
+            (model, scheme)
             for model in self.models
-            for backend in self.backends
-            if backend in model.checkpoints
+            for scheme in self.schemes
+            if scheme in model.checkpoints
         ]
-
-    @cached_property
-    def layers(self) -> list[tuple[ModelSpec, str]]:
-        """Every chosen model with every quantization of it that some kernel serves."""
-        from pytest_moe_routing.schemes import SERVED_SCHEMES
-
-        wanted = self.backends if self.backend_names else SERVED_SCHEMES
-        return [(m, scheme) for m in self.models for scheme in m.checkpoints if scheme in wanted]
 
     @cached_property
     def flashinfer(self) -> FlashInfer:

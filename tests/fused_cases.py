@@ -27,7 +27,7 @@ def experts(scheme, gated, biases=False):
 
 def call(scheme="bf16", **fields):
     given = {"method": "Renormalize", "num_experts": EXPERTS, "top_k": TOP_K}
-    return KernelCall(**{"backend": scheme, "logits_dtype": "float32", **given, **fields})
+    return KernelCall(**{"scheme": scheme, "logits_dtype": "float32", **given, **fields})
 
 
 def problem(flashinfer, call, scheme, activated="silu", *, num_tokens=5, biases=False):

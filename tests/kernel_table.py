@@ -13,13 +13,13 @@ from typing import Any
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.models.spec import ACTIVATIONS
-from pytest_moe_routing.oracle.config_sweep import as_model, lattice
+from pytest_moe_routing.oracle.config_sweep import as_model, swept_routers
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 #: What calls take, on both sides of every limit.
-_PLAIN = {"backend": "", "method": "", "logits_dtype": "bfloat16"}
+_PLAIN = {"scheme": "", "method": "", "logits_dtype": "bfloat16"}
 _AXES: tuple[list[dict[str, Any]], ...] = (
     [
         {"num_experts": n}
@@ -50,7 +50,7 @@ _COMMON: tuple[dict[str, Any], ...] = (
         "logits_dtype": "float32",
     },
 )
-#: Calls that differ from a common one in two axes, but for method and backend.
+#: Calls that differ from a common one in two axes, but for method and scheme.
 CALLS = list(
     dict.fromkeys(
         KernelCall(
@@ -64,15 +64,15 @@ CALLS = list(
 
 
 @cache
-def calls(backend: str, method: str) -> list[KernelCall]:
-    return [replace(call, backend=backend, method=method) for call in CALLS]
+def calls(scheme: str, method: str) -> list[KernelCall]:
+    return [replace(call, scheme=scheme, method=method) for call in CALLS]
 
 
-def outcomes(flashinfer: FlashInfer, backend: str, method: str) -> dict[str, int]:
+def outcomes(flashinfer: FlashInfer, scheme: str, method: str) -> dict[str, int]:
     """How many calls are refused, compute garbage, or run, and a checksum of what those compute."""
     counts: Counter[str] = Counter()
     computed: Counter[Any] = Counter()
-    for call in calls(backend, method):
+    for call in calls(scheme, method):
         troubles = flashinfer.troubles(call)
         if troubles:
             counts[troubles[0][0]] += 1
@@ -83,7 +83,7 @@ def outcomes(flashinfer: FlashInfer, backend: str, method: str) -> dict[str, int
     return {**dict(sorted(counts.items())), "checksum": zlib.crc32("".join(listed).encode())}
 
 
-#: One router on experts of all kinds: most backends take some of them.
+#: One router on experts of all kinds: most schemes take some of them.
 _KINDS = [
     ExpertsConfig(hidden_size=hidden, intermediate_size=768, activation=name, gated=gated)
     for name, gated, hidden in product(ACTIVATIONS, (True, False), (4096, 4104, 4132))
@@ -92,12 +92,12 @@ _KINDS = [
         hidden_size=4104, latent_size=4096, intermediate_size=768, activation="silu", gated=True
     )
 ]
-OTHER_EXPERTS = [replace(as_model(lattice(1)[0]), experts=experts) for experts in _KINDS]
+OTHER_EXPERTS = [replace(as_model(swept_routers(1)[0]), experts=experts) for experts in _KINDS]
 
 
-def verdicts(target: Target, backend: str, models: Iterable[ModelSpec]) -> dict[str, int]:
+def verdicts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> dict[str, int]:
     """How many models have each verdict."""
-    return dict(sorted(Counter(judge(target, m, backend).verdict for m in models).items()))
+    return dict(sorted(Counter(judge(target, m, scheme).verdict for m in models).items()))
 
 
 def timeline(value: Callable[[FlashInfer], Any]) -> dict[str, Any]:
@@ -111,19 +111,19 @@ def timeline(value: Callable[[FlashInfer], Any]) -> dict[str, Any]:
     return found
 
 
-def table(backend: str) -> dict[str, Any]:
-    """A backend's kernels, and the builtin target's verdicts."""
+def table(scheme: str) -> dict[str, Any]:
+    """A scheme's kernels, and the builtin target's verdicts."""
     methods = FlashInfer.of(known_releases()[-1]).methods
     return {
         "methods": {
-            method: timeline(lambda f, method=method: outcomes(f, backend, method))
+            method: timeline(lambda f, method=method: outcomes(f, scheme, method))
             for method in methods
             if method != "Unspecified"
         },
         "verdicts": timeline(
-            lambda f: verdicts(BuiltinTarget(f), backend, map(as_model, lattice(1)))
+            lambda f: verdicts(BuiltinTarget(f), scheme, map(as_model, swept_routers(1)))
         ),
         "verdicts of other experts": timeline(
-            lambda f: verdicts(BuiltinTarget(f), backend, OTHER_EXPERTS)
+            lambda f: verdicts(BuiltinTarget(f), scheme, OTHER_EXPERTS)
         ),
     }

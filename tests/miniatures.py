@@ -28,9 +28,9 @@ class Vllm022(BuiltinTarget):
             return super().classify(model)
         return Classification(method, ("as vLLM 0.22",))
 
-    def gates(self, model, backend, method):
+    def gates(self, model, scheme, method):
         """No vLLM release asks whether the method takes the router's parameters into account."""
-        gates = super().gates(model, backend, method)
+        gates = super().gates(model, scheme, method)
         return tuple(gate for gate in gates if gate.name != "router parameters")
 
 
@@ -39,13 +39,13 @@ class NoFloat32Logits(BuiltinTarget):
 
     name = "no-float32-logits"
 
-    def gates(self, model, backend, method):
+    def gates(self, model, scheme, method):
         refuses = model.router.logits_dtype == "float32"
         return tuple(
             Gate(g.name, not refuses, "float32 is not bfloat16")
             if g.name == "router logits dtype"
             else g
-            for g in super().gates(model, backend, method)
+            for g in super().gates(model, scheme, method)
         )
 
 
@@ -57,7 +57,7 @@ class DriftedNumbers(BuiltinTarget):
     def method_numbers(self):
         return {**super().method_numbers(), "Custom": 6, "DeepSeekV3": 7}
 
-    def gates(self, model, backend, method):
+    def gates(self, model, scheme, method):
         return (Gate("anything goes", True),)
 
 
@@ -66,7 +66,7 @@ class AcceptsAll(BuiltinTarget):
 
     name = "accepts-all"
 
-    def gates(self, model, backend, method):
+    def gates(self, model, scheme, method):
         return (Gate("anything goes", True),)
 
 
@@ -75,8 +75,8 @@ class LosesScale(BuiltinTarget):
 
     name = "loses-scale"
 
-    def kernel_call(self, model, backend, method):
-        return replace(super().kernel_call(model, backend, method), routed_scaling_factor=1.0)
+    def kernel_call(self, model, scheme, method):
+        return replace(super().kernel_call(model, scheme, method), routed_scaling_factor=1.0)
 
 
 class AnswersNothing(Target):

@@ -142,7 +142,7 @@ _FUTURE = ast.parse("from __future__ import annotations").body[0]
 
 def of_rule(rule: Rule) -> Iterator[Mutant]:
     """The rule dropped (None), its effect flipped, one of its conditions or changes dropped."""
-    name = f"{rule.fact} [{rule.since}-{rule.until} {' '.join(rule.backends)}]"
+    name = f"{rule.fact} [{rule.since}-{rule.until} {' '.join(rule.schemes)}]"
     yield Mutant(f"{name}: dropped", None)
     if rule.effect:
         flipped = "error" if rule.effect == "garbage" else "garbage"

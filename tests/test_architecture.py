@@ -15,7 +15,28 @@ PACKAGE = Path(pytest_moe_routing.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: A module imports only what stands before its own package, and its own package.
-ORDER = ["errors", "schemes", "models", "routing", "logits", "reference", "compare", "flashinfer", "oracle", "targets", "simulator", "kernels", "goldens", "ledger", "session", "snapshot", "report", "suite", "plugin", "cli"]
+ORDER = [
+    "errors",
+    "schemes",
+    "models",
+    "routing",
+    "logits",
+    "reference",
+    "compare",
+    "flashinfer",
+    "oracle",
+    "targets",
+    "simulator",
+    "kernels",
+    "goldens",
+    "ledger",
+    "session",
+    "snapshot",
+    "report",
+    "suite",
+    "plugin",
+    "cli",
+]
 TARGETS = sorted(path.name for path in (PACKAGE / "targets").iterdir() if path.is_dir())
 #: Modules that a collection or a classification loads.
 WITHOUT_TORCH = [

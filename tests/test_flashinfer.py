@@ -23,13 +23,13 @@ RULES = _data()["rules"]
 
 
 def calls_of(rule, flashinfer):
-    """Calls on both sides of every number that a rule speaks of, as a backend would make them."""
+    """Calls on both sides of every number that a rule speaks of, as a scheme would make them."""
     said = " ".join([*rule.when, *rule.require, *rule.when.values(), *rule.require.values()])
     numbers = {int(n) for n in re.findall(r"\d+", said)}
     near = sorted({0, 1, 4, 8, *numbers, *(n + 1 for n in numbers), *(n + 4 for n in numbers)})
     grouped = "group" in said or "kept" in said
     choices = {
-        "backend": [b for b in rule.backends or SERVED_SCHEMES if flashinfer.entry_point(b)],
+        "scheme": [b for b in rule.schemes or SERVED_SCHEMES if flashinfer.entry_point(b)],
         "method": [m for m in rule.methods or flashinfer.methods if m != "Unspecified"],
         "num_experts": [n for n in (*near, 64, 256) if n > 1],
         "top_k": [n for n in near if n > 0],
@@ -68,7 +68,7 @@ def test_every_rule_is_reached_by_a_call(rule):
         (lambda d: d["numbers"].update({"0.6.10": ["Default"]}), "numbers at 0.6.10: found release '0.6.10'"),
         (lambda d: d["numbers"].update({"0.7.0": ["Renormalise"]}), "found method 'Renormalise', expected one of Default"),
         (lambda d: d["devices"].update({"0.1": [9]}), "devices: found release '0.1'"),
-        (lambda d: d["entry_points"].update(int4={}), "found backend 'int4', expected one of fp8_block"),
+        (lambda d: d["entry_points"].update(int4={}), "found scheme 'int4', expected one of fp8_block"),
         (lambda d: d["entry_points"]["bf16"].update(since="0.5.2"), "entry point of bf16: found release '0.5.2'"),
         (lambda d: d["entry_points"]["bf16"].update(since="0.4.1"), "found function 'trtllm_bf16_moe', expected one of"),
         (lambda d: d["entry_points"]["bf16"].update(weight_on=["both"]), "found weight side 'both'"),
@@ -78,7 +78,7 @@ def test_every_rule_is_reached_by_a_call(rule):
         (lambda d: d["rules"][0].pop("fact"), "rule 1 (no fact): has no fact"),
         (lambda d: d["rules"][0].update(fact=d["rules"][1]["fact"]), "expected one of its own"),
         (lambda d: d["rules"][0].update(until="0.6.9"), "found release '0.6.9'"),
-        (lambda d: d["rules"][0].update(backends=["fp4"]), "found backend 'fp4'"),
+        (lambda d: d["rules"][0].update(schemes=["fp4"]), "found scheme 'fp4'"),
         (lambda d: d["rules"][0].update(methods=["Softmax"]), "found method 'Softmax'"),
         (lambda d: d["rules"][0].update(effect="wrong"), "found effect 'wrong', expected one of error, garbage"),
         (lambda d: d["rules"][0].pop("effect"), "has no effect"),
@@ -141,7 +141,7 @@ def test_numbers_move():
 
 def call(**changes):
     base = KernelCall(
-        backend="fp8_block",
+        scheme="fp8_block",
         method="DeepSeekV3",
         num_experts=256,
         top_k=8,
@@ -191,26 +191,26 @@ FLAT = {"n_group": 0, "topk_group": 0}
         ("0.6.3", {"method": "Renormalize", **FLAT, "logits_dtype": "bfloat16", "num_experts": 128}, set()),
         ("0.6.7", {"method": "Renormalize", **FLAT, "logits_dtype": "bfloat16"}, set()),
         ("0.6.7", {"method": "Renormalize", **FLAT}, {"error"}),
-        ("0.6.7", {"method": "Renormalize", **FLAT, "backend": "nvfp4"}, {"garbage"}),
+        ("0.6.7", {"method": "Renormalize", **FLAT, "scheme": "nvfp4"}, {"garbage"}),
         ("0.7.0", {"method": "Renormalize", **FLAT}, set()),
         ("0.7.0", {"method": "Llama4", **FLAT, "top_k": 1, "num_experts": 256}, {"error"}),
         ("0.7.0", {"method": "Llama4", **FLAT, "top_k": 1, "num_experts": 128}, set()),
         ("0.7.0", {"method": "Sigmoid", "n_group": 8, "topk_group": 4}, {"error"}),
         ("0.7.0", {"method": "Unspecified"}, {"error"}),
         # bf16 passes no scaling factor in 0.5.3; bf16 and mxint4 read logits in a dtype of their own
-        ("0.5.3", {"backend": "bf16"}, {"garbage"}),
-        ("0.6.0", {"backend": "bf16"}, set()),
-        ("0.6.0", {"backend": "bf16", "logits_dtype": "bfloat16"}, {"garbage"}),
-        ("0.6.8", {"backend": "bf16", "logits_dtype": "bfloat16"}, set()),
-        ("0.6.6", {"backend": "mxint4", "method": "TopK", **FLAT, "num_experts": 128}, {"error", "garbage"}),
-        ("0.6.8", {"backend": "bf16", **FLAT}, set()),
+        ("0.5.3", {"scheme": "bf16"}, {"garbage"}),
+        ("0.6.0", {"scheme": "bf16"}, set()),
+        ("0.6.0", {"scheme": "bf16", "logits_dtype": "bfloat16"}, {"garbage"}),
+        ("0.6.8", {"scheme": "bf16", "logits_dtype": "bfloat16"}, set()),
+        ("0.6.6", {"scheme": "mxint4", "method": "TopK", **FLAT, "num_experts": 128}, {"error", "garbage"}),
+        ("0.6.8", {"scheme": "bf16", **FLAT}, set()),
         # mxint4 takes no float32 bias before 0.6.18
-        ("0.6.17", {"backend": "mxint4"}, {"error"}),
-        ("0.6.17", {"backend": "mxint4", "bias_dtype": "bfloat16"}, set()),
-        ("0.6.18", {"backend": "mxint4"}, set()),
+        ("0.6.17", {"scheme": "mxint4"}, {"error"}),
+        ("0.6.17", {"scheme": "mxint4", "bias_dtype": "bfloat16"}, set()),
+        ("0.6.18", {"scheme": "mxint4"}, set()),
         # the FP4 launcher takes float32 logits of DeepSeekV3 alone, and any top_k up to 8, from 0.2.10 on
-        ("0.2.10", {"backend": "mxfp4", "method": "Renormalize", **FLAT, "num_experts": 32, "top_k": 4, "logits_dtype": "bfloat16", "bias": "none"}, set()),
-        ("0.2.9", {"backend": "nvfp4", "method": "Renormalize", **FLAT, "num_experts": 32, "top_k": 4, "logits_dtype": "bfloat16", "bias": "none"}, {"error"}),
+        ("0.2.10", {"scheme": "mxfp4", "method": "Renormalize", **FLAT, "num_experts": 32, "top_k": 4, "logits_dtype": "bfloat16", "bias": "none"}, set()),
+        ("0.2.9", {"scheme": "nvfp4", "method": "Renormalize", **FLAT, "num_experts": 32, "top_k": 4, "logits_dtype": "bfloat16", "bias": "none"}, {"error"}),
         # as many experts as the DeepSeek kernel's largest top_k
         ("0.6.7", {"bias_dtype": "bfloat16", "num_experts": 16, "n_group": 1, "topk_group": 1}, {"error"}),
         ("0.6.8", {"num_experts": 16, "n_group": 1, "topk_group": 1}, set()),
@@ -245,15 +245,15 @@ def test_arguments_that_a_method_ignores_have_no_effect():
 @pytest.mark.parametrize("release", known_releases())
 def test_entry_points_take_the_arguments_that_calls_have(release):
     flashinfer = FlashInfer.of(release)
-    for backend in SERVED_SCHEMES:
-        entry = flashinfer.entry_point(backend)
+    for scheme in SERVED_SCHEMES:
+        entry = flashinfer.entry_point(scheme)
         if entry is None:
             continue
         takes = set(flashinfer.signature(entry.function).parameters)
         assert {"routing_logits", "routing_bias", "top_k", "n_group", "topk_group"} <= takes
         assert ("use_routing_scales_on_input" in takes) == ("input" in entry.weight_on)
         # The one entry point that had no scaling factor has a rule that says so.
-        assert ("routed_scaling_factor" in takes) != (backend == "bf16" and release == "0.5.3")
+        assert ("routed_scaling_factor" in takes) != (scheme == "bf16" and release == "0.5.3")
 
 
 def test_every_kernel_method_of_every_release_has_a_recipe_row():

@@ -101,9 +101,9 @@ def test_routing_call_fits_the_signature():
 
 
 def test_entry_points_are_those_that_are_judged():
-    for backend in SERVED_SCHEMES:
-        entry = FlashInfer.of("0.7.2.post1").entry_point(backend)
-        assert entry.function == KERNELS[backend].function()
+    for scheme in SERVED_SCHEMES:
+        entry = FlashInfer.of("0.7.2.post1").entry_point(scheme)
+        assert entry.function == KERNELS[scheme].function()
 
 
 @pytest.mark.parametrize("scheme", KERNELS)

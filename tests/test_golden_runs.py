@@ -51,7 +51,7 @@ def test_a_digit_in_a_model_fails_exactly_that_model(host, own_goldens):
     [
         ("routing", r"0\.(\d{7})(\d)\b", "test_routing"),
         ("router", r'"top_k": 8', "test_router"),
-        ("nvfp4", r'"method": "MiniMax2"', "test_backend"),
+        ("nvfp4", r'"method": "MiniMax2"', "test_scheme"),
     ],
 )
 def test_any_change_of_a_golden_fails_exactly_its_test(host, own_goldens, name, pattern, test):
@@ -125,7 +125,7 @@ WAYS = {
     "workers": ("-n", "2"),
     "no workers": ("-n0",),
     "without xdist": ("-p", "no:xdist"),
-    "one backend": ("--moe-backends", "nvfp4"),
+    "one scheme": ("--moe-schemes", "nvfp4"),
 }
 
 

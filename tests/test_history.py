@@ -37,10 +37,10 @@ class Fake(BuiltinTarget):
             raise TargetImportError("fakeframework 0.9.1 fails to import: ImportError: no torch <2")
         return self._tree.classify(model)
 
-    def gates(self, model, backend, method):
-        if self.source.version == "0.10.0" and backend == "nvfp4":
+    def gates(self, model, scheme, method):
+        if self.source.version == "0.10.0" and scheme == "nvfp4":
             raise Unsupported("fakeframework 0.10.0 has no nvfp4")
-        return self._tree.gates(model, backend, method)
+        return self._tree.gates(model, scheme, method)
 
     @property
     def _tree(self):
@@ -83,7 +83,7 @@ def test_the_history_of_a_target(releases, capsys):
     assert lines == [
         ["fake, 5 releases"],
         [],
-        ["model", "backend", "0.9.1 [1]", "0.10.0", "0.22.1", "0.23.0", "0.24.0"],
+        ["model", "scheme", "0.9.1 [1]", "0.10.0", "0.22.1", "0.23.0", "0.24.0"],
         ["step-3.7-flash", "fp8_block", "-", *["wrong (MiniMax2)"] * 2, "missed (Unspecified)", "exact (MiniMax2)"],
         ["step-3.7-flash", "nvfp4", "-", "skipped", "wrong (MiniMax2)", "missed (Unspecified)", "exact (MiniMax2)"],
         ["[1] fakeframework 0.9.1 fails to import: ImportError: no torch <2"],
@@ -105,7 +105,7 @@ def test_the_history_of_a_target(releases, capsys):
 
 
 def test_history_files_and_choices(releases, tmp_path, capsys):
-    few = ["history", "fake", *releases[1:3], "--models", MODELS, "--backends", "nvfp4"]
+    few = ["history", "fake", *releases[1:3], "--models", MODELS, "--schemes", "nvfp4"]
     assert main([*few, "--flashinfer", "0.6.13", "--all", "-o", str(tmp_path / "h.md")]) == 0
     text = (tmp_path / "h.md").read_text()
     assert "| minimax-m2 | nvfp4 | exact (MiniMax2) | exact (MiniMax2) |\n" in text

@@ -31,8 +31,8 @@ def test_not_expressible_is_a_fallback_everywhere(tmp_path):
     }
     spec = read(tmp_path, config)
     assert "zero experts" in spec.router.not_expressible
-    for backend in SERVED_SCHEMES:
-        judgement = judge(BuiltinTarget(FlashInfer.of()), spec, backend)
+    for scheme in SERVED_SCHEMES:
+        judgement = judge(BuiltinTarget(FlashInfer.of()), spec, scheme)
         assert (judgement.verdict, judgement.exact) == ("fallback", ())
         assert "zero experts" in "\n".join(judgement.lines())
 

@@ -13,9 +13,9 @@ from syrupy.extensions.json import JSONSnapshotExtension
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 
-@pytest.mark.parametrize("backend", SERVED_SCHEMES)
-def test_table(backend, snapshot):
-    assert table(backend) == snapshot(extension_class=JSONSnapshotExtension)
+@pytest.mark.parametrize("scheme", SERVED_SCHEMES)
+def test_table(scheme, snapshot):
+    assert table(scheme) == snapshot(extension_class=JSONSnapshotExtension)
 
 
 def test_calls_are_distinct():

@@ -116,7 +116,7 @@ def test_which_case_an_entry_is_about(tmp_path):
     (entry,) = load_ledger(ledger(tmp_path / "l", {**ENTRY, "case": "llama-4-*-nvfp4"}))
     assert entry.matches("test_verdict", "llama-4-scout-nvfp4")
     assert not entry.matches("test_verdict", "llama-4-scout-fp8_block")
-    assert not entry.matches("test_backend", "llama-4-scout-nvfp4")
+    assert not entry.matches("test_scheme", "llama-4-scout-nvfp4")
     assert replace(entry, case="*", test="test_method_numbers").matches("test_method_numbers", "")
 
 
@@ -150,7 +150,7 @@ def test_known_failures_are_expected_and_others_are_not(host, workers):
     )
     args = ("--moe-known-failures=known.yaml", "--moe-report=r.jsonl", *workers)
     result = host.runpytest_subprocess(*RUN, *TWO, *args)
-    # The lattice is wrong on either backend, in ways that nobody knows. Model code, recorded calls
+    # The config sweep is wrong on either scheme, in ways that nobody knows. Model code, recorded calls
     # and modular experts, which this target does not have, are not asked.
     result.assert_outcomes(passed=1, xfailed=1, failed=5, skipped=14)
     text = result.stdout.str()
@@ -169,7 +169,7 @@ def test_known_failures_are_expected_and_others_are_not(host, workers):
     assert unmatched == [("known.yaml:5", "test_verdict[minimax-m3-*]")]
     assert "match no case (not all of the suite was chosen):" in text
     found = [r for r in records.load(host.path / "r.jsonl") if r["kind"] == "verdict"]
-    reported = {(r["model"], r["backend"]): r for r in found}
+    reported = {(r["model"], r["scheme"]): r for r in found}
     known = reported["step-3.7-flash", "fp8_block"]
     assert known["known"] == {"reason": OLD["reason"], "link": LINK}
     assert known["outcome"] == "xfailed"

@@ -1,7 +1,7 @@
 """Every single change of the builtin target, or of the table of releases, is noticed.
 
 Mutants are made from the code and the data themselves. One is noticed by a golden or a verdict of a
-model, by the lattice, or by what methods make of the lattice. Those that are not stand here, each
+model, by the config sweep, or by what methods make of its routers. Those that are not stand here, each
 with the reason why it is none.
 """
 
@@ -22,8 +22,9 @@ from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.flashinfer import rules as releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle import exact
 from pytest_moe_routing.oracle import target as protocol
-from pytest_moe_routing.oracle.config_sweep import as_model, lattice
+from pytest_moe_routing.oracle.config_sweep import as_model, swept_routers
 from pytest_moe_routing.oracle.judge import judge, show_call
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.targets.builtin import gates as experts
@@ -32,7 +33,7 @@ from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())
 NEWEST = known_releases()[-1]
-#: Goldens and tables hold all releases and backends; these few tell nearly all mutants.
+#: Goldens and tables hold all releases and schemes; these few tell nearly all mutants.
 RELEASES = (NEWEST, "0.6.12", "0.6.7", "0.2.9")
 SWEPT = [(NEWEST, "fp8_block"), (NEWEST, "fp8_per_tensor"), ("0.6.12", "nvfp4")]
 
@@ -42,13 +43,13 @@ def decided():
     targets = {release: BuiltinTarget(FlashInfer.of(release)) for release in RELEASES}
     for target in targets.values():
         for model in MODELS.values():
-            for backend in SERVED_SCHEMES:
-                if backend in model.checkpoints:
-                    yield golden(judge(target, model, backend))
-        for backend in SERVED_SCHEMES:
-            yield verdicts(target, backend, OTHER_EXPERTS)
-    for release, backend in SWEPT:
-        yield verdicts(targets[release], backend, map(as_model, lattice(1)))
+            for scheme in SERVED_SCHEMES:
+                if scheme in model.checkpoints:
+                    yield golden(judge(target, model, scheme))
+        for scheme in SERVED_SCHEMES:
+            yield verdicts(target, scheme, OTHER_EXPERTS)
+    for release, scheme in SWEPT:
+        yield verdicts(targets[release], scheme, map(as_model, swept_routers(1)))
 
 
 def golden(found):
@@ -92,14 +93,14 @@ SURVIVORS: dict[str, dict[str, str]] = {
         "classify(..., top_k=None)": "no case of the tree depends on top_k",
     },
     "gates": {
-        "Gate('router logits dtype', dtype in backend.logits_dtypes) -> "
-        "Gate('router logits dtype', True)": "backends take every dtype that a model can have",
+        "Gate('router logits dtype', dtype in scheme.logits_dtypes) -> "
+        "Gate('router logits dtype', True)": "schemes take every dtype that a model can have",
     },
     "kernel gates": {
-        "backend in model.checkpoints and entry is not None -> entry is not None": "models are "
-        "judged on the backends of their checkpoints alone",
-        "f'{flashinfer} has no kernel for {backend}' if backend in model.checkpoints else "
-        "f'{model} has no {backend} checkpoint' -> if True:": "as above: the other text is not said",
+        "scheme in model.checkpoints and entry is not None -> entry is not None": "models are "
+        "judged on the schemes of their checkpoints alone",
+        "f'{flashinfer} has no kernel for {scheme}' if scheme in model.checkpoints else "
+        "f'{model} has no {scheme} checkpoint' -> if True:": "as above: the other text is not said",
         "Gate('device', device in majors) -> Gate('device', True)": "verdicts are about one device",
     },
     "needs": {
@@ -116,7 +117,7 @@ SURVIVORS: dict[str, dict[str, str]] = {
         "router.correction_bias or 'bfloat16' -> router.correction_bias": "the tree gives "
         "methods that read a bias to routers that have one: no verdict hangs on the dtype of zeros",
     },
-    "backends": {f"{backend}: Renormalize": _NOT_GIVEN for backend in SERVED_SCHEMES},
+    "schemes": {f"{scheme}: Renormalize": _NOT_GIVEN for scheme in SERVED_SCHEMES},
     "arguments": {"nothing": "that it goes unnoticed shows that the changes are what is noticed"},
     "rules": dict.fromkeys(
         (
@@ -142,9 +143,9 @@ FUNCTIONS: dict[str, tuple[Callable, tuple]] = {
     "tree": (classify_module.classify, (builtin,)),
     "before the tree": (BuiltinTarget.classify, (BuiltinTarget,)),
     "gates": (experts.support_gates, (experts, builtin)),
-    "kernel gates": (experts.kernel_gates, (experts,)),
+    "kernel gates": (exact.kernel_gates, (exact, experts)),
     "needs": (experts._lost, (experts,)),
-    "call": (experts.kernel_call, (experts, protocol)),
+    "call": (exact.kernel_call, (exact, experts, protocol)),
 }
 
 
@@ -162,19 +163,19 @@ def test_a_change_of_the_builtin_target_is_noticed(name, monkeypatch, frozen):
     assert survivors == ["unchanged", *SURVIVORS[name]]
 
 
-def test_a_backend_that_takes_other_methods_or_dtypes_is_noticed(monkeypatch):
+def test_a_scheme_that_takes_other_methods_or_dtypes_is_noticed(monkeypatch):
     target = BuiltinTarget(FlashInfer.of(NEWEST))
     survivors = []
-    for backend in list(SERVED_SCHEMES.values()):
-        was = verdicts(target, backend.name, map(as_model, lattice(1)))
-        changed = {m: {"methods": backend.methods - {m}} for m in sorted(backend.methods)}
-        changed |= {d: {"logits_dtypes": (d,)} for d in backend.logits_dtypes}
+    for scheme, accepts in list(experts.GATES.items()):
+        was = verdicts(target, scheme, map(as_model, swept_routers(1)))
+        changed = {m: {"methods": accepts.methods - {m}} for m in sorted(accepts.methods)}
+        changed |= {d: {"logits_dtypes": (d,)} for d in accepts.logits_dtypes}
         for name, change in changed.items():
             with monkeypatch.context() as patch:
-                patch.setitem(SERVED_SCHEMES, backend.name, replace(backend, **change))
-                if verdicts(target, backend.name, map(as_model, lattice(1))) == was:
-                    survivors.append(f"{backend.name}: {name}")
-    assert survivors == list(SURVIVORS["backends"])
+                patch.setitem(experts.GATES, scheme, replace(accepts, **change))
+                if verdicts(target, scheme, map(as_model, swept_routers(1))) == was:
+                    survivors.append(f"{scheme}: {name}")
+    assert survivors == list(SURVIVORS["schemes"])
 
 
 CALLS = {
@@ -202,8 +203,8 @@ def test_a_change_of_an_argument_is_noticed(monkeypatch, frozen):
     asked, survivors = BuiltinTarget.kernel_call, []
     for name, change in CALLS.items():
 
-        def changed(self, model, backend, method, change=change):
-            call = asked(self, model, backend, method)
+        def changed(self, model, scheme, method, change=change):
+            call = asked(self, model, scheme, method)
             return replace(call, **change(call))
 
         with monkeypatch.context() as patch:
@@ -220,11 +221,11 @@ def test_a_change_of_a_rule_is_noticed(monkeypatch):
     for place, rule in enumerate(rules):
         ends = [r for r in known_releases() if rule.in_force(Version(r))]
         cases = [
-            (flashinfer, backend, method)
+            (flashinfer, scheme, method)
             for flashinfer in dict.fromkeys(FlashInfer.of(ends[i]) for i in (0, len(ends) // 2, -1))
-            for backend in SERVED_SCHEMES
+            for scheme in SERVED_SCHEMES
             for method in flashinfer.methods
-            if rule.covers(backend, method) and method != "Unspecified"
+            if rule.covers(scheme, method) and method != "Unspecified"
         ]
         was = [table(*case) for case in cases]
         for mutant in mutants.of_rule(rule):

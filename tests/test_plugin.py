@@ -39,7 +39,7 @@ def test_golden_runs_only_the_suite_and_ends_with_the_table(host):
     cases = [(m, c) for m in MODELS for c in m.checkpoints if c in SERVED_SCHEMES]
     result = host.runpytest_subprocess("--moe-golden", "-m", "not gpu")
     inexpressible = sum(m.router.not_expressible is not None for m in MODELS)
-    swept = {backend for _, backend in cases}
+    swept = {scheme for _, scheme in cases}
     result.assert_outcomes(
         passed=len(MODELS) * 3 + len(cases) * 2 + len(swept) + 1 - inexpressible,
         skipped=inexpressible,
@@ -78,7 +78,7 @@ def test_runs_every_way(host, args):
 
 def test_ini_twins(host):
     host.makeini(
-        f"[pytest]\nmoe_golden = true\nmoe_models = {MODEL} deepseek-r1\nmoe_backends = nvfp4\nmoe_flashinfer = 0.6.12\n"
+        f"[pytest]\nmoe_golden = true\nmoe_models = {MODEL} deepseek-r1\nmoe_schemes = nvfp4\nmoe_flashinfer = 0.6.12\n"
     )
     result = host.runpytest_subprocess("-m", "not gpu")
     result.stdout.fnmatch_lines(
@@ -90,8 +90,8 @@ def test_ini_twins(host):
     ("args", "message"),
     [
         (("--moe-models", "nope-*"), "no model matches 'nope-*'; models: a.x-k2"),
-        (("--moe-backends", "nvfp5"), "unknown backend 'nvfp5'; backends: fp8_block"),
-        (("--moe-backends", "mxfp8"), "no chosen model has a checkpoint for mxfp8"),
+        (("--moe-schemes", "nvfp5"), "unknown scheme 'nvfp5'; schemes: fp8_block"),
+        (("--moe-schemes", "mxfp8"), "no chosen model has a checkpoint for mxfp8"),
         (
             ("--moe-target", "vlm"),
             "unknown target 'vlm'; targets: builtin, flashinfer, sglang, vllm, or module:Class",
@@ -138,9 +138,9 @@ def test_update_in_an_installed_package_is_refused(host, monkeypatch):
 def test_another_target_is_judged_not_compared(host):
     result = run(host, "--moe-golden", "-m", "not gpu", "--moe-target", "miniatures:LosesScale")
     # Goldens are left out; what this target does not have (model code, recorded calls, modular
-    # experts) is not asked. MiniMax-M2 has no scale to lose, the lattice has.
+    # experts) is not asked. MiniMax-M2 has no scale to lose, the sweep has.
     result.assert_outcomes(passed=3, failed=2, skipped=9)
-    result.stdout.fnmatch_lines(["FAILED *::test_lattice[[]fp8_block[]]*"])
+    result.stdout.fnmatch_lines(["FAILED *::test_config_sweep[[]fp8_block[]]*"])
     result.stdout.fnmatch_lines(["2 exact; loses-scale *"])
 
 
@@ -157,10 +157,10 @@ def test_history_is_told_by_the_suite(host):
     assert result.ret == 1
     failed = re.findall(r"^FAILED .*::(test_verdict\S+)", result.stdout.str(), re.M)
     scaled_without_groups = {
-        f"test_verdict[{m}-{backend}]"
+        f"test_verdict[{m}-{scheme}]"
         for m in MODELS
-        for backend in m.checkpoints
-        if backend in SERVED_SCHEMES and m.router.scoring_func == "sigmoid" and not m.router.n_group
+        for scheme in m.checkpoints
+        if scheme in SERVED_SCHEMES and m.router.scoring_func == "sigmoid" and not m.router.n_group
         if m.router.correction_bias and m.router.routed_scaling_factor != 1.0
     }
     assert "test_verdict[step-3.7-flash-nvfp4]" in scaled_without_groups
@@ -199,11 +199,11 @@ def test_fixtures_and_marker_for_tests_of_the_host(host):
         @pytest.mark.moe_models("llama-4-*", "minimax-m2")
         def test_models(moe_model): assert moe_model.router.num_experts >= 16
 
-        def test_backends(moe_backend): assert moe_backend
+        def test_schemes(moe_scheme): assert moe_scheme
 
         @pytest.mark.moe_models("minimax-m2", "llama-4-scout")
-        def test_cases(moe_model, moe_backend, moe_target, moe_flashinfer):
-            assert moe_backend in moe_model.checkpoints
+        def test_cases(moe_model, moe_scheme, moe_target, moe_flashinfer):
+            assert moe_scheme in moe_model.checkpoints
             assert moe_target.classify(moe_model).method in moe_flashinfer.methods
         """
     )
@@ -287,7 +287,7 @@ def test_help_names_every_option(host):
         "golden",
         "target",
         "models",
-        "backends",
+        "schemes",
         "flashinfer",
         "golden-dir",
         "kernels",

@@ -76,7 +76,7 @@ def test_the_recorder_has_the_entry_points_of_its_release():
     said = run(
         "",
         """
-        from pytest_moe_routing.backends import FlashInfer
+        from pytest_moe_routing.schemes import FlashInfer
         stubs.install("frame", root, real=[], absent=["flashinfer"])
         recorder.install(FlashInfer.of("0.6.4"))
         import flashinfer, flashinfer.fused_moe.core as core

@@ -30,8 +30,8 @@ def verdicts():
     found = []
     for name in ("miniatures:Vllm022", "builtin"):
         target = load_target(name, FlashInfer.of("0.6.12"))
-        for backend in ("fp8_block", "nvfp4"):
-            data = judge(target, model, backend).as_dict()
+        for scheme in ("fp8_block", "nvfp4"):
+            data = judge(target, model, scheme).as_dict()
             found.append({"kind": "verdict", **data, "outcome": "failed"})
     return found
 
@@ -222,7 +222,7 @@ def test_a_run_writes_what_its_workers_found(host):
     assert (host.path / "s.jsonl").read_text() == parallel
     found = records.load(host.path / "a.jsonl")
     by_kind = {k: [r for r in found if r["kind"] == k] for k in ("verdict", "test")}
-    outcomes = {(v["model"], v["backend"]): v["outcome"] for v in by_kind["verdict"]}
+    outcomes = {(v["model"], v["scheme"]): v["outcome"] for v in by_kind["verdict"]}
     assert outcomes["step-3.7-flash", "nvfp4"] == "failed"
     assert set(outcomes.values()) > {"failed"}
     assert by_kind["test"]

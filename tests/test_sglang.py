@@ -169,10 +169,10 @@ def target(request):
     made.close()
 
 
-@pytest.mark.parametrize("backend", ["fp8_block", "nvfp4"])
-def test_release_deepseek_is_exact(target, backend):
+@pytest.mark.parametrize("scheme", ["fp8_block", "nvfp4"])
+def test_release_deepseek_is_exact(target, scheme):
     """The model that this runner was made for; expert parallel, with groups, bias and scale."""
-    found = judge(target, MODELS["deepseek-r1"], backend)
+    found = judge(target, MODELS["deepseek-r1"], scheme)
     assert found.verdict == "exact", "\n".join(found.lines())
     assert "declares -> DeepSeekV3" in str(found.classification)
     assert (found.call.n_group, found.call.topk_group, found.call.bias) == (8, 4, "router")
@@ -216,13 +216,13 @@ HISTORY = {
 }
 
 
-@pytest.mark.parametrize(("model", "backend"), HISTORY)
-def test_release_history(target, model, backend):
+@pytest.mark.parametrize(("model", "scheme"), HISTORY)
+def test_release_history(target, model, scheme):
     """Verdicts confirmed by reading these releases' sources."""
-    expected = HISTORY[model, backend].get(target.version())
+    expected = HISTORY[model, scheme].get(target.version())
     if expected is None:
         pytest.skip(f"the verdict on {model} in {target} was not confirmed by reading")
-    found = judge(target, MODELS[model], backend)
+    found = judge(target, MODELS[model], scheme)
     assert found.verdict == expected, "\n".join(found.lines())
 
 
@@ -231,11 +231,11 @@ class Records(BuiltinTarget):
 
     method = ""
 
-    def gates(self, model, backend, method):
+    def gates(self, model, scheme, method):
         return (Gate("anything goes", True),)
 
-    def capture(self, model, backend, method):
-        return Captured(kernel_call(model.router, backend, self.method, self.flashinfer))
+    def capture(self, model, scheme, method):
+        return Captured(kernel_call(model.router, scheme, self.method, self.flashinfer))
 
 
 def test_a_recorded_call_is_judged_as_far_as_the_router_can_be_said():

@@ -16,10 +16,10 @@ from pytest_moe_routing.errors import (
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.oracle.enum_numbers import misread_methods
+from pytest_moe_routing.oracle.enum_numbers import enum_mismatches
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.judge import judge
-from pytest_moe_routing.oracle.modular import refused_by_method
+from pytest_moe_routing.oracle.modular import rejected_by_method
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.targets import check_target, load_target, target_names
 from pytest_moe_routing.targets.builtin.gates import support_gates
@@ -40,7 +40,7 @@ def verdicts(target_class, release):
 def test_the_builtin_target_is_never_wrong_and_never_crashes(release):
     target = BuiltinTarget(FlashInfer.of(release))
     cases = [(m, b) for m in MODELS.values() for b in m.checkpoints if b in SERVED_SCHEMES]
-    found = {judge(target, model, backend).verdict for model, backend in cases}
+    found = {judge(target, model, scheme).verdict for model, scheme in cases}
     assert found <= {"exact", "fallback", "missed"}
 
 
@@ -92,7 +92,7 @@ def test_a_number_that_means_another_method():
 
 
 def test_a_misread_number_matters_where_no_gate_stops_its_method():
-    deepseek, custom = misread_methods(miniatures.DriftedNumbers(FlashInfer.of("0.6.8")), CASES)
+    deepseek, custom = enum_mismatches(miniatures.DriftedNumbers(FlashInfer.of("0.6.8")), CASES)
     assert custom.startswith(
         "drifted-numbers 0.1.0 passes Custom as 6, which FlashInfer 0.6.8 reads as SigmoidRenorm; "
         "no gate stops it for deepseek-r1-fp8_block, deepseek-r1-nvfp4, "
@@ -101,31 +101,31 @@ def test_a_misread_number_matters_where_no_gate_stops_its_method():
     assert "DeepSeekV3 as 7, which FlashInfer 0.6.8 reads as MiniMax2" in deepseek
 
     class Closed(miniatures.DriftedNumbers):
-        def gates(self, model, backend, method):
+        def gates(self, model, scheme, method):
             return (Gate("routing method", method != "Custom", "not a kernel's"),)
 
     # Before 0.6.8, six is Unspecified, and seven nothing.
-    assert [line.split()[3] for line in misread_methods(Closed(FlashInfer.of("0.6.8")), CASES)] == [
+    assert [line.split()[3] for line in enum_mismatches(Closed(FlashInfer.of("0.6.8")), CASES)] == [
         "DeepSeekV3"
     ]
-    assert not misread_methods(Closed(FlashInfer.of("0.6.7")), CASES)
+    assert not enum_mismatches(Closed(FlashInfer.of("0.6.7")), CASES)
 
 
 def test_a_model_without_an_answer_hides_no_misread_number():
     class Partly(miniatures.DriftedNumbers):
         known = "nvfp4"
 
-        def gates(self, model, backend, method):
-            if backend != self.known:
-                raise Unsupported(f"no {backend} here")
-            return super().gates(model, backend, method)
+        def gates(self, model, scheme, method):
+            if scheme != self.known:
+                raise Unsupported(f"no {scheme} here")
+            return super().gates(model, scheme, method)
 
-    assert len(misread_methods(Partly(FlashInfer.of("0.6.8")), CASES)) == 2
+    assert len(enum_mismatches(Partly(FlashInfer.of("0.6.8")), CASES)) == 2
     Partly.known = "nothing"
     with pytest.raises(Unsupported, match="reads as MiniMax2; no gate answers: no nvfp4 here"):
-        misread_methods(Partly(FlashInfer.of("0.6.8")), CASES)
+        enum_mismatches(Partly(FlashInfer.of("0.6.8")), CASES)
     with pytest.raises(Unsupported, match="answers-nothing has no routing method numbers"):
-        misread_methods(miniatures.AnswersNothing(FlashInfer.of("0.6.8")), CASES)
+        enum_mismatches(miniatures.AnswersNothing(FlashInfer.of("0.6.8")), CASES)
 
 
 class Modular(BuiltinTarget):
@@ -133,9 +133,9 @@ class Modular(BuiltinTarget):
 
     name = "modular"
 
-    def modular_gates(self, model, backend, method):
-        if backend == "mxfp4":
-            return super().modular_gates(model, backend, method)
+    def modular_gates(self, model, scheme, method):
+        if scheme == "mxfp4":
+            return super().modular_gates(model, scheme, method)
         refuses = model.router.logits_dtype == "float32" and method != "DeepSeekV3"
         return (
             Gate("router logits dtype", not refuses, "float32"),
@@ -146,17 +146,17 @@ class Modular(BuiltinTarget):
 def test_modular_experts_that_refuse_a_method():
     target = Modular(FlashInfer.of("0.6.7"))
     models = [MODELS[m] for m in ("minimax-m2", "llama-4-scout", "nemotron-3-nano", "deepseek-r1")]
-    [line] = refused_by_method(target, "nvfp4", models)
+    [line] = rejected_by_method(target, "nvfp4", models)
     assert line.startswith("modular 0.1.0, modular experts for nvfp4: they are given experts")
     assert "refuse Default, Renormalize, Llama4" in line
     assert line.endswith("at router logits dtype; they take DeepSeekV3 (minimax-m2, deepseek-r1)")
     # What is refused whatever the method has another reason.
-    assert refused_by_method(target, "nvfp4", [MODELS["nemotron-3-nano"]]) == []
+    assert rejected_by_method(target, "nvfp4", [MODELS["nemotron-3-nano"]]) == []
 
 
 def test_modular_experts_that_are_not_there():
     with pytest.raises(Unsupported, match="modular has no modular experts for mxfp4"):
-        refused_by_method(Modular(FlashInfer.of("0.6.7")), "mxfp4", [MODELS["gpt-oss-20b"]])
+        rejected_by_method(Modular(FlashInfer.of("0.6.7")), "mxfp4", [MODELS["gpt-oss-20b"]])
 
 
 def test_what_the_launcher_refuses_is_a_crash():

@@ -144,7 +144,7 @@ def test_modular_experts_are_given_what_the_layer_routes(target):
             target.modular_gates(model, "fp8_block", "DeepSeekV3")
         return
     assert all(gate.ok for gate in target.modular_gates(model, "fp8_block", "DeepSeekV3"))
-    for backend in ("fp8_block", "nvfp4"):
-        assert target.modular_problems(model, backend) == ()
-    with pytest.raises(Unsupported, match="no modular experts for this backend"):
+    for scheme in ("fp8_block", "nvfp4"):
+        assert target.modular_problems(model, scheme) == ()
+    with pytest.raises(Unsupported, match="no modular experts for this scheme"):
         target.modular_problems(MODELS["kimi-k2.5"], "mxint4")

@@ -39,8 +39,8 @@ def check_data(data: Mapping[str, Any]) -> None:
         _each(where, "method", methods, RoutingMethodType.__members__)
     for turn in data["devices"]:
         _each("devices", "release", [turn], releases)
-    for backend, row in data["entry_points"].items():
-        _check_entry_point(f"entry point of {backend}", backend, row, releases)
+    for scheme, row in data["entry_points"].items():
+        _check_entry_point(f"entry point of {scheme}", scheme, row, releases)
     facts = set()
     for place, row in enumerate(data["rules"], 1):
         where = f"rule {place} ({row.get('fact', 'no fact')})"
@@ -65,9 +65,9 @@ def _fields(where: str, row: Mapping[str, Any], cls: type) -> None:
 
 
 def _check_entry_point(
-    where: str, backend: str, row: Mapping[str, Any], releases: list[str]
+    where: str, scheme: str, row: Mapping[str, Any], releases: list[str]
 ) -> None:
-    _each("entry points", "backend", [backend], SERVED_SCHEMES)
+    _each("entry points", "scheme", [scheme], SERVED_SCHEMES)
     _fields(where, row, EntryPoint)
     _each(where, "release", [row["since"], *row["activations"].values()], releases)
     _each(where, "activation", row["activations"], ACTIVATIONS)
@@ -76,11 +76,11 @@ def _check_entry_point(
 
 
 def _check_rule(
-    where: str, row: Mapping[str, Any], releases: list[str], backends: Iterable[str]
+    where: str, row: Mapping[str, Any], releases: list[str], schemes: Iterable[str]
 ) -> None:
     _fields(where, row, Rule)
     _each(where, "release", [row[k] for k in ("since", "until") if k in row], releases)
-    _each(where, "backend", row.get("backends", ()), backends)
+    _each(where, "scheme", row.get("schemes", ()), schemes)
     _each(where, "method", row.get("methods", ()), RoutingMethodType.__members__)
     _each(where, "recipe field", row.get("recipe", ()), [f.name for f in fields(Recipe)])
     _each(where, "argument", row.get("ignores", ()), ("bias", "n_group", "scale", "weight_on"))

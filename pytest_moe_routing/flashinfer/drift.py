@@ -138,7 +138,7 @@ def _source_differences(
         if method not in bounds:
             unread.append(f"top_k that the block-scale launcher takes for {method}")
             continue
-        probe = replace(_probe(flashinfer, method), backend="fp8_block")
+        probe = replace(_probe(flashinfer, method), scheme="fp8_block")
         yield from _tier_differences(flashinfer, probe, bounds[method], "block-scale launcher")
     kept = sources.groups(package)
     if kept is None:
@@ -150,7 +150,7 @@ def _source_differences(
 def _probe(flashinfer: FlashInfer, method: str) -> KernelCall:
     """A small call that every release takes, by the launcher that adds least limits of its own."""
     return KernelCall(
-        backend="nvfp4",
+        scheme="nvfp4",
         method=method,
         num_experts=64,
         top_k=1,

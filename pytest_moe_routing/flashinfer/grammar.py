@@ -17,7 +17,7 @@ class KernelCall:
     """The routing arguments that reach a fused kernel.
 
     Attributes:
-        backend: Whose entry point is called, e.g. `fp8_block`.
+        scheme: Whose entry point is called, e.g. `fp8_block`.
         method: Name of the routing method.
         n_group, topk_group: As passed; 0 stands for None as well.
         bias: What is passed as routing bias: `none`, `zeros` or the `router`'s own.
@@ -25,7 +25,7 @@ class KernelCall:
         scale_after: What the layer multiplies the kernel's output by.
     """
 
-    backend: str
+    scheme: str
     method: str
     num_experts: int
     top_k: int
@@ -107,7 +107,7 @@ class Rule:
     fact: str
     since: str = "0"
     until: str = ""
-    backends: tuple[str, ...] = ()
+    schemes: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     when: Mapping[str, str] = field(default_factory=dict)
     require: Mapping[str, str] = field(default_factory=dict)
@@ -119,9 +119,9 @@ class Rule:
     def in_force(self, release: Version) -> bool:
         return Version(self.since) <= release and (not self.until or release < Version(self.until))
 
-    def covers(self, backend: str, method: str) -> bool:
-        """Whether calls of this method on this backend can be concerned at all."""
-        return (not self.backends or backend in self.backends) and (
+    def covers(self, scheme: str, method: str) -> bool:
+        """Whether calls of this method on this scheme can be concerned at all."""
+        return (not self.schemes or scheme in self.schemes) and (
             not self.methods or method in self.methods
         )
 
@@ -149,7 +149,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A fused MoE function, as one backend uses it."""
+    """A fused MoE function, as one scheme uses it."""
 
     function: str
     since: str

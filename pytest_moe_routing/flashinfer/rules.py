@@ -56,7 +56,7 @@ _Change = tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]
 
 @dataclass(frozen=True)
 class _Kernel:
-    """The rules for one method on one backend, in one release, by what they do."""
+    """The rules for one method on one scheme, in one release, by what they do."""
 
     limits: tuple[Rule, ...]
     changes: tuple[tuple[Rule, _Change], ...]
@@ -69,8 +69,8 @@ def _rules(release: str) -> Iterator[Rule]:
 
 
 @cache
-def _kernel(release: str, backend: str, method: str) -> _Kernel:
-    rules = [rule for rule in _rules(release) if rule.covers(backend, method)]
+def _kernel(release: str, scheme: str, method: str) -> _Kernel:
+    rules = [rule for rule in _rules(release) if rule.covers(scheme, method)]
     return _Kernel(
         limits=tuple(rule for rule in rules if rule.effect),
         changes=tuple(
@@ -83,8 +83,8 @@ def _kernel(release: str, backend: str, method: str) -> _Kernel:
 
 
 @cache
-def _entry_point(release: str, backend: str) -> EntryPoint | None:
-    entry: EntryPoint | None = _data()["entry_points"].get(backend)
+def _entry_point(release: str, scheme: str) -> EntryPoint | None:
+    entry: EntryPoint | None = _data()["entry_points"].get(scheme)
     return entry if entry and Version(entry.since) <= Version(release) else None
 
 
@@ -187,9 +187,9 @@ class FlashInfer:
         """Major compute capabilities that the launchers accept."""
         return tuple(self._in_force(_data()["devices"]))
 
-    def entry_point(self, backend: str) -> EntryPoint | None:
-        """The entry point that serves a backend's scheme; None when this release has none."""
-        return _entry_point(self.judged_as, backend)
+    def entry_point(self, scheme: str) -> EntryPoint | None:
+        """The entry point that serves a scheme's scheme; None when this release has none."""
+        return _entry_point(self.judged_as, scheme)
 
     def signature(self, function: str) -> inspect.Signature | None:
         """The signature of an entry point, enum members as numbers; None when there is none."""
@@ -197,7 +197,7 @@ class FlashInfer:
 
     def recipe(self, call: KernelCall) -> Recipe:
         """What the kernel computes when called so; meaningful only if it is not `refused`."""
-        kernel = _kernel(self.judged_as, call.backend, call.method)
+        kernel = _kernel(self.judged_as, call.scheme, call.method)
         return _recipe(
             call.method,
             tuple(change for rule, change in kernel.changes if rule.applies(call)),
@@ -215,7 +215,7 @@ class FlashInfer:
         """The rules that the call breaks, and how, in words; errors first."""
         found = [
             (rule, how)
-            for rule in _kernel(self.judged_as, call.backend, call.method).limits
+            for rule in _kernel(self.judged_as, call.scheme, call.method).limits
             if (how := rule.broken(call))
         ]
         return sorted(found, key=lambda broken: broken[0].effect)
@@ -228,7 +228,7 @@ class FlashInfer:
 
     def facts(self, call: KernelCall, about: Collection[str] | None = None) -> list[str]:
         """Why fields of `recipe`, all or these, are not those of the method's row."""
-        kernel = _kernel(self.judged_as, call.backend, call.method)
+        kernel = _kernel(self.judged_as, call.scheme, call.method)
         return [
             rule.fact
             for rule, _ in kernel.changes
@@ -238,7 +238,7 @@ class FlashInfer:
 
     def notes(self, call: KernelCall) -> list[str]:
         """What is a matter of precision in this call."""
-        kernel = _kernel(self.judged_as, call.backend, call.method)
+        kernel = _kernel(self.judged_as, call.scheme, call.method)
         return [rule.note for rule in kernel.noted if rule.applies(call)]
 
     def __str__(self) -> str:

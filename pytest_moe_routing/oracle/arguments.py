@@ -89,7 +89,7 @@ class Reading:
 
 def read(
     model: ModelSpec,
-    backend: str,
+    scheme: str,
     function: str,
     arguments: Arguments,
     layer: Layer,
@@ -105,7 +105,7 @@ def read(
         text = f"routing_method_type {number} is no routing method of {flashinfer}"
         return Reading(None, (text,))
     call = KernelCall(
-        backend=backend,
+        scheme=scheme,
         method=method,
         num_experts=arguments["num_experts"],
         top_k=arguments["top_k"],
@@ -119,7 +119,7 @@ def read(
         scale_after=layer.scale_after,
     )
     problems = (
-        *_wrong_function(backend, function, flashinfer),
+        *_wrong_function(scheme, function, flashinfer),
         *_wrong_numbers(model, arguments, layer),
         *_wrong_tensors(arguments),
         *_wrong_memory(arguments),
@@ -130,7 +130,7 @@ def read(
 
 def read_routed(
     model: ModelSpec,
-    backend: str,
+    scheme: str,
     function: str,
     arguments: Arguments,
     layer: Layer,
@@ -147,7 +147,7 @@ def read_routed(
     parts = [part.get("is") for part in (given if isinstance(given, list) else [given]) if part]
     wrong = parts not in (["packed"], ["ids", "weights"])
     return (
-        *_wrong_function(backend, function, flashinfer, routed=True),
+        *_wrong_function(scheme, function, flashinfer, routed=True),
         *_wrong_numbers(model, arguments, layer),
         *([f"topk_ids are not the layer's experts and weights: {given}"] if wrong else ()),
         *_wrong_memory(arguments),
@@ -179,14 +179,14 @@ def _bias(tensor: Any) -> str:
 
 
 def _wrong_function(
-    backend: str, function: str, flashinfer: FlashInfer, *, routed: bool = False
+    scheme: str, function: str, flashinfer: FlashInfer, *, routed: bool = False
 ) -> Iterator[str]:
-    entry = flashinfer.entry_point(backend)
+    entry = flashinfer.entry_point(scheme)
     if entry is None:
         return
     serves = entry.function.replace("_moe", "_routed_moe") if routed else entry.function
     if serves != function:
-        yield f"{function} is called, {backend} is served by {serves}"
+        yield f"{function} is called, {scheme} is served by {serves}"
 
 
 def _wrong_numbers(model: ModelSpec, arguments: Arguments, layer: Layer) -> Iterator[str]:

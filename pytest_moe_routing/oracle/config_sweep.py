@@ -1,7 +1,7 @@
-"""The lattice: router configurations around every known family, whether or not a model has them.
+"""The config sweep: routers around every known family, whether or not a model has them.
 
 A target that is right for every model may still be wrong for the next one. Each configuration of
-the lattice is judged as a model would be, and what is wrong or crashes is grouped by its cause.
+the sweep is judged as a model would be, and what is wrong or crashes is grouped by its cause.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _AXES: tuple[tuple[_Values, ...], ...] = (
 
 _PLAIN: _Values = {name: value for axis in _AXES for name, value in axis[0].items()}
 _BIASED: _Values = {"scoring_func": "sigmoid", "renormalize": True, "correction_bias": "float32"}
-#: The families of routers that models have: the lattice surrounds each.
+#: The families of routers that models have: the sweep surrounds each.
 _FAMILIES: tuple[_Values, ...] = (
     {"top_k": 2},
     {"top_k": 8, "num_experts": 128, "renormalize": True, "logits_dtype": "bfloat16"},
@@ -91,12 +91,12 @@ _FAMILIES: tuple[_Values, ...] = (
     },
 )
 
-#: Experts that every backend takes, so that only the router decides.
+#: Experts that every scheme takes, so that only the router decides.
 _EXPERTS = ExpertsConfig(hidden_size=4096, intermediate_size=2048, activation="silu", gated=True)
 
 
 @cache
-def lattice(distance: int = 2) -> tuple[RouterConfig, ...]:
+def swept_routers(distance: int = 2) -> tuple[RouterConfig, ...]:
     """Every router that differs from a family in at most `distance` axes, smallest first."""
     routers = {
         RouterConfig(**dict(chain(_PLAIN.items(), family.items(), *(c.items() for c in changes))))
@@ -116,19 +116,19 @@ def _size(router: RouterConfig) -> tuple[int, int, int, int, str]:
 
 
 def as_model(router: RouterConfig) -> ModelSpec:
-    """A model with this router, and experts that every backend takes."""
+    """A model with this router, and experts that every scheme takes."""
     sigmoid_top1 = router.topk_before_score and router.scoring_func == "sigmoid"
     llama4 = sigmoid_top1 and router.top_k == 1 and not (router.renormalize or router.n_group)
     return ModelSpec(
         router=router,
         experts=_EXPERTS,
-        model="a point of the lattice",
+        model="a router of the config sweep",
         hf_repo="none/none",
         # By which frameworks know the one router that they do not tell from its parameters.
         architecture="Llama4ForConditionalGeneration" if llama4 else "AnyMoeForCausalLM",
         checkpoints=tuple(SERVED_SCHEMES),
         sources=("made up",),
-        folder=Path("lattice"),
+        folder=Path("config-sweep"),
     )
 
 
@@ -138,12 +138,12 @@ class Cause:
 
     Attributes:
         why: What differs or is broken: fields of the recipe, and facts about the release.
-        count: Points of the lattice that it concerns.
+        count: Routers of the sweep that it concerns.
         example: The judgement of the smallest of them.
         models: Ids of the models that it concerns; none when it is latent.
     """
 
-    backend: str
+    scheme: str
     verdict: str
     method: str
     why: tuple[str, ...]
@@ -171,7 +171,7 @@ _DEFAULTS = {f.name: f.default for f in fields(RouterConfig)}
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a target makes of the whole lattice on one backend.
+    """What a target makes of the whole sweep on one scheme.
 
     Attributes:
         verdicts: How many points have each verdict.
@@ -188,14 +188,14 @@ class Sweep:
         counts = {**self.verdicts, "without an answer": self.unanswered.total()}
         total = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
         causes = "1 cause" if len(self.causes) == 1 else f"{len(self.causes)} causes"
-        lines = [f"{causes} of wrong or crash in the lattice of routers: {total}"]
+        lines = [f"{causes} of wrong or crash in the config sweep: {total}"]
         for cause in self.causes:
             lines += ["", *cause.lines()]
         return lines
 
 
-class Once(Target):
-    """A target that is asked once for what no backend changes: its questions may be slow."""
+class CachedTarget(Target):
+    """A target that is asked once for what no scheme changes: its questions may be slow."""
 
     name = "once"
 
@@ -206,14 +206,14 @@ class Once(Target):
         self.method_numbers = cache(target.method_numbers)  # type: ignore[method-assign]
         self.classify = cache(target.classify)  # type: ignore[method-assign]
 
-    def gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
-        return self._target.gates(model, backend, method)
+    def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
+        return self._target.gates(model, scheme, method)
 
-    def capture(self, model: ModelSpec, backend: str, method: str) -> Captured | None:
-        return self._target.capture(model, backend, method)
+    def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
+        return self._target.capture(model, scheme, method)
 
-    def kernel_call(self, model: ModelSpec, backend: str, method: str) -> KernelCall:
-        return self._target.kernel_call(model, backend, method)
+    def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:
+        return self._target.kernel_call(model, scheme, method)
 
     @cached_property
     def _text(self) -> str:
@@ -225,58 +225,58 @@ class Once(Target):
 
 def sweep(
     target: Target,
-    backend: str,
+    scheme: str,
     models: Iterable[ModelSpec],
     routers: Iterable[RouterConfig] | None = None,
 ) -> Sweep:
-    """Judge every router of the lattice on a backend, and group what is bad by its cause.
+    """Judge every router of the config sweep on a scheme, and group what is bad by its cause.
 
     Args:
         target: Asked for the gates of every router, and for the call of every one that passes.
-        backend: Name of the backend.
+        scheme: Name of the scheme.
         models: Those of which a cause says whether it concerns them.
-        routers: Other routers than the lattice's, smallest first.
+        routers: Other routers than the sweep's, smallest first.
     """
-    return _sweep(lambda model: (judge(target, model, backend),), backend, models, routers)
+    return _sweep(lambda model: (judge(target, model, scheme),), scheme, models, routers)
 
 
 def sweep_behind_gates(
     target: Target,
-    backend: str,
+    scheme: str,
     models: Iterable[ModelSpec],
     routers: Iterable[RouterConfig] | None = None,
 ) -> Sweep:
     """Judge the calls that only a gate for the routing method stops, as `sweep` does the others.
 
     A gate can hide that the code behind it forgets an argument, until somebody opens it. A call is
-    looked at where its method would mean what the router means, the backend refuses it, and takes
+    looked at where its method would mean what the router means, the scheme refuses it, and takes
     the same model with another method. What would crash is no cause: it would be noticed.
     """
-    near = lattice(1) if routers is None else routers
+    near = swept_routers(1) if routers is None else routers
     return _sweep(
-        lambda model: _behind_gates(target, model, backend), backend, models, near, bad=("wrong",)
+        lambda model: _behind_gates(target, model, scheme), scheme, models, near, bad=("wrong",)
     )
 
 
-def _behind_gates(target: Target, model: ModelSpec, backend: str) -> Iterator[Judgement]:
+def _behind_gates(target: Target, model: ModelSpec, scheme: str) -> Iterator[Judgement]:
     flashinfer = target.flashinfer
     numbers = target.method_numbers()
     answers = {
-        method: target.gates(model, backend, method)
+        method: target.gates(model, scheme, method)
         for method in flashinfer.methods
         if method in numbers
     }
     if any(all(gate.ok for gate in gates) for gates in answers.values()):
-        for call in exact_calls(model, backend, flashinfer):
+        for call in exact_calls(model, scheme, flashinfer):
             gates = answers.get(call.method, ())
             # No framework makes up a bias for a router that has none.
             if call.bias != "zeros" and not all(gate.ok for gate in gates):
-                yield judge_behind_gates(target, model, backend, call.method, gates)
+                yield judge_behind_gates(target, model, scheme, call.method, gates)
 
 
 def _sweep(
     judged: Callable[[ModelSpec], Iterable[Judgement]],
-    backend: str,
+    scheme: str,
     models: Iterable[ModelSpec],
     routers: Iterable[RouterConfig] | None,
     bad: Sequence[str] = BAD,
@@ -284,7 +284,7 @@ def _sweep(
     verdicts: Counter[str] = Counter()
     unanswered: Counter[str] = Counter()
     examples: dict[_Key, list[Judgement]] = {}
-    for router in lattice() if routers is None else routers:
+    for router in swept_routers() if routers is None else routers:
         try:
             for found in judged(as_model(router)):
                 verdicts[found.verdict] += 1
@@ -301,7 +301,7 @@ def _sweep(
         except Unsupported:
             continue
     causes = [
-        Cause(backend, *key, len(found), found[0], tuple(concerned.get(key, ())))
+        Cause(scheme, *key, len(found), found[0], tuple(concerned.get(key, ())))
         for key, found in examples.items()
     ]
     return Sweep(verdicts, unanswered, tuple(_independent(causes)))

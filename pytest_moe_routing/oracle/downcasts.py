@@ -16,7 +16,7 @@ _PATTERNS = {"logits": "near-ties", "gate": "near-ties", "bias": "narrow-bias"}
 _TOKENS = 256
 
 
-def lost_needlessly(judgement: Judgement) -> list[str]:
+def avoidable_downcasts(judgement: Judgement) -> list[str]:
     """The keys of `ROUNDED` in a judgement that this kernel would have computed with in float32.
 
     None when the launcher refuses float32 there, or the kernel itself rounds.
@@ -37,7 +37,7 @@ def lost_needlessly(judgement: Judgement) -> list[str]:
 
 def lines(judgement: Judgement, lost: list[str]) -> list[str]:
     """The message: what is rounded, and how many tokens get other experts by it."""
-    found = f"{judgement.model} on {judgement.backend}, decided by {judgement.target}"
+    found = f"{judgement.model} on {judgement.scheme}, decided by {judgement.target}"
     told = [f"{found}: less precise than its kernel"]
     for what in lost:
         told += [

@@ -17,12 +17,12 @@ from pytest_moe_routing.oracle.target import Target
 _NAMED = 3
 
 
-def misread_methods(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> list[str]:
+def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> list[str]:
     """A line for each method that passes all gates of a case and is read as another method.
 
     Args:
         target: Asked for its numbers, and for the gates of every case.
-        cases: Models with a backend each; those that the target cannot answer for are passed over.
+        cases: Models with a scheme each; those that the target cannot answer for are passed over.
 
     Raises:
         Unsupported: The target has no numbers, or a number is misread and no case has an answer.
@@ -33,14 +33,14 @@ def misread_methods(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
         if read_as in (None, method):
             continue
         passes, unanswered = [], Counter[str]()
-        for model, backend in cases:
+        for model, scheme in cases:
             try:
-                gates = target.gates(model, backend, method)
+                gates = target.gates(model, scheme, method)
             except Unsupported as reason:
                 unanswered[str(reason)] += 1
                 continue
             if all(gate.ok for gate in gates):
-                passes.append(f"{model}-{backend}")
+                passes.append(f"{model}-{scheme}")
         what = f"{target} passes {method} as {number}, which {flashinfer} reads as {read_as}"
         if passes:
             more = len(passes) - _NAMED

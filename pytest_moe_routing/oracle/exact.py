@@ -16,7 +16,7 @@ BLACKWELL = 10
 
 @dataclass(frozen=True)
 class Gate:
-    """One question that an expert backend asks of a configuration, and its answer."""
+    """One question that an expert scheme asks of a configuration, and its answer."""
 
     name: str
     ok: bool
@@ -27,20 +27,20 @@ class Gate:
 
 
 def kernel_call(
-    router: RouterConfig, backend: str, method: str, flashinfer: FlashInfer
+    router: RouterConfig, scheme: str, method: str, flashinfer: FlashInfer
 ) -> KernelCall:
-    """The routing arguments that a router needs, passed to a backend's kernel.
+    """The routing arguments that a router needs, passed to a scheme's kernel.
 
     DeepSeekV3 takes groups, one of all experts when the router has none; a method that reads a
     bias gets zeros when the router has none, in bfloat16, which every launcher takes. The scaling
     factor is always the kernel's to apply.
     """
     grouped = method == RoutingMethodType.DeepSeekV3.name
-    entry = flashinfer.entry_point(backend)
+    entry = flashinfer.entry_point(scheme)
     on_input = router.weight_on == "input" and entry is not None and "input" in entry.weight_on
     unbiased = "zeros" if flashinfer.honours(method, "bias") else "none"
     return KernelCall(
-        backend=backend,
+        scheme=scheme,
         method=method,
         num_experts=router.num_experts,
         top_k=router.top_k,
@@ -55,18 +55,18 @@ def kernel_call(
 
 
 def kernel_gates(
-    model: ModelSpec, backend: str, flashinfer: FlashInfer, device: int = BLACKWELL
+    model: ModelSpec, scheme: str, flashinfer: FlashInfer, device: int = BLACKWELL
 ) -> Iterator[Gate]:
     """What the kernels of a release can do for a model whatever the routing method."""
-    entry = flashinfer.entry_point(backend)
+    entry = flashinfer.entry_point(scheme)
     if model.router.not_expressible is not None:
         yield Gate("router", False, model.router.not_expressible)
     yield Gate(
         "quantization scheme",
-        backend in model.checkpoints and entry is not None,
-        f"{flashinfer} has no kernel for {backend}"
-        if backend in model.checkpoints
-        else f"{model} has no {backend} checkpoint",
+        scheme in model.checkpoints and entry is not None,
+        f"{flashinfer} has no kernel for {scheme}"
+        if scheme in model.checkpoints
+        else f"{model} has no {scheme} checkpoint",
     )
     majors = flashinfer.devices
     yield Gate(
@@ -98,19 +98,19 @@ def kernel_gates(
     yield Gate("shape", not odd, f"{' and '.join(odd)} not a multiple of {entry.multiple_of}")
 
 
-def exact_calls(model: ModelSpec, backend: str, flashinfer: FlashInfer) -> list[KernelCall]:
+def exact_calls(model: ModelSpec, scheme: str, flashinfer: FlashInfer) -> list[KernelCall]:
     """Every kernel call that means what the model's router means: computed, not classified."""
-    if not all(gate.ok for gate in kernel_gates(model, backend, flashinfer)):
+    if not all(gate.ok for gate in kernel_gates(model, scheme, flashinfer)):
         return []
-    return same_calls(model.router, backend, flashinfer)
+    return same_calls(model.router, scheme, flashinfer)
 
 
-def same_calls(router: RouterConfig, backend: str, flashinfer: FlashInfer) -> list[KernelCall]:
-    """Every call of a backend's kernel that means what a router means, whatever the experts are."""
+def same_calls(router: RouterConfig, scheme: str, flashinfer: FlashInfer) -> list[KernelCall]:
+    """Every call of a scheme's kernel that means what a router means, whatever the experts are."""
     if router.not_expressible is not None:
         return []
     wanted = recipe_of(router)
-    calls = (kernel_call(router, backend, method, flashinfer) for method in flashinfer.methods)
+    calls = (kernel_call(router, scheme, method, flashinfer) for method in flashinfer.methods)
     return [
         call
         for call in calls

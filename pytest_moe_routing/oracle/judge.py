@@ -1,4 +1,4 @@
-"""The five verdicts: what becomes of a model on a backend, when a target decides."""
+"""The five verdicts: what becomes of a model on a scheme, when a target decides."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Judgement:
 
     target: str
     model: ModelSpec
-    backend: str
+    scheme: str
     flashinfer: FlashInfer
     verdict: str
     classification: Classification
@@ -91,7 +91,7 @@ class Judgement:
         """Everything as plain JSON, for reports of other processes and machines."""
         return {
             "model": self.model.id,
-            "backend": self.backend,
+            "scheme": self.scheme,
             "target": self.target,
             "flashinfer": str(self.flashinfer),
             "verdict": self.verdict,
@@ -117,7 +117,7 @@ def story(record: Mapping[str, Any]) -> list[str]:
     verdict = record["verdict"]
     meaning = VERDICTS.get(verdict, "not judged: the target does not answer")
     lines = [
-        "{model} on {backend}, decided by {target}: {verdict}".format(**record),
+        "{model} on {scheme}, decided by {target}: {verdict}".format(**record),
         f"  {meaning} ({record['flashinfer']})",
     ]
     if verdict in VERDICTS:
@@ -136,7 +136,7 @@ def story(record: Mapping[str, Any]) -> list[str]:
     return lines + [f"  note     {note}" for note in record["notes"]]
 
 
-def unjudged(target: Target, model: ModelSpec, backend: str, why: Exception) -> dict[str, Any]:
+def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> dict[str, Any]:
     """What `Judgement.as_dict` would be, had the target answered."""
     try:
         name = str(target)
@@ -144,7 +144,7 @@ def unjudged(target: Target, model: ModelSpec, backend: str, why: Exception) -> 
         name = target.name
     return {
         "model": model.id,
-        "backend": backend,
+        "scheme": scheme,
         "target": name,
         "flashinfer": str(target.flashinfer),
         "verdict": "skipped" if isinstance(why, Unsupported) else "error",
@@ -156,7 +156,7 @@ def unjudged(target: Target, model: ModelSpec, backend: str, why: Exception) -> 
     }
 
 
-def _assumed(target: Target, model: ModelSpec, backend: str, method: str) -> Captured:
+def _assumed(target: Target, model: ModelSpec, scheme: str, method: str) -> Captured:
     """The call of a target whose own is not recorded, with its number for the method."""
     flashinfer = target.flashinfer
     number = target.method_numbers().get(method)
@@ -164,7 +164,7 @@ def _assumed(target: Target, model: ModelSpec, backend: str, method: str) -> Cap
     drift = f"{target} passes {method} as {number}, which {flashinfer} reads as "
     if read_as is None:
         return Captured(None, (drift + "no routing method",))
-    call = target.kernel_call(model, backend, read_as)
+    call = target.kernel_call(model, scheme, read_as)
     return Captured(call, () if read_as == method else (drift + read_as,))
 
 
@@ -183,9 +183,9 @@ def show_call(call: KernelCall) -> str:
 
 
 def judge(
-    target: Target, model: ModelSpec, backend: str, *, recorded_only: bool = False
+    target: Target, model: ModelSpec, scheme: str, *, recorded_only: bool = False
 ) -> Judgement:
-    """Judge what a target makes of a model on a backend.
+    """Judge what a target makes of a model on a scheme.
 
     Args:
         recorded_only: Do not take a call that is not recorded to be what the model says.
@@ -194,16 +194,16 @@ def judge(
         Unsupported: The target cannot answer a question that the verdict needs.
     """
     classification = target.classify(model)
-    gates = target.gates(model, backend, classification.method)
-    base = _asked(target, model, backend, classification, gates)
+    gates = target.gates(model, scheme, classification.method)
+    base = _asked(target, model, scheme, classification, gates)
     if not all(gate.ok for gate in gates):
-        exact = tuple(exact_calls(model, backend, target.flashinfer))
+        exact = tuple(exact_calls(model, scheme, target.flashinfer))
         return replace(base, verdict="missed" if exact else "fallback", exact=exact)
     return _judge_call(target, base, recorded_only=recorded_only)
 
 
 def judge_behind_gates(
-    target: Target, model: ModelSpec, backend: str, method: str, gates: tuple[Gate, ...]
+    target: Target, model: ModelSpec, scheme: str, method: str, gates: tuple[Gate, ...]
 ) -> Judgement:
     """Judge the call that a target would make, whatever its classifier and gates say.
 
@@ -215,14 +215,14 @@ def judge_behind_gates(
         Unsupported: The target's calls are not recorded, or this one cannot be made.
     """
     classification = Classification(method, ("had no gate stopped it",))
-    base = _asked(target, model, backend, classification, gates)
+    base = _asked(target, model, scheme, classification, gates)
     return _judge_call(target, base, recorded_only=True)
 
 
 def _asked(
     target: Target,
     model: ModelSpec,
-    backend: str,
+    scheme: str,
     classification: Classification,
     gates: tuple[Gate, ...],
 ) -> Judgement:
@@ -230,7 +230,7 @@ def _asked(
     return Judgement(
         target=str(target),
         model=model,
-        backend=backend,
+        scheme=scheme,
         flashinfer=target.flashinfer,
         verdict="exact",
         classification=classification,
@@ -241,28 +241,28 @@ def _asked(
 
 def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judgement:
     """Judge the call that follows a classification."""
-    model, backend, flashinfer = base.model, base.backend, base.flashinfer
+    model, scheme, flashinfer = base.model, base.scheme, base.flashinfer
     method = base.classification.method
     beyond = Unsupported(
         f"{target} lets {model} through, which cannot be judged: {model.router.not_expressible}"
     )
-    captured = target.capture(model, backend, method)
+    captured = target.capture(model, scheme, method)
     if captured is None:
         if recorded_only:
             raise Unsupported(f"{target}: its calls are not recorded")
         if model.router.not_expressible is not None:
             raise beyond
-        captured = _assumed(target, model, backend, method)
+        captured = _assumed(target, model, scheme, method)
     reasons, call = captured.problems, captured.call
     if call is None:
-        exact = tuple(exact_calls(model, backend, flashinfer))
+        exact = tuple(exact_calls(model, scheme, flashinfer))
         return replace(base, verdict="crash", reasons=reasons, exact=exact)
     base = replace(base, call=call, problems=captured.problems)
     troubles = flashinfer.troubles(call)
     if troubles:
         verdict = "crash" if troubles[0][0] == "error" else "wrong"
         reasons += tuple(text for _, text in troubles)
-        exact = tuple(exact_calls(model, backend, flashinfer))
+        exact = tuple(exact_calls(model, scheme, flashinfer))
         return replace(base, verdict=verdict, reasons=reasons, exact=exact)
     got = flashinfer.recipe(call)
     notes = (*(ROUNDED[what] for what in captured.rounded), *flashinfer.notes(call))
@@ -282,5 +282,5 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
         base,
         verdict="wrong",
         reasons=reasons + (() if is_same else tuple(flashinfer.facts(call, differing))),
-        exact=tuple(exact_calls(model, backend, flashinfer)),
+        exact=tuple(exact_calls(model, scheme, flashinfer)),
     )

@@ -13,8 +13,8 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.target import Target
 
 
-def refused_by_method(target: Target, backend: str, models: Iterable[ModelSpec]) -> list[str]:
-    """A line for each set of methods that a backend's modular experts refuse, and take others.
+def rejected_by_method(target: Target, scheme: str, models: Iterable[ModelSpec]) -> list[str]:
+    """A line for each set of methods that a scheme's modular experts refuse, and take others.
 
     Raises:
         Unsupported: The target has no such experts, or cannot answer for any of the models.
@@ -27,7 +27,7 @@ def refused_by_method(target: Target, backend: str, models: Iterable[ModelSpec])
         taken: list[str] = []
         try:
             for method in target.method_numbers():
-                gates = target.modular_gates(model, backend, method)
+                gates = target.modular_gates(model, scheme, method)
                 no = ", ".join(gate.name for gate in gates if not gate.ok)
                 (refused.setdefault(no, []) if no else taken).append(method)
         except Unsupported as error:
@@ -39,8 +39,8 @@ def refused_by_method(target: Target, backend: str, models: Iterable[ModelSpec])
                 key = ", ".join(methods), no, ", ".join(taken)
                 seen.setdefault(key, []).append(model.id)
     if not answered:
-        raise reason or Unsupported(f"no model has a checkpoint for {backend}")
-    who = f"{target}, modular experts for {backend}"
+        raise reason or Unsupported(f"no model has a checkpoint for {scheme}")
+    who = f"{target}, modular experts for {scheme}"
     return [
         f"{who}: they are given experts and weights, and yet refuse {methods}, at {no}; "
         f"they take {others} ({', '.join(ids)})"

@@ -70,28 +70,28 @@ class Target:
         """The routing method that the target gives to a model's router."""
         raise Unsupported(f"{self.name} does not classify routers")
 
-    def gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
-        """The gates that a backend's fused experts put before this method, with their answers."""
-        raise Unsupported(f"{self.name} has no gates for {backend}")
+    def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
+        """The gates that a scheme's fused experts put before this method, with their answers."""
+        raise Unsupported(f"{self.name} has no gates for {scheme}")
 
-    def modular_gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+    def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """The gates of the fused experts that are given ids and weights, and do not route."""
-        raise Unsupported(f"{self.name} has no modular experts for {backend}")
+        raise Unsupported(f"{self.name} has no modular experts for {scheme}")
 
-    def modular_problems(self, model: ModelSpec, backend: str) -> tuple[str, ...]:
+    def modular_problems(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
         """What arrives wrongly at their kernel, when they are given experts and weights."""
         raise Unsupported(f"{self.name} records no calls of modular experts")
 
-    def capture(self, model: ModelSpec, backend: str, method: str) -> Captured | None:
+    def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
         """The call that the target's own code makes; None when it is not recorded."""
         return None
 
-    def kernel_call(self, model: ModelSpec, backend: str, method: str) -> KernelCall:
+    def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:
         """The routing arguments that reach the kernel.
 
         A target that does not record its real calls is taken to pass what the model says.
         """
-        return kernel_call(model.router, backend, method, self.flashinfer)
+        return kernel_call(model.router, scheme, method, self.flashinfer)
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """What the target's own code of a model asks of its MoE layer."""

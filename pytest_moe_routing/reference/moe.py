@@ -37,7 +37,7 @@ class Scheme:
     """Which format each tensor of a fused MoE has. `float32` rounds nothing.
 
     Attributes:
-        name: As models and backends name it.
+        name: As models and schemes name it.
         weight: Both weights.
         input: Hidden states, as the kernel takes them.
         intermediate: The second GEMM's input.

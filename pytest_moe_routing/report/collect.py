@@ -137,7 +137,7 @@ def summary(verdicts: Sequence[Record]) -> Iterator[str]:
 
     deciders = matrix.by_decider(verdicts)
     several = len(deciders) > 1
-    table = matrix.decider_table(deciders) if several else matrix.backend_table(verdicts)
+    table = matrix.decider_table(deciders) if several else matrix.scheme_table(verdicts)
     if table[1:]:
         yield from matrix.aligned(table)
     for name, found in deciders.items():

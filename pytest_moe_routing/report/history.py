@@ -73,13 +73,13 @@ def _ask(session: MoESession, cases: Sequence[tuple[ModelSpec, str]]) -> Release
     return replace(release, records=records)
 
 
-def _judge(target: Target, model: ModelSpec, backend: str) -> Record:
+def _judge(target: Target, model: ModelSpec, scheme: str) -> Record:
     try:
-        return judge(target, model, backend).as_dict()
+        return judge(target, model, scheme).as_dict()
     except TargetImportError:
         raise
     except MoERoutingError as error:
-        return unjudged(target, model, backend, error)
+        return unjudged(target, model, scheme, error)
 
 
 def _columns(releases: Sequence[Release]) -> dict[str, Sequence[Record]]:

@@ -57,19 +57,19 @@ def _body(records: Sequence[Record]) -> Iterator[str]:
         yield "</dl>"
     for verdicts in deciders.values():
         for record in verdicts:
-            title = f"{record['model']} on {record['backend']}: {matrix.cell(record)}"
+            title = f"{record['model']} on {record['scheme']}: {matrix.cell(record)}"
             yield from _story(_anchor(record), title, story(record), record)
 
 
 def _matrix(verdicts: Sequence[Record]) -> Iterator[str]:
-    """As `matrix.backend_table`, each verdict a link."""
-    header, *rows = matrix.backend_table(verdicts)
-    found = {(v["model"], v["backend"]): v for v in verdicts}
+    """As `matrix.scheme_table`, each verdict a link."""
+    header, *rows = matrix.scheme_table(verdicts)
+    found = {(v["model"], v["scheme"]): v for v in verdicts}
     yield "<table>\n" + _row("th", header)
     for row in rows:
         cells = [f"<td>{escape(row[0])}"]
-        for backend, text in zip(header[1:], row[1:], strict=True):
-            record = found.get((row[0], backend))
+        for scheme, text in zip(header[1:], row[1:], strict=True):
+            record = found.get((row[0], scheme))
             if record is None:
                 cells.append(f"<td>{escape(text)}")
                 continue
@@ -91,7 +91,7 @@ def _row(tag: str, texts: Sequence[str]) -> str:
 
 
 def _anchor(record: Record) -> str:
-    about = f"{record['model']}-{record['backend']}-{matrix.label(record)}"
+    about = f"{record['model']}-{record['scheme']}-{matrix.label(record)}"
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in about)
 
 

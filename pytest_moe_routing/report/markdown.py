@@ -22,7 +22,7 @@ def _lines(records: Sequence[Record]) -> Iterator[str]:
         yield from ("", "Nothing was judged.")
     for name, verdicts in deciders.items():
         yield from ("", f"## {matrix.inline(name)}", "", matrix.totals(verdicts), "")
-        yield from matrix.markdown(matrix.backend_table(verdicts))
+        yield from matrix.markdown(matrix.scheme_table(verdicts))
     if len(deciders) > 1:
         table = matrix.decider_table(deciders)
         yield from ("", "## What differs", "")
@@ -31,7 +31,7 @@ def _lines(records: Sequence[Record]) -> Iterator[str]:
     if bad:
         yield from ("", "## Why", "")
     for record in bad:
-        title = f"{record['model']} on {record['backend']}, {matrix.label(record)}"
+        title = f"{record['model']} on {record['scheme']}, {matrix.label(record)}"
         yield from _folded(f"{title}: {matrix.cell(record)}", story(record))
         yield from _known(record)
     if tests:

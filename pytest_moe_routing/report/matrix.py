@@ -55,17 +55,17 @@ def is_bad(record: Record) -> bool:
     return record["verdict"] not in GOOD
 
 
-def backend_table(verdicts: Sequence[Record]) -> Table:
-    """One decider: a row for each model, a column for each backend, under a header."""
+def scheme_table(verdicts: Sequence[Record]) -> Table:
+    """One decider: a row for each model, a column for each scheme, under a header."""
     models = sorted({v["model"] for v in verdicts})
-    backends = sorted({v["backend"] for v in verdicts})
-    cells = {(v["model"], v["backend"]): v for v in verdicts}
-    rows = [[m, *(cell(cells.get((m, b))) for b in backends)] for m in models]
-    return [["model", *backends], *rows]
+    schemes = sorted({v["scheme"] for v in verdicts})
+    cells = {(v["model"], v["scheme"]): v for v in verdicts}
+    rows = [[m, *(cell(cells.get((m, b))) for b in schemes)] for m in models]
+    return [["model", *schemes], *rows]
 
 
 def decider_table(columns: Mapping[str, Sequence[Record]], *, every: bool = False) -> Table:
-    """Several deciders: a row for each model on a backend, a column for each decider.
+    """Several deciders: a row for each model on a scheme, a column for each decider.
 
     Rows that all who judged agree on are left out, unless `every`.
     """
@@ -74,13 +74,13 @@ def decider_table(columns: Mapping[str, Sequence[Record]], *, every: bool = Fals
         judged = {record["verdict"] for record in found.values() if record["verdict"] in VERDICTS}
         if every or len(judged) > 1:
             rows.append([*case, *(cell(found.get(name)) for name in columns)])
-    return [["model", "backend", *columns], *rows]
+    return [["model", "scheme", *columns], *rows]
 
 
 def changes(columns: Mapping[str, Sequence[Record]]) -> list[str]:
     """Where a verdict differs from that of the last release before that was judged."""
     lines = []
-    for (model, backend), found in _by_case(columns).items():
+    for (model, scheme), found in _by_case(columns).items():
         last: tuple[str, str] | None = None
         steps = []
         for name in columns:
@@ -90,7 +90,7 @@ def changes(columns: Mapping[str, Sequence[Record]]) -> list[str]:
             if last is not None and last[1] != verdict:
                 steps.append(f"{last[0]} {last[1]} -> {name} {verdict}")
             last = (name, verdict)
-        lines += [f"{model} {backend}: {step}" for step in steps]
+        lines += [f"{model} {scheme}: {step}" for step in steps]
     return lines
 
 
@@ -100,7 +100,7 @@ def _by_case(
     cells: dict[tuple[str, str], dict[str, Record]] = {}
     for name, records in columns.items():
         for record in records:
-            cells.setdefault((record["model"], record["backend"]), {})[name] = record
+            cells.setdefault((record["model"], record["scheme"]), {})[name] = record
     return dict(sorted(cells.items()))
 
 

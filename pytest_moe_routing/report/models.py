@@ -18,7 +18,7 @@ model's `golden/<id>/model.yaml`.
 
 *Methods* are the FlashInfer routing methods that mean what the router means, each with the release
 from which on it does (up to {newest}), computed for an entry point that takes the router's dtypes
-and weighs the side it needs. Whether a backend then serves the model also depends on its experts.
+and weighs the side it needs. Whether a scheme then serves the model also depends on its experts.
 """
 
 
@@ -54,9 +54,9 @@ def _methods(router: RouterConfig) -> str:
 
 def _since(router: RouterConfig) -> Iterator[tuple[str, str]]:
     """Each method that means the same in the newest release, and since when without a break."""
-    backend = "fp8_per_tensor" if router.weight_on == "input" else "nvfp4"
+    scheme = "fp8_per_tensor" if router.weight_on == "input" else "nvfp4"
     by_release = {
-        release: {call.method for call in same_calls(router, backend, FlashInfer.of(release))}
+        release: {call.method for call in same_calls(router, scheme, FlashInfer.of(release))}
         for release in known_releases()
     }
     newest_first = list(reversed(by_release.items()))

@@ -16,7 +16,7 @@ from pytest_moe_routing.errors import MoERoutingError
 
 Record = dict[str, Any]
 FORMAT = 1
-_VERDICT = ("target", "flashinfer", "model", "backend")
+_VERDICT = ("target", "flashinfer", "model", "scheme")
 _TEST = ("flashinfer", "device", "case")
 #: The keys of each kind with their types; those that name a record come first.
 _KEYS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {

@@ -125,7 +125,7 @@ class Simulator:
             _expect("routing_bias", bias, (torch.float32, torch.bfloat16), (experts,))
         scale = given["routed_scaling_factor"]
         call = KernelCall(
-            backend=context.scheme,
+            scheme=context.scheme,
             method=context.method,
             num_experts=experts,
             top_k=top_k,

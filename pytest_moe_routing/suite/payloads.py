@@ -46,11 +46,11 @@ def router_payload(model: ModelSpec) -> dict[str, Any]:
     }
 
 
-def backend_payload(model: ModelSpec, backend: str) -> dict[str, Any]:
-    """The verdict on a backend from each release on, with the refusing gates and the kernel."""
+def scheme_payload(model: ModelSpec, scheme: str) -> dict[str, Any]:
+    """The verdict on a scheme from each release on, with the refusing gates and the kernel."""
 
     def verdict(flashinfer: FlashInfer) -> dict[str, Any]:
-        found = judge(BuiltinTarget(flashinfer), model, backend)
+        found = judge(BuiltinTarget(flashinfer), model, scheme)
         payload: dict[str, Any] = {"verdict": found.verdict, "method": found.classification.method}
         refused = {gate.name: gate.reason for gate in found.gates if not gate.ok}
         if refused:
@@ -69,7 +69,7 @@ def backend_payload(model: ModelSpec, backend: str) -> dict[str, Any]:
             payload["notes"] = list(found.notes)
         return payload
 
-    return {"backend": backend, "from FlashInfer": by_release(verdict)}
+    return {"scheme": scheme, "from FlashInfer": by_release(verdict)}
 
 
 def routing_payload(model: ModelSpec, golden: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -31,11 +31,11 @@ def test_routing(moe_model, moe_golden):
     moe_golden(payloads.ROUTING, payloads.routing_payload(moe_model, stored))
 
 
-def test_backend(moe_model, moe_backend, moe_golden):
-    """Gates and verdict of a backend in each FlashInfer release."""
+def test_scheme(moe_model, moe_scheme, moe_golden):
+    """Gates and verdict of a scheme in each FlashInfer release."""
     from pytest_moe_routing.suite import payloads
 
-    moe_golden(moe_backend, payloads.backend_payload(moe_model, moe_backend))
+    moe_golden(moe_scheme, payloads.scheme_payload(moe_model, moe_scheme))
 
 
 def test_no_stray_goldens(moe_model):

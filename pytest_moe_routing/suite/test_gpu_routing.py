@@ -174,7 +174,7 @@ def test_method(moe_kernels, moe_flashinfer, method, num_experts, top_k, logits_
     # The standalone operator checks DeepSeekV3's groups as the block-scale launcher does.
     groups = 1 if method == "DeepSeekV3" else 0
     call = KernelCall(
-        backend="fp8_block",
+        scheme="fp8_block",
         method=method,
         num_experts=num_experts,
         top_k=top_k,

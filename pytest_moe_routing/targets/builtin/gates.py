@@ -1,4 +1,4 @@
-"""Our experts: which fused backends there are, their support gates, and the call they make.
+"""Our experts: which fused schemes there are, their support gates, and the call they make.
 
 A gate answers yes, or no with a reason in words. Gates ask the FlashInfer release in force, so
 what a release cannot do is refused, whatever the rest of the configuration says.

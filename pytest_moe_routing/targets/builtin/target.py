@@ -49,5 +49,5 @@ class BuiltinTarget(Target):
             minimax2_scales=self.flashinfer.honours("MiniMax2", "scale"),
         )
 
-    def gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
-        return support_gates(model, backend, method, self.flashinfer)
+    def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
+        return support_gates(model, scheme, method, self.flashinfer)

@@ -23,7 +23,7 @@ from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.source import Source
 
-#: What `--quantization` is for a checkpoint that a backend serves.
+#: What `--quantization` is for a checkpoint that a scheme serves.
 _QUANTIZATIONS = {
     "fp8_block": "fp8",
     "fp8_per_tensor": "modelopt_fp8",
@@ -31,7 +31,7 @@ _QUANTIZATIONS = {
     "nvfp4": "modelopt_fp4",
     "bf16": None,
 }
-#: The method of a model whose code names none: what its layer gets depends on the backend.
+#: The method of a model whose code names none: what its layer gets depends on the scheme.
 UNDECLARED = "undeclared"
 
 
@@ -82,17 +82,17 @@ class SglangTarget(FrameworkTarget):
 
     def classify(self, model: ModelSpec) -> Classification:
         """The method that the model's code declares, whatever the checkpoint."""
-        backends = [name for name in model.checkpoints if name in _QUANTIZATIONS]
-        found = self._run(model, (backends or ["fp8_block"])[0])
+        schemes = [name for name in model.checkpoints if name in _QUANTIZATIONS]
+        found = self._run(model, (schemes or ["fp8_block"])[0])
         method = found["declared"]
         verb = "declares no routing method" if method is None else "declares"
         return Classification(method or UNDECLARED, (f"{found['place']} {verb}",))
 
-    def gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+    def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """What lets the kernel route; the TRT-LLM runner is taken to be chosen."""
-        if backend not in _QUANTIZATIONS:
-            raise Unsupported(f"how SGLang serves {backend} is not known to this adapter")
-        quantization, allowed = _QUANTIZATIONS[backend], self._allowed
+        if scheme not in _QUANTIZATIONS:
+            raise Unsupported(f"how SGLang serves {scheme} is not known to this adapter")
+        quantization, allowed = _QUANTIZATIONS[scheme], self._allowed
         accepted = Gate(
             "server arguments",
             allowed is None or quantization in allowed,
@@ -100,25 +100,25 @@ class SglangTarget(FrameworkTarget):
         )
         if not accepted.ok:
             return (accepted,)
-        refused, declared = self._run(model, backend)["refused"], self.classify(model).method
+        refused, declared = self._run(model, scheme)["refused"], self.classify(model).method
         return (
             accepted,
             Gate("declared method", method == declared, f"the model's code has {declared}"),
             Gate("the kernel routes", refused is None, refused or ""),
         )
 
-    def capture(self, model: ModelSpec, backend: str, method: str) -> Captured:
+    def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """The call that the model's block ends in, on the second of two ranks."""
         declared = self.classify(model).method
         if method != declared:
             raise Unsupported(f"{self}: the model's code has {declared}, not {method}")
-        found = self._run(model, backend)
+        found = self._run(model, scheme)
         if found["failed"]:
             return Captured(None, (found["failed"],))
         sizes = _configs()["sizes"]
         layer = Layer(1, 2, sizes["intermediate_size"], found["scale_after"])
         function, arguments = found["function"], found["arguments"]
-        reading = read(model, backend, function, arguments, layer, self.flashinfer)
+        reading = read(model, scheme, function, arguments, layer, self.flashinfer)
         number, rounded = arguments["routing_method_type"], list(reading.rounded)
         own = next((name for name, value in self._numbers.items() if value == number), None)
         problems = list(reading.problems)
@@ -142,12 +142,12 @@ class SglangTarget(FrameworkTarget):
         allowed: list[str | None] | None = self._probe.ask("accepted_quantizations")
         return allowed
 
-    def _run(self, model: ModelSpec, backend: str) -> dict[str, Any]:
+    def _run(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """One run of the model's block, remembered."""
         question = {
             "architecture": model.architecture,
             "config": config_of(model),
-            "backend": backend,
+            "scheme": scheme,
         }
         key = json.dumps(question, sort_keys=True)
         if key not in self._answers:

@@ -53,27 +53,27 @@ class VllmTarget(FrameworkTarget):
         method, *path = self._probe.ask("classify", model=model.as_dict())
         return Classification(method, tuple(path))
 
-    def gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+    def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Every gate of the monolithic TRT-LLM experts, asked on its own and then all together.
 
         Raises:
             Unsupported: The release has no such experts.
         """
-        rows = self._probe.ask("gates", model=model.as_dict(), backend=backend, method=method)
+        rows = self._probe.ask("gates", model=model.as_dict(), scheme=scheme, method=method)
         return tuple(Gate(*row) for row in rows)
 
-    def modular_gates(self, model: ModelSpec, backend: str, method: str) -> tuple[Gate, ...]:
+    def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """The same of the experts that vLLM's own router gives ids and weights.
 
         Raises:
             Unsupported: The release has no such experts.
         """
-        asked = {"model": model.as_dict(), "backend": backend, "method": method}
+        asked = {"model": model.as_dict(), "scheme": scheme, "method": method}
         return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
 
-    def modular_problems(self, model: ModelSpec, backend: str) -> tuple[str, ...]:
+    def modular_problems(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
         """What arrives wrongly at the kernel of the experts that are given ids and weights."""
-        found = self._probe.ask("capture_modular", model=model.as_dict(), backend=backend)
+        found = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
         problems = []
         for record in found["calls"]:
             layer = Layer(record["shards"] - 1, record["shards"], found["intermediate_size"])
@@ -81,21 +81,19 @@ class VllmTarget(FrameworkTarget):
                 wrong: tuple[str, ...] = (record["refused"],)
             else:
                 call = record["function"], record["arguments"]
-                wrong = read_routed(model, backend, *call, layer, self.flashinfer)
+                wrong = read_routed(model, scheme, *call, layer, self.flashinfer)
             problems += [f"{problem} ({_way(record)})" for problem in wrong]
         return tuple(_shortened(problems))
 
-    def capture(self, model: ModelSpec, backend: str, method: str) -> Captured:
+    def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """The call of vLLM's own code, from a layer of the model down to the kernel.
 
         Every way to get there is taken: through the methods of each checkpoint format that serves
-        the backend, without expert parallelism and as its rank 1 of 2. The call is that of the
+        the scheme, without expert parallelism and as its rank 1 of 2. The call is that of the
         first; what the others do differently is a problem.
         """
-        found = self._probe.ask("capture", model=model.as_dict(), backend=backend, method=method)
-        readings = [
-            (record, self._read(model, backend, found, record)) for record in found["calls"]
-        ]
+        found = self._probe.ask("capture", model=model.as_dict(), scheme=scheme, method=method)
+        readings = [(record, self._read(model, scheme, found, record)) for record in found["calls"]]
         first = readings[0][1].call
         problems = list(self._drift(method))
         rounded: list[str] = []
@@ -120,7 +118,7 @@ class VllmTarget(FrameworkTarget):
             yield f"{self} passes {method} as {number}, which {self.flashinfer} reads as {read_as}"
 
     def _read(
-        self, model: ModelSpec, backend: str, found: Mapping[str, Any], record: Mapping[str, Any]
+        self, model: ModelSpec, scheme: str, found: Mapping[str, Any], record: Mapping[str, Any]
     ) -> Reading:
         if "refused" in record:
             return Reading(None, (record["refused"],))
@@ -130,7 +128,7 @@ class VllmTarget(FrameworkTarget):
             intermediate_size=found["intermediate_size"],
             scale_after=model.router.routed_scaling_factor / found["router_factor"],
         )
-        return read(model, backend, record["function"], record["arguments"], layer, self.flashinfer)
+        return read(model, scheme, record["function"], record["arguments"], layer, self.flashinfer)
 
 
 def _way(record: Mapping[str, Any]) -> str:

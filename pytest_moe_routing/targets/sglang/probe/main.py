@@ -42,7 +42,7 @@ _TOKENS = 64
 _LAYER = 5
 _SIZE = 256
 
-#: Backend: module and class of the quantization config, and its arguments.
+#: Scheme: module and class of the quantization config, and its arguments.
 _CONFIGS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "fp8_block": ("fp8", "Fp8Config", {"weight_block_size": [128, 128]}),
     "mxfp8": ("fp8", "Fp8Config", {"weight_block_size": [1, 32], "use_mxfp8": True}),
@@ -89,19 +89,19 @@ class Blocks:
         """What `--moe-runner-backend flashinfer_trtllm` may be combined with; None for anything."""
         return self.sources.accepted_quantizations()
 
-    def capture(self, architecture: str, config: dict[str, Any], backend: str) -> dict[str, Any]:
+    def capture(self, architecture: str, config: dict[str, Any], scheme: str) -> dict[str, Any]:
         """What the model's code asks for, and what reaches the kernel.
 
         Raises:
             Unsupported: The block cannot be found, built or run, or there are several that differ.
         """
-        if backend not in _CONFIGS:
-            raise Unsupported(f"how SGLang serves {backend} is not known to this adapter")
+        if scheme not in _CONFIGS:
+            raise Unsupported(f"how SGLang serves {scheme} is not known to this adapter")
         answers: dict[str, dict[str, Any]] = {}
         for module, name, given in self.sources.blocks(architecture):
             block = f"{module.removeprefix('sglang.srt.')}.{name}"
             try:
-                answers[block] = self._run(module, name, given, config, backend)
+                answers[block] = self._run(module, name, given, config, scheme)
             except Unsupported as reason:
                 raise Unsupported(f"{block}: {reason}") from reason
         first, *others = answers
@@ -116,14 +116,14 @@ class Blocks:
         name: str,
         given: Mapping[str, Any],
         values: Mapping[str, Any],
-        backend: str,
+        scheme: str,
     ) -> dict[str, Any]:
         seen, self.calls[:] = _Seen(), []
         answer: dict[str, Any] = {"refused": None, "failed": None}
         output: Any = None
         try:
             with _watching(seen), torch.no_grad():
-                block = _build(module, name, given, values, backend)
+                block = _build(module, name, given, values, scheme)
                 _fill(block, seen)
                 output = _forward(block, values["num_experts"])
         except RoutedOutside:
@@ -166,21 +166,21 @@ class Blocks:
         }
 
 
-def _quant_config(backend: str) -> Any:
+def _quant_config(scheme: str) -> Any:
     """The quantization config of a checkpoint that is quantized so; None for one that is not."""
-    module, name, options = _CONFIGS[backend]
+    module, name, options = _CONFIGS[scheme]
     if not module:
         return None
     return getattr(import_module(f"{_LAYERS}.quantization.{module}"), name)(True, **options)
 
 
 def _build(
-    module: str, name: str, given: Mapping[str, Any], values: Mapping[str, Any], backend: str
+    module: str, name: str, given: Mapping[str, Any], values: Mapping[str, Any], scheme: str
 ) -> nn.Module:
     """The block, as a decoder layer would make it."""
     known = {
         "config": _Config(values),
-        "quant_config": _quant_config(backend),
+        "quant_config": _quant_config(scheme),
         "prefix": f"model.layers.{_LAYER}.mlp",
         "layer_id": _LAYER,
         "layer_idx": _LAYER,

@@ -25,10 +25,10 @@ from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.config import chosen, moe_config, quant_config
 from pytest_moe_routing.targets.vllm.probe.experts import (
-    BACKENDS,
     MOE,
     QUANTIZATION,
-    VllmBackend,
+    SCHEMES,
+    ServedScheme,
 )
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 
@@ -39,7 +39,7 @@ _PACK = "trtllm_moe_pack_topk_ids_weights"
 _REFUSALS = (AssertionError, DoesNotBind, ImportError, KeyError, NotImplementedError, ValueError)
 
 
-def capture(model: Mapping[str, Any], backend: str, method: str) -> dict[str, Any]:
+def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any]:
     """What reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
 
     Each of the `calls` is `by` whom, in how many `shards`, and either the `function` and its
@@ -49,7 +49,7 @@ def capture(model: Mapping[str, Any], backend: str, method: str) -> dict[str, An
     Raises:
         Unsupported: The release has no such experts, or none that a layer calls.
     """
-    row = BACKENDS[backend]
+    row = SCHEMES[scheme]
     experts = experts_of(row)
     methods = _methods(row)
     if not methods:
@@ -70,13 +70,13 @@ def capture(model: Mapping[str, Any], backend: str, method: str) -> dict[str, An
     }
 
 
-def capture_modular(model: Mapping[str, Any], backend: str) -> dict[str, Any]:
+def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     """What reaches the kernel from the experts that are given ids and weights; see `capture`.
 
     Raises:
         Unsupported: The release has no such experts.
     """
-    row = BACKENDS[backend]
+    row = SCHEMES[scheme]
     experts = experts_of(row, modular=True)
     method = release.classify(model)[0]
     calls = []
@@ -132,7 +132,7 @@ def _given(experts: Any, layer: _Layer) -> dict[str, Any]:
     return _recorded(call, {"ids": ids, "weights": weights, "packed": packed}, experts.__name__)
 
 
-def _methods(row: VllmBackend) -> list[Any]:
+def _methods(row: ServedScheme) -> list[Any]:
     """The layers' methods that call monolithic experts, as functions."""
     found = []
     for module, name in row.methods:
@@ -153,7 +153,7 @@ class _Layer:
     def __init__(
         self,
         model: Mapping[str, Any],
-        row: VllmBackend,
+        row: ServedScheme,
         method: str,
         shards: int,
         is_class: bool,
@@ -212,7 +212,7 @@ class _Layer:
         self.g1_scale_c = self.g1_alphas = self.g2_alphas = self.a1_gscale = each
 
     def _make_tensors(self, gated: bool) -> None:
-        """Activations as the backend has them, and weights that nobody reads."""
+        """Activations as the scheme has them, and weights that nobody reads."""
         name, a_byte, a_scale, scale_dtype = self.row.quantized
         dtype = getattr(torch, name)
         local, inner = self.local_num_experts, self.intermediate_size_per_partition
@@ -286,7 +286,7 @@ class _Caller:
 
     is_monolithic = True
 
-    def __init__(self, kernel: Any, row: VllmBackend) -> None:
+    def __init__(self, kernel: Any, row: ServedScheme) -> None:
         self.moe_kernel = kernel
         block = row.quantization[2]
         self.block_quant = block is not None

@@ -10,7 +10,7 @@ import torch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.reference.activation import ACTIVATIONS
-from pytest_moe_routing.targets.vllm.probe.experts import MOE, VllmBackend
+from pytest_moe_routing.targets.vllm.probe.experts import MOE, ServedScheme
 from pytest_moe_routing.targets.vllm.probe.release import accepted, config, real
 
 
@@ -97,7 +97,7 @@ def moe_config(
     return cls(**accepted(cls, arguments))
 
 
-def quant_config(row: VllmBackend, experts: int, layer: Any) -> Any:
+def quant_config(row: ServedScheme, experts: int, layer: Any) -> Any:
     """The `FusedMoEQuantConfig` of a layer, with scales that are all 1."""
     activations, weights, block = row.quantization
     one = torch.ones(())

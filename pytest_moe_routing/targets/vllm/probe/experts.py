@@ -1,4 +1,4 @@
-"""Where each release of vLLM keeps what serves a backend. Names only: nothing is imported here.
+"""Where each release of vLLM keeps what serves a scheme. Names only: nothing is imported here.
 
 Every list is in order of preference: the first that a release has is used.
 """
@@ -15,7 +15,7 @@ KEYS = f"{QUANTIZATION}.utils.quant_utils"
 
 
 @dataclass(frozen=True)
-class VllmBackend:
+class ServedScheme:
     """What serves one quantization scheme.
 
     Attributes:
@@ -57,8 +57,8 @@ _W8A8_FP8 = (
 
 _FP8_MODULAR = (("experts.trtllm_fp8_moe", "TrtLlmFp8ExpertsModular"),)
 
-BACKENDS: Mapping[str, VllmBackend] = {
-    "fp8_block": VllmBackend(
+SCHEMES: Mapping[str, ServedScheme] = {
+    "fp8_block": ServedScheme(
         _FP8,
         ("kFp8Static128BlockSym", "kFp8Dynamic128Sym"),
         (("fp8", "Fp8MoEMethod"), *_W8A8_FP8),
@@ -66,7 +66,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         quantization=("float8_e4m3fn", "", (128, 128)),
         modular=_FP8_MODULAR,
     ),
-    "fp8_per_tensor": VllmBackend(
+    "fp8_per_tensor": ServedScheme(
         _FP8,
         ("kFp8StaticTensorSym", "kFp8StaticTensorSym"),
         (("modelopt", "ModelOptFp8MoEMethod"), ("fp8", "Fp8MoEMethod"), *_W8A8_FP8),
@@ -74,7 +74,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         quantization=("float8_e4m3fn", "", None),
         modular=_FP8_MODULAR,
     ),
-    "mxfp8": VllmBackend(
+    "mxfp8": ServedScheme(
         _FP8,
         ("kMxfp8Static", "kMxfp8Dynamic"),
         (
@@ -88,7 +88,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         quantization=("mxfp8", "", (1, 32)),
         modular=_FP8_MODULAR,
     ),
-    "nvfp4": VllmBackend(
+    "nvfp4": ServedScheme(
         (
             ("experts.trtllm_nvfp4_moe", "TrtLlmNvFp4ExpertsMonolithic"),
             ("quantization.utils.flashinfer_fp4_moe", "is_supported_config_trtllm"),
@@ -107,7 +107,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         quantization=("nvfp4", "", None),
         modular=(("experts.trtllm_nvfp4_moe", "TrtLlmNvFp4ExpertsModular"),),
     ),
-    "bf16": VllmBackend(
+    "bf16": ServedScheme(
         (
             ("experts.trtllm_bf16_moe", "TrtLlmBf16ExpertsMonolithic"),
             ("experts.trtllm_bf16_moe", "TrtLlmBf16Experts"),
@@ -118,7 +118,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         ("bfloat16", 1, 0, ""),
         modular=(("experts.trtllm_bf16_moe", "TrtLlmBf16ExpertsModular"),),
     ),
-    "mxfp4": VllmBackend(
+    "mxfp4": ServedScheme(
         (("experts.trtllm_mxfp4_moe", "TrtLlmMxfp4ExpertsMonolithic"),),
         ("kMxfp4Static", "kMxfp8Dynamic"),
         (("mxfp4", "GptOssMxfp4MoEMethod"), ("mxfp4", "Mxfp4MoEMethod")),
@@ -127,7 +127,7 @@ BACKENDS: Mapping[str, VllmBackend] = {
         quantization=("mxfp8", "mxfp4", None),
         modular=(("experts.trtllm_mxfp4_moe", "TrtLlmMxfp4ExpertsModular"),),
     ),
-    "mxint4": VllmBackend(
+    "mxint4": ServedScheme(
         (("experts.trtllm_mxint4_moe", "TrtLlmMxint4ExpertsMonolithic"),),
         ("kInt4Static32", ""),
         (

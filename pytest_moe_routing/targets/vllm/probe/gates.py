@@ -1,4 +1,4 @@
-"""The gates that a release of vLLM puts before a backend's monolithic experts, one by one."""
+"""The gates that a release of vLLM puts before a scheme's monolithic experts, one by one."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.vllm.probe.config import activation_name, moe_config
 from pytest_moe_routing.targets.vllm.probe.experts import (
-    BACKENDS,
     KEYS,
     LAYERS,
     MOE,
-    VllmBackend,
+    SCHEMES,
+    ServedScheme,
 )
 from pytest_moe_routing.targets.vllm.probe.release import accepted, real
 
 
-def experts_of(backend: VllmBackend, *, modular: bool = False) -> Any:
-    """A backend's monolithic experts, see `VllmBackend.experts`: a class, or a function.
+def experts_of(scheme: ServedScheme, *, modular: bool = False) -> Any:
+    """A scheme's monolithic experts, see `VllmBackend.experts`: a class, or a function.
 
     Args:
         modular: The class that is given ids and weights instead.
@@ -26,36 +26,36 @@ def experts_of(backend: VllmBackend, *, modular: bool = False) -> Any:
     Raises:
         Unsupported: The release has none.
     """
-    places = backend.modular if modular else backend.experts
+    places = scheme.modular if modular else scheme.experts
     for module, name in places:
         below = LAYERS if module.startswith("quantization.") else MOE
         try:
             return getattr(real(f"{below}.{module}"), name)
         except (Unsupported, AttributeError):
             continue
-    missing = places[0][1] if places else "modular experts for this backend"
+    missing = places[0][1] if places else "modular experts for this scheme"
     raise Unsupported(f"this release has no {missing}")
 
 
-def quant_keys(backend: VllmBackend) -> tuple[Any, Any]:
-    """The quantization keys of a backend's weights and activations.
+def quant_keys(scheme: ServedScheme) -> tuple[Any, Any]:
+    """The quantization keys of a scheme's weights and activations.
 
     Raises:
         Unsupported: This release does not know the scheme.
     """
     known = real(KEYS)
-    for name in backend.keys:
+    for name in scheme.keys:
         if name and not hasattr(known, name):
             raise Unsupported(f"this release has no quantization key {name}")
-    weight, activation = (getattr(known, name) if name else None for name in backend.keys)
+    weight, activation = (getattr(known, name) if name else None for name in scheme.keys)
     return weight, activation
 
 
 def gates(
-    model: Mapping[str, Any], backend: str, method: str, modular: bool = False
+    model: Mapping[str, Any], scheme: str, method: str, modular: bool = False
 ) -> list[list[Any]]:
-    """Every gate of the backend's experts as [name, answer, reason], then all of them at once."""
-    row = BACKENDS[backend]
+    """Every gate of the scheme's experts as [name, answer, reason], then all of them at once."""
+    row = SCHEMES[scheme]
     owner = experts_of(row, modular=modular)
     weight, activation_key = quant_keys(row)
     try:

@@ -1,7 +1,7 @@
 """One release of vLLM, imported to be asked as if it ran on a Blackwell GPU.
 
 FlashInfer is a recorder with the entry points of one release, so whether vLLM finds it good enough
-is asked for real. A model is what `ModelSpec.as_dict` says; an opt-in switch that a backend needs
+is asked for real. A model is what `ModelSpec.as_dict` says; an opt-in switch that a scheme needs
 counts as switched on.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets import recorder, stubs
-from pytest_moe_routing.targets.vllm.probe.experts import BACKENDS, MOE, QUANTIZATION
+from pytest_moe_routing.targets.vllm.probe.experts import MOE, QUANTIZATION, SCHEMES
 from pytest_moe_routing.targets.vllm.probe.models import (
     has_architecture,
     routing_function,
@@ -50,8 +50,8 @@ _REAL = (
     ),
     *dict.fromkeys(
         f"{QUANTIZATION}.{module}"
-        for backend in BACKENDS.values()
-        for module, _ in backend.methods
+        for scheme in SCHEMES.values()
+        for module, _ in scheme.methods
         if not module.startswith(".")
     ),
     "vllm.scalar_type",

@@ -1,4 +1,4 @@
-"""The lattice of routers: what it holds, how it is judged, and that the builtin target passes."""
+"""The config sweep: what it holds, how it is judged, and that the builtin target passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import ModelSpec, load_models
-from pytest_moe_routing.oracle.config_sweep import Once, lattice, sweep, sweep_behind_gates
+from pytest_moe_routing.oracle.config_sweep import (
+    CachedTarget,
+    sweep,
+    sweep_behind_gates,
+    swept_routers,
+)
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.schemes import SERVED_SCHEMES
@@ -22,21 +27,21 @@ MODELS = load_models(packaged_directory())
 NEWEST = known_releases()[-1]
 
 
-def serving(backend):
-    return [model for model in MODELS.values() if backend in model.checkpoints]
+def serving(scheme):
+    return [model for model in MODELS.values() if scheme in model.checkpoints]
 
 
-def test_the_lattice_is_bounded_valid_and_in_order():
-    routers = lattice()
+def test_the_sweep_is_bounded_valid_and_in_order():
+    routers = swept_routers()
     assert 2000 < len(routers) < 6000
     assert len(set(routers)) == len(routers)
     assert not [problem for router in routers for problem in router.problems()]
     sizes = [(router.num_experts, router.top_k) for router in routers]
     assert sizes == sorted(sizes)
-    assert set(lattice(1)) <= set(routers)
+    assert set(swept_routers(1)) <= set(routers)
 
 
-def test_the_lattice_surrounds_every_expressible_model():
+def test_the_sweep_surrounds_every_expressible_model():
     """But for sizes, every model's router is in it, or one step away from one that is."""
 
     def words(router):
@@ -51,7 +56,7 @@ def test_the_lattice_surrounds_every_expressible_model():
             router.weight_on,
         )
 
-    there = {words(router) for router in lattice()}
+    there = {words(router) for router in swept_routers()}
     for model in MODELS.values():
         if model.router.not_expressible is None:
             mine = words(model.router)
@@ -60,18 +65,18 @@ def test_the_lattice_surrounds_every_expressible_model():
 
 @pytest.mark.parametrize("release", known_releases())
 def test_the_builtin_target_passes(release):
-    """In the release in force the suite sweeps the whole lattice; here its heart, in each."""
-    routers = lattice() if release in ("0.6.8", "0.6.12") else lattice(1)
-    target = Once(BuiltinTarget(FlashInfer.of(release)))
-    for backend in SERVED_SCHEMES:
-        found = sweep(target, backend, (), routers)
+    """In the release in force the suite sweeps the whole config sweep; here its heart, in each."""
+    routers = swept_routers() if release in ("0.6.8", "0.6.12") else swept_routers(1)
+    target = CachedTarget(BuiltinTarget(FlashInfer.of(release)))
+    for scheme in SERVED_SCHEMES:
+        found = sweep(target, scheme, (), routers)
         assert not found.causes, "\n".join(found.lines())
         assert found.verdicts.total() == len(routers)
 
 
 def test_history_of_scaled_minimax2():
     """vLLM 0.22's classifier: a handful of causes, and the one that a model reaches."""
-    target = Once(miniatures.Vllm022(FlashInfer.of("0.6.12")))
+    target = CachedTarget(miniatures.Vllm022(FlashInfer.of("0.6.12")))
     found = sweep(target, "nvfp4", serving("nvfp4"))
     assert len(found.causes) < 40
     [scaled] = [
@@ -91,7 +96,7 @@ def test_history_of_scaled_minimax2():
 
 
 def test_causes_that_are_others_together_are_left_out():
-    target = Once(miniatures.Vllm022(FlashInfer.of("0.6.12")))
+    target = CachedTarget(miniatures.Vllm022(FlashInfer.of("0.6.12")))
     softmax = {c.why for c in sweep(target, "nvfp4", ()).causes if c.method == "Default"}
     assert {("scale",), ("groups",)} <= softmax
     assert not any({"scale", "groups"} <= set(why) for why in softmax)
@@ -103,20 +108,20 @@ class Gated(BuiltinTarget):
     name = "gated"
     methods = ("Renormalize", "RenormalizeNaive")
 
-    def gates(self, model, backend, method):
+    def gates(self, model, scheme, method):
         return (
             Gate("routing method", method in self.methods, f"{method} is not taken"),
             Gate("shape", model.router.num_experts != 8, "8 experts"),
         )
 
-    def capture(self, model, backend, method):
-        call = kernel_call(model.router, backend, method, self.flashinfer)
+    def capture(self, model, scheme, method):
+        call = kernel_call(model.router, scheme, method, self.flashinfer)
         return Captured(replace(call, routed_scaling_factor=1.0))
 
 
 def test_what_only_a_routing_gate_stops_is_judged():
     """vLLM PR 44007: the gate of MXFP4 hid that four arguments were None."""
-    target = Once(Gated(FlashInfer.of(NEWEST)))
+    target = CachedTarget(Gated(FlashInfer.of(NEWEST)))
     assert not [c for c in sweep(target, "fp8_block", ()).causes if c.method == "DeepSeekV3"]
     found = sweep_behind_gates(target, "fp8_block", serving("fp8_block"))
     [lost] = [cause for cause in found.causes if cause.method == "DeepSeekV3"]
@@ -132,12 +137,12 @@ def test_what_only_a_routing_gate_stops_is_judged():
 
 def test_behind_open_gates_there_is_nothing(monkeypatch):
     monkeypatch.setattr(Gated, "methods", FlashInfer.of(NEWEST).methods)
-    found = sweep_behind_gates(Once(Gated(FlashInfer.of(NEWEST))), "mxfp4", ())
+    found = sweep_behind_gates(CachedTarget(Gated(FlashInfer.of(NEWEST))), "mxfp4", ())
     assert (found.verdicts.total(), found.unanswered.total()) == (0, 0)
 
 
 def test_calls_that_are_not_recorded_cannot_be_judged_behind_gates():
-    found = sweep_behind_gates(Once(BuiltinTarget(FlashInfer.of(NEWEST))), "nvfp4", ())
+    found = sweep_behind_gates(CachedTarget(BuiltinTarget(FlashInfer.of(NEWEST))), "nvfp4", ())
     assert set(found.unanswered) == {"builtin 0.1.0: its calls are not recorded"}
     assert not found.verdicts
 
@@ -163,19 +168,19 @@ class Counting(BuiltinTarget):
         self.asked["classify"] += 1
         return super().classify(model)
 
-    def gates(self, model, backend, method):
-        self.asked["gates", backend] += 1
-        return super().gates(model, backend, method)
+    def gates(self, model, scheme, method):
+        self.asked["gates", scheme] += 1
+        return super().gates(model, scheme, method)
 
-    def kernel_call(self, model, backend, method):
-        self.asked["kernel_call", backend] += 1
-        return super().kernel_call(model, backend, method)
+    def kernel_call(self, model, scheme, method):
+        self.asked["kernel_call", scheme] += 1
+        return super().kernel_call(model, scheme, method)
 
 
 def test_questions_are_few():
     """Every router is asked about, once for each thing that can differ."""
-    target, routers = Counting(FlashInfer.of(NEWEST)), lattice(1)
-    once = Once(target)
+    target, routers = Counting(FlashInfer.of(NEWEST)), swept_routers(1)
+    once = CachedTarget(target)
     exact = {b: sweep(once, b, (), routers).verdicts["exact"] for b in ("nvfp4", "fp8_block")}
     assert target.asked == {
         "version": 1,
@@ -196,7 +201,7 @@ class AnswersSoftmax(BuiltinTarget):
 
 
 def test_what_cannot_be_answered_is_counted():
-    found = sweep(AnswersSoftmax(FlashInfer.of(NEWEST)), "nvfp4", (), lattice(1))
-    assert found.unanswered["too hard"] + found.verdicts.total() == len(lattice(1))
+    found = sweep(AnswersSoftmax(FlashInfer.of(NEWEST)), "nvfp4", (), swept_routers(1))
+    assert found.unanswered["too hard"] + found.verdicts.total() == len(swept_routers(1))
     assert found.unanswered["too hard"] > 50
     assert "without an answer" in found.lines()[0]

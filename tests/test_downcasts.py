@@ -9,7 +9,7 @@ import pytest
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.oracle.downcasts import lines, lost_needlessly
+from pytest_moe_routing.oracle.downcasts import avoidable_downcasts, lines
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.target import Captured
@@ -23,11 +23,11 @@ class Rounds(BuiltinTarget):
 
     name = "rounds"
 
-    def gates(self, model, backend, method):
+    def gates(self, model, scheme, method):
         return (Gate("anything goes", True),)
 
-    def capture(self, model, backend, method):
-        call = kernel_call(model.router, backend, method, self.flashinfer)
+    def capture(self, model, scheme, method):
+        call = kernel_call(model.router, scheme, method, self.flashinfer)
         rounded = ["logits"] if model.router.logits_dtype == "float32" else ["gate"]
         if model.router.correction_bias:
             call = replace(call, bias_dtype="bfloat16")
@@ -36,7 +36,7 @@ class Rounds(BuiltinTarget):
 
 
 @pytest.mark.parametrize(
-    ("model", "backend", "release", "lost"),
+    ("model", "scheme", "release", "lost"),
     [
         # The kernel without groups adds the bias in float32, the grouped one in bfloat16 itself.
         ("minimax-m2", "nvfp4", "0.7.2.post1", ["logits", "bias"]),
@@ -48,15 +48,15 @@ class Rounds(BuiltinTarget):
         ("qwen3-235b-a22b", "fp8_block", "0.6.8", ["gate"]),
     ],
 )
-def test_only_what_the_kernel_takes_is_lost(model, backend, release, lost):
-    found = judge(Rounds(FlashInfer.of(release)), MODELS[model], backend)
+def test_only_what_the_kernel_takes_is_lost(model, scheme, release, lost):
+    found = judge(Rounds(FlashInfer.of(release)), MODELS[model], scheme)
     assert found.verdict == "exact"
-    assert lost_needlessly(found) == lost
+    assert avoidable_downcasts(found) == lost
 
 
 def test_the_message_counts_tokens_that_get_other_experts():
     found = judge(Rounds(FlashInfer.of("0.7.2.post1")), MODELS["glm-5.2"], "nvfp4")
-    text = "\n".join(lines(found, lost_needlessly(found)))
+    text = "\n".join(lines(found, avoidable_downcasts(found)))
     assert text.startswith(
         "glm-5.2 on nvfp4, decided by rounds 0.1.0: less precise than its kernel"
     )
@@ -67,13 +67,13 @@ def test_the_message_counts_tokens_that_get_other_experts():
 
 def test_nothing_rounded_is_nothing_lost():
     found = judge(BuiltinTarget(FlashInfer.of("0.7.2.post1")), MODELS["glm-5.2"], "nvfp4")
-    assert lost_needlessly(found) == []
+    assert avoidable_downcasts(found) == []
 
 
 def test_the_suite_asks_recorded_calls_only(host):
     models = ("--moe-models", "minimax-m2,gpt-oss-20b")
-    run = ("--moe-golden", "-k", "test_precision", "-rs", *models)
-    result = host.runpytest_subprocess(*run, "--moe-target", "test_precision:Rounds")
+    run = ("--moe-golden", "-k", "test_downcasts", "-rs", *models)
+    result = host.runpytest_subprocess(*run, "--moe-target", "test_downcasts:Rounds")
     result.assert_outcomes(failed=3, deselected=result.parseoutcomes()["deselected"])
     result.stdout.fnmatch_lines(["minimax-m2 on nvfp4, decided by rounds 0.1.0: less precise*"])
     other = host.runpytest_subprocess(*run, "--moe-target", "miniatures:LosesScale")

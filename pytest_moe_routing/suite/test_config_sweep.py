@@ -1,0 +1,41 @@
+"""What the target in force makes of routers that no model has, yet."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.suite.skips import unsupported_is_skipped
+
+
+@pytest.fixture(scope="module")
+def cached_target(moe_target):
+    from pytest_moe_routing.oracle.config_sweep import CachedTarget
+
+    return CachedTarget(moe_target)
+
+
+def check(sweep, cached_target, moe_scheme, moe_session):
+    from pytest_moe_routing.errors import Unsupported
+
+    models = [model for model, scheme in moe_session.cases if scheme == moe_scheme]
+    with unsupported_is_skipped():
+        found = sweep(cached_target, moe_scheme, models)
+        if not found.verdicts:
+            nothing = [("no call of the config sweep is stopped by such a gate alone", 0)]
+            raise Unsupported((found.unanswered.most_common(1) or nothing)[0][0])
+    if found.causes:
+        pytest.fail("\n".join(found.lines()), pytrace=False)
+
+
+def test_config_sweep(cached_target, moe_scheme, moe_session):
+    """No router of the config sweep passes all gates and goes wrong, or crashes."""
+    from pytest_moe_routing.oracle.config_sweep import sweep
+
+    check(sweep, cached_target, moe_scheme, moe_session)
+
+
+def test_behind_gates(moe_framework, cached_target, moe_scheme, moe_session):
+    """No call that only a gate for the routing method stops would go wrong."""
+    from pytest_moe_routing.oracle.config_sweep import sweep_behind_gates
+
+    check(sweep_behind_gates, cached_target, moe_scheme, moe_session)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError
@@ -23,6 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain.add_argument("--flashinfer", metavar="RELEASE", help="default: installed, or newest")
     explain.add_argument("--target", default="builtin", help="who decides (default: builtin)")
     explain.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
+    explain.add_argument(
+        "--schemes",
+        default="",
+        metavar="NAMES",
+        help="comma-separated schemes, or all (default: those of published checkpoints)",
+    )
     add = commands.add_parser("add", help="write a model folder from a Hugging Face config.json")
     add.add_argument("config", type=Path, help="the file, or the folder that holds it")
     add.add_argument("directory", type=Path, help="the golden directory to write into")
@@ -67,59 +73,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from pytest_moe_routing.flashinfer import FlashInfer
-    from pytest_moe_routing.goldens import packaged_directory
-    from pytest_moe_routing.models import load_model, load_models, read_config
-    from pytest_moe_routing.oracle.exact import exact_calls
-    from pytest_moe_routing.oracle.judge import judge, show_call
-    from pytest_moe_routing.routing import recipe_of
-    from pytest_moe_routing.schemes import SERVED_SCHEMES
-    from pytest_moe_routing.targets import load_target
+    from pytest_moe_routing.report import explain
+    from pytest_moe_routing.session import MoESession
 
-    path = Path(arguments.model)
-    if path.exists():
-        is_model = path.suffix in (".yaml", ".yml") or (path / "model.yaml").is_file()
-        model = load_model(path) if is_model else read_config(path)
-    else:
-        models = load_models(packaged_directory(), *arguments.golden_dir)
-        if arguments.model not in models:
-            known = ", ".join(models)
-            raise MoERoutingError(
-                f"{arguments.model!r} is no file and no known model; models: {known}"
-            )
-        model = models[arguments.model]
-    flashinfer = FlashInfer.of(arguments.flashinfer)
-    target = load_target(arguments.target, flashinfer)
+    session = MoESession(
+        target_name=arguments.target,
+        model_patterns=[],
+        scheme_names=_names(arguments.schemes),
+        flashinfer_release=arguments.flashinfer,
+        golden_dirs=arguments.golden_dir,
+    )
+    text, fails = explain.page(session, arguments.model)
+    print(text, end="")
+    return int(fails)
 
-    def text() -> Iterator[str]:
-        yield f"{model.model} ({model.hf_repo}, {model.architecture})"
-        yield f"  router   {recipe_of(model.router)}"
-        if model.router.not_expressible:
-            yield f"  but      {model.router.not_expressible}"
-        yield f"  experts  {model.router.num_experts}, logits {model.router.logits_dtype}"
-        yield from (f"  note     {note}" for note in model.notes)
-        yield f"  decided  {target.classify(model)}"
-        yield f"  judged   by {target} against {flashinfer}"
 
-    print("\n".join(text()))
-    unserved = [name for name in model.checkpoints if name not in SERVED_SCHEMES]
-    if unserved:
-        print(f"\nnot judged: {', '.join(unserved)}; schemes: {', '.join(SERVED_SCHEMES)}")
-    good = True
-    for scheme in (name for name in model.checkpoints if name in SERVED_SCHEMES):
-        found = judge(target, model, scheme)
-        good = good and found.good
-        same = ", ".join(map(show_call, exact_calls(model, scheme, flashinfer))) or "none"
-        print(f"\n{scheme}: {found.verdict}")
-        for gate in found.gates:
-            print(f"  gate     {gate}")
-        print(f"  same     {same}")
-        # The first lines of a judgement repeat what stands above.
-        skipped = ("  router", "  decided", "  gate", "  exact ")
-        for line in found.lines()[1:]:
-            if not line.startswith(skipped):
-                print(line)
-    return 0 if good else 1
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _add(arguments: argparse.Namespace) -> int:
@@ -185,21 +155,17 @@ def _history(arguments: argparse.Namespace) -> int:
     from pytest_moe_routing.report import history
     from pytest_moe_routing.report.files import check_suffix, write_text
     from pytest_moe_routing.session import MoESession
-    from pytest_moe_routing.targets import check_target
 
     if arguments.out:
         check_suffix(arguments.out, tuple(history.FORMATS))
     if not arguments.target.isidentifier():
         raise MoERoutingError(f"found target {arguments.target!r}, expected a registered name")
 
-    def names(text: str) -> list[str]:
-        return [name.strip() for name in text.split(",") if name.strip()]
-
     sessions = [
         MoESession(
             target_name=f"{arguments.target}@{path}",
-            model_patterns=names(arguments.models),
-            scheme_names=names(arguments.schemes),
+            model_patterns=_names(arguments.models),
+            scheme_names=_names(arguments.schemes),
             flashinfer_release=arguments.flashinfer,
             golden_dirs=arguments.golden_dir,
         )
@@ -207,7 +173,7 @@ def _history(arguments: argparse.Namespace) -> int:
     ]
     sessions[0].check()
     for session in sessions:
-        check_target(session.target_name)
+        _ = session.located
     releases = history.survey(sessions)
     form = history.FORMATS[arguments.out.suffix] if arguments.out else history.terminal
     text = form(arguments.target, releases, every=arguments.all)

@@ -20,7 +20,7 @@ from packaging.version import InvalidVersion, Version
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
 from pytest_moe_routing.models.sections import Section, compose, fail_at, show
 from pytest_moe_routing.models.spec import Problem, key
-from pytest_moe_routing.oracle.judge import GOOD, VERDICTS
+from pytest_moe_routing.oracle.failure import PROPERTY, Failure, failures_of, text_of
 from pytest_moe_routing.targets import target_names
 
 if TYPE_CHECKING:
@@ -35,17 +35,16 @@ _OUTPUT = "moe_known_failures"
 class KnownFailure:
     """One entry. Releases are ranges: from `since` on, and before `until`."""
 
-    #: A shell pattern of the ids in a test's brackets, as in `test_verdict[deepseek-r1-nvfp4]`.
-    case: str = key(str)
     #: The target's name, without `@PATH`.
     target: str = key(str)
     reason: str = key(str)
-    link: str = key(str)
+    #: The id of the cause, as a failure shows it. Required for tests that state their causes;
+    #: without it, an entry is about any failure of a test that states none, such as a GPU test.
+    cause: str | None = key(str, default=None, nullable=True)
+    #: A shell pattern of the ids in a test's brackets, as in `test_verdict[deepseek-r1-nvfp4]`.
+    case: str = key(str, default="*")
     test: str = key(str, default="test_verdict")
-    #: The verdict that is known; another one fails. Without it, any failure is the known one.
-    verdict: str | None = key(
-        str, default=None, choices=tuple(v for v in VERDICTS if v not in GOOD), nullable=True
-    )
+    link: str | None = key(str, default=None, nullable=True)
     since: str | None = key(str, default=None, nullable=True)
     until: str | None = key(str, default=None, nullable=True)
     flashinfer_since: str | None = key(str, default=None, nullable=True)
@@ -58,7 +57,9 @@ class KnownFailure:
         for name in ("case", "reason"):
             if not getattr(self, name).strip():
                 yield name, "nothing", "text"
-        if not self.link.startswith(("https://", "http://")):
+        if self.cause is not None and not self.cause.strip():
+            yield "cause", "nothing", "the id of a cause"
+        if self.link is not None and not self.link.startswith(("https://", "http://")):
             yield "link", repr(self.link), "https://..., where the failure is written about"
         if ":" not in self.target and self.target not in target_names():
             names = ", ".join(target_names())
@@ -78,8 +79,12 @@ class KnownFailure:
     def matches(self, test: str, case: str) -> bool:
         return test == self.test and fnmatchcase(case, self.case)
 
+    @property
+    def is_about_one_case(self) -> bool:
+        return not set("*?[") & set(self.case)
+
     def __str__(self) -> str:
-        return f"{self.reason} ({self.link})"
+        return f"{self.reason} ({self.link})" if self.link else self.reason
 
 
 def load_ledger(file: Path) -> list[KnownFailure]:
@@ -104,17 +109,16 @@ def load_ledger(file: Path) -> list[KnownFailure]:
 def in_force(
     entries: Sequence[KnownFailure], *, target: str, release: Callable[[], str], flashinfer: str
 ) -> list[KnownFailure]:
-    """The entries about a target, as it is named to `load_target`, and about these releases.
+    """The entries about a target, by the name in its `TargetId`, and about these releases.
 
     The target's own release is asked for only when an entry depends on it.
 
     Raises:
         MoERoutingError: An entry has a range of releases, and the target does not say its own.
     """
-    name = target if ":" in target.partition("@")[0] else target.partition("@")[0]
 
     def concerns(entry: KnownFailure) -> bool:
-        if entry.target != name:
+        if entry.target != target:
             return False
         if not _is_between(Version(flashinfer), entry.flashinfer_since, entry.flashinfer_until):
             return False
@@ -139,12 +143,14 @@ def _is_between(release: Version, since: str | None, until: str | None) -> bool:
 
 
 class LedgerPlugin:
-    """Applies the entries in force to the tests that it is shown, and reports what they came to.
+    """Applies the entries in force to the tests that it is shown, and reports what became of them.
+
+    An entry silences one cause: a test is an xfail only if every cause of its failure is known.
 
     Args:
         entries: The entries in force.
         whole_suite: Whether the run is about every case of the suite, so that an entry that matches
-            none makes it fail.
+            none, or whose cause no case shows, makes the run fail.
     """
 
     def __init__(self, entries: Sequence[KnownFailure], *, whole_suite: bool) -> None:
@@ -152,6 +158,9 @@ class LedgerPlugin:
         self.whole_suite = whole_suite
         #: Places of entries that matched a case; None until a collection has finished.
         self.matched: set[str] | None = None
+        #: Places of entries whose cases ran, and of those whose cause was seen.
+        self.ran: set[str] = set()
+        self.seen: set[str] = set()
 
     def mark(self, item: pytest.Item, test: str, case: str) -> None:
         """Remember which entries are about a collected test."""
@@ -169,31 +178,63 @@ class LedgerPlugin:
         runs_all = item.config.getoption("runxfail", False)
         if not entries or call.when != "call" or report.skipped or runs_all:
             return report
+        self.ran |= {entry.place for entry in entries}
+        failures = failures_of(report.user_properties)
+        if failures:
+            self._apply(report, entries, failures)
+        else:
+            self._apply_without_cause(report, [e for e in entries if e.cause is None])
+        return report
+
+    def _apply(
+        self,
+        report: pytest.TestReport,
+        entries: Sequence[KnownFailure],
+        failures: Sequence[Failure],
+    ) -> None:
+        """Silence the known causes of a failed test."""
+        by_cause = {entry.cause: entry for entry in reversed(entries)}
+        known = [by_cause[f.cause] for f in failures if f.cause in by_cause]
+        self.seen |= {entry.place for entry in known}
+        unknown = [failure for failure in failures if failure.cause not in by_cause]
+        if not unknown:
+            _xfail(report, known[0])
+        elif known:
+            report.longrepr = text_of(unknown)
+        causes = {failure.cause for failure in failures}
+        properties = [(n, v) for n, v in report.user_properties if n != PROPERTY]
+        stated = [(PROPERTY, [failure.as_dict() for failure in unknown])] if unknown else []
+        report.user_properties = [*properties, *stated]
+        for entry in entries:
+            if entry.cause is None and causes and unknown:
+                text = f"{entry.place} names no cause, and this test states its causes"
+                report.sections.append(("known failures", text))
+
+    def _apply_without_cause(
+        self, report: pytest.TestReport, entries: Sequence[KnownFailure]
+    ) -> None:
+        """Silence a failure of a test that states no causes; fail if there is none any more."""
+        if not entries:
+            return
+        self.seen |= {entry.place for entry in entries}
         if report.passed:
             places = ", ".join(f"{entry.place} ({entry})" for entry in entries)
             report.outcome = "failed"
             report.longrepr = f"known failure is gone: remove or narrow the entry {places}"
             report.user_properties.append(("moe_gone", report.longrepr))
-            return report
-        properties: dict[str, Any] = dict(report.user_properties)
-        verdict = properties.get("moe_verdict", {}).get("verdict")
-        for entry in entries:
-            if entry.verdict in (None, verdict):
-                report.outcome = "skipped"
-                report.wasxfail = str(entry)
-                known = {"reason": entry.reason, "link": entry.link}
-                report.user_properties.append(("moe_known", known))
-                return report
-        places = ", ".join(f"{entry.place} knows {entry.verdict}" for entry in entries)
-        report.sections.append(("known failures", f"another failure than the known: {places}"))
-        return report
+        else:
+            _xfail(report, entries[0])
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Take over what a worker matched; each of them collects all."""
+        """Take over what a worker found; each of them collects all."""
         found = getattr(node, "workeroutput", {}).get(_OUTPUT)
         if found is not None:
-            self.matched = (self.matched or set()) | set(found)
+            matched, ran, seen = found
+            if matched is not None:
+                self.matched = (self.matched or set()) | set(matched)
+            self.ran |= set(ran)
+            self.seen |= set(seen)
 
     @property
     def unmatched(self) -> list[KnownFailure]:
@@ -202,23 +243,38 @@ class LedgerPlugin:
             return []
         return [entry for entry in self.entries if entry.place not in self.matched]
 
+    @property
+    def gone(self) -> list[KnownFailure]:
+        """Entries whose cause none of their cases shows any more."""
+        return [
+            entry
+            for entry in self.entries
+            if entry.place in self.ran
+            and entry.place not in self.seen
+            and (self.whole_suite or entry.is_about_one_case)
+        ]
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         output = getattr(session.config, "workeroutput", None)
         if output is not None:
-            output[_OUTPUT] = None if self.matched is None else sorted(self.matched)
-        elif (
-            self.unmatched
-            and self.whole_suite
-            and session.exitstatus
-            in (
-                pytest.ExitCode.OK,
-                pytest.ExitCode.NO_TESTS_COLLECTED,
-            )
+            matched = None if self.matched is None else sorted(self.matched)
+            output[_OUTPUT] = [matched, sorted(self.ran), sorted(self.seen)]
+            return
+        stale = self.gone or (self.unmatched and self.whole_suite)
+        if stale and session.exitstatus in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
         ):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.gone:
+            terminalreporter.write_line(
+                "moe-routing: known failures that are gone (remove or narrow them):", red=True
+            )
+            for entry in self.gone:
+                terminalreporter.write_line(f"  {entry.place}: {entry}", red=True)
         if not self.unmatched:
             return
         colour = {"red": True} if self.whole_suite else {"yellow": True}
@@ -230,3 +286,11 @@ class LedgerPlugin:
             terminalreporter.write_line(
                 f"  {entry.place}: {entry.test}[{entry.case}]: {entry}", **colour
             )
+
+
+def _xfail(report: pytest.TestReport, entry: KnownFailure) -> None:
+    """Turn a failed test into an expected failure."""
+    report.outcome = "skipped"
+    report.wasxfail = str(entry)
+    known = {"reason": entry.reason, "link": entry.link or ""}
+    report.user_properties.append(("moe_known", known))

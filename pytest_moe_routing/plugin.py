@@ -121,8 +121,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers",
-        "moe_models(*patterns, distinct_routers=False): run with the models whose id matches a "
-        "pattern; with distinct_routers, with one model of each router",
+        "moe_models(*patterns, distinct_routers=False, published=False): run with the models whose "
+        "id matches a pattern; with distinct_routers, with one model of each router; with "
+        "published, only in schemes of which the model has a published checkpoint",
     )
     session = config.stash[_SESSION] = MoESession(
         target_name=_option(config, "target") or BUILTIN,
@@ -138,7 +139,8 @@ def pytest_configure(config: pytest.Config) -> None:
     golden = bool(_option(config, "golden"))
     try:
         if golden:
-            session.check()
+            asks = not (hasattr(config, "workerinput") or config.option.collectonly)
+            session.check(ask=asks)
         if golden and _is_updating(config):
             _check_update(config)
         if session.ledgers:
@@ -150,12 +152,14 @@ def pytest_configure(config: pytest.Config) -> None:
             config.pluginmanager.register(known, _LEDGER)
         if not hasattr(config, "workerinput"):
             from pytest_moe_routing.report.collect import Reporter
+            from pytest_moe_routing.report.failures import Grouping
             from pytest_moe_routing.report.gpu import GpuReporter
 
             gpus = GpuReporter(*_wanted_gpu_tests(config))
             config.pluginmanager.register(gpus, "moe-routing-gpus")
             reporter = Reporter(session, paths=reports)
             config.pluginmanager.register(reporter, "moe-routing-reporter")
+            config.pluginmanager.register(Grouping(), "moe-routing-grouping")
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
     if golden:
@@ -179,6 +183,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = session.cases if "moe_scheme" in wanted else [(m, "") for m in session.models]
         if "moe_golden" in metafunc.fixturenames:
             cases = [case for case in cases if case[0] in session.golden_models]
+        if "moe_golden" in metafunc.fixturenames or _is_marked(metafunc, "published"):
+            cases = [(m, scheme) for m, scheme in cases if scheme in ("", *m.checkpoints)]
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
     for marker in metafunc.definition.iter_markers("moe_models"):
@@ -197,6 +203,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         ids = [f"{model}-{scheme}" for model, scheme in cases]
         metafunc.parametrize(tuple(wanted), cases, ids=ids)
+
+
+def _is_marked(metafunc: pytest.Metafunc, name: str) -> bool:
+    """Whether a `moe_models` marker of the test sets a keyword."""
+    return any(m.kwargs.get(name) for m in metafunc.definition.iter_markers("moe_models"))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,19 +5,21 @@ Built from the options on first use, and checked in one place: every mistake is 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing import goldens
-from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.errors import MoERoutingError, Unsupported
 
 if TYPE_CHECKING:
     from pytest_moe_routing.flashinfer import FlashInfer
     from pytest_moe_routing.ledger import KnownFailure
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
+    from pytest_moe_routing.targets.registry import Located, TargetId
 
 
 #: The embedded default target; goldens are its decisions.
@@ -42,15 +44,35 @@ class MoESession:
     configs: list[Path] = field(default_factory=list)
     ledgers: list[Path] = field(default_factory=list)
 
-    def check(self) -> None:
-        """Raise `MoERoutingError` if any option cannot be met. Imports no torch and no target."""
-        from pytest_moe_routing.targets.registry import check_target
+    def check(self, *, ask: bool = False) -> None:
+        """Raise `MoERoutingError` if any option cannot be met. Imports no torch here.
 
-        check_target(self.target_name)
+        Args:
+            ask: Make the target as well, and ask it one question: a target that cannot be asked
+                at all is one message.
+        """
+        _ = self.located
         if self.models and self.scheme_names and not self.cases:
             chosen = ", ".join(self.scheme_names)
-            raise MoERoutingError(f"no chosen model has a checkpoint for {chosen}")
+            raise MoERoutingError(f"no kernel serves a chosen model in {chosen}")
         _ = self.flashinfer
+        if ask and not self.is_builtin:
+            with suppress(Unsupported):
+                self.target.method_numbers()
+
+    @cached_property
+    def target_id(self) -> TargetId:
+        """The target's id, taken apart."""
+        from pytest_moe_routing.targets.registry import TargetId
+
+        return TargetId.parse(self.target_name)
+
+    @cached_property
+    def located(self) -> Located:
+        """The target, found and not made yet; its sources are opened once."""
+        from pytest_moe_routing.targets.registry import locate
+
+        return locate(self.target_id)
 
     @cached_property
     def models(self) -> list[ModelSpec]:
@@ -81,13 +103,13 @@ class MoESession:
 
     @cached_property
     def cases(self) -> list[tuple[ModelSpec, str]]:
-        """Every chosen model with every chosen scheme that serves a checkpoint of it."""
-        return [
-            (model, scheme)
-            for model in self.models
-            for scheme in self.schemes
-            if scheme in model.checkpoints
-        ]
+        """Every chosen model in every chosen scheme: anyone may quantize a checkpoint."""
+        return [(model, scheme) for model in self.models for scheme in self.schemes]
+
+    @cached_property
+    def published_cases(self) -> list[tuple[ModelSpec, str]]:
+        """The cases of which there is a published checkpoint."""
+        return [(model, scheme) for model, scheme in self.cases if scheme in model.checkpoints]
 
     @cached_property
     def flashinfer(self) -> FlashInfer:
@@ -100,23 +122,20 @@ class MoESession:
     def _flashinfer_origin(self) -> tuple[str | None, str]:
         """The release and why it is the one: sources at a path do not run what is installed."""
         from pytest_moe_routing.flashinfer import installed_release
-        from pytest_moe_routing.targets.registry import pinned_flashinfer
 
         if self.flashinfer_release:
             return self.flashinfer_release, "as asked for"
-        if installed_release() and "@" not in self.target_name:
+        if installed_release() and self.target_id.path is None:
             return installed_release(), "installed"
-        pin = pinned_flashinfer(self.target_name)
+        pin = self.located.pinned_flashinfer
         if pin:
             return pin, "what the target is made for"
         return None, "newest known, none installed"
 
     @cached_property
     def target(self) -> Target:
-        """The target, imported now."""
-        from pytest_moe_routing.targets import load_target
-
-        return load_target(self.target_name, self.flashinfer)
+        """The target, made now."""
+        return self.located.make(self.flashinfer)
 
     @cached_property
     def known_failures(self) -> list[KnownFailure]:
@@ -126,7 +145,7 @@ class MoESession:
         entries = [entry for file in self.ledgers for entry in load_ledger(file)]
         return in_force(
             entries,
-            target=self.target_name,
+            target=self.target_id.name,
             release=lambda: self.target.version(),
             flashinfer=self.flashinfer.release,
         )
@@ -143,7 +162,7 @@ class MoESession:
             )
         if not self.is_builtin:
             raise MoERoutingError(
-                f"--snapshot-update: goldens are the builtin target's, not {self.target_name}'s"
+                f"--snapshot-update: goldens are the builtin target's, not {self.target_id}'s"
             )
         if forked:
             raise MoERoutingError("--snapshot-update: --forked loses what is written; run without")
@@ -166,6 +185,6 @@ class MoESession:
         origin = self._flashinfer_origin[1]
         folders = dict.fromkeys(str(model.folder.parent) for model in self.golden_models)
         return (
-            f"moe-routing: target {self.target_name}, {self.flashinfer} ({origin}), "
+            f"moe-routing: target {self.target_id}, {self.flashinfer} ({origin}), "
             f"{len(self.models)} models{self._left_out()}, goldens in {', '.join(folders)}"
         )

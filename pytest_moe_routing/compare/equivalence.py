@@ -6,10 +6,11 @@ difference, and logits that a person can check by hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,46 +52,15 @@ class Counterexample:
     def num_experts(self) -> int:
         return len(self.logits)
 
-    def lines(self) -> list[str]:
-        """The token, as lines that a person can follow."""
-        sides = [f"  on the expert {side}" for side in self.sides]
-        if self.sides[0] == self.sides[1]:
-            sides = ["", ""]
-        wanted, got = _show(self.wanted), _show(self.got)
-        if (wanted, sides[0]) == (got, sides[1]):
-            wanted, got = _show(self.wanted, digits=9), _show(self.got, digits=9)
-        return [
-            f"a token of {self.num_experts} expert{'s' * (self.num_experts > 1)}",
-            f"logits   {_show_sparse(self.logits)}",
-            *([f"bias     {_show_sparse(self.bias)}"] if self.bias else []),
-            f"wanted   {wanted}{sides[0]}",
-            f"got      {got}{sides[1]}",
-        ]
-
-
-def _show(values: Mapping[int, float], digits: int = 6) -> str:
-    """Values by expert, equal ones together: `0-2 5: 0.25  3: 0.125`."""
-    experts: dict[str, list[int]] = {}
-    for expert, value in values.items():
-        experts.setdefault(f"{value:.{digits}g}", []).append(expert)
-    return "  ".join(f"{_ranges(ids)}: {text}" for text, ids in experts.items())
-
-
-def _show_sparse(values: tuple[float, ...]) -> str:
-    """As `_show`, zeros left out."""
-    others = {expert: value for expert, value in enumerate(values) if value}
-    return f"{_show(others)}  others 0" if others else "all 0"
-
-
-def _ranges(ids: list[int]) -> str:
-    """Ascending numbers, runs as `first-last`."""
-    runs: list[list[int]] = []
-    for number in ids:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    return " ".join("-".join(map(str, run)) for run in runs)
+    def as_dict(self) -> dict[str, Any]:
+        """The token as JSON; `wanted` and `got` as pairs of an expert and its weight."""
+        return {
+            "logits": list(self.logits),
+            "bias": list(self.bias),
+            "wanted": [list(pair) for pair in self.wanted.items()],
+            "got": [list(pair) for pair in self.got.items()],
+            "sides": list(self.sides),
+        }
 
 
 def counterexample(wanted: Recipe, got: Recipe, num_experts: int) -> Counterexample | None:

@@ -131,7 +131,7 @@ def _source_differences(
         tiers = sources.tiers(package, method)
         if tiers is not None:
             yield from _tier_differences(flashinfer, probe, tiers, "kernel")
-        elif not flashinfer.troubles(probe):
+        elif not flashinfer.violations(probe):
             unread.append(f"limits of the kernel of {method}")
     bounds = sources.block_scale_top_k(package)
     for method in ("Renormalize", "DeepSeekV3"):
@@ -169,14 +169,14 @@ def _tier_differences(
     for experts, top_k in tiers:
         call = replace(probe, num_experts=experts, top_k=top_k)
         size = f"{experts} experts with top_k {top_k}"
-        for _, why in flashinfer.troubles(call):
+        for why in flashinfer.violations(call):
             yield f"{probe.method}: the {who} takes {size}, our data do not: {why}"
     widest, deepest = max(e for e, _ in tiers), max(k for _, k in tiers)
     beyond = [(e, k + 1) for e, k in tiers if k == deepest]
     if who == "kernel":
         beyond.append((widest + 4, 1))
     for experts, top_k in beyond:
-        if not flashinfer.troubles(replace(probe, num_experts=experts, top_k=top_k)):
+        if not flashinfer.violations(replace(probe, num_experts=experts, top_k=top_k)):
             size = f"{experts} experts with top_k {top_k}"
             yield f"{probe.method}: our data take {size}, the {who} does not"
 
@@ -188,7 +188,7 @@ def _group_differences(flashinfer: FlashInfer, n_group: int, topk_group: int) ->
         (n_group + 1, topk_group),
         (n_group, topk_group + 1),
     ):
-        ours = not flashinfer.troubles(
+        ours = not flashinfer.violations(
             replace(probe, num_experts=16 * groups, n_group=groups, topk_group=kept)
         )
         theirs = (groups, kept) == (n_group, topk_group)

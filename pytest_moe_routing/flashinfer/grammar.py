@@ -46,6 +46,19 @@ class KernelCall:
     def kept_experts(self) -> int:
         return max(self.topk_group, 1) * self.group_size
 
+    def __str__(self) -> str:
+        """The method with the arguments that are not its defaults."""
+        arguments = []
+        if self.n_group:
+            arguments += [f"n_group={self.n_group}", f"topk_group={self.topk_group}"]
+        if self.bias == "zeros":
+            arguments.append("bias=zeros")
+        if self.routed_scaling_factor != 1.0:
+            arguments.append(f"routed_scaling_factor={self.routed_scaling_factor:g}")
+        if self.weight_on == "input":
+            arguments.append("use_routing_scales_on_input=True")
+        return f"{self.method}({', '.join(arguments)})"
+
 
 #: Names that conditions may use, and those of them that are numbers.
 _PROPERTIES = {"group_size", "kept_experts"}
@@ -137,14 +150,40 @@ class Rule:
         """Whether a call that it covers meets `when`."""
         return all(test(call) for _, test in self._when)
 
-    def broken(self, call: KernelCall) -> str | None:
-        """How a call that it covers breaks this rule, in words; None when it does not."""
+    def violation(self, call: KernelCall) -> Violation | None:
+        """How a call that it covers violates this rule; None if it does not."""
         if not self.effect or not self.applies(call):
             return None
         for name, test in self._require:
             if not test(call):
-                return f"{name} is {getattr(call, name)}, not {self.require[name]}: {self.fact}"
-        return None if self.require else self.fact
+                return Violation(self, name, self.require[name], getattr(call, name))
+        return None if self.require else Violation(self)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A rule that a call violates.
+
+    Attributes:
+        field: The field of the call that does not meet `required`; empty if the rule excludes the
+            call as a whole.
+        found: The value of that field.
+    """
+
+    rule: Rule
+    field: str = ""
+    required: str = ""
+    found: str | int | float | None = None
+
+    @property
+    def is_error(self) -> bool:
+        """Whether the launcher rejects the call; otherwise the kernel computes garbage."""
+        return self.rule.effect == "error"
+
+    def __str__(self) -> str:
+        if not self.field:
+            return self.rule.fact
+        return f"{self.field} is {self.found}, not {self.required}: {self.rule.fact}"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from packaging.version import InvalidVersion, Version
 from pytest_moe_routing.errors import ReleaseError
 from pytest_moe_routing.flashinfer import signatures
 from pytest_moe_routing.flashinfer.check import check_data
-from pytest_moe_routing.flashinfer.grammar import EntryPoint, KernelCall, Rule
+from pytest_moe_routing.flashinfer.grammar import EntryPoint, KernelCall, Rule, Violation
 from pytest_moe_routing.routing.methods import METHODS, RoutingMethodType
 from pytest_moe_routing.routing.recipe import Recipe
 
@@ -188,7 +188,7 @@ class FlashInfer:
         return tuple(self._in_force(_data()["devices"]))
 
     def entry_point(self, scheme: str) -> EntryPoint | None:
-        """The entry point that serves a scheme's scheme; None when this release has none."""
+        """The entry point that serves a scheme; None when this release has none."""
         return _entry_point(self.judged_as, scheme)
 
     def signature(self, function: str) -> inspect.Signature | None:
@@ -211,20 +211,16 @@ class FlashInfer:
             call.scale_after,
         )
 
-    def broken(self, call: KernelCall) -> list[tuple[Rule, str]]:
-        """The rules that the call breaks, and how, in words; errors first."""
-        found = [
-            (rule, how)
-            for rule in _kernel(self.judged_as, call.scheme, call.method).limits
-            if (how := rule.broken(call))
-        ]
-        return sorted(found, key=lambda broken: broken[0].effect)
-
-    def troubles(self, call: KernelCall) -> list[tuple[str, str]]:
-        """Rules that the call breaks, as (`error` or `garbage`, in words), errors first."""
+    def violations(self, call: KernelCall) -> list[Violation]:
+        """The rules that the call violates, errors first."""
         if self.number(call.method) is None or call.method == "Unspecified":
-            return [("error", f"FlashInfer {self.judged_as} has no routing method {call.method}")]
-        return [(rule.effect, how) for rule, how in self.broken(call)]
+            fact = f"FlashInfer {self.judged_as} has no routing method {call.method}"
+            return [Violation(Rule(fact, effect="error"))]
+        found = (
+            rule.violation(call)
+            for rule in _kernel(self.judged_as, call.scheme, call.method).limits
+        )
+        return sorted((v for v in found if v), key=lambda violation: not violation.is_error)
 
     def facts(self, call: KernelCall, about: Collection[str] | None = None) -> list[str]:
         """Why fields of `recipe`, all or these, are not those of the method's row."""

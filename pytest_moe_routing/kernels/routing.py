@@ -164,6 +164,6 @@ class _Tiles:
 
 def require(flashinfer: FlashInfer, call: KernelCall) -> None:
     """Raise `Unsupported` when this release's kernels are known not to run a call."""
-    troubles = flashinfer.troubles(call)
-    if troubles:
-        raise Unsupported("; ".join(text for _, text in troubles))
+    violations = flashinfer.violations(call)
+    if violations:
+        raise Unsupported("; ".join(map(str, violations)))

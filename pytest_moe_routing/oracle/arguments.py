@@ -5,20 +5,22 @@ A record is plain JSON: an argument is None, a number, a list, or for a tensor a
 dtype: `router logits`, `bias`) and `all` (the one value of a vector, float32 or zero).
 
 What routes becomes a `KernelCall`, to be judged by its meaning. Everything else must be exactly
-what the layer has, or is a problem in words.
+what the layer has, or is a finding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.grammar import KernelCall
-from pytest_moe_routing.flashinfer.rules import FlashInfer
 from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.target import Captured
 
 Arguments = Mapping[str, Any]
 
@@ -48,22 +50,16 @@ _INTEGERS = (
     "routing_method_type",
 )
 _PRECISION = ("float32", "bfloat16")
-#: What may be rounded on the way from a model to a kernel, in words.
-ROUNDED: Mapping[str, str] = {
-    "logits": "the float32 router logits are rounded to bfloat16 before the call",
-    "gate": "the router logits are made in bfloat16, and widened to float32",
-    "bias": "the float32 bias is rounded to bfloat16 before the call",
-}
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What the recording layer had that no model says.
+class RecordedLayer:
+    """Layer properties that are not part of the model.
 
     Attributes:
         rank, shards: Its place in expert parallelism.
         intermediate_size: Of its experts.
-        scale_after: What it multiplies the kernel's output by.
+        scale_after: The factor by which the layer multiplies the kernel's output.
     """
 
     rank: int = 0
@@ -72,38 +68,22 @@ class Layer:
     scale_after: float = 1.0
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a record comes to.
-
-    Attributes:
-        call: Its routing arguments; None when the launcher cannot take it.
-        problems: What is wrong, in words.
-        rounded: What is less precise than in the layer: keys of `ROUNDED`.
-    """
-
-    call: KernelCall | None
-    problems: tuple[str, ...] = ()
-    rounded: tuple[str, ...] = ()
-
-
 def read(
     model: ModelSpec,
     scheme: str,
-    function: str,
-    arguments: Arguments,
-    layer: Layer,
+    record: Mapping[str, Any],
+    layer: RecordedLayer,
     flashinfer: FlashInfer,
-) -> Reading:
-    """Read the recorded arguments of one call, defaults of the entry point included."""
-    missing = _missing(function, arguments)
+) -> Captured:
+    """Read a recorded call: its `function` and its `arguments`, defaults included."""
+    function, arguments = record["function"], record["arguments"]
+    missing = tuple(_missing(function, arguments))
     if missing:
-        return Reading(None, missing)
-    method = flashinfer.method(arguments["routing_method_type"])
+        return Captured(None, missing)
+    number = arguments["routing_method_type"]
+    method = flashinfer.method(number)
     if method is None:
-        number = arguments["routing_method_type"]
-        text = f"routing_method_type {number} is no routing method of {flashinfer}"
-        return Reading(None, (text,))
+        return Captured(None, (Finding(Kind.ENUM, str(number), None, None, function),))
     call = KernelCall(
         scheme=scheme,
         method=method,
@@ -118,49 +98,61 @@ def read(
         weight_on="input" if arguments.get("use_routing_scales_on_input") else "output",
         scale_after=layer.scale_after,
     )
-    problems = (
+    findings = (
         *_wrong_function(scheme, function, flashinfer),
         *_wrong_numbers(model, arguments, layer),
         *_wrong_tensors(arguments),
         *_wrong_memory(arguments),
         *_wrong_activation(model, arguments, flashinfer),
+        *_downcasts(model, call),
     )
-    return Reading(call, problems, tuple(_rounded(model, call)))
+    return Captured(call, tuple(replace(finding, where=function) for finding in findings))
 
 
 def read_routed(
     model: ModelSpec,
     scheme: str,
-    function: str,
-    arguments: Arguments,
-    layer: Layer,
+    record: Mapping[str, Any],
+    layer: RecordedLayer,
     flashinfer: FlashInfer,
-) -> tuple[str, ...]:
-    """What is wrong, in words, with a call that is given experts and weights.
+) -> tuple[Finding, ...]:
+    """Return what is wrong with a recorded call that is given experts and weights.
 
     The recorder knows them as `ids`, `weights` and `packed`, both in one int32.
     """
-    missing = _missing(function, arguments)
+    function, arguments = record["function"], record["arguments"]
+    missing = tuple(_missing(function, arguments))
     if missing:
         return missing
-    given = arguments.get("topk_ids")
-    parts = [part.get("is") for part in (given if isinstance(given, list) else [given]) if part]
-    wrong = parts not in (["packed"], ["ids", "weights"])
-    return (
+    topk_ids = arguments.get("topk_ids")
+    parts = topk_ids if isinstance(topk_ids, list) else [topk_ids]
+    names = [part.get("is") for part in parts if part]
+    wrong = [] if names in (["packed"], ["ids", "weights"]) else [_received("topk_ids", topk_ids)]
+    findings = (
         *_wrong_function(scheme, function, flashinfer, routed=True),
         *_wrong_numbers(model, arguments, layer),
-        *([f"topk_ids are not the layer's experts and weights: {given}"] if wrong else ()),
+        *(Finding(Kind.ARGUMENT, "topk_ids", "the layer's ids and weights", got) for got in wrong),
         *_wrong_memory(arguments),
         *_wrong_activation(model, arguments, flashinfer),
     )
+    return tuple(replace(finding, where=function) for finding in findings)
 
 
-def _missing(function: str, arguments: Arguments) -> tuple[str, ...]:
-    missing = [name for name in _INTEGERS if type(arguments.get(name)) is not int]
-    if not missing:
-        return ()
-    named = ", ".join(f"{name}={arguments.get(name)!r}" for name in missing)
-    return (f"{function} gets {named}: it needs integers there",)
+def _received(name: str, value: Any) -> str:
+    """A value as the kernel receives it, shortened."""
+    if isinstance(value, list):
+        return " and ".join(_received(name, item) for item in value)
+    if isinstance(value, Mapping) and "shape" in value:
+        shape = "x".join(map(str, value["shape"]))
+        return f"{value.get('is', 'another tensor')} ({value['dtype']}, {shape})"
+    return str(value)
+
+
+def _missing(function: str, arguments: Arguments) -> Iterator[Finding]:
+    for name in _INTEGERS:
+        value = arguments.get(name)
+        if type(value) is not int:
+            yield Finding(Kind.ARGUMENT, name, "an integer", repr(value), function)
 
 
 def _dtype(tensor: Any) -> str | None:
@@ -174,22 +166,24 @@ def _factor(value: float | None) -> float:
 def _bias(tensor: Any) -> str:
     if tensor is None:
         return "none"
-    # A tensor of other values is a problem of its own.
+    # A tensor of other values is a finding of its own.
     return "zeros" if tensor.get("all") == 0 else "router"
 
 
 def _wrong_function(
     scheme: str, function: str, flashinfer: FlashInfer, *, routed: bool = False
-) -> Iterator[str]:
+) -> Iterator[Finding]:
     entry = flashinfer.entry_point(scheme)
     if entry is None:
         return
     serves = entry.function.replace("_moe", "_routed_moe") if routed else entry.function
     if serves != function:
-        yield f"{function} is called, {scheme} is served by {serves}"
+        yield Finding(Kind.ARGUMENT, "function", serves, function)
 
 
-def _wrong_numbers(model: ModelSpec, arguments: Arguments, layer: Layer) -> Iterator[str]:
+def _wrong_numbers(
+    model: ModelSpec, arguments: Arguments, layer: RecordedLayer
+) -> Iterator[Finding]:
     local = model.router.num_experts // layer.shards
     wanted = {
         "num_experts": model.router.num_experts,
@@ -200,29 +194,31 @@ def _wrong_numbers(model: ModelSpec, arguments: Arguments, layer: Layer) -> Iter
     }
     for name, value in wanted.items():
         if arguments[name] != value:
-            yield f"{name} arrives as {arguments[name]}, the layer has {value}"
+            yield Finding(Kind.ARGUMENT, name, value, arguments[name])
     if arguments.get("norm_topk_prob") is False and model.router.renormalize:
-        yield "norm_topk_prob arrives as False, the router renormalizes"
+        yield Finding(Kind.ARGUMENT, "norm_topk_prob", True, False)
 
 
-def _wrong_tensors(arguments: Arguments) -> Iterator[str]:
+def _wrong_tensors(arguments: Arguments) -> Iterator[Finding]:
     logits = arguments["routing_logits"]
     if logits is None or logits.get("is") != "router logits":
-        yield f"routing_logits are not the router's logits: {logits}"
+        got = _received("routing_logits", logits)
+        yield Finding(Kind.ARGUMENT, "routing_logits", "the router's logits", got)
     bias = arguments.get("routing_bias")
     if bias is not None and bias.get("is") != "bias" and bias.get("all") != 0:
-        yield f"routing_bias is not the router's bias: {bias}"
+        got = _received("routing_bias", bias)
+        yield Finding(Kind.ARGUMENT, "routing_bias", "the router's bias", got)
 
 
-def _wrong_memory(arguments: Arguments) -> Iterator[str]:
+def _wrong_memory(arguments: Arguments) -> Iterator[Finding]:
     for name, value in arguments.items():
         if isinstance(value, Mapping) and value.get("contiguous") is False:
-            yield f"{name} is not contiguous, and the kernel reads it as if it were"
+            yield Finding(Kind.ARGUMENT, name, "contiguous", "not contiguous")
 
 
 def _wrong_activation(
     model: ModelSpec, arguments: Arguments, flashinfer: FlashInfer
-) -> Iterator[str]:
+) -> Iterator[Finding]:
     experts = model.experts
     numbers = enum("ActivationType", flashinfer.release)
     names = _ACTIVATIONS[experts.activation]
@@ -230,14 +226,16 @@ def _wrong_activation(
     # Entry points without the argument have Swiglu kernels only.
     number = arguments.get("activation_type", numbers.get("Swiglu"))
     if known.get(number) not in names:
-        yield f"activation_type arrives as {known.get(number, number)}, not {' or '.join(names)}"
+        got = str(known.get(number, number))
+        yield Finding(Kind.ARGUMENT, "activation_type", " or ".join(names), got)
     if names != ("Swiglu",):
         return
     for name, (neutral, swigluoai) in _PARAMETERS.items():
         wanted = swigluoai if experts.activation == "swigluoai" else neutral
         found = _each(arguments.get(name), neutral)
         if found is None or not isclose(found, wanted, rel_tol=1e-6):
-            yield f"{name} arrives as {arguments.get(name)}, {experts.activation} has {wanted:g}"
+            got = _received(name, arguments.get(name)) if found is None else f"{found:g}"
+            yield Finding(Kind.ARGUMENT, name, f"{wanted:g}", got)
 
 
 def _each(value: Any, absent: float) -> float | None:
@@ -248,9 +246,9 @@ def _each(value: Any, absent: float) -> float | None:
     return None if found is None else float(found)
 
 
-def _rounded(model: ModelSpec, call: KernelCall) -> Iterator[str]:
+def _downcasts(model: ModelSpec, call: KernelCall) -> Iterator[Finding]:
     router = model.router
     if (router.logits_dtype, call.logits_dtype) == _PRECISION:
-        yield "logits"
+        yield Finding(Kind.DOWNCAST, "logits", *_PRECISION)
     if call.bias == "router" and (router.correction_bias, call.bias_dtype) == _PRECISION:
-        yield "bias"
+        yield Finding(Kind.DOWNCAST, "bias", *_PRECISION)

@@ -6,7 +6,6 @@ the sweep is judged as a model would be, and what is wrong or crashes is grouped
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -19,11 +18,15 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.exact import Gate, exact_calls
+from pytest_moe_routing.oracle.finding import Kind
 from pytest_moe_routing.oracle.judge import Judgement, judge, judge_behind_gates
 from pytest_moe_routing.oracle.target import Captured, Target
+from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 
-BAD = ("wrong", "crash")
+BAD = (Verdict.WRONG, Verdict.CRASH)
+#: Fields that are one cause: a router has groups, or it has none.
+_GROUPS = {(Kind.RECIPE.value, name) for name in ("n_group", "topk_group", "group_score")}
 
 _Values = Mapping[str, Any]
 
@@ -137,33 +140,26 @@ class Cause:
     """One reason why a target is wrong or crashes, however many routers it concerns.
 
     Attributes:
-        why: What differs or is broken: fields of the recipe, and facts about the release.
+        why: What the findings have in common: kind, field and fact of each.
         count: Routers of the sweep that it concerns.
         example: The judgement of the smallest of them.
-        models: Ids of the models that it concerns; none when it is latent.
+        models: Ids of the models that it concerns; none if it is latent.
     """
 
     scheme: str
-    verdict: str
+    verdict: Verdict
     method: str
-    why: tuple[str, ...]
+    why: tuple[tuple[str, str, str], ...]
     count: int
     example: Judgement
     models: tuple[str, ...] = ()
 
-    def lines(self) -> list[str]:
-        """The cause, and its smallest example with the whole story."""
-        routers = "1 router" if self.count == 1 else f"{self.count} routers"
-        reached = ", ".join(self.models) or "latent: no model has such a router"
+    @property
+    def settings(self) -> dict[str, object]:
+        """The settings of the example's router that are not defaults."""
         router = self.example.model.router
-        said = {f.name: getattr(router, f.name) for f in fields(router)}
-        needed = [f"{n}: {said[n]}" for n in said if said[n] != _DEFAULTS.get(n, MISSING)]
-        return [
-            f"{self.verdict}: {self.method}, {'; '.join(self.why)}",
-            f"  {routers}; {reached}",
-            f"  such as  {', '.join(needed)}",
-            *[f"  {line}" for line in self.example.lines()],
-        ]
+        values = {f.name: getattr(router, f.name) for f in fields(router)}
+        return {n: v for n, v in values.items() if v != _DEFAULTS.get(n, MISSING)}
 
 
 _DEFAULTS = {f.name: f.default for f in fields(RouterConfig)}
@@ -171,27 +167,17 @@ _DEFAULTS = {f.name: f.default for f in fields(RouterConfig)}
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a target makes of the whole sweep on one scheme.
+    """What a target makes of the whole sweep in one scheme.
 
     Attributes:
-        verdicts: How many points have each verdict.
-        unanswered: Why how many points could not be judged.
+        verdicts: How many routers have each verdict.
+        unanswered: Why how many routers could not be judged.
         causes: Of all bad verdicts, those with the smallest examples first.
     """
 
-    verdicts: Counter[str]
+    verdicts: Counter[Verdict]
     unanswered: Counter[str]
     causes: tuple[Cause, ...]
-
-    def lines(self) -> list[str]:
-        """Every cause, and what was judged."""
-        counts = {**self.verdicts, "without an answer": self.unanswered.total()}
-        total = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
-        causes = "1 cause" if len(self.causes) == 1 else f"{len(self.causes)} causes"
-        lines = [f"{causes} of wrong or crash in the config sweep: {total}"]
-        for cause in self.causes:
-            lines += ["", *cause.lines()]
-        return lines
 
 
 class CachedTarget(Target):
@@ -254,7 +240,11 @@ def sweep_behind_gates(
     """
     near = swept_routers(1) if routers is None else routers
     return _sweep(
-        lambda model: _behind_gates(target, model, scheme), scheme, models, near, bad=("wrong",)
+        lambda model: _behind_gates(target, model, scheme),
+        scheme,
+        models,
+        near,
+        bad=(Verdict.WRONG,),
     )
 
 
@@ -279,9 +269,9 @@ def _sweep(
     scheme: str,
     models: Iterable[ModelSpec],
     routers: Iterable[RouterConfig] | None,
-    bad: Sequence[str] = BAD,
+    bad: Sequence[Verdict] = BAD,
 ) -> Sweep:
-    verdicts: Counter[str] = Counter()
+    verdicts: Counter[Verdict] = Counter()
     unanswered: Counter[str] = Counter()
     examples: dict[_Key, list[Judgement]] = {}
     for router in swept_routers() if routers is None else routers:
@@ -321,26 +311,19 @@ def _independent(causes: list[Cause]) -> Iterator[Cause]:
 
 
 #: verdict, method, why
-_Key = tuple[str, str, tuple[str, ...]]
+_Key = tuple[Verdict, str, tuple[tuple[str, str, str], ...]]
 
 
 def _key(judgement: Judgement) -> _Key:
     return judgement.verdict, judgement.classification.method, cause_of(judgement)
 
 
-def cause_of(judgement: Judgement) -> tuple[str, ...]:
+def cause_of(judgement: Judgement) -> tuple[tuple[str, str, str], ...]:
     """Why a judgement is bad, without the numbers of its router."""
-    call, flashinfer = judgement.call, judgement.flashinfer
-    if call is None or flashinfer.number(call.method) is None:
-        return tuple(map(_numberless, judgement.reasons))
-    problems = tuple(map(_numberless, judgement.problems))
-    if judgement.got is None:
-        return problems + tuple(dict.fromkeys(rule.fact for rule, _ in flashinfer.broken(call)))
-    differing = judgement.differing
-    groups = {name for name in differing if name in ("n_group", "topk_group", "group_score")}
-    names = ["groups"] * bool(groups) + [name for name in differing if name not in groups]
-    return (*problems, *names, *flashinfer.facts(call, differing))
-
-
-def _numberless(text: str) -> str:
-    return re.sub(r"(?<![\w.])\d+(\.\d+)?(?![\w.])", "N", text)
+    causes = [finding.cause for finding in judgement.findings]
+    groups = [cause for cause in causes if cause[:2] in _GROUPS]
+    if groups:
+        facts = "; ".join(dict.fromkeys(fact for _, _, fact in groups if fact))
+        rest = [cause for cause in causes if cause not in groups]
+        causes = [(Kind.RECIPE.value, "groups", facts), *rest]
+    return tuple(dict.fromkeys(causes))

@@ -1,36 +1,47 @@
-"""Numbers of routing methods that the FlashInfer in force reads as other methods.
+"""Numbers of routing methods that FlashInfer reads as another method, or as none.
 
 FlashInfer's enum has moved between releases, and frameworks keep copies of it. A number that means
-another method is harmless as long as no gate lets its method through: both halves are asked.
+something else is harmless as long as no gate accepts its method: both halves are asked.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.target import Target
 
-#: So many of the cases that a method passes are named.
-_NAMED = 3
+
+@dataclass(frozen=True)
+class EnumMismatch:
+    """A method whose number means something else, and who passes it.
+
+    Attributes:
+        cases: Ids of the cases, `model-scheme`, whose gates all accept the method.
+    """
+
+    finding: Finding
+    cases: tuple[str, ...]
 
 
-def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> list[str]:
-    """A line for each method that passes all gates of a case and is read as another method.
+def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> list[EnumMismatch]:
+    """Return each method that passes all gates of a case under a number of another meaning.
 
     Args:
         target: Asked for its numbers, and for the gates of every case.
         cases: Models with a scheme each; those that the target cannot answer for are passed over.
 
     Raises:
-        Unsupported: The target has no numbers, or a number is misread and no case has an answer.
+        Unsupported: The target has no numbers, or there is a mismatch and no case has an answer.
     """
-    flashinfer, lines = target.flashinfer, []
+    flashinfer, found = target.flashinfer, []
     for method, number in target.method_numbers().items():
         read_as = flashinfer.method(number)
-        if read_as in (None, method):
+        if read_as == method:
             continue
         passes, unanswered = [], Counter[str]()
         for model, scheme in cases:
@@ -41,11 +52,11 @@ def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
                 continue
             if all(gate.ok for gate in gates):
                 passes.append(f"{model}-{scheme}")
-        what = f"{target} passes {method} as {number}, which {flashinfer} reads as {read_as}"
+        finding = Finding(Kind.ENUM, method, number, read_as)
         if passes:
-            more = len(passes) - _NAMED
-            named = ", ".join(passes[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-            lines.append(f"{what}; no gate stops it for {named}")
-        elif unanswered.total() == len(cases):
-            raise Unsupported(f"{what}; no gate answers: {unanswered.most_common(1)[0][0]}")
-    return lines
+            found.append(EnumMismatch(finding, tuple(passes)))
+        elif cases and unanswered.total() == len(cases):
+            raise Unsupported(
+                f"no gate answers for {method} ({number}): {unanswered.most_common(1)[0][0]}"
+            )
+    return found

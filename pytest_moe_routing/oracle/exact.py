@@ -16,11 +16,17 @@ BLACKWELL = 10
 
 @dataclass(frozen=True)
 class Gate:
-    """One question that an expert scheme asks of a configuration, and its answer."""
+    """One question that a scheme's experts ask of a configuration, and the answer.
+
+    Attributes:
+        reason: Why the answer is no.
+        by_choice: Whether a no means that the target routes by itself on purpose.
+    """
 
     name: str
     ok: bool
     reason: str = ""
+    by_choice: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}: {'yes' if self.ok else 'no, ' + self.reason}"
@@ -61,13 +67,7 @@ def kernel_gates(
     entry = flashinfer.entry_point(scheme)
     if model.router.not_expressible is not None:
         yield Gate("router", False, model.router.not_expressible)
-    yield Gate(
-        "quantization scheme",
-        scheme in model.checkpoints and entry is not None,
-        f"{flashinfer} has no kernel for {scheme}"
-        if scheme in model.checkpoints
-        else f"{model} has no {scheme} checkpoint",
-    )
+    yield Gate("quantization scheme", entry is not None, f"{flashinfer} has no kernel for {scheme}")
     majors = flashinfer.devices
     yield Gate(
         "device",
@@ -116,5 +116,5 @@ def same_calls(router: RouterConfig, scheme: str, flashinfer: FlashInfer) -> lis
         for call in calls
         if call.method != "Unspecified"
         and same(wanted, flashinfer.recipe(call), router.num_experts)
-        and not flashinfer.troubles(call)
+        and not flashinfer.violations(call)
     ]

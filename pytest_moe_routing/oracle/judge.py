@@ -1,33 +1,26 @@
-"""The five verdicts: what becomes of a model on a scheme, when a target decides."""
+"""The judgement of one model in one scheme: a target's answers against what the model means."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.arguments import ROUNDED
-from pytest_moe_routing.oracle.exact import Gate, exact_calls
+from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.target import Captured, Classification, Target
+from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe, normal_form, recipe_of, same
 
 if TYPE_CHECKING:
     from pytest_moe_routing.compare.equivalence import Counterexample
 
-#: What each verdict says, in a sentence.
-VERDICTS = {
-    "exact": "the fused kernel runs, and means what the model means",
-    "wrong": "the fused kernel runs, and means something else",
-    "crash": "the gates accept, the kernel launcher refuses",
-    "fallback": "refused, and rightly: no routing method of this release expresses the router",
-    "missed": "refused, although a routing method expresses the router exactly",
-}
-#: Verdicts of a target that decides well.
-GOOD = ("exact", "fallback")
+_GROUPS = ("n_group", "topk_group", "group_score")
 
 
 @dataclass(frozen=True)
@@ -35,157 +28,124 @@ class Judgement:
     """One verdict with everything that led to it.
 
     Attributes:
-        verdict: A key of `VERDICTS`.
         classification: The target's routing method, and its path.
         gates: All gates that were asked.
         wanted: What the model's router computes.
         call: What reaches the kernel (or would, had the gates accepted).
-        got: What the kernel computes then; None when the kernel does not run.
-        problems: What the target's own code, or its number for the method, makes wrong.
-        reasons: Why a kernel that was let run is wrong or crashes, in words.
-        exact: The calls that would have meant what the model means.
-        rounded: What the target's own code rounds, for a kernel that runs: keys of `ROUNDED`.
-        notes: Matters of precision, those included, for a kernel that runs.
+        got: What the kernel computes then; None if the kernel does not run.
+        findings: What is wrong with a kernel call that the gates accept.
+        exact: The calls that would have computed the model's router.
+        downcasts: What the target makes less precise for a kernel that runs.
+        notes: Matters of precision in the kernel itself.
+        site: The code that makes the kernel call.
     """
 
     target: str
+    release: str
     model: ModelSpec
     scheme: str
     flashinfer: FlashInfer
-    verdict: str
+    verdict: Verdict
     classification: Classification
     gates: tuple[Gate, ...]
     wanted: Recipe
     call: KernelCall | None = None
     got: Recipe | None = None
-    problems: tuple[str, ...] = ()
-    reasons: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
     exact: tuple[KernelCall, ...] = ()
-    rounded: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def differing(self) -> dict[str, tuple[object, object]]:
-        """The fields in which the kernel means something else, as written: (wanted, got)."""
-        if self.got is None:
-            return {}
-        experts = self.model.router.num_experts
-        meant = normal_form(self.wanted, experts).differences(normal_form(self.got, experts))
-        written = self.wanted.differences(self.got)
-        return {name: written[name] for name in meant if name in written} or meant
+    downcasts: tuple[Finding, ...] = ()
+    notes: tuple[Finding, ...] = ()
+    site: str = ""
+    opt_in: tuple[str, ...] = ()
 
     @cached_property
     def counterexample(self) -> Counterexample | None:
-        """A smallest token, when the recipe itself is wrong. Looked for when first asked for."""
-        if self.verdict != "wrong" or self.got is None:
+        """A smallest token if the recipe itself is wrong; searched for when first asked for."""
+        if self.verdict is not Verdict.WRONG or self.got is None:
             return None
         from pytest_moe_routing.compare.equivalence import counterexample
 
         return counterexample(self.wanted, self.got, self.model.router.num_experts)
 
     @property
-    def good(self) -> bool:
-        return self.verdict in GOOD
+    def rejections(self) -> tuple[Gate, ...]:
+        """The gates that said no."""
+        return tuple(gate for gate in self.gates if not gate.ok)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON, for reports of other processes and machines."""
-        return {
-            "model": self.model.id,
-            "scheme": self.scheme,
-            "target": self.target,
-            "flashinfer": str(self.flashinfer),
-            "verdict": self.verdict,
-            "method": self.classification.method,
-            "path": list(self.classification.path),
-            "router": self.model.router.not_expressible or str(self.wanted),
-            "gates": [gate.name for gate in self.gates],
-            "refused": [str(gate) for gate in self.gates if not gate.ok],
-            "kernel": None if self.got is None else str(self.got),
-            "reasons": list(self.reasons),
-            "counterexample": self.counterexample.lines() if self.counterexample else [],
-            "exact": [show_call(call) for call in self.exact],
-            "notes": list(self.notes),
-        }
+    @property
+    def by_choice(self) -> bool:
+        """Whether the target rejects the model only to route by itself."""
+        return bool(self.rejections) and all(gate.by_choice for gate in self.rejections)
 
-    def lines(self) -> list[str]:
-        """The whole story, from the router to the token."""
-        return story(self.as_dict())
+    @property
+    def obstacles(self) -> tuple[str, ...]:
+        """Why no fused kernel runs the model; empty if one does."""
+        if self.verdict is not Verdict.FALLBACK:
+            return ()
+        gates = kernel_gates(self.model, self.scheme, self.flashinfer)
+        found = tuple(f"{gate.name}: {gate.reason}" for gate in gates if not gate.ok)
+        return found or ("no routing method of this release computes the router",)
 
-
-def story(record: Mapping[str, Any]) -> list[str]:
-    """The lines of a `Judgement.as_dict`, or of an `unjudged`."""
-    verdict = record["verdict"]
-    meaning = VERDICTS.get(verdict, "not judged: the target does not answer")
-    lines = [
-        "{model} on {scheme}, decided by {target}: {verdict}".format(**record),
-        f"  {meaning} ({record['flashinfer']})",
-    ]
-    if verdict in VERDICTS:
-        lines.append(f"  router   {record['router']}")
-        lines.append(f"  decided  {' -> '.join((*record['path'], record['method']))}")
-        accepted = [f"all accept: {', '.join(record['gates'])}"]
-        lines += [f"  gate     {text}" for text in record["refused"] or accepted]
-    if record["kernel"] is not None:
-        lines.append(f"  kernel   {record['kernel']}")
-    lines += [f"  because  {reason}" for reason in record["reasons"]]
-    lines += [f"    {line}" for line in record["counterexample"]]
-    if verdict in VERDICTS and verdict not in GOOD:
-        lines += [f"  exact    would be {call}" for call in record["exact"]] or [
-            "  exact    no routing method of this release expresses the router"
-        ]
-    return lines + [f"  note     {note}" for note in record["notes"]]
+    def record(self) -> VerdictRecord:
+        """The judgement as plain data."""
+        example = self.counterexample
+        return VerdictRecord(
+            model=self.model.id,
+            scheme=self.scheme,
+            target=self.target,
+            release=self.release,
+            flashinfer=self.flashinfer.release,
+            judged_as=self.flashinfer.judged_as,
+            verdict=self.verdict,
+            reach=reach_of(self.model, self.scheme, self.opt_in),
+            router=self.model.router.not_expressible or str(self.wanted),
+            method=self.classification.method,
+            path=self.classification.path,
+            gates=tuple(gate.name for gate in self.gates),
+            rejected_by={gate.name: gate.reason for gate in self.rejections},
+            by_choice=self.by_choice,
+            kernel=None if self.got is None else str(self.got),
+            findings=self.findings,
+            notes=(*self.downcasts, *self.notes),
+            counterexample=None if example is None else example.as_dict(),
+            exact=tuple(map(str, self.exact)),
+            obstacles=self.obstacles,
+            site=self.site,
+            opt_in=self.opt_in,
+        )
 
 
-def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> dict[str, Any]:
-    """What `Judgement.as_dict` would be, had the target answered."""
+def reach_of(model: ModelSpec, scheme: str, opt_in: Iterable[str] = ()) -> Reach:
+    """Who can run a model in a scheme."""
+    if tuple(opt_in):
+        return Reach.OPT_IN
+    return Reach.PUBLISHED if scheme in model.checkpoints else Reach.PRODUCIBLE
+
+
+def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> VerdictRecord:
+    """The record of a model that the target could not be asked about."""
     try:
-        name = str(target)
+        release = target.version()
     except Unsupported:
-        name = target.name
-    return {
-        "model": model.id,
-        "scheme": scheme,
-        "target": name,
-        "flashinfer": str(target.flashinfer),
-        "verdict": "skipped" if isinstance(why, Unsupported) else "error",
-        "method": "",
-        "router": str(recipe_of(model.router)),
-        **dict.fromkeys(("path", "gates", "refused", "counterexample", "exact", "notes"), ()),
-        "kernel": None,
-        "reasons": [str(why)],
-    }
-
-
-def _assumed(target: Target, model: ModelSpec, scheme: str, method: str) -> Captured:
-    """The call of a target whose own is not recorded, with its number for the method."""
-    flashinfer = target.flashinfer
-    number = target.method_numbers().get(method)
-    read_as = None if number is None else flashinfer.method(number)
-    drift = f"{target} passes {method} as {number}, which {flashinfer} reads as "
-    if read_as is None:
-        return Captured(None, (drift + "no routing method",))
-    call = target.kernel_call(model, scheme, read_as)
-    return Captured(call, () if read_as == method else (drift + read_as,))
-
-
-def show_call(call: KernelCall) -> str:
-    """A call as the method and the arguments that matter."""
-    arguments = []
-    if call.n_group:
-        arguments += [f"n_group={call.n_group}", f"topk_group={call.topk_group}"]
-    if call.bias == "zeros":
-        arguments.append("bias=zeros")
-    if call.routed_scaling_factor != 1.0:
-        arguments.append(f"routed_scaling_factor={call.routed_scaling_factor:g}")
-    if call.weight_on == "input":
-        arguments.append("use_routing_scales_on_input=True")
-    return f"{call.method}({', '.join(arguments)})"
+        release = ""
+    return VerdictRecord(
+        model=model.id,
+        scheme=scheme,
+        target=target.name,
+        release=release,
+        flashinfer=target.flashinfer.release,
+        judged_as=target.flashinfer.judged_as,
+        verdict=Verdict.NOT_JUDGED if isinstance(why, Unsupported) else Verdict.ERROR,
+        reach=reach_of(model, scheme),
+        router=model.router.not_expressible or str(recipe_of(model.router)),
+        reason=str(why),
+    )
 
 
 def judge(
     target: Target, model: ModelSpec, scheme: str, *, recorded_only: bool = False
 ) -> Judgement:
-    """Judge what a target makes of a model on a scheme.
+    """Judge what a target makes of a model in a scheme.
 
     Args:
         recorded_only: Do not take a call that is not recorded to be what the model says.
@@ -198,7 +158,7 @@ def judge(
     base = _asked(target, model, scheme, classification, gates)
     if not all(gate.ok for gate in gates):
         exact = tuple(exact_calls(model, scheme, target.flashinfer))
-        return replace(base, verdict="missed" if exact else "fallback", exact=exact)
+        return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
     return _judge_call(target, base, recorded_only=recorded_only)
 
 
@@ -214,7 +174,7 @@ def judge_behind_gates(
     Raises:
         Unsupported: The target's calls are not recorded, or this one cannot be made.
     """
-    classification = Classification(method, ("had no gate stopped it",))
+    classification = Classification(method, ("if no gate stopped it",))
     base = _asked(target, model, scheme, classification, gates)
     return _judge_call(target, base, recorded_only=True)
 
@@ -228,15 +188,29 @@ def _asked(
 ) -> Judgement:
     """What is known before the call: exact, unless more is found."""
     return Judgement(
-        target=str(target),
+        target=target.name,
+        release=target.version(),
         model=model,
         scheme=scheme,
         flashinfer=target.flashinfer,
-        verdict="exact",
+        verdict=Verdict.EXACT,
         classification=classification,
         gates=gates,
         wanted=recipe_of(model.router),
+        opt_in=target.opt_in(scheme),
     )
+
+
+def _assumed(target: Target, model: ModelSpec, scheme: str, method: str) -> Captured:
+    """The call of a target whose own is not recorded, with its number for the method."""
+    flashinfer = target.flashinfer
+    number = target.method_numbers().get(method)
+    read_as = None if number is None else flashinfer.method(number)
+    if read_as is None:
+        return Captured(None, (Finding(Kind.ENUM, method, number),))
+    call = target.kernel_call(model, scheme, read_as)
+    wrong = () if read_as == method else (Finding(Kind.ENUM, method, number, read_as),)
+    return Captured(call, wrong)
 
 
 def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judgement:
@@ -244,7 +218,7 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
     model, scheme, flashinfer = base.model, base.scheme, base.flashinfer
     method = base.classification.method
     beyond = Unsupported(
-        f"{target} lets {model} through, which cannot be judged: {model.router.not_expressible}"
+        f"{target} accepts {model}, which cannot be judged: {model.router.not_expressible}"
     )
     captured = target.capture(model, scheme, method)
     if captured is None:
@@ -253,34 +227,40 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
         if model.router.not_expressible is not None:
             raise beyond
         captured = _assumed(target, model, scheme, method)
-    reasons, call = captured.problems, captured.call
+    call, wrong = captured.call, captured.wrong
+    base = replace(base, call=call, findings=wrong, site=captured.site)
+
+    def bad(verdict: Verdict, *more: Finding) -> Judgement:
+        exact = tuple(exact_calls(model, scheme, flashinfer))
+        return replace(base, verdict=verdict, findings=(*wrong, *more), exact=exact)
+
     if call is None:
-        exact = tuple(exact_calls(model, scheme, flashinfer))
-        return replace(base, verdict="crash", reasons=reasons, exact=exact)
-    base = replace(base, call=call, problems=captured.problems)
-    troubles = flashinfer.troubles(call)
-    if troubles:
-        verdict = "crash" if troubles[0][0] == "error" else "wrong"
-        reasons += tuple(text for _, text in troubles)
-        exact = tuple(exact_calls(model, scheme, flashinfer))
-        return replace(base, verdict=verdict, reasons=reasons, exact=exact)
+        return bad(Verdict.CRASH)
+    violations = flashinfer.violations(call)
+    if violations:
+        broken = (
+            Finding(Kind.LIMIT, v.field or call.method, v.required, v.found, fact=v.rule.fact)
+            for v in violations
+        )
+        return bad(Verdict.CRASH if violations[0].is_error else Verdict.WRONG, *broken)
     got = flashinfer.recipe(call)
-    notes = (*(ROUNDED[what] for what in captured.rounded), *flashinfer.notes(call))
-    base = replace(base, got=got, rounded=captured.rounded, notes=notes)
+    notes = tuple(Finding(Kind.PRECISION, method, fact=note) for note in flashinfer.notes(call))
+    base = replace(base, got=got, downcasts=captured.downcasts, notes=notes)
     is_same = same(base.wanted, got, model.router.num_experts)
     if is_same and model.router.not_expressible is not None:
         # What the recipe does not say may be done outside the kernel; the rest was judged.
         raise beyond
-    if is_same and not captured.problems:
+    if is_same and not wrong:
         return base
-    differing = {} if is_same else base.differing
-    reasons += tuple(
-        f"{name}: the router has {wanted}, the kernel {got}"
-        for name, (wanted, got) in differing.items()
-    )
-    return replace(
-        base,
-        verdict="wrong",
-        reasons=reasons + (() if is_same else tuple(flashinfer.facts(call, differing))),
-        exact=tuple(exact_calls(model, scheme, flashinfer)),
-    )
+    return bad(Verdict.WRONG, *(() if is_same else _differences(base, call, got)))
+
+
+def _differences(base: Judgement, call: KernelCall, got: Recipe) -> Iterable[Finding]:
+    """The fields in which the kernel computes something else, and what explains each."""
+    experts = base.model.router.num_experts
+    meant = normal_form(base.wanted, experts).differences(normal_form(got, experts))
+    written = base.wanted.differences(got)
+    differing = {name: written[name] for name in meant if name in written} or meant
+    for name, (wanted, found) in differing.items():
+        facts = "; ".join(base.flashinfer.facts(call, {name}))
+        yield Finding(Kind.RECIPE, name, wanted, found, fact=facts)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.routing import Recipe, recipe_of
 
 if TYPE_CHECKING:
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
 
 #: Precision of the factor that is measured on what a block returns.
 _MEASURED = 1e-3
-#: Fields of a recipe that are compared, in the order of computation, as a reader names them.
-_NAMES = {
-    "score": "scoring function",
-    "weigh_by": "score of the weights",
-    "bias": "correction bias",
-    "n_group": "n_group",
-    "topk_group": "topk_group",
-    "group_score": "group score",
-    "top_k": "top_k",
-    "normalize": "renormalize",
-    "scale": "scale",
-    "weight_on": "router weight on",
-}
+#: Fields of a recipe that are compared, in the order of computation.
+_FIELDS = (
+    "score",
+    "weigh_by",
+    "bias",
+    "n_group",
+    "topk_group",
+    "group_score",
+    "top_k",
+    "normalize",
+    "scale",
+    "weight_on",
+)
 
 
 @dataclass(frozen=True)
@@ -66,30 +67,19 @@ class LayerRequest:
 
 
 @dataclass(frozen=True)
-class Findings:
+class CodeJudgement:
     """Where a request and a model's router disagree: in meaning, or in precision alone."""
 
     model: ModelSpec
     request: LayerRequest
     #: What layer and model code compute together.
     asked: Recipe
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    notes: tuple[Finding, ...]
     counterexample: Counterexample | None = None
 
-    def lines(self) -> list[str]:
-        lines = [f"{self.model}: {self.request.block} and the model's router disagree"]
-        lines += [f"  problem  {text}" for text in self.problems]
-        if self.counterexample is not None:
-            lines += [
-                f"  router   {recipe_of(self.model.router)}",
-                f"  asked    {self.asked}",
-                *[f"    {line}" for line in self.counterexample.lines()],
-            ]
-        return lines + [f"  note     {text}" for text in self.notes]
 
-
-def compare_request(model: ModelSpec, request: LayerRequest) -> Findings:
+def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
     """Find where model code asks for another routing than the model's router.
 
     Arguments that mean the same, such as no groups and one group, are no difference.
@@ -109,45 +99,39 @@ def compare_request(model: ModelSpec, request: LayerRequest) -> Findings:
         scale = wanted.scale
     asked = replace(request.recipe, scale=scale)
 
-    problems: list[str] = []
+    findings: list[Finding] = []
     example = None
     if request.num_experts != router.num_experts:
-        problems.append(
-            f"num_experts: the model has {router.num_experts}, "
-            f"the model code asks for {request.num_experts}"
-        )
+        wrong = Finding(Kind.RECIPE, "num_experts", router.num_experts, request.num_experts)
+        findings.append(wrong)
     elif request.otherwise is not None:
-        problems.append(request.otherwise)
+        findings.append(Finding(Kind.RECIPE, "routing function", fact=request.otherwise))
     else:
         example = counterexample(wanted, asked, router.num_experts)
     if example is not None:
-        problems += _differences(_canonical(wanted), _canonical(asked), request)
+        findings += _differences(_canonical(wanted), _canonical(asked), request)
     if not math.isclose(factor, 1.0, rel_tol=_MEASURED) and request.shared_experts:
-        problems.append(
-            f"shared experts: the model code multiplies what the layer returns by {factor:.4g}, "
-            "and the shared experts with it"
-        )
+        findings.append(Finding(Kind.ARGUMENT, "factor on the shared experts", 1.0, factor))
     if wanted.bias and (wanted.bias_dtype, asked.bias_dtype) == ("float32", "bfloat16"):
-        problems.append("correction bias: the model has float32, the model code passes bfloat16")
+        findings.append(Finding(Kind.DOWNCAST, "bias", "float32", "bfloat16"))
     unequal, notes = _logits(router.logits_dtype, request)
-    return Findings(model, request, asked, (*problems, *unequal), tuple(notes), example)
+    return CodeJudgement(model, request, asked, (*findings, *unequal), tuple(notes), example)
 
 
-def _logits(wanted: str, request: LayerRequest) -> tuple[list[str], list[str]]:
-    """Problems and notes of the router logits' dtype."""
-    problems, notes = [], []
+def _logits(wanted: str, request: LayerRequest) -> tuple[list[Finding], list[Finding]]:
+    """Findings and notes about the dtype of the router logits."""
+    findings, notes = [], []
     if request.told_dtype != request.logits_dtype:
-        problems.append(
-            f"router logits: the layer is told {request.told_dtype} "
-            f"({request.passed['logits_dtype']}), and is handed {request.logits_dtype}"
-        )
+        told = f"{request.told_dtype} ({request.passed['logits_dtype']})"
+        wrong = Finding(Kind.ARGUMENT, "dtype of the router logits", told, request.logits_dtype)
+        findings.append(wrong)
     if wanted == "float32" and "bfloat16" in (request.logits_dtype, request.gate_dtype):
-        text = "router logits: the model has float32, the model code rounds them to bfloat16"
+        downcast = Finding(Kind.DOWNCAST, "logits", "float32", "bfloat16")
         if request.rounds_logits is None:
-            problems.append(text)
+            findings.append(downcast)
         else:
-            notes.append(f"{text}; {request.rounds_logits}")
-    return problems, notes
+            notes.append(replace(downcast, fact=request.rounds_logits))
+    return findings, notes
 
 
 def _canonical(recipe: Recipe) -> Recipe:
@@ -158,9 +142,9 @@ def _canonical(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _differences(wanted: Recipe, asked: Recipe, request: LayerRequest) -> Iterator[str]:
+def _differences(wanted: Recipe, asked: Recipe, request: LayerRequest) -> Iterator[Finding]:
     both_grouped = wanted.grouped and asked.grouped
-    for field, name in _NAMES.items():
+    for field in _FIELDS:
         ours, theirs = getattr(wanted, field), getattr(asked, field)
         # What follows from a difference that was named before.
         follows = {
@@ -169,15 +153,5 @@ def _differences(wanted: Recipe, asked: Recipe, request: LayerRequest) -> Iterat
             "group_score": not both_grouped,
             "weigh_by": wanted.score != asked.score,
         }
-        if ours == theirs or follows.get(field, False):
-            continue
-        if field == "scale":
-            theirs = f"{theirs:.4g} in all"
-        said = request.passed.get(field)
-        yield f"{name}: the model has {_word(ours)}, the model code asks for {_word(theirs)}" + (
-            f" ({said})" if said else ""
-        )
-
-
-def _word(value: object) -> str:
-    return {True: "one", False: "none"}[value] if isinstance(value, bool) else str(value)
+        if ours != theirs and not follows.get(field, False):
+            yield Finding(Kind.RECIPE, field, ours, theirs, request.passed.get(field, ""))

@@ -10,6 +10,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 
 
@@ -29,14 +30,24 @@ class Captured:
     """A call as a target's own code made it.
 
     Attributes:
-        call: What reached the kernel; None when the code failed before.
-        problems: Why it fails there, or what reaches the kernel wrongly, in words.
-        rounded: What lost precision on the way: keys of `oracle.arguments.ROUNDED`.
+        call: The routing arguments that reached the kernel; None if the code failed before.
+        findings: What is wrong with the call, or why there is none; downcasts included.
+        site: The code that makes the call, and the entry point, as far as they are known.
     """
 
     call: KernelCall | None
-    problems: tuple[str, ...] = ()
-    rounded: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    site: str = ""
+
+    @property
+    def wrong(self) -> tuple[Finding, ...]:
+        """The findings that are no matter of precision."""
+        return tuple(f for f in self.findings if f.kind is not Kind.DOWNCAST)
+
+    @property
+    def downcasts(self) -> tuple[Finding, ...]:
+        """What arrives less precise than the layer has it."""
+        return tuple(f for f in self.findings if f.kind is Kind.DOWNCAST)
 
 
 class Target:
@@ -78,13 +89,17 @@ class Target:
         """The gates of the fused experts that are given ids and weights, and do not route."""
         raise Unsupported(f"{self.name} has no modular experts for {scheme}")
 
-    def modular_problems(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
+    def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
         """What arrives wrongly at their kernel, when they are given experts and weights."""
         raise Unsupported(f"{self.name} records no calls of modular experts")
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
         """The call that the target's own code makes; None when it is not recorded."""
         return None
+
+    def opt_in(self, scheme: str) -> tuple[str, ...]:
+        """Switches without which the target would not take its fused path for a scheme."""
+        return ()
 
     def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:
         """The routing arguments that reach the kernel.

@@ -6,6 +6,7 @@ Imported by every pytest run of an environment: what makes reports is loaded whe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
-from pytest_moe_routing.report.records import Record, key
 
 if TYPE_CHECKING:
+    from pytest_moe_routing.oracle.record import Record, VerdictRecord
     from pytest_moe_routing.session import MoESession
 
 #: Lines of a failed test's message that are kept.
@@ -30,7 +31,7 @@ class Reporter:
         paths: Report files to write.
 
     Raises:
-        MoERoutingError: A path says no format.
+        MoERoutingError: A path has no known format.
     """
 
     def __init__(self, session: MoESession, *, paths: Sequence[Path] = ()) -> None:
@@ -46,30 +47,36 @@ class Reporter:
         self.problems: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        properties: dict[str, Any] = dict(report.user_properties)
-        outcome = "xfailed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
-        gpu: dict[str, str] = properties.get("moe_gpu", {})
-        record: Record
-        if "moe_verdict" in properties and report.when == "call":
-            record = {"kind": "verdict", **properties["moe_verdict"], "outcome": outcome}
-            if "moe_gone" in properties:
-                record["notes"] = [*record["notes"], properties["moe_gone"]]
-        elif self._is_told(report, properties):
-            record = {
-                "kind": "test",
-                "flashinfer": self._flashinfer,
-                "device": gpu.get("gpu") or gpu.get("missing", ""),
-                "case": properties.get("moe_case") or report.nodeid.rpartition("/")[2],
-                "outcome": outcome,
-                "message": _message(report),
-            }
-        else:
-            return
-        if "moe_known" in properties:
-            record["known"] = properties["moe_known"]
+        record = self._record(report, dict(report.user_properties))
         # A test that failed stays so, whatever its teardown says.
-        if self.records.get(key(record), {}).get("outcome") != "failed":
-            self.records[key(record)] = record
+        if record is not None:
+            before = self.records.get(record.key)
+            if before is None or before.outcome != "failed":
+                self.records[record.key] = record
+
+    def _record(self, report: pytest.TestReport, properties: dict[str, Any]) -> Record | None:
+        is_verdict = "moe_verdict" in properties and report.when == "call"
+        if not (is_verdict or self._is_told(report, properties)):
+            return None
+        from pytest_moe_routing.oracle.finding import Finding, Kind
+        from pytest_moe_routing.oracle.record import Known, TestRecord, VerdictRecord
+
+        outcome = "xfailed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
+        known = Known(**properties["moe_known"]) if "moe_known" in properties else None
+        if is_verdict:
+            verdict = VerdictRecord.of(properties["moe_verdict"])
+            gone = [properties["moe_gone"]] if "moe_gone" in properties else []
+            notes = (Finding(Kind.PRECISION, "known failures", fact=text) for text in gone)
+            return replace(verdict, outcome=outcome, known=known, notes=(*verdict.notes, *notes))
+        gpu: dict[str, str] = properties.get("moe_gpu", {})
+        return TestRecord(
+            flashinfer=self._flashinfer,
+            device=gpu.get("gpu") or gpu.get("missing", ""),
+            case=properties.get("moe_case") or report.nodeid.rpartition("/")[2],
+            outcome=outcome,
+            message=_message(report),
+            known=known,
+        )
 
     @staticmethod
     def _is_told(report: pytest.TestReport, properties: dict[str, Any]) -> bool:
@@ -88,8 +95,10 @@ class Reporter:
             return str(error)
 
     @property
-    def verdicts(self) -> list[Record]:
-        return [record for record in self.records.values() if record["kind"] == "verdict"]
+    def verdicts(self) -> list[VerdictRecord]:
+        from pytest_moe_routing.oracle.record import VerdictRecord
+
+        return [record for record in self.records.values() if isinstance(record, VerdictRecord)]
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -121,9 +130,10 @@ class Reporter:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         write = terminalreporter.write_line
-        if self.verdicts:
+        if self.records and self.verdicts and terminalreporter.verbosity >= 0:
             terminalreporter.section("MoE routing verdicts")
-            for line in summary(self.verdicts):
+            every = terminalreporter.verbosity > 0
+            for line in summary(self.verdicts, every=every):
                 write(line)
         for path in self.written:
             write(f"moe-routing: report {path}")
@@ -131,17 +141,25 @@ class Reporter:
             write(f"moe-routing: {problem}", red=True)
 
 
-def summary(verdicts: Sequence[Record]) -> Iterator[str]:
-    """The verdict table of one decider, or where several differ; and the totals of each."""
+def summary(verdicts: Sequence[VerdictRecord], *, every: bool = False) -> Iterator[str]:
+    """The verdicts of one decider, or where several differ; and the totals of each.
+
+    Args:
+        every: Show every verdict; otherwise how many there are by scheme.
+    """
     from pytest_moe_routing.report import matrix
 
     deciders = matrix.by_decider(verdicts)
-    several = len(deciders) > 1
-    table = matrix.decider_table(deciders) if several else matrix.scheme_table(verdicts)
+    if len(deciders) > 1:
+        table = matrix.decider_table(deciders, every=every)
+    else:
+        table = matrix.scheme_table(verdicts) if every else matrix.count_table(verdicts)
     if table[1:]:
         yield from matrix.aligned(table)
     for name, found in deciders.items():
         yield f"{matrix.totals(found)}; {name}"
+    if not every:
+        yield from matrix.why_unjudged(verdicts)
 
 
 def _message(report: pytest.TestReport) -> str:

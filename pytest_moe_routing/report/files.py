@@ -8,16 +8,17 @@ from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.goldens import write_in_one_step
+from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
 from pytest_moe_routing.report import html, markdown
-from pytest_moe_routing.report.records import FORMAT, Record, dump, key
+from pytest_moe_routing.report.records import FORMAT, dump
 
 
 def _json(records: Sequence[Record]) -> str:
-    ordered = sorted(records, key=key)
+    ordered = sorted(records, key=lambda record: record.key)
     data = {
         "format": FORMAT,
-        "verdicts": [record for record in ordered if record["kind"] == "verdict"],
-        "tests": [record for record in ordered if record["kind"] == "test"],
+        "verdicts": [r.as_dict() for r in ordered if isinstance(r, VerdictRecord)],
+        "tests": [r.as_dict() for r in ordered if isinstance(r, TestRecord)],
     }
     return json.dumps(data, indent=1) + "\n"
 

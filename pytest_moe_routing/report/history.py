@@ -9,10 +9,11 @@ from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError, TargetImportError
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.judge import VERDICTS, judge, unjudged
+from pytest_moe_routing.oracle.judge import judge, unjudged
+from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.report import matrix
-from pytest_moe_routing.report.records import FORMAT, Record
+from pytest_moe_routing.report.records import FORMAT
 from pytest_moe_routing.session import MoESession
 
 
@@ -24,14 +25,14 @@ class Release:
         name: The release, or where its sources are when it does not say.
         path: Where its sources are.
         flashinfer: The kernels that it is judged against.
-        records: As `Judgement.as_dict`.
+        records: One for each case.
         problem: Why there is no verdict at all.
     """
 
     name: str
     path: str
     flashinfer: str
-    records: tuple[Record, ...] = ()
+    records: tuple[VerdictRecord, ...] = ()
     problem: str = ""
 
 
@@ -53,8 +54,8 @@ def survey(sessions: Iterable[MoESession]) -> list[Release]:
 
 
 def _ask(session: MoESession, cases: Sequence[tuple[ModelSpec, str]]) -> Release:
-    path = session.target_name.partition("@")[2]
-    release = Release(Path(path).name, path, "")
+    path = session.target_id.path or Path()
+    release = Release(path.name, str(path), "")
     try:
         release = replace(release, flashinfer=str(session.flashinfer))
         target = session.target
@@ -67,22 +68,22 @@ def _ask(session: MoESession, cases: Sequence[tuple[ModelSpec, str]]) -> Release
         return replace(release, problem=matrix.brief(str(error)))
     finally:
         target.close()
-    if not any(record["verdict"] in VERDICTS for record in records):
+    if not any(record.verdict.is_given for record in records):
         problem = "; ".join(matrix.why_unjudged(records))
         return replace(release, records=records, problem=problem)
     return replace(release, records=records)
 
 
-def _judge(target: Target, model: ModelSpec, scheme: str) -> Record:
+def _judge(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:
     try:
-        return judge(target, model, scheme).as_dict()
+        return judge(target, model, scheme).record()
     except TargetImportError:
         raise
     except MoERoutingError as error:
         return unjudged(target, model, scheme, error)
 
 
-def _columns(releases: Sequence[Release]) -> dict[str, Sequence[Record]]:
+def _columns(releases: Sequence[Release]) -> dict[str, Sequence[VerdictRecord]]:
     """The records of each release, under its name with the number of its footnote."""
     numbers = iter(range(1, len(releases) + 1))
     return {f"{r.name} [{next(numbers)}]" if r.problem else r.name: r.records for r in releases}
@@ -143,7 +144,7 @@ def as_json(target: str, releases: Sequence[Release], *, every: bool = False) ->
                 "path": r.path,
                 "flashinfer": r.flashinfer,
                 "problem": r.problem or None,
-                "verdicts": r.records,
+                "verdicts": [record.as_dict() for record in r.records],
             }
             for r in releases
         ],

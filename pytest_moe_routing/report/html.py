@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from pytest_moe_routing.oracle.judge import VERDICTS, story
+from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
 from pytest_moe_routing.report import matrix
-from pytest_moe_routing.report.records import Record
+from pytest_moe_routing.report.text import MEANINGS, decider, story
 
 _HEAD = """\
 <!doctype html>
@@ -21,7 +21,7 @@ table { border-collapse: collapse }
 th, td { padding: .15em .7em; text-align: left; border-bottom: 1px solid #ddd }
 pre { font-size: 13px; background: #f6f6f6; padding: .6em; overflow-x: auto }
 .exact { background: #dff3e1 } .fallback { background: #eef } .missed { background: #fff2cc }
-.wrong, .crash, .error { background: #f8d0cd } .skipped { color: #777 }
+.wrong, .crash, .error { background: #f8d0cd } .not-judged { color: #777 }
 a { color: inherit }
 </style>
 <h1>MoE routing</h1>
@@ -34,8 +34,8 @@ def page(records: Sequence[Record]) -> str:
 
 
 def _body(records: Sequence[Record]) -> Iterator[str]:
-    deciders = matrix.by_decider(r for r in records if r["kind"] == "verdict")
-    tests = [r for r in records if r["kind"] == "test"]
+    deciders = matrix.by_decider(r for r in records if isinstance(r, VerdictRecord))
+    tests = [r for r in records if isinstance(r, TestRecord)]
     if not records:
         yield "<p>Nothing was judged.</p>"
     for name, verdicts in deciders.items():
@@ -49,22 +49,22 @@ def _body(records: Sequence[Record]) -> Iterator[str]:
         yield "<h2>Tests</h2>"
         yield from _table(matrix.test_table(tests))
         for test in tests:
-            if test["outcome"] in ("failed", "xfailed"):
-                yield from _story("", test["case"], test["message"].splitlines(), test)
+            if test.outcome in ("failed", "xfailed"):
+                yield from _story("", test.case, test.message.splitlines(), test)
     if deciders:
         yield "<h2>Why</h2>\n<dl>"
-        yield from (f"<dt>{name}<dd>{escape(says)}" for name, says in VERDICTS.items())
+        yield from (f"<dt>{name}<dd>{escape(says)}" for name, says in MEANINGS.items())
         yield "</dl>"
     for verdicts in deciders.values():
         for record in verdicts:
-            title = f"{record['model']} on {record['scheme']}: {matrix.cell(record)}"
+            title = f"{record.model} on {record.scheme}: {matrix.cell(record)}"
             yield from _story(_anchor(record), title, story(record), record)
 
 
-def _matrix(verdicts: Sequence[Record]) -> Iterator[str]:
+def _matrix(verdicts: Sequence[VerdictRecord]) -> Iterator[str]:
     """As `matrix.scheme_table`, each verdict a link."""
     header, *rows = matrix.scheme_table(verdicts)
-    found = {(v["model"], v["scheme"]): v for v in verdicts}
+    found = {(v.model, v.scheme): v for v in verdicts}
     yield "<table>\n" + _row("th", header)
     for row in rows:
         cells = [f"<td>{escape(row[0])}"]
@@ -74,7 +74,7 @@ def _matrix(verdicts: Sequence[Record]) -> Iterator[str]:
                 cells.append(f"<td>{escape(text)}")
                 continue
             link = f'<a href="#{escape(_anchor(record))}">{escape(text)}</a>'
-            cells.append(f'<td class="{escape(record["verdict"])}">{link}')
+            cells.append(f'<td class="{escape(record.verdict.replace(" ", "-"))}">{link}')
         yield "<tr>" + "".join(cells)
     yield "</table>"
 
@@ -90,16 +90,16 @@ def _row(tag: str, texts: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{escape(text)}" for text in texts)
 
 
-def _anchor(record: Record) -> str:
-    about = f"{record['model']}-{record['scheme']}-{matrix.label(record)}"
+def _anchor(record: VerdictRecord) -> str:
+    about = f"{record.model}-{record.scheme}-{decider(record)}"
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in about)
 
 
 def _story(anchor: str, title: str, lines: Sequence[str], record: Record) -> Iterator[str]:
-    unfolded = " open" if record["outcome"] == "failed" else ""
+    unfolded = " open" if record.outcome == "failed" else ""
     yield f"<details{unfolded}><summary>{escape(title)}</summary>"
-    if "known" in record:
-        link, reason = record["known"]["link"], escape(record["known"]["reason"])
+    if record.known:
+        link, reason = record.known.link, escape(record.known.reason)
         # Nothing but the web: a merged file may hold anything.
         is_web = link.startswith(("https://", "http://"))
         yield (

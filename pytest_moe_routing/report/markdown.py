@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from pytest_moe_routing.oracle.judge import story
+from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
 from pytest_moe_routing.report import matrix
-from pytest_moe_routing.report.records import Record
+from pytest_moe_routing.report.text import story, title
 
 
 def page(records: Sequence[Record]) -> str:
@@ -15,8 +15,8 @@ def page(records: Sequence[Record]) -> str:
 
 
 def _lines(records: Sequence[Record]) -> Iterator[str]:
-    deciders = matrix.by_decider(r for r in records if r["kind"] == "verdict")
-    tests = [r for r in records if r["kind"] == "test"]
+    deciders = matrix.by_decider(r for r in records if isinstance(r, VerdictRecord))
+    tests = [r for r in records if isinstance(r, TestRecord)]
     yield "# MoE routing"
     if not records:
         yield from ("", "Nothing was judged.")
@@ -27,20 +27,19 @@ def _lines(records: Sequence[Record]) -> Iterator[str]:
         table = matrix.decider_table(deciders)
         yield from ("", "## What differs", "")
         yield from matrix.markdown(table) if table[1:] else ["Nothing."]
-    bad = [r for verdicts in deciders.values() for r in verdicts if matrix.is_bad(r)]
+    bad = [r for verdicts in deciders.values() for r in verdicts if not r.verdict.is_good]
     if bad:
         yield from ("", "## Why", "")
     for record in bad:
-        title = f"{record['model']} on {record['scheme']}, {matrix.label(record)}"
-        yield from _folded(f"{title}: {matrix.cell(record)}", story(record))
+        yield from _folded(title(record), story(record))
         yield from _known(record)
     if tests:
         yield from ("", "## Tests", "")
         yield from matrix.markdown(matrix.test_table(tests))
         yield ""
     for test in tests:
-        if test["outcome"] in ("failed", "xfailed"):
-            yield from _folded(test["case"], test["message"].splitlines())
+        if test.outcome in ("failed", "xfailed"):
+            yield from _folded(test.case, test.message.splitlines())
             yield from _known(test)
 
 
@@ -61,5 +60,5 @@ def _folded(title: str, lines: Sequence[str]) -> Iterator[str]:
 
 
 def _known(record: Record) -> Iterator[str]:
-    if "known" in record:
-        yield from (matrix.inline("Known: {reason} ({link})".format(**record["known"])), "")
+    if record.known:
+        yield from (matrix.inline(f"Known: {record.known.reason} ({record.known.link})"), "")

@@ -7,30 +7,25 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from packaging.version import InvalidVersion, Version
 
-from pytest_moe_routing.oracle.judge import GOOD, VERDICTS
-from pytest_moe_routing.report.records import Record
+from pytest_moe_routing.oracle.record import TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.verdict import Verdict
+from pytest_moe_routing.report.text import decider
 
 Table = list[list[str]]
 _NOTHING = "-"
 
 
-def label(record: Record) -> str:
-    """Who decided, for which kernels."""
-    return f"{record['target']}, {record['flashinfer']}"
-
-
-def by_decider(verdicts: Iterable[Record]) -> dict[str, list[Record]]:
+def by_decider(verdicts: Iterable[VerdictRecord]) -> dict[str, list[VerdictRecord]]:
     """The verdicts of each target and release, older releases first."""
-    groups: dict[str, list[Record]] = {}
+    groups: dict[str, list[VerdictRecord]] = {}
     for record in sorted(verdicts, key=_release_order):
-        groups.setdefault(label(record), []).append(record)
+        groups.setdefault(decider(record), []).append(record)
     return groups
 
 
-def _release_order(record: Record) -> tuple[object, ...]:
-    name, _, release = record["target"].rpartition(" ")
-    flashinfer = record["flashinfer"].split()
-    return (name, *version_order(release), *version_order(flashinfer[1] if flashinfer[1:] else ""))
+def _release_order(record: VerdictRecord) -> tuple[object, ...]:
+    releases = (record.release, record.flashinfer)
+    return (record.target, *(part for release in releases for part in version_order(release)))
 
 
 def version_order(release: str) -> tuple[bool, Version, str]:
@@ -41,51 +36,60 @@ def version_order(release: str) -> tuple[bool, Version, str]:
         return (True, Version("0"), release)
 
 
-def cell(record: Record | None) -> str:
+def cell(record: VerdictRecord | None) -> str:
     """A verdict, with the method that was decided for where a kernel was in question."""
     if record is None:
         return _NOTHING
-    text: str = record["verdict"]
-    if text in VERDICTS and text != "fallback":
-        text += f" ({record['method']})"
-    return f"{text}, known" if "known" in record else text
+    text = str(record.verdict)
+    if record.verdict.is_given and record.verdict is not Verdict.FALLBACK:
+        text += f" ({record.method})"
+    return f"{text}, known" if record.known else text
 
 
-def is_bad(record: Record) -> bool:
-    return record["verdict"] not in GOOD
-
-
-def scheme_table(verdicts: Sequence[Record]) -> Table:
+def scheme_table(verdicts: Sequence[VerdictRecord]) -> Table:
     """One decider: a row for each model, a column for each scheme, under a header."""
-    models = sorted({v["model"] for v in verdicts})
-    schemes = sorted({v["scheme"] for v in verdicts})
-    cells = {(v["model"], v["scheme"]): v for v in verdicts}
-    rows = [[m, *(cell(cells.get((m, b))) for b in schemes)] for m in models]
+    models = sorted({v.model for v in verdicts})
+    schemes = sorted({v.scheme for v in verdicts})
+    cells = {(v.model, v.scheme): v for v in verdicts}
+    rows = [[m, *(cell(cells.get((m, s))) for s in schemes)] for m in models]
     return [["model", *schemes], *rows]
 
 
-def decider_table(columns: Mapping[str, Sequence[Record]], *, every: bool = False) -> Table:
+def count_table(verdicts: Sequence[VerdictRecord]) -> Table:
+    """One decider: a row for each scheme, a column for each verdict that occurs, under a header."""
+    counts: dict[str, Counter[Verdict]] = {}
+    for record in verdicts:
+        counts.setdefault(record.scheme, Counter())[record.verdict] += 1
+    columns = [v for v in Verdict if any(v in found for found in counts.values())]
+    rows = [
+        [scheme, *(str(found[v]) if v in found else _NOTHING for v in columns)]
+        for scheme, found in sorted(counts.items())
+    ]
+    return [["scheme", *map(str, columns)], *rows]
+
+
+def decider_table(columns: Mapping[str, Sequence[VerdictRecord]], *, every: bool = False) -> Table:
     """Several deciders: a row for each model on a scheme, a column for each decider.
 
     Rows that all who judged agree on are left out, unless `every`.
     """
     cells, rows = _by_case(columns), []
     for case, found in cells.items():
-        judged = {record["verdict"] for record in found.values() if record["verdict"] in VERDICTS}
+        judged = {record.verdict for record in found.values() if record.verdict.is_given}
         if every or len(judged) > 1:
             rows.append([*case, *(cell(found.get(name)) for name in columns)])
     return [["model", "scheme", *columns], *rows]
 
 
-def changes(columns: Mapping[str, Sequence[Record]]) -> list[str]:
+def changes(columns: Mapping[str, Sequence[VerdictRecord]]) -> list[str]:
     """Where a verdict differs from that of the last release before that was judged."""
     lines = []
     for (model, scheme), found in _by_case(columns).items():
-        last: tuple[str, str] | None = None
+        last: tuple[str, Verdict] | None = None
         steps = []
         for name in columns:
-            verdict = found[name]["verdict"] if name in found else None
-            if verdict not in VERDICTS:
+            verdict = found[name].verdict if name in found else None
+            if verdict is None or not verdict.is_given:
                 continue
             if last is not None and last[1] != verdict:
                 steps.append(f"{last[0]} {last[1]} -> {name} {verdict}")
@@ -95,43 +99,43 @@ def changes(columns: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 def _by_case(
-    columns: Mapping[str, Sequence[Record]],
-) -> dict[tuple[str, str], dict[str, Record]]:
-    cells: dict[tuple[str, str], dict[str, Record]] = {}
+    columns: Mapping[str, Sequence[VerdictRecord]],
+) -> dict[tuple[str, str], dict[str, VerdictRecord]]:
+    cells: dict[tuple[str, str], dict[str, VerdictRecord]] = {}
     for name, records in columns.items():
         for record in records:
-            cells.setdefault((record["model"], record["scheme"]), {})[name] = record
+            cells.setdefault((record.model, record.scheme), {})[name] = record
     return dict(sorted(cells.items()))
 
 
-def totals(verdicts: Sequence[Record]) -> str:
+def totals(verdicts: Sequence[VerdictRecord]) -> str:
     """How many there are of each verdict, and how many of those fail as known."""
-    counts = Counter(v["verdict"] for v in verdicts)
-    known = Counter(v["verdict"] for v in verdicts if "known" in v)
+    counts = Counter(v.verdict for v in verdicts)
+    known = Counter(v.verdict for v in verdicts if v.known)
     return ", ".join(
         f"{count} {name}" + (f" ({known[name]} known)" if known[name] else "")
         for name, count in sorted(counts.items())
     )
 
 
-def why_unjudged(verdicts: Sequence[Record]) -> list[str]:
+def why_unjudged(verdicts: Sequence[VerdictRecord]) -> list[str]:
     """The reasons for which there is no verdict, most frequent first, each with its count."""
-    counts = Counter(brief(v["reasons"][0]) for v in verdicts if v["verdict"] not in VERDICTS)
+    counts = Counter(brief(v.reason) for v in verdicts if not v.verdict.is_given)
     return [f"{count} x {reason}" for reason, count in counts.most_common()]
 
 
 def brief(reason: str) -> str:
-    """One line of a reason that may quote a traceback: how it begins, and what it comes to."""
+    """First and last line of a reason, which may contain a traceback."""
     first, *more = reason.strip().splitlines() or [""]
     return f"{first} ... {more[-1].strip()}" if more else first
 
 
-def test_table(tests: Sequence[Record]) -> Table:
+def test_table(tests: Sequence[TestRecord]) -> Table:
     """Outcomes of tests by device and test function."""
     counts: dict[tuple[str, str], Counter[str]] = {}
     for test in tests:
-        device = f"{test['device']}, {test['flashinfer']}" if test["device"] else _NOTHING
-        counts.setdefault((device, test["case"].partition("[")[0]), Counter())[test["outcome"]] += 1
+        device = f"{test.device}, {test.flashinfer}" if test.device else _NOTHING
+        counts.setdefault((device, test.case.partition("[")[0]), Counter())[test.outcome] += 1
     rows = [
         [*about, ", ".join(f"{n} {outcome}" for outcome, n in sorted(found.items()))]
         for about, found in sorted(counts.items())

@@ -137,9 +137,9 @@ class Simulator:
             routed_scaling_factor=1.0 if scale is None else scale,
             weight_on="input" if given.get("use_routing_scales_on_input") else "output",
         )
-        troubles = self.flashinfer.troubles(call)
-        for effect, text in troubles:
-            _check(effect != "error", text)
+        violations = self.flashinfer.violations(call)
+        for violation in violations:
+            _check(not violation.is_error, str(violation))
         recipe = self.flashinfer.recipe(call)
         if context.method == "SigmoidRenorm" and not given.get("norm_topk_prob", True):
             recipe = replace(recipe, normalize="none", epsilon=0.0)
@@ -147,7 +147,7 @@ class Simulator:
         logits = self._at("logits", raw(logits), context)
         bias = self._at("bias", None if bias is None else raw(bias), context)
         bias = bias if recipe.bias else None
-        if troubles or self._at("launched", True, context) is False:
+        if violations or self._at("launched", True, context) is False:
             return unwritten(len(logits), top_k)
         inputs = Inputs(logits, recipe, bias)
         # A fault may concern other calls than this one: then it leaves the inputs as they are.

@@ -11,7 +11,7 @@ from pytest_moe_routing.compare import compare_routing
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.logits import PATTERNS, make
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.judge import judge, show_call
+from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.reference.routing import route, weigh
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
@@ -51,7 +51,10 @@ def scheme_payload(model: ModelSpec, scheme: str) -> dict[str, Any]:
 
     def verdict(flashinfer: FlashInfer) -> dict[str, Any]:
         found = judge(BuiltinTarget(flashinfer), model, scheme)
-        payload: dict[str, Any] = {"verdict": found.verdict, "method": found.classification.method}
+        payload: dict[str, Any] = {
+            "verdict": found.verdict.value,
+            "method": found.classification.method,
+        }
         refused = {gate.name: gate.reason for gate in found.gates if not gate.ok}
         if refused:
             # The release's own number is the key already.
@@ -60,13 +63,13 @@ def scheme_payload(model: ModelSpec, scheme: str) -> dict[str, Any]:
                 for name, reason in refused.items()
             }
         if found.exact:
-            payload["exact would be"] = [show_call(call) for call in found.exact]
+            payload["exact would be"] = [str(call) for call in found.exact]
         if found.call is not None:
-            payload["call"] = show_call(found.call)
+            payload["call"] = str(found.call)
         if found.got is not None:
             payload["kernel"] = str(found.got)
         if found.notes:
-            payload["notes"] = list(found.notes)
+            payload["notes"] = [note.fact for note in found.notes]
         return payload
 
     return {"scheme": scheme, "from FlashInfer": by_release(verdict)}

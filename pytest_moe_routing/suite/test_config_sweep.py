@@ -1,9 +1,10 @@
-"""What the target in force makes of routers that no model has, yet."""
+"""What the target makes of routers that no model has yet."""
 
 from __future__ import annotations
 
 import pytest
 
+from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 
@@ -14,8 +15,10 @@ def cached_target(moe_target):
     return CachedTarget(moe_target)
 
 
-def check(sweep, cached_target, moe_scheme, moe_session):
+def check(sweep, cached_target, moe_scheme, moe_session, record_property):
+    """Fail for every cause that concerns no model: a model's own verdict tells the others."""
     from pytest_moe_routing.errors import Unsupported
+    from pytest_moe_routing.suite.causes import of_sweep
 
     models = [model for model, scheme in moe_session.cases if scheme == moe_scheme]
     with unsupported_is_skipped():
@@ -23,19 +26,18 @@ def check(sweep, cached_target, moe_scheme, moe_session):
         if not found.verdicts:
             nothing = [("no call of the config sweep is stopped by such a gate alone", 0)]
             raise Unsupported((found.unanswered.most_common(1) or nothing)[0][0])
-    if found.causes:
-        pytest.fail("\n".join(found.lines()), pytrace=False)
+    fail(record_property, [of_sweep(cause) for cause in found.causes])
 
 
-def test_config_sweep(cached_target, moe_scheme, moe_session):
+def test_config_sweep(cached_target, moe_scheme, moe_session, record_property):
     """No router of the config sweep passes all gates and goes wrong, or crashes."""
     from pytest_moe_routing.oracle.config_sweep import sweep
 
-    check(sweep, cached_target, moe_scheme, moe_session)
+    check(sweep, cached_target, moe_scheme, moe_session, record_property)
 
 
-def test_behind_gates(moe_framework, cached_target, moe_scheme, moe_session):
+def test_behind_gates(moe_framework, cached_target, moe_scheme, moe_session, record_property):
     """No call that only a gate for the routing method stops would go wrong."""
     from pytest_moe_routing.oracle.config_sweep import sweep_behind_gates
 
-    check(sweep_behind_gates, cached_target, moe_scheme, moe_session)
+    check(sweep_behind_gates, cached_target, moe_scheme, moe_session, record_property)

@@ -1,21 +1,21 @@
-"""What the target in force makes less precise than a model's router is."""
+"""What the target makes less precise than a model's router is."""
 
 from __future__ import annotations
 
 import pytest
 
+from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 
-def test_downcasts(moe_framework, moe_model, moe_scheme):
-    """Nothing is rounded on the way to a kernel that would have taken it as it is."""
-    from pytest_moe_routing.oracle.downcasts import avoidable_downcasts, lines
+def test_downcasts(moe_framework, moe_model, moe_scheme, record_property):
+    """Nothing is downcast before a kernel that would have taken it as it is."""
+    from pytest_moe_routing.oracle.downcasts import avoidable_downcasts
     from pytest_moe_routing.oracle.judge import judge
+    from pytest_moe_routing.suite.causes import of_downcast
 
     with unsupported_is_skipped():
-        found = judge(moe_framework, moe_model, moe_scheme, recorded_only=True)
-    if found.got is None:
-        pytest.skip(f"no kernel runs: {found.verdict}")
-    lost = avoidable_downcasts(found)
-    if lost:
-        pytest.fail("\n".join(lines(found, lost)), pytrace=False)
+        judgement = judge(moe_framework, moe_model, moe_scheme, recorded_only=True)
+    if judgement.got is None:
+        pytest.skip(f"no kernel runs: {judgement.verdict}")
+    fail(record_property, [of_downcast(judgement, d) for d in avoidable_downcasts(judgement)])

@@ -61,7 +61,7 @@ def fused(moe_kernels, moe_flashinfer):
     return make
 
 
-@pytest.mark.moe_models(distinct_routers=True)
+@pytest.mark.moe_models(distinct_routers=True, published=True)
 def test_model(fused, moe_model, moe_scheme, moe_flashinfer, moe_full_scale):
     """A model's experts, groups and activation in each of its quantizations."""
     from pytest_moe_routing.errors import QuantizationError

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
-
+from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 
-def test_model_code(moe_framework, moe_model):
+def test_model_code(moe_framework, moe_model, record_property):
     """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once."""
     from pytest_moe_routing.oracle.model_code import compare_request
+    from pytest_moe_routing.suite.causes import of_model_code
 
     with unsupported_is_skipped():
-        found = compare_request(moe_model, moe_framework.layer_request(moe_model))
-    if found.problems:
-        pytest.fail("\n".join(found.lines()), pytrace=False)
+        judgement = compare_request(moe_model, moe_framework.layer_request(moe_model))
+    if judgement.findings:
+        fail(record_property, [of_model_code(judgement)])

@@ -79,9 +79,9 @@ def support_gates(
         )
     )
     if all(gate.ok for gate in gates):
-        troubles = flashinfer.troubles(kernel_call(model.router, scheme, method, flashinfer))
-        reason = "; ".join(text for _, text in troubles)
-        gates.append(Gate("kernel limits", not troubles, reason))
+        violations = flashinfer.violations(kernel_call(model.router, scheme, method, flashinfer))
+        reason = "; ".join(map(str, violations))
+        gates.append(Gate("kernel limits", not violations, reason))
     return tuple(gates)
 
 

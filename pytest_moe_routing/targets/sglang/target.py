@@ -16,8 +16,9 @@ from typing import Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.arguments import Layer, read
+from pytest_moe_routing.oracle.arguments import RecordedLayer, read
 from pytest_moe_routing.oracle.exact import Gate
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.probe import Probe
@@ -100,11 +101,14 @@ class SglangTarget(FrameworkTarget):
         )
         if not accepted.ok:
             return (accepted,)
-        refused, declared = self._run(model, scheme)["refused"], self.classify(model).method
+        answer, declared = self._run(model, scheme), self.classify(model).method
+        refused = answer["refused"]
         return (
             accepted,
             Gate("declared method", method == declared, f"the model's code has {declared}"),
-            Gate("the kernel routes", refused is None, refused or ""),
+            Gate(
+                "the kernel routes", refused is None, refused or "", by_choice=answer["by_choice"]
+            ),
         )
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
@@ -112,25 +116,20 @@ class SglangTarget(FrameworkTarget):
         declared = self.classify(model).method
         if method != declared:
             raise Unsupported(f"{self}: the model's code has {declared}, not {method}")
-        found = self._run(model, scheme)
-        if found["failed"]:
-            return Captured(None, (found["failed"],))
+        answer = self._run(model, scheme)
+        if answer["failed"]:
+            return Captured(None, (Finding(Kind.RAISED, "forward", None, answer["failed"]),))
         sizes = _configs()["sizes"]
-        layer = Layer(1, 2, sizes["intermediate_size"], found["scale_after"])
-        function, arguments = found["function"], found["arguments"]
-        reading = read(model, scheme, function, arguments, layer, self.flashinfer)
-        number, rounded = arguments["routing_method_type"], list(reading.rounded)
+        layer = RecordedLayer(1, 2, sizes["intermediate_size"], answer["scale_after"])
+        captured = read(model, scheme, answer, layer, self.flashinfer)
+        number, findings = answer["arguments"]["routing_method_type"], list(captured.findings)
         own = next((name for name, value in self._numbers.items() if value == number), None)
-        problems = list(reading.problems)
-        if reading.call is not None and own not in (None, reading.call.method):
-            problems.append(
-                f"{self} passes {own} as {number}, which {self.flashinfer} reads as "
-                f"{reading.call.method}"
-            )
-        arriving = None if reading.call is None else reading.call.logits_dtype
-        if (found["logits_dtype"], arriving) == ("bfloat16", "float32"):
-            rounded.append("gate")
-        return Captured(reading.call, tuple(problems), tuple(rounded))
+        if captured.call is not None and own not in (None, captured.call.method):
+            findings.append(Finding(Kind.ENUM, own or "", number, captured.call.method))
+        arriving = None if captured.call is None else captured.call.logits_dtype
+        if (answer["logits_dtype"], arriving) == ("bfloat16", "float32"):
+            findings.append(Finding(Kind.DOWNCAST, "gate", "float32", "bfloat16"))
+        return Captured(captured.call, tuple(findings), answer["function"])
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

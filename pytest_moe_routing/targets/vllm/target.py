@@ -7,14 +7,15 @@ one of the Blackwell family (`targets/vllm/probe/main.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.arguments import Layer, Reading, read, read_routed
+from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
 from pytest_moe_routing.oracle.exact import Gate
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.targets.framework import FrameworkTarget
@@ -71,85 +72,95 @@ class VllmTarget(FrameworkTarget):
         asked = {"model": model.as_dict(), "scheme": scheme, "method": method}
         return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
 
-    def modular_problems(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
+    def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
         """What arrives wrongly at the kernel of the experts that are given ids and weights."""
-        found = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
-        problems = []
-        for record in found["calls"]:
-            layer = Layer(record["shards"] - 1, record["shards"], found["intermediate_size"])
-            if "refused" in record:
-                wrong: tuple[str, ...] = (record["refused"],)
+        answer = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
+        findings: list[Finding] = []
+        for record in answer["calls"]:
+            layer = RecordedLayer(
+                record["shards"] - 1, record["shards"], answer["intermediate_size"]
+            )
+            if "raised" in record:
+                wrong: tuple[Finding, ...] = (_raised(record),)
             else:
-                call = record["function"], record["arguments"]
-                wrong = read_routed(model, scheme, *call, layer, self.flashinfer)
-            problems += [f"{problem} ({_way(record)})" for problem in wrong]
-        return tuple(_shortened(problems))
+                wrong = read_routed(model, scheme, record, layer, self.flashinfer)
+            findings += [_at(finding, record) for finding in wrong]
+        return tuple(_distinct(findings))
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """The call of vLLM's own code, from a layer of the model down to the kernel.
 
         Every way to get there is taken: through the methods of each checkpoint format that serves
         the scheme, without expert parallelism and as its rank 1 of 2. The call is that of the
-        first; what the others do differently is a problem.
+        first; what the others do differently is a finding.
         """
-        found = self._probe.ask("capture", model=model.as_dict(), scheme=scheme, method=method)
-        readings = [(record, self._read(model, scheme, found, record)) for record in found["calls"]]
-        first = readings[0][1].call
-        problems = list(self._drift(method))
-        rounded: list[str] = []
-        for record, reading in readings:
-            rounded += reading.rounded
-            way = _way(record)
-            problems += [f"{problem} ({way})" for problem in reading.problems]
-            if reading.call is not None and first is not None and reading.call != first:
-                problems.append(f"{_difference(first, reading.call)} ({way})")
-            if reading.call is None:
+        answer = self._probe.ask("capture", model=model.as_dict(), scheme=scheme, method=method)
+        calls = [(record, self._read(model, scheme, answer, record)) for record in answer["calls"]]
+        first: KernelCall | None = calls[0][1].call
+        findings = list(self._enum_mismatch(method))
+        for record, captured in calls:
+            findings += [_at(finding, record) for finding in captured.findings]
+            if captured.call is None:
                 first = None
-        return Captured(first, tuple(_shortened(problems)), tuple(dict.fromkeys(rounded)))
+            elif first is not None and captured.call != first:
+                findings += [_at(finding, record) for finding in _other(first, captured.call)]
+        return Captured(first, tuple(_distinct(findings)), _site(answer["calls"][0]))
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """What the model's MoE block passes to its layer, when vLLM's model code builds it."""
         return self._model_code.layer_request(model)
 
-    def _drift(self, method: str) -> Iterator[str]:
+    def _enum_mismatch(self, method: str) -> Iterator[Finding]:
         number = self._numbers[method]
         read_as = self.flashinfer.method(number)
         if read_as not in (None, method):
-            yield f"{self} passes {method} as {number}, which {self.flashinfer} reads as {read_as}"
+            yield Finding(Kind.ENUM, method, number, read_as)
 
     def _read(
-        self, model: ModelSpec, scheme: str, found: Mapping[str, Any], record: Mapping[str, Any]
-    ) -> Reading:
-        if "refused" in record:
-            return Reading(None, (record["refused"],))
-        layer = Layer(
+        self, model: ModelSpec, scheme: str, answer: Mapping[str, Any], record: Mapping[str, Any]
+    ) -> Captured:
+        if "raised" in record:
+            return Captured(None, (_raised(record),))
+        layer = RecordedLayer(
             rank=record["shards"] - 1,
             shards=record["shards"],
-            intermediate_size=found["intermediate_size"],
-            scale_after=model.router.routed_scaling_factor / found["router_factor"],
+            intermediate_size=answer["intermediate_size"],
+            scale_after=model.router.routed_scaling_factor / answer["router_factor"],
         )
-        return read(model, scheme, record["function"], record["arguments"], layer, self.flashinfer)
+        return read(model, scheme, record, layer, self.flashinfer)
 
 
-def _way(record: Mapping[str, Any]) -> str:
-    return f"{record['by']}" + (", rank 1 of 2" if record["shards"] > 1 else "")
+def _raised(record: Mapping[str, Any]) -> Finding:
+    raised = record["raised"]
+    return Finding(Kind.RAISED, raised["type"], None, raised["message"], raised["where"])
 
 
-def _difference(first: KernelCall, other: KernelCall) -> str:
-    """In which arguments a call is not the first one."""
-    differing = [
-        f"{name} {getattr(other, name)}, not {getattr(first, name)}"
-        for name in (f.name for f in fields(KernelCall))
-        if getattr(first, name) != getattr(other, name)
-    ]
-    return ", ".join(differing)
+def _site(record: Mapping[str, Any]) -> str:
+    """The layer's method and the entry point that it calls, if it gets there."""
+    return "->".join(filter(None, (record["by"], record.get("function", ""))))
 
 
-def _shortened(problems: Iterable[str]) -> Iterator[str]:
-    """Each problem once, with the first way that has it."""
+def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
+    """A finding with the way on which the call was made."""
+    if finding.kind is Kind.RAISED:
+        return finding
+    rank = ", rank 1 of 2" if record["shards"] > 1 else ""
+    return replace(finding, where=f"{_site(record)}{rank}")
+
+
+def _other(first: KernelCall, other: KernelCall) -> Iterator[Finding]:
+    """The arguments in which a call is not the first one."""
+    for name in (f.name for f in fields(KernelCall)):
+        wanted, got = getattr(first, name), getattr(other, name)
+        if wanted != got:
+            yield Finding(Kind.ARGUMENT, name, wanted, got)
+
+
+def _distinct(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Each finding once, at the first place that has it."""
     seen = set()
-    for problem in problems:
-        what = problem.rpartition(" (")[0] or problem
+    for finding in findings:
+        what = replace(finding, where="")
         if what not in seen:
             seen.add(what)
-            yield problem
+            yield finding

@@ -119,7 +119,7 @@ class Blocks:
         scheme: str,
     ) -> dict[str, Any]:
         seen, self.calls[:] = _Seen(), []
-        answer: dict[str, Any] = {"refused": None, "failed": None}
+        answer: dict[str, Any] = {"refused": None, "failed": None, "by_choice": False}
         output: Any = None
         try:
             with _watching(seen), torch.no_grad():
@@ -128,6 +128,7 @@ class Blocks:
                 output = _forward(block, values["num_experts"])
         except RoutedOutside:
             answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
+            answer["by_choice"] = True
         except Exception as error:
             kind, text = _verdict_on(error)
             if kind == "unknown":
@@ -151,7 +152,7 @@ class Blocks:
             raise Unsupported(f"{len(self.calls)} kernels are called")
         ((function, arguments),) = self.calls
         if "routing_logits" not in arguments:
-            return {"refused": f"{function} is given experts and weights"}
+            return {"refused": f"{function} is given experts and weights", "by_choice": True}
         if not isinstance(output, Tensor) or not bool((output == output.flatten()[0]).all()):
             raise Unsupported("what becomes of the kernel's output cannot be followed")
         if len(seen.logits) != 1 or not isinstance(arguments["routing_logits"], Tensor):

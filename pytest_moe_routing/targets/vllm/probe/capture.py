@@ -43,8 +43,8 @@ def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any
     """What reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
 
     Each of the `calls` is `by` whom, in how many `shards`, and either the `function` and its
-    `arguments` or why it is `refused`. `router_factor` is the scaling factor that the layer's
-    router has, `intermediate_size` that of its experts.
+    `arguments` or the exception that is `raised`. `router_factor` is the scaling factor that the
+    layer's router has, `intermediate_size` that of its experts.
 
     Raises:
         Unsupported: The release has no such experts, or none that a layer calls.
@@ -253,7 +253,7 @@ def _made(experts: Any, layer: _Layer) -> Any:
 def _recorded(
     call: Callable[[], None], named: Mapping[str, Tensor | None], what: str
 ) -> dict[str, Any]:
-    """The kernel's `function` and `arguments`, or why vLLM `refused` to call it."""
+    """The kernel's `function` and `arguments`, or the exception that vLLM's code `raised`."""
     Stub.asked.clear()
     try:
         with _on_one_gpu():
@@ -263,8 +263,8 @@ def _recorded(
         return {"function": reached.function, "arguments": arguments}
     except _REFUSALS as error:
         if Stub.asked:
-            raise TargetError(f"{_where(error)}, after stubs: {', '.join(Stub.asked)}") from error
-        return {"refused": _where(error)}
+            raise TargetError(f"{_text(error)}, after stubs: {', '.join(Stub.asked)}") from error
+        return {"raised": _raised(error)}
     raise TargetError(f"{what} called no kernel")
 
 
@@ -327,13 +327,16 @@ def _kernel(experts: Any, layer: _Layer) -> Any:
     return kernel
 
 
-def _where(error: BaseException) -> str:
-    """An error, and the line of vLLM that raised it."""
+def _raised(error: BaseException) -> dict[str, str]:
+    """An exception: its `type` and `message`, and the line of vLLM that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/vllm/" in f.filename]
-    text = " ".join(str(error).split())[:300]
-    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    if not frames:
-        return what
-    file = frames[-1].filename.rpartition("/vllm/")[2]
-    line = f" `{frames[-1].line}`" if frames[-1].line else ""
-    return f"vllm/{file}:{frames[-1].lineno}{line}: {what}"
+    message, where = " ".join(str(error).split())[:300], ""
+    if frames:
+        where = f"vllm/{frames[-1].filename.rpartition('/vllm/')[2]}:{frames[-1].lineno}"
+        message = message or f"{frames[-1].line}"
+    return {"type": type(error).__name__, "message": message, "where": where}
+
+
+def _text(error: BaseException) -> str:
+    raised = _raised(error)
+    return f"{raised['where']}: {raised['type']}: {raised['message']}"

@@ -1,0 +1,66 @@
+"""What is wrong with a decision or a kernel call, as values. `report.text` makes the sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+#: What a finding may hold: plain data, so that it travels as JSON.
+Value = str | int | float | bool | None
+
+
+class Kind(StrEnum):
+    """What a finding is about, and so what its fields mean."""
+
+    #: A field of the recipe: the router has `wanted`, the kernel computes `got`.
+    RECIPE = "recipe"
+    #: An argument of the call: the layer has `wanted`, the kernel receives `got`.
+    ARGUMENT = "argument"
+    #: `field` of the call is `got`, and a rule of the launcher or the kernel requires `wanted`.
+    LIMIT = "limit"
+    #: The number that the target passes for the method `field` means `got` in FlashInfer.
+    ENUM = "enum"
+    #: The target's code raised the exception `field` with the message `got`, at `where`.
+    RAISED = "raised"
+    #: An argument is less precise (`got`) than the layer (`wanted`).
+    DOWNCAST = "downcast"
+    #: A matter of precision in the kernel itself, told by `fact`.
+    PRECISION = "precision"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        field: The field, argument, method or exception that the finding is about.
+        wanted, got: What is right, and what is there instead.
+        where: The place in the target's code or the way to the kernel, if it is known.
+        fact: What is known about the FlashInfer release that explains the finding.
+    """
+
+    kind: Kind
+    field: str
+    wanted: Value = None
+    got: Value = None
+    where: str = ""
+    fact: str = ""
+
+    @property
+    def cause(self) -> tuple[str, str, str]:
+        """What findings of one cause share: neither numbers nor the model."""
+        return self.kind.value, self.field, self.fact
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        """Read `as_dict`.
+
+        Raises:
+            KeyError, ValueError, TypeError: The data is not a finding.
+        """
+        return cls(**{**data, "kind": Kind(data["kind"])})

@@ -1,0 +1,62 @@
+"""Failures by cause: each cause is shown once, with every case that it concerns.
+
+A test of the suite may fail for several causes, and a cause may fail many tests. A test states its
+causes as `Failure` values in a user property. The terminal then shows the first test of each cause,
+and counts the others as `same cause`; all of them are failed tests to pytest, JUnit and `--lf`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from pytest_moe_routing.oracle.failure import PROPERTY, Failure, failures_of, text_of
+
+_SAME = "same cause"
+
+
+def fail(record_property: Callable[[str, Any], None], failures: Sequence[Failure]) -> None:
+    """Fail the test for these causes, most urgent first; do nothing if there are none."""
+    __tracebackhide__ = True
+    if failures:
+        ordered = sorted(failures, key=lambda failure: failure.rank)
+        record_property(PROPERTY, [failure.as_dict() for failure in ordered])
+        pytest.fail(text_of(ordered), pytrace=False)
+
+
+class Grouping:
+    """Shows each cause once. Registered where the terminal is, not in xdist's workers."""
+
+    def __init__(self) -> None:
+        self._cases: dict[str, list[str]] = {}
+        self._shown: list[tuple[pytest.TestReport, list[Failure]]] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(
+        self, report: pytest.CollectReport | pytest.TestReport
+    ) -> tuple[str, str, str] | None:
+        if not isinstance(report, pytest.TestReport) or not report.failed:
+            return None
+        failures = failures_of(report.user_properties)
+        if report.when != "call" or not failures:
+            return None
+        fresh = [failure for failure in failures if failure.cause not in self._cases]
+        for failure in failures:
+            self._cases.setdefault(failure.cause, []).append(failure.case)
+        if not fresh:
+            return _SAME, "f", "SAME CAUSE"
+        self._shown.append((report, fresh))
+        return None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Complete the shown failures with all of their cases, and put the urgent ones first."""
+        for report, failures in self._shown:
+            report.longrepr = text_of(failures, self._cases)
+        terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+        ranks = {id(report): failures[0].rank for report, failures in self._shown}
+        if terminal is not None:
+            failed = terminal.stats.get("failed", [])
+            failed.sort(key=lambda report: ranks.get(id(report), -1))

@@ -1,0 +1,206 @@
+"""The sentences of findings, verdicts and counterexamples. Nothing reads them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.record import Reach, VerdictRecord
+from pytest_moe_routing.oracle.verdict import Verdict
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.oracle.model_code import CodeJudgement
+
+#: What each verdict means.
+MEANINGS: Mapping[Verdict, str] = {
+    Verdict.EXACT: "the fused kernel runs and computes the model's router",
+    Verdict.WRONG: "the fused kernel runs and computes something else",
+    Verdict.CRASH: "the gates accept the model, and the kernel call fails",
+    Verdict.FALLBACK: "correctly rejected: no fused kernel of this release runs the model",
+    Verdict.MISSED: "rejected, although a routing method computes the router exactly",
+    Verdict.NOT_JUDGED: "not judged: the target cannot be asked",
+    Verdict.ERROR: "not judged: the target failed while it was asked",
+}
+_DOWNCASTS: Mapping[str, str] = {
+    "logits": "the float32 router logits are downcast to bfloat16 before the call",
+    "gate": "the router logits are computed in bfloat16 and widened to float32",
+    "bias": "the float32 bias is downcast to bfloat16 before the call",
+}
+#: Names of the recipe's fields for readers.
+_FIELDS: Mapping[str, str] = {
+    "score": "scoring function",
+    "weigh_by": "score of the weights",
+    "bias": "correction bias",
+    "group_score": "group score",
+    "normalize": "renormalize",
+    "scale": "routed_scaling_factor",
+    "weight_on": "router weight on",
+}
+
+
+def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the kernel") -> str:
+    """What is wrong, without its explanation.
+
+    Args:
+        wanted_by, got_by: Who has the two values of a recipe's field.
+    """
+    field, wanted, got = finding.field, _value(finding.wanted), _value(finding.got)
+    match finding.kind:
+        case Kind.RECIPE if finding.wanted is None and finding.got is None:
+            return f"{field}: {finding.fact}"
+        case Kind.RECIPE:
+            return f"{_FIELDS.get(field, field)}: {wanted_by} has {wanted}, {got_by} {got}"
+        case Kind.ARGUMENT:
+            return f"{field} arrives as {got}, the layer has {wanted}"
+        case Kind.LIMIT if finding.wanted in (None, ""):
+            return finding.fact
+        case Kind.LIMIT:
+            return f"{field} is {got}, not {wanted}: {finding.fact}"
+        case Kind.ENUM if field.isdecimal():
+            return f"routing_method_type {field} is no routing method of this FlashInfer"
+        case Kind.ENUM:
+            number = "no number" if finding.wanted is None else wanted
+            read_as = "no routing method" if finding.got is None else got
+            return f"{field} is passed as {number}, which FlashInfer reads as {read_as}"
+        case Kind.RAISED:
+            at = f"{finding.where}: " if finding.where else ""
+            return f"{at}{field}: {got}" if finding.got else f"{at}{field}"
+        case Kind.DOWNCAST:
+            return _DOWNCASTS.get(field, f"{field} is downcast from {wanted} to {got}")
+    return finding.fact
+
+
+def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def sentences(findings: Iterable[Finding]) -> Iterator[str]:
+    """What is wrong, then what explains it, each once."""
+    findings = tuple(findings)
+    yield from dict.fromkeys(sentence(finding) for finding in findings)
+    facts = (f.fact for f in findings if f.kind is Kind.RECIPE and f.fact)
+    yield from dict.fromkeys(facts)
+
+
+def decider(record: VerdictRecord) -> str:
+    """Who decided, for which kernels."""
+    target = f"{record.target} {record.release}".rstrip()
+    return f"{target}, {flashinfer(record)}"
+
+
+def flashinfer(record: VerdictRecord) -> str:
+    """The FlashInfer release, and whose facts were used if they are not its own."""
+    known = record.flashinfer == record.judged_as
+    return f"FlashInfer {record.flashinfer}" + ("" if known else f" (judged as {record.judged_as})")
+
+
+def title(record: VerdictRecord) -> str:
+    """The model, the scheme, who decided and the verdict."""
+    who = f"{record.target} {record.release}".rstrip()
+    return f"{record.model} on {record.scheme}, decided by {who}: {record.verdict}"
+
+
+def story(record: VerdictRecord) -> list[str]:
+    """Everything that led to a verdict, from the router to a token that a person can check."""
+    lines = [title(record), f"  {MEANINGS[record.verdict]} ({flashinfer(record)})"]
+    if record.reach is not Reach.PUBLISHED:
+        lines.append(f"  reach    {reach(record)}")
+    if not record.verdict.is_given:
+        return [*lines, f"  because  {record.reason}"]
+    lines.append(f"  router   {record.router}")
+    lines.append(f"  decided  {' -> '.join((*record.path, record.method))}")
+    rejections = [f"{gate}: no, {reason}" for gate, reason in record.rejected_by.items()]
+    accepted = [f"all accept: {', '.join(record.gates)}"]
+    lines += [f"  gate     {text}" for text in rejections or accepted]
+    lines += consequences(record)
+    if not record.verdict.is_good:
+        lines += [f"  exact    would be {call}" for call in record.exact] or [
+            "  exact    no routing method of this release computes the router"
+        ]
+    return lines
+
+
+def consequences(record: VerdictRecord) -> Iterator[str]:
+    """What the kernel computes, what is wrong with it or in its way, and how precise it is."""
+    if record.kernel is not None:
+        yield f"  kernel   {record.kernel}"
+    for line in (*sentences(record.findings), *record.obstacles):
+        yield f"  because  {line}"
+    if record.counterexample is not None:
+        yield from (f"    {line}" for line in token(record.counterexample))
+    for note in record.notes:
+        yield f"  note     {sentence(note)}"
+
+
+def reach(record: VerdictRecord) -> str:
+    """Who can meet the verdict."""
+    switches = f": {', '.join(record.opt_in)}" if record.opt_in else ""
+    return f"{record.reach}{switches}"
+
+
+def token(example: Mapping[str, Any]) -> list[str]:
+    """A counterexample, as lines that a person can follow."""
+    sides = [f"  on the expert {side}" for side in example["sides"]]
+    if sides[0] == sides[1]:
+        sides = ["", ""]
+    pairs = example["wanted"], example["got"]
+    wanted, got = (_sparse(values) for values in pairs)
+    if (wanted, sides[0]) == (got, sides[1]):
+        wanted, got = (_sparse(values, digits=9) for values in pairs)
+    count, bias = len(example["logits"]), example["bias"]
+    return [
+        f"a token of {count} expert{'s' * (count > 1)}",
+        f"logits   {_all(example['logits'])}",
+        *([f"bias     {_all(bias)}"] if bias else []),
+        f"wanted   {wanted}{sides[0]}",
+        f"got      {got}{sides[1]}",
+    ]
+
+
+def _sparse(pairs: Iterable[Sequence[float]], digits: int = 6) -> str:
+    """Values by expert, equal ones together: `0-2 5: 0.25  3: 0.125`."""
+    experts: dict[str, list[int]] = {}
+    for expert, value in pairs:
+        experts.setdefault(f"{value:.{digits}g}", []).append(int(expert))
+    return "  ".join(f"{_ranges(ids)}: {text}" for text, ids in experts.items())
+
+
+def _all(values: Sequence[float]) -> str:
+    """As `_sparse`, zeros left out."""
+    others = [(expert, value) for expert, value in enumerate(values) if value]
+    return f"{_sparse(others)}  others 0" if others else "all 0"
+
+
+def _ranges(ids: list[int]) -> str:
+    """Ascending numbers, runs as `first-last`."""
+    runs: list[list[int]] = []
+    for number in ids:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return " ".join("-".join(map(str, run)) for run in runs)
+
+
+def model_code(judgement: CodeJudgement) -> list[str]:
+    """Where a model's code asks its MoE layer for another routing than the model has."""
+    from pytest_moe_routing.routing import recipe_of
+
+    who = "the model", "the model code asks for"
+    lines = [f"{judgement.model}: {judgement.request.block} and the model's router disagree"]
+    for finding in judgement.findings:
+        passed = f" ({finding.where})" if finding.where else ""
+        lines.append(f"  problem  {sentence(finding, *who)}{passed}")
+    if judgement.counterexample is not None:
+        lines += [
+            f"  router   {recipe_of(judgement.model.router)}",
+            f"  asked    {judgement.asked}",
+            *[f"    {line}" for line in token(judgement.counterexample.as_dict())],
+        ]
+    notes = (": ".join(filter(None, (sentence(note), note.fact))) for note in judgement.notes)
+    return lines + [f"  note     {note}" for note in notes]

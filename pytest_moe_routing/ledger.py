@@ -18,8 +18,8 @@ import yaml
 from packaging.version import InvalidVersion, Version
 
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
+from pytest_moe_routing.models.kinds import Problem, key
 from pytest_moe_routing.models.sections import Section, compose, fail_at, show
-from pytest_moe_routing.models.spec import Problem, key
 from pytest_moe_routing.oracle.failure import PROPERTY, Failure, failures_of, text_of
 from pytest_moe_routing.targets import target_names
 

@@ -81,8 +81,13 @@ def test_lists_of_equal_values(tmp_path):
     config = {"architectures": ["HunYuanMoEV1ForCausalLM"], "intermediate_size": 3072}
     spec = read(tmp_path, {**config, "num_experts": [64] * 32, "moe_topk": [8] * 32})
     assert (spec.router.num_experts, spec.router.top_k) == (64, 8)
-    with pytest.raises(ModelError, match="moe_topk: found values that differ between layers"):
-        read(tmp_path, {**config, "num_experts": 64, "moe_topk": [8, 4]})
+    differ = {**config, "num_experts": 64, "moe_topk": [8, 4]}
+    with pytest.raises(
+        ModelError, match=r"moe_topk: found 2 values that differ.*num_hidden_layers"
+    ):
+        read(tmp_path, differ)
+    with pytest.raises(ModelError, match="one for each layer: there are 3"):
+        read(tmp_path, {**differ, "num_hidden_layers": 3})
 
 
 def test_a_key_that_the_code_ignores_is_noted(tmp_path):
@@ -104,7 +109,6 @@ def test_a_key_that_the_code_ignores_is_noted(tmp_path):
         ({"num_hash_layers": 3}, "layers 0-2 are routed by a table of token ids"),
         ({"mlp_layer_types": ["hash_moe", "moe"]}, "layer 0 is routed by a table of token ids"),
         ({"interleave_moe_layer_step": 2}, "one layer in 2 is a mixture of experts"),
-        ({"swiglu_limits": [0, 0, 7.0, 7.0]}, "layers 2-3 are swiglustep"),
     ],
 )
 def test_layers_that_differ_are_noted(tmp_path, change, note):

@@ -12,6 +12,7 @@ from pytest_moe_routing.errors import ModelError
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import (
     ExpertsConfig,
+    LayerGroup,
     ModelSpec,
     RouterConfig,
     dump_model,
@@ -21,7 +22,7 @@ from pytest_moe_routing.models import (
     read_config,
 )
 from pytest_moe_routing.models.huggingface.families import table
-from pytest_moe_routing.models.spec import schema
+from pytest_moe_routing.models.spec import MODEL_DTYPES, schema
 from pytest_moe_routing.schemes import SCHEMES
 
 ZOO = load_models(packaged_directory())
@@ -182,6 +183,25 @@ def values(cls):
     return {name: one(item.metadata["kind"]) for name, item in schema(cls).items()}
 
 
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+groups = st.lists(
+    st.sampled_from(
+        [
+            LayerGroup(layers="0-2", kind="dense"),
+            LayerGroup(layers="5", kind="hash_moe"),
+            LayerGroup(layers="7, 9-11", experts={"shared_experts": 3, "latent_size": None}),
+        ]
+    ),
+    unique_by=lambda group: group.layers,
+).map(tuple)
 texts = st.lists(st.text(min_size=1), min_size=1, max_size=3, unique=True).map(tuple)
 specs = st.builds(
     ModelSpec,
@@ -195,6 +215,12 @@ specs = st.builds(
     checkpoints=st.lists(st.sampled_from(SCHEMES), min_size=1, unique=True).map(tuple),
     sources=texts,
     notes=texts | st.just(()),
+    num_layers=st.none() | st.integers(12, 200),
+    dtype=st.sampled_from(MODEL_DTYPES),
+    layers=groups,
+    architectures=texts | st.just(()),
+    raw_config=st.dictionaries(st.text(), json_values, max_size=3),
+    defaulted=texts | st.just(()),
 )
 
 

@@ -1,6 +1,7 @@
 """What a model says of itself. Imports nothing else of this package, and no torch."""
 
 from pytest_moe_routing.models.huggingface import read_config
+from pytest_moe_routing.models.layer_groups import LayerGroup
 from pytest_moe_routing.models.loader import load_incomplete, load_model, load_models, select
 from pytest_moe_routing.models.spec import (
     ExpertsConfig,
@@ -13,6 +14,7 @@ from pytest_moe_routing.models.writer import dump_model
 __all__ = [
     "ExpertsConfig",
     "IncompleteModel",
+    "LayerGroup",
     "ModelSpec",
     "RouterConfig",
     "dump_model",

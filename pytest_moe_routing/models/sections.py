@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, NoReturn
 import yaml
 
 from pytest_moe_routing.errors import ModelError
-from pytest_moe_routing.models.spec import SECTIONS, is_required, schema
+from pytest_moe_routing.models.kinds import is_required
+from pytest_moe_routing.models.spec import LISTS, SECTIONS, schema
 
 MAX_BYTES = 1_000_000
 
@@ -91,9 +93,27 @@ class Section:
                 if section := self.section(key):
                     of = SECTIONS[key]
                     values[key] = section.values(of) if partial else section.build(of)
+            elif "kind" not in item.metadata:
+                if (entry := self._inherited(key)) is not None:
+                    values[key] = tuple(self._list(key, entry))
             elif key in self.entries:
                 values[key] = self.value(key, item.metadata["kind"])
         return values
+
+    def _inherited(self, key: str) -> Entry | None:
+        """The entry of a key here, else in the file that this file is like."""
+        if key in self.entries or self.like is None:
+            return self.entries.get(key)
+        return self.like._inherited(key)
+
+    def _list(self, key: str, entry: Entry) -> Iterator[Any]:
+        """The mappings of a list, each built."""
+        if not isinstance(entry.node, yaml.SequenceNode):
+            fail_at(entry.file, entry.line, key, show(entry.node), "a list of mappings")
+        for i, node in enumerate(entry.node.value):
+            line = node.start_mark.line + 1
+            section = Section(entry.file, node, f"{self._path(key)}[{i}]", line)
+            yield section.build(LISTS[key], partial=True)
 
     def value(self, key: str, kind: Any) -> Any:
         """The value of a key that is there, checked.

@@ -1,4 +1,4 @@
-"""What a model says of itself: its router, its experts, and the checkpoints that people serve.
+"""What a model says about itself: its router, its experts, its layers, and its checkpoints.
 
 Each dataclass field *is* the YAML schema: its name is the key, its metadata the valid values, its
 default (if any) makes the key optional. `loader.py` reads it; there is no second list of keys.
@@ -7,76 +7,17 @@ default (if any) makes the key optional. `loader.py` reads it; there is no secon
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pytest_moe_routing.models.kinds import Problem, key, mapping
+from pytest_moe_routing.models.layer_groups import MAX_LAYERS, LayerGroup, overlaps
 from pytest_moe_routing.schemes import SCHEMES
 
-#: (offending key, what was found, what is expected instead)
-Problem = tuple[str, str, str]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """The valid values of one key: a type, and optionally a range or a closed list."""
-
-    type: type
-    choices: tuple[Any, ...] = ()
-    minimum: float | None = None
-    above: float | None = None
-    maximum: float | None = None
-    nullable: bool = False
-    many: bool = False
-
-    def problem(self, value: object) -> str | None:
-        """What is expected, if `value` is not valid; otherwise None."""
-        if self.many:
-            one = Kind(self.type, choices=self.choices)
-            if not isinstance(value, list) or not value or any(map(one.problem, value)):
-                return f"a non-empty list, each item {one}"
-            return None if len(set(value)) == len(value) else "a list without repetition"
-        if value is None:
-            return None if self.nullable else str(self)
-        # bool is an int in Python, and 8 is a fine float in YAML; only the latter is meant.
-        fits = type(value) is self.type or (self.type is float and type(value) is int)
-        if not fits or (self.choices and value not in self.choices):
-            return str(self)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low_enough = self.maximum is None or value <= self.maximum
-            high_enough = (self.minimum is None or value >= self.minimum) and (
-                self.above is None or value > self.above
-            )
-            if not (low_enough and high_enough):
-                return str(self)
-        return None
-
-    def __str__(self) -> str:
-        if self.choices:
-            text = "one of " + ", ".join(map(str, self.choices))
-        else:
-            names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-            text = names[self.type]
-        if self.minimum is not None:
-            text += f" >= {self.minimum:g}"
-        if self.above is not None:
-            text += f" > {self.above:g}"
-        if self.maximum is not None:
-            text += f" <= {self.maximum:g}"
-        return text + (" or null" if self.nullable else "")
-
-
-def key(type_: type, *, default: Any = MISSING, **limits: Any) -> Any:
-    """Declare one YAML key; without `default` it is required."""
-    kind = {"kind": Kind(type_, **limits)}
-    return field(metadata=kind) if default is MISSING else field(default=default, metadata=kind)
-
-
-def is_required(item: Field[Any]) -> bool:
-    return item.default is MISSING and item.default_factory is MISSING
-
-
 DTYPES = ("float32", "bfloat16")
+#: dtypes that a checkpoint's activations can have. No fused backend takes float16.
+MODEL_DTYPES = (*DTYPES, "float16")
 SCORING_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2_sum", "max")
 ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep", "situ")
@@ -97,7 +38,7 @@ class RouterConfig:
     correction_bias: str | None = key(str, choices=DTYPES, nullable=True)
     renormalize: bool = key(bool)
     #: dtype of the router logits that reach the experts.
-    logits_dtype: str = key(str, choices=DTYPES)
+    logits_dtype: str = key(str, choices=MODEL_DTYPES)
     #: Llama4, gpt-oss: choose on the raw logits, score only what was chosen.
     topk_before_score: bool = key(bool, default=False)
     n_group: int | None = key(int, default=None, nullable=True, **_EXPERTS)
@@ -143,9 +84,34 @@ class RouterConfig:
                 yield "renormalize", "false", "true: a softmax over the chosen always sums to 1"
 
 
+#: The parameters that each activation takes; an activation that is not here takes none but a limit.
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "swigluoai": ("activation_alpha", "activation_beta"),
+    "swiglustep": ("activation_limit",),
+    "situ": ("activation_alpha",),
+}
+
+
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """The routed experts, as far as kernels care."""
+    """The routed experts: their shapes, and what they compute.
+
+    With `gate, up = x @ W13 (+ bias)`, an expert computes `act(gate, up) @ W2 (+ bias)`:
+
+    | activation | act(gate, up), with a = activation_alpha, b = activation_beta |
+    |---|---|
+    | silu, gelu | f(gate) * up |
+    | swigluoai  | gate * sigmoid(a * gate) * (up + b) |
+    | swiglustep | min(silu(gate), limit) * up |
+    | situ       | a * tanh(gate / a) * sigmoid(gate) * (b * tanh(up / b) with b, else up) |
+    | relu2      | relu(x) ** 2, not gated |
+
+    With `activation_limit`, `gate` is first replaced by `min(gate, limit)` (for swiglustep after
+    the function), and `up` by `clamp(up, -limit, limit)`.
+
+    Sources: transformers 5.19.0 (gpt_oss, minimax_m3_vl, glm5_next, deepseek_v4, step3p7), vllm
+    0.33.0 model_executor/layers/activation.py (SituAndMul).
+    """
 
     hidden_size: int = key(int, **_COUNT)
     intermediate_size: int = key(int, **_COUNT)
@@ -154,10 +120,30 @@ class ExpertsConfig:
     shared_experts: int = key(int, default=0, minimum=0, maximum=1024)
     #: Width that the routed experts see when it is not hidden_size (latent MoE).
     latent_size: int | None = key(int, default=None, nullable=True, **_COUNT)
+    #: Clamp of the two halves, `swiglu_limit` in configs; null for none.
+    activation_limit: float | None = key(float, default=None, nullable=True, above=0, maximum=1e6)
+    #: `swiglu_alpha` or `activation_situ_beta` in configs; null where the activation takes none.
+    activation_alpha: float | None = key(float, default=None, nullable=True, above=0, maximum=1e6)
+    #: `swiglu_beta` or `activation_situ_linear_beta` in configs; null where there is none.
+    activation_beta: float | None = key(float, default=None, nullable=True, minimum=0, maximum=1e6)
+    #: Whether both projections of every expert have a bias (gpt-oss).
+    bias: bool = key(bool, default=False)
 
     def problems(self) -> Iterator[Problem]:
+        """Combinations of valid values that no experts can have."""
         if self.activation.startswith("swiglu") and not self.gated:
             yield "gated", "false", f"true for {self.activation}"
+        needed = PARAMETERS.get(self.activation, ())
+        for name in needed:
+            if getattr(self, name) is None:
+                yield name, "nothing", f"a number for {self.activation}"
+        if self.activation_alpha is not None and "activation_alpha" not in needed:
+            yield "activation_alpha", f"{self.activation_alpha:g}", f"none for {self.activation}"
+        takes_beta = self.activation in ("swigluoai", "situ")
+        if self.activation_beta is not None and not takes_beta:
+            yield "activation_beta", f"{self.activation_beta:g}", f"none for {self.activation}"
+        if self.activation_limit is not None and not self.gated:
+            yield "activation_limit", f"{self.activation_limit:g}", "none without a gate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,23 +177,88 @@ class _Described:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec(_Described):
-    """One model, as far as it must be known to be judged."""
+    """One model, as far as it must be known to be judged.
+
+    Attributes:
+        router, experts: Of the layers that are in none of the groups of `layers`.
+        num_layers: Decoder layers, `num_hidden_layers` in configs; None where it is not known.
+        dtype: dtype of the activations and of unquantized weights, `torch_dtype` in configs.
+        layers: The layers that differ, in groups. `variants` resolves them.
+        architectures: Every architecture name that the config states, outer config first.
+        model_types: Every `model_type` that the config states, outer config first.
+        raw_config: The config's own keys about experts and routing with their values, verbatim.
+            Frameworks read some of them differently; what `router` and `experts` state is what
+            transformers computes, and a target resolves the rest from here.
+        defaulted: Keys of `router` and `experts` whose values the config does not state: they are
+            the defaults of the config class.
+    """
 
     router: RouterConfig
     experts: ExpertsConfig
     hf_repo: str = key(str)
     checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True)
+    num_layers: int | None = key(int, default=None, nullable=True, minimum=1, maximum=MAX_LAYERS)
+    dtype: str = key(str, default="bfloat16", choices=MODEL_DTYPES)
+    layers: tuple[LayerGroup, ...] = ()
+    architectures: tuple[str, ...] = key(str, many=True, default=())
+    model_types: tuple[str, ...] = key(str, many=True, default=())
+    raw_config: Mapping[str, Any] = mapping()
+    defaulted: tuple[str, ...] = key(str, many=True, default=())
+
+    def variants(self) -> dict[str, ModelSpec]:
+        """The model once for each kind of routed layer, by the layers as `0-2, 43`.
+
+        Each is the whole model with that group's router and experts and no groups. The layers that
+        no group names come first, under the empty text. Dense layers and those routed by a table
+        are left out.
+        """
+        found = {"": replace(self, layers=())}
+        for group in self.layers:
+            if group.kind == "moe":
+                found[group.layers] = replace(
+                    self,
+                    router=replace(self.router, **group.router),
+                    experts=replace(self.experts, **group.experts),
+                    layers=(),
+                )
+        return found
+
+    def problems(self) -> Iterator[Problem]:
+        """Combinations of valid values that no model can have."""
+        yield from super().problems()
+        yield from overlaps(self.layers, self.num_layers)
+        for layers, variant in self.variants().items():
+            if layers:
+                for section in (variant.router, variant.experts):
+                    for name, found, expected in section.problems():
+                        yield "layers", f"{name} {found} in layers {layers}", expected
 
     def as_dict(self) -> dict[str, Any]:
-        """What the model says, as plain data: everything but where it was read and sourced."""
+        """What the model says, as plain data: everything but where it was read and sourced.
+
+        `router` and `experts` have all their keys. What only an imported config has
+        (`architectures`, `model_types`, `raw_config`, `defaulted`) is there if it is not empty.
+        """
         data = asdict(self)
         names = ("model", "hf_repo", "architecture", "router", "experts")
         if self.router.not_expressible is None:
             del data["router"]["not_expressible"]
-        return {**{name: data[name] for name in names}, "checkpoints": list(self.checkpoints)}
+        imported = ("architectures", "model_types", "raw_config", "defaulted")
+        return {
+            **{name: data[name] for name in names},
+            "checkpoints": list(self.checkpoints),
+            "num_layers": self.num_layers,
+            "dtype": self.dtype,
+            "layers": [group.as_dict() for group in self.layers],
+            **{name: _plain(data[name]) for name in imported if data[name]},
+        }
 
     def __str__(self) -> str:
         return self.id
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +272,16 @@ class IncompleteModel(_Described):
     router: Mapping[str, Any] = field(default_factory=dict)
     experts: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True, default=())
+    num_layers: int | None = key(int, default=None, nullable=True, minimum=1, maximum=MAX_LAYERS)
+    dtype: str = key(str, default="bfloat16", choices=MODEL_DTYPES)
+    layers: tuple[LayerGroup, ...] = ()
 
 
 SECTIONS: Mapping[str, type] = {"router": RouterConfig, "experts": ExpertsConfig}
+#: Keys whose value is a list of mappings.
+LISTS: Mapping[str, type] = {"layers": LayerGroup}
 
 
 def schema(cls: type) -> dict[str, Field[Any]]:
     """The YAML keys of a section, by name."""
-    return {f.name: f for f in fields(cls) if "kind" in f.metadata or f.name in SECTIONS}
+    return {f.name: f for f in fields(cls) if "kind" in f.metadata or f.name in (*SECTIONS, *LISTS)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING
 from typing import Any
 
@@ -28,6 +28,10 @@ def dump_model(spec: ModelSpec) -> str:
         value, item = getattr(spec, name), keys[name]
         if name in SECTIONS:
             lines += [f"{name}:", *(f"  {line}" for line in _keys(value))]
+        elif "kind" not in item.metadata:
+            lines += [f"{name}:", *(f"  - {_flow(g.as_dict())}" for g in value)] if value else []
+        elif isinstance(value, dict):
+            lines += [f"{name}: {_flow(value)}"] if value else []
         elif name in ("sources", "notes") and value:
             lines += [f"{name}:", *(f"  - {_quoted(text)}" for text in value)]
         elif name != "like" and value != item.default:
@@ -55,6 +59,18 @@ def _scalar(value: Any) -> str:
         plain = _PLAIN.fullmatch(value) and yaml.safe_load(value) == value
         return value if plain else _quoted(value)
     return str(value)
+
+
+def _flow(value: Mapping[str, Any]) -> str:
+    # Without a width, long text would be folded over several lines.
+    text = yaml.safe_dump(
+        dict(value),
+        default_flow_style=True,
+        sort_keys=False,
+        width=float("inf"),
+        allow_unicode=True,
+    )
+    return text.rstrip("\n")
 
 
 def _quoted(text: str) -> str:

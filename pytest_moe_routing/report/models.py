@@ -33,7 +33,11 @@ def page() -> str:
         for m in models.values()
     ]
     lines += ["", "## What is unusual", ""]
-    lines += [f"- **{m.id}**: {'; '.join(m.notes)}" for m in models.values() if m.notes]
+    for model in models.values():
+        limit = model.experts.activation_limit
+        clamp = [f"the experts' gate and linear halves are clamped at {limit:g}"] if limit else []
+        unusual = [*clamp, *model.notes, *map(str, model.layers)]
+        lines += [f"- **{model.id}**: {'; '.join(unusual)}"] if unusual else []
     if incomplete:
         lines += ["", "## Known in part, and not judged", ""]
         lines += [f"- **{m.id}**: {m.incomplete}" for m in incomplete.values()]

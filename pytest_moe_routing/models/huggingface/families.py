@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,6 +10,8 @@ from importlib import resources
 from typing import Any
 
 import yaml
+
+from pytest_moe_routing.models.huggingface.document import Section
 
 #: In the fixed values of a case: the model cannot be described, for this reason.
 REFUSE = "refuse"
@@ -50,6 +53,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     cases: tuple[Case, ...] = ()
     first: tuple[str, ...] = ()
+    limits: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -65,6 +69,7 @@ class Table:
         nulls: What null means, for the values that may be null.
         activations: The experts' activation, by the config's name for it.
         nested: Keys of objects that hold the text model's config.
+        routing: Patterns of the names of keys about experts or routing.
     """
 
     families: Mapping[str, Family]
@@ -74,6 +79,11 @@ class Table:
     nulls: Mapping[str, Any]
     activations: Mapping[str, str]
     nested: tuple[str, ...]
+    routing: tuple[re.Pattern[str], ...]
+
+    def about_routing(self, key: str) -> bool:
+        """Whether a config key is about experts or routing, by its name."""
+        return any(pattern.search(key) for pattern in self.routing)
 
 
 @cache
@@ -90,7 +100,17 @@ def table() -> Table:
         nulls=data["nulls"],
         activations=data["activations"],
         nested=tuple(data["nested"]),
+        routing=tuple(map(re.compile, data["routing"])),
     )
+
+
+def raw_keys(text: Section, families: Table) -> dict[str, Any]:
+    """The keys of a config that are about experts or routing, with their values, as they stand."""
+    read = {key.partition(".")[0] for keys in families.spellings.values() for key in keys}
+    for family in families.families.values():
+        read |= {key.partition(".")[0] for keys in family.keys.values() for key in keys}
+        read |= {case.key.partition(".")[0] for case in family.cases} | {*family.limits}
+    return {k: v for k, v in text.values.items() if k in read or families.about_routing(k)}
 
 
 def _names(family: Family) -> Iterator[str]:
@@ -106,6 +126,7 @@ def _family(name: str, row: Mapping[str, Any], routers: Mapping[str, Mapping[str
         fixed={**routers[row["router"]], **row.get("fixed", {})},
         keys={key: tuple(keys) for key, keys in row.get("keys", {}).items()},
         defaults=row.get("defaults", {}),
+        limits=row.get("limits", {}),
         cases=tuple(_case(key, values) for key, values in row.get("cases", {}).items()),
         **{key: tuple(row.get(key, ())) for key in lists},
     )

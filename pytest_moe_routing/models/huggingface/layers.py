@@ -1,54 +1,158 @@
-"""What a config says of layers that differ from the others. Notes for a reader, no values."""
+"""Which layers of a config differ: dense, routed by a table of token ids, or with other numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from pytest_moe_routing.models.huggingface.document import Section
+from pytest_moe_routing.models.layer_groups import MAX_LAYERS, LayerGroup, ranges
+from pytest_moe_routing.models.spec import RouterConfig, schema
 
-_KINDS = {
-    "dense": "dense",
-    "hash_moe": "routed by a table of token ids instead of logits, and not judged here",
+#: Keys with the number of decoder layers.
+_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+#: What `mlp_layer_types`, `layers_block_type` and Nemotron's pattern call layers without experts.
+_TABLE = "hash_moe"
+_ROUTED = ("sparse", "moe", "E")
+#: One layer in that many has experts; the key's value and the first such layer's index.
+_STEPS: Mapping[str, Callable[[Section, int], int]] = {
+    "decoder_sparse_step": lambda text, step: step - 1,
+    "interleave_moe_layer_step": lambda text, step: step - 1,
+    "moe_layer_interval": lambda text, step: step - 1,
+    "moe_layer_freq": lambda text, step: 0,
+    "expert_layer_period": lambda text, step: _integer(text, "expert_layer_offset") or 0,
 }
 
 
-def layer_notes(text: Section) -> Iterator[str]:
-    """One note for each way in which layers differ."""
-    kinds = text.get("mlp_layer_types")
-    if isinstance(kinds, list):
-        for kind, words in _KINDS.items():
-            yield from _note([i for i, k in enumerate(kinds) if k == kind], words)
-    else:
-        yield from _note(_first(text, "first_k_dense_replace", "num_dense_layers"), "dense")
-        yield from _note(_first(text, "num_hash_layers"), _KINDS["hash_moe"])
-        frequency = text.get("moe_layer_freq")
-        if isinstance(frequency, list):
-            yield from _note([i for i, f in enumerate(frequency) if not f], "dense")
-    for key in ("interleave_moe_layer_step", "decoder_sparse_step", "expert_layer_period"):
-        step = text.get(key)
-        if isinstance(step, int) and step > 1:
+@dataclass(frozen=True)
+class Layers:
+    """What a config states about its layers.
+
+    Attributes:
+        count: Decoder layers; None when no key states it.
+        kinds: Kinds of the layers that are not `moe`, by index.
+        notes: What is known about layers and cannot be put in groups.
+    """
+
+    count: int | None
+    kinds: Mapping[int, str]
+    notes: tuple[str, ...] = ()
+    #: By index: what differs from the model's own numbers.
+    own: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def vary(self, name: str, values: list[Any]) -> Any:
+        """Take in a value with one item per layer, and return the commonest among routed layers."""
+        routed = [i for i in range(len(values)) if i not in self.kinds]
+        if not routed:
+            return values[0]
+        try:
+            ((base, _),) = Counter(values[i] for i in routed).most_common(1)
+        except TypeError:  # lists or objects among the values
+            return values[routed[0]]
+        for i in routed:
+            if values[i] != base:
+                self.own.setdefault(i, {})[name] = values[i]
+        return base
+
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The groups, in the order of their first layers."""
+        members: dict[str, tuple[list[int], str, dict[str, Any]]] = {}
+        for i in sorted({*self.kinds, *self.own}):
+            kind, own = self.kinds.get(i, "moe"), self.own.get(i, {})
+            label = f"{kind} {sorted(own.items())}"
+            members.setdefault(label, ([], kind, own))[0].append(i)
+        router = schema(RouterConfig)
+        return tuple(
+            LayerGroup(
+                layers=ranges(layers),
+                kind=kind,
+                router={name: v for name, v in own.items() if name in router},
+                experts={name: v for name, v in own.items() if name not in router},
+            )
+            for layers, kind, own in members.values()
+        )
+
+
+def read_layers(text: Section) -> Layers:
+    """The number of layers, and those that have no routed experts.
+
+    A config without the number of layers has no layers by step; a note states the step.
+    """
+    count = next((n for key in _COUNTS if (n := _integer(text, key))), None)
+    if count is not None and count > MAX_LAYERS:
+        count = None
+    listed = _listed(text)
+    if listed is not None:
+        count = count or min(len(listed), MAX_LAYERS)
+        kinds = {i: kind for i, kind in enumerate(listed[:count]) if kind != "moe"}
+        return Layers(count, kinds)
+    kinds = dict.fromkeys(_dense(text, count), "dense")
+    kinds |= dict.fromkeys(range(_first(text, "num_hash_layers", count)), _TABLE)
+    notes = () if count is not None else tuple(_steps(text))
+    return Layers(count, dict(sorted(kinds.items())), notes)
+
+
+def _listed(text: Section) -> list[str] | None:
+    """Each layer's kind, where the config lists them."""
+    for key in ("mlp_layer_types", "layers_block_type", "hybrid_override_pattern"):
+        value = text.get(key)
+        if isinstance(value, str):
+            # Nemotron-3's puzzle models separate the letters of pipeline stages.
+            value = [letter for letter in value if letter.isalnum() or letter in "*-"]
+        if isinstance(value, list) and any(item in (*_ROUTED, _TABLE) for item in value):
+            names = {**dict.fromkeys(_ROUTED, "moe"), _TABLE: _TABLE}
+            return [
+                names.get(item, "dense") if isinstance(item, str) else "dense" for item in value
+            ]
+    frequency = text.get("moe_layer_freq")
+    if isinstance(frequency, list) and any(frequency):
+        return ["moe" if item else "dense" for item in frequency]
+    enumerated = text.get("moe_layers_enum")
+    if isinstance(enumerated, str) and re.fullmatch(r"\d{1,4}(,\d{1,4})*,?", enumerated):
+        enumerated = [int(layer) for layer in enumerated.rstrip(",").split(",")]
+    for layers in (enumerated, text.get("moe_layers")):
+        count = _integer(text, "num_hidden_layers")
+        if isinstance(layers, list) and layers and count and count <= MAX_LAYERS:
+            return ["moe" if i in layers else "dense" for i in range(count)]
+    return None
+
+
+def _dense(text: Section, count: int | None) -> Iterator[int]:
+    for key in ("first_k_dense_replace", "num_dense_layers", "moe_layer_num_skipped"):
+        yield from range(_first(text, key, count))
+    only = text.get("mlp_only_layers")
+    if isinstance(only, list):
+        yield from (i for i in only if type(i) is int and 0 <= i < (count or MAX_LAYERS))
+    yield from range(_first(text, "moe_layer_start_index", count))
+    if count is None:
+        return
+    last = _integer(text, "moe_layer_end_index")
+    if last is not None and last >= 0:
+        yield from range(last + 1, count)
+    for key, start in _STEPS.items():
+        step = _integer(text, key)
+        if step is not None and step > 1:
+            yield from (i for i in range(count) if (i - start(text, step)) % step)
+
+
+def _steps(text: Section) -> Iterator[str]:
+    for key in _STEPS:
+        step = _integer(text, key)
+        if step is not None and step > 1:
             yield f"one layer in {step} is a mixture of experts ({key})"
-    limits = text.get("swiglu_limits")
-    if isinstance(limits, list):
-        clamped = [i for i, limit in enumerate(limits) if limit]
-        yield from _note(clamped, "swiglustep: clamped after the activation (swiglu_limits)")
 
 
-def _first(text: Section, *keys: str) -> range:
-    counts = [text.get(key) for key in keys]
-    return range(max((n for n in counts if isinstance(n, int) and 0 < n < 10_000), default=0))
+def _first(text: Section, key: str, count: int | None) -> int:
+    """A number of layers; 0 when it is absent or no such number."""
+    value = _integer(text, key)
+    if value is None or not 0 < value <= MAX_LAYERS:
+        return 0
+    return value if count is None else min(value, count)
 
 
-def _note(layers: list[int] | range, words: str) -> Iterator[str]:
-    """`layers 0-2, 43 are ...`; nothing without layers."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], layer]
-        else:
-            runs.append([layer])
-    if runs:
-        names = ", ".join("-".join(map(str, run)) for run in runs[:8])
-        more = ", ..." if len(runs) > 8 else ""
-        one = len(runs) == 1 and len(runs[0]) == 1
-        yield f"layer{'' if one else 's'} {names}{more} {'is' if one else 'are'} {words}"
+def _integer(text: Section, key: str) -> int | None:
+    value = text.get(key)
+    return value if type(value) is int else None

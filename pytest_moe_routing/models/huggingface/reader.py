@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pytest_moe_routing.models.huggingface.document import ABSENT, Section, read_json, shorten, show
-from pytest_moe_routing.models.huggingface.families import REFUSE, Family, Table, table
-from pytest_moe_routing.models.huggingface.layers import layer_notes
+from pytest_moe_routing.models.huggingface.families import REFUSE, Family, Table, raw_keys, table
+from pytest_moe_routing.models.huggingface.layers import Layers, read_layers
 from pytest_moe_routing.models.huggingface.quantization import scheme_of
+from pytest_moe_routing.models.kinds import Kind, is_required
 from pytest_moe_routing.models.spec import (
+    MODEL_DTYPES,
+    PARAMETERS,
     ExpertsConfig,
     ModelSpec,
     RouterConfig,
-    is_required,
     schema,
 )
 
@@ -46,10 +48,12 @@ def read_config(path: Path) -> ModelSpec:
     architecture, family = _family_of(root, text, families)
     beside = file.with_name(QUANTIZATION_NAME)
     scheme = scheme_of(root, text, read_json(beside) if beside.is_file() else None)
-    reading = _Reading(text, family, families)
+    layers = read_layers(text)
+    reading = _Reading(text, family, families, layers)
     router, experts = reading.build(RouterConfig), reading.build(ExpertsConfig)
+    groups = layers.groups()
     name, repository = _name_of(root, file)
-    return ModelSpec(
+    spec = ModelSpec(
         model=name,
         hf_repo=repository,
         architecture=architecture,
@@ -57,9 +61,47 @@ def read_config(path: Path) -> ModelSpec:
         experts=experts,
         checkpoints=(scheme,),
         sources=(f"numbers: {file.name} of {repository}", _semantics(family)),
-        notes=tuple(dict.fromkeys((*family.notes, *reading.notes, *layer_notes(text)))),
+        notes=tuple(
+            dict.fromkeys((*family.notes, *reading.notes, *map(str, groups), *layers.notes))
+        ),
         folder=Path(_slug(name)),
+        num_layers=layers.count,
+        dtype=_dtype(root, text),
+        layers=groups,
+        architectures=_names(root, text, "architectures"),
+        model_types=_names(root, text, "model_type"),
+        raw_config=raw_keys(text, families),
+        defaulted=tuple(reading.defaulted),
     )
+    for key, found, expected in spec.problems():
+        text.fail(key, found, expected)
+    return spec
+
+
+def _dtype(root: Section, text: Section) -> str:
+    """The dtype of the activations; configs that state none are of bfloat16 models."""
+    for section in (text, root):
+        for key in ("dtype", "torch_dtype"):
+            value = section.get(key)
+            if value is None or value == "auto":
+                continue
+            name = value.removeprefix("torch.") if isinstance(value, str) else value
+            if name not in MODEL_DTYPES:
+                section.fail(key, show(value), f"one of {', '.join(MODEL_DTYPES)}")
+            return str(name)
+    return "bfloat16"
+
+
+def _names(root: Section, text: Section, key: str) -> tuple[str, ...]:
+    """What the whole config and its text model's part state under a key, without repetition."""
+    found = [name for section in (root, text) for name in _texts(section.get(key))]
+    return tuple(dict.fromkeys(found))
+
+
+def _texts(value: object) -> Iterator[str]:
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and item:
+            yield item
 
 
 def _text_section(root: Section, families: Table) -> Section:
@@ -101,9 +143,10 @@ def _names_in(section: Section) -> Iterator[str]:
 class _Reading:
     """One config, read as one family: values by name, where each came from, and notes."""
 
-    def __init__(self, text: Section, family: Family, families: Table) -> None:
-        self.text, self.family, self.table = text, family, families
+    def __init__(self, text: Section, family: Family, families: Table, layers: Layers) -> None:
+        self.text, self.family, self.table, self.layers = text, family, families, layers
         self.fixed = dict(family.fixed)
+        self.defaulted: list[str] = []
         self.notes: list[str] = []
         self.origin: dict[str, str] = {}
         for case in family.cases:
@@ -131,6 +174,11 @@ class _Reading:
                 values.pop("renormalize_epsilon", None)
         else:
             values.setdefault("gated", True)
+            self._clamp_layers(values)
+            if values["activation"] not in PARAMETERS:
+                # Kimi-Linear's config class has the parameters of situ, whatever hidden_act says.
+                values.pop("activation_alpha", None)
+                values.pop("activation_beta", None)
         built = cls(**values)
         for name, found, expected in built.problems():
             self._fail(name, found, expected)
@@ -148,9 +196,11 @@ class _Reading:
         self.origin[name] = key
         if value is ABSENT:
             value = self.family.defaults.get(name, "silu" if name == "activation" else ABSENT)
+            if value is not ABSENT:
+                self.defaulted.append(name)
         if value is ABSENT and not is_required(item):
             return ABSENT
-        value = self._one(name, key, value)
+        value = self._one(name, key, value, item.metadata["kind"])
         if value is None and name in self.table.nulls:
             value = self.table.nulls[name]
         if name == "activation":
@@ -160,17 +210,47 @@ class _Reading:
             self.text.fail(key, show(value), expected)
         return value
 
-    def _one(self, name: str, key: str, value: Any) -> Any:
-        """One value for all layers, of what may be a list."""
+    def _one(self, name: str, key: str, value: Any, kind: Kind) -> Any:
+        """One value for the model, of what may be a list with one for each layer."""
         if not isinstance(value, list) or not value:
             return value
         if name in self.family.first:
             if any(v != value[0] for v in value):
                 self.notes.append(f"{key} is {shorten(str(value))}; taken is the first, the text's")
             return value[0]
-        if any(v != value[0] for v in value):
-            self.text.fail(key, "values that differ between layers", "one value for all layers")
-        return value[0]
+        return self._per_layer(name, key, value, kind)
+
+    def _per_layer(self, name: str, key: str, values: list[Any], kind: Kind) -> Any:
+        """Take in a list with one value for each layer, and return the model's value."""
+        if all(v == values[0] for v in values):
+            return values[0]
+        count = self.layers.count
+        if count is None or len(values) < count:
+            layers = "num_hidden_layers is missing" if count is None else f"there are {count}"
+            expected = f"one value, or one for each layer: {layers}"
+            self.text.fail(key, f"{len(values)} values that differ", expected)
+        for i in set(range(count)) - set(self.layers.kinds):
+            problem = kind.problem(values[i])
+            if problem is not None:
+                self.text.fail(f"{key}.{i}", show(values[i]), problem)
+        return self.layers.vary(name, values[:count])
+
+    def _clamp_layers(self, values: dict[str, Any]) -> None:
+        """Take in a list of clamp limits, one for each layer."""
+        kind = schema(ExpertsConfig)["activation_limit"].metadata["kind"]
+        for key, activation in self.family.limits.items():
+            limits = [limit or None for limit in self.text.items(key)]
+            if not any(limits):
+                continue
+            self.origin["activation_limit"] = key
+            values["activation_limit"] = self._per_layer("activation_limit", key, limits, kind)
+            problem = kind.problem(values["activation_limit"])
+            if problem is not None:
+                self.text.fail(key, show(values["activation_limit"]), problem)
+            usual = values["activation"]
+            values["activation"] = self.layers.vary(
+                "activation", [activation if limit else usual for limit in limits]
+            )
 
     def _activation(self, key: str, value: Any) -> str:
         if not isinstance(value, str) or value not in self.table.activations:

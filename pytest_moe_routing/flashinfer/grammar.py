@@ -188,10 +188,11 @@ class Violation:
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A fused MoE function, as one scheme uses it."""
+    """A fused MoE function, as one scheme uses it; the header of `releases.yaml` has the fields."""
 
     function: str
     since: str
     weight_on: tuple[str, ...]
     multiple_of: int
     activations: Mapping[str, str]
+    activation_limit: Mapping[str, str] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from typing import Any
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.grammar import KernelCall
 from pytest_moe_routing.flashinfer.signatures import enum
-from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.target import Captured
 
@@ -34,11 +34,12 @@ _ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "swiglustep": ("SwigluStep",),
     "situ": ("Situ",),
 }
-#: What the gated kernels compute when they are given no parameters: (neutral, and of swigluoai).
-_PARAMETERS: Mapping[str, tuple[float, float]] = {
-    "gemm1_alpha": (1.0, 1.702),
-    "gemm1_beta": (0.0, 1.0),
-    "gemm1_clamp_limit": (float("inf"), 7.0),
+#: Parameters of the gated kernels: the key of `ExpertsConfig`, and what the kernel computes with
+#: if it is given none.
+_PARAMETERS: Mapping[str, tuple[str, float]] = {
+    "gemm1_alpha": ("activation_alpha", 1.0),
+    "gemm1_beta": ("activation_beta", 0.0),
+    "gemm1_clamp_limit": ("activation_limit", float("inf")),
 }
 #: Integers that no launcher does without.
 _INTEGERS = (
@@ -228,14 +229,19 @@ def _wrong_activation(
     if known.get(number) not in names:
         got = str(known.get(number, number))
         yield Finding(Kind.ARGUMENT, "activation_type", " or ".join(names), got)
-    if names != ("Swiglu",):
-        return
-    for name, (neutral, swigluoai) in _PARAMETERS.items():
-        wanted = swigluoai if experts.activation == "swigluoai" else neutral
-        found = _each(arguments.get(name), neutral)
-        if found is None or not isclose(found, wanted, rel_tol=1e-6):
-            got = _received(name, arguments.get(name)) if found is None else f"{found:g}"
-            yield Finding(Kind.ARGUMENT, name, f"{wanted:g}", got)
+    if names == ("Swiglu",):
+        yield from _wrong_parameters(experts, arguments)
+
+
+def _wrong_parameters(experts: ExpertsConfig, arguments: Arguments) -> Iterator[Finding]:
+    """Parameters of the activation: all kinds of Swiglu are one kernel, told apart by them."""
+    for name, (field, neutral) in _PARAMETERS.items():
+        stated = getattr(experts, field)
+        wanted = neutral if stated is None else float(stated)
+        got = _each(arguments.get(name), neutral)
+        if got is None or not isclose(got, wanted, rel_tol=1e-6):
+            received = _received(name, arguments.get(name)) if got is None else got
+            yield Finding(Kind.ARGUMENT, name, wanted, received)
 
 
 def _each(value: Any, absent: float) -> float | None:

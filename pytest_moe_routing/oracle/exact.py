@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pytest_moe_routing.flashinfer.grammar import KernelCall
+from pytest_moe_routing.flashinfer.grammar import EntryPoint, KernelCall
 from pytest_moe_routing.flashinfer.rules import FlashInfer
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.routing import RoutingMethodType, recipe_of, same
@@ -85,6 +85,7 @@ def kernel_gates(
         f"no {entry.function} kernel for {experts.activation}, "
         f"{'gated' if experts.gated else 'not gated'}, in {flashinfer}",
     )
+    yield from _parameter_gates(model, entry, flashinfer)
     yield Gate(
         "router weight side",
         router.weight_on in entry.weight_on,
@@ -96,6 +97,25 @@ def kernel_gates(
     }
     odd = [f"{name} {size}" for name, size in sizes.items() if size % entry.multiple_of]
     yield Gate("shape", not odd, f"{' and '.join(odd)} not a multiple of {entry.multiple_of}")
+
+
+def _parameter_gates(model: ModelSpec, entry: EntryPoint, flashinfer: FlashInfer) -> Iterator[Gate]:
+    """Whether the entry point takes what the experts have beside their weights."""
+    experts = model.experts
+    if experts.activation_limit is not None and experts.gated:
+        since = entry.activation_limit.get(experts.activation)
+        yield Gate(
+            "activation limit",
+            since is not None and flashinfer.has(since),
+            f"{entry.function} takes no clamp of {experts.activation} in {flashinfer}",
+        )
+    if experts.bias:
+        signature = flashinfer.signature(entry.function)
+        yield Gate(
+            "expert biases",
+            signature is not None and "gemm1_bias" in signature.parameters,
+            f"{entry.function} takes no biases of the experts in {flashinfer}",
+        )
 
 
 def exact_calls(model: ModelSpec, scheme: str, flashinfer: FlashInfer) -> list[KernelCall]:

@@ -73,9 +73,9 @@ def outcomes(flashinfer: FlashInfer, scheme: str, method: str) -> dict[str, int]
     counts: Counter[str] = Counter()
     computed: Counter[Any] = Counter()
     for call in calls(scheme, method):
-        troubles = flashinfer.troubles(call)
-        if troubles:
-            counts[troubles[0][0]] += 1
+        violations = flashinfer.violations(call)
+        if violations:
+            counts[violations[0].rule.effect] += 1
         else:
             counts["runs"] += 1
             computed[flashinfer.recipe(call), tuple(flashinfer.notes(call))] += 1

@@ -9,14 +9,15 @@ import pytest
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.oracle.arguments import Layer, read, read_routed
+from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
 from pytest_moe_routing.oracle.exact import kernel_call
+from pytest_moe_routing.report.text import sentence
 
 MODELS = load_models(packaged_directory())
 FLASHINFER = FlashInfer.of("0.7.2.post1")
 FUNCTION = "trtllm_fp8_block_scale_moe"
 R1 = MODELS["deepseek-r1"]
-LAYER = Layer(rank=1, shards=2, intermediate_size=256)
+LAYER = RecordedLayer(rank=1, shards=2, intermediate_size=256)
 
 
 def tensor(dtype="float32", shape=(256,), **more):
@@ -48,13 +49,18 @@ def recorded(**changes):
 
 
 def reading(model=R1, layer=LAYER, flashinfer=FLASHINFER, function=FUNCTION, **changes):
-    return read(model, "fp8_block", function, recorded(**changes), layer, flashinfer)
+    record = {"function": function, "arguments": recorded(**changes)}
+    return read(model, "fp8_block", record, layer, flashinfer)
+
+
+def problems(found):
+    return [sentence(finding) for finding in found.wrong]
 
 
 def test_a_right_call_is_the_one_that_the_router_needs():
     found = reading()
     assert found.call == kernel_call(R1.router, "fp8_block", "DeepSeekV3", FLASHINFER)
-    assert (found.problems, found.rounded) == ((), ())
+    assert found.findings == ()
 
 
 @pytest.mark.parametrize(
@@ -65,20 +71,33 @@ def test_a_right_call_is_the_one_that_the_router_needs():
         ({"intermediate_size": 512}, "intermediate_size arrives as 512, the layer has 256"),
         ({"local_expert_offset": 0}, "local_expert_offset arrives as 0, the layer has 128"),
         ({"local_num_experts": 256}, "local_num_experts arrives as 256, the layer has 128"),
-        ({"norm_topk_prob": False}, "norm_topk_prob arrives as False"),
-        ({"routing_logits": tensor(shape=(8, 256))}, "routing_logits are not the router's logits"),
-        ({"routing_bias": tensor()}, "routing_bias is not the router's bias"),
-        ({"hidden_states_scale": tensor(contiguous=False)}, "hidden_states_scale is not contig"),
-        ({"activation_type": 6}, "activation_type arrives as Relu2, not Swiglu"),
-        ({"activation_type": 99}, "activation_type arrives as 99, not Swiglu"),
-        ({"gemm1_clamp_limit": tensor(all=7.0)}, "gemm1_clamp_limit arrives as"),
+        ({"norm_topk_prob": False}, "norm_topk_prob arrives as no, the layer has yes"),
+        (
+            {"routing_logits": tensor(shape=(8, 256))},
+            "routing_logits arrives as another tensor (float32, 8x256), the layer has the router's logits",
+        ),
+        (
+            {"routing_bias": tensor()},
+            "routing_bias arrives as another tensor (float32, 256), the layer has the router's bias",
+        ),
+        (
+            {"hidden_states_scale": tensor(contiguous=False)},
+            "hidden_states_scale arrives as not contiguous",
+        ),
+        ({"activation_type": 6}, "activation_type arrives as Relu2, the layer has Swiglu"),
+        ({"activation_type": 99}, "activation_type arrives as 99, the layer has Swiglu"),
+        (
+            {"gemm1_clamp_limit": tensor(all=7.0)},
+            "gemm1_clamp_limit arrives as 7, the layer has inf",
+        ),
         ({"gemm1_alpha": tensor()}, "gemm1_alpha arrives as"),
     ],
 )
 def test_what_is_not_the_layers_is_a_problem(changes, problem):
     found = reading(**changes)
-    assert len(found.problems) == 1
-    assert found.problems[0].startswith(problem)
+    [told] = problems(found)
+    assert told.startswith(problem)
+    assert found.wrong[0].where == FUNCTION
 
 
 @pytest.mark.parametrize(
@@ -96,7 +115,7 @@ def test_what_is_not_the_layers_is_a_problem(changes, problem):
 def test_what_routes_is_left_to_be_judged_by_its_meaning(changes, field, value):
     found = reading(**changes)
     assert getattr(found.call, field) == value
-    assert found.problems == ()
+    assert found.wrong == ()
 
 
 def test_numbers_are_read_as_the_release_reads_them():
@@ -105,14 +124,14 @@ def test_numbers_are_read_as_the_release_reads_them():
     assert older.method == "Unspecified"
     found = reading(routing_method_type=101)
     assert found.call is None
-    assert "101 is no routing method of FlashInfer 0.7.2.post1" in found.problems[0]
+    assert problems(found) == ["routing_method_type 101 is no routing method of this FlashInfer"]
 
 
 @pytest.mark.parametrize("name", ["top_k", "local_expert_offset", "routing_method_type"])
 def test_an_integer_that_is_none_reaches_no_kernel(name):
     found = reading(**{name: None})
     assert found.call is None
-    assert found.problems == (f"{FUNCTION} gets {name}=None: it needs integers there",)
+    assert problems(found) == [f"{name} arrives as None, the layer has an integer"]
 
 
 def test_rounding_before_the_call_is_no_problem_but_said():
@@ -121,8 +140,8 @@ def test_rounding_before_the_call_is_no_problem_but_said():
         routing_bias=tensor("bfloat16", **{"is": "bias"}),
     )
     assert (found.call.logits_dtype, found.call.bias_dtype) == ("bfloat16", "bfloat16")
-    assert found.rounded == ("logits", "bias")
-    assert found.problems == ()
+    assert [finding.field for finding in found.downcasts] == ["logits", "bias"]
+    assert found.wrong == ()
 
 
 def test_a_factor_of_the_layer_multiplies_the_kernels():
@@ -133,31 +152,44 @@ def test_a_factor_of_the_layer_multiplies_the_kernels():
 
 
 def test_another_entry_point_is_a_problem():
-    (problem,) = reading(function="trtllm_bf16_moe").problems
-    assert problem == f"trtllm_bf16_moe is called, fp8_block is served by {FUNCTION}"
+    assert problems(reading(function="trtllm_bf16_moe")) == [
+        f"function arrives as trtllm_bf16_moe, the layer has {FUNCTION}"
+    ]
 
 
 def test_the_parameters_of_an_activation_must_arrive():
-    model = replace(R1, experts=replace(R1.experts, activation="swigluoai"))
+    model = replace(R1, experts=MODELS["gpt-oss-20b"].experts)
     right = {
         "gemm1_alpha": tensor(all=1.7020000219345093),
         "gemm1_beta": tensor(all=1.0),
         "gemm1_clamp_limit": tensor(all=7.0),
     }
-    assert reading(model, **right).problems == ()
-    (problem,) = reading(model, **{**right, "gemm1_clamp_limit": None}).problems
-    assert problem == "gemm1_clamp_limit arrives as None, swigluoai has 7"
+    assert reading(model, **right).wrong == ()
+    assert problems(reading(model, **{**right, "gemm1_clamp_limit": None})) == [
+        "gemm1_clamp_limit arrives as inf, the layer has 7"
+    ]
     squared = replace(R1, experts=replace(R1.experts, activation="relu2", gated=False))
-    assert reading(squared, activation_type=6).problems == ()
+    assert reading(squared, activation_type=6).wrong == ()
 
 
 def test_an_entry_point_without_the_argument_has_swiglu_alone():
     arguments = recorded()
     del arguments["activation_type"]
     squared = replace(R1, experts=replace(R1.experts, activation="relu2", gated=False))
-    (problem,) = read(squared, "fp8_block", FUNCTION, arguments, LAYER, FLASHINFER).problems
-    assert problem == "activation_type arrives as Swiglu, not Relu2"
-    assert read(R1, "fp8_block", FUNCTION, arguments, LAYER, FLASHINFER).problems == ()
+    record = {"function": FUNCTION, "arguments": arguments}
+    assert problems(read(squared, "fp8_block", record, LAYER, FLASHINFER)) == [
+        "activation_type arrives as Swiglu, the layer has Relu2"
+    ]
+    assert read(R1, "fp8_block", record, LAYER, FLASHINFER).wrong == ()
+
+
+def test_a_models_own_limit_must_arrive():
+    """GLM-5.3-Flash and Hy4 clamp silu at 10; vLLM 0.32.0 drops the limit on bf16."""
+    model = replace(R1, experts=replace(R1.experts, activation_limit=10.0))
+    assert reading(model, gemm1_clamp_limit=tensor(all=10.0)).wrong == ()
+    for lost in (None, tensor(all=7.0)):
+        [finding] = reading(model, gemm1_clamp_limit=lost).wrong
+        assert (finding.field, finding.wanted) == ("gemm1_clamp_limit", 10.0)
 
 
 IDS = tensor("int32", (8, 8), **{"is": "ids"})
@@ -167,7 +199,8 @@ PACKED = tensor("int32", (8, 8), **{"is": "packed"})
 
 def routed(function="trtllm_fp8_block_scale_routed_moe", **changes):
     arguments = {**recorded(routing_method_type=1, n_group=None, topk_group=None), **changes}
-    return read_routed(R1, "fp8_block", function, arguments, LAYER, FLASHINFER)
+    record = {"function": function, "arguments": arguments}
+    return read_routed(R1, "fp8_block", record, LAYER, FLASHINFER)
 
 
 @pytest.mark.parametrize("given", [PACKED, [IDS, WEIGHTS]], ids=["packed", "apart"])
@@ -178,16 +211,16 @@ def test_experts_and_weights_that_arrive(given):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"topk_ids": [WEIGHTS, IDS]}, "topk_ids are not the layer's experts and weights"),
-        ({"topk_ids": IDS}, "topk_ids are not the layer's experts and weights"),
-        ({"topk_ids": None}, "topk_ids are not the layer's experts and weights"),
-        ({"function": FUNCTION}, "fp8_block is served by trtllm_fp8_block_scale_routed_moe"),
+        ({"topk_ids": [WEIGHTS, IDS]}, "topk_ids arrives as "),
+        ({"topk_ids": IDS}, "topk_ids arrives as "),
+        ({"topk_ids": None}, "topk_ids arrives as "),
+        ({"function": FUNCTION}, "the layer has trtllm_fp8_block_scale_routed_moe"),
         ({"local_expert_offset": 0}, "local_expert_offset arrives as 0, the layer has 128"),
         ({"activation_type": 4}, "activation_type arrives as"),
-        ({"num_experts": None}, "num_experts=None: it needs integers there"),
-        ({"hidden_states_scale": {**PACKED, "contiguous": False}}, "is not contiguous"),
+        ({"num_experts": None}, "num_experts arrives as None, the layer has an integer"),
+        ({"hidden_states_scale": {**PACKED, "contiguous": False}}, "arrives as not contiguous"),
     ],
 )
 def test_experts_and_weights_that_do_not(changes, problem):
     [found] = routed(**{"topk_ids": PACKED, **changes})
-    assert problem in found
+    assert problem in sentence(found)

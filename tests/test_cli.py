@@ -36,7 +36,7 @@ def test_explain_a_file(capsys):
 
 def test_explain_for_another_target(capsys):
     assert main(["explain", "deepseek-r1", "--target", "miniatures:LosesScale"]) == 1
-    assert "scale: the router has 2.5, the kernel 1.0" in capsys.readouterr().out
+    assert "routed_scaling_factor: the router has 2.5, the kernel 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,11 @@ from pytest_moe_routing.oracle.config_sweep import (
     swept_routers,
 )
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
+from pytest_moe_routing.oracle.failure import Rank
 from pytest_moe_routing.oracle.target import Captured
+from pytest_moe_routing.report.text import story
 from pytest_moe_routing.schemes import SERVED_SCHEMES
+from pytest_moe_routing.suite.causes import of_sweep
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())
@@ -70,7 +73,7 @@ def test_the_builtin_target_passes(release):
     target = CachedTarget(BuiltinTarget(FlashInfer.of(release)))
     for scheme in SERVED_SCHEMES:
         found = sweep(target, scheme, (), routers)
-        assert not found.causes, "\n".join(found.lines())
+        assert not found.causes, [str(cause) for cause in found.causes]
         assert found.verdicts.total() == len(routers)
 
 
@@ -80,26 +83,37 @@ def test_history_of_scaled_minimax2():
     found = sweep(target, "nvfp4", serving("nvfp4"))
     assert len(found.causes) < 40
     [scaled] = [
-        cause for cause in found.causes if cause.method == "MiniMax2" and "scale" in cause.why
+        cause
+        for cause in found.causes
+        if cause.method == "MiniMax2" and "scale" in fields_of(cause)
     ]
     assert scaled.models == ("minimax-m3", "step-3.7-flash")
     assert scaled.count > 20
     assert scaled.example.model.router.num_experts == 8
-    text = "\n".join(scaled.lines())
-    assert "MiniMax2 forces routed_scaling_factor to 1.0 before 0.6.13" in text
-    assert "routed_scaling_factor: 1.5" in text
-    assert "a token of " in text
+    [(_, _, fact)] = scaled.why
+    assert "MiniMax2 forces routed_scaling_factor to 1.0 before 0.6.13" in fact
+    assert scaled.settings["routed_scaling_factor"] == 1.5
+    failure = of_sweep(scaled)
+    assert (failure.rank, len(failure.lines)) == (Rank.SILENT, 1)
+    assert "concerns minimax-m3, step-3.7-flash" in failure.lines[0]
     latent = [cause for cause in found.causes if not cause.models]
-    assert "latent: no model has such a router" in latent[0].lines()[1]
-    crashes = {cause.why for cause in found.causes if cause.verdict == "crash"}
-    assert ("the Llama4 kernel takes top_k 1 and at most 128 experts",) in crashes
+    assert all(of_sweep(cause).rank is Rank.LATENT for cause in latent)
+    crashes = {
+        fact for cause in found.causes if cause.verdict == "crash" for _, _, fact in cause.why
+    }
+    assert "the Llama4 kernel takes top_k 1 and at most 128 experts" in crashes
 
 
 def test_causes_that_are_others_together_are_left_out():
     target = CachedTarget(miniatures.Vllm022(FlashInfer.of("0.6.12")))
-    softmax = {c.why for c in sweep(target, "nvfp4", ()).causes if c.method == "Default"}
-    assert {("scale",), ("groups",)} <= softmax
-    assert not any({"scale", "groups"} <= set(why) for why in softmax)
+    softmax = [fields_of(c) for c in sweep(target, "nvfp4", ()).causes if c.method == "Default"]
+    assert {"scale"} in softmax
+    assert {"groups"} in softmax
+    assert not any({"scale", "groups"} <= found for found in softmax)
+
+
+def fields_of(cause):
+    return {field for _, field, _ in cause.why}
 
 
 class Gated(BuiltinTarget):
@@ -125,10 +139,10 @@ def test_what_only_a_routing_gate_stops_is_judged():
     assert not [c for c in sweep(target, "fp8_block", ()).causes if c.method == "DeepSeekV3"]
     found = sweep_behind_gates(target, "fp8_block", serving("fp8_block"))
     [lost] = [cause for cause in found.causes if cause.method == "DeepSeekV3"]
-    assert (lost.verdict, lost.why) == ("wrong", ("scale",))
+    assert (lost.verdict, fields_of(lost)) == ("wrong", {"scale"})
     assert {"deepseek-r1", "step-3.7-flash"} <= set(lost.models)
-    text = "\n".join(lost.lines())
-    assert "decided  had no gate stopped it -> DeepSeekV3" in text
+    text = "\n".join(story(lost.example.record()))
+    assert "decided  if no gate stopped it -> DeepSeekV3" in text
     assert "gate     routing method: no, DeepSeekV3 is not taken" in text
     # Other gates had their reasons, and no framework makes up a bias.
     assert all(c.example.model.router.num_experts != 8 for c in found.causes)
@@ -204,4 +218,3 @@ def test_what_cannot_be_answered_is_counted():
     found = sweep(AnswersSoftmax(FlashInfer.of(NEWEST)), "nvfp4", (), swept_routers(1))
     assert found.unanswered["too hard"] + found.verdicts.total() == len(swept_routers(1))
     assert found.unanswered["too hard"] > 50
-    assert "without an answer" in found.lines()[0]

@@ -9,10 +9,12 @@ import pytest
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.oracle.downcasts import avoidable_downcasts, lines
+from pytest_moe_routing.oracle.downcasts import avoidable_downcasts
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.target import Captured
+from pytest_moe_routing.suite.causes import of_downcast
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())
@@ -32,7 +34,8 @@ class Rounds(BuiltinTarget):
         if model.router.correction_bias:
             call = replace(call, bias_dtype="bfloat16")
             rounded.append("bias")
-        return Captured(replace(call, logits_dtype="bfloat16"), rounded=tuple(rounded))
+        downcasts = (Finding(Kind.DOWNCAST, what, "float32", "bfloat16") for what in rounded)
+        return Captured(replace(call, logits_dtype="bfloat16"), tuple(downcasts))
 
 
 @pytest.mark.parametrize(
@@ -51,18 +54,19 @@ class Rounds(BuiltinTarget):
 def test_only_what_the_kernel_takes_is_lost(model, scheme, release, lost):
     found = judge(Rounds(FlashInfer.of(release)), MODELS[model], scheme)
     assert found.verdict == "exact"
-    assert avoidable_downcasts(found) == lost
+    assert [downcast.field for downcast in avoidable_downcasts(found)] == lost
 
 
 def test_the_message_counts_tokens_that_get_other_experts():
     found = judge(Rounds(FlashInfer.of("0.7.2.post1")), MODELS["glm-5.2"], "nvfp4")
-    text = "\n".join(lines(found, avoidable_downcasts(found)))
+    bias = next(d for d in avoidable_downcasts(found) if d.field == "bias")
+    text = "\n".join(of_downcast(found, bias).lines)
     assert text.startswith(
-        "glm-5.2 on nvfp4, decided by rounds 0.1.0: less precise than its kernel"
+        "glm-5.2 on nvfp4, decided by rounds 0.1.0, FlashInfer 0.7.2.post1: less precise than the"
     )
-    assert "rounded  the float32 bias is rounded to bfloat16 before the call" in text
-    assert "64.8% of the tokens of the logits pattern 'narrow-bias' get other experts" in text
-    assert "kernel   DeepSeekV3 of FlashInfer 0.7.2.post1 computes with it in float32" in text
+    assert "because  the float32 bias is downcast to bfloat16 before the call" in text
+    assert "64.8% of the tokens of the logits pattern 'narrow-bias', which get other exp" in text
+    assert "kernel   DeepSeekV3 computes with it in float32" in text
 
 
 def test_nothing_rounded_is_nothing_lost():

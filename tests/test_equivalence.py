@@ -17,6 +17,7 @@ from pytest_moe_routing.logits import bell, integers
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.exact import exact_calls, same_calls
 from pytest_moe_routing.reference.routing import route
+from pytest_moe_routing.report import text
 from pytest_moe_routing.routing import (
     METHODS,
     Recipe,
@@ -130,7 +131,8 @@ SMALLEST = [
 @pytest.mark.parametrize(("change", "token", "weights"), SMALLEST, ids=str)
 def test_the_smallest_token(change, token, weights):
     step = Recipe(top_k=8, score="sigmoid", bias=True, normalize="sum", scale=3.0)
-    assert counterexample(step, replace(step, **change), 288).lines() == [*token, *weights]
+    found = counterexample(step, replace(step, **change), 288)
+    assert text.token(found.as_dict()) == [*token, *weights]
 
 
 def test_the_smallest_token_of_groups():

@@ -47,7 +47,7 @@ def calls_of(rule, flashinfer):
 def is_reached(rule, release):
     flashinfer = FlashInfer.of(release)
     for made in calls_of(rule, flashinfer):
-        if rule.effect and any(how.endswith(rule.fact) for _, how in flashinfer.troubles(made)):
+        if rule in [violation.rule for violation in flashinfer.violations(made)]:
             return True
         if not rule.effect and (
             rule.note in flashinfer.notes(made) or rule.fact in flashinfer.facts(made)
@@ -155,7 +155,7 @@ def call(**changes):
 
 
 def effects(release, **changes):
-    return {effect for effect, _ in FlashInfer.of(release).troubles(call(**changes))}
+    return {v.rule.effect for v in FlashInfer.of(release).violations(call(**changes))}
 
 
 @pytest.mark.parametrize("release", [r for r in known_releases() if r != "0.6.7"])

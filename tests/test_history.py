@@ -14,23 +14,24 @@ from pytest_moe_routing.errors import TargetImportError, Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
+from pytest_moe_routing.targets.framework import FrameworkTarget
 
 MODELS = "step-3.7-flash,minimax-m2"
 closed = []
 
 
-class Fake(BuiltinTarget):
+class Fake(FrameworkTarget):
     """A framework whose releases are wheels: vLLM's old tree until 0.23."""
 
     name = "fake"
     package = "fakeframework"
     distributions = ("fakeframework",)
 
-    def version(self):
-        return self.source.version
-
     def close(self):
         closed.append(self.source.version)
+
+    def method_numbers(self):
+        return self._tree.method_numbers()
 
     def classify(self, model):
         if self.source.version == "0.9.1":
@@ -85,7 +86,7 @@ def test_the_history_of_a_target(releases, capsys):
         [],
         ["model", "scheme", "0.9.1 [1]", "0.10.0", "0.22.1", "0.23.0", "0.24.0"],
         ["step-3.7-flash", "fp8_block", "-", *["wrong (MiniMax2)"] * 2, "missed (Unspecified)", "exact (MiniMax2)"],
-        ["step-3.7-flash", "nvfp4", "-", "skipped", "wrong (MiniMax2)", "missed (Unspecified)", "exact (MiniMax2)"],
+        ["step-3.7-flash", "nvfp4", "-", "not judged", "wrong (MiniMax2)", "missed (Unspecified)", "exact (MiniMax2)"],
         ["[1] fakeframework 0.9.1 fails to import: ImportError: no torch <2"],
         [],
         ["changes"],
@@ -95,7 +96,7 @@ def test_the_history_of_a_target(releases, capsys):
         ["step-3.7-flash nvfp4: 0.23.0 missed -> 0.24.0 exact"],
         [],
         ["totals"],
-        ["0.10.0, FlashInfer 0.6.12: 1 exact, 2 skipped, 1 wrong"],
+        ["0.10.0, FlashInfer 0.6.12: 1 exact, 2 not judged, 1 wrong"],
         ["2 x fakeframework 0.10.0 has no nvfp4"],
         ["0.22.1, FlashInfer 0.6.12: 2 exact, 2 wrong"],
         ["0.23.0, FlashInfer 0.6.12: 2 exact, 2 missed"],
@@ -138,7 +139,7 @@ def test_a_history_without_any_verdict_is_no_success(releases, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["vlm", "x"], "unknown target 'vlm@x'"),
+        (["vlm", "x"], "unknown target 'vlm'"),
         (["a:B", "x"], "found target 'a:B', expected a registered name"),
         (["fake", "nowhere.whl"], "no such file or directory"),
         (["fake", "WHEEL", "--models", "nope"], "no model matches 'nope'"),

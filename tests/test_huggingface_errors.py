@@ -17,6 +17,7 @@ from pytest_moe_routing.models import dump_model, load_model, read_config
 from pytest_moe_routing.models.huggingface.families import table
 from pytest_moe_routing.models.spec import schema
 from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.report.text import story
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
@@ -34,7 +35,7 @@ def test_not_expressible_is_a_fallback_everywhere(tmp_path):
     for scheme in SERVED_SCHEMES:
         judgement = judge(BuiltinTarget(FlashInfer.of()), spec, scheme)
         assert (judgement.verdict, judgement.exact) == ("fallback", ())
-        assert "zero experts" in "\n".join(judgement.lines())
+        assert "zero experts" in "\n".join(story(judgement.record()))
 
 
 ERRORS = {

@@ -14,7 +14,7 @@ from pytest_moe_routing.ledger import in_force, load_ledger
 from pytest_moe_routing.report import records
 
 LINK = "https://example.com/1"
-ENTRY = {"case": "'*'", "target": "builtin", "reason": "because", "link": LINK}
+ENTRY = {"cause": "a:cause", "target": "builtin", "reason": "because", "link": LINK}
 
 
 def ledger(path, *entries):
@@ -28,7 +28,6 @@ def ledger(path, *entries):
     ("change", "message"),
     [
         ({"target": None}, "target: found nothing: the key is missing, expected text"),
-        ({"link": None}, "link: found nothing: the key is missing"),
         ({"link": "JIRA-17"}, "link: found 'JIRA-17', expected https://..., where"),
         ({"reason": "''"}, "reason: found nothing, expected text"),
         ({"target": "vlm"}, "target: found 'vlm', expected one of builtin, "),
@@ -36,8 +35,9 @@ def ledger(path, *entries):
         ({"until": "later"}, "until: found 'later', expected a release such as 0.30.0"),
         ({"since": "0.30.0", "until": "0.30.0"}, "until: found '0.30.0', expected a release after"),
         ({"flashinfer_since": "1.0.0", "flashinfer_until": "0.9.0"}, "flashinfer_until: found '0.9.0'"),
-        ({"verdict": "exact"}, "verdict: found 'exact', expected one of wrong, crash, missed"),
-        ({"cases": "x"}, "cases: found an unknown key, expected did you mean case?"),
+        ({"cause": "' '"}, "cause: found nothing, expected the id of a cause"),
+        ({"case": "' '"}, "case: found nothing, expected text"),
+        ({"cases": "x"}, "cases: found an unknown key, expected did you mean "),
     ],
     ids=str,
 )  # fmt: skip
@@ -76,7 +76,7 @@ def test_an_empty_ledger_is_one(tmp_path):
     [
         ({}, "builtin", None, "0.7.0", True),
         ({}, "vllm", None, "0.7.0", False),
-        ({"target": "vllm"}, "vllm@/somewhere", None, "0.7.0", True),
+        ({"target": "vllm"}, "vllm", None, "0.7.0", True),
         ({"target": "a.b:C"}, "a.b:C", None, "0.7.0", True),
         ({"since": "0.30.0"}, "builtin", "0.29.9", "0.7.0", False),
         ({"since": "0.30.0"}, "builtin", "0.30.0rc1", "0.7.0", False),
@@ -136,53 +136,77 @@ def host(pytester, monkeypatch):
     return pytester
 
 
+LOST_SCALE = "wrong:recipe-scale"
+
+
 @pytest.mark.parametrize("workers", [("-n", "2"), ("-p", "no:xdist")], ids=["n2", "serial"])
-def test_known_failures_are_expected_and_others_are_not(host, workers):
-    """fp8_block fails as known, nvfp4 in another way than known; what passes is known no more."""
+def test_an_entry_silences_one_cause(host, workers):
+    """The lost factor is known, in one scheme of two; another cause and another model are not."""
     ledger(
         host.path / "known.yaml",
-        {**OLD, "case": "step-3.7-flash-fp8_block", "verdict": "wrong", "until": "99.0.0"},
-        {**OLD, "case": "step-3.7-flash-nvfp4", "verdict": "missed"},
-        {**OLD, "case": "minimax-m2-*"},
-        {**OLD, "case": "minimax-m3-*"},
-        {**OLD, "case": "'*'", "since": "99.0.0"},
-        {**OLD, "case": "'*'", "target": "vllm"},
+        {**OLD, "cause": LOST_SCALE, "case": "step-3.7-flash-fp8_block", "until": "99.0.0"},
+        {**OLD, "cause": "wrong:recipe-bias", "case": "step-3.7-flash-nvfp4"},
+        {**OLD, "cause": LOST_SCALE, "case": "minimax-m2-nvfp4"},
+        {**OLD, "cause": LOST_SCALE, "case": "minimax-m3-*"},
+        {**OLD, "cause": LOST_SCALE, "since": "99.0.0"},
+        {**OLD, "cause": LOST_SCALE, "target": "vllm"},
     )
     args = ("--moe-known-failures=known.yaml", "--moe-report=r.jsonl", *workers)
-    result = host.runpytest_subprocess(*RUN, *TWO, *args)
-    # The config sweep is wrong on either scheme, in ways that nobody knows. Model code, recorded calls
-    # and modular experts, which this target does not have, are not asked.
-    result.assert_outcomes(passed=1, xfailed=1, failed=5, skipped=14)
-    text = result.stdout.str()
-    # Once for each test; a CI's summary quotes them in full, behind the tests' names.
-    assert text.count("\nknown failure is gone: remove or narrow the entry known.yaml:4") == 2
+    schemes = ("--moe-schemes", "fp8_block,nvfp4", "-k", "test_verdict[")
+    result = host.runpytest_subprocess(*RUN, *TWO, *schemes, *args)
+    counts = result.parseoutcomes()
+    assert (counts["xfailed"], counts["failed"]) == (1, 1)
+    assert result.ret == 1
     result.stdout.fnmatch_lines_random(
         [
             f"XFAIL *::test_verdict[[]step-3.7-flash-fp8_block] - PR 1 was not yet there ({LINK})",
             "FAILED *::test_verdict[[]step-3.7-flash-nvfp4]*",
-            "another failure than the known: known.yaml:3 knows missed",
-            "step-3.7-flash  wrong (MiniMax2), known  wrong (MiniMax2)",
+            f"  cause    {LOST_SCALE}",
             "2 exact, 2 wrong (1 known); vllm-0.22-classifier *",
+            "moe-routing: known failures that are gone (remove or narrow them):",
         ]
     )
-    unmatched = re.findall(r"^  (known.yaml:\d+): (\S+):", text, re.M)
-    assert unmatched == [("known.yaml:5", "test_verdict[minimax-m3-*]")]
+    text = result.stdout.str()
+    gone, unmatched = (
+        re.findall(rf"^  (known.yaml:\d+): {what}", text, re.M)
+        for what in ("PR 1 was", r"test_verdict\[")
+    )
+    assert gone == ["known.yaml:3", "known.yaml:4"]
+    assert unmatched == ["known.yaml:5"]
     assert "match no case (not all of the suite was chosen):" in text
-    found = [r for r in records.load(host.path / "r.jsonl") if r["kind"] == "verdict"]
-    reported = {(r["model"], r["scheme"]): r for r in found}
-    known = reported["step-3.7-flash", "fp8_block"]
-    assert known["known"] == {"reason": OLD["reason"], "link": LINK}
-    assert known["outcome"] == "xfailed"
-    assert "known" not in reported["step-3.7-flash", "nvfp4"]
-    gone = reported["minimax-m2", "nvfp4"]
-    assert (gone["verdict"], gone["outcome"]) == ("exact", "failed")
-    assert "known failure is gone" in gone["notes"][-1]
+    found = {(r.model, r.scheme): r for r in records.load(host.path / "r.jsonl")}
+    known = found["step-3.7-flash", "fp8_block"]
+    assert (known.known.reason, known.known.link) == (OLD["reason"], LINK)
+    assert known.outcome == "xfailed"
+    assert found["step-3.7-flash", "nvfp4"].known is None
+
+
+@pytest.mark.parametrize("workers", [("-n", "2"), ("-p", "no:xdist")], ids=["n2", "serial"])
+def test_a_known_cause_of_a_test_leaves_the_others(host, workers):
+    """The config sweep of a scheme has many causes: one known one silences itself alone."""
+    args = (*RUN, *TWO, "--moe-schemes", "nvfp4", "-k", "test_config_sweep", *workers)
+    text = host.runpytest_subprocess(*args).stdout.str()
+    causes = re.findall(r"^  cause    (sweep:\S+)", text, re.M)
+    assert len(set(causes)) == len(causes) > 2
+    entries = [{**OLD, "test": "test_config_sweep", "cause": cause} for cause in causes]
+    ledger(host.path / "one.yaml", entries[0])
+    result = host.runpytest_subprocess(*args, "--moe-known-failures", "one.yaml")
+    assert result.parseoutcomes()["failed"] == 1
+    assert re.findall(r"^  cause    (sweep:\S+)", result.stdout.str(), re.M) == causes[1:]
+    ledger(host.path / "all.yaml", *entries)
+    result = host.runpytest_subprocess(*args, "--moe-known-failures", "all.yaml")
+    assert (result.ret, result.parseoutcomes()["xfailed"]) == (0, 1)
+    # An entry that names no cause silences nothing here.
+    ledger(host.path / "none.yaml", {**OLD, "test": "test_config_sweep"})
+    result = host.runpytest_subprocess(*args, "--moe-known-failures", "none.yaml")
+    assert result.parseoutcomes()["failed"] == 1
+    assert "names no cause, and this test states its causes" in result.stdout.str()
 
 
 @pytest.mark.parametrize("workers", [("-n", "2"), ("-p", "no:xdist")], ids=["n2", "serial"])
 def test_an_entry_without_a_case_fails_a_run_of_the_whole_suite(host, workers):
-    stale = {**OLD, "case": "nothing-*"}
-    ledger(host.path / "known.yaml", stale, {**OLD, "case": "'*'", "test": "test_method_numbers"})
+    stale = {**OLD, "cause": LOST_SCALE, "case": "nothing-*"}
+    ledger(host.path / "known.yaml", stale, {**OLD, "test": "test_method_numbers"})
     host.makeini("[pytest]\nmoe_known_failures = known.yaml\n")
     # What -m leaves out is collected nonetheless, and matches.
     result = host.runpytest_subprocess(*RUN, "-m", "gpu and not gpu", *workers)
@@ -214,7 +238,7 @@ def test_what_is_not_the_case_itself_stays_an_error(host):
         def test_skipped(moe_model): pytest.skip("cannot tell")
         """
     )
-    entry = {**ENTRY, "case": "minimax-m2"}
+    entry = {k: v for k, v in ENTRY.items() if k != "cause"} | {"case": "minimax-m2"}
     ledger(host.path / "k", *({**entry, "test": f"test_{t}"} for t in ("own", "broken", "skipped")))
     args = ("--moe-models", "minimax-m2", "--moe-known-failures", "k", "test_host.py", "-rxs")
     result = host.runpytest_subprocess(*args)

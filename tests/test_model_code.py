@@ -11,6 +11,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.report.text import model_code, sentence
 from pytest_moe_routing.targets.vllm.model_code import blocks, request_of
 
 MODELS = load_models(packaged_directory())
@@ -81,6 +82,11 @@ RIGHT["deepseek-r1"] = {
 }
 
 
+def sentences(found):
+    who = "the model", "the model code asks for"
+    return [sentence(f, *who) + (f" ({f.where})" if f.where else "") for f in found.findings]
+
+
 def compared(name, **changes):
     model = MODELS[name]
     answer = {**NOTHING_SPECIAL, **RIGHT[name], **changes}
@@ -89,7 +95,7 @@ def compared(name, **changes):
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_the_right_request_has_no_problem(name):
-    assert compared(name).problems == ()
+    assert compared(name).findings == ()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,7 @@ def test_the_right_request_has_no_problem(name):
     ],
 )
 def test_what_means_the_same_is_no_problem(name, changes):
-    assert compared(name, **changes).problems == ()
+    assert compared(name, **changes).findings == ()
 
 
 @pytest.mark.parametrize(
@@ -125,10 +131,10 @@ def test_what_means_the_same_is_no_problem(name, changes):
         (
             "glm-5",
             {"bias_dtype": None},
-            "correction bias: the model has one, the model code asks for none "
+            "correction bias: the model has yes, the model code asks for no "
             "(e_score_correction_bias=None)",
         ),
-        ("glm-5", {"bias_dtype": "bfloat16"}, "correction bias: the model has float32"),
+        ("glm-5", {"bias_dtype": "bfloat16"}, "the float32 bias is downcast to bfloat16"),
         ("glm-5", {"scoring_func": "softmax"}, "scoring function: the model has sigmoid"),
         ("glm-5", {"scoring_func": "tanh"}, "what no router does: Recipe.score: found 'tanh'"),
         ("glm-5", {"renormalize": False}, "renormalize: the model has sum"),
@@ -137,22 +143,22 @@ def test_what_means_the_same_is_no_problem(name, changes):
         (
             "glm-5",
             {"routed_scaling_factor": None},
-            "scale: the model has 2.5, the model code asks for 1 in all "
+            "routed_scaling_factor: the model has 2.5, the model code asks for 1 "
             "(routed_scaling_factor=None",
         ),
         (
             "glm-5",
             {"output_factor": 2.5},
-            "scale: the model has 2.5, the model code asks for 6.25 in all",
+            "routed_scaling_factor: the model has 2.5, the model code asks for 6.25",
         ),
         ("glm-5", {"apply_router_weight_on_input": True}, "router weight on: the model has output"),
         (
             "glm-5",
             {"router_logits_dtype": None},
-            "router logits: the layer is told bfloat16 (router_logits_dtype=None), "
-            "and is handed float32",
+            "dtype of the router logits arrives as float32, the layer has bfloat16 "
+            "(router_logits_dtype=None)",
         ),
-        ("glm-5", {"gate_dtypes": ["bfloat16"]}, "rounds them to bfloat16"),
+        ("glm-5", {"gate_dtypes": ["bfloat16"]}, "router logits are downcast to bfloat16"),
         ("qwen3-30b-a3b", {"renormalize": False}, "renormalize: the model has softmax"),
         ("gpt-oss-20b", {"top_k": 2}, "top_k: the model has 4"),
         ("deepseek-v2", {"bias_dtype": "float32"}, "group score: the model has max"),
@@ -166,28 +172,27 @@ def test_what_means_the_same_is_no_problem(name, changes):
 )
 def test_a_difference_is_named_with_both_values(name, changes, problem):
     found = compared(name, **changes)
-    assert any(problem in text for text in found.problems), found.problems
-    assert found.lines()[0].startswith(f"{name}: a.Block")
+    assert any(problem in text for text in sentences(found)), sentences(found)
+    assert model_code(found)[0].startswith(f"{name}: a.Block")
 
 
 def test_a_factor_on_the_whole_block_is_on_the_shared_experts_too():
     found = compared("glm-5", routed_scaling_factor=1.0, output_factor=2.5)
-    assert found.problems == (
-        "shared experts: the model code multiplies what the layer returns by 2.5, and the shared "
-        "experts with it",
-    )
+    assert sentences(found) == [
+        "factor on the shared experts arrives as 2.5, the layer has 1",
+    ]
 
 
 def test_a_wrong_meaning_comes_with_a_token():
     found = compared("deepseek-r1", num_expert_group=None)
-    assert len(found.problems) == 1
-    assert any(line.strip().startswith("wanted") for line in found.lines())
+    assert len(found.findings) == 1
+    assert any(line.strip().startswith("wanted") for line in model_code(found))
 
 
 def test_rounding_that_the_publisher_does_as_well_is_a_note():
     found = compared("deepseek-r1")
-    assert found.problems == ()
-    assert "DeepSeek's own inference code" in found.notes[0]
+    assert found.findings == ()
+    assert "DeepSeek's own inference code" in found.notes[0].fact
 
 
 def test_a_router_that_no_recipe_computes_is_not_compared():

@@ -25,7 +25,7 @@ from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle import exact
 from pytest_moe_routing.oracle import target as protocol
 from pytest_moe_routing.oracle.config_sweep import as_model, swept_routers
-from pytest_moe_routing.oracle.judge import judge, show_call
+from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.targets.builtin import gates as experts
 from pytest_moe_routing.targets.builtin import target as builtin
@@ -58,8 +58,8 @@ def golden(found):
         found.verdict,
         str(found.classification),
         tuple((g.name, g.reason) for g in found.gates if not g.ok),
-        tuple(map(show_call, found.exact)),
-        None if found.call is None else show_call(found.call),
+        tuple(map(str, found.exact)),
+        None if found.call is None else str(found.call),
         None if found.got is None else (str(found.got), found.notes),
     )
 

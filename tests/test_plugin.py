@@ -39,17 +39,22 @@ def test_golden_runs_only_the_suite_and_ends_with_the_table(host):
     cases = [(m, c) for m in MODELS for c in m.checkpoints if c in SERVED_SCHEMES]
     result = host.runpytest_subprocess("--moe-golden", "-m", "not gpu")
     inexpressible = sum(m.router.not_expressible is not None for m in MODELS)
-    swept = {scheme for _, scheme in cases}
     result.assert_outcomes(
-        passed=len(MODELS) * 3 + len(cases) * 2 + len(swept) + 1 - inexpressible,
+        # Recipe, routing and stray goldens of a model; a golden of each published case; a verdict
+        # of every case; a sweep of every scheme; the numbers of the methods.
+        passed=len(MODELS) * (3 + len(SERVED_SCHEMES))
+        + len(cases)
+        + len(SERVED_SCHEMES)
+        + 1
+        - inexpressible,
         skipped=inexpressible,
     )
     result.stdout.fnmatch_lines(
         [
             f"moe-routing: target builtin, FlashInfer *, {len(MODELS)} models (* not judged), goldens in *",
             "*MoE routing verdicts*",
-            "model * fp8_block * fp8_per_tensor * nvfp4",
-            "minimax-m2 * exact (MiniMax2) * - * exact (MiniMax2)",
+            "scheme * exact * fallback",
+            "fp8_block *",
             "* exact, * fallback; builtin *",
         ]
     )
@@ -73,7 +78,7 @@ def test_without_the_option_the_host_is_left_alone(host):
 def test_runs_every_way(host, args):
     result = run(host, "--moe-golden", "-m", "not gpu", *args)
     assert result.ret == 0
-    result.stdout.fnmatch_lines(["minimax-m2 * exact (MiniMax2) * exact (MiniMax2)", "2 exact; *"])
+    result.stdout.fnmatch_lines(["nvfp4 * 1*", f"{len(SERVED_SCHEMES)} exact; *"])
 
 
 def test_ini_twins(host):
@@ -82,7 +87,7 @@ def test_ini_twins(host):
     )
     result = host.runpytest_subprocess("-m", "not gpu")
     result.stdout.fnmatch_lines(
-        ["moe-routing: *FlashInfer 0.6.12 (as asked for), 2 models*", "2 exact; *"]
+        ["moe-routing: *FlashInfer 0.6.12 (as asked for), 2 models*", "1 exact, 1 missed; *"]
     )
 
 
@@ -139,9 +144,10 @@ def test_another_target_is_judged_not_compared(host):
     result = run(host, "--moe-golden", "-m", "not gpu", "--moe-target", "miniatures:LosesScale")
     # Goldens are left out; what this target does not have (model code, recorded calls, modular
     # experts) is not asked. MiniMax-M2 has no scale to lose, the sweep has.
-    result.assert_outcomes(passed=3, failed=2, skipped=9)
-    result.stdout.fnmatch_lines(["FAILED *::test_config_sweep[[]fp8_block[]]*"])
-    result.stdout.fnmatch_lines(["2 exact; loses-scale *"])
+    counts = result.parseoutcomes()
+    assert counts["failed"] + counts.get("same cause", 0) == len(SERVED_SCHEMES)
+    result.stdout.fnmatch_lines(["FAILED *::test_config_sweep[[]*"])
+    result.stdout.fnmatch_lines([f"{len(SERVED_SCHEMES)} exact; loses-scale *"])
 
 
 def test_history_is_told_by_the_suite(host):
@@ -155,7 +161,8 @@ def test_history_is_told_by_the_suite(host):
         "0.6.12",
     )
     assert result.ret == 1
-    failed = re.findall(r"^FAILED .*::(test_verdict\S+)", result.stdout.str(), re.M)
+    text = result.stdout.str()
+    failed = set(re.findall(r"^(?:FAILED|SAME CAUSE) .*::(test_verdict\S+)", text, re.M))
     scaled_without_groups = {
         f"test_verdict[{m}-{scheme}]"
         for m in MODELS
@@ -164,13 +171,19 @@ def test_history_is_told_by_the_suite(host):
         if m.router.correction_bias and m.router.routed_scaling_factor != 1.0
     }
     assert "test_verdict[step-3.7-flash-nvfp4]" in scaled_without_groups
-    no_kernel = {"test_verdict[minimax-m3-bf16]"}  # swigluoai: from 0.6.13 on
-    groups_lost = {"test_verdict[deepseek-v2-bf16]"}  # grouped softmax is taken for Default
-    assert set(failed) == (scaled_without_groups - no_kernel) | groups_lost
+    # The experts need a clamp, or swigluoai, from 0.6.13 on: another reason goes first.
+    no_kernel = {name for name in scaled_without_groups if "-bf16]" in name}
+    assert scaled_without_groups - no_kernel <= failed
+    assert "test_verdict[deepseek-v2-bf16]" in failed  # grouped softmax is taken for Default
+    assert "test_verdict[minimax-m2-fp8_block]" not in failed
+    # One block for the cause, however many models it has; the others are counted.
+    assert text.count("  cause    wrong:recipe-scale\n") == 1
     result.stdout.fnmatch_lines(
         [
-            "step-3.7-flash on fp8_block, decided by vllm-0.22-classifier *: wrong",
-            "*because  scale: the router has 3.0, the kernel 1.0",
+            "* on *, decided by vllm-0.22-classifier *: wrong",
+            "*because  routed_scaling_factor: the router has *, the kernel 1",
+            "  also     * more: *",
+            "  cause    wrong:recipe-scale",
         ]
     )
 
@@ -178,7 +191,6 @@ def test_history_is_told_by_the_suite(host):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("FailsToStart", "fails to import: ImportError: libfoo.so.1"),
         ("AnswersNothing", "SKIPPED * does not classify routers"),
     ],
 )
@@ -188,7 +200,7 @@ def test_a_target_that_cannot_answer(host, target, message):
     )
     result.stdout.fnmatch_lines([f"*{message}*"])
     assert "Traceback" not in result.stdout.str()
-    assert result.ret == (target == "FailsToStart")
+    assert result.ret == 0
 
 
 def test_fixtures_and_marker_for_tests_of_the_host(host):
@@ -203,13 +215,12 @@ def test_fixtures_and_marker_for_tests_of_the_host(host):
 
         @pytest.mark.moe_models("minimax-m2", "llama-4-scout")
         def test_cases(moe_model, moe_scheme, moe_target, moe_flashinfer):
-            assert moe_scheme in moe_model.checkpoints
+            assert moe_scheme
             assert moe_target.classify(moe_model).method in moe_flashinfer.methods
         """
     )
     result = host.runpytest_subprocess("-v")
-    served = {c for m in MODELS for c in m.checkpoints} & set(SERVED_SCHEMES)
-    result.assert_outcomes(passed=3 + len(served) + 4)
+    result.assert_outcomes(passed=3 + 3 * len(SERVED_SCHEMES))
     result.stdout.fnmatch_lines(
         ["*test_models[[]llama-4-maverick[]]*", "*test_cases[[]minimax-m2-fp8_block[]]*"]
     )
@@ -228,9 +239,10 @@ def test_a_config_adds_a_model_for_this_run(host):
             "tiny-*,minimax-m2",
         )
     )
-    # A verdict, and no goldens.
-    result.assert_outcomes(passed=8 + 2 + 1)
-    result.stdout.fnmatch_lines(["tiny-v3 * exact (DeepSeekV3) *"])
+    # Verdicts, and no goldens: those of the other model.
+    golden = 3 + 2
+    result.assert_outcomes(passed=golden + 2 * len(SERVED_SCHEMES) + len(SERVED_SCHEMES) + 1)
+    result.stdout.fnmatch_lines(["fp8_block * 2*"])
 
 
 def test_a_config_that_is_wrong(host):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.record import Known, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import files, records
 from pytest_moe_routing.report.collect import summary
 from pytest_moe_routing.targets import load_target
@@ -31,21 +35,23 @@ def verdicts():
     for name in ("miniatures:Vllm022", "builtin"):
         target = load_target(name, FlashInfer.of("0.6.12"))
         for scheme in ("fp8_block", "nvfp4"):
-            data = judge(target, model, scheme).as_dict()
-            found.append({"kind": "verdict", **data, "outcome": "failed"})
+            found.append(replace(judge(target, model, scheme).record(), outcome="failed"))
     return found
 
 
 def gpu_test(n=0, **changes):
-    return {
-        "kind": "test",
+    base = {
         "flashinfer": "FlashInfer 0.7.0",
         "device": "NVIDIA B200",
         "case": f"test_gpu_routing::test_model[plain-{n}]",
         "outcome": "passed",
         "message": "",
-        **changes,
     }
+    return TestRecord(**{**base, **changes})
+
+
+def line(**changes):
+    return json.dumps({"format": records.FORMAT, **gpu_test().as_dict(), **changes})
 
 
 def write(path, found):
@@ -94,28 +100,28 @@ def test_runs_of_several_machines_merge(tmp_path, verdicts, capsys):
         assert "step-3.7-flash" in shown
         assert "1 failed, 1 passed" in shown
     for shown in (text, "".join(page.text["pre"])):
-        assert "because  scale: the router has 3.0, the kernel 1.0" in shown
+        assert "because  routed_scaling_factor: the router has 3, the kernel 1" in shown
         assert "wanted   0-7: 0.375" in shown
         assert HOSTILE in shown
     assert "| nvfp4 | missed (Unspecified) | wrong (MiniMax2) |" in text
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("text", "message"),
     [
         ("{", "bad.jsonl:2: not valid JSON"),
-        ("[]", "bad.jsonl:2: format: found None, expected 1"),
-        ('{"format": 2}', "bad.jsonl:2: format: found 2, expected 1"),
-        ('{"format": 1, "kind": "x"}', "kind: found 'x', expected verdict or test"),
-        (json.dumps({"format": 1, **gpu_test(device=3)}), "device: found 3, expected text"),
-        (json.dumps({"format": 1, **gpu_test(known={})}), "known: found {}, expected a reason"),
+        ("[]", "bad.jsonl:2: format: found None, expected 2"),
+        ('{"format": 1}', "bad.jsonl:2: format: found 1, expected 2"),
+        ('{"format": 2, "kind": "x"}', "kind: found 'x', expected verdict or test"),
+        (line(device=3), "device: found 3, expected text"),
+        (line(known={}), "known: found {}, expected a reason"),
         (None, "none.jsonl: cannot be read: No such file"),
     ],
 )
-def test_a_line_that_is_no_record(tmp_path, capsys, line, message):
+def test_a_line_that_is_no_record(tmp_path, capsys, text, message):
     bad = write(tmp_path / "bad.jsonl", [gpu_test()])
-    bad.write_text(bad.read_text() + str(line))
-    given = bad if line else tmp_path / "none.jsonl"
+    bad.write_text(bad.read_text() + str(text))
+    given = bad if text else tmp_path / "none.jsonl"
     assert main(["report", str(tmp_path / "out.md"), str(given)]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -126,7 +132,7 @@ def test_a_line_that_is_no_record(tmp_path, capsys, line, message):
 def test_runs_that_disagree(tmp_path, verdicts, capsys):
     """Nothing is chosen silently: both files are named, and what differs."""
     one = write(tmp_path / "one.jsonl", verdicts)
-    two = write(tmp_path / "two.jsonl", [{**verdicts[0], "verdict": "exact"}])
+    two = write(tmp_path / "two.jsonl", [replace(verdicts[0], verdict=Verdict.EXACT)])
     out = tmp_path / "out.html"
     out.write_text("before")
     assert main(["report", str(out), str(one), str(two)]) == 2
@@ -139,22 +145,27 @@ def test_runs_that_disagree(tmp_path, verdicts, capsys):
 # -- formats ------------------------------------------------------------------------------------
 
 
+def hostile(record, **changes):
+    finding = Finding(Kind.LIMIT, "top_k", fact=HOSTILE)
+    return replace(record, model=HOSTILE, findings=(finding,), **changes)
+
+
 def test_the_html_needs_nothing_and_lets_nothing_in(verdicts):
     """What a record says is text; a link leads to the web or is none."""
-    known = {"reason": HOSTILE, "link": "javascript:alert(1)"}
-    good = {"reason": "known", "link": 'https://example.com/?a=1&b="2"'}
-    hostile = {**verdicts[0], "model": HOSTILE, "reasons": [HOSTILE], "known": known}
-    document = Document(files.html.page([hostile, {**verdicts[1], "known": good}, gpu_test()]))
+    known = Known(HOSTILE, "javascript:alert(1)")
+    good = Known("known", 'https://example.com/?a=1&b="2"')
+    records = [hostile(verdicts[0], known=known), replace(verdicts[1], known=good), gpu_test()]
+    document = Document(files.html.page(records))
     assert not {"script", "link", "img", "iframe"} & set(document.tags)
     assert not any(name in ("src", "onclick", "style") for _, name, _ in document.attributes)
     links = {value for _, name, value in document.attributes if name == "href"}
-    assert {link for link in links if not link.startswith("#")} == {good["link"]}
+    assert {link for link in links if not link.startswith("#")} == {good.link}
     anchors = {f"#{value}" for tag, name, value in document.attributes if name == "id"}
     assert {link for link in links if link.startswith("#")} == anchors
 
 
 def test_markdown_cannot_be_broken_out_of(verdicts):
-    text = files.markdown.page([{**verdicts[0], "model": HOSTILE, "reasons": [HOSTILE]}])
+    text = files.markdown.page([hostile(verdicts[0])])
     lines = text.splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
@@ -221,30 +232,36 @@ def test_a_run_writes_what_its_workers_found(host):
     host.runpytest_subprocess(*args, "-p", "no:xdist", "--moe-report", "s.jsonl")
     assert (host.path / "s.jsonl").read_text() == parallel
     found = records.load(host.path / "a.jsonl")
-    by_kind = {k: [r for r in found if r["kind"] == k] for k in ("verdict", "test")}
-    outcomes = {(v["model"], v["scheme"]): v["outcome"] for v in by_kind["verdict"]}
+    judged = [r for r in found if isinstance(r, VerdictRecord)]
+    tests = [r for r in found if isinstance(r, TestRecord)]
+    outcomes = {(v.model, v.scheme): v.outcome for v in judged}
     assert outcomes["step-3.7-flash", "nvfp4"] == "failed"
     assert set(outcomes.values()) > {"failed"}
-    assert by_kind["test"]
-    for test in by_kind["test"]:
-        assert "::test_expert_parallel_shard[" in test["case"]
-        assert test["outcome"] == "skipped"
-        assert test["message"].startswith("Skipped: no NVIDIA driver")
-    assert "counterexample" in by_kind["verdict"][0]
+    assert tests
+    for test in tests:
+        assert "::test_expert_parallel_shard[" in test.case
+        assert test.outcome == "skipped"
+        assert test.message.startswith("Skipped: no NVIDIA driver")
+    assert any(record.counterexample for record in judged)
 
 
 def test_what_has_no_verdict_is_in_the_report_too(host):
-    """A target that does not answer is `skipped` with the reason; a broken test is told."""
+    """A target that does not answer is `not judged`, with the reason."""
     args = (*RUN, "--moe-report", "r.jsonl", "--moe-target")
     host.runpytest_subprocess(*args, "miniatures:OnlyClassifies")
-    found = [r for r in records.load(host.path / "r.jsonl") if r["kind"] == "verdict"]
-    assert {r["verdict"] for r in found} == {"skipped"}
-    assert found[0]["reasons"] == ["the crystal ball is cloudy"]
-    host.runpytest_subprocess(*args, "miniatures:FailsToStart")
-    found = [r for r in records.load(host.path / "r.jsonl") if r["outcome"] == "failed"]
-    assert {r["kind"] for r in found} == {"test"}
-    assert "libfoo.so.1" in found[0]["message"]
-    assert any(r["case"].startswith("test_verdicts::test_verdict[") for r in found)
+    found = [r for r in records.load(host.path / "r.jsonl") if isinstance(r, VerdictRecord)]
+    assert {r.verdict for r in found} == {"not judged"}
+    assert found[0].reason == "the crystal ball is cloudy"
+
+
+@pytest.mark.parametrize("target", ["miniatures:FailsToStart", "nosuch:X", "os:system", ":"])
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["serial", "n2"])
+def test_a_target_that_cannot_be_asked_ends_the_run_with_one_message(host, target, workers):
+    result = host.runpytest_subprocess(*RUN, "--moe-target", target, *workers)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert len(result.errlines) <= 3
+    assert result.errlines[0].startswith("ERROR: ")
+    assert target in result.errlines[0]
 
 
 def test_a_report_that_cannot_be_written_fails_the_run(host):

@@ -18,6 +18,7 @@ from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.target import Captured
+from pytest_moe_routing.report.text import sentence, story
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.target import SglangTarget, config_of
@@ -173,7 +174,7 @@ def target(request):
 def test_release_deepseek_is_exact(target, scheme):
     """The model that this runner was made for; expert parallel, with groups, bias and scale."""
     found = judge(target, MODELS["deepseek-r1"], scheme)
-    assert found.verdict == "exact", "\n".join(found.lines())
+    assert found.verdict == "exact", "\n".join(story(found.record()))
     assert "declares -> DeepSeekV3" in str(found.classification)
     assert (found.call.n_group, found.call.topk_group, found.call.bias) == (8, 4, "router")
 
@@ -223,7 +224,7 @@ def test_release_history(target, model, scheme):
     if expected is None:
         pytest.skip(f"the verdict on {model} in {target} was not confirmed by reading")
     found = judge(target, MODELS[model], scheme)
-    assert found.verdict == expected, "\n".join(found.lines())
+    assert found.verdict == expected, "\n".join(story(found.record()))
 
 
 class Records(BuiltinTarget):
@@ -243,7 +244,7 @@ def test_a_recorded_call_is_judged_as_far_as_the_router_can_be_said():
     target.method = "Default"
     found = judge(target, gemma, "nvfp4")
     assert found.verdict == "wrong"
-    assert found.reasons[0] == "normalize: the router has sum, the kernel none"
+    assert sentence(found.findings[0]) == "renormalize: the router has sum, the kernel none"
     # The nearest recipe is met; who applies the experts' own scales is not known.
     target.method = "RenormalizeNaive"
     with pytest.raises(Unsupported, match="cannot be judged"):

@@ -20,8 +20,9 @@ from pytest_moe_routing.oracle.enum_numbers import enum_mismatches
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.modular import rejected_by_method
+from pytest_moe_routing.report.text import sentence, story
 from pytest_moe_routing.schemes import SERVED_SCHEMES
-from pytest_moe_routing.targets import check_target, load_target, target_names
+from pytest_moe_routing.targets import TargetId, load_target, locate, target_names
 from pytest_moe_routing.targets.builtin.gates import support_gates
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
@@ -29,6 +30,10 @@ MODELS = load_models(packaged_directory())
 #: The spine: models whose verdicts were worked out by hand.
 SPINE = "deepseek-r1 llama-4-maverick llama-4-scout minimax-m2 nemotron-3-nano nemotron-3-super step-3.7-flash"
 CASES = [(MODELS[m], b) for m in SPINE.split() for b in MODELS[m].checkpoints]
+
+
+def told(judgement):
+    return "\n".join(story(judgement.record()))
 
 
 def verdicts(target_class, release):
@@ -58,57 +63,56 @@ def test_history_scaled_minimax2(release):
     found = verdicts(miniatures.Vllm022, release)
     bad = {k: j for k, j in found.items() if j.verdict in ("wrong", "crash")}
     assert set(bad) == {("step-3.7-flash", "fp8_block"), ("step-3.7-flash", "nvfp4")}
-    text = "\n".join(bad["step-3.7-flash", "nvfp4"].lines())
+    text = told(bad["step-3.7-flash", "nvfp4"])
     assert "MiniMax2" in text
-    assert "scale: the router has 3.0, the kernel 1.0" in text
+    assert "routed_scaling_factor: the router has 3, the kernel 1" in text
     assert "MiniMax2 forces routed_scaling_factor to 1.0 before 0.6.13" in text
     assert "would be DeepSeekV3(n_group=1, topk_group=1, routed_scaling_factor=3)" in text
 
 
 def test_history_ends_where_flashinfer_honours_the_factor():
-    assert all(j.good for j in verdicts(miniatures.Vllm022, "0.6.13").values())
+    assert all(j.verdict.is_good for j in verdicts(miniatures.Vllm022, "0.6.13").values())
 
 
 def test_history_float32_logits():
     """vLLM issue 33543, PR 43859: exactly the models with float32 logits lose the fast path."""
     found = verdicts(miniatures.NoFloat32Logits, "0.7.0")
-    bad = {model for (model, _), j in found.items() if not j.good}
+    bad = {model for (model, _), j in found.items() if not j.verdict.is_good}
     assert bad == {m.id for m, _ in CASES if m.router.logits_dtype == "float32"}
     judgement = found["minimax-m2", "fp8_block"]
     assert judgement.verdict == "missed"
-    assert "gate     router logits dtype: no, float32 is not bfloat16" in "\n".join(
-        judgement.lines()
-    )
+    assert "gate     router logits dtype: no, float32 is not bfloat16" in told(judgement)
 
 
 def test_a_number_that_means_another_method():
     found = verdicts(miniatures.DriftedNumbers, "0.6.8")
     judgement = found["deepseek-r1", "nvfp4"]
     assert judgement.verdict == "wrong"
-    assert (
-        "passes DeepSeekV3 as 7, which FlashInfer 0.6.8 reads as MiniMax2" in judgement.reasons[0]
+    assert sentence(judgement.findings[0]) == (
+        "DeepSeekV3 is passed as 7, which FlashInfer reads as MiniMax2"
     )
     assert judgement.counterexample is not None
 
 
 def test_a_misread_number_matters_where_no_gate_stops_its_method():
     deepseek, custom = enum_mismatches(miniatures.DriftedNumbers(FlashInfer.of("0.6.8")), CASES)
-    assert custom.startswith(
-        "drifted-numbers 0.1.0 passes Custom as 6, which FlashInfer 0.6.8 reads as SigmoidRenorm; "
-        "no gate stops it for deepseek-r1-fp8_block, deepseek-r1-nvfp4, "
+    assert (custom.finding.field, custom.finding.wanted, custom.finding.got) == (
+        "Custom",
+        6,
+        "SigmoidRenorm",
     )
-    assert custom.endswith(f" and {len(CASES) - 3} more")
-    assert "DeepSeekV3 as 7, which FlashInfer 0.6.8 reads as MiniMax2" in deepseek
+    assert custom.cases == tuple(f"{model}-{scheme}" for model, scheme in CASES)
+    assert (deepseek.finding.wanted, deepseek.finding.got) == (7, "MiniMax2")
 
     class Closed(miniatures.DriftedNumbers):
         def gates(self, model, scheme, method):
             return (Gate("routing method", method != "Custom", "not a kernel's"),)
 
-    # Before 0.6.8, six is Unspecified, and seven nothing.
-    assert [line.split()[3] for line in enum_mismatches(Closed(FlashInfer.of("0.6.8")), CASES)] == [
-        "DeepSeekV3"
-    ]
-    assert not enum_mismatches(Closed(FlashInfer.of("0.6.7")), CASES)
+    [only] = enum_mismatches(Closed(FlashInfer.of("0.6.8")), CASES)
+    assert only.finding.field == "DeepSeekV3"
+    # Before 0.6.8, six is Unspecified, and seven is no method at all: as bad as another one.
+    [none] = enum_mismatches(Closed(FlashInfer.of("0.6.7")), CASES)
+    assert (none.finding.field, none.finding.got) == ("DeepSeekV3", None)
 
 
 def test_a_model_without_an_answer_hides_no_misread_number():
@@ -122,7 +126,7 @@ def test_a_model_without_an_answer_hides_no_misread_number():
 
     assert len(enum_mismatches(Partly(FlashInfer.of("0.6.8")), CASES)) == 2
     Partly.known = "nothing"
-    with pytest.raises(Unsupported, match="reads as MiniMax2; no gate answers: no nvfp4 here"):
+    with pytest.raises(Unsupported, match=r"no gate answers for DeepSeekV3 \(7\): no nvfp4 here"):
         enum_mismatches(Partly(FlashInfer.of("0.6.8")), CASES)
     with pytest.raises(Unsupported, match="answers-nothing has no routing method numbers"):
         enum_mismatches(miniatures.AnswersNothing(FlashInfer.of("0.6.8")), CASES)
@@ -146,10 +150,11 @@ class Modular(BuiltinTarget):
 def test_modular_experts_that_refuse_a_method():
     target = Modular(FlashInfer.of("0.6.7"))
     models = [MODELS[m] for m in ("minimax-m2", "llama-4-scout", "nemotron-3-nano", "deepseek-r1")]
-    [line] = rejected_by_method(target, "nvfp4", models)
-    assert line.startswith("modular 0.1.0, modular experts for nvfp4: they are given experts")
-    assert "refuse Default, Renormalize, Llama4" in line
-    assert line.endswith("at router logits dtype; they take DeepSeekV3 (minimax-m2, deepseek-r1)")
+    [rejection] = rejected_by_method(target, "nvfp4", models)
+    assert rejection.methods[:3] == ("Default", "Renormalize", "Llama4")
+    assert rejection.gates == ("router logits dtype",)
+    assert rejection.accepted == ("DeepSeekV3",)
+    assert rejection.models == ("minimax-m2", "deepseek-r1")
     # What is refused whatever the method has another reason.
     assert rejected_by_method(target, "nvfp4", [MODELS["nemotron-3-nano"]]) == []
 
@@ -163,7 +168,7 @@ def test_what_the_launcher_refuses_is_a_crash():
     found = verdicts(miniatures.AcceptsAll, "0.6.0")
     judgement = found["minimax-m2", "fp8_block"]
     assert judgement.verdict == "crash"
-    assert "no routing method" in "\n".join(judgement.lines())
+    assert "no routing method" in told(judgement)
 
 
 def test_a_lost_scale_is_wrong_for_exactly_the_models_that_scale():
@@ -175,7 +180,7 @@ def test_a_lost_scale_is_wrong_for_exactly_the_models_that_scale():
 def test_a_weight_on_the_wrong_side_is_wrong():
     judgement = verdicts(miniatures.AcceptsAll, "0.7.2.post1")["llama-4-scout", "nvfp4"]
     assert judgement.verdict == "wrong"
-    assert "on the expert input" in "\n".join(judgement.lines())
+    assert "on the expert input" in told(judgement)
 
 
 def test_questions_without_an_answer_are_no_verdicts():
@@ -197,9 +202,12 @@ def test_registered_targets():
     [
         ("vlm", UnknownTarget, "unknown target 'vlm'; targets: builtin"),
         ("miniatures:NotATarget", UnknownTarget, "not a class derived from Target"),
-        ("miniatures:Nowhere", TargetImportError, "fails to import: AttributeError"),
-        ("no_such_module:Target", TargetImportError, "No module named 'no_such_module'"),
+        ("miniatures:Nowhere", UnknownTarget, "miniatures has no Nowhere"),
+        ("no_such_module:Target", UnknownTarget, "No module named 'no_such_module'"),
         ("miniatures:FailsToStart", TargetImportError, "ImportError: libfoo.so.1"),
+        ("os:system", UnknownTarget, "not a class derived from Target"),
+        (":", UnknownTarget, "unknown target ':': expected module:Class"),
+        ("builtin@somewhere", UnknownTarget, "builtin takes no @PATH"),
     ],
 )
 def test_targets_that_cannot_be_used(name, error, message):
@@ -215,16 +223,20 @@ def test_a_target_whose_package_is_missing():
         with pytest.raises(TargetNotInstalled, match="pip install vllm"):
             load_target("vllm", FlashInfer.of("0.7.0"))
         with pytest.raises(TargetNotInstalled, match="pip install vllm"):
-            check_target("vllm")
+            locate(TargetId.parse("vllm"))
     else:
         pytest.skip("vllm is installed here")
 
 
 def test_names_are_checked_without_importing_what_is_tested():
-    check_target("builtin")
-    check_target("some.module:Class")
+    assert locate(TargetId.parse("builtin")).pinned_flashinfer is None
     with pytest.raises(UnknownTarget):
-        check_target("nothing")
+        locate(TargetId.parse("nothing"))
+
+
+@pytest.mark.parametrize("text", ["builtin", "a.module:Class", "vllm@some/wheel.whl"])
+def test_an_id_is_written_as_it_was_read(text):
+    assert str(TargetId.parse(text)) == text
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.judge import judge
-from pytest_moe_routing.targets import check_target, load_target, pinned_flashinfer
+from pytest_moe_routing.targets import TargetId, load_target, locate
 
 MODELS = load_models(packaged_directory())
 
 
 def names():
     try:
-        check_target("vllm")
+        locate(TargetId.parse("vllm"))
         yield "vllm"
     except TargetNotInstalled:
         pass
@@ -77,7 +77,7 @@ def test_the_activation_is_named_with_the_layout_of_the_checkpoint(target):
 
 def test_the_real_call_is_the_one_that_the_router_needs(target):
     found = target.capture(MODELS["deepseek-r1"], "fp8_block", "DeepSeekV3")
-    assert found.problems == ()
+    assert found.findings == ()
     call = found.call
     assert (call.method, call.n_group, call.topk_group, call.bias) == ("DeepSeekV3", 8, 4, "router")
     # Whoever applies it, the factor is applied once.
@@ -105,7 +105,7 @@ def test_what_gates_hide(target):
         # mxint4: the factor is not passed, and the bias is rounded.
         found = target.capture(scaled, "mxint4", "DeepSeekV3")
         assert (found.call.routed_scaling_factor, found.call.scale_after) == (1.0, 1.0)
-        assert found.rounded == ("bias",)
+        assert [finding.field for finding in found.downcasts] == ["bias"]
     if (0, 19) <= release(target) < (0, 27):
         # vLLM PR 44007: four arguments of the MXFP4 call were None.
         call = target.capture(MODELS["deepseek-r1"], "mxfp4", "DeepSeekV3").call
@@ -117,11 +117,11 @@ def test_what_gates_hide(target):
     many = target.capture(many, "fp8_block", "DeepSeekV3")
     assert (many.call is None) is (release(target) < (0, 26))
     if many.call is None:
-        assert re.search("assert .*top_?k <= 10", many.problems[0])
+        assert re.search("assert .*top_?k <= 10", many.findings[0].got)
     # The per-tensor call has no topk_group, in any release until now; at first it was Llama4's only.
     tensor = target.capture(MODELS["deepseek-r1"], "fp8_per_tensor", "DeepSeekV3")
     if release(target) < (0, 17):
-        assert "assert not layer.renormalize" in tensor.problems[0]
+        assert "assert not layer.renormalize" in tensor.findings[0].got
     else:
         assert (tensor.call.n_group, tensor.call.topk_group) == (8, 0)
 
@@ -145,6 +145,6 @@ def test_modular_experts_are_given_what_the_layer_routes(target):
         return
     assert all(gate.ok for gate in target.modular_gates(model, "fp8_block", "DeepSeekV3"))
     for scheme in ("fp8_block", "nvfp4"):
-        assert target.modular_problems(model, scheme) == ()
+        assert target.modular_findings(model, scheme) == ()
     with pytest.raises(Unsupported, match="no modular experts for this scheme"):
-        target.modular_problems(MODELS["kimi-k2.5"], "mxint4")
+        target.modular_findings(MODELS["kimi-k2.5"], "mxint4")

@@ -49,7 +49,7 @@ def test_the_zoo(target):
     found, skipped = {}, {}
     for model in MODELS.values():
         try:
-            found[model.id] = compare_request(model, target.layer_request(model)).problems
+            found[model.id] = sentences(compare_request(model, target.layer_request(model)))
         except Unsupported as reason:
             skipped[model.id] = str(reason)
     assert {name: problems for name, problems in found.items() if problems} == FINDINGS
@@ -90,7 +90,7 @@ def test_architectures_that_the_zoo_has_no_whole_model_of(target, architecture, 
     config = {"architectures": [architecture], "torch_dtype": "bfloat16", **CONFIGS[architecture]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = read_config(tmp_path)
-    problems = compare_request(model, target.layer_request(model)).problems
+    problems = sentences(compare_request(model, target.layer_request(model)))
     if architecture == "BailingMoeV2ForCausalLM":
         assert problems[0] == (
             "router logits: the layer is told float32 (router_logits_dtype='float32'), "
@@ -105,8 +105,8 @@ def test_a_routing_function_is_judged_by_what_it_does(target):
     scout = MODELS["llama-4-scout"]
     other = replace(scout, router=replace(scout.router, top_k=2, renormalize=True))
     found = compare_request(other, target.layer_request(other))
-    assert "Llama4MoE.custom_routing_function routes otherwise" in found.problems[0]
-    assert "wanted" in found.problems[0]
+    assert "Llama4MoE.custom_routing_function routes otherwise" in sentences(found)[0]
+    assert "wanted" in sentences(found)[0]
 
 
 def test_asking_leaves_this_process_alone(target):
@@ -189,7 +189,7 @@ def mutants(tmp_path_factory):
                 lambda: {"DeepseekV3ForCausalLM": wrong},
             )
             model = MODELS["deepseek-r1"]
-            return compare_request(model, code.layer_request(model)).problems
+            return sentences(compare_request(model, code.layer_request(model)))
 
         yield compare
         code.close()

@@ -32,6 +32,8 @@ class Grouping:
     def __init__(self) -> None:
         self._cases: dict[str, list[str]] = {}
         self._shown: list[tuple[pytest.TestReport, list[Failure]]] = []
+        #: Whether a report is shown; pytest asks for a status more than once.
+        self._is_shown: dict[int, bool] = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(
@@ -42,13 +44,14 @@ class Grouping:
         failures = failures_of(report.user_properties)
         if report.when != "call" or not failures:
             return None
-        fresh = [failure for failure in failures if failure.cause not in self._cases]
-        for failure in failures:
-            self._cases.setdefault(failure.cause, []).append(failure.case)
-        if not fresh:
-            return _SAME, "f", "SAME CAUSE"
-        self._shown.append((report, fresh))
-        return None
+        if id(report) not in self._is_shown:
+            fresh = [failure for failure in failures if failure.cause not in self._cases]
+            for failure in failures:
+                self._cases.setdefault(failure.cause, []).append(failure.case)
+            if fresh:
+                self._shown.append((report, fresh))
+            self._is_shown[id(report)] = bool(fresh)
+        return None if self._is_shown[id(report)] else (_SAME, "f", "SAME CAUSE")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

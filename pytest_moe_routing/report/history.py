@@ -44,7 +44,7 @@ def survey(sessions: Iterable[MoESession]) -> list[Release]:
     found: list[Release] = []
     cases: list[tuple[ModelSpec, str]] | None = None
     for session in sessions:
-        cases = session.cases if cases is None else cases
+        cases = session.published_cases if cases is None else cases
         found.append(_ask(session, cases))
     names = [release.name for release in found]
     return sorted(

@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from told import code_sentences
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.model_code import compare_request
-from pytest_moe_routing.report.text import model_code, sentence
+from pytest_moe_routing.report.text import model_code
 from pytest_moe_routing.targets.vllm.model_code import blocks, request_of
 
 MODELS = load_models(packaged_directory())
@@ -80,11 +81,6 @@ RIGHT["deepseek-r1"] = {
     "logits_dtype": "bfloat16",
     "gate_dtypes": ["bfloat16"],
 }
-
-
-def sentences(found):
-    who = "the model", "the model code asks for"
-    return [sentence(f, *who) + (f" ({f.where})" if f.where else "") for f in found.findings]
 
 
 def compared(name, **changes):
@@ -172,13 +168,13 @@ def test_what_means_the_same_is_no_problem(name, changes):
 )
 def test_a_difference_is_named_with_both_values(name, changes, problem):
     found = compared(name, **changes)
-    assert any(problem in text for text in sentences(found)), sentences(found)
+    assert any(problem in text for text in code_sentences(found)), code_sentences(found)
     assert model_code(found)[0].startswith(f"{name}: a.Block")
 
 
 def test_a_factor_on_the_whole_block_is_on_the_shared_experts_too():
     found = compared("glm-5", routed_scaling_factor=1.0, output_factor=2.5)
-    assert sentences(found) == [
+    assert code_sentences(found) == [
         "factor on the shared experts arrives as 2.5, the layer has 1",
     ]
 

@@ -14,7 +14,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.judge import judge
-from pytest_moe_routing.targets import TargetId, load_target, locate
+from pytest_moe_routing.targets import TargetId, locate
 
 MODELS = load_models(packaged_directory())
 
@@ -34,7 +34,8 @@ def names():
 def target(request):
     if request.param is None:
         pytest.skip("no vLLM is installed, and MOE_WHEELS has none")
-    found = load_target(request.param, FlashInfer.of(pinned_flashinfer(request.param)))
+    located = locate(TargetId.parse(request.param))
+    found = located.make(FlashInfer.of(located.pinned_flashinfer))
     yield found
     found.close()
 

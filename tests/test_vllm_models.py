@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
+from told import code_sentences
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -22,14 +23,13 @@ from pytest_moe_routing.targets.vllm.target import VllmTarget
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed")
 MODELS = load_models(packaged_directory())
 
-TOLD_NOTHING = (
-    "router logits: the layer is told bfloat16 (router_logits_dtype=None), and is handed float32",
-)
+TOLD_NOTHING = [
+    "dtype of the router logits arrives as float32, the layer has bfloat16 "
+    "(router_logits_dtype=None)",
+]
 #: Findings in vLLM 0.32.0. When a release has one no longer, the test says so.
 FINDINGS = {
-    "deepseek-v3.2": (
-        "router logits: the model has float32, the model code rounds them to bfloat16",
-    ),
+    "deepseek-v3.2": ["the float32 router logits are downcast to bfloat16 before the call"],
     "hy4-preview": TOLD_NOTHING,
     "kimi-k3": TOLD_NOTHING,
     "kimi-linear-48b-a3b": TOLD_NOTHING,
@@ -49,7 +49,7 @@ def test_the_zoo(target):
     found, skipped = {}, {}
     for model in MODELS.values():
         try:
-            found[model.id] = sentences(compare_request(model, target.layer_request(model)))
+            found[model.id] = code_sentences(compare_request(model, target.layer_request(model)))
         except Unsupported as reason:
             skipped[model.id] = str(reason)
     assert {name: problems for name, problems in found.items() if problems} == FINDINGS
@@ -90,14 +90,14 @@ def test_architectures_that_the_zoo_has_no_whole_model_of(target, architecture, 
     config = {"architectures": [architecture], "torch_dtype": "bfloat16", **CONFIGS[architecture]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = read_config(tmp_path)
-    problems = sentences(compare_request(model, target.layer_request(model)))
+    problems = code_sentences(compare_request(model, target.layer_request(model)))
     if architecture == "BailingMoeV2ForCausalLM":
         assert problems[0] == (
-            "router logits: the layer is told float32 (router_logits_dtype='float32'), "
-            "and is handed bfloat16"
+            "dtype of the router logits arrives as bfloat16, the layer has float32 "
+            "(router_logits_dtype='float32')"
         )
     else:
-        assert problems == (TOLD_NOTHING if architecture == "HYV3ForCausalLM" else ())
+        assert problems == (TOLD_NOTHING if architecture == "HYV3ForCausalLM" else [])
 
 
 def test_a_routing_function_is_judged_by_what_it_does(target):
@@ -105,8 +105,8 @@ def test_a_routing_function_is_judged_by_what_it_does(target):
     scout = MODELS["llama-4-scout"]
     other = replace(scout, router=replace(scout.router, top_k=2, renormalize=True))
     found = compare_request(other, target.layer_request(other))
-    assert "Llama4MoE.custom_routing_function routes otherwise" in sentences(found)[0]
-    assert "wanted" in sentences(found)[0]
+    assert "Llama4MoE.custom_routing_function routes otherwise" in code_sentences(found)[0]
+    assert "wanted" in code_sentences(found)[0]
 
 
 def test_asking_leaves_this_process_alone(target):
@@ -189,7 +189,7 @@ def mutants(tmp_path_factory):
                 lambda: {"DeepseekV3ForCausalLM": wrong},
             )
             model = MODELS["deepseek-r1"]
-            return sentences(compare_request(model, code.layer_request(model)))
+            return code_sentences(compare_request(model, code.layer_request(model)))
 
         yield compare
         code.close()
@@ -198,18 +198,18 @@ def mutants(tmp_path_factory):
 @pytest.mark.parametrize(
     ("block", "problem"),
     [
-        ("ScalesAgain", "scale: the model has 2.5, the model code asks for 6.25 in all"),
-        ("ScalesAgain", "multiplies what the layer returns by 2.5, and the shared experts with it"),
-        ("RoundsTheBias", "correction bias: the model has float32, the model code passes bfloat16"),
+        ("ScalesAgain", "routed_scaling_factor: the model has 2.5, the model code asks for 6.25"),
+        ("ScalesAgain", "factor on the shared experts arrives as 2.5, the layer has 1"),
+        ("RoundsTheBias", "the float32 bias is downcast to bfloat16"),
         (
             "NoGroups",
             "n_group: the model has 8, the model code asks for 1 (use_grouped_topk=True, ",
         ),
-        ("NoBias", "correction bias: the model has one, the model code asks for none"),
-        ("NoScale", "scale: the model has 2.5, the model code asks for 1 in all"),
+        ("NoBias", "correction bias: the model has yes, the model code asks for no"),
+        ("NoScale", "routed_scaling_factor: the model has 2.5, the model code asks for 1"),
         ("Softmax", "scoring function: the model has sigmoid, the model code asks for softmax"),
-        ("NotTold", "the layer is told bfloat16 (router_logits_dtype=None), and is handed float32"),
-        ("Rounds", "the layer is told float32 (router_logits_dtype='float32'), and is handed bfl"),
+        ("NotTold", "arrives as float32, the layer has bfloat16 (router_logits_dtype=None)"),
+        ("Rounds", "arrives as bfloat16, the layer has float32 (router_logits_dtype='float32')"),
     ],
 )
 def test_a_mutant_is_caught(mutants, block, problem):
@@ -217,5 +217,5 @@ def test_a_mutant_is_caught(mutants, block, problem):
 
 
 def test_the_right_block_is_not(mutants):
-    assert mutants("Own") == ()
-    assert mutants("DeepseekV2MoE") == ()
+    assert mutants("Own") == []
+    assert mutants("DeepseekV2MoE") == []

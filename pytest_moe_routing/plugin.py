@@ -184,7 +184,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if "moe_golden" in metafunc.fixturenames:
             cases = [case for case in cases if case[0] in session.golden_models]
         if "moe_golden" in metafunc.fixturenames or _is_marked(metafunc, "published"):
-            cases = [(m, scheme) for m, scheme in cases if scheme in ("", *m.checkpoints)]
+            cases = [(m, s) for m, s in cases if s in ("", *m.checkpoints) and not m.variant]
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
     for marker in metafunc.definition.iter_markers("moe_models"):

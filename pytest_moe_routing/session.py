@@ -103,13 +103,22 @@ class MoESession:
 
     @cached_property
     def cases(self) -> list[tuple[ModelSpec, str]]:
-        """Every chosen model in every chosen scheme: anyone may quantize a checkpoint."""
-        return [(model, scheme) for model in self.models for scheme in self.schemes]
+        """Every chosen model in every chosen scheme: anyone may quantize a checkpoint.
+
+        A model whose layers differ is there once more for each group of layers.
+        """
+        return [
+            (model, s) for each in self.models for model in _variants(each) for s in self.schemes
+        ]
 
     @cached_property
     def published_cases(self) -> list[tuple[ModelSpec, str]]:
         """The cases of which there is a published checkpoint."""
-        return [(model, scheme) for model, scheme in self.cases if scheme in model.checkpoints]
+        return [
+            (model, scheme)
+            for model, scheme in self.cases
+            if scheme in model.checkpoints and not model.variant
+        ]
 
     @cached_property
     def flashinfer(self) -> FlashInfer:
@@ -188,3 +197,8 @@ class MoESession:
             f"moe-routing: target {self.target_id}, {self.flashinfer} ({origin}), "
             f"{len(self.models)} models{self._left_out()}, goldens in {', '.join(folders)}"
         )
+
+
+def _variants(model: ModelSpec) -> list[ModelSpec]:
+    """A model, and what it is in the layers that are routed otherwise."""
+    return [model, *(v for layers, v in model.variants().items() if layers)]

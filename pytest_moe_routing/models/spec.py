@@ -204,6 +204,8 @@ class ModelSpec(_Described):
     model_types: tuple[str, ...] = key(str, many=True, default=())
     raw_config: Mapping[str, Any] = mapping()
     defaulted: tuple[str, ...] = key(str, many=True, default=())
+    #: The layers that this is about, if it is one of another model's `variants`.
+    variant: str = ""
 
     def variants(self) -> dict[str, ModelSpec]:
         """The model once for each kind of routed layer, by the layers as `0-2, 43`.
@@ -220,6 +222,7 @@ class ModelSpec(_Described):
                     router=replace(self.router, **group.router),
                     experts=replace(self.experts, **group.experts),
                     layers=(),
+                    variant=group.layers,
                 )
         return found
 
@@ -254,7 +257,8 @@ class ModelSpec(_Described):
         }
 
     def __str__(self) -> str:
-        return self.id
+        """The id, with the layers if it is a variant: `step-3.7-flash@43-44`."""
+        return f"{self.id}@{self.variant.replace(' ', '')}" if self.variant else self.id
 
 
 def _plain(value: Any) -> Any:

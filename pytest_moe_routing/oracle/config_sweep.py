@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache, cached_property
 from itertools import chain, combinations, product
 from pathlib import Path
@@ -56,7 +56,7 @@ _AXES: tuple[tuple[_Values, ...], ...] = (
         _groups(8, 8, "top2_sum"),
         _groups(16, 4, "top2_sum"),
     ),
-    ({"logits_dtype": "float32"}, {"logits_dtype": "bfloat16"}),
+    tuple({"logits_dtype": name} for name in ("float32", "bfloat16", "float16")),
     ({"topk_before_score": False}, {"topk_before_score": True}),
     ({"weight_on": "output"}, {"weight_on": "input"}),
 )
@@ -96,6 +96,21 @@ _FAMILIES: tuple[_Values, ...] = (
 
 #: Experts that every scheme takes, so that only the router decides.
 _EXPERTS = ExpertsConfig(hidden_size=4096, intermediate_size=2048, activation="silu", gated=True)
+#: Experts of other kinds, as models have them; each with the families' own routers.
+_OTHER_EXPERTS = (
+    replace(_EXPERTS, activation_limit=10.0),
+    replace(_EXPERTS, activation="gelu"),
+    replace(_EXPERTS, activation="relu2", gated=False),
+    replace(
+        _EXPERTS,
+        activation="swigluoai",
+        activation_limit=7.0,
+        activation_alpha=1.702,
+        activation_beta=1.0,
+    ),
+    replace(_EXPERTS, activation="swiglustep", activation_limit=7.0),
+    replace(_EXPERTS, activation="situ", activation_alpha=4.0, activation_beta=25.0),
+)
 
 
 @cache
@@ -118,13 +133,21 @@ def _size(router: RouterConfig) -> tuple[int, int, int, int, str]:
     return router.num_experts, router.top_k, groups, unlike, repr(router)
 
 
-def as_model(router: RouterConfig) -> ModelSpec:
-    """A model with this router, and experts that every scheme takes."""
+def swept_models(routers: Iterable[RouterConfig] | None = None) -> Iterator[ModelSpec]:
+    """A model of each router; unless routers are given, the sweep's, and experts of all kinds."""
+    yield from map(as_model, swept_routers() if routers is None else routers)
+    if routers is None:
+        for family, experts in product(_FAMILIES, _OTHER_EXPERTS):
+            yield as_model(RouterConfig(**{**_PLAIN, **family}), experts)
+
+
+def as_model(router: RouterConfig, experts: ExpertsConfig = _EXPERTS) -> ModelSpec:
+    """A model with this router, and with experts that every scheme takes unless it says others."""
     sigmoid_top1 = router.topk_before_score and router.scoring_func == "sigmoid"
     llama4 = sigmoid_top1 and router.top_k == 1 and not (router.renormalize or router.n_group)
     return ModelSpec(
         router=router,
-        experts=_EXPERTS,
+        experts=experts,
         model="a router of the config sweep",
         hf_repo="none/none",
         # By which frameworks know the one router that they do not tell from its parameters.
@@ -156,10 +179,13 @@ class Cause:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The settings of the example's router that are not defaults."""
-        router = self.example.model.router
-        values = {f.name: getattr(router, f.name) for f in fields(router)}
-        return {n: v for n, v in values.items() if v != _DEFAULTS.get(n, MISSING)}
+        """The settings of the example that are not defaults."""
+        model = self.example.model
+        values = {f.name: getattr(model.router, f.name) for f in fields(model.router)}
+        found = {n: v for n, v in values.items() if v != _DEFAULTS.get(n, MISSING)}
+        if model.experts != _EXPERTS:
+            found["activation"] = model.experts.activation
+        return found
 
 
 _DEFAULTS = {f.name: f.default for f in fields(RouterConfig)}
@@ -274,12 +300,14 @@ def _sweep(
     verdicts: Counter[Verdict] = Counter()
     unanswered: Counter[str] = Counter()
     examples: dict[_Key, list[Judgement]] = {}
-    for router in swept_routers() if routers is None else routers:
+    by_method: dict[str, list[Judgement]] = {}
+    for candidate in swept_models(routers):
         try:
-            for found in judged(as_model(router)):
+            for found in judged(candidate):
                 verdicts[found.verdict] += 1
                 if found.verdict in bad:
                     examples.setdefault(_key(found), []).append(found)
+                by_method.setdefault(found.classification.method, []).append(found)
         except Unsupported as reason:
             unanswered[str(reason)] += 1
     concerned: dict[_Key, list[str]] = {}
@@ -287,14 +315,33 @@ def _sweep(
         try:
             for found in judged(model):
                 if found.verdict in bad:
-                    concerned.setdefault(_key(found), []).append(model.id)
+                    concerned.setdefault(_key(found), []).append(str(model))
         except Unsupported:
             continue
     causes = [
         Cause(scheme, *key, len(found), found[0], tuple(concerned.get(key, ())))
         for key, found in examples.items()
     ]
-    return Sweep(verdicts, unanswered, tuple(_independent(causes)))
+    lost = [] if Verdict.MISSED in bad else _lost(scheme, by_method)
+    return Sweep(verdicts, unanswered, (*_independent(causes), *lost))
+
+
+def _lost(scheme: str, by_method: Mapping[str, Sequence[Judgement]]) -> Iterator[Cause]:
+    """Each method that a target chooses and loses in every case that the method would serve.
+
+    A single router may be rejected for its size; a method without any router left is a gate that
+    was closed, or a row that was forgotten.
+    """
+    for method, judgements in by_method.items():
+        served = [
+            found
+            for found in judgements
+            if found.verdict is Verdict.EXACT or any(call.method == method for call in found.exact)
+        ]
+        if served and all(found.verdict is Verdict.MISSED for found in served):
+            gates = tuple(gate.name for gate in served[0].rejections)
+            why = tuple(("gate", name, "") for name in gates)
+            yield Cause(scheme, Verdict.MISSED, method, why, len(served), served[0])
 
 
 def _independent(causes: list[Cause]) -> Iterator[Cause]:

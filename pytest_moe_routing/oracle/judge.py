@@ -90,7 +90,7 @@ class Judgement:
         """The judgement as plain data."""
         example = self.counterexample
         return VerdictRecord(
-            model=self.model.id,
+            model=str(self.model),
             scheme=self.scheme,
             target=self.target,
             release=self.release,
@@ -129,7 +129,7 @@ def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> V
     except Unsupported:
         release = ""
     return VerdictRecord(
-        model=model.id,
+        model=str(model),
         scheme=scheme,
         target=target.name,
         release=release,

@@ -102,7 +102,8 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
 def of_sweep(cause: Cause) -> Failure:
     """A cause of the config sweep: one line if no model has such a router."""
     record = cause.example.record()
-    what = "; ".join(text.sentences(record.findings))
+    rejections = (f"{gate}: {reason}" for gate, reason in record.rejected_by.items())
+    what = "; ".join((*text.sentences(record.findings), *rejections))
     routers = "1 router" if cause.count == 1 else f"{cause.count} routers"
     settings = ", ".join(f"{name}: {value}" for name, value in cause.settings.items())
     line = (

@@ -15,7 +15,7 @@ import torch
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.kernels.gpu import find_gpu
 from pytest_moe_routing.logits import bell, distinct, make
-from pytest_moe_routing.reference.moe import Layer, moe
+from pytest_moe_routing.reference.moe import MoELayer, moe
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import GeneratedExperts
 from pytest_moe_routing.routing import recipe_of
@@ -98,4 +98,4 @@ def test_moe_unavoidable(benchmark, layer):
 
 
 def test_moe_reference(benchmark, layer):
-    timed(benchmark, lambda: moe(*layer, Layer.of("float32")))
+    timed(benchmark, lambda: moe(*layer, MoELayer.of("float32")))

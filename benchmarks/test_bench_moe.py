@@ -15,10 +15,11 @@ import torch
 
 from pytest_moe_routing.compare.budget import bounded_moe
 from pytest_moe_routing.logits import bell, distinct
-from pytest_moe_routing.reference.moe import SCHEMES, Layer, moe, slots_by_expert
+from pytest_moe_routing.reference.moe import MoELayer, moe, slots_by_expert
 from pytest_moe_routing.reference.quantization import dequantize
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import GeneratedExperts
+from pytest_moe_routing.schemes import COMPUTED_SCHEMES, storage_of
 
 #: tokens, experts, hidden, intermediate, top_k
 CASES = {"large": (512, 64, 1024, 512, 8), "small": (512, 64, 128, 64, 8)}
@@ -31,13 +32,13 @@ class InMemory(list):
 class Case:
     def __init__(self, tokens, experts, hidden, intermediate, top_k, scheme="float32"):
         generated = GeneratedExperts(
-            experts, hidden, intermediate, SCHEMES[scheme].weight, intermediate_scale=0.01
+            experts, hidden, intermediate, storage_of(scheme).weight, intermediate_scale=0.01
         )
         self.experts = InMemory(generated[e] for e in range(experts))
         self.x = bell(tokens, hidden, seed=1)
         self.ids = distinct(tokens, experts, seed=2)[:, :top_k].contiguous()
         self.weights = torch.full((tokens, top_k), 1.0 / top_k)
-        self.layer = Layer.of(scheme)
+        self.layer = MoELayer.of(scheme)
 
     @property
     def routing(self):
@@ -172,7 +173,7 @@ def test_growth(benchmark, scheme, growth):
 
 
 @pytest.mark.benchmark(group="schemes")
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(COMPUTED_SCHEMES))
 def test_scheme(benchmark, scheme):
     benchmark(Case(*GROWTH["base"], scheme).run)
 
@@ -195,15 +196,16 @@ FULL = {
 _FULL = """
 import resource, sys, time, torch
 from pytest_moe_routing.logits import bell, distinct
-from pytest_moe_routing.reference.moe import SCHEMES, Layer, moe
+from pytest_moe_routing.reference.moe import MoELayer, moe
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import GeneratedExperts
+from pytest_moe_routing.schemes import storage_of
 scheme, (experts, hidden, inner, top_k) = sys.argv[1], map(int, sys.argv[2:])
-layer = GeneratedExperts(experts, hidden, inner, SCHEMES[scheme].weight, intermediate_scale=0.01)
+layer = GeneratedExperts(experts, hidden, inner, storage_of(scheme).weight, intermediate_scale=0.01)
 ids = distinct(16, experts, seed=2)[:, :top_k]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()
-moe(bell(16, hidden, seed=1), layer, Routing(ids, torch.ones(16, top_k)), Layer.of(scheme))
+moe(bell(16, hidden, seed=1), layer, Routing(ids, torch.ones(16, top_k)), MoELayer.of(scheme))
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(seconds, peak / 2**20, before / 2**20, ids.unique().numel())

@@ -27,7 +27,7 @@ _WHERE = {
     "assert_moe": "compare",
     "MoEProblem": "reference.problem",
     "moe": "reference.moe",
-    "Layer": "reference.moe",
+    "MoELayer": "reference.moe",
     "FlashInfer": "flashinfer",
     "KernelCall": "flashinfer",
     "Target": "oracle",

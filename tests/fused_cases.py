@@ -5,22 +5,22 @@ from functools import cache
 import torch
 
 from pytest_moe_routing.flashinfer import KernelCall
-from pytest_moe_routing.kernels.weights import KERNELS
 from pytest_moe_routing.logits import bell
-from pytest_moe_routing.reference.moe import SCHEMES, Layer
+from pytest_moe_routing.reference.moe import MoELayer
 from pytest_moe_routing.reference.problem import MoEProblem
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import GeneratedExperts
+from pytest_moe_routing.schemes import KERNEL_SCHEMES, kernel_of, storage_of
 
 EXPERTS, TOP_K, HIDDEN, INNER = 8, 2, 256, 256
 
-CASES = [(scheme, act) for scheme, kernel in KERNELS.items() for act in kernel.activations]
+CASES = [(scheme, act) for scheme in KERNEL_SCHEMES for act in kernel_of(scheme).activations]
 
 
 @cache
 def experts(scheme, gated, biases=False):
     made = GeneratedExperts(
-        EXPERTS, HIDDEN, INNER, SCHEMES[scheme].weight, gated, biases, intermediate_scale=0.01
+        EXPERTS, HIDDEN, INNER, storage_of(scheme).weight, gated, biases, intermediate_scale=0.01
     )
     return [made[e] for e in range(EXPERTS)]
 
@@ -31,7 +31,7 @@ def call(scheme="bf16", **fields):
 
 
 def problem(flashinfer, call, scheme, activated="silu", *, num_tokens=5, biases=False):
-    layer = Layer.of(scheme, activated, call.weight_on)
+    layer = MoELayer.of(scheme, activated, call.weight_on)
     recipe = flashinfer.recipe(call)
     logits = bell(num_tokens, call.num_experts, seed=3)
     bias = bell(call.num_experts, seed=4) / 8 if recipe.bias else None

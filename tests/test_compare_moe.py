@@ -21,12 +21,13 @@ from pytest_moe_routing.compare import (
 from pytest_moe_routing.errors import LayerError, RecipeError
 from pytest_moe_routing.logits import bell, integers
 from pytest_moe_routing.reference.activation import activation
-from pytest_moe_routing.reference.moe import SCHEMES, Layer, moe
+from pytest_moe_routing.reference.moe import MoELayer, moe
 from pytest_moe_routing.reference.problem import MoEProblem
 from pytest_moe_routing.reference.quantization import quantize
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import GeneratedExperts
 from pytest_moe_routing.routing.recipe import Recipe
+from pytest_moe_routing.schemes import storage_of
 
 CASES = int(os.environ.get("MOE_CASES", "12"))
 QUANTIZED = sorted(STORED)
@@ -61,7 +62,7 @@ def make(
         num_experts,
         size,
         size,
-        SCHEMES[scheme].weight,
+        storage_of(scheme).weight,
         gated=act != "relu2",
         biases=biases,
         intermediate_scale=SCALES.get(scheme),
@@ -70,7 +71,7 @@ def make(
     # Blocks of other sizes, so that their scales differ.
     sizes = 2.0 ** (integers(tokens, size // 32, seed=seed + 4, bits=2) - 2).to(torch.float32)
     hidden = louder * bell(tokens, size, seed=seed + 1) * sizes.repeat_interleave(32, 1)
-    hidden = quantize(hidden, SCHEMES[scheme].input)
+    hidden = quantize(hidden, storage_of(scheme).input)
     logits = bell(tokens, num_experts, seed=seed + 2)
     bias = integers(num_experts, seed=seed + 3, bits=20).to(torch.float32) / 2**20
     recipe = Recipe(
@@ -81,7 +82,7 @@ def make(
         scale=scale,
         weight_on="input" if on_input else "output",
     )
-    layer = Layer(SCHEMES[scheme], activation(act, limit=limit))
+    layer = MoELayer(scheme, activation(act, limit=limit))
     problem = MoEProblem.of(hidden, experts, layer, recipe=recipe, logits=logits, bias=bias)
     toy = Toy(scheme, act, top_k, scale, on_input, limit)
     return problem, toy
@@ -278,7 +279,7 @@ def test_too_much_ambiguity_is_refused():
 
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_fingerprints_tell_which_experts_were_used(scheme):
-    layer = Layer.of(scheme)
+    layer = MoELayer.of(scheme)
     experts = FingerprintExperts(6, 128, 128, layer, SCALES.get(scheme))
     ids = torch.tensor([[0, 1], [5, 2], [3, 4]])
     right = Routing(ids, torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.5, 1.0]]))
@@ -303,4 +304,4 @@ def test_mistakes_are_named():
     with pytest.raises(LayerError, match="neither a routing nor a recipe"):
         MoEProblem.of(problem.hidden, problem.experts, problem.layer)
     with pytest.raises(LayerError, match="hidden_size 4, which is too small to tell 6 experts"):
-        FingerprintExperts(6, 4, 128, Layer.of("bf16"))
+        FingerprintExperts(6, 4, 128, MoELayer.of("bf16"))

@@ -10,10 +10,10 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, installed_release
 from pytest_moe_routing.kernels.fused import fused_arguments
 from pytest_moe_routing.kernels.routing import routing_arguments
-from pytest_moe_routing.kernels.weights import KERNELS, prepare
+from pytest_moe_routing.kernels.weights import prepare
 from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.routing import RoutingMethodType
-from pytest_moe_routing.schemes import SERVED_SCHEMES
+from pytest_moe_routing.schemes import KERNEL_SCHEMES, kernel_of
 
 RELEASES = ("0.6.12", "0.6.18", "0.7.2.post1")
 
@@ -36,11 +36,11 @@ LACKING = {
 }
 
 
-def arguments(release, scheme, activated, *, layout=None, **how):
+def arguments(release, scheme, activated, *, layout="", **how):
     flashinfer = FlashInfer.of(release)
     call = fused_cases.call(scheme)
     problem = fused_cases.problem(flashinfer, call, scheme, activated)
-    kernel = KERNELS[scheme]
+    kernel = kernel_of(scheme)
     prepared = prepare(problem.experts, kernel, gated=problem.layer.activation.gated, layout=layout)
     return fused_arguments(problem, call, prepared, flashinfer, **how)
 
@@ -57,7 +57,7 @@ def lacks(release, function, activated):
 @pytest.mark.parametrize(("scheme", "activated"), fused_cases.CASES)
 @pytest.mark.parametrize("release", RELEASES)
 def test_calls_fit_the_signatures(release, scheme, activated, routed):
-    function = KERNELS[scheme].function(routed)
+    function = kernel_of(scheme).function(routed)
     if lacks(release, function, activated):
         with pytest.raises(Unsupported, match=r"has no|takes no"):
             arguments(release, scheme, activated, routed=routed)
@@ -82,7 +82,7 @@ def test_calls_fit_the_installed_package(scheme, activated, routed):
     except Unsupported as reason:
         # What which release lacks is tested above.
         pytest.skip(str(reason))
-    function = getattr(fused_moe, KERNELS[scheme].function(routed))
+    function = getattr(fused_moe, kernel_of(scheme).function(routed))
     inspect.signature(function).bind(**given)
     assert given["routing_method_type"] == fused_moe.RoutingMethodType.Renormalize
     members = {"silu": "Swiglu", "swigluoai": "Swiglu", "gelu": "Geglu", "relu2": "Relu2"}
@@ -100,19 +100,15 @@ def test_routing_call_fits_the_signature():
     flashinfer.signature("trtllm_gen_routing").bind(**given, routing_method=1)
 
 
-def test_entry_points_are_those_that_are_judged():
-    for scheme in SERVED_SCHEMES:
-        entry = FlashInfer.of("0.7.2.post1").entry_point(scheme)
-        assert entry.function == KERNELS[scheme].function()
-
-
-@pytest.mark.parametrize("scheme", KERNELS)
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
 @pytest.mark.parametrize("release", RELEASES)
 def test_pairs_of_ids_and_weights(release, scheme):
     """Told apart by the annotation of `topk_ids`: a tuple from the releases given on."""
-    if release == "0.6.12" and lacks(release, KERNELS[scheme].function(True), "silu"):
+    if release == "0.6.12" and lacks(release, kernel_of(scheme).function(True), "silu"):
         return
-    takes = {"0.6.12": {"nvfp4", "mxfp4", "mxfp4_bf16"}}.get(release, set(KERNELS) - {"mxint4"})
+    takes = {"0.6.12": {"nvfp4", "mxfp4", "mxfp4_bf16"}}.get(
+        release, set(KERNEL_SCHEMES) - {"mxint4"}
+    )
     if scheme in takes:
         ids, weights = arguments(release, scheme, "silu", routed=True, pair=True)["topk_ids"]
         assert (ids.dtype, weights.dtype) == (torch.int32, torch.bfloat16)
@@ -137,7 +133,7 @@ def test_routing_arguments_of_a_call():
     call = KernelCall("fp8_block", "DeepSeekV3", 8, 2, "bfloat16", 4, 2, "router", "bfloat16", 2.5)
     problem = fused_cases.problem(flashinfer, call, "fp8_block")
     shard = Shard(4, 2)
-    prepared = prepare(problem.experts, KERNELS["fp8_block"], gated=True, shard=shard)
+    prepared = prepare(problem.experts, kernel_of("fp8_block"), gated=True, shard=shard)
     replay = torch.zeros(5, 2, dtype=torch.int16)
     given = fused_arguments(problem, call, prepared, flashinfer, replay=replay, finalize=False)
     assert given["routing_logits"].dtype == given["routing_bias"].dtype == torch.bfloat16

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from pytest_moe_routing.errors import LayerError
+from pytest_moe_routing.errors import LayerError, MoERoutingError
 from pytest_moe_routing.logits import bell, distinct
 from pytest_moe_routing.reference import moe as reference
 from pytest_moe_routing.reference.activation import ACTIVATIONS, activation
 from pytest_moe_routing.reference.layouts import deinterleave_rows
-from pytest_moe_routing.reference.moe import SCHEMES, Layer, moe, moe_from_logits
+from pytest_moe_routing.reference.moe import MoELayer, moe, moe_from_logits
 from pytest_moe_routing.reference.quantization import FORMATS, Quantized, dequantize, quantize
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import (
@@ -24,6 +24,7 @@ from pytest_moe_routing.reference.weights import (
     stack_rows,
 )
 from pytest_moe_routing.routing.recipe import Recipe
+from pytest_moe_routing.schemes import COMPUTED_SCHEMES, storage_of
 
 TOKENS, EXPERTS, HIDDEN, INNER, TOP_K = 5, 6, 128, 256, 2
 FLOAT = FORMATS["float32"]
@@ -96,7 +97,7 @@ def formula(name):
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])
 def test_unquantized_it_is_the_plain_loops(name, on_input):
     experts = generated(gated=name != "relu2", biases=True)
-    layer = Layer.of("float32", name, "input" if on_input else "output")
+    layer = MoELayer.of("float32", name, "input" if on_input else "output")
     x = hidden(louder=8.0)
     got = moe(x, experts, routing(), layer, dtype=torch.float64, output_dtype=torch.float64)
     wanted = exact(x, experts, routing(), formula(name), on_input)
@@ -104,33 +105,40 @@ def test_unquantized_it_is_the_plain_loops(name, on_input):
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(COMPUTED_SCHEMES))
 def test_quantized_it_is_close_to_the_plain_loops(scheme):
     """Within what its coarsest rounding makes of it, on average: no format is taken for another."""
-    experts = generated(SCHEMES[scheme].weight)
+    experts = generated(storage_of(scheme).weight)
     x = hidden()
-    got = moe(x, experts, routing(), Layer.of(scheme), output_dtype=torch.float32)
+    got = moe(x, experts, routing(), MoELayer.of(scheme), output_dtype=torch.float32)
     wanted = exact(x, experts, routing(), formula("silu"))
     off = ((got - wanted).norm() / wanted.norm()).item()
     low, high = {"float32": (0, 1e-6), "nvfp4": (0.05, 0.3)}.get(scheme, (0.001, 0.12))
     assert low <= off <= high
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(COMPUTED_SCHEMES))
 def test_float32_and_float64_agree_but_for_rounding(scheme):
-    experts = generated(SCHEMES[scheme].weight, intermediate_scale=0.01)
+    experts = generated(storage_of(scheme).weight, intermediate_scale=0.01)
     outputs = [
-        moe(hidden(), experts, routing(), Layer.of(scheme), dtype=dtype, output_dtype=torch.float64)
+        moe(
+            hidden(),
+            experts,
+            routing(),
+            MoELayer.of(scheme),
+            dtype=dtype,
+            output_dtype=torch.float64,
+        )
         for dtype in (torch.float32, torch.float64)
     ]
     assert outputs[0].dtype == torch.float64
     assert ((outputs[0] - outputs[1]).norm() / outputs[1].norm()).item() < 0.02
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(COMPUTED_SCHEMES))
 def test_shards_sum_up_to_the_whole(scheme):
-    experts = generated(SCHEMES[scheme].weight, intermediate_scale=0.01)
-    layer, how = Layer.of(scheme), {"output_dtype": torch.float64, "dtype": torch.float64}
+    experts = generated(storage_of(scheme).weight, intermediate_scale=0.01)
+    layer, how = MoELayer.of(scheme), {"output_dtype": torch.float64, "dtype": torch.float64}
     whole = moe(hidden(), experts, routing(), layer, **how)
     shards = [range(1), range(1, 4), range(4, EXPERTS)]
     parts = [moe(hidden(), experts, routing(), layer, shard=shard, **how) for shard in shards]
@@ -138,23 +146,23 @@ def test_shards_sum_up_to_the_whole(scheme):
     assert sum(part.abs().sum() > 0 for part in parts) > 1
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(COMPUTED_SCHEMES))
 def test_scaling_the_weights_scales_the_output(scheme):
-    experts = generated(SCHEMES[scheme].weight, intermediate_scale=0.01)
+    experts = generated(storage_of(scheme).weight, intermediate_scale=0.01)
     once = routing()
     twice = Routing(once.topk_ids, 2 * once.topk_weights)
-    outputs = [moe(hidden(), experts, r, Layer.of(scheme)) for r in (once, twice)]
+    outputs = [moe(hidden(), experts, r, MoELayer.of(scheme)) for r in (once, twice)]
     assert torch.equal(outputs[1], 2 * outputs[0])
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "nvfp4", "fp8_block"])
 def test_order_of_tokens_and_slots_does_not_matter(scheme):
-    experts = generated(SCHEMES[scheme].weight, intermediate_scale=0.01)
-    x = quantize(hidden(), SCHEMES[scheme].input)
+    experts = generated(storage_of(scheme).weight, intermediate_scale=0.01)
+    x = quantize(hidden(), storage_of(scheme).input)
     r = routing()
     flipped = Routing(r.topk_ids.flip(1), r.topk_weights.flip(1))
-    whole = moe(x, experts, r, Layer.of(scheme), dtype=torch.float64)
-    assert torch.equal(moe(x, experts, flipped, Layer.of(scheme), dtype=torch.float64), whole)
+    whole = moe(x, experts, r, MoELayer.of(scheme), dtype=torch.float64)
+    assert torch.equal(moe(x, experts, flipped, MoELayer.of(scheme), dtype=torch.float64), whole)
     for token in range(TOKENS):
         one = Quantized(
             x.format,
@@ -163,7 +171,7 @@ def test_order_of_tokens_and_slots_does_not_matter(scheme):
             x.global_scale,
         )
         alone = Routing(r.topk_ids[token : token + 1], r.topk_weights[token : token + 1])
-        got = moe(one, experts, alone, Layer.of(scheme), dtype=torch.float64)
+        got = moe(one, experts, alone, MoELayer.of(scheme), dtype=torch.float64)
         torch.testing.assert_close(got, whole[token : token + 1], rtol=2**-7, atol=1e-6)
 
 
@@ -171,15 +179,17 @@ def test_from_logits_it_routes_and_puts_the_weight_where_the_recipe_says():
     logits = bell(TOKENS, EXPERTS, seed=9)
     recipe = Recipe(TOP_K, "sigmoid", weight_on="input")
     experts = generated()
-    got = moe_from_logits(hidden(), logits, recipe, experts, Layer.of("float32"))
-    wanted = moe(hidden(), experts, route(logits, recipe), Layer.of("float32", weight_on="input"))
+    got = moe_from_logits(hidden(), logits, recipe, experts, MoELayer.of("float32"))
+    wanted = moe(
+        hidden(), experts, route(logits, recipe), MoELayer.of("float32", weight_on="input")
+    )
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(COMPUTED_SCHEMES))
 def test_rows_in_pieces_are_the_whole(monkeypatch, scheme):
-    experts = generated(SCHEMES[scheme].weight, intermediate_scale=0.01)
-    how = {"layer": Layer.of(scheme), "dtype": torch.float64}
+    experts = generated(storage_of(scheme).weight, intermediate_scale=0.01)
+    how = {"layer": MoELayer.of(scheme), "dtype": torch.float64}
     whole = moe(hidden(), experts, routing(), **how)
     monkeypatch.setattr(reference, "_CHUNK", 1024)
     assert torch.equal(moe(hidden(), experts, routing(), **how), whole)
@@ -187,16 +197,16 @@ def test_rows_in_pieces_are_the_whole(monkeypatch, scheme):
 
 def test_no_tokens_is_no_trouble():
     nothing = Routing(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
-    assert moe(hidden()[:0], generated(), nothing, Layer.of("nvfp4")).shape == (0, HIDDEN)
+    assert moe(hidden()[:0], generated(), nothing, MoELayer.of("nvfp4")).shape == (0, HIDDEN)
 
 
 def test_progress_is_shown_when_asked_for(capsys, monkeypatch):
     monkeypatch.setattr(reference.time, "monotonic", iter(range(0, 1000, 3)).__next__)
-    moe(hidden(), generated(), routing(), Layer.of("float32"), progress=True)
+    moe(hidden(), generated(), routing(), MoELayer.of("float32"), progress=True)
     shown = capsys.readouterr().err
     assert re.match(r"\rexpert \d of 6\rexpert", shown)
     assert shown.endswith("\n")
-    moe(hidden(), generated(), routing(), Layer.of("float32"))
+    moe(hidden(), generated(), routing(), MoELayer.of("float32"))
     assert capsys.readouterr().err == ""
 
 
@@ -248,7 +258,7 @@ def test_gpt_oss_is_that_of_transformers():
     r = routing()
     with torch.no_grad():
         wanted = theirs(hidden(), r.topk_ids, r.topk_weights).view(TOKENS, HIDDEN)
-    got = run_float(hidden(), experts, r, Layer.of("float32", "swigluoai"))
+    got = run_float(hidden(), experts, r, MoELayer.of("float32", "swigluoai"))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-2)
     assert wanted.abs().mean() > 10
 
@@ -270,7 +280,7 @@ def test_deepseek_v3_is_that_of_transformers():
     r = routing()
     with torch.no_grad():
         wanted = theirs(hidden(), r.topk_ids, r.topk_weights)
-    got = run_float(hidden(), experts, r, Layer.of("float32"))
+    got = run_float(hidden(), experts, r, MoELayer.of("float32"))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
     assert wanted.abs().mean() > 1
 
@@ -293,13 +303,16 @@ def test_llama4_is_that_of_transformers():
     weighted = hidden().repeat(EXPERTS, 1) * r.dense(EXPERTS).T.reshape(-1, 1)
     with torch.no_grad():
         wanted = theirs(weighted).view(EXPERTS, TOKENS, HIDDEN).sum(0)
-    got = run_float(hidden(), experts, r, Layer.of("float32", "silu", "input"))
+    got = run_float(hidden(), experts, r, MoELayer.of("float32", "silu", "input"))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
     assert wanted.abs().mean() > 0.1
 
 
-@pytest.mark.parametrize("format", ["bf16", "fp8", "fp8_128x128", "nvfp4"])
-def test_a_checkpoint_on_disk_is_opened_expert_by_expert(tmp_path, format):
+@pytest.mark.parametrize(
+    ("scheme", "format"),
+    [("bf16", "bf16"), ("fp8_per_tensor", "fp8"), ("fp8_block", "fp8_128x128"), ("nvfp4", "nvfp4")],
+)
+def test_a_checkpoint_on_disk_is_opened_expert_by_expert(tmp_path, scheme, format):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     tensors = {}
     parts = {}
@@ -323,7 +336,7 @@ def test_a_checkpoint_on_disk_is_opened_expert_by_expert(tmp_path, format):
         kept = {name: tensors[name] for name in names[shard::2]}
         safetensors.save_file(kept, tmp_path / f"model-{shard}.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({}))
-    experts = SafetensorsExperts(tmp_path, "model.layers.3.mlp.experts", 2, format)
+    experts = SafetensorsExperts(tmp_path, "model.layers.3.mlp.experts", 2, scheme)
     assert len(experts) == 2
     for e in range(2):
         expert = experts[e]
@@ -375,11 +388,11 @@ def test_stacked_rows_keep_their_scales():
 def test_what_does_not_fit_together_is_refused(change, message):
     arguments = {"hidden": hidden(), "experts": generated(), "routing": routing()}
     with pytest.raises(LayerError, match=message):
-        moe(**{**arguments, "layer": Layer.of("float32"), **change})
+        moe(**{**arguments, "layer": MoELayer.of("float32"), **change})
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(LayerError, match="unknown scheme 'fp5'; schemes: float32, bf16,"):
-        Layer.of("fp5")
+    with pytest.raises(MoERoutingError, match="unknown scheme 'fp5'; schemes: float32, fp8_block,"):
+        MoELayer.of("fp5")
     with pytest.raises(LayerError, match="unknown activation 'mish'; activations: silu, gelu,"):
         activation("mish")

@@ -26,7 +26,7 @@ from pytest_moe_routing.oracle import exact
 from pytest_moe_routing.oracle import target as protocol
 from pytest_moe_routing.oracle.config_sweep import as_model, swept_routers
 from pytest_moe_routing.oracle.judge import judge
-from pytest_moe_routing.schemes import SERVED_SCHEMES
+from pytest_moe_routing.schemes import SCHEMES, SERVED_SCHEMES, kernel_of
 from pytest_moe_routing.targets.builtin import gates as experts
 from pytest_moe_routing.targets.builtin import target as builtin
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
@@ -166,13 +166,14 @@ def test_a_change_of_the_builtin_target_is_noticed(name, monkeypatch, frozen):
 def test_a_scheme_that_takes_other_methods_or_dtypes_is_noticed(monkeypatch):
     target = BuiltinTarget(FlashInfer.of(NEWEST))
     survivors = []
-    for scheme, accepts in list(experts.GATES.items()):
+    for scheme in SERVED_SCHEMES:
+        row, accepts = SCHEMES[scheme], kernel_of(scheme)
         was = verdicts(target, scheme, map(as_model, swept_routers(1)))
         changed = {m: {"methods": accepts.methods - {m}} for m in sorted(accepts.methods)}
         changed |= {d: {"logits_dtypes": (d,)} for d in accepts.logits_dtypes}
         for name, change in changed.items():
             with monkeypatch.context() as patch:
-                patch.setitem(experts.GATES, scheme, replace(accepts, **change))
+                patch.setitem(SCHEMES, scheme, replace(row, kernel=replace(accepts, **change)))
                 if verdicts(target, scheme, map(as_model, swept_routers(1))) == was:
                     survivors.append(f"{scheme}: {name}")
     assert survivors == list(SURVIVORS["schemes"])

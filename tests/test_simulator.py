@@ -10,23 +10,26 @@ import torch
 from pytest_moe_routing.compare import assert_moe, assert_routing
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.kernels.fused import fused_arguments, launch_fused, rows_of, without_routing
-from pytest_moe_routing.kernels.weights import KERNELS, prepare
+from pytest_moe_routing.kernels.weights import prepare
 from pytest_moe_routing.reference.shard import Shard
+from pytest_moe_routing.schemes import KERNEL_SCHEMES, kernel_of
 from pytest_moe_routing.simulator.simulator import Simulator
 
 FLASHINFER = FlashInfer.of("0.7.2.post1")
 LAYOUTS = [
-    (scheme, act, layout) for scheme, act in fused_cases.CASES for layout in KERNELS[scheme].layouts
+    (scheme, act, layout)
+    for scheme, act in fused_cases.CASES
+    for layout in kernel_of(scheme).layouts
 ]
 
 
-def run(problem, call, *, layout=None, shard=None, **how):
-    kernel = KERNELS[problem.layer.scheme.name]
+def run(problem, call, *, layout="", shard=None, **how):
+    kernel = kernel_of(problem.layer.scheme)
     prepared = prepare(
         problem.experts,
         kernel,
         gated=problem.layer.activation.gated,
-        layout=kernel.layouts[layout] if layout else None,
+        layout=layout,
         shard=shard,
     )
     given = fused_arguments(problem, call, prepared, FLASHINFER, **how)
@@ -76,8 +79,8 @@ def test_weight_on_the_input():
 
 def test_signatures_are_those_of_the_release():
     simulator = Simulator(FLASHINFER)
-    for kernel in KERNELS.values():
-        name = kernel.function()
+    for scheme in KERNEL_SCHEMES:
+        name = kernel_of(scheme).function()
         assert inspect.signature(getattr(simulator, name)) == FLASHINFER.signature(name)
     with pytest.raises(TypeError, match="unexpected keyword argument 'tile'"):
         simulator.trtllm_gen_routing(torch.zeros(1, 8), None, 1, 2, tile=8)
@@ -110,7 +113,7 @@ def test_replay_is_what_was_chosen():
 def test_launcher_checks(argument, change, problem):
     call = fused_cases.call("fp8_block")
     given = fused_cases.problem(FLASHINFER, call, "fp8_block")
-    prepared = prepare(given.experts, KERNELS["fp8_block"], gated=True)
+    prepared = prepare(given.experts, kernel_of("fp8_block"), gated=True)
     arguments = fused_arguments(given, call, prepared, FLASHINFER)
     arguments[argument] = change(arguments[argument])
     with pytest.raises(RuntimeError, match=problem):
@@ -121,7 +124,7 @@ def test_strides_are_not_looked_at():
     """As in the launchers: a transposed view of the right shape is read in memory order."""
     call = fused_cases.call("fp8_block")
     problem = fused_cases.problem(FLASHINFER, call, "fp8_block")
-    prepared = prepare(problem.experts, KERNELS["fp8_block"], gated=True)
+    prepared = prepare(problem.experts, kernel_of("fp8_block"), gated=True)
     arguments = fused_arguments(problem, call, prepared, FLASHINFER)
     right = Simulator(FLASHINFER).trtllm_fp8_block_scale_moe(**arguments)
     arguments["hidden_states_scale"] = problem.hidden.scales.T

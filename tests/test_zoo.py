@@ -23,7 +23,7 @@ from pytest_moe_routing.models import (
 )
 from pytest_moe_routing.models.huggingface.families import table
 from pytest_moe_routing.models.spec import MODEL_DTYPES, schema
-from pytest_moe_routing.schemes import SCHEMES
+from pytest_moe_routing.schemes import CHECKPOINT_SCHEMES
 
 ZOO = load_models(packaged_directory())
 
@@ -212,7 +212,7 @@ specs = st.builds(
     model=st.text(min_size=1),
     hf_repo=st.just("someone/Model"),
     architecture=st.text(min_size=1),
-    checkpoints=st.lists(st.sampled_from(SCHEMES), min_size=1, unique=True).map(tuple),
+    checkpoints=st.lists(st.sampled_from(CHECKPOINT_SCHEMES), min_size=1, unique=True).map(tuple),
     sources=texts,
     notes=texts | st.just(()),
     num_layers=st.none() | st.integers(12, 200),

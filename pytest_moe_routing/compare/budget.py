@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.reference.moe import (
-    Layer,
+    MoELayer,
     Stages,
     real_input,
     real_rows,
@@ -83,7 +83,7 @@ def bounded_moe(
     hidden: Tensor | Quantized,
     experts: Experts,
     routing: Routing,
-    layer: Layer,
+    layer: MoELayer,
     arithmetic: Arithmetic = FLASHINFER,
     *,
     shard: range | None = None,
@@ -111,22 +111,23 @@ def bounded_moe(
 
 
 def _expert(
-    x: Tensor, expert: Expert, layer: Layer, weight: Tensor, arithmetic: Arithmetic
+    x: Tensor, expert: Expert, layer: MoELayer, weight: Tensor, arithmetic: Arithmetic
 ) -> Bounded:
     """One expert's stored rows for its tokens."""
-    scheme, on_input = layer.scheme, layer.weight_on == "input"
+    storage, on_input = layer.storage, layer.weight_on == "input"
     stages = run_expert(x, expert, layer, weight if on_input else None)
     error1 = _product_error(x, None, expert.gemm1, stages.gemm1, arithmetic)
     if on_input:
         error1 = error1 * weight.abs().unsqueeze(1) + arithmetic.weights * stages.gemm1.abs()
-    gemm1 = _store(stages.gemm1, error1, scheme.gemm1, None, arithmetic)
+    gemm1 = _store(stages.gemm1, error1, storage.gemm1, None, arithmetic)
     error = _activation_error(gemm1, layer, stages, arithmetic)
+    activated = _store(stages.activated, error, storage.activated, None, arithmetic)
     scale = expert.intermediate_scale
-    intermediate = _store(stages.activated, error, scheme.intermediate, scale, arithmetic)
+    intermediate = _store(activated.value, activated.error, storage.intermediate, scale, arithmetic)
     error2 = _product_error(
         intermediate.value, intermediate.error, expert.gemm2, stages.gemm2, arithmetic
     )
-    return _store(stages.gemm2, error2, scheme.gemm2, None, arithmetic)
+    return _store(stages.gemm2, error2, storage.gemm2, None, arithmetic)
 
 
 def _product_error(
@@ -153,7 +154,9 @@ def _product_error(
     return total + torch.minimum(walk, torch.cat(most, 1))
 
 
-def _activation_error(x: Bounded, layer: Layer, stages: Stages, arithmetic: Arithmetic) -> Tensor:
+def _activation_error(
+    x: Bounded, layer: MoELayer, stages: Stages, arithmetic: Arithmetic
+) -> Tensor:
     """Error of the activation, from that of what it reads, its sigmoid and its own rounding."""
     act = layer.activation
     if act.gated:
@@ -170,6 +173,9 @@ def _activation_error(x: Bounded, layer: Layer, stages: Stages, arithmetic: Arit
         ends = [(act.linear(up + side * up_error) - linear).abs() for side in (-1, 1)]
         linear_error = torch.maximum(*ends)
         error = error * (linear.abs() + linear_error) + value.abs() * linear_error
+    if layer.storage.activated != "float32":
+        # Where the result is stored is known, and accounted for there.
+        return error
     return error + arithmetic.intermediate * stages.activated.abs()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import LayerError
-from pytest_moe_routing.reference.moe import Layer, real_input, run_expert
+from pytest_moe_routing.reference.moe import MoELayer, real_input, run_expert
 from pytest_moe_routing.reference.quantization import Quantized, quantize
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import Expert
@@ -35,7 +35,7 @@ class FingerprintExperts:
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    layer: Layer
+    layer: MoELayer
     intermediate_scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class FingerprintExperts:
         gemm1[: self.intermediate_size] *= 2
         size = 2.0 ** -(self.intermediate_size.bit_length() - 1)
         gemm2 = (size * self.signs(expert)).unsqueeze(1).expand(-1, self.intermediate_size)
-        weight = self.layer.scheme.weight
+        weight = self.layer.storage.weight
         return Expert(
             quantize(gemm1, weight),
             quantize(gemm2, weight),
@@ -67,7 +67,7 @@ class FingerprintExperts:
 
     def hidden(self, tokens: int) -> Quantized:
         """Hidden states for this many tokens, as the kernel takes them."""
-        return quantize(torch.ones(tokens, self.hidden_size), self.layer.scheme.input)
+        return quantize(torch.ones(tokens, self.hidden_size), self.layer.storage.input)
 
     def signs(self, expert: int) -> Tensor:
         """An expert's pattern, `[hidden]` of 1 and -1: the parity of the bits in common."""

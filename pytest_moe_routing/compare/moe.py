@@ -172,11 +172,11 @@ def compare_moe(
 
 def _check_static(problem: MoEProblem) -> None:
     """A scale over the whole intermediate cannot be the kernel's own: it would need two passes."""
-    fmt = find_format(problem.layer.scheme.intermediate)
+    fmt = find_format(problem.layer.storage.intermediate)
     static = fmt.scale == "e4m3" or (fmt.block == (0, 0) and fmt.scale != "none")
     if static and problem.experts[0].intermediate_scale is None:
         raise LayerError(
-            f"{problem.layer.scheme.name}: found no intermediate_scale, expected the static scale "
+            f"{problem.layer.scheme}: found no intermediate_scale, expected the static scale "
             "that the kernel was given"
         )
 

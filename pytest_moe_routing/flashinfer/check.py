@@ -15,7 +15,7 @@ from pytest_moe_routing.flashinfer.grammar import CONDITION_TEST, EntryPoint, Ke
 from pytest_moe_routing.models.spec import ACTIVATIONS, DTYPES
 from pytest_moe_routing.routing.methods import RoutingMethodType
 from pytest_moe_routing.routing.recipe import Recipe
-from pytest_moe_routing.schemes import SERVED_SCHEMES
+from pytest_moe_routing.schemes import SERVED_SCHEMES, kernel_of
 
 _PROPERTIES = inspect.getmembers(KernelCall, lambda member: isinstance(member, property))
 #: What conditions may speak of.
@@ -68,6 +68,7 @@ def _check_entry_point(
     where: str, scheme: str, row: Mapping[str, Any], releases: list[str]
 ) -> None:
     _each("entry points", "scheme", [scheme], SERVED_SCHEMES)
+    kernel = kernel_of(scheme)
     _fields(where, row, EntryPoint)
     _each(where, "release", [row["since"], *row["activations"].values()], releases)
     limits = row.get("activation_limit", {})
@@ -75,7 +76,8 @@ def _check_entry_point(
     _each(where, "clamped activation", limits, row["activations"])
     _each(where, "activation", row["activations"], ACTIVATIONS)
     _each(where, "weight side", row["weight_on"], _WORDS["weight_on"])
-    _each(where, "function", [row["function"]], signatures.functions(row["since"]))
+    _each(where, "activation of schemes.py", kernel.activations, row["activations"])
+    _each(where, "function", [kernel.function()], signatures.functions(row["since"]))
 
 
 def _check_rule(

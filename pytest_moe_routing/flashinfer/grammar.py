@@ -188,9 +188,11 @@ class Violation:
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A fused MoE function, as one scheme uses it; the header of `releases.yaml` has the fields."""
+    """What a release's fused MoE function does for one scheme; `schemes.py` names the function.
 
-    function: str
+    The header of `releases.yaml` explains the fields.
+    """
+
     since: str
     weight_on: tuple[str, ...]
     multiple_of: int

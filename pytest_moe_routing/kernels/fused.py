@@ -20,11 +20,12 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, signatures
-from pytest_moe_routing.kernels.weights import KERNELS, Kernel, Prepared
+from pytest_moe_routing.kernels.weights import Prepared
 from pytest_moe_routing.reference.activation import Activation
 from pytest_moe_routing.reference.problem import MoEProblem
 from pytest_moe_routing.reference.quantization import Quantized
 from pytest_moe_routing.reference.routing import Routing
+from pytest_moe_routing.schemes import KernelSpec, kernel_of
 
 #: Members of FlashInfer's `ActivationType`, by the names of `reference.activation`.
 ACTIVATIONS = {
@@ -59,7 +60,6 @@ def fused_arguments(
     prepared: Prepared,
     flashinfer: FlashInfer,
     *,
-    kernel: Kernel | None = None,
     routed: bool = False,
     pair: bool = False,
     finalize: bool = True,
@@ -72,7 +72,6 @@ def fused_arguments(
         call: The routing arguments.
         prepared: The weights of the problem's shard.
         flashinfer: The release whose entry point is called.
-        kernel: The entry point; default: the one of the problem's scheme.
         routed: Give the problem's routing to the routed twin, in place of logits.
         pair: Give it as `(ids, weights)`, not packed.
         finalize: Whether the kernel sums over experts.
@@ -81,7 +80,7 @@ def fused_arguments(
     Raises:
         Unsupported: The release has no such entry point, or it takes no such argument.
     """
-    kernel = kernel or KERNELS[problem.layer.scheme.name]
+    kernel = kernel_of(problem.layer.scheme)
     function = kernel.function(routed)
     signature = flashinfer.signature(function)
     if signature is None:
@@ -91,7 +90,7 @@ def fused_arguments(
     device = prepared.gate.device
     layer = problem.layer
     if layer.activation.name not in kernel.activations:
-        raise Unsupported(f"{function} has no {kernel.scheme} kernel for {layer.activation.name}")
+        raise Unsupported(f"{function} has no {layer.scheme} kernel for {layer.activation.name}")
     arguments = {
         **prepared.tensors,
         **kernel.arguments,
@@ -110,7 +109,7 @@ def fused_arguments(
         "do_finalize": finalize,
         "routing_replay_out": replay,
     }
-    if kernel.scheme == "fp8_per_tensor":
+    if call.weight_on == "input" or "use_routing_scales_on_input" in signature.parameters:
         arguments["use_routing_scales_on_input"] = call.weight_on == "input"
     if routed:
         arguments |= {"topk_ids": packed_or_pair(problem.routing, device, pair)}
@@ -154,7 +153,7 @@ def _logits(problem: MoEProblem, call: KernelCall, device: torch.device) -> dict
     }
 
 
-def _input(hidden: Quantized, kernel: Kernel, device: torch.device) -> dict[str, Any]:
+def _input(hidden: Quantized, kernel: KernelSpec, device: torch.device) -> dict[str, Any]:
     """Hidden states, and their block scales."""
     found: dict[str, Any] = {"hidden_states": hidden.data.to(device), "hidden_states_scale": None}
     if kernel.input_scales:
@@ -165,7 +164,7 @@ def _input(hidden: Quantized, kernel: Kernel, device: torch.device) -> dict[str,
     return found
 
 
-def _scalars(problem: MoEProblem, kernel: Kernel, prepared: Prepared) -> dict[str, Any]:
+def _scalars(problem: MoEProblem, kernel: KernelSpec, prepared: Prepared) -> dict[str, Any]:
     """What dequantizes accumulators, where block scales do not; and biases, in their units."""
     bias1, bias2 = prepared.bias1, prepared.bias2
     if (bias1 is not None or bias2 is not None) and not kernel.biases:
@@ -188,7 +187,7 @@ def _scalars(problem: MoEProblem, kernel: Kernel, prepared: Prepared) -> dict[st
 
 
 def _units(
-    problem: MoEProblem, kernel: Kernel, prepared: Prepared
+    problem: MoEProblem, kernel: KernelSpec, prepared: Prepared
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What 1 stands for in the accumulators of the gate, the up rows, and the second GEMM."""
     if not kernel.scalars:
@@ -204,7 +203,7 @@ def _units(
 def _activation(
     act: Activation,
     problem: MoEProblem,
-    kernel: Kernel,
+    kernel: KernelSpec,
     prepared: Prepared,
     flashinfer: FlashInfer,
 ) -> dict[str, Any]:
@@ -214,6 +213,12 @@ def _activation(
     )
     if number is None:
         raise Unsupported(f"FlashInfer {flashinfer.release} has no activation {act.name}")
+    entry = flashinfer.entry_point(problem.layer.scheme)
+    if act.limit is not None and entry is not None:
+        since = entry.activation_limit.get(act.name)
+        if since is None or not flashinfer.has(since):
+            what = f"{kernel.function()} of FlashInfer {flashinfer.release}"
+            raise Unsupported(f"{what} takes no clamp of {act.name}")
     gate, _, _ = _units(problem, kernel, prepared)
     one = torch.ones_like(gate)
     return {

@@ -1,7 +1,7 @@
-"""Experts' weights as each fused kernel wants them: row order, blocks of columns, scales.
+"""Experts' weights as each fused kernel takes them: row order, blocks of columns, scales.
 
-A row of `KERNELS` is all that tells one entry point from another. Sources: FlashInfer 0.7.2.post1,
-`csrc/trtllm_fused_moe_kernel_launcher.cu` (shapes, dtypes), `flashinfer/fused_moe/core.py`.
+Sources: FlashInfer 0.7.2.post1, `csrc/trtllm_fused_moe_kernel_launcher.cu` (shapes, dtypes),
+`csrc/trtllm_fused_moe_runner.cu` (tiles of the epilogue), `flashinfer/fused_moe/core.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.reference.layouts import (
     block_major,
     interleave_rows,
@@ -23,6 +24,7 @@ from pytest_moe_routing.reference.layouts import (
 from pytest_moe_routing.reference.quantization import Quantized
 from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.reference.weights import Expert, Experts
+from pytest_moe_routing.schemes import KernelSpec
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Layout:
         tile: Rows are shuffled for a GEMM epilogue of this many rows; 0 for not at all.
         interleaved: Before that, up and gate rows alternate.
         block_major: Columns lie in blocks of 128 bytes.
-        arguments: What tells the kernel, where it can be told.
+        arguments: What names the layout to the kernel, where it has to be named.
     """
 
     tile: int = 0
@@ -55,135 +57,32 @@ class Layout:
         return block_major(matrix) if self.block_major else matrix.contiguous()
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One fused entry point, as one quantization scheme uses it.
-
-    Attributes:
-        scheme: A key of `reference.moe.SCHEMES`.
-        name: `<name>_moe` takes logits, `<name>_routed_moe` takes experts and weights.
-        activations: Names of `reference.activation` that the newest release has kernels for.
-        layouts: The layouts of weights that it takes; the first is what frameworks use.
-        weight_scales: Whether weight scales stay as they are (`plain`) or follow the rows and are
-            put in 128x4 tiles (`tiled`); empty where there are none.
-        scale_dtype: What block scales are labelled as.
-        input_scales: The input's scales lie by `token`, or by `block` (transposed); or empty.
-        scalars: How the dequantization scalars are spelt: `scale` or `scales`; empty for none.
-        biases: Whether experts may have biases.
-        pairs_since: The release from which the routed twin takes `(ids, weights)` unpacked.
-        arguments: Whatever else makes this entry point serve this scheme.
-    """
-
-    scheme: str
-    name: str
-    activations: tuple[str, ...]
-    layouts: Mapping[str, Layout]
-    weight_scales: str = ""
-    scale_dtype: str = "uint8"
-    input_scales: str = ""
-    scalars: str = ""
-    biases: bool = False
-    pairs_since: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    def function(self, routed: bool = False) -> str:
-        return f"{self.name}_routed_moe" if routed else f"{self.name}_moe"
-
-
-_SHUFFLED = Layout(128, interleaved=True)
-_BLOCKS = Layout(128, interleaved=True, block_major=True)
-#: Numbers of `Fp8QuantizationType` and `WeightLayout`, which have never moved.
-_DEEPSEEK_FP8, _MX_FP8 = 1, 2
-_MAJOR_K, _BLOCK_MAJOR_K = 0, 2
-
-
-def _told(layout: Layout, weight_layout: int) -> Layout:
-    told = {"use_shuffled_weight": layout.tile > 0, "weight_layout": weight_layout}
-    return Layout(layout.tile, layout.interleaved, layout.block_major, told)
-
-
-_FP4 = {"weight_scales": "tiled", "scale_dtype": "float8_e4m3fn", "biases": True}
-
-KERNELS: Mapping[str, Kernel] = {
-    k.scheme: k
-    for k in (
-        Kernel(
-            "fp8_per_tensor",
-            "trtllm_fp8_per_tensor_scale",
-            ("silu", "relu2", "swiglustep"),
-            {"shuffled": _SHUFFLED},
-            scalars="scales",
-            pairs_since="0.6.18",
-        ),
-        Kernel(
-            "fp8_block",
-            "trtllm_fp8_block_scale",
-            ("silu",),
-            {
-                "plain": _told(Layout(), _MAJOR_K),
-                "shuffled": _told(Layout(64), _MAJOR_K),
-                "blocks": _told(Layout(64, block_major=True), _BLOCK_MAJOR_K),
-            },
-            weight_scales="plain",
-            scale_dtype="float32",
-            input_scales="block",
-            pairs_since="0.6.18",
-            arguments={"fp8_quantization_type": _DEEPSEEK_FP8},
-        ),
-        Kernel(
-            "mxfp8",
-            "trtllm_fp8_block_scale",
-            ("silu", "relu2", "gelu", "swigluoai", "swiglustep"),
-            {"shuffled": _told(_SHUFFLED, _MAJOR_K)},
-            weight_scales="tiled",
-            input_scales="token",
-            pairs_since="0.6.18",
-            arguments={"fp8_quantization_type": _MX_FP8},
-        ),
-        Kernel(
-            "nvfp4",
-            "trtllm_fp4_block_scale",
-            ("silu", "relu2", "gelu", "swigluoai", "swiglustep"),
-            {"shuffled": _SHUFFLED},
-            input_scales="token",
-            scalars="scale",
-            pairs_since="0.6.12",
-            **_FP4,  # type: ignore[arg-type]
-        ),
-        Kernel(
-            "mxfp4",
-            "trtllm_fp4_block_scale",
-            ("silu", "gelu", "swigluoai"),
-            {"shuffled": _SHUFFLED},
-            input_scales="token",
-            pairs_since="0.6.12",
-            **_FP4,  # type: ignore[arg-type]
-        ),
-        Kernel(
-            "mxfp4_bf16",
-            "trtllm_fp4_block_scale",
-            ("silu", "swigluoai"),
-            {"shuffled": _SHUFFLED},
-            pairs_since="0.6.12",
-            **_FP4,  # type: ignore[arg-type]
-        ),
-        Kernel(
-            "bf16",
-            "trtllm_bf16",
-            ("silu", "relu2", "swigluoai", "swiglustep"),
-            {"blocks": _told(_BLOCKS, _BLOCK_MAJOR_K)},
-            pairs_since="0.6.18",
-        ),
-        Kernel(
-            "mxint4",
-            "trtllm_mxint4_block_scale",
-            ("silu",),
-            {"blocks": _BLOCKS},
-            weight_scales="tiled",
-            scale_dtype="bfloat16",
-        ),
-    )
+#: Layouts by name: whether rows are shuffled, and the number of `WeightLayout`, which never moved.
+_LAYOUTS: Mapping[str, tuple[bool, int]] = {
+    "plain": (False, 0),
+    "shuffled": (True, 0),
+    "blocks": (True, 2),
 }
+
+
+def layout_of(kernel: KernelSpec, name: str = "") -> Layout:
+    """Return a layout of weights that an entry point takes; by default the first.
+
+    Raises:
+        Unsupported: The entry point takes no layout of this name.
+    """
+    name = name or kernel.layouts[0]
+    if name not in kernel.layouts:
+        known = ", ".join(kernel.layouts)
+        raise Unsupported(f"{kernel.function()} takes no layout {name!r}; layouts: {known}")
+    shuffled, number = _LAYOUTS[name]
+    told = {"use_shuffled_weight": shuffled, "weight_layout": number}
+    return Layout(
+        tile=(128 if kernel.fused_activation else 64) if shuffled else 0,
+        interleaved=shuffled and kernel.fused_activation,
+        block_major=name == "blocks",
+        arguments=told if kernel.takes_layout else {},
+    )
 
 
 @dataclass(frozen=True)
@@ -234,21 +133,25 @@ class Prepared:
 
 def prepare(
     experts: Experts,
-    kernel: Kernel,
+    kernel: KernelSpec,
     *,
     gated: bool,
-    layout: Layout | None = None,
+    layout: str = "",
     shard: Shard | None = None,
     device: str = "cpu",
 ) -> Prepared:
-    """Lay out a shard's experts for a kernel, one at a time."""
-    layout = layout or next(iter(kernel.layouts.values()))
+    """Lay out a shard's experts for a kernel, one at a time.
+
+    Raises:
+        Unsupported: The kernel takes no such layout.
+    """
+    where = layout_of(kernel, layout)
     shard = shard or Shard.whole(len(experts))
     rows: dict[str, list[Tensor]] = {}
     factors: dict[str, list[float]] = {}
     for number in shard.experts:
         expert = experts[number]
-        for name, tensor in _tensors(expert, kernel, layout, gated, device).items():
+        for name, tensor in _tensors(expert, kernel, where, gated, device).items():
             rows.setdefault(name, []).append(tensor)
         first, last = _factors(expert.gemm1), _factors(expert.gemm2)
         scale = 1.0 if expert.intermediate_scale is None else expert.intermediate_scale
@@ -262,7 +165,7 @@ def prepare(
     tensors = {name: torch.stack(parts) for name, parts in rows.items()}
     return Prepared(
         shard,
-        layout,
+        where,
         bias1=tensors.pop("bias1", None),
         bias2=tensors.pop("bias2", None),
         tensors=tensors,
@@ -272,7 +175,7 @@ def prepare(
 
 
 def _tensors(
-    expert: Expert, kernel: Kernel, layout: Layout, gated: bool, device: str
+    expert: Expert, kernel: KernelSpec, layout: Layout, gated: bool, device: str
 ) -> dict[str, Tensor]:
     """One expert's weights, scales and biases, by argument."""
     found = {}
@@ -281,9 +184,9 @@ def _tensors(
         ("gemm2", expert.gemm2, expert.bias2, False),
     ):
         found[f"{name}_weights"] = layout.elements(matrix.data.to(device), halves)
-        if kernel.weight_scales:
+        if kernel.weight_scales != "none":
             assert matrix.scales is not None
-            found[f"{name}_weights_scale"] = _scales(
+            found[f"{name}_{kernel.scale_argument}"] = _scales(
                 matrix.scales.to(device), kernel, layout, halves
             )
         if bias is not None:
@@ -292,8 +195,8 @@ def _tensors(
     return found
 
 
-def _scales(scales: Tensor, kernel: Kernel, layout: Layout, gated: bool) -> Tensor:
-    if kernel.weight_scales == "plain":
+def _scales(scales: Tensor, kernel: KernelSpec, layout: Layout, gated: bool) -> Tensor:
+    if kernel.weight_scales == "square":
         return (swap_halves(scales) if gated else scales).contiguous()
     tiled = swizzle_scales(layout.rows(scales, gated)).view(getattr(torch, kernel.scale_dtype))
     # Tiles are kept under the logical shape, from which FP4 kernels tell the block size.

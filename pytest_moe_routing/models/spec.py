@@ -13,7 +13,7 @@ from typing import Any
 
 from pytest_moe_routing.models.kinds import Problem, key, mapping
 from pytest_moe_routing.models.layer_groups import MAX_LAYERS, LayerGroup, overlaps
-from pytest_moe_routing.schemes import SCHEMES
+from pytest_moe_routing.schemes import CHECKPOINT_SCHEMES
 
 DTYPES = ("float32", "bfloat16")
 #: dtypes that a checkpoint's activations can have. No fused backend takes float16.
@@ -196,7 +196,7 @@ class ModelSpec(_Described):
     router: RouterConfig
     experts: ExpertsConfig
     hf_repo: str = key(str)
-    checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True)
+    checkpoints: tuple[str, ...] = key(str, choices=CHECKPOINT_SCHEMES, many=True)
     num_layers: int | None = key(int, default=None, nullable=True, minimum=1, maximum=MAX_LAYERS)
     dtype: str = key(str, default="bfloat16", choices=MODEL_DTYPES)
     layers: tuple[LayerGroup, ...] = ()
@@ -275,7 +275,7 @@ class IncompleteModel(_Described):
     #: The keys of a `RouterConfig` and an `ExpertsConfig` that are known.
     router: Mapping[str, Any] = field(default_factory=dict)
     experts: Mapping[str, Any] = field(default_factory=dict)
-    checkpoints: tuple[str, ...] = key(str, choices=SCHEMES, many=True, default=())
+    checkpoints: tuple[str, ...] = key(str, choices=CHECKPOINT_SCHEMES, many=True, default=())
     num_layers: int | None = key(int, default=None, nullable=True, minimum=1, maximum=MAX_LAYERS)
     dtype: str = key(str, default="bfloat16", choices=MODEL_DTYPES)
     layers: tuple[LayerGroup, ...] = ()

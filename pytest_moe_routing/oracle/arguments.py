@@ -21,6 +21,7 @@ from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.target import Captured
+from pytest_moe_routing.schemes import kernel_of
 
 Arguments = Mapping[str, Any]
 
@@ -174,10 +175,9 @@ def _bias(tensor: Any) -> str:
 def _wrong_function(
     scheme: str, function: str, flashinfer: FlashInfer, *, routed: bool = False
 ) -> Iterator[Finding]:
-    entry = flashinfer.entry_point(scheme)
-    if entry is None:
+    if flashinfer.entry_point(scheme) is None:
         return
-    serves = entry.function.replace("_moe", "_routed_moe") if routed else entry.function
+    serves = kernel_of(scheme).function(routed)
     if serves != function:
         yield Finding(Kind.ARGUMENT, "function", serves, function)
 

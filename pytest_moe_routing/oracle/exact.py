@@ -9,6 +9,7 @@ from pytest_moe_routing.flashinfer.grammar import EntryPoint, KernelCall
 from pytest_moe_routing.flashinfer.rules import FlashInfer
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.routing import RoutingMethodType, recipe_of, same
+from pytest_moe_routing.schemes import kernel_of
 
 #: Major compute capability that verdicts are about: no GPU is needed to judge one.
 BLACKWELL = 10
@@ -77,19 +78,20 @@ def kernel_gates(
     if entry is None:
         return
     experts, router = model.experts, model.router
+    function = kernel_of(scheme).function()
     gated_as_needed = experts.gated == (experts.activation != "relu2")
     since = entry.activations.get(experts.activation)
     yield Gate(
         "activation",
         gated_as_needed and since is not None and flashinfer.has(since),
-        f"no {entry.function} kernel for {experts.activation}, "
+        f"no {function} kernel for {experts.activation}, "
         f"{'gated' if experts.gated else 'not gated'}, in {flashinfer}",
     )
-    yield from _parameter_gates(model, entry, flashinfer)
+    yield from _parameter_gates(model, entry, function, flashinfer)
     yield Gate(
         "router weight side",
         router.weight_on in entry.weight_on,
-        f"{entry.function} cannot apply the router weight on the expert {router.weight_on}",
+        f"{function} cannot apply the router weight on the expert {router.weight_on}",
     )
     sizes = {
         "hidden_size": experts.latent_size or experts.hidden_size,
@@ -99,7 +101,9 @@ def kernel_gates(
     yield Gate("shape", not odd, f"{' and '.join(odd)} not a multiple of {entry.multiple_of}")
 
 
-def _parameter_gates(model: ModelSpec, entry: EntryPoint, flashinfer: FlashInfer) -> Iterator[Gate]:
+def _parameter_gates(
+    model: ModelSpec, entry: EntryPoint, function: str, flashinfer: FlashInfer
+) -> Iterator[Gate]:
     """Whether the entry point takes what the experts have beside their weights."""
     experts = model.experts
     if experts.activation_limit is not None and experts.gated:
@@ -107,14 +111,14 @@ def _parameter_gates(model: ModelSpec, entry: EntryPoint, flashinfer: FlashInfer
         yield Gate(
             "activation limit",
             since is not None and flashinfer.has(since),
-            f"{entry.function} takes no clamp of {experts.activation} in {flashinfer}",
+            f"{function} takes no clamp of {experts.activation} in {flashinfer}",
         )
     if experts.bias:
-        signature = flashinfer.signature(entry.function)
+        signature = flashinfer.signature(function)
         yield Gate(
             "expert biases",
             signature is not None and "gemm1_bias" in signature.parameters,
-            f"{entry.function} takes no biases of the experts in {flashinfer}",
+            f"{function} takes no biases of the experts in {flashinfer}",
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,70 +30,38 @@ from pytest_moe_routing.reference.quantization import (
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import Expert, Experts
 from pytest_moe_routing.routing.recipe import Recipe
+from pytest_moe_routing.schemes import Storage, storage_of
 
 
 @dataclass(frozen=True)
-class Scheme:
-    """Which format each tensor of a fused MoE has. `float32` rounds nothing.
-
-    Attributes:
-        name: As models and schemes name it.
-        weight: Both weights.
-        input: Hidden states, as the kernel takes them.
-        intermediate: The second GEMM's input.
-        gemm1: The first GEMM's result, where it is stored before the activation.
-        gemm2: The second GEMM's result, before it is weighted and summed over experts.
-    """
-
-    name: str
-    weight: str
-    input: str
-    intermediate: str
-    gemm1: str = "float32"
-    gemm2: str = "bf16"
-
-
-SCHEMES: Mapping[str, Scheme] = {
-    s.name: s
-    for s in (
-        Scheme("float32", "float32", "float32", "float32", gemm2="float32"),
-        Scheme("bf16", "bf16", "bf16", "bf16"),
-        Scheme("fp8_per_tensor", "fp8", "fp8", "fp8"),
-        Scheme("fp8_block", "fp8_128x128", "fp8_1x128", "fp8_1x128", gemm1="fp8_1x128"),
-        Scheme("mxfp8", "mxfp8", "mxfp8", "mxfp8"),
-        Scheme("nvfp4", "nvfp4", "nvfp4", "nvfp4"),
-        Scheme("mxfp4", "mxfp4", "mxfp8", "mxfp8"),
-        Scheme("mxfp4_bf16", "mxfp4", "bf16", "bf16"),
-        Scheme("mxint4", "mxint4", "bf16", "bf16"),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Layer:
+class MoELayer:
     """What a fused MoE computes, apart from its weights.
 
     Attributes:
-        scheme: Formats of everything.
+        scheme: Name of the quantization scheme.
         activation: What stands between the GEMMs.
         weight_on: What a router weight multiplies: the expert's `output`, or its `input`, which
             kernels do on the first GEMM's result (Llama4).
     """
 
-    scheme: Scheme
+    scheme: str
     activation: Activation
     weight_on: str = "output"
 
     @classmethod
-    def of(cls, scheme: str, activated: str = "silu", weight_on: str = "output") -> Layer:
-        """A layer by names.
+    def of(cls, scheme: str, activated: str = "silu", weight_on: str = "output") -> MoELayer:
+        """Return a layer by names.
 
         Raises:
-            LayerError: There is no such scheme or activation.
+            MoERoutingError: There is no such scheme or activation.
         """
-        if scheme not in SCHEMES:
-            raise LayerError(f"unknown scheme {scheme!r}; schemes: {', '.join(SCHEMES)}")
-        return cls(SCHEMES[scheme], activation(activated), weight_on)
+        storage_of(scheme)
+        return cls(scheme, activation(activated), weight_on)
+
+    @property
+    def storage(self) -> Storage:
+        """The formats of everything."""
+        return storage_of(self.scheme)
 
 
 @dataclass(frozen=True)
@@ -140,7 +108,7 @@ def linear(x: Tensor, weight: Quantized) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def run_expert(x: Tensor, expert: Expert, layer: Layer, weight: Tensor | None = None) -> Stages:
+def run_expert(x: Tensor, expert: Expert, layer: MoELayer, weight: Tensor | None = None) -> Stages:
     """Run one expert on its tokens.
 
     Args:
@@ -149,19 +117,21 @@ def run_expert(x: Tensor, expert: Expert, layer: Layer, weight: Tensor | None = 
         layer: Formats and activation.
         weight: Router weights `[tokens]`, where they go on the input.
     """
-    scheme = layer.scheme
+    storage = layer.storage
     gemm1 = linear(x, expert.gemm1)
     if weight is not None:
         gemm1 *= weight.unsqueeze(1)
     if expert.bias1 is not None:
         gemm1 += expert.bias1.to(x.dtype)
-    stored1 = stored(gemm1, scheme.gemm1)
+    stored1 = stored(gemm1, storage.gemm1)
     activated = layer.activation(stored1)
-    intermediate = stored(activated, scheme.intermediate, expert.intermediate_scale)
+    intermediate = stored(
+        stored(activated, storage.activated), storage.intermediate, expert.intermediate_scale
+    )
     gemm2 = linear(intermediate, expert.gemm2)
     if expert.bias2 is not None:
         gemm2 += expert.bias2.to(x.dtype)
-    return Stages(gemm1, stored1, activated, intermediate, gemm2, stored(gemm2, scheme.gemm2))
+    return Stages(gemm1, stored1, activated, intermediate, gemm2, stored(gemm2, storage.gemm2))
 
 
 def stored(x: Tensor, format: str, scale: float | None = None) -> Tensor:
@@ -184,11 +154,11 @@ def static(format: str, scale: float | None) -> dict[str, Tensor]:
     return {"scales": torch.tensor([[scale]])}
 
 
-def real_input(hidden: Tensor | Quantized, layer: Layer, dtype: torch.dtype) -> Tensor:
+def real_input(hidden: Tensor | Quantized, layer: MoELayer, dtype: torch.dtype) -> Tensor:
     """The numbers that the first GEMM reads: hidden states quantized as the scheme says."""
     if isinstance(hidden, Quantized):
         return dequantize(hidden, dtype)
-    return dequantize(quantize(hidden, layer.scheme.input), dtype)
+    return dequantize(quantize(hidden, layer.storage.input), dtype)
 
 
 def slots_by_expert(
@@ -209,7 +179,7 @@ def moe(
     hidden: Tensor | Quantized,
     experts: Experts,
     routing: Routing,
-    layer: Layer,
+    layer: MoELayer,
     *,
     shard: range | None = None,
     dtype: torch.dtype = torch.float32,
@@ -258,7 +228,7 @@ def moe_from_logits(
     logits: Tensor,
     recipe: Recipe,
     experts: Experts,
-    layer: Layer,
+    layer: MoELayer,
     *,
     bias: Tensor | None = None,
     **options: object,

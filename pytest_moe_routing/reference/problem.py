@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from pytest_moe_routing.errors import LayerError
-from pytest_moe_routing.reference.moe import Layer
+from pytest_moe_routing.reference.moe import MoELayer
 from pytest_moe_routing.reference.quantization import Quantized, quantize
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import Experts
@@ -30,7 +30,7 @@ class MoEProblem:
 
     hidden: Quantized
     experts: Experts
-    layer: Layer
+    layer: MoELayer
     routing: Routing
     recipe: Recipe | None = None
     logits: Tensor | None = None
@@ -42,7 +42,7 @@ class MoEProblem:
         cls,
         hidden: Tensor | Quantized,
         experts: Experts,
-        layer: Layer,
+        layer: MoELayer,
         routing: Routing | None = None,
         *,
         recipe: Recipe | None = None,
@@ -56,7 +56,7 @@ class MoEProblem:
             LayerError: There is neither.
         """
         if isinstance(hidden, Tensor):
-            hidden = quantize(hidden, layer.scheme.input)
+            hidden = quantize(hidden, layer.storage.input)
         if recipe is not None:
             layer = replace(layer, weight_on=recipe.weight_on)
         if routing is None:

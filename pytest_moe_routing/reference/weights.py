@@ -6,7 +6,7 @@ want instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from pytest_moe_routing.errors import LayerError
 from pytest_moe_routing.logits import integers
 from pytest_moe_routing.reference.quantization import Quantized, find_format
+from pytest_moe_routing.schemes import SCHEMES, storage_of
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,6 @@ _POOLS = (65521, 1048573, 4194301)
 #: Added to the number of a draw: scales and biases come from other places than elements.
 _SCALES, _BIASES = 1 << 20, 1 << 21
 
-#: How checkpoints name the scales next to `weight`: block or tensor scales, and the factor on top.
-_SCALE_NAMES: Mapping[str, tuple[str, str | None]] = {
-    "fp8": ("weight_scale", None),
-    "fp8_128x128": ("weight_scale_inv", None),
-    "mxfp8": ("weight_scale", None),
-    "nvfp4": ("weight_scale", "weight_scale_2"),
-    "mxfp4": ("weight_scale", None),
-}
-
 
 @dataclass(frozen=True)
 class SafetensorsExperts:
@@ -155,14 +147,14 @@ class SafetensorsExperts:
         folder: Holds `*.safetensors`.
         prefix: What stands before the expert's number: `model.layers.3.mlp.experts`.
         num_experts: How many there are.
-        format: Format of the weights.
+        scheme: The quantization scheme of the checkpoint.
         names: Names of the gate, up and down projection; two names where there is no gate.
     """
 
     folder: Path
     prefix: str
     num_experts: int
-    format: str
+    scheme: str
     names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
 
     def __len__(self) -> int:
@@ -180,17 +172,19 @@ class SafetensorsExperts:
         )
 
     def _matrix(self, name: str) -> Quantized:
-        fmt = find_format(self.format)
+        fmt = find_format(storage_of(self.scheme).weight)
         data = self._get(f"{name}.weight")
         if fmt.scale == "none":
             return Quantized(fmt, data)
-        scales, overall = _SCALE_NAMES[fmt.name]
-        found = self._get(f"{name}.{scales}").view(fmt.scale_shape(*_elements(fmt, data)))
+        names = SCHEMES[self.scheme].checkpoint
+        if names is None or not names.scale:
+            raise LayerError(f"the names of the scales in {self.scheme} checkpoints are not known")
+        scales = self._get(f"{name}.{names.scale}").view(fmt.scale_shape(*_elements(fmt, data)))
         return Quantized(
             fmt,
             data,
-            found.to(fmt.scale_storage),
-            None if overall is None else self._get(f"{name}.{overall}"),
+            scales.to(fmt.scale_storage),
+            self._get(f"{name}.{names.global_scale}") if names.global_scale else None,
         )
 
     @cached_property

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from pytest_moe_routing.reference.quantization import dequantize, quantize
+from pytest_moe_routing.schemes import Storage
 from pytest_moe_routing.simulator.memory import Memory, stored_rows
 
 #: float32 `[local_num_experts]` arguments, in any spelling.
@@ -24,21 +25,18 @@ PER_EXPERT = (
     *("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"),
 )
 
-#: What the intermediate is stored as.
-_INTERMEDIATE = {"fp8_block": "fp8_1x128", "mxfp8": "mxfp8", "mxfp4": "mxfp8"}
-
 
 @dataclass(frozen=True)
-class Layer:
-    """One call's GEMMs, as far as they are the same for all experts.
+class Epilogue:
+    """What one call does with the accumulators of its GEMMs, whatever the expert.
 
     Attributes:
-        scheme: Which quantization.
+        storage: What is stored in which format.
         kind: Member of `ActivationType`.
         given: The call's arguments.
     """
 
-    scheme: str
+    storage: Storage
     kind: str
     given: dict[str, Any]
 
@@ -60,8 +58,8 @@ class Layer:
         if weight is not None:
             acc = acc * weight.unsqueeze(1)
         acc = acc + self._bias("gemm1_bias", expert, acc.shape[1], self.gated, memory)
-        if self.scheme == "fp8_block":
-            acc = dequantize(quantize(acc, "fp8_1x128"))
+        if self.storage.gemm1 != "float32":
+            acc = dequantize(quantize(acc, self.storage.gemm1))
         acc = self._store(self._activate(acc, expert)) @ gemm2.T
         acc = acc + self._bias("gemm2_bias", expert, acc.shape[1], False, memory)
         return (acc * self._scalar("output2", "scalar", expert)).to(torch.bfloat16)
@@ -86,13 +84,16 @@ class Layer:
 
     def _store(self, x: Tensor) -> Tensor:
         """The intermediate as the second GEMM reads it, in units of its static scale."""
-        if self.scheme == "fp8_per_tensor":
+        format = self.storage.intermediate
+        if "bf16" in (self.storage.activated, format):
+            x = x.to(torch.bfloat16).to(torch.float32)
+        if format == "bf16":
+            return x
+        if format == "fp8":
             return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32)
-        if self.scheme == "nvfp4":
-            return dequantize(quantize(x, "nvfp4", global_scale=1.0))
-        if self.scheme in _INTERMEDIATE:
-            return dequantize(quantize(x, _INTERMEDIATE[self.scheme]))
-        return x.to(torch.bfloat16).to(torch.float32)
+        if format == "nvfp4":
+            return dequantize(quantize(x, format, global_scale=1.0))
+        return dequantize(quantize(x, format))
 
     def _bias(
         self, name: str, expert: int, rows: int, gated: bool, memory: Memory

@@ -1,17 +1,19 @@
 """How the simulated kernels find the elements of a weight in memory: by address.
 
 Written from the documentation of the layouts, element by element, and on purpose without the
-functions that `weights.py` lays weights out with: an element that went to the wrong place, or was
-scaled by another block's scale, is read as such.
+functions that `kernels/weights.py` lays weights out with: an element that went to the wrong place,
+or was scaled by another block's scale, is read as such.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from pytest_moe_routing.reference.quantization import find_format
+from pytest_moe_routing.schemes import kernel_of, storage_of
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,23 @@ class Memory:
     blocked: bool = False
 
 
-MEMORY: Mapping[str, Memory] = {
-    "fp8_per_tensor": Memory("e4m3"),
-    "fp8_block": Memory("e4m3", "square", "float32", 128, shuffled=0, interleaved=False),
-    "mxfp8": Memory("e4m3", "tiles", "ue8m0", 32),
-    "nvfp4": Memory("e2m1", "tiles", "e4m3", 16),
-    "mxfp4": Memory("e2m1", "tiles", "ue8m0", 32),
-    "mxfp4_bf16": Memory("e2m1", "tiles", "ue8m0", 32),
-    "bf16": Memory("bf16", blocked=True),
-    "mxint4": Memory("int4", "tiles", "bf16", 32, blocked=True),
-}
+def memory_of(scheme: str, layout: str) -> Memory:
+    """Return what the kernel of a scheme takes for granted about weights in a layout.
+
+    Names alone come from the scheme's row; where they put an element is said in this module.
+    """
+    kernel, weight = kernel_of(scheme), find_format(storage_of(scheme).weight)
+    shuffled = layout != "plain"
+    return Memory(
+        weight.element,
+        kernel.weight_scales,
+        weight.scale,
+        weight.block[1],
+        # A fused activation has an epilogue of 128 rows, made of 32s; 64 rows are made of 16s.
+        shuffled=(32 if kernel.fused_activation else 16) if shuffled else 0,
+        interleaved=shuffled and kernel.fused_activation,
+        blocked=layout == "blocks",
+    )
 
 
 def raw(tensor: Tensor) -> Tensor:

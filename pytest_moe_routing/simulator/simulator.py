@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, signatures
+from pytest_moe_routing.reference.quantization import find_format
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.shard import Shard
-from pytest_moe_routing.simulator import epilogue
+from pytest_moe_routing.schemes import kernel_of, storage_of
 from pytest_moe_routing.simulator.changes import Context, Inputs
+from pytest_moe_routing.simulator.dispatch import layout_of, scheme_of
+from pytest_moe_routing.simulator.epilogue import PER_EXPERT, Epilogue
 from pytest_moe_routing.simulator.faults import Fault
 from pytest_moe_routing.simulator.memory import (
-    MEMORY,
     Memory,
     decode,
     decode_scale,
+    memory_of,
     raw,
     read_weight,
 )
@@ -164,11 +167,11 @@ class Simulator:
         shard = Shard(given["local_expert_offset"], given["local_num_experts"])
         context = Context(given, scheme, method, experts, top_k, shard, tuning=self.tuning)
         given = context.given = self._at("arguments", given, context)
-        memory = self._at("memory", memory_of(scheme, given), context)
+        memory = self._at("memory", memory_of(scheme, layout_of(scheme, given)), context)
         kinds = signatures.enum("ActivationType", self.flashinfer.release)
         numbers = {number: kind for kind, number in kinds.items()}
-        layer = epilogue.Layer(
-            scheme, numbers[given.get("activation_type", kinds["Swiglu"])], given
+        layer = Epilogue(
+            storage_of(scheme), numbers[given.get("activation_type", kinds["Swiglu"])], given
         )
         self._check_weights(given, scheme, memory, layer, shard)
         routing, is_routed = self._given_or_chosen(context)
@@ -220,19 +223,19 @@ class Simulator:
         if scales is None:
             return values
         tokens, size = values.shape
-        block = {"fp8_block": 128, "nvfp4": 16}.get(scheme, 32)
-        shape = (size // block, tokens) if scheme == "fp8_block" else (tokens, size // block)
-        kind = {"fp8_block": "float32", "nvfp4": "e4m3"}.get(scheme, "ue8m0")
-        dtype = {"fp8_block": torch.float32, "mxfp8": torch.uint8}.get(scheme, torch.float8_e4m3fn)
-        _expect("hidden_states_scale", scales, (dtype,), shape)
-        real = decode_scale(raw(scales), kind)
-        if scheme == "fp8_block":
+        kernel, stored = kernel_of(scheme), find_format(storage_of(scheme).input)
+        block = stored.block[1] or size
+        transposed = kernel.input_scales == "block"
+        shape = (size // block, tokens) if transposed else (tokens, size // block)
+        _expect("hidden_states_scale", scales, (getattr(torch, kernel.scale_dtype),), shape)
+        real = decode_scale(raw(scales), stored.scale)
+        if transposed:
             real = real.T
         real = self._at("input scales", real, context)
         return (values.view(tokens, -1, block) * real.unsqueeze(2)).view(tokens, size)
 
     def _rows(
-        self, hidden: Tensor, routing: Routing, memory: Memory, layer: Any, context: Context
+        self, hidden: Tensor, routing: Routing, memory: Memory, layer: Epilogue, context: Context
     ) -> Tensor:
         """Each slot's expert output as it is stored: bfloat16 `[tokens, top_k, hidden]`."""
         local = routing.topk_ids - context.shard.local_expert_offset
@@ -244,14 +247,15 @@ class Simulator:
                 continue
             token, slot = (local == expert).nonzero(as_tuple=True)
             weight = routing.topk_weights[token, slot].to(torch.float32) if on_input else None
-            gemm1, gemm2 = self._open(context.given, expert, memory, layer)
+            gemm1, gemm2 = self._open(context, expert, memory, layer)
             rows[token, slot] = layer.run(hidden[token], gemm1, gemm2, expert, memory, weight)
         return rows
 
     def _open(
-        self, given: dict[str, Any], expert: int, memory: Memory, layer: Any
+        self, context: Context, expert: int, memory: Memory, layer: Epilogue
     ) -> tuple[Tensor, Tensor]:
         """An expert's weights; kept, as tests call with the same ones many times."""
+        given, scales = context.given, kernel_of(context.scheme).scale_argument
         key = (id(given["gemm1_weights"]), id(given["gemm2_weights"]), memory)
         if self._opened[0] is None or self._opened[0][0] != key:
             # The tensors are kept too, so that no other one takes their identity.
@@ -262,7 +266,7 @@ class Simulator:
             one, two = (
                 read_weight(
                     given[f"{gemm}_weights"][expert],
-                    None if (s := given.get(f"{gemm}_weights_scale")) is None else s[expert],
+                    None if (s := given.get(f"{gemm}_{scales}")) is None else s[expert],
                     gated,
                     memory,
                 )
@@ -272,7 +276,7 @@ class Simulator:
         return opened[expert]
 
     def _check_weights(
-        self, given: dict[str, Any], scheme: str, memory: Memory, layer: Any, shard: Shard
+        self, given: dict[str, Any], scheme: str, memory: Memory, layer: Epilogue, shard: Shard
     ) -> None:
         """The launchers' checks of shapes and dtypes."""
         dtype = {"e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}.get(
@@ -283,10 +287,8 @@ class Simulator:
         hidden = given["hidden_states"].shape[1] * packed
         inner, local = given["intermediate_size"], shard.local_num_experts
         rows = inner * (2 if layer.gated else 1)
-        scaled = {"ue8m0": torch.uint8, "float32": torch.float32, "bf16": torch.bfloat16}
-        scale_dtype = scaled.get(memory.scale, torch.float8_e4m3fn)
-        if scheme.startswith("mxfp4"):
-            scale_dtype = torch.float8_e4m3fn
+        kernel = kernel_of(scheme)
+        scale_dtype = getattr(torch, kernel.scale_dtype)
         for name, high, wide in (("gemm1", rows, hidden), ("gemm2", hidden, inner)):
             stored = wide // packing
             width = 128 // dtype.itemsize
@@ -294,46 +296,15 @@ class Simulator:
                 (local, stored // width, high, width) if memory.blocked else (local, high, stored)
             )
             _expect(f"{name}_weights", given[f"{name}_weights"], (dtype,), shape)
-            scales = given.get(f"{name}_weights_scale")
+            argument = f"{name}_{kernel.scale_argument}"
             if memory.scales != "none":
                 square = memory.scales == "square"
                 shape = (local, high // 128 if square else high, wide // memory.block)
-                _expect(f"{name}_weights_scale", scales, (scale_dtype,), shape)
+                _expect(argument, given.get(argument), (scale_dtype,), shape)
         _check(not memory.blocked or inner % 128 == 0, "intermediate_size is a multiple of 128")
-        for argument in epilogue.PER_EXPERT:
+        for argument in PER_EXPERT:
             if given.get(argument) is not None:
                 _expect(argument, given[argument], (torch.float32,), (local,))
-
-
-def scheme_of(name: str, given: dict[str, Any]) -> str:
-    """Which quantization a call is about, told as the launchers tell."""
-    if "fp8_block" in name:
-        return "mxfp8" if given.get("fp8_quantization_type") == 2 else "fp8_block"
-    if "fp4" in name:
-        per_scale = 2 * given["gemm1_weights"].numel() // given["gemm1_weights_scale"].numel()
-        if per_scale == 16:
-            return "nvfp4"
-        return "mxfp4_bf16" if given["hidden_states"].dtype == torch.bfloat16 else "mxfp4"
-    return next(s for s in ("fp8_per_tensor", "bf16", "mxint4") if s in name)
-
-
-def memory_of(scheme: str, given: dict[str, Any]) -> Memory:
-    """The layout that a call declares.
-
-    Raises:
-        RuntimeError: One that the entry point does not take.
-    """
-    memory = MEMORY[scheme]
-    shuffled, layout = given.get("use_shuffled_weight"), given.get("weight_layout")
-    if scheme == "fp8_block":
-        _check(layout in (0, 2), f"weight_layout {layout}")
-        _check(shuffled or layout == 0, "BlockMajorK wants shuffled weights")
-        return replace(memory, shuffled=16 if shuffled else 0, blocked=layout == 2)
-    if scheme == "mxfp8":
-        _check(shuffled is True and layout == 0, "MXFP8 wants shuffled weights, MajorK")
-    if scheme == "bf16":
-        _check(shuffled is True and layout == 2, "BF16 wants shuffled weights, BlockMajorK")
-    return memory
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import pytest
 
+from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.suite.gpu import dtype, explained
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
@@ -38,7 +39,7 @@ class Fused:
     scheme: str
     activated: str = "silu"
     sizes: tuple | None = None
-    layout: str | None = None
+    layout: str = ""
     biases: bool = False
     silent: int | None = None
     limit: float | None = None
@@ -46,24 +47,24 @@ class Fused:
     @cached_property
     def layer(self):
         from pytest_moe_routing.reference.activation import activation
-        from pytest_moe_routing.reference.moe import SCHEMES, Layer
+        from pytest_moe_routing.reference.moe import MoELayer
 
-        return Layer(
-            SCHEMES[self.scheme], activation(self.activated, limit=self.limit), self.call.weight_on
+        return MoELayer(
+            self.scheme, activation(self.activated, limit=self.limit), self.call.weight_on
         )
 
     @cached_property
     def kernel(self):
-        from pytest_moe_routing.kernels.weights import KERNELS
-
-        return KERNELS[self.scheme]
+        return kernel_of(self.scheme)
 
     @cached_property
     def width(self):
         """Hidden and intermediate size."""
         if self.sizes:
             return self.sizes
-        inner = 256 if self.scheme == "mxint4" or not self.kernels.simulated else 128
+        entry = self.flashinfer.entry_point(self.scheme)
+        least = 128 if entry is None else max(128, entry.multiple_of)
+        inner = least if self.kernels.simulated else 256
         return (256 if self.kernels.simulated else 512), inner
 
     @cached_property
@@ -74,7 +75,7 @@ class Fused:
         made = GeneratedExperts(
             count,
             *self.width,
-            self.layer.scheme.weight,
+            self.layer.storage.weight,
             self.layer.activation.gated,
             self.biases,
             intermediate_scale=0.01,
@@ -96,7 +97,7 @@ class Fused:
             distinct,
             self.kernel,
             gated=self.layer.activation.gated,
-            layout=self.kernel.layouts[self.layout] if self.layout else None,
+            layout=self.layout,
             shard=Shard.whole(len(distinct)),
             device=self.kernels.device,
         )

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from pytest_moe_routing.schemes import COMPUTED_SCHEMES, KERNEL_SCHEMES, kernel_of
 from pytest_moe_routing.suite.fused import Fused, moved
 from pytest_moe_routing.suite.gpu import call_of, require
 
@@ -20,16 +21,6 @@ pytestmark = pytest.mark.gpu
 #: One token, some, and more than a tile of them.
 TOKENS = (1, 5, 33)
 
-SCHEMES = (
-    "bf16",
-    "fp8_per_tensor",
-    "fp8_block",
-    "mxfp8",
-    "nvfp4",
-    "mxfp4",
-    "mxfp4_bf16",
-    "mxint4",
-)
 ACTIVATIONS = ("silu", "relu2", "gelu", "swigluoai", "swiglustep")
 
 
@@ -49,12 +40,10 @@ def fused(moe_kernels, moe_flashinfer):
     """`fused(call, scheme, ...)`: a layer, or a skip where its kernel does not run."""
 
     def make(call, scheme, activated="silu", **how):
-        from pytest_moe_routing.kernels.weights import KERNELS
-
         if moe_kernels.lacks_fused:
             pytest.skip(moe_kernels.lacks_fused)
         require(moe_flashinfer, call)
-        if activated not in KERNELS[scheme].activations:
+        if activated not in kernel_of(scheme).activations:
             pytest.skip(f"no {scheme} kernel for {activated}")
         return Fused(moe_kernels, moe_flashinfer, call, scheme, activated, **how)
 
@@ -78,7 +67,7 @@ def test_model(fused, moe_model, moe_scheme, moe_flashinfer, moe_full_scale):
 
 
 @pytest.mark.parametrize("activated", ACTIVATIONS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
 def test_scheme(fused, scheme, activated):
     """Every quantization with every activation, and what the routed twin takes."""
     layer = fused(small_call(scheme), scheme, activated)
@@ -87,19 +76,19 @@ def test_scheme(fused, scheme, activated):
         layer.check(num_tokens, pairs=pairs)
 
 
-@pytest.mark.parametrize("scheme", ["nvfp4", "mxfp4", "mxfp4_bf16"])
+@pytest.mark.parametrize("scheme", [name for name in KERNEL_SCHEMES if kernel_of(name).biases])
 def test_biases_of_experts(fused, scheme):
     """Biases of both GEMMs, in the units of the accumulators."""
     fused(small_call(scheme), scheme, "swigluoai", biases=True).check(5)
 
 
-@pytest.mark.parametrize("scheme", ["fp8_block", "mxfp8", "nvfp4", "mxfp4", "bf16"])
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
 def test_clamp(fused, scheme):
     """A clamp of a checkpoint's own that many numbers reach."""
     fused(small_call(scheme), scheme, limit=0.5).check(5)
 
 
-@pytest.mark.parametrize("layout", ["plain", "shuffled", "blocks"])
+@pytest.mark.parametrize("layout", kernel_of("fp8_block").layouts)
 def test_layout(fused, layout):
     """The layouts between which DeepSeek's scheme leaves the choice."""
     fused(small_call("fp8_block"), "fp8_block", layout=layout).check(5)
@@ -118,13 +107,13 @@ def test_method(fused, method):
         fused(small_call("bf16", method), "bf16").check(5, pattern=pattern, pairs=(False, True))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
 def test_zero_expert(fused, scheme):
     """An expert whose weights are all zero adds nothing, and no NaN."""
     fused(small_call(scheme), scheme, silent=3).check(17)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
 def test_autotuned(fused, scheme):
     """The tactic that autotuning picks gives what the first one gives, within rounding."""
     layer = fused(small_call(scheme), scheme)
@@ -137,7 +126,7 @@ def test_autotuned(fused, scheme):
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
 def test_expert_parallel_shard(fused, scheme, rank):
     """A rank computes the share of its own experts, from weights that are its own only."""
     from pytest_moe_routing.compare import compare_moe
@@ -157,25 +146,24 @@ def test_expert_parallel_shard(fused, scheme, rank):
         layer.expect(compared.ok, num_tokens, compared.message, why)
 
 
-@pytest.mark.parametrize("scheme", ["float32", *SCHEMES])
+@pytest.mark.parametrize("scheme", COMPUTED_SCHEMES)
 def test_reference(moe_kernels, scheme):
     """The MoE reference gives on the GPU what it gives on the CPU, within its own error bars."""
     import torch
 
     from pytest_moe_routing.compare import assert_moe
     from pytest_moe_routing.logits import bell, distinct
-    from pytest_moe_routing.reference.moe import SCHEMES as FORMATS
-    from pytest_moe_routing.reference.moe import Layer, moe
+    from pytest_moe_routing.reference.moe import MoELayer, moe
     from pytest_moe_routing.reference.problem import MoEProblem
     from pytest_moe_routing.reference.routing import Routing
     from pytest_moe_routing.reference.weights import GeneratedExperts
 
     device = moe_kernels.device
-    generated = GeneratedExperts(16, 256, 128, FORMATS[scheme].weight, intermediate_scale=0.01)
+    layer = MoELayer.of(scheme)
+    generated = GeneratedExperts(16, 256, 128, layer.storage.weight, intermediate_scale=0.01)
     experts = [generated[e] for e in range(16)]
     hidden = bell(32, 256, seed=1)
     routing = Routing(distinct(32, 16, seed=2)[:, :4].contiguous(), torch.full((32, 4), 0.25))
-    layer = Layer.of(scheme)
     problem = MoEProblem.of(hidden, experts, layer, routing)
     got = moe(
         moved(problem.hidden, device),

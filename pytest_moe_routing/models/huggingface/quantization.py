@@ -5,45 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pytest_moe_routing.models.huggingface.document import Section, shorten, show
+from pytest_moe_routing.schemes import SCHEMES, CheckpointNames
 
-#: ModelOpt's `quant_algo` (github NVIDIA/Model-Optimizer; vllm 0.32.0 quantization/modelopt.py).
-ALGORITHMS: Mapping[str, str] = {
-    "FP8": "fp8_per_tensor",
-    "FP8_PB_WO": "fp8_block",
-    "FP8_PER_CHANNEL_PER_TOKEN": "fp8_per_channel",
-    "MXFP4": "mxfp4",
-    "MXFP8": "mxfp8",
-    "NVFP4": "nvfp4",
-    "W4A16_NVFP4": "w4a16_nvfp4",
+_ROWS: Mapping[str, CheckpointNames] = {
+    name: row.checkpoint for name, row in SCHEMES.items() if row.checkpoint
 }
+#: Schemes by ModelOpt's `quant_algo` (vllm 0.32.0 quantization/modelopt.py reads the same names).
+_ALGORITHMS: Mapping[str, str] = {a: scheme for scheme, row in _ROWS.items() for a in row.modelopt}
 MIXED = "MIXED_PRECISION"
 
-#: `quant_method` that names the scheme by itself.
-METHODS: Mapping[str, str] = {
-    "fbgemm_fp8": "fp8_per_channel",
-    "mxfp4": "mxfp4",
-    "mxfp8": "mxfp8",
+#: Schemes by the `quant_method` that names them by itself.
+_METHODS: Mapping[str, str] = {
+    method: scheme for scheme, row in _ROWS.items() for method in row.quant_methods
 }
 #: Integer weights, of as many bits as `bits` says.
 INTEGER_METHODS = ("auto-round", "awq", "gptq")
 _MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8")
 _BLOCK = [128, 128]
 
-#: compressed-tensors: (type, bits, strategy, group size) of the weights, None for any.
-WEIGHTS: Mapping[tuple[str, int, str, int | None], str] = {
-    ("float", 8, "block", None): "fp8_block",
-    ("float", 8, "tensor", None): "fp8_per_tensor",
-    ("float", 8, "channel", None): "fp8_per_channel",
-    ("float", 8, "group", 32): "mxfp8",
-    ("float", 4, "group", 32): "mxfp4",
-    ("float", 4, "group", 16): "nvfp4",
-    ("float", 4, "tensor_group", 16): "nvfp4",
-    ("int", 4, "group", 32): "mxint4",
-    ("int", 4, "group", None): "int4",
-    ("int", 4, "channel", None): "int4",
-    ("int", 8, "group", None): "int8",
-    ("int", 8, "channel", None): "int8",
-    ("int", 8, "tensor", None): "int8",
+#: Schemes by what compressed-tensors says of the weights.
+_WEIGHTS: Mapping[tuple[str, int, str, int | None], str] = {
+    weights: scheme for scheme, row in _ROWS.items() for weights in row.compressed_tensors
 }
 
 
@@ -80,8 +62,8 @@ def scheme_of(root: Section, text: Section, beside: Section | None) -> str:
         if expert_dtype not in ("fp4", "fp8"):
             text.fail("expert_dtype", show(expert_dtype), "fp4 or fp8")
         return "mxfp4" if expert_dtype == "fp4" else _fp8(found)
-    if method in METHODS:
-        return METHODS[method]
+    if method in _METHODS:
+        return _METHODS[method]
     if method in INTEGER_METHODS:
         bits = found.get("bits")
         if type(bits) is not int or bits not in (4, 8):
@@ -90,7 +72,7 @@ def scheme_of(root: Section, text: Section, beside: Section | None) -> str:
     if found.get("quant_algo") is not None:
         return _modelopt(found)
     if method != "compressed-tensors" and method not in _MODELOPT:
-        known = ("fp8", "compressed-tensors", *METHODS, *INTEGER_METHODS, *_MODELOPT)
+        known = ("fp8", "compressed-tensors", *_METHODS, *INTEGER_METHODS, *_MODELOPT)
         found.fail("quant_method", show(method or None), f"one of {', '.join(sorted(known))}")
     return _compressed_tensors(found)
 
@@ -122,9 +104,9 @@ def _modelopt(found: Section) -> str:
             found.fail(where, names, "one quant_algo for all routed experts")
         (algorithm,) = algorithms
     name = algorithm.upper() if isinstance(algorithm, str) else ""
-    if name not in ALGORITHMS:
-        found.fail(where, show(algorithm), f"one of {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[name]
+    if name not in _ALGORITHMS:
+        found.fail(where, show(algorithm), f"one of {', '.join(sorted(_ALGORITHMS))}")
+    return _ALGORITHMS[name]
 
 
 def _compressed_tensors(found: Section) -> str:
@@ -148,7 +130,7 @@ def _compressed_tensors(found: Section) -> str:
     strategy = weights.get("strategy") or ("group" if group else "tensor")
     kind = (weights.get("type"), weights.get("num_bits"), strategy)
     try:
-        scheme = WEIGHTS.get((*kind, group)) or WEIGHTS.get((*kind, None))
+        scheme = _WEIGHTS.get((*kind, group)) or _WEIGHTS.get((*kind, None))
     except TypeError:  # a list or object among them
         scheme = None
     if scheme is None:

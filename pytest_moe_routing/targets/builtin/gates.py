@@ -1,4 +1,4 @@
-"""Our experts: which fused schemes there are, their support gates, and the call they make.
+"""Our experts: their support gates, and the call they make.
 
 A gate answers yes, or no with a reason in words. Gates ask the FlashInfer release in force, so
 what a release cannot do is refused, whatever the rest of the configuration says.
@@ -6,57 +6,20 @@ what a release cannot do is refused, whatever the rest of the configuration says
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from pytest_moe_routing.flashinfer.rules import FlashInfer
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.exact import BLACKWELL, Gate, kernel_call, kernel_gates
 from pytest_moe_routing.routing import METHODS, RoutingMethodType
-
-
-@dataclass(frozen=True)
-class SchemeGates:
-    """What the builtin target's experts of one quantization scheme accept.
-
-    Attributes:
-        methods: Names of routing methods.
-        logits_dtypes: dtypes of the router logits.
-    """
-
-    methods: frozenset[str]
-    logits_dtypes: tuple[str, ...] = ("bfloat16", "float32")
-
-
-_WITHOUT_LLAMA4 = frozenset(
-    {
-        "Default",
-        "Renormalize",
-        "RenormalizeNaive",
-        "DeepSeekV3",
-        "SigmoidRenorm",
-        "Sigmoid",
-        "MiniMax2",
-    }
-)
-_ALL = _WITHOUT_LLAMA4 | {"Llama4"}
-
-GATES: Mapping[str, SchemeGates] = {
-    "fp8_block": SchemeGates(_WITHOUT_LLAMA4),
-    "fp8_per_tensor": SchemeGates(_ALL),
-    "mxfp8": SchemeGates(_WITHOUT_LLAMA4),
-    "nvfp4": SchemeGates(_ALL),
-    "mxfp4": SchemeGates(_ALL),
-    "bf16": SchemeGates(_ALL),
-    "mxint4": SchemeGates(_ALL),
-}
+from pytest_moe_routing.schemes import kernel_of
 
 
 def support_gates(
     model: ModelSpec, scheme: str, method: str, flashinfer: FlashInfer, device: int = BLACKWELL
 ) -> tuple[Gate, ...]:
     """Return every gate of a scheme's experts, in the order in which they are asked."""
-    accepts = GATES[scheme]
+    accepts = kernel_of(scheme)
     gates = list(kernel_gates(model, scheme, flashinfer, device))
     gates.append(
         Gate(

@@ -151,11 +151,20 @@ def test_a_config_has_the_models_values_under_every_name():
     assert "n_group" not in config_of(MODELS["qwen3-30b-a3b"])
 
 
-def test_a_backend_that_sglang_serves_otherwise_is_not_judged(tmp_path):
-    target = SglangTarget(FlashInfer.of(), Source(tmp_path, "0", None))
-    with pytest.raises(Unsupported, match="how SGLang serves mxint4 is not known"):
-        target.gates(MODELS["kimi-k2.5"], "mxint4", "DeepSeekV3")
-    target.close()
+def test_a_scheme_that_the_adapter_has_no_names_for_is_not_judged(tmp_path):
+    """The reason tells a release that never calls the kernel from one that we cannot follow."""
+    for version, text, reason in (
+        ("1", "x = 1", "sglang 1 serves no mxint4 through FlashInfer: it names no trtllm_mxint4_"),
+        ("2", "trtllm_mxint4_block_scale_moe()", "sglang 2: its code calls trtllm_mxint4_block_"),
+    ):
+        root = tmp_path / version
+        file = root / "sglang/srt/layers/moe.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        target = SglangTarget(FlashInfer.of(), Source(root, version, None))
+        with pytest.raises(Unsupported, match=reason):
+            target.gates(MODELS["kimi-k2.5"], "mxint4", "DeepSeekV3")
+        target.close()
 
 
 @pytest.fixture(

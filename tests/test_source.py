@@ -28,6 +28,17 @@ def test_a_wheel_says_its_release_and_pin(tmp_path):
     assert (source.version, source.flashinfer) == ("0.23.0", "0.6.12")
 
 
+def test_words_are_found_in_a_package_packed_or_not(tmp_path):
+    with zipfile.ZipFile(wheel(tmp_path / "a.whl"), "a") as file:
+        file.writestr("vllm/layers/moe.py", "def f(): trtllm_bf16_moe()")
+        file.writestr("other/moe.py", "trtllm_mxint4")
+        file.extractall(tmp_path / "x")
+    for path in (tmp_path / "a.whl", tmp_path / "x"):
+        source = Source.at("vllm", path)
+        assert source.names("vllm", "trtllm_bf16")
+        assert not source.names("vllm", "trtllm_mxint4")
+
+
 def test_a_pin_is_found_under_every_spelling(tmp_path):
     requires = (
         "Requires-Dist: flashinfer_cubin==0.6.15\nRequires-Dist: flashinfer_python[cu13]==0.6.14"

@@ -7,6 +7,7 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -52,6 +53,10 @@ class Source:
             f"target {package}: {package} is not installed: pip install {package}"
         )
 
+    def names(self, package: str, word: str) -> bool:
+        """Whether any Python file of the package contains a word."""
+        return _contains(self.root, package, word)
+
     @classmethod
     def at(cls, package: str, path: Path) -> Source:
         """The sources in a wheel file, an unpacked wheel or a checkout.
@@ -92,6 +97,17 @@ class Source:
         version = _version(texts) or path.stem
         lines = (line for text in texts for line in text.splitlines())
         return cls(path, version, _pin(_requirements(lines)) or _known_pin(package, version))
+
+
+@cache
+def _contains(root: Path, package: str, word: str) -> bool:
+    """Read every Python file of a package; once in a run, as there are thousands of them."""
+    text = word.encode()
+    if root.is_file():
+        with zipfile.ZipFile(root) as wheel:
+            files = (n for n in wheel.namelist() if n.startswith(f"{package}/") and n[-3:] == ".py")
+            return any(text in wheel.read(name) for name in files)
+    return any(text in file.read_bytes() for file in (root / package).rglob("*.py"))
 
 
 def _version(texts: list[str]) -> str | None:

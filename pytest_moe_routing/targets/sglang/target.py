@@ -24,14 +24,6 @@ from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.source import Source
 
-#: What `--quantization` is for a checkpoint that a scheme serves.
-_QUANTIZATIONS = {
-    "fp8_block": "fp8",
-    "fp8_per_tensor": "modelopt_fp8",
-    "mxfp8": "mxfp8",
-    "nvfp4": "modelopt_fp4",
-    "bf16": None,
-}
 #: The method of a model whose code names none: what its layer gets depends on the scheme.
 UNDECLARED = "undeclared"
 
@@ -83,7 +75,7 @@ class SglangTarget(FrameworkTarget):
 
     def classify(self, model: ModelSpec) -> Classification:
         """The method that the model's code declares, whatever the checkpoint."""
-        schemes = [name for name in model.checkpoints if name in _QUANTIZATIONS]
+        schemes = [name for name in model.checkpoints if name in _configs()["schemes"]]
         found = self._run(model, (schemes or ["fp8_block"])[0])
         method = found["declared"]
         verb = "declares no routing method" if method is None else "declares"
@@ -91,9 +83,7 @@ class SglangTarget(FrameworkTarget):
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """What lets the kernel route; the TRT-LLM runner is taken to be chosen."""
-        if scheme not in _QUANTIZATIONS:
-            raise Unsupported(f"how SGLang serves {scheme} is not known to this adapter")
-        quantization, allowed = _QUANTIZATIONS[scheme], self._allowed
+        quantization, allowed = self._row(scheme)["quantization"], self._allowed
         accepted = Gate(
             "server arguments",
             allowed is None or quantization in allowed,
@@ -141,12 +131,19 @@ class SglangTarget(FrameworkTarget):
         allowed: list[str | None] | None = self._probe.ask("accepted_quantizations")
         return allowed
 
+    def _row(self, scheme: str) -> dict[str, Any]:
+        """What a checkpoint of a scheme is to SGLang."""
+        rows: dict[str, dict[str, Any]] = _configs()["schemes"]
+        if scheme not in rows:
+            raise self.not_served(scheme)
+        return rows[scheme]
+
     def _run(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """One run of the model's block, remembered."""
         question = {
             "architecture": model.architecture,
             "config": config_of(model),
-            "scheme": scheme,
+            "quantization": self._row(scheme)["config"],
         }
         key = json.dumps(question, sort_keys=True)
         if key not in self._answers:

@@ -22,6 +22,7 @@ from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.model_code import ModelCode
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 
 
 class VllmTarget(FrameworkTarget):
@@ -54,12 +55,17 @@ class VllmTarget(FrameworkTarget):
         method, *path = self._probe.ask("classify", model=model.as_dict())
         return Classification(method, tuple(path))
 
+    def _require_served(self, scheme: str) -> None:
+        if scheme not in SCHEMES:
+            raise self.not_served(scheme)
+
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Every gate of the monolithic TRT-LLM experts, asked on its own and then all together.
 
         Raises:
             Unsupported: The release has no such experts.
         """
+        self._require_served(scheme)
         rows = self._probe.ask("gates", model=model.as_dict(), scheme=scheme, method=method)
         return tuple(Gate(*row) for row in rows)
 
@@ -69,11 +75,13 @@ class VllmTarget(FrameworkTarget):
         Raises:
             Unsupported: The release has no such experts.
         """
+        self._require_served(scheme)
         asked = {"model": model.as_dict(), "scheme": scheme, "method": method}
         return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
         """What arrives wrongly at the kernel of the experts that are given ids and weights."""
+        self._require_served(scheme)
         answer = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
         findings: list[Finding] = []
         for record in answer["calls"]:
@@ -94,6 +102,7 @@ class VllmTarget(FrameworkTarget):
         the scheme, without expert parallelism and as its rank 1 of 2. The call is that of the
         first; what the others do differently is a finding.
         """
+        self._require_served(scheme)
         answer = self._probe.ask("capture", model=model.as_dict(), scheme=scheme, method=method)
         calls = [(record, self._read(model, scheme, answer, record)) for record in answer["calls"]]
         first: KernelCall | None = calls[0][1].call

@@ -42,15 +42,6 @@ _TOKENS = 64
 _LAYER = 5
 _SIZE = 256
 
-#: Scheme: module and class of the quantization config, and its arguments.
-_CONFIGS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
-    "fp8_block": ("fp8", "Fp8Config", {"weight_block_size": [128, 128]}),
-    "mxfp8": ("fp8", "Fp8Config", {"weight_block_size": [1, 32], "use_mxfp8": True}),
-    "fp8_per_tensor": ("modelopt_quant", "ModelOptFp8Config", {"exclude_modules": []}),
-    "bf16": ("", "", {}),
-    "nvfp4": ("modelopt_quant", "ModelOptFp4Config", {"group_size": 16, "exclude_modules": []}),
-}
-
 
 class _Config:
     """A model's config object: what is not in it, it does not have."""
@@ -89,19 +80,25 @@ class Blocks:
         """What `--moe-runner-backend flashinfer_trtllm` may be combined with; None for anything."""
         return self.sources.accepted_quantizations()
 
-    def capture(self, architecture: str, config: dict[str, Any], scheme: str) -> dict[str, Any]:
-        """What the model's code asks for, and what reaches the kernel.
+    def capture(
+        self, architecture: str, config: dict[str, Any], quantization: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Return what the model's code asks for, and what reaches the kernel.
+
+        Args:
+            architecture: Name of the model's class.
+            config: Attributes of the model's config object.
+            quantization: `module`, `class` and `arguments` of the quantization config, see
+                `configs.yaml`; None for a model that is not quantized.
 
         Raises:
             Unsupported: The block cannot be found, built or run, or there are several that differ.
         """
-        if scheme not in _CONFIGS:
-            raise Unsupported(f"how SGLang serves {scheme} is not known to this adapter")
         answers: dict[str, dict[str, Any]] = {}
         for module, name, given in self.sources.blocks(architecture):
             block = f"{module.removeprefix('sglang.srt.')}.{name}"
             try:
-                answers[block] = self._run(module, name, given, config, scheme)
+                answers[block] = self._run(module, name, given, config, quantization)
             except Unsupported as reason:
                 raise Unsupported(f"{block}: {reason}") from reason
         first, *others = answers
@@ -116,14 +113,14 @@ class Blocks:
         name: str,
         given: Mapping[str, Any],
         values: Mapping[str, Any],
-        scheme: str,
+        quantization: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         seen, self.calls[:] = _Seen(), []
         answer: dict[str, Any] = {"refused": None, "failed": None, "by_choice": False}
         output: Any = None
         try:
             with _watching(seen), torch.no_grad():
-                block = _build(module, name, given, values, scheme)
+                block = _build(module, name, given, values, quantization)
                 _fill(block, seen)
                 output = _forward(block, values["num_experts"])
         except RoutedOutside:
@@ -167,21 +164,25 @@ class Blocks:
         }
 
 
-def _quant_config(scheme: str) -> Any:
+def _quant_config(row: Mapping[str, Any] | None) -> Any:
     """The quantization config of a checkpoint that is quantized so; None for one that is not."""
-    module, name, options = _CONFIGS[scheme]
-    if not module:
+    if row is None:
         return None
-    return getattr(import_module(f"{_LAYERS}.quantization.{module}"), name)(True, **options)
+    module = import_module(f"{_LAYERS}.quantization.{row['module']}")
+    return getattr(module, row["class"])(True, **row["arguments"])
 
 
 def _build(
-    module: str, name: str, given: Mapping[str, Any], values: Mapping[str, Any], scheme: str
+    module: str,
+    name: str,
+    given: Mapping[str, Any],
+    values: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None,
 ) -> nn.Module:
     """The block, as a decoder layer would make it."""
     known = {
         "config": _Config(values),
-        "quant_config": _quant_config(scheme),
+        "quant_config": _quant_config(quantization),
         "prefix": f"model.layers.{_LAYER}.mlp",
         "layer_id": _LAYER,
         "layer_idx": _LAYER,

@@ -15,13 +15,14 @@ from typing import Any
 
 from pytest_moe_routing.errors import MoERoutingError
 
-#: Routing methods that leave the router weight on the output of the expert.
-_ON_OUTPUT = frozenset(
+#: Routing methods that every fused launcher accepts, Llama4 with the weight on either side.
+_METHODS = frozenset(
     {
         "Default",
         "Renormalize",
         "RenormalizeNaive",
         "DeepSeekV3",
+        "Llama4",
         "SigmoidRenorm",
         "Sigmoid",
         "MiniMax2",
@@ -81,7 +82,7 @@ class KernelSpec:
 
     name: str
     activations: tuple[str, ...]
-    methods: frozenset[str] = _ON_OUTPUT | {"Llama4"}
+    methods: frozenset[str] = _METHODS
     logits_dtypes: tuple[str, ...] = ("bfloat16", "float32")
     layouts: tuple[str, ...] = ("shuffled",)
     takes_layout: bool = False
@@ -158,7 +159,6 @@ SCHEMES: Mapping[str, Scheme] = {
             KernelSpec(
                 "trtllm_fp8_block_scale",
                 ("silu",),
-                methods=_ON_OUTPUT,
                 layouts=("plain", "shuffled", "blocks"),
                 takes_layout=True,
                 fused_activation=False,
@@ -195,7 +195,6 @@ SCHEMES: Mapping[str, Scheme] = {
             KernelSpec(
                 "trtllm_fp8_block_scale",
                 ("silu", "relu2", "gelu", "swigluoai", "swiglustep"),
-                methods=_ON_OUTPUT,
                 takes_layout=True,
                 weight_scales="tiles",
                 input_scales="token",

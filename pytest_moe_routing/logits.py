@@ -75,19 +75,35 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one routing: float32 logits `[T, E]`, and a float32 bias `[E]` or None."""
+    """Inputs of one routing: float32 logits `[T, E]`, a float32 bias `[E]` or None, the recipe."""
 
     logits: Tensor
     bias: Tensor | None
+    recipe: Recipe
+
+    def to(self, device: torch.device | str) -> Case:
+        """The same inputs on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return Case(self.logits.to(device), bias, self.recipe)
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A way to make logits, and the defect that it shows."""
+    """A way to make logits, and the defect that it shows.
+
+    Attributes:
+        needs: What a recipe must have for the pattern to show more than `plain` does: a `bias`,
+            `groups`, or a stated result for `not-finite` logits, which no recipe states.
+    """
 
     name: str
     shows: str
     make: Callable[[Shape], tuple[Tensor, Tensor]]
+    needs: str = ""
+
+    def suits(self, recipe: Recipe) -> bool:
+        """Whether every implementation of a recipe must agree on this pattern."""
+        return {"": True, "bias": recipe.bias, "groups": recipe.grouped}.get(self.needs, False)
 
 
 def _plain(s: Shape) -> tuple[Tensor, Tensor]:
@@ -182,6 +198,7 @@ PATTERNS: Mapping[str, Pattern] = {
             "weight recovered as (score + bias) - bias (flashinfer PR 3875, 0.6.8-0.6.17); "
             "a bias rounded on its way (sglang PR 31001)",
             _deep_negative_high_bias,
+            needs="bias",
         ),
         Pattern(
             "below-minus-100",
@@ -202,6 +219,7 @@ PATTERNS: Mapping[str, Pattern] = {
             "ties-at-groups",
             "equal group scores: lower group first (sglang PR 31001)",
             _ties_at_groups,
+            needs="groups",
         ),
         Pattern(
             "near-ties",
@@ -213,16 +231,19 @@ PATTERNS: Mapping[str, Pattern] = {
             "bias-below-minus-1",
             "excluded groups masked with 0 or -1 (vllm PR 13474, flashinfer PR 2168)",
             _bias_below_minus_one,
+            needs="bias",
         ),
         Pattern(
             "narrow-bias",
             "a bias band of 0.25 at 7 collapses when rounded to bfloat16 (sglang PR 31213)",
             _narrow_bias,
+            needs="bias",
         ),
         Pattern(
             "not-finite",
             "NaN or infinite rows give repeated or out-of-range experts (vllm PR 39391)",
             _not_finite,
+            needs="not-finite",
         ),
     )
 }
@@ -241,4 +262,15 @@ def make(name: str, recipe: Recipe, *, num_tokens: int, num_experts: int) -> Cas
     # crc32, as Python's own hash of a string differs from run to run.
     seed = zlib.crc32(name.encode())
     logits, bias = PATTERNS[name].make(Shape(num_tokens, num_experts, recipe, seed))
-    return Case(logits, bias if recipe.bias else None)
+    return Case(logits, bias if recipe.bias else None, recipe)
+
+
+#: Tokens of the cases of one recipe: on both sides of usual tile and launch-size limits.
+_TOKENS = (1, 4, 5, 16, 17, 64, 65, 256, 257, 1025)
+_PER_PATTERN = 33
+
+
+def case_names(recipe: Recipe) -> list[tuple[str, int]]:
+    """Pattern and number of tokens of every case that an implementation of a recipe must pass."""
+    patterns = [pattern.name for pattern in PATTERNS.values() if pattern.suits(recipe)]
+    return [("plain", tokens) for tokens in _TOKENS] + [(name, _PER_PATTERN) for name in patterns]

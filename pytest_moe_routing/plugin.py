@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from fnmatch import fnmatchcase
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.flashinfer import FlashInfer
     from pytest_moe_routing.kernels.gpu import Gpu
     from pytest_moe_routing.kernels.library import Kernels
+    from pytest_moe_routing.logits import Case
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
 
@@ -47,6 +47,7 @@ _OPTIONS = (
     ("require-gpu", "bool", "fail unless at least one GPU test ran"),
     ("min-gpu-tests", "string", "fail unless at least that many GPU tests ran"),
     ("known-failures", "paths", "a YAML ledger of failures that are known; may be repeated"),
+    ("write-known-failures", "string", "write a ledger of every cause that fails; a new file"),
     ("report", "paths", "write the verdicts as .html, .md, .json or .jsonl; may be repeated"),
 )
 
@@ -120,6 +121,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "('routing', 'fused') are built before the test",
     )
     config.addinivalue_line(
+        "markers", "sweep: about routers that no model has; left out of runs about some models"
+    )
+    config.addinivalue_line(
         "markers",
         "moe_models(*patterns, distinct_routers=False, published=False): run with the models whose "
         "id matches a pattern; with distinct_routers, with one model of each router; with "
@@ -160,6 +164,10 @@ def pytest_configure(config: pytest.Config) -> None:
             reporter = Reporter(session, paths=reports)
             config.pluginmanager.register(reporter, "moe-routing-reporter")
             config.pluginmanager.register(Grouping(), "moe-routing-grouping")
+            if ledger := _option(config, "write_known_failures"):
+                from pytest_moe_routing.report.known import LedgerWriter
+
+                config.pluginmanager.register(LedgerWriter(session, Path(ledger)))
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
     if golden:
@@ -174,54 +182,45 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = ("moe_model", "moe_scheme")
-    wanted = [name for name in names if name in metafunc.fixturenames]
-    if not wanted:
+    names = [n for n in ("moe_model", "moe_scheme", "moe_case") if n in metafunc.fixturenames]
+    if not names:
         return
     session = metafunc.config.stash[_SESSION]
+    marks = list(metafunc.definition.iter_markers("moe_models"))
     try:
-        cases = session.cases if "moe_scheme" in wanted else [(m, "") for m in session.models]
-        if "moe_golden" in metafunc.fixturenames:
-            cases = [case for case in cases if case[0] in session.golden_models]
-        if "moe_golden" in metafunc.fixturenames or _is_marked(metafunc, "published"):
-            cases = [(m, s) for m, s in cases if s in ("", *m.checkpoints) and not m.variant]
+        cases = session.select(
+            with_schemes="moe_scheme" in names,
+            with_patterns="moe_case" in names,
+            goldens="moe_golden" in metafunc.fixturenames,
+            patterns=[mark.args for mark in marks if mark.args],
+            distinct=any(mark.kwargs.get("distinct_routers") for mark in marks),
+            published=any(mark.kwargs.get("published") for mark in marks),
+        )
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
-    for marker in metafunc.definition.iter_markers("moe_models"):
-        patterns = marker.args or ("*",)
-        cases = [c for c in cases if any(fnmatchcase(c[0].id, p) for p in patterns)]
-        if marker.kwargs.get("distinct_routers"):
-            first: dict[Any, Any] = {}
-            for model, scheme in cases:
-                experts = (model.experts.activation, model.experts.gated) if scheme else None
-                first.setdefault((model.router, experts, scheme), (model, scheme))
-            cases = list(first.values())
-    if wanted == ["moe_scheme"]:
-        metafunc.parametrize("moe_scheme", list(dict.fromkeys(b for _, b in cases)))
-    elif wanted == ["moe_model"]:
-        metafunc.parametrize("moe_model", [m for m, _ in cases], ids=str)
+    if names == ["moe_scheme"]:
+        metafunc.parametrize("moe_scheme", list(dict.fromkeys(scheme for _, scheme in cases)))
+    elif names == ["moe_model"]:
+        metafunc.parametrize("moe_model", [model for model, _ in cases], ids=str)
     else:
-        ids = [f"{model}-{scheme}" for model, scheme in cases]
-        metafunc.parametrize(tuple(wanted), cases, ids=ids)
-
-
-def _is_marked(metafunc: pytest.Metafunc, name: str) -> bool:
-    """Whether a `moe_models` marker of the test sets a keyword."""
-    return any(m.kwargs.get(name) for m in metafunc.definition.iter_markers("moe_models"))
+        if "moe_case" in names:
+            names = ["moe_model", "moe_case"]
+        metafunc.parametrize(names, cases, indirect=True, ids=[f"{m}-{c}" for m, c in cases])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Before anybody deselects: leave out what cannot be asked, and name our cases.
+    """Before anybody deselects: leave out what this run does not ask, and name our cases."""
+    from pytest_moe_routing.suite.selection import is_left_out
 
-    Goldens are the builtin target's decisions; another target is judged, not compared. Only a
-    framework has model code.
-    """
-    builtin = config.stash[_SESSION].is_builtin
-    not_for_this = "moe_framework" if builtin else "moe_golden"
-    left_out = [item for item in items if not_for_this in getattr(item, "fixturenames", ())]
+    session = config.stash[_SESSION]
+    gpu = any(_option(config, name) for name in ("require_gpu", "min_gpu_tests", "kernels"))
+    left_out: list[pytest.Item] = []
+    asked: list[pytest.Item] = []
+    for item in items:
+        (left_out if is_left_out(item, config, session, gpu=gpu) else asked).append(item)
     if left_out:
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = asked
         config.hook.pytest_deselected(items=left_out)
     ledger = config.pluginmanager.get_plugin(_LEDGER)
     for item in items:
@@ -271,6 +270,17 @@ def moe_model(request: pytest.FixtureRequest) -> ModelSpec:
 
 
 @pytest.fixture
+def moe_case(request: pytest.FixtureRequest, moe_model: ModelSpec) -> Case:
+    """Logits, bias and recipe of one routing: every pattern that suits the model's router."""
+    from pytest_moe_routing.logits import make
+    from pytest_moe_routing.routing import recipe_of
+
+    pattern, _, tokens = request.param.rpartition("-")
+    experts = moe_model.router.num_experts
+    return make(pattern, recipe_of(moe_model.router), num_tokens=int(tokens), num_experts=experts)
+
+
+@pytest.fixture
 def moe_scheme(request: pytest.FixtureRequest) -> str:
     """A chosen quantization scheme; with `moe_model`, that of a checkpoint of the model."""
     scheme: str = request.param
@@ -299,24 +309,9 @@ def moe_golden(
         except MoERoutingError as error:
             found, path = [str(error)], goldens.golden_path(moe_model.folder, name)
         if found:
-            pytest.fail(_golden_message(path, found, moe_model), pytrace=False)
+            pytest.fail(goldens.disagreement(path, found, str(moe_model)), pytrace=False)
 
     return check
-
-
-def _golden_message(path: Path, found: list[str], model: ModelSpec) -> str:
-    places = "1 place" if len(found) == 1 else f"{len(found)} places"
-    shown = [f"  {line}" for line in found[:20]]
-    more = [f"  ... and {len(found) - 20} more"] if len(found) > 20 else []
-    return "\n".join(
-        [
-            f"{path} disagrees in {places}:",
-            *shown,
-            *more,
-            "If the change is meant, review it and accept it with:",
-            f"  pytest --moe-golden --moe-models {model} --snapshot-update",
-        ]
-    )
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,12 @@ Built from the options on first use, and checked in one place: every mistake is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +54,11 @@ class MoESession:
             ask: Make the target as well, and ask it one question: a target that cannot be asked
                 at all is one message.
         """
+        if find_spec("torch") is None:
+            raise MoERoutingError(
+                "--moe-golden computes routings with torch, which is not installed: "
+                "pip install 'pytest-moe-routing[torch]'"
+            )
         _ = self.located
         if self.models and self.scheme_names and not self.cases:
             chosen = ", ".join(self.scheme_names)
@@ -119,6 +127,52 @@ class MoESession:
             for model, scheme in self.cases
             if scheme in model.checkpoints and not model.variant
         ]
+
+    def select(
+        self,
+        *,
+        with_schemes: bool = False,
+        with_patterns: bool = False,
+        goldens: bool = False,
+        patterns: Iterable[Sequence[str]] = (),
+        distinct: bool = False,
+        published: bool = False,
+    ) -> list[tuple[ModelSpec, str]]:
+        """The cases of a test: models, each with a scheme, a logits pattern or an empty text.
+
+        Args:
+            with_schemes: Every chosen scheme of a model.
+            with_patterns: Every logits pattern that suits a model's router, as `ties-at-k-33`.
+            goldens: Only models that have goldens, in schemes of published checkpoints.
+            patterns: Shell patterns of ids; a model must match one of each group.
+            distinct: One model of each router, and with schemes of each kind of experts.
+            published: Only schemes of published checkpoints.
+        """
+        if with_schemes:
+            cases = self.published_cases if goldens or published else self.cases
+        else:
+            cases = [(model, "") for model in self.models]
+        if goldens:
+            cases = [case for case in cases if case[0] in self.golden_models]
+        for group in patterns:
+            cases = [c for c in cases if any(fnmatchcase(c[0].id, p) for p in group)]
+        if distinct:
+            first: dict[object, tuple[ModelSpec, str]] = {}
+            for model, scheme in cases:
+                experts = (model.experts.activation, model.experts.gated) if scheme else None
+                first.setdefault((model.router, experts, scheme), (model, scheme))
+            cases = list(first.values())
+        if with_patterns:
+            from pytest_moe_routing.logits import case_names
+            from pytest_moe_routing.routing import recipe_of
+
+            return [
+                (model, f"{name}-{tokens}")
+                for model, _ in cases
+                if not model.router.not_expressible
+                for name, tokens in case_names(recipe_of(model.router))
+            ]
+        return cases
 
     @cached_property
     def flashinfer(self) -> FlashInfer:

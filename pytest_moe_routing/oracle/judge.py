@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import Unsupported
@@ -60,8 +61,11 @@ class Judgement:
 
     @cached_property
     def counterexample(self) -> Counterexample | None:
-        """A smallest token if the recipe itself is wrong; searched for when first asked for."""
-        if self.verdict is not Verdict.WRONG or self.got is None:
+        """A smallest token if the recipe itself is wrong; searched for when first asked for.
+
+        Without torch there is none: what differs is known without it.
+        """
+        if self.verdict is not Verdict.WRONG or self.got is None or find_spec("torch") is None:
             return None
         from pytest_moe_routing.compare.equivalence import counterexample
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,8 @@ def _model(target: Target, model: ModelSpec) -> Iterator[str]:
     except Unsupported as reason:
         yield f"  decided  not judged: {reason}"
     yield f"  judged   by {target} against {target.flashinfer}"
+    if find_spec("torch") is None:
+        yield "  note     without torch, wrong verdicts come without a token to check by hand"
 
 
 def _unserved(model: ModelSpec) -> Iterator[str]:

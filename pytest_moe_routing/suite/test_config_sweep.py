@@ -7,6 +7,8 @@ import pytest
 from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
+pytestmark = pytest.mark.sweep
+
 
 @pytest.fixture(scope="module")
 def cached_target(moe_target):

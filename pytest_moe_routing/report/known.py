@@ -1,0 +1,65 @@
+"""Writes a first ledger of known failures from what a run found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.oracle.failure import failures_of
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.session import MoESession
+
+_HEADER = """\
+# Known failures, written by --moe-write-known-failures. Every entry silences one cause: give it a
+# reason, a link to where the failure is tracked, and, if it is known, the range of releases.
+"""
+
+
+class LedgerWriter:
+    """The one of a run: registered where the terminal is, not in xdist's workers.
+
+    Args:
+        path: The ledger to write; there must be none yet.
+
+    Raises:
+        MoERoutingError: There is something at the path.
+    """
+
+    def __init__(self, session: MoESession, path: Path) -> None:
+        if path.exists():
+            raise MoERoutingError(
+                f"--moe-write-known-failures: {path} already exists; delete it first to write it"
+            )
+        self.session = session
+        self.path = path.absolute()
+        #: What each cause says first, by test and cause.
+        self.causes: dict[tuple[str, str], str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = report.nodeid.rpartition("::")[2].partition("[")[0]
+        for failure in failures_of(report.user_properties) if report.failed else ():
+            self.causes.setdefault((test, failure.cause), failure.lines[0])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        import yaml
+
+        from pytest_moe_routing.goldens import write_in_one_step
+
+        target = self.session.target_id.name
+        entries = [
+            {"test": test, "cause": cause, "target": target, "reason": reason}
+            for (test, cause), reason in sorted(self.causes.items())
+        ]
+        text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=100)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_in_one_step(self.path, _HEADER + (text if entries else ""))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        count = len(self.causes)
+        causes = "1 cause" if count == 1 else f"{count} causes"
+        terminalreporter.write_line(f"moe-routing: {causes} written to {self.path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,21 @@ def test_public_names_exist_and_are_loaded_lazily():
     assert set(pytest_moe_routing.__all__) <= set(dir(pytest_moe_routing))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = pytest_moe_routing.nothing
+
+
+PAGE = (PACKAGE.parent / "ARCHITECTURE.md").read_text("utf-8")
+
+
+def test_the_page_of_the_architecture_has_the_order_of_the_test():
+    rows = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == ORDER
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"`([\w/]+/(?:[\w.]+)?|[\w/]+\.(?:py|yaml|md))`", PAGE)))
+)
+def test_every_path_on_the_page_exists(path):
+    if path.startswith(("golden/ID", "config.json")):
+        return
+    roots = (PACKAGE, PACKAGE.parent)
+    assert any((root / path).exists() for root in roots), path

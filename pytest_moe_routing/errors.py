@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pytest_moe_routing.text import printable
+
 
 class MoERoutingError(Exception):
-    """Base of every error that is the user's to fix: what, where, and what would be valid."""
+    """Base of every error that is the user's to fix: what, where, and what would be valid.
+
+    Messages quote files and frameworks; they are safe to show on a terminal.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ModelError(MoERoutingError):

@@ -17,7 +17,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: A module imports only what stands before its own package, and its own package.
 ORDER = [
+    "text",
     "errors",
+    "inputs",
     "schemes",
     "models",
     "routing",

@@ -55,7 +55,7 @@ def test_a_mistake_names_file_line_and_key(tmp_path, change, message):
         ("case: x", ":1: the file: found a mapping, expected a list of entries"),
         ("- x", ":1: the file: found 'x', expected a mapping of keys to values"),
         ("- {", ":1: not valid YAML"),
-        ("- {case: *-nvfp4}", ":1: not valid YAML: found undefined alias '-nvfp4'; text that starts with * wants quotes"),
+        ("- {case: *-nvfp4}", ":1: not valid YAML: found undefined alias '-nvfp4'; text that starts with * needs quotes"),
         (None, ": cannot be read: No such file or directory"),
     ],
 )  # fmt: skip

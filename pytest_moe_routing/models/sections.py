@@ -13,8 +13,10 @@ import yaml
 from pytest_moe_routing.errors import ModelError
 from pytest_moe_routing.models.kinds import is_required
 from pytest_moe_routing.models.spec import LISTS, SECTIONS, schema
+from pytest_moe_routing.models.yaml_nodes import compose, construct, show
+from pytest_moe_routing.text import shorten
 
-MAX_BYTES = 1_000_000
+__all__ = ["Entry", "Section", "compose", "fail_at", "show"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Section:
             fail_at(file, line, name or "the file", show(node), "a mapping of keys to values")
         own: dict[str, Entry] = {}
         for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                fail_at(file, line, name or "the file", f"{show(key_node)} as a key", "text")
+            key = key_node.value
             if key in own:
                 first = own[key].line
                 where = self._path(key)
@@ -123,9 +128,9 @@ class Section:
         """
         node = self.entries[key].node
         try:
-            value = yaml.SafeLoader("").construct_object(node, deep=True)
-        except (yaml.YAMLError, ValueError) as error:
-            self.fail(key, f"{show(node)} ({error})", str(kind))
+            value = construct(node)
+        except ValueError as error:
+            self.fail(key, str(error), str(kind))
         expected = kind.problem(value)
         if expected is not None:
             if kind.type is float and isinstance(value, str) and _is_number(value):
@@ -144,38 +149,6 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def show(node: yaml.Node) -> str:
-    """What stands there, for a message."""
-    if isinstance(node, yaml.ScalarNode):
-        return f"{node.value[:60]!r}" if node.value else "nothing"
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
-
-
 def fail_at(path: Path, line: int, key: str, found: str, expected: str) -> NoReturn:
     """Raise the `ModelError` of one key."""
-    raise ModelError(f"{path}:{line}: {key}: found {found}, expected {expected}")
-
-
-def compose(file: Path) -> yaml.Node | None:
-    """The root of a YAML file; None when there is nothing in it.
-
-    Raises:
-        ModelError: It cannot be read, is too large, not UTF-8 text or not YAML.
-    """
-    try:
-        raw = file.read_bytes()
-        if len(raw) > MAX_BYTES:
-            raise ModelError(f"{file}: found {len(raw)} bytes, expected at most {MAX_BYTES}")
-        return yaml.compose(raw.decode("utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ModelError(f"{file}:{line}: found bytes that are not UTF-8 text") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        is_alias = "alias" in f"{error.context} {error.problem}"
-        hint = "; text that starts with * wants quotes" if is_alias else ""
-        raise ModelError(f"{file}:{line}: not valid YAML: {error.problem}{hint}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ModelError(f"{file}:1: not valid YAML: {error}") from error
+    raise ModelError(f"{path}:{line}: {shorten(key, 120)}: found {found}, expected {expected}")

@@ -9,14 +9,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.inputs import parse_json, read_text
 
 FORMAT = 1
 SUFFIX = ".golden.json"
+#: How the name of a half-written file ends. One stays only if its process was killed.
+PARTIAL = ".partial"
+#: The largest golden has 12 kB.
+MAX_BYTES = 4_000_000
 DIGITS = 8
 _WIDTH = 100
 
@@ -86,12 +93,9 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         MoERoutingError: Missing, unreadable, or of another format. Says how to make it anew.
     """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise MoERoutingError(f"{path}: there is no such golden file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise MoERoutingError(f"{path}: not a golden file: {error}") from error
+    if not path.exists() and not path.is_symlink():
+        raise MoERoutingError(f"{path}: there is no such golden file")
+    data = parse_json(read_text(path, MAX_BYTES), str(path))
     found = data.get("format") if isinstance(data, dict) else None
     if found != FORMAT:
         raise MoERoutingError(f"{path}: format: found {found!r}, expected {FORMAT}")
@@ -101,12 +105,24 @@ def read(path: Path) -> dict[str, Any]:
 
 def write_in_one_step(path: Path, text: str) -> None:
     """Write a file that is there in full or not at all; what was there before is replaced."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # Through links, so that what they lead to is written and they stay.
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+        partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def left_by_killed_updates(folder: Path) -> list[Path]:
+    """Return half-written files that nobody is writing any more: those older than a minute."""
+    return [
+        path
+        for path in sorted(folder.glob(f".*{SUFFIX}.*{PARTIAL}"))
+        if time.time() - path.lstat().st_mtime > 60
+    ]
 
 
 def differences(golden: Any, now: Any, where: str = "") -> Iterator[str]:
@@ -125,6 +141,22 @@ def differences(golden: Any, now: Any, where: str = "") -> Iterator[str]:
             yield from differences(old, new, f"{where}[{place}]")
     elif not _same(golden, now):
         yield f"{where}: golden {_brief(golden)}, now {_brief(now)}"
+
+
+def disagreement(path: Path, found: Sequence[str], model: str) -> str:
+    """Return the message of a golden test that fails: where, and how to accept the change."""
+    places = "1 place" if len(found) == 1 else f"{len(found)} places"
+    shown = [f"  {line}" for line in found[:20]]
+    more = [f"  ... and {len(found) - 20} more"] if len(found) > 20 else []
+    return "\n".join(
+        [
+            f"{path} disagrees in {places}:",
+            *shown,
+            *more,
+            "If the change is meant, review it and accept it with:",
+            f"  pytest --moe-golden --moe-models {model} --snapshot-update",
+        ]
+    )
 
 
 def _same(golden: Any, now: Any) -> bool:

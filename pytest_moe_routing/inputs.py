@@ -120,7 +120,8 @@ def parse_json(text: str, where: str, error: Error = MoERoutingError) -> Any:
             parse_constant=_constant,
         )
     except json.JSONDecodeError as cause:
-        raise error(f"{where}:{cause.lineno}: not valid JSON: {cause.msg}") from cause
+        line = f":{cause.lineno}" if "\n" in text else ""
+        raise error(f"{where}{line}: not valid JSON: {cause.msg}") from cause
     except RecursionError as cause:
         raise error(f"{where}: not valid JSON: nested too deeply") from cause
     except _InvalidError as cause:
@@ -144,11 +145,11 @@ def _check_depth(value: Any, where: str, error: Error) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        again = next(key for place, key in enumerate(keys) if key in keys[:place])
-        raise _InvalidError(f"{shorten(again)}: found the key again, expected it once")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise _InvalidError(f"{shorten(key)}: found the key again, expected it once")
+        values[key] = value
     return values
 
 

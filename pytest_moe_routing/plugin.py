@@ -15,6 +15,7 @@ import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.session import BUILTIN, MoESession
+from pytest_moe_routing.text import printable, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ _SESSION = pytest.StashKey[MoESession]()
 _LEDGER = "moe-routing-ledger"
 #: The fixtures that make a test one of this plugin's, be it the suite's or the host's.
 _FIXTURES = {"moe_model", "moe_scheme", "moe_target", "moe_gpu"}
+#: torch says so when it is imported, and is left half-initialized if that is an error.
+_WITHOUT_NUMPY = pytest.mark.filterwarnings("ignore:Failed to initialize NumPy")
 
 # option, ini type, help; the ini twin of --moe-x is moe_x, and the command line wins.
 _OPTIONS = (
@@ -71,8 +74,8 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def _option(config: pytest.Config, name: str) -> Any:
-    given = config.getoption(f"moe_{name}")
-    return given if given is not None else config.getini(f"moe_{name}")
+    value = config.getoption(f"moe_{name}")
+    return config.getini(f"moe_{name}") if value is None else value
 
 
 def _names(config: pytest.Config, name: str) -> list[str]:
@@ -84,8 +87,9 @@ def _names(config: pytest.Config, name: str) -> list[str]:
 def _wanted_gpu_tests(config: pytest.Config) -> tuple[int, str]:
     """How many GPU tests must run, and which option says so."""
     given = _option(config, "min_gpu_tests")
-    if given and not given.isdecimal():
-        raise pytest.UsageError(f"--moe-min-gpu-tests: found {given!r}, expected a number")
+    if given and not re.fullmatch("[0-9]{1,9}", given):
+        found = repr(shorten(given))
+        raise pytest.UsageError(f"--moe-min-gpu-tests: found {found}, expected a number")
     if given and int(given):
         return int(given), f"--moe-min-gpu-tests {given}"
     return int(bool(_option(config, "require_gpu"))), "--moe-require-gpu"
@@ -178,7 +182,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    return config.stash[_SESSION].describe() if _option(config, "golden") else None
+    return printable(config.stash[_SESSION].describe()) if _option(config, "golden") else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -227,6 +231,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if isinstance(item, pytest.Function) and _FIXTURES & set(item.fixturenames):
             case = item.callspec.id if hasattr(item, "callspec") else ""
             item.user_properties.append(("moe_case", f"{item.path.stem}::{item.name}"))
+            item.add_marker(_WITHOUT_NUMPY)
             if ledger:
                 ledger.mark(item, item.originalname, case)
 
@@ -296,14 +301,10 @@ def moe_golden(
 
     def check(name: str, data: dict[str, Any]) -> None:
         __tracebackhide__ = True
+        if _is_updating(request.config):
+            _update_golden(request, name, data)
+            return
         try:
-            if _is_updating(request.config):
-                _check_update(request.config)
-                from pytest_moe_routing.snapshot import GoldenExtension
-
-                snapshot = request.getfixturevalue("snapshot")
-                assert data == snapshot(name=name, extension_class=GoldenExtension)
-                return
             path = goldens.golden_path(moe_model.folder, name)
             found = list(goldens.differences(goldens.read(path), data))
         except MoERoutingError as error:
@@ -312,6 +313,30 @@ def moe_golden(
             pytest.fail(goldens.disagreement(path, found, str(moe_model)), pytrace=False)
 
     return check
+
+
+def _update_golden(request: pytest.FixtureRequest, name: str, data: dict[str, Any]) -> None:
+    __tracebackhide__ = True
+    try:
+        _check_update(request.config)
+        from pytest_moe_routing.snapshot import update
+
+        update(request.getfixturevalue("snapshot"), name, data)
+    except MoERoutingError as error:
+        message = str(error)
+    else:
+        return
+    pytest.fail(message, pytrace=False)
+
+
+@pytest.fixture
+def moe_property(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
+    """`moe_property(name, value)`: what a test found, for the report of the run.
+
+    Not pytest's `record_property`, which warns under `--junitxml`.
+    """
+    properties = request.node.user_properties
+    return lambda name, value: properties.append((name, value))
 
 
 @pytest.fixture(scope="session")
@@ -327,7 +352,7 @@ def _moe_stderr(pytestconfig: pytest.Config) -> Iterator[int]:
 @pytest.fixture
 def moe_gpu(
     request: pytest.FixtureRequest,
-    record_property: Callable[[str, Any], None],
+    moe_property: Callable[[str, Any], None],
     _moe_stderr: int,
 ) -> Iterator[Gpu]:
     """A GPU that runs FlashInfer's routing kernels; the test is skipped with the reason without.
@@ -339,7 +364,7 @@ def moe_gpu(
     with gpu.watchdog(_moe_stderr):
         found = gpu.find_gpu()
     if found.missing:
-        record_property("moe_gpu", {"missing": found.missing})
+        moe_property("moe_gpu", {"missing": found.missing})
         pytest.skip(found.missing)
     from pytest_moe_routing.kernels import build
 
@@ -347,7 +372,7 @@ def moe_gpu(
     build.warm_up(found, marker.kwargs.get("kernels", "") if marker else "", _moe_stderr)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "no xdist")
     here = {"gpu": str(found), "uuid": found.uuid, "driver": found.driver, "worker": worker}
-    record_property("moe_gpu", {**here, **build.software()})
+    moe_property("moe_gpu", {**here, **build.software()})
     with gpu.guarded(_moe_stderr):
         yield found
 
@@ -371,6 +396,15 @@ def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> K
 def moe_full_scale(pytestconfig: pytest.Config) -> bool:
     """Whether layers have their model's own sizes."""
     return _option(pytestconfig, "scale") == "full"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Messages of ours quote files and frameworks: they are made safe to show on a terminal."""
+    error = call.excinfo.value if call.excinfo else None
+    if isinstance(error, (pytest.fail.Exception, pytest.skip.Exception)) and error.msg:
+        error.msg = printable(error.msg)
+    return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -74,7 +74,7 @@ def test_any_change_of_a_golden_fails_exactly_its_test(host, own_goldens, name, 
     ("text", "message"),
     [
         (None, "there is no such golden file"),
-        ("{", "not a golden file"),
+        ("{", "not valid JSON"),
         ('{"format": 99}', "format: found 99, expected 1"),
         ("[1]", "format: found None, expected 1"),
     ],

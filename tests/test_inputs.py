@@ -84,7 +84,7 @@ def test_a_good_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "f:1: not valid JSON: Expecting property name"),
+        ("{\n", "f:2: not valid JSON: Expecting property name"),
         ('{"a": 1,\n "a": 2}', "f: a: found the key again, expected it once"),
         (f'{{"a": {"9" * 400}}}', "found a number of 400 digits, expected at most 19"),
         (f'{{"a": {"9" * 5000}}}', "found a number of 5000 digits"),
@@ -94,7 +94,7 @@ def test_a_good_file(tmp_path):
         ("[" * 102 + "]" * 102, "nested too deeply"),
         ('{"a":' * 500 + "1" + "}" * 500, "nested too deeply"),
         ("[" * 100_000, "nested too deeply"),
-        ("", "f:1: not valid JSON: Expecting value"),
+        ("", "f: not valid JSON: Expecting value"),
         ("\ufeff{}", "not valid JSON"),
     ],
 )

@@ -254,6 +254,15 @@ def test_a_config_that_is_wrong(host):
     )
 
 
+def test_warnings_as_errors_without_numpy_and_with_junitxml(host):
+    """torch warns without numpy, and pytest's `record_property` beside the default XML."""
+    host.makeconftest("import sys\nsys.modules['numpy'] = None")
+    result = run(host, "-W", "error", "--moe-golden", "-m", "not gpu", "--junitxml", "out.xml")
+    assert result.ret == 0
+    text = (host.path / "out.xml").read_text()
+    assert text.count('property name="moe_verdict"') == 2
+
+
 # -- cost -------------------------------------------------------------------------------------
 
 LOADED = "import sys; heavy = {'torch', 'yaml', 'numpy', 'syrupy.extensions'} & set(sys.modules)"

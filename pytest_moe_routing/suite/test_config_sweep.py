@@ -17,7 +17,7 @@ def cached_target(moe_target):
     return CachedTarget(moe_target)
 
 
-def check(sweep, cached_target, moe_scheme, moe_session, record_property):
+def check(sweep, cached_target, moe_scheme, moe_session, moe_property):
     """Fail for every cause that concerns no model: a model's own verdict tells the others."""
     from pytest_moe_routing.errors import Unsupported
     from pytest_moe_routing.suite.causes import of_sweep
@@ -28,18 +28,18 @@ def check(sweep, cached_target, moe_scheme, moe_session, record_property):
         if not found.verdicts:
             nothing = [("no call of the config sweep is stopped by such a gate alone", 0)]
             raise Unsupported((found.unanswered.most_common(1) or nothing)[0][0])
-    fail(record_property, [of_sweep(cause) for cause in found.causes])
+    fail(moe_property, [of_sweep(cause) for cause in found.causes])
 
 
-def test_config_sweep(cached_target, moe_scheme, moe_session, record_property):
+def test_config_sweep(cached_target, moe_scheme, moe_session, moe_property):
     """No router of the config sweep passes all gates and goes wrong, or crashes."""
     from pytest_moe_routing.oracle.config_sweep import sweep
 
-    check(sweep, cached_target, moe_scheme, moe_session, record_property)
+    check(sweep, cached_target, moe_scheme, moe_session, moe_property)
 
 
-def test_behind_gates(moe_framework, cached_target, moe_scheme, moe_session, record_property):
+def test_behind_gates(moe_framework, cached_target, moe_scheme, moe_session, moe_property):
     """No call that only a gate for the routing method stops would go wrong."""
     from pytest_moe_routing.oracle.config_sweep import sweep_behind_gates
 
-    check(sweep_behind_gates, cached_target, moe_scheme, moe_session, record_property)
+    check(sweep_behind_gates, cached_target, moe_scheme, moe_session, moe_property)

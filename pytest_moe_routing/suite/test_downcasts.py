@@ -8,7 +8,7 @@ from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 
-def test_downcasts(moe_framework, moe_model, moe_scheme, record_property):
+def test_downcasts(moe_framework, moe_model, moe_scheme, moe_property):
     """Nothing is downcast before a kernel that would have taken it as it is."""
     from pytest_moe_routing.oracle.downcasts import avoidable_downcasts
     from pytest_moe_routing.oracle.judge import judge
@@ -18,4 +18,4 @@ def test_downcasts(moe_framework, moe_model, moe_scheme, record_property):
         judgement = judge(moe_framework, moe_model, moe_scheme, recorded_only=True)
     if judgement.got is None:
         pytest.skip(f"no kernel runs: {judgement.verdict}")
-    fail(record_property, [of_downcast(judgement, d) for d in avoidable_downcasts(judgement)])
+    fail(moe_property, [of_downcast(judgement, d) for d in avoidable_downcasts(judgement)])

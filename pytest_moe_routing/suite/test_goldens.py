@@ -47,3 +47,7 @@ def test_no_stray_goldens(moe_model):
     if stray:
         names = ", ".join(sorted(stray))
         pytest.fail(f"{moe_model.folder}: no test reads {names}; delete them", pytrace=False)
+    if left := goldens.left_by_killed_updates(moe_model.folder):
+        names = ", ".join(path.name for path in left)
+        message = f"{moe_model.folder}: an update that was killed left {names}; delete them"
+        pytest.fail(message, pytrace=False)

@@ -6,7 +6,7 @@ from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 
-def test_model_code(moe_framework, moe_model, record_property):
+def test_model_code(moe_framework, moe_model, moe_property):
     """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once."""
     from pytest_moe_routing.oracle.model_code import compare_request
     from pytest_moe_routing.suite.causes import of_model_code
@@ -14,4 +14,4 @@ def test_model_code(moe_framework, moe_model, record_property):
     with unsupported_is_skipped():
         judgement = compare_request(moe_model, moe_framework.layer_request(moe_model))
     if judgement.findings:
-        fail(record_property, [of_model_code(judgement)])
+        fail(moe_property, [of_model_code(judgement)])

@@ -8,7 +8,7 @@ from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 
-def test_verdict(moe_target, moe_model, moe_scheme, record_property, moe_session):
+def test_verdict(moe_target, moe_model, moe_scheme, moe_property, moe_session):
     """A fused kernel runs exactly when it computes the model's router.
 
     The builtin target's known losses (`missed`) are frozen in its goldens; they fail for others.
@@ -22,15 +22,15 @@ def test_verdict(moe_target, moe_model, moe_scheme, record_property, moe_session
             record = judge(moe_target, moe_model, moe_scheme).record()
         except Unsupported as reason:
             no_verdict = unjudged(moe_target, moe_model, moe_scheme, reason)
-            record_property("moe_verdict", no_verdict.as_dict())
+            moe_property("moe_verdict", no_verdict.as_dict())
             raise
-    record_property("moe_verdict", record.as_dict())
+    moe_property("moe_verdict", record.as_dict())
     known_loss = moe_session.is_builtin and record.verdict == "missed"
     if record.fails and not known_loss:
-        fail(record_property, [of_verdict(record)])
+        fail(moe_property, [of_verdict(record)])
 
 
-def test_method_numbers(moe_target, moe_session, record_property):
+def test_method_numbers(moe_target, moe_session, moe_property):
     """No gate accepts a method under a number that FlashInfer reads otherwise."""
     from pytest_moe_routing.oracle.enum_numbers import enum_mismatches
     from pytest_moe_routing.suite.causes import of_enum
@@ -42,10 +42,10 @@ def test_method_numbers(moe_target, moe_session, record_property):
         )
     with unsupported_is_skipped():
         mismatches = enum_mismatches(moe_target, moe_session.cases)
-    fail(record_property, [of_enum(moe_target, mismatch) for mismatch in mismatches])
+    fail(moe_property, [of_enum(moe_target, mismatch) for mismatch in mismatches])
 
 
-def test_modular(moe_framework, moe_scheme, moe_session, record_property):
+def test_modular(moe_framework, moe_scheme, moe_session, moe_property):
     """Experts that are given ids and weights do not reject a router for its method."""
     from pytest_moe_routing.oracle.modular import rejected_by_method
     from pytest_moe_routing.suite.causes import of_rejection
@@ -53,10 +53,10 @@ def test_modular(moe_framework, moe_scheme, moe_session, record_property):
     models = [model for model, scheme in moe_session.cases if scheme == moe_scheme]
     with unsupported_is_skipped():
         rejections = rejected_by_method(moe_framework, moe_scheme, models)
-    fail(record_property, [of_rejection(moe_framework, moe_scheme, r) for r in rejections])
+    fail(moe_property, [of_rejection(moe_framework, moe_scheme, r) for r in rejections])
 
 
-def test_modular_call(moe_framework, moe_model, moe_scheme, record_property):
+def test_modular_call(moe_framework, moe_model, moe_scheme, moe_property):
     """Experts and weights that a layer hands over arrive, with its shard and activation."""
     from pytest_moe_routing.suite.causes import of_modular_call
 
@@ -68,4 +68,4 @@ def test_modular_call(moe_framework, moe_model, moe_scheme, record_property):
             pytest.skip(f"modular experts do not run: {rejected[0].name}")
         findings = moe_framework.modular_findings(moe_model, moe_scheme)
     if findings:
-        fail(record_property, [of_modular_call(moe_framework, moe_model, moe_scheme, findings)])
+        fail(moe_property, [of_modular_call(moe_framework, moe_model, moe_scheme, findings)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.escape import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a wheel, an unpacked one or a checkout (default: the installed package)",
     )
     arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name in letters that the terminal lacks is shown in escapes.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _COMMANDS[arguments.command](arguments)
     except MoERoutingError as error:
@@ -70,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has seen enough.
         sys.stdout = None
         return 0
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(printable(text), end=end)
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -84,7 +93,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         golden_dirs=arguments.golden_dir,
     )
     text, fails = explain.page(session, arguments.model)
-    print(text, end="")
+    _say(text, end="")
     return int(fails)
 
 
@@ -98,8 +107,8 @@ def _add(arguments: argparse.Namespace) -> int:
     model = read_config(arguments.config)
     file = arguments.directory / model.id / "model.yaml"
     _write_new(file, dump_model(model))
-    print(f"{file}\nRead it, then write its goldens:")
-    print(
+    _say(f"{file}\nRead it, then write its goldens:")
+    _say(
         f"  pytest --moe-golden --moe-golden-dir {arguments.directory} "
         f"--moe-models {model.id} -m 'not gpu' --snapshot-update"
     )
@@ -132,7 +141,7 @@ def _init(arguments: argparse.Namespace) -> int:
     # As it stands, with its comments, unless it is like a model that would not be there.
     text = source.read_text("utf-8") if model.like is None else dump_model(model)
     _write_new(directory / model.id / "model.yaml", text)
-    print(
+    _say(
         f"{directory / model.id / 'model.yaml'}\n"
         "Rename its folder and make it your model. Then write its goldens, and test:\n"
         f"  pytest --moe-golden --moe-golden-dir {directory} --moe-models ID "
@@ -180,21 +189,21 @@ def _history(arguments: argparse.Namespace) -> int:
     if arguments.out:
         write_text(arguments.out, text)
     else:
-        print(text, end="")
+        _say(text, end="")
     return 1 if all(release.problem for release in releases) else 0
 
 
 def _models(arguments: argparse.Namespace) -> int:
     from pytest_moe_routing.report.models import page
 
-    print(page(), end="")
+    _say(page(), end="")
     return 0
 
 
 def _faults(arguments: argparse.Namespace) -> int:
     from pytest_moe_routing.report.faults import page
 
-    print(page(), end="")
+    _say(page(), end="")
     return 0
 
 
@@ -205,7 +214,7 @@ def _flashinfer(arguments: argparse.Namespace) -> int:
     packages = [Package.of(path) for path in arguments.path] or [Package.installed()]
     examined = [examine(package) for package in packages]
     for found in examined:
-        print("\n".join(found.lines()))
+        _say("\n".join(found.lines()))
     return int(any(found.differences for found in examined))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_moe_routing.text import printable
+from pytest_moe_routing.escape import printable
 
 
 class MoERoutingError(Exception):

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from packaging.version import Version
+
 from pytest_moe_routing.errors import MoERoutingError
-from pytest_moe_routing.text import one_line, printable, shorten
+from pytest_moe_routing.escape import one_line, printable, shorten
 
 Error = type[MoERoutingError]
 
@@ -22,6 +24,7 @@ Error = type[MoERoutingError]
 _DEPTH = 100
 #: Digits of an integer in JSON: those of 2**63 - 1. `int` of thousands is slow or refused.
 _DIGITS = 19
+_RELEASE_LENGTH = 100
 #: Bytes of a wheel's table of contents: about 100,000 files.
 _DIRECTORY_BYTES = 10_000_000
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
@@ -168,6 +171,17 @@ def _float(digits: str) -> float:
 
 def _constant(name: str) -> float:
     raise _InvalidError(f"found {name}, expected a number")
+
+
+def parse_release(text: str) -> Version:
+    """Parse a release number that somebody else wrote.
+
+    Raises:
+        ValueError: It is none, or longer than any.
+    """
+    if len(text) > _RELEASE_LENGTH:
+        raise ValueError(f"{shorten(text)} is no release")
+    return Version(text)
 
 
 class Archive:

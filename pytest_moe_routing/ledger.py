@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
+from pytest_moe_routing.escape import is_web_address, printable, shorten
+from pytest_moe_routing.inputs import parse_release
 from pytest_moe_routing.models.kinds import Problem, key
 from pytest_moe_routing.models.sections import Section, compose, fail_at, show
 from pytest_moe_routing.oracle.failure import PROPERTY, Failure, failures_of, text_of
@@ -59,7 +61,7 @@ class KnownFailure:
                 yield name, "nothing", "text"
         if self.cause is not None and not self.cause.strip():
             yield "cause", "nothing", "the id of a cause"
-        if self.link is not None and not self.link.startswith(("https://", "http://")):
+        if self.link is not None and not is_web_address(self.link):
             yield "link", repr(self.link), "https://..., where the failure is written about"
         if ":" not in self.target and self.target not in target_names():
             names = ", ".join(target_names())
@@ -70,9 +72,9 @@ class KnownFailure:
                 if (text := getattr(self, name)) is None:
                     continue
                 try:
-                    bounds.append(Version(text))
-                except InvalidVersion:
-                    yield name, repr(text), "a release such as 0.30.0"
+                    bounds.append(parse_release(text))
+                except ValueError:
+                    yield name, shorten(repr(text)), "a release such as 0.30.0"
             if len(bounds) == 2 and bounds[0] >= bounds[1]:
                 yield f"{prefix}until", repr(text), "a release after the one it is known since"
 
@@ -84,7 +86,7 @@ class KnownFailure:
         return not set("*?[") & set(self.case)
 
     def __str__(self) -> str:
-        return f"{self.reason} ({self.link})" if self.link else self.reason
+        return printable(f"{self.reason} ({self.link})" if self.link else self.reason)
 
 
 def load_ledger(file: Path) -> list[KnownFailure]:
@@ -127,11 +129,13 @@ def in_force(
         where = f"{entry.place}: an entry with a range of releases of {target}"
         try:
             found = release()
-            return _is_between(Version(found), entry.since, entry.until)
+            return _is_between(parse_release(found), entry.since, entry.until)
         except Unsupported as error:
             raise MoERoutingError(f"{where}, but {error}") from None
-        except InvalidVersion:
-            raise MoERoutingError(f"{where}, which says only that it is {found!r}") from None
+        except ValueError:
+            raise MoERoutingError(
+                f"{where}, which says only that it is {shorten(repr(found))}"
+            ) from None
 
     return [entry for entry in entries if concerns(entry)]
 

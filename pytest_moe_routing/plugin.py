@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.escape import printable, shorten
 from pytest_moe_routing.session import BUILTIN, MoESession
-from pytest_moe_routing.text import printable, shorten
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -297,36 +297,20 @@ def moe_golden(
     request: pytest.FixtureRequest, moe_model: ModelSpec
 ) -> Callable[[str, dict[str, Any]], None]:
     """`moe_golden(name, data)`: compare with the model's golden, or rewrite it when updating."""
-    from pytest_moe_routing import goldens
+    from pytest_moe_routing.suite import golden
 
     def check(name: str, data: dict[str, Any]) -> None:
         __tracebackhide__ = True
-        if _is_updating(request.config):
-            _update_golden(request, name, data)
+        if not _is_updating(request.config):
+            golden.compare(moe_model, name, data)
             return
         try:
-            path = goldens.golden_path(moe_model.folder, name)
-            found = list(goldens.differences(goldens.read(path), data))
+            _check_update(request.config)
         except MoERoutingError as error:
-            found, path = [str(error)], goldens.golden_path(moe_model.folder, name)
-        if found:
-            pytest.fail(goldens.disagreement(path, found, str(moe_model)), pytrace=False)
+            pytest.fail(str(error), pytrace=False)
+        golden.update(request, name, data)
 
     return check
-
-
-def _update_golden(request: pytest.FixtureRequest, name: str, data: dict[str, Any]) -> None:
-    __tracebackhide__ = True
-    try:
-        _check_update(request.config)
-        from pytest_moe_routing.snapshot import update
-
-        update(request.getfixturevalue("snapshot"), name, data)
-    except MoERoutingError as error:
-        message = str(error)
-    else:
-        return
-    pytest.fail(message, pytrace=False)
 
 
 @pytest.fixture

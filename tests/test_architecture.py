@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 #: A module imports only what stands before its own package, and its own package.
 ORDER = [
-    "text",
+    "escape",
     "errors",
     "inputs",
     "schemes",

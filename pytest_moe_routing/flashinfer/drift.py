@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from pytest_moe_routing.errors import ReleaseError
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import signatures, sources
 from pytest_moe_routing.flashinfer.grammar import KernelCall
 from pytest_moe_routing.flashinfer.package import Package
 from pytest_moe_routing.flashinfer.rules import FlashInfer, known_releases
+from pytest_moe_routing.inputs import parse_release
 
 _ENUM = "RoutingMethodType"
 
@@ -72,9 +74,11 @@ def examine(package: Package) -> Examination:
         ReleaseError: The package cannot be read, or its release has no data.
     """
     try:
-        Version(package.release)
-    except InvalidVersion:
-        raise ReleaseError(f"{package.path}: {package.release!r} is no release") from None
+        parse_release(package.release)
+    except ValueError:
+        raise ReleaseError(
+            f"{package.path}: {shorten(repr(package.release))} is no release"
+        ) from None
     flashinfer = FlashInfer.of(package.release)
     methods = package.enums.get(_ENUM, {})
     unread: list[str] = []

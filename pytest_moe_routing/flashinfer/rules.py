@@ -13,12 +13,14 @@ from functools import cache, cached_property, lru_cache
 from importlib import metadata, resources
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from pytest_moe_routing.errors import ReleaseError
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import signatures
 from pytest_moe_routing.flashinfer.check import check_data
 from pytest_moe_routing.flashinfer.grammar import EntryPoint, KernelCall, Rule, Violation
+from pytest_moe_routing.inputs import parse_release
 from pytest_moe_routing.routing.methods import METHODS, RoutingMethodType
 from pytest_moe_routing.routing.recipe import Recipe
 
@@ -148,10 +150,11 @@ class FlashInfer:
         known = known_releases()
         release = release or installed_release() or known[-1]
         try:
-            place = bisect_right([Version(r) for r in known], Version(release))
-        except InvalidVersion:
+            place = bisect_right([Version(r) for r in known], parse_release(release))
+        except ValueError:
+            found = shorten(repr(release))
             raise ReleaseError(
-                f"FlashInfer release: found {release!r}, expected a number such as {known[-1]}"
+                f"FlashInfer release: found {found}, expected a number such as {known[-1]}"
             ) from None
         if not place:
             raise ReleaseError(f"FlashInfer {release} is older than the oldest known, {known[0]}")

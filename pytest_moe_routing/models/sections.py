@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 import yaml
 
 from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.models.kinds import is_required
 from pytest_moe_routing.models.spec import LISTS, SECTIONS, schema
 from pytest_moe_routing.models.yaml_nodes import compose, construct, show
-from pytest_moe_routing.text import shorten
 
 __all__ = ["Entry", "Section", "compose", "fail_at", "show"]
 

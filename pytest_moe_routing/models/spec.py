@@ -6,6 +6,7 @@ default (if any) makes the key optional. `loader.py` reads it; there is no secon
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -146,6 +147,17 @@ class ExpertsConfig:
             yield "activation_limit", f"{self.activation_limit:g}", "none without a gate"
 
 
+#: Names stand in tables, reports and links, and are to be read there as they are.
+_NAMES: Mapping[str, tuple[str, str]] = {
+    "model": (
+        r"\w[\w .,:+()/-]{0,99}",
+        "a name of at most 100 letters, digits, spaces and .,:+()/-",
+    ),
+    "hf_repo": (r"[\w.-]{1,96}/[\w.-]{1,96}", "owner/name"),
+    "architecture": (r"\w{1,100}", "the name of a class"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Described:
     """What every `golden/<id>/model.yaml` says."""
@@ -169,10 +181,10 @@ class _Described:
         return self.folder.name
 
     def problems(self) -> Iterator[Problem]:
-        if self.hf_repo is not None:
-            owner, _, name = self.hf_repo.partition("/")
-            if not owner or not name or "/" in name:
-                yield "hf_repo", self.hf_repo, "owner/name"
+        for name, (pattern, expected) in _NAMES.items():
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(pattern, value):
+                yield name, repr(value[:60]), expected
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.escape import one_line, shorten
 from pytest_moe_routing.inputs import read_text
-from pytest_moe_routing.text import one_line, shorten
 
 MAX_BYTES = 1_000_000
 #: Values in a file, keys included. A ledger of a thousand entries has 15,000.

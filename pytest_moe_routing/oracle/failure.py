@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
+from pytest_moe_routing.escape import printable
+
 #: The user property in which a test states the causes of its failure.
 PROPERTY = "moe_failures"
 #: Lines of one block, and characters of a line.
@@ -66,7 +68,7 @@ def _listed(start: str, names: Sequence[str]) -> str:
 def text_of(failures: Iterable[Failure], cases: Mapping[str, Iterable[str]] | None = None) -> str:
     """The message of a test that fails for these causes."""
     blocks = (failure.block((cases or {}).get(failure.cause, ())) for failure in failures)
-    return "\n\n".join("\n".join(block) for block in blocks)
+    return printable("\n\n".join("\n".join(block) for block in blocks))
 
 
 def failures_of(properties: Iterable[tuple[str, Any]]) -> list[Failure]:

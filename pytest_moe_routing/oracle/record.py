@@ -13,6 +13,7 @@ from functools import cached_property
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.oracle.finding import Finding
 from pytest_moe_routing.oracle.verdict import Verdict
 
@@ -68,7 +69,8 @@ class _Record:
             try:
                 values[f.name] = _parse(hints[f.name], data[f.name])
             except (TypeError, ValueError, KeyError) as error:
-                raise ValueError(f"{f.name}: found {data[f.name]!r}, expected {error}") from None
+                found = shorten(repr(data[f.name]))
+                raise ValueError(f"{f.name}: found {found}, expected {error}") from None
         return cls(**values)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.escape import excerpt, printable
 
 if TYPE_CHECKING:
     from pytest_moe_routing.oracle.record import Record, VerdictRecord
@@ -134,9 +135,9 @@ class Reporter:
             terminalreporter.section("MoE routing verdicts")
             every = terminalreporter.verbosity > 0
             for line in summary(self.verdicts, every=every):
-                write(line)
+                write(printable(line))
         for path in self.written:
-            write(f"moe-routing: report {path}")
+            write(printable(f"moe-routing: report {path}"))
         for problem in self.problems:
             write(f"moe-routing: {problem}", red=True)
 
@@ -165,6 +166,4 @@ def summary(verdicts: Sequence[VerdictRecord], *, every: bool = False) -> Iterat
 def _message(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
-    lines = report.longreprtext.splitlines()
-    left_out = [f"... {len(lines) - _LINES} more lines"] if len(lines) > _LINES else []
-    return "\n".join(lines[:_LINES] + left_out)
+    return excerpt(report.longreprtext, _LINES)

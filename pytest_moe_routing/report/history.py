@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError, TargetImportError
+from pytest_moe_routing.escape import for_markdown, printable
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.judge import judge, unjudged
 from pytest_moe_routing.oracle.record import VerdictRecord
@@ -114,21 +115,21 @@ def terminal(target: str, releases: Sequence[Release], *, every: bool = False) -
     lines += ["", "totals"]
     for text, reasons in _totals(releases):
         lines += [f"  {text}", *(f"    {reason}" for reason in reasons)]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines)) + "\n"
 
 
 def markdown(target: str, releases: Sequence[Release], *, every: bool = False) -> str:
     """As Markdown."""
     columns = _columns(releases)
     table = matrix.decider_table(columns, every=every)
-    lines = [f"# Verdicts of {target}, release by release", ""]
+    lines = [f"# Verdicts of {for_markdown(target)}, release by release", ""]
     lines += matrix.markdown(table) if table[1:] else ["No verdict differs."]
-    lines += [line for note in _footnotes(releases) for line in ("", matrix.inline(note))]
+    lines += [line for note in _footnotes(releases) for line in ("", for_markdown(note))]
     lines += ["", "## Changes", ""]
-    lines += [f"- {change}" for change in matrix.changes(columns)] or ["None."]
+    lines += [f"- {for_markdown(text)}" for text in matrix.changes(columns)] or ["None."]
     lines += ["", "## Totals", ""]
     for text, reasons in _totals(releases):
-        lines += [f"- {text}", *(f"  - {matrix.inline(reason)}" for reason in reasons)]
+        lines += [f"- {for_markdown(text)}", *(f"  - {for_markdown(reason)}" for reason in reasons)]
     return "\n".join(lines) + "\n"
 
 

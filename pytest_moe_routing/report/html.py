@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
 
+from pytest_moe_routing.escape import for_html, is_web_address
 from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
 from pytest_moe_routing.report import matrix
 from pytest_moe_routing.report.text import MEANINGS, decider, story
@@ -39,7 +39,7 @@ def _body(records: Sequence[Record]) -> Iterator[str]:
     if not records:
         yield "<p>Nothing was judged.</p>"
     for name, verdicts in deciders.items():
-        yield f"<h2>{escape(name)}</h2>\n<p>{escape(matrix.totals(verdicts))}</p>"
+        yield f"<h2>{for_html(name)}</h2>\n<p>{for_html(matrix.totals(verdicts))}</p>"
         yield from _matrix(verdicts)
     if len(deciders) > 1:
         table = matrix.decider_table(deciders)
@@ -53,7 +53,7 @@ def _body(records: Sequence[Record]) -> Iterator[str]:
                 yield from _story("", test.case, test.message.splitlines(), test)
     if deciders:
         yield "<h2>Why</h2>\n<dl>"
-        yield from (f"<dt>{name}<dd>{escape(says)}" for name, says in MEANINGS.items())
+        yield from (f"<dt>{name}<dd>{for_html(says)}" for name, says in MEANINGS.items())
         yield "</dl>"
     for verdicts in deciders.values():
         for record in verdicts:
@@ -67,14 +67,14 @@ def _matrix(verdicts: Sequence[VerdictRecord]) -> Iterator[str]:
     found = {(v.model, v.scheme): v for v in verdicts}
     yield "<table>\n" + _row("th", header)
     for row in rows:
-        cells = [f"<td>{escape(row[0])}"]
+        cells = [f"<td>{for_html(row[0])}"]
         for scheme, text in zip(header[1:], row[1:], strict=True):
             record = found.get((row[0], scheme))
             if record is None:
-                cells.append(f"<td>{escape(text)}")
+                cells.append(f"<td>{for_html(text)}")
                 continue
-            link = f'<a href="#{escape(_anchor(record))}">{escape(text)}</a>'
-            cells.append(f'<td class="{escape(record.verdict.replace(" ", "-"))}">{link}')
+            link = f'<a href="#{for_html(_anchor(record))}">{for_html(text)}</a>'
+            cells.append(f'<td class="{for_html(record.verdict.replace(" ", "-"))}">{link}')
         yield "<tr>" + "".join(cells)
     yield "</table>"
 
@@ -87,7 +87,7 @@ def _table(table: matrix.Table) -> Iterator[str]:
 
 
 def _row(tag: str, texts: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(text)}" for text in texts)
+    return "<tr>" + "".join(f"<{tag}>{for_html(text)}" for text in texts)
 
 
 def _anchor(record: VerdictRecord) -> str:
@@ -97,16 +97,16 @@ def _anchor(record: VerdictRecord) -> str:
 
 def _story(anchor: str, title: str, lines: Sequence[str], record: Record) -> Iterator[str]:
     unfolded = " open" if record.outcome == "failed" else ""
-    yield f"<details{unfolded}><summary>{escape(title)}</summary>"
+    yield f"<details{unfolded}><summary>{for_html(title)}</summary>"
     if record.known:
-        link, reason = record.known.link, escape(record.known.reason)
+        link, reason = record.known.link, for_html(record.known.reason)
         # Nothing but the web: a merged file may hold anything.
-        is_web = link.startswith(("https://", "http://"))
+        is_web = is_web_address(link)
         yield (
-            f'<p>Known: <a href="{escape(link)}">{reason}</a></p>'
+            f'<p>Known: <a href="{for_html(link)}">{reason}</a></p>'
             if is_web
             else f"<p>Known: {reason}</p>"
         )
     # Inside, so that following a link to it unfolds it.
-    place = f' id="{escape(anchor)}"' if anchor else ""
-    yield f"<pre{place}>{escape(chr(10).join(lines))}</pre></details>"
+    place = f' id="{for_html(anchor)}"' if anchor else ""
+    yield f"<pre{place}>{for_html(chr(10).join(lines))}</pre></details>"

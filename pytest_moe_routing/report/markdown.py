@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pytest_moe_routing.escape import (
+    for_html,
+    for_markdown,
+    is_web_address,
+    one_line,
+    printable,
+)
 from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
 from pytest_moe_routing.report import matrix
 from pytest_moe_routing.report.text import story, title
@@ -21,7 +28,7 @@ def _lines(records: Sequence[Record]) -> Iterator[str]:
     if not records:
         yield from ("", "Nothing was judged.")
     for name, verdicts in deciders.items():
-        yield from ("", f"## {matrix.inline(name)}", "", matrix.totals(verdicts), "")
+        yield from ("", f"## {for_markdown(name)}", "", for_markdown(matrix.totals(verdicts)), "")
         yield from matrix.markdown(matrix.scheme_table(verdicts))
     if len(deciders) > 1:
         table = matrix.decider_table(deciders)
@@ -44,15 +51,17 @@ def _lines(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _folded(title: str, lines: Sequence[str]) -> Iterator[str]:
+    shown = printable("\n".join(lines)).split("\n")
     # A fence longer than any run of backticks in the text.
     fence = "```"
-    while any(fence in line for line in lines):
+    while any(fence in line for line in shown):
         fence += "`"
     yield from (
-        f"<details><summary>{matrix.inline(title)}</summary>",
+        # A block of HTML: Markdown is not read in it.
+        f"<details><summary>{for_html(one_line(title))}</summary>",
         "",
         f"{fence}text",
-        *lines,
+        *shown,
         fence,
         "",
     )
@@ -61,4 +70,6 @@ def _folded(title: str, lines: Sequence[str]) -> Iterator[str]:
 
 def _known(record: Record) -> Iterator[str]:
     if record.known:
-        yield from (matrix.inline(f"Known: {record.known.reason} ({record.known.link})"), "")
+        link = record.known.link
+        shown = f"<{link}>" if is_web_address(link) else for_markdown(link)
+        yield from (f"Known: {for_markdown(record.known.reason)} ({shown})", "")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
+from pytest_moe_routing.escape import for_markdown, one_line
+from pytest_moe_routing.inputs import parse_release
 from pytest_moe_routing.oracle.record import TestRecord, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import decider
@@ -31,8 +33,8 @@ def _release_order(record: VerdictRecord) -> tuple[object, ...]:
 def version_order(release: str) -> tuple[bool, Version, str]:
     """A key that sorts releases by age, and what is no release after them."""
     try:
-        return (False, Version(release), "")
-    except InvalidVersion:
+        return (False, parse_release(release), "")
+    except ValueError:
         return (True, Version("0"), release)
 
 
@@ -145,23 +147,19 @@ def test_table(tests: Sequence[TestRecord]) -> Table:
 
 def aligned(table: Table) -> list[str]:
     """The lines of a table for a terminal."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    shown = [list(map(one_line, row)) for row in table]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return [
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
+        for row in shown
     ]
-
-
-def inline(text: str) -> str:
-    """Text that Markdown does not take for HTML, on one line."""
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").split("\n"))
 
 
 def markdown(table: Table) -> list[str]:
     """The lines of a table for Markdown."""
 
     def line(row: Iterable[str]) -> str:
-        return "| " + " | ".join(inline(text).replace("|", "\\|") for text in row) + " |"
+        return "| " + " | ".join(map(for_markdown, row)) + " |"
 
     header, *rows = table
     return [line(header), "|" + "---|" * len(header), *map(line, rows)]

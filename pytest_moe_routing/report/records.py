@@ -7,9 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.escape import shorten
+from pytest_moe_routing.inputs import parse_json, read_text
 from pytest_moe_routing.oracle.record import KINDS, Record
 
 FORMAT = 2
+#: A run of every model against one target writes 1 MB, and 3 kB in a line.
+MAX_BYTES = 30_000_000
+_MAX_LINE = 2_000_000
 
 
 def dump(records: Iterable[Record]) -> str:
@@ -24,31 +29,31 @@ def load(file: Path) -> list[Record]:
     Raises:
         MoERoutingError: The file cannot be read, or a line in it is no record.
     """
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise MoERoutingError(f"{file}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise MoERoutingError(f"{file}: found bytes that are not UTF-8 text") from error
+    lines = read_text(file, MAX_BYTES).split("\n")
     return [_parse(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
 
 
 def _parse(line: str, where: str) -> Record:
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise MoERoutingError(f"{where}: not valid JSON: {error}") from error
+    if len(line) > _MAX_LINE:
+        size = f"{len(line)} characters"
+        raise MoERoutingError(f"{where}: found {size}, expected at most {_MAX_LINE}")
+    data = parse_json(line, where)
     found = data.get("format") if isinstance(data, dict) else None
     if found != FORMAT:
-        raise MoERoutingError(f"{where}: format: found {found!r}, expected {FORMAT}")
+        raise MoERoutingError(f"{where}: format: found {_show(found)}, expected {FORMAT}")
     kind = KINDS.get(str(data.get("kind")))
     if kind is None:
         kinds = " or ".join(KINDS)
-        raise MoERoutingError(f"{where}: kind: found {data.get('kind')!r}, expected {kinds}")
+        shown = _show(data.get("kind"))
+        raise MoERoutingError(f"{where}: kind: found {shown}, expected {kinds}")
     try:
         return kind.of(data)
     except ValueError as error:
         raise MoERoutingError(f"{where}: {error}") from None
+
+
+def _show(value: object) -> str:
+    return shorten(repr(value))
 
 
 def merge(files: Iterable[Path]) -> list[Record]:
@@ -66,7 +71,9 @@ def merge(files: Iterable[Path]) -> list[Record]:
             if places := _conflicts(before, record):
                 raise MoERoutingError(
                     f"{first} and {file} disagree on {' '.join(filter(None, record.key[1:]))}: "
-                    + "; ".join(f"{name}: {one!r} or {other!r}" for name, one, other in places)
+                    + "; ".join(
+                        f"{name}: {_show(one)} or {_show(other)}" for name, one, other in places
+                    )
                 )
     return list(merged.values())
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from pytest_moe_routing.errors import TargetNotInstalled, UnknownTarget
+from pytest_moe_routing.inputs import parse_release
 
 _FLASHINFER = "flashinfer-python"
 
@@ -160,7 +161,7 @@ def _known_pin(package: str, version: str) -> str | None:
     text = resources.files(__package__).joinpath(package, "pins.yaml")
     pins: dict[str, str] = yaml.safe_load(text.read_text("utf-8")) if text.is_file() else {}
     try:
-        place = bisect_right([Version(release) for release in pins], Version(version))
-    except InvalidVersion:
+        place = bisect_right([Version(release) for release in pins], parse_release(version))
+    except ValueError:
         return None
     return list(pins.values())[place - 1] if place else None

@@ -38,6 +38,20 @@ def shorten(text: str, width: int = _WIDTH) -> str:
     return one_line(text if len(text) <= width else text[: width - 3] + "...")
 
 
+def excerpt(text: str, lines: int, width: int = 1000) -> str:
+    """Return the beginning of each of the first lines; says what is left out."""
+    found = text.splitlines()
+    shown = [line if len(line) <= width else line[:width] + " ..." for line in found[:lines]]
+    if len(found) > lines:
+        shown.append(f"... {len(found) - lines} more lines")
+    return "\n".join(shown)
+
+
+def is_web_address(text: str) -> bool:
+    """Return whether the text is an address of the web, safe to be the target of a link."""
+    return text.isprintable() and re.fullmatch(r"https?://[^\s<>\\]+", text) is not None
+
+
 def for_html(text: str) -> str:
     """Return the text as the content of an HTML element or quoted attribute."""
     return html.escape(printable(text))

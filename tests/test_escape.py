@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_moe_routing.errors import ModelError
-from pytest_moe_routing.text import for_html, for_markdown, one_line, printable, shorten
+from pytest_moe_routing.escape import for_html, for_markdown, one_line, printable, shorten
 
 HOSTILE = [
     "\x1b[2J\x1b[31mred",

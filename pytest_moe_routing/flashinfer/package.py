@@ -9,15 +9,19 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from pytest_moe_routing.errors import ReleaseError
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer.signatures import each_parameter
+from pytest_moe_routing.inputs import Archive, read_text
+
+#: The largest files that are read: the Python entry points, and the kernels' sources.
+MAX_PYTHON = 1_000_000
+MAX_BYTES = 4_000_000
 
 #: Where Python enums and entry points have been, newest place first.
 _ENUM_FILES = ("tllm_enums.py", "fused_moe/core.py")
@@ -36,7 +40,7 @@ class Package:
     """
 
     path: Path
-    root: Path | zipfile.Path
+    root: Path | Archive
 
     @classmethod
     def of(cls, path: Path) -> Package:
@@ -45,13 +49,11 @@ class Package:
         Raises:
             ReleaseError: There is nothing at the path, or no flashinfer-python.
         """
-        if path.is_dir():
-            roots: list[Path | zipfile.Path] = [path, path.parent]
-        elif zipfile.is_zipfile(path):
-            roots = [zipfile.Path(path)]
-        else:
-            what = "no wheel and no folder" if path.exists() else "no such file"
-            raise ReleaseError(f"{path}: {what}")
+        if not path.exists():
+            raise ReleaseError(f"{path}: no such file")
+        roots: list[Path | Archive] = [path, path.parent]
+        if not path.is_dir():
+            roots = [Archive(path, ReleaseError)]
         for root in roots:
             package = cls(path, root)
             if package.read("fused_moe/core.py") is not None:
@@ -83,11 +85,11 @@ class Package:
         return self._text(f"flashinfer/data/{name}") or self._text(name)
 
     def _text(self, name: str) -> str | None:
-        file = self.root.joinpath(*name.split("/"))
-        try:
-            return file.read_text(encoding="utf-8") if file.is_file() else None
-        except (OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ReleaseError(f"{self.path}: {name} cannot be read: {error}") from None
+        limit = MAX_PYTHON if name.endswith(".py") else MAX_BYTES
+        if isinstance(self.root, Archive):
+            return self.root.read_text(name, limit) if name in self.root.names else None
+        file = self.root / name
+        return read_text(file, limit, ReleaseError) if file.exists() else None
 
     @cached_property
     def release(self) -> str:
@@ -104,8 +106,9 @@ class Package:
         text = self.read(name)
         try:
             return ast.parse(text or "")
-        except SyntaxError as error:
-            raise ReleaseError(f"{self.path}: flashinfer/{name}: {error}") from None
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            found = shorten(str(error), 200) or type(error).__name__
+            raise ReleaseError(f"{self.path}: flashinfer/{name}: not Python: {found}") from None
 
     @cached_property
     def enums(self) -> Mapping[str, Mapping[str, int]]:

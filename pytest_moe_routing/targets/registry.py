@@ -12,6 +12,7 @@ from pytest_moe_routing.errors import (
     TargetImportError,
     UnknownTarget,
 )
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.targets.framework import FrameworkTarget
@@ -110,7 +111,7 @@ def locate(target: TargetId) -> Located:
             raise UnknownTarget(f"target {str(target)!r}: {target.name} takes no @PATH")
         return Located(target, cls, None)
     if target.path is not None:
-        return Located(target, cls, Source.at(cls.package, target.path))
+        return Located(target, cls, Source.at(cls.package, target.path, cls.distributions))
     return Located(target, cls, Source.installed(cls.package, cls.distributions))
 
 
@@ -132,7 +133,7 @@ def _class(target: TargetId) -> type[Target]:
         found = getattr(import_module(module), name, None)
     except ModuleNotFoundError as error:
         raise UnknownTarget(f"unknown target {str(target)!r}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Whatever a foreign module raises while it is imported is its own failure, not ours.
         raise _fails(target, error) from error
     if found is None:
@@ -146,7 +147,6 @@ def _checked(target: TargetId, cls: object) -> type[Target]:
     return cls
 
 
-def _fails(target: TargetId, error: Exception) -> TargetImportError:
-    return TargetImportError(
-        f"target {str(target)!r} fails to import: {type(error).__name__}: {error}"
-    )
+def _fails(target: TargetId, error: BaseException) -> TargetImportError:
+    message = shorten(f"{type(error).__name__}: {error}", 500)
+    return TargetImportError(f"target {str(target)!r} fails to import: {message}")

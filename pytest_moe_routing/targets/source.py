@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,9 +15,13 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from pytest_moe_routing.errors import TargetNotInstalled, UnknownTarget
-from pytest_moe_routing.inputs import parse_release
+from pytest_moe_routing.inputs import Archive, parse_release, read_bytes, read_text
 
 _FLASHINFER = "flashinfer-python"
+#: The largest METADATA seen, with a README in it, has 60 kB.
+_MAX_BYTES = 2_000_000
+#: The largest Python file seen, a generated one, has 1 MB.
+_MAX_SOURCE = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -59,45 +62,45 @@ class Source:
         return _contains(self.root, package, word)
 
     @classmethod
-    def at(cls, package: str, path: Path) -> Source:
+    def at(cls, package: str, path: Path, distributions: tuple[str, ...] = ()) -> Source:
         """The sources in a wheel file, an unpacked wheel or a checkout.
+
+        Args:
+            distributions: Names of the distributions that contain the package, besides its own.
 
         Raises:
             UnknownTarget: There is nothing there, or no such package in it.
         """
         if not path.exists():
             raise UnknownTarget(f"target {package}@{path}: no such file or directory")
-        if path.is_file():
-            return cls._of_wheel(package, path)
+        if not path.is_dir():
+            return cls._of_wheel(package, path, distributions)
         for root in (path, path / "python"):
             if (root / package / "__init__.py").is_file():
-                texts = [file.read_text("utf-8") for file in root.glob("*.dist-info/METADATA")]
-                version = _version(texts) or _scm_version(root / package) or path.resolve().name
-                lines = (line for text in texts for line in text.splitlines())
-                pin = _pin(_requirements(lines, path)) or _known_pin(package, version)
-                return cls(root, version, pin)
+                names = [f"{folder.name}/METADATA" for folder in root.glob("*.dist-info")]
+                name = _one_of(names, (package, *distributions), f"target {package}@{path}")
+                text = read_text(root / name, _MAX_BYTES, UnknownTarget) if name else ""
+                version = _version(text) or _scm_version(root / package) or path.resolve().name
+                stated = [*_requirements(text), *_requirements_of_checkout(path)]
+                return cls(root.absolute(), version, _pin(stated) or _known_pin(package, version))
         raise UnknownTarget(
             f"target {package}@{path}: found no {package}/__init__.py, expected a wheel, an "
             f"unpacked wheel or a checkout of {package}"
         )
 
     @classmethod
-    def _of_wheel(cls, package: str, path: Path) -> Source:
-        try:
-            with zipfile.ZipFile(path) as wheel:
-                names = wheel.namelist()
-                texts = [
-                    wheel.read(name).decode("utf-8")
-                    for name in names
-                    if name.endswith(".dist-info/METADATA")
-                ]
-        except zipfile.BadZipFile:
-            raise UnknownTarget(f"target {package}@{path}: found no wheel file") from None
-        if f"{package}/__init__.py" not in names:
-            raise UnknownTarget(f"target {package}@{path}: found no {package}/__init__.py in it")
-        version = _version(texts) or path.stem
-        lines = (line for text in texts for line in text.splitlines())
-        return cls(path, version, _pin(_requirements(lines)) or _known_pin(package, version))
+    def _of_wheel(cls, package: str, path: Path, distributions: tuple[str, ...]) -> Source:
+        with Archive(path, UnknownTarget) as wheel:
+            if f"{package}/__init__.py" not in wheel.names:
+                raise UnknownTarget(
+                    f"target {package}@{path}: found no {package}/__init__.py in it"
+                )
+            names = [n for n in wheel.names if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
+            name = _one_of(names, (package, *distributions), f"target {package}@{path}")
+            text = wheel.read_text(name, _MAX_BYTES) if name else ""
+        version = _version(text) or path.stem
+        pin = _pin(_requirements(text)) or _known_pin(package, version)
+        return cls(path.absolute(), version, pin)
 
 
 @cache
@@ -105,36 +108,56 @@ def _contains(root: Path, package: str, word: str) -> bool:
     """Read every Python file of a package; once in a run, as there are thousands of them."""
     text = word.encode()
     if root.is_file():
-        with zipfile.ZipFile(root) as wheel:
-            files = (n for n in wheel.namelist() if n.startswith(f"{package}/") and n[-3:] == ".py")
-            return any(text in wheel.read(name) for name in files)
-    return any(text in file.read_bytes() for file in (root / package).rglob("*.py"))
+        with Archive(root, UnknownTarget) as wheel:
+            files = [n for n in wheel.names if n.startswith(f"{package}/") and n.endswith(".py")]
+            return any(text in wheel.read_bytes(name, _MAX_SOURCE) for name in files)
+    return any(
+        text in read_bytes(file, _MAX_SOURCE, UnknownTarget)
+        for file in (root / package).rglob("*.py")
+    )
 
 
-def _version(texts: list[str]) -> str | None:
-    found = [m[1] for text in texts if (m := re.search(r"^Version: (\S+)$", text, re.MULTILINE))]
-    return found[0] if found else None
+def _one_of(names: list[str], known: Iterable[str], where: str) -> str | None:
+    """Return the METADATA of the framework; a site-packages has those of many others.
+
+    Raises:
+        UnknownTarget: Several may be the one.
+    """
+    if len(names) > 1:
+        distributions = {canonicalize_name(name) for name in known}
+        names = [n for n in names if canonicalize_name(n.partition("-")[0]) in distributions]
+    if len(names) > 1:
+        raise UnknownTarget(f"{where}: found {len(names)} dist-info folders of it, expected one")
+    return names[0] if names else None
+
+
+def _version(text: str) -> str | None:
+    found = re.search(r"^Version: (\S{1,100})\r?$", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _scm_version(package: Path) -> str | None:
     """The version that setuptools-scm wrote, when it did."""
     file = package / "_version.py"
-    text = file.read_text("utf-8") if file.is_file() else ""
+    text = read_text(file, _MAX_BYTES, UnknownTarget) if file.exists() else ""
     found = re.search(
-        r"^(?:__version__ = )?(?:version = )?[\"']([\w.+]+)[\"']$", text, re.MULTILINE
+        r"^(?:__version__ = )?(?:version = )?[\"']([\w.+]{1,100})[\"']$", text, re.MULTILINE
     )
     return found[1] if found else None
 
 
-def _requirements(lines: Iterator[str], checkout: Path | None = None) -> Iterator[str]:
-    for line in lines:
+def _requirements(text: str) -> Iterator[str]:
+    for line in text.splitlines():
         if line.startswith("Requires-Dist: "):
             yield line.removeprefix("Requires-Dist: ")
-    if checkout is not None:
-        for name in ("requirements/cuda.txt", "requirements-cuda.txt", "python/pyproject.toml"):
-            file = checkout / name
-            if file.is_file():
-                yield from (part.strip(' ",') for part in file.read_text("utf-8").splitlines())
+
+
+def _requirements_of_checkout(checkout: Path) -> Iterator[str]:
+    for name in ("requirements/cuda.txt", "requirements-cuda.txt", "python/pyproject.toml"):
+        file = checkout / name
+        if file.exists():
+            text = read_text(file, _MAX_BYTES, UnknownTarget)
+            yield from (part.strip(' ",') for part in text.splitlines())
 
 
 def _pin(requirements: Iterable[str]) -> str | None:

@@ -1,37 +1,221 @@
-"""The child's side of a probe: answers questions on stdin, one JSON object a line.
+"""The child's side of a probe: runs the code that is judged, and answers questions about it.
 
-Whatever the framework prints goes to stderr: the answers have their own copy of stdout.
+Everything that answering needs is bound before a framework is imported, so that what a framework
+patches, prints, closes or leaves running reaches no answer.
 """
 
 from __future__ import annotations
 
-import json
+import faulthandler
 import os
+import select
+import shutil
+import signal
+import struct
 import sys
-import traceback
+import threading
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from json import JSONDecoder, JSONEncoder
+from pathlib import Path
+from queue import SimpleQueue
+from traceback import format_exception
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.escape import excerpt
+
+#: Before each message: a mark, its number, and the bytes that follow.
+HEADER = struct.Struct(">4sIQ")
+MARK = b"MoE\n"
+#: In the folder of a child: its standard error, where it was at the deadline, and its home.
+LOG, STACK, HOME = "log", "stack", "home"
+#: Lines of an exception's text and characters of each that are told.
+_LINES, _WIDTH = 30, 500
+#: The largest file that judged code may write: its log is one.
+_FILE_BYTES = 64_000_000
+#: Processes and threads that judged code may add to those of the user.
+_TASKS = 4096
+
+#: The one channel of this process. It is opened before a framework's module, which calls `serve`,
+#: is imported.
+_channel: _Channel | None = None
+
+
+class _Channel:
+    """Requests from the parent and answers to it, on descriptors that no other process gets.
+
+    Args:
+        seconds: After which a question's stack is written, if it is not answered by then.
+        stack: Where.
+    """
+
+    def __init__(self, seconds: float, stack: Path) -> None:
+        self._requests, self._answers = os.dup(0), os.dup(1)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        # What a framework prints goes to the log.
+        os.dup2(2, 1)
+        self._seconds = seconds
+        self._stack = stack.open("wb")
+        self._waiting: SimpleQueue[tuple[int, bytes]] = SimpleQueue()
+        self._read, self._write, self._exit = os.read, os.write, os._exit
+        self._later, self._cancel = (
+            faulthandler.dump_traceback_later,
+            faulthandler.cancel_dump_traceback_later,
+        )
+        # Now, as code that holds the interpreter's lock would keep `_listen` from doing it.
+        self._later(seconds, file=self._stack)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._close)
+        threading.Thread(target=self._listen, name="moe-routing", daemon=True).start()
+
+    def _close(self) -> None:
+        for descriptor in (self._requests, self._answers):
+            os.close(descriptor)
+
+    def _listen(self) -> None:
+        """Take requests, whatever the main thread does."""
+        while (message := self._message()) is not None:
+            self._later(self._seconds, file=self._stack)
+            self._waiting.put(message)
+        # The parent is gone.
+        self._exit(0)
+
+    def _message(self) -> tuple[int, bytes] | None:
+        header = self._bytes(HEADER.size)
+        if header is None:
+            return None
+        _, number, size = HEADER.unpack(header)
+        data = self._bytes(size)
+        return None if data is None else (number, data)
+
+    def _bytes(self, size: int) -> bytes | None:
+        data = b""
+        while len(data) < size:
+            more = self._read(self._requests, size - len(data))
+            if not more:
+                return None
+            data += more
+        return data
+
+    def next(self) -> tuple[int, bytes]:
+        """Wait for a request."""
+        return self._waiting.get()
+
+    def answer(self, number: int, data: bytes) -> None:
+        """Send an answer."""
+        self._cancel()
+        message = memoryview(HEADER.pack(MARK, number, len(data)) + data)
+        while message:
+            message = message[self._write(self._answers, message) :]
+
+
+def main() -> None:
+    """Open the channel, take on the limits, and run the module that serves.
+
+    The command line is a mapping of settings as JSON, the module and the module's own arguments.
+    """
+    global _channel
+    settings = JSONDecoder().decode(sys.argv[1])
+    module, sys.argv = sys.argv[2], sys.argv[2:]
+    folder = Path(settings["folder"])
+    _guard(folder)
+    faulthandler.enable(all_threads=False)
+    _channel = _Channel(settings["seconds"], folder / STACK)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    _limit(settings["memory"])
+    warnings.simplefilter("ignore")
+    # What a module leaves to run at the end, or in threads, must not keep the parent waiting.
+    try:
+        import_module(module).main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException as error:
+        sys.stderr.write("".join(format_exception(error, limit=-3)))
+        code = 1
+    else:
+        code = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _guard(folder: Path) -> None:
+    """Leave a process behind that ends this group of processes when the parent is gone.
+
+    Not a thread, as this process may be stopped, or hold the interpreter's lock for ever.
+    """
+    if not hasattr(os, "fork") or os.getpgrp() != os.getpid() or os.fork():
+        return
+    os.close(1)
+    requests = select.poll()
+    # Nothing to read is of interest, only that there is nobody to write.
+    requests.register(0, 0)
+    requests.poll()
+    shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _limit(memory: int) -> None:
+    """Take on the limits that the system has."""
+    try:
+        import resource
+    except ImportError:
+        return
+    wanted = {"DATA": memory, "CORE": 0, "FSIZE": _FILE_BYTES}
+    # The limit counts all processes of a user, and does not hold for root.
+    if hasattr(os, "getuid") and os.getuid() and (tasks := _tasks(os.getuid())):
+        wanted["NPROC"] = tasks + _TASKS
+    for name, value in wanted.items():
+        kind = getattr(resource, f"RLIMIT_{name}", None)
+        if kind is None:
+            continue
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def _tasks(user: int) -> int:
+    """Count the processes and threads of a user; 0 where the system does not tell."""
+    count = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if process.stat().st_uid == user:
+                count += len(os.listdir(process / "task"))  # noqa: PTH208
+        except OSError:
+            continue
+    return count
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
-    """Answer `{"question": name, ...arguments}` with `handlers[name](**arguments)` until EOF.
+    """Answer `{"question": name, "arguments": {...}}` with `handlers[name](**arguments)`.
 
-    The answer is `{"answer": ...}`, `{"unsupported": reason}` or `{"error": its last lines}`.
+    The answer is `{"answer": ...}`, `{"unsupported": reason}` or `{"error": the end of its
+    traceback}`. Does not return.
     """
-    warnings.simplefilter("ignore")
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        arguments = json.loads(line)
+    assert _channel is not None
+    decode, encode = JSONDecoder().decode, JSONEncoder().encode
+    while True:
+        number, data = _channel.next()
+        request = decode(data.decode("utf-8"))
         try:
-            reply = {"answer": handlers[arguments.pop("question")](**arguments)}
+            reply = {"answer": handlers[request["question"]](**request["arguments"])}
+            text = encode(reply)
         except Unsupported as reason:
-            reply = {"unsupported": str(reason)}
-        except Exception:
+            text = encode({"unsupported": excerpt(str(reason), _LINES, _WIDTH)})
+        except Exception as error:
             # The framework's failure is an answer too.
-            reply = {"error": traceback.format_exc(limit=-3)}
-        answers.write(json.dumps(reply) + "\n")
-        answers.flush()
+            text = encode({"error": _told(error)})
+        _channel.answer(number, text.encode("utf-8"))
+
+
+def _told(error: Exception) -> str:
+    try:
+        lines = "".join(format_exception(error, limit=-3))
+    except Exception:
+        # Its own text may be what fails.
+        return type(error).__name__
+    return excerpt(lines, _LINES, _WIDTH)

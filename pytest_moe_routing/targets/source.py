@@ -50,7 +50,7 @@ class Source:
                 found = metadata.distribution(distribution)
             except metadata.PackageNotFoundError:
                 continue
-            root = Path(str(found.locate_file("")))
+            root = Path(str(found.locate_file(""))).absolute()
             pin = _pin(found.requires or ()) or _known_pin(package, found.version)
             return cls(root, found.version, pin)
         raise TargetNotInstalled(

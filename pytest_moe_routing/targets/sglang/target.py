@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from functools import cache, cached_property
 from importlib import resources
-from typing import Any
+from typing import Any, TypedDict
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -49,6 +49,31 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
     return {**values, **data["published"].get(model.architecture, {})}
 
 
+class _Call(TypedDict, total=False):
+    """The call of the kernel, if there is one."""
+
+    function: str
+    arguments: dict[str, Any]
+    logits_dtype: str
+    scale_after: float
+
+
+class _Answer(_Call):
+    place: str
+    declared: str | None
+    refused: str | None
+    failed: str | None
+    by_choice: bool
+
+
+#: The type of each answer of the child.
+_ANSWERS: Mapping[str, Any] = {
+    "method_numbers": dict[str, int],
+    "accepted_quantizations": list[str | None] | None,
+    "capture": _Answer,
+}
+
+
 class SglangTarget(FrameworkTarget):
     """The SGLang of this environment, or at `sglang@PATH`.
 
@@ -64,7 +89,7 @@ class SglangTarget(FrameworkTarget):
         super().__init__(flashinfer, source)
         module = "pytest_moe_routing.targets.sglang.probe.main"
         name = f"{self.name} {source.version}"
-        self._probe = Probe(name, module, str(source.root), flashinfer.release)
+        self._probe = Probe(name, module, str(source.root), flashinfer.release, answers=_ANSWERS)
         self._answers: dict[str, dict[str, Any] | Unsupported] = {}
 
     def close(self) -> None:

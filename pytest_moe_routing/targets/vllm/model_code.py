@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
@@ -18,6 +18,30 @@ from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.source import Source
 
 _CHILD = "pytest_moe_routing.targets.vllm.probe.blocks"
+
+
+class _Asked(TypedDict):
+    """The arguments with which vLLM's model code makes its MoE layer, and what goes around it."""
+
+    block: str
+    num_experts: int
+    top_k: int
+    scoring_func: str
+    renormalize: bool
+    use_grouped_topk: bool | None
+    num_expert_group: int | None
+    topk_group: int | None
+    routed_scaling_factor: float | None
+    apply_routed_scale_to_output: bool | None
+    apply_router_weight_on_input: bool | None
+    bias_dtype: str | None
+    router_logits_dtype: str | None
+    logits_dtype: str
+    gate_dtypes: list[str]
+    output_factor: float
+    shared_experts: bool
+    custom_routing: str | None
+    custom_problem: str | None
 
 
 @cache
@@ -32,7 +56,7 @@ class ModelCode:
     """The models of one vLLM, in a process that has imported all of it."""
 
     def __init__(self, source: Source) -> None:
-        self._probe = Probe("vllm", _CHILD, str(source.root))
+        self._probe = Probe("vllm", _CHILD, str(source.root), answers={"layer_request": _Asked})
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """What a model's MoE block asks of its MoE layer.

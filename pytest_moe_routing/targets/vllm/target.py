@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
@@ -25,6 +25,44 @@ from pytest_moe_routing.targets.vllm.model_code import ModelCode
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 
 
+class _Raised(TypedDict):
+    type: str
+    message: str
+    where: str
+
+
+class _End(TypedDict, total=False):
+    """A call ends in a kernel, or in an exception."""
+
+    function: str
+    arguments: dict[str, Any]
+    raised: _Raised
+
+
+class _Call(_End):
+    by: str
+    shards: int
+
+
+class _RoutedCalls(TypedDict):
+    calls: list[_Call]
+    intermediate_size: int
+
+
+class _Calls(_RoutedCalls):
+    router_factor: float
+
+
+#: The type of each answer of the child.
+_ANSWERS: Mapping[str, Any] = {
+    "numbers": dict[str, int],
+    "classify": list[str],
+    "gates": list[tuple[str, bool, str] | tuple[str, bool, str, bool]],
+    "capture": _Calls,
+    "capture_modular": _RoutedCalls,
+}
+
+
 class VllmTarget(FrameworkTarget):
     """One release of vLLM, beside one of FlashInfer."""
 
@@ -35,7 +73,9 @@ class VllmTarget(FrameworkTarget):
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
         module = "pytest_moe_routing.targets.vllm.probe.main"
-        self._probe = Probe(str(self), module, str(source.root), flashinfer.release)
+        self._probe = Probe(
+            str(self), module, str(source.root), flashinfer.release, answers=_ANSWERS
+        )
         self._model_code = ModelCode(source)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """Builds and runs a model's MoE block as SGLang's own code does, up to FlashInfer's entry point.
 
-`python -m pytest_moe_routing.targets.sglang.probe.main ROOT FLASHINFER` answers; see `world`.
+It is run by `targets.server` with the arguments ROOT FLASHINFER; see `world`.
 """
 
 from __future__ import annotations
@@ -327,7 +327,3 @@ def main() -> None:
     blocks = Blocks(root, FlashInfer.of(release))
     names = ("method_numbers", "accepted_quantizations", "capture")
     serve({name: getattr(blocks, name) for name in names})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Builds a model's MoE block as vLLM's model code does, with a layer that records what it is asked.
 
 For a process of its own: vLLM is told that it runs on a CPU, a group of one process is made, and
-the models' modules are patched. `python -m pytest_moe_routing.targets.vllm.probe.blocks` answers.
+the models' modules are patched. It is run by `targets.server`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pytest_moe_routing.errors import RecipeError, Unsupported
 from pytest_moe_routing.logits import make
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
+from pytest_moe_routing.targets.server import serve
 
 #: Names under which releases have had the MoE layer.
 _LAYERS = ("FusedMoEFactory", "SharedFusedMoE", "FusedMoE")
@@ -354,9 +355,7 @@ def _run(block: nn.Module, hidden_size: int) -> Tensor:
     return output
 
 
-if __name__ == "__main__":
-    from pytest_moe_routing.targets.server import serve
-
+def main() -> None:
     # Where the release lies, before any other that is installed.
     sys.path.insert(0, sys.argv[1])
     serve({"layer_request": layer_request})

@@ -1,6 +1,6 @@
 """The child of the vLLM target.
 
-`python -m pytest_moe_routing.targets.vllm.probe.main ROOT FLASHINFER` serves questions about the
+It is run by `targets.server` with the arguments ROOT FLASHINFER, and serves questions about the
 vLLM in ROOT, a directory or a wheel, beside that release of FlashInfer.
 """
 
@@ -27,7 +27,3 @@ def main() -> None:
             "capture_modular": vllm_capture.capture_modular,
         }
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -174,23 +174,3 @@ def _same(golden: Any, now: Any) -> bool:
 def _brief(value: Any) -> str:
     text = json.dumps(_storable(value))
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-def disagreement(path: Path, found: Sequence[str], model: str) -> str:
-    """The message of a golden that disagrees, and how to accept the change.
-
-    Args:
-        found: What differs, a line for each place.
-        model: The id of the golden's model.
-    """
-    places = "1 place" if len(found) == 1 else f"{len(found)} places"
-    more = [f"  ... and {len(found) - 20} more"] if len(found) > 20 else []
-    return "\n".join(
-        [
-            f"{path} disagrees in {places}:",
-            *(f"  {line}" for line in found[:20]),
-            *more,
-            "If the change is meant, review it and accept it with:",
-            f"  pytest --moe-golden --moe-models {model} --snapshot-update",
-        ]
-    )

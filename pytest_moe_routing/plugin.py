@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
-from pytest_moe_routing.escape import printable, shorten
+from pytest_moe_routing.escape import printable
 from pytest_moe_routing.session import BUILTIN, MoESession
 
 if TYPE_CHECKING:
@@ -82,17 +82,6 @@ def _names(config: pytest.Config, name: str) -> list[str]:
     given = _option(config, name) or []
     parts = given.split(",") if isinstance(given, str) else ",".join(given).split(",")
     return [part.strip() for part in parts if part.strip()]
-
-
-def _wanted_gpu_tests(config: pytest.Config) -> tuple[int, str]:
-    """How many GPU tests must run, and which option says so."""
-    given = _option(config, "min_gpu_tests")
-    if given and not re.fullmatch("[0-9]{1,9}", given):
-        found = repr(shorten(given))
-        raise pytest.UsageError(f"--moe-min-gpu-tests: found {found}, expected a number")
-    if given and int(given):
-        return int(given), f"--moe-min-gpu-tests {given}"
-    return int(bool(_option(config, "require_gpu"))), "--moe-require-gpu"
 
 
 def _is_updating(config: pytest.Config) -> bool:
@@ -163,7 +152,7 @@ def pytest_configure(config: pytest.Config) -> None:
             from pytest_moe_routing.report.failures import Grouping
             from pytest_moe_routing.report.gpu import GpuReporter
 
-            gpus = GpuReporter(*_wanted_gpu_tests(config))
+            gpus = GpuReporter.of(_option(config, "min_gpu_tests"), _option(config, "require_gpu"))
             config.pluginmanager.register(gpus, "moe-routing-gpus")
             reporter = Reporter(session, paths=reports)
             config.pluginmanager.register(reporter, "moe-routing-reporter")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Self
 
 import pytest
+
+from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.escape import shorten
 
 #: What can become of a test; of what its phases and its worker say, the last in this order counts.
 OUTCOMES = ("unfinished", "passed", "xfailed", "skipped", "failed", "crashed")
@@ -42,6 +47,20 @@ class GpuReporter:
         self.wanted = wanted
         self.option = option
         self.tests: dict[str, GpuTest] = {}
+
+    @classmethod
+    def of(cls, minimum: str | None, required: bool) -> Self:
+        """Make the reporter that the options `--moe-min-gpu-tests` and `--moe-require-gpu` ask for.
+
+        Raises:
+            MoERoutingError: The minimum is not a number.
+        """
+        if minimum and not re.fullmatch("[0-9]{1,9}", minimum):
+            found = repr(shorten(minimum))
+            raise MoERoutingError(f"--moe-min-gpu-tests: found {found}, expected a number")
+        if minimum and int(minimum):
+            return cls(int(minimum), f"--moe-min-gpu-tests {minimum}")
+        return cls(int(bool(required)), "--moe-require-gpu")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         machine = dict(report.user_properties).get("moe_gpu")

@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAMES",
         help="comma-separated schemes, or all (default: those of published checkpoints)",
     )
+    explain.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     add = commands.add_parser("add", help="write a model folder from a Hugging Face config.json")
     add.add_argument("config", type=Path, help="the file, or the folder that holds it")
     add.add_argument("directory", type=Path, help="the golden directory to write into")
@@ -92,7 +93,8 @@ def _explain(arguments: argparse.Namespace) -> int:
         flashinfer_release=arguments.flashinfer,
         golden_dirs=arguments.golden_dir,
     )
-    text, fails = explain.page(session, arguments.model)
+    form = explain.as_json if arguments.json else explain.page
+    text, fails = form(session, arguments.model)
     _say(text, end="")
     return int(fails)
 

@@ -116,7 +116,7 @@ class MoESession:
         A model whose layers differ is there once more for each group of layers.
         """
         return [
-            (model, s) for each in self.models for model in _variants(each) for s in self.schemes
+            (model, s) for each in self.models for model in variants_of(each) for s in self.schemes
         ]
 
     @cached_property
@@ -253,6 +253,6 @@ class MoESession:
         )
 
 
-def _variants(model: ModelSpec) -> list[ModelSpec]:
+def variants_of(model: ModelSpec) -> list[ModelSpec]:
     """A model, and what it is in the layers that are routed otherwise."""
     return [model, *(v for layers, v in model.variants().items() if layers)]

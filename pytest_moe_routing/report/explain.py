@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +15,10 @@ from pytest_moe_routing.oracle.exact import exact_calls
 from pytest_moe_routing.oracle.judge import judge, unjudged
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.report import text
+from pytest_moe_routing.report.records import FORMAT
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.schemes import SERVED_SCHEMES, check_scheme
+from pytest_moe_routing.session import variants_of
 
 if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
@@ -34,22 +37,42 @@ def page(session: MoESession, name: str) -> tuple[str, bool]:
         MoERoutingError: There is no such model, scheme or target.
     """
     model = find_model(name, session.golden_dirs)
-    if session.scheme_names == ["all"]:
-        schemes = list(SERVED_SCHEMES)
-    else:
-        schemes = [check_scheme(s) for s in session.scheme_names]
-        schemes = schemes or [s for s in model.checkpoints if s in SERVED_SCHEMES]
     target = session.target
     try:
         lines = list(_model(target, model))
         if not session.scheme_names:
             lines += _unserved(model)
-        records = [_judged(target, model, scheme) for scheme in schemes]
+        records = _records(session, model)
         for record in records:
             lines += ["", *_scheme(target, model, record)]
     finally:
         target.close()
     return "\n".join(lines) + "\n", any(record.fails for record in records)
+
+
+def as_json(session: MoESession, name: str) -> tuple[str, bool]:
+    """The verdicts on a model as JSON, see `oracle.record.VerdictRecord`; otherwise as `page`."""
+    model = find_model(name, session.golden_dirs)
+    try:
+        records = _records(session, model)
+    finally:
+        session.target.close()
+    data = {"format": FORMAT, "verdicts": [record.as_dict() for record in records]}
+    return json.dumps(data, indent=1) + "\n", any(record.fails for record in records)
+
+
+def _records(session: MoESession, model: ModelSpec) -> list[VerdictRecord]:
+    """The verdicts on a model and its variants in the schemes that are asked about."""
+    if session.scheme_names == ["all"]:
+        schemes = list(SERVED_SCHEMES)
+    else:
+        schemes = [check_scheme(scheme) for scheme in session.scheme_names]
+        schemes = schemes or [scheme for scheme in model.checkpoints if scheme in SERVED_SCHEMES]
+    return [
+        _judged(session.target, variant, scheme)
+        for scheme in schemes
+        for variant in variants_of(model)
+    ]
 
 
 def find_model(name: str, golden_dirs: list[Path]) -> ModelSpec:
@@ -100,7 +123,8 @@ def _judged(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:
 
 
 def _scheme(target: Target, model: ModelSpec, record: VerdictRecord) -> Iterator[str]:
-    yield f"{record.scheme}: {record.verdict}"
+    layers = f", layers {variant}" if (variant := record.model.partition("@")[2]) else ""
+    yield f"{record.scheme}{layers}: {record.verdict}"
     yield f"  {text.MEANINGS[record.verdict]}"
     if not record.verdict.is_given:
         yield f"  because  {record.reason}"

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a wheel, an unpacked one or a checkout (default: the installed package)",
     )
     arguments = parser.parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # A name in letters that the terminal lacks is shown in escapes.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -15,7 +15,6 @@ from pytest_moe_routing.errors import DataError, ReleaseError
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases
 from pytest_moe_routing.flashinfer.check import check_data
 from pytest_moe_routing.flashinfer.rules import _data
-from pytest_moe_routing.models.spec import DTYPES
 from pytest_moe_routing.routing import METHODS, RoutingMethodType
 from pytest_moe_routing.schemes import SERVED_SCHEMES, kernel_of
 
@@ -42,6 +41,11 @@ def calls_of(rule, flashinfer):
     }
     for values in product(*choices.values()):
         yield KernelCall(**dict(zip(choices, values, strict=True)))
+
+
+def rule_of(data, method):
+    """The first row about one method alone."""
+    return next(row for row in data["rules"] if row.get("methods") == [method])
 
 
 def is_reached(rule, release):
@@ -83,7 +87,14 @@ def test_every_rule_is_reached_by_a_call(rule):
         (lambda d: d["rules"][0].update(effect="wrong"), "found effect 'wrong', expected one of error, garbage"),
         (lambda d: d["rules"][0].pop("effect"), "has no effect"),
         (lambda d: d["rules"][0].update(recipe={"skale": 1}), "found recipe field 'skale'"),
-        (lambda d: d["rules"][0].update(ignores=["routed_scaling_factor"]), "found argument 'routed_scaling_factor'"),
+        (lambda d: d["rules"][0].update(ignores=["scale"]), "found argument 'scale', expected one of bias, n_group, topk_group, routed_scaling_factor"),
+        (lambda d: rule_of(d, "MiniMax2").update(ignores=["weight_on"]), "found argument 'weight_on'"),
+        (lambda d: rule_of(d, "MiniMax2").update(ignores=["n_group"]), "MiniMax2 ignores n_group in all releases"),
+        (lambda d: rule_of(d, "MiniMax2").update(methods=["DeepSeekV3"], ignores=["n_group"]), "found one of n_group and topk_group in ignores"),
+        (lambda d: rule_of(d, "MiniMax2").pop("methods"), "has no methods, whose recipe it would change"),
+        (lambda d: rule_of(d, "MiniMax2").update(methods=["Unspecified"]), "Unspecified has no recipe to change"),
+        (lambda d: rule_of(d, "MiniMax2").update(recipe={"score": "sigmoid"}), "the recipe of MiniMax2 has these fields anyway"),
+        (lambda d: rule_of(d, "MiniMax2").update(recipe={"score": "tanh"}), "Recipe.score: found 'tanh', expected one of"),
         (lambda d: d["rules"][0].update(when={"experts": "<=8"}), "found name in when 'experts'"),
         (lambda d: d["rules"][0].update(when={"top_k": 8}), "when top_k: found 8, expected such as"),
         (lambda d: d["rules"][0].update(when={"top_k": "8"}), "when top_k: found '8', expected such as"),
@@ -115,7 +126,7 @@ def test_every_backend_has_an_entry_point():
         ("0.6.10.post1", "0.6.8"),
         ("0.6.7.post3", "0.6.7"),
         ("0.6.18rc4", "0.6.17"),
-        ("9.9", "0.7.2.post1"),
+        ("9.9", known_releases()[-1]),
     ],
 )
 def test_a_release_in_between_is_judged_as_the_one_before(asked, judged_as):
@@ -227,11 +238,11 @@ def test_minimax2_honours_the_scale_from_0_6_13_on():
         r: FlashInfer.of(r).recipe(minimax).scale for r in ("0.6.8", "0.6.12", "0.6.13", "0.7.0")
     }
     assert list(scales.values()) == [1.0, 1.0, 2.5, 2.5]
-    assert not FlashInfer.of("0.6.7").honours("MiniMax2", "scale")
+    assert not FlashInfer.of("0.6.7").honours("MiniMax2", "routed_scaling_factor")
 
 
 def test_only_the_grouped_kernel_rounds_the_bias():
-    flashinfer = FlashInfer.of("0.7.2.post1")
+    flashinfer = FlashInfer.of(known_releases()[-1])
     assert flashinfer.recipe(call()).bias_dtype == "bfloat16"
     assert flashinfer.recipe(call(n_group=1, topk_group=1)).bias_dtype == "float32"
     assert "rounded to bfloat16" in " ".join(flashinfer.notes(call()))
@@ -260,7 +271,3 @@ def test_every_kernel_method_of_every_release_has_a_recipe_row():
     for release in known_releases():
         for method in FlashInfer.of(release).methods:
             assert method == "Unspecified" or RoutingMethodType[method] in METHODS
-
-
-def test_dtypes_of_calls_are_those_of_models():
-    assert set(DTYPES) == {"float32", "bfloat16"}

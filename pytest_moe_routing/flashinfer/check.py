@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from packaging.version import Version
 
-from pytest_moe_routing.errors import DataError
+from pytest_moe_routing.errors import DataError, RecipeError
 from pytest_moe_routing.flashinfer import signatures
 from pytest_moe_routing.flashinfer.grammar import CONDITION_TEST, EntryPoint, KernelCall, Rule
 from pytest_moe_routing.models.spec import ACTIVATIONS, DTYPES
-from pytest_moe_routing.routing.methods import RoutingMethodType
+from pytest_moe_routing.routing.methods import FIELDS, METHODS, RoutingMethodType
 from pytest_moe_routing.routing.recipe import Recipe
 from pytest_moe_routing.schemes import SERVED_SCHEMES, kernel_of
 
@@ -88,7 +88,8 @@ def _check_rule(
     _each(where, "scheme", row.get("schemes", ()), schemes)
     _each(where, "method", row.get("methods", ()), RoutingMethodType.__members__)
     _each(where, "recipe field", row.get("recipe", ()), [f.name for f in fields(Recipe)])
-    _each(where, "argument", row.get("ignores", ()), ("bias", "n_group", "scale", "weight_on"))
+    if "ignores" in row or "recipe" in row:
+        _check_change(where, row)
     if "effect" in row:
         _each(where, "effect", [row["effect"]], ("error", "garbage"))
     elif "require" in row or not row.keys() & {"recipe", "ignores", "note"}:
@@ -97,6 +98,34 @@ def _check_rule(
         for name, condition in row.get(part, {}).items():
             _each(where, f"name in {part}", [name], _NAMES)
             _check_condition(f"{where}, {part} {name}", name, condition)
+
+
+def _check_change(where: str, row: Mapping[str, Any]) -> None:
+    """Raise `DataError` unless a rule changes what each of its methods computes."""
+    if not row.get("methods"):
+        raise DataError(f"releases.yaml, {where}: has no methods, whose recipe it would change")
+    ignored = set(row.get("ignores", ()))
+    _each(where, "argument", ignored, FIELDS)
+    for name in row["methods"]:
+        method = METHODS.get(RoutingMethodType[name])
+        if method is None:
+            raise DataError(f"releases.yaml, {where}: {name} has no recipe to change")
+        if ignored - method.honours:
+            extra = ", ".join(sorted(ignored - method.honours))
+            raise DataError(f"releases.yaml, {where}: {name} ignores {extra} in all releases")
+        # A limit to some of one group means nothing.
+        if len(ignored & {"n_group", "topk_group"}) == 1:
+            raise DataError(
+                f"releases.yaml, {where}: found one of n_group and topk_group in ignores, "
+                "expected both or none"
+            )
+        try:
+            changed = replace(method.recipe, **row.get("recipe", {}))
+        except (RecipeError, TypeError) as error:
+            raise DataError(f"releases.yaml, {where}: {error}") from None
+        # What a call sets, such as the dtype of its bias, is no field of the method's own.
+        if row.get("recipe") and changed == method.recipe:
+            raise DataError(f"releases.yaml, {where}: the recipe of {name} has these fields anyway")
 
 
 def _check_condition(where: str, name: str, condition: object) -> None:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, get_type_hints
 
 from packaging.version import Version
+
+from pytest_moe_routing.routing.methods import FIELDS
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ _PROPERTIES = {"group_size", "kept_experts"}
 _NAMES = {f.name for f in fields(KernelCall)} | _PROPERTIES
 
 
-_NUMBERS = {f.name for f in fields(KernelCall) if f.type in ("int", "float")} | _PROPERTIES
+_NUMBERS = {n for n, t in get_type_hints(KernelCall).items() if t in (int, float)} | _PROPERTIES
 
 
 _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -131,6 +133,11 @@ class Rule:
 
     def in_force(self, release: Version) -> bool:
         return Version(self.since) <= release and (not self.until or release < Version(self.until))
+
+    @property
+    def changes(self) -> frozenset[str]:
+        """The fields of the method's recipe that it changes."""
+        return frozenset(self.recipe) | {FIELDS[argument] for argument in self.ignores}
 
     def covers(self, scheme: str, method: str) -> bool:
         """Whether calls of this method on this scheme can be concerned at all."""

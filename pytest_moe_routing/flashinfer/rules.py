@@ -99,30 +99,22 @@ def _honoured(release: str, method: str) -> frozenset[str]:
 
 
 @lru_cache(maxsize=1 << 16)
-def _recipe(
-    method: str,
-    changes: tuple[_Change, ...],
-    top_k: int,
-    bias_dtype: str | None,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-    weight_on: str,
-    scale_after: float,
-) -> Recipe:
-    """The recipe of a method, changed by rules and bound to a call's arguments."""
-    row = METHODS[RoutingMethodType[method]]
+def _recipe(call: KernelCall, changes: tuple[_Change, ...]) -> Recipe:
+    """Return the recipe of a call's method, bound to its arguments and changed by rules."""
+    row = METHODS[RoutingMethodType[call.method]]
     ignored = {name for ignores, _ in changes for name in ignores}
     bound = replace(row, honours=row.honours - ignored).bind(
-        top_k=top_k,
-        bias=bias_dtype is not None,
-        n_group=n_group,
-        topk_group=topk_group,
-        scale=scale,
-        weight_on=weight_on,
+        top_k=call.top_k,
+        bias=call.bias == "router",
+        n_group=max(call.n_group, 1),
+        # Kernels without groups do not look at it.
+        topk_group=max(call.topk_group, 1) if call.n_group > 1 else 1,
+        routed_scaling_factor=call.routed_scaling_factor,
+        weight_on=call.weight_on,
     )
-    bound = replace(bound, scale=bound.scale * scale_after)
-    overrides: dict[str, Any] = {"bias_dtype": bias_dtype} if bound.bias else {}
+    overrides: dict[str, Any] = {"scale": bound.scale * call.scale_after}
+    if bound.bias:
+        overrides["bias_dtype"] = call.bias_dtype
     for _, overridden in changes:
         overrides.update(overridden)
     return replace(bound, **overrides)
@@ -182,7 +174,10 @@ class FlashInfer:
         return self.methods[number] if 0 <= number < len(self.methods) else None
 
     def honours(self, method: str, argument: str) -> bool:
-        """Whether a method of this release heeds an argument: `scale`, `bias`, `n_group`."""
+        """Return whether a method of this release heeds an argument, by its name in `KernelCall`.
+
+        Those are `bias`, `n_group`, `topk_group` and `routed_scaling_factor`.
+        """
         return method in self.methods and argument in _honoured(self.judged_as, method)
 
     @property
@@ -199,20 +194,9 @@ class FlashInfer:
         return signatures.signature(function, self.release)
 
     def recipe(self, call: KernelCall) -> Recipe:
-        """What the kernel computes when called so; meaningful only if it is not `refused`."""
+        """Return what the kernel computes when called so; meaningful only without `violations`."""
         kernel = _kernel(self.judged_as, call.scheme, call.method)
-        return _recipe(
-            call.method,
-            tuple(change for rule, change in kernel.changes if rule.applies(call)),
-            call.top_k,
-            call.bias_dtype if call.bias == "router" else None,
-            max(call.n_group, 1),
-            # Kernels without groups do not look at it.
-            max(call.topk_group, 1) if call.n_group > 1 else 1,
-            call.routed_scaling_factor,
-            call.weight_on,
-            call.scale_after,
-        )
+        return _recipe(call, tuple(change for rule, change in kernel.changes if rule.applies(call)))
 
     def violations(self, call: KernelCall) -> list[Violation]:
         """The rules that the call violates, errors first."""
@@ -231,8 +215,7 @@ class FlashInfer:
         return [
             rule.fact
             for rule, _ in kernel.changes
-            if (about is None or not {*rule.ignores, *rule.recipe}.isdisjoint(about))
-            and rule.applies(call)
+            if (about is None or not rule.changes.isdisjoint(about)) and rule.applies(call)
         ]
 
     def notes(self, call: KernelCall) -> list[str]:

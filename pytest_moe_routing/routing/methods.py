@@ -39,9 +39,23 @@ class RoutingMethodType(IntEnum):
     Simulated = 102
 
 
+#: The field of a recipe that each argument of a call sets, where its method honours it.
+FIELDS: Mapping[str, str] = {
+    "bias": "bias",
+    "n_group": "n_group",
+    "topk_group": "topk_group",
+    "routed_scaling_factor": "scale",
+}
+
+
 @dataclass(frozen=True)
 class Method:
-    """A routing method: its recipe, and which of the call's arguments change it."""
+    """A routing method: its recipe, and which of the call's arguments change it.
+
+    Attributes:
+        recipe: What it computes, but for these arguments.
+        honours: Keys of `FIELDS`.
+    """
 
     recipe: Recipe
     honours: frozenset[str] = frozenset()
@@ -53,21 +67,22 @@ class Method:
         bias: bool = False,
         n_group: int = 1,
         topk_group: int = 1,
-        scale: float = 1.0,
+        routed_scaling_factor: float = 1.0,
         weight_on: str = "output",
     ) -> Recipe:
-        """The recipe that a call with these arguments runs; an argument it ignores has no effect.
+        """Return the recipe that a call with these arguments runs.
 
-        `weight_on` is the GEMMs' doing, not the routing method's: it is taken as given.
+        An argument that the method ignores has no effect. `weight_on` is the GEMMs' doing, not the
+        routing method's: it is taken as given.
         """
         arguments: dict[str, Any] = {
             "bias": bias,
             "n_group": n_group,
             "topk_group": topk_group,
-            "scale": scale,
+            "routed_scaling_factor": routed_scaling_factor,
         }
-        honoured = {name: value for name, value in arguments.items() if name in self.honours}
-        return replace(self.recipe, top_k=top_k, weight_on=weight_on, **honoured)
+        changes = {FIELDS[name]: arguments[name] for name in self.honours}
+        return replace(self.recipe, top_k=top_k, weight_on=weight_on, **changes)
 
 
 def _method(*honours: str, **recipe: Any) -> Method:
@@ -75,20 +90,21 @@ def _method(*honours: str, **recipe: Any) -> Method:
 
 
 _GROUPS = ("n_group", "topk_group")
+_SCALE = "routed_scaling_factor"
 _T = RoutingMethodType
 
 METHODS: Mapping[RoutingMethodType, Method] = {
     _T.Default: _method(score="softmax"),
     _T.Renormalize: _method(score="identity", normalize="softmax"),
     _T.DeepSeekV3: _method(
-        "bias", *_GROUPS, "scale", score="sigmoid", normalize="sum", epsilon=1e-20
+        "bias", *_GROUPS, _SCALE, score="sigmoid", normalize="sum", epsilon=1e-20
     ),
     _T.Llama4: _method(score="identity", weigh_by="sigmoid"),
     _T.RenormalizeNaive: _method(score="softmax", normalize="sum"),
     _T.TopK: _method(score="identity"),
     _T.SigmoidRenorm: _method(score="sigmoid", normalize="sum", epsilon=1e-20),
-    _T.MiniMax2: _method("bias", "scale", score="sigmoid", normalize="sum", epsilon=1e-20),
+    _T.MiniMax2: _method("bias", _SCALE, score="sigmoid", normalize="sum", epsilon=1e-20),
     _T.Sigmoid: _method(score="sigmoid"),
     _T.TopKSigmoid: _method(score="identity", weigh_by="sigmoid"),
-    _T.DeepseekV4: _method("bias", "scale", score="sqrtsoftplus", normalize="sum"),
+    _T.DeepseekV4: _method("bias", _SCALE, score="sqrtsoftplus", normalize="sum"),
 }

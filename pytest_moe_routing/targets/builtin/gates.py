@@ -57,5 +57,6 @@ def _lost(router: RouterConfig, method: str, flashinfer: FlashInfer) -> Iterator
             yield "n_group"
         elif router.group_score != METHODS[RoutingMethodType[method]].recipe.group_score:
             yield f"group_score {router.group_score}"
-    if router.routed_scaling_factor != 1.0 and not flashinfer.honours(method, "scale"):
+    scales = flashinfer.honours(method, "routed_scaling_factor")
+    if router.routed_scaling_factor != 1.0 and not scales:
         yield "scale"

@@ -46,7 +46,7 @@ class BuiltinTarget(Target):
             num_expert_group=router.n_group,
             has_e_score_bias=router.correction_bias is not None,
             routed_scaling_factor=router.routed_scaling_factor,
-            minimax2_scales=self.flashinfer.honours("MiniMax2", "scale"),
+            minimax2_scales=self.flashinfer.honours("MiniMax2", "routed_scaling_factor"),
         )
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:

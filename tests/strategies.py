@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import inf
+
 import torch
 from hypothesis import strategies as st
 
@@ -21,8 +24,12 @@ DEEPSEEK = Recipe(
 
 
 @st.composite
-def recipes(draw):
-    """(recipe, number of experts) that fit each other."""
+def recipes(draw, *, mistaken=False):
+    """(recipe, number of experts) that fit each other.
+
+    A `mistaken` recipe may mask excluded groups with a number, weigh by selection scores, or round
+    its scores to bfloat16.
+    """
     experts = draw(st.sampled_from([8, 12, 16, 24]))
     n_group = draw(st.sampled_from([g for g in (1, 2, 4) if experts % g == 0]))
     topk_group = draw(st.integers(1, n_group))
@@ -39,6 +46,13 @@ def recipes(draw):
         scale=draw(st.sampled_from((1.0, 1.5, 2.5))),
         weight_on=draw(st.sampled_from(("output", "input"))),
     )
+    if mistaken:
+        recipe = replace(
+            recipe,
+            mask=draw(st.sampled_from((-inf, -1.0, 0.0))),
+            weigh_by=draw(st.sampled_from((recipe.weigh_by, "selection"))),
+            score_dtype=draw(st.sampled_from(("float32", "bfloat16"))),
+        )
     return recipe, experts
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from pytest_moe_routing.compare.equivalence import counterexample
-from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.logits import bell, integers
 from pytest_moe_routing.models import load_models
@@ -26,7 +26,7 @@ from pytest_moe_routing.routing import (
     recipe_of,
     same,
 )
-from pytest_moe_routing.routing.recipe import NORMALIZATIONS, SCORES
+from pytest_moe_routing.routing.recipe import NORMALIZATIONS, SCORES, WEIGHTS
 
 T = RoutingMethodType
 MODELS = load_models(packaged_directory())
@@ -43,8 +43,8 @@ GROUPED = Recipe(
         (METHODS[T.Sigmoid].bind(top_k=4), METHODS[T.TopKSigmoid].bind(top_k=4)),
         (METHODS[T.Llama4].bind(top_k=1), METHODS[T.Sigmoid].bind(top_k=1)),
         (
-            METHODS[T.DeepSeekV3].bind(top_k=8, bias=True, scale=2.5),
-            METHODS[T.MiniMax2].bind(top_k=8, bias=True, scale=2.5),
+            METHODS[T.DeepSeekV3].bind(top_k=8, bias=True, routed_scaling_factor=2.5),
+            METHODS[T.MiniMax2].bind(top_k=8, bias=True, routed_scaling_factor=2.5),
         ),
         (Recipe(top_k=1, normalize="sum"), Recipe(top_k=1, score="sigmoid", normalize="sum")),
         (GROUPED, replace(GROUPED, epsilon=1e-20, bias_dtype="bfloat16", weight_dtype="bfloat16")),
@@ -53,6 +53,11 @@ GROUPED = Recipe(
             replace(GROUPED, group_score="max", top_k=4),
             replace(GROUPED, n_group=1, topk_group=1, top_k=4),
         ),
+        (replace(GROUPED, bias=False), replace(GROUPED, bias=False, mask=-1.0)),
+        (replace(GROUPED, bias=False), replace(GROUPED, bias=False, mask=0.0)),
+        (replace(GROUPED, bias=False), replace(GROUPED, bias=False, weigh_by="selection")),
+        (replace(GROUPED, topk_group=8), replace(GROUPED, topk_group=8, mask=0.0)),
+        (GROUPED, replace(GROUPED, score_dtype="bfloat16", normalize_dtype="bfloat16")),
     ],
     ids=str,
 )
@@ -71,6 +76,9 @@ CHANGES = [
     {"topk_group": 3},
     {"n_group": 16},
     {"group_score": "max"},
+    {"mask": -1.0},
+    {"mask": 0.0},
+    {"weigh_by": "selection"},
     {"normalize": "none"},
     {"normalize": "softmax"},
     {"scale": 1.0},
@@ -143,6 +151,22 @@ def test_the_smallest_token_of_groups():
     assert example.bias == (0.0, -0.5, *[0.0] * 14)
 
 
+def test_a_mask_matters_where_keys_can_lie_below_it():
+    unbiased = replace(GROUPED, bias=False)
+    # All 128 experts of the kept groups are not enough: 2 of the others are taken, lowest first.
+    few = replace(unbiased, top_k=130, mask=-1.0)
+    assert same(few, replace(few, mask=0.0), 256)
+    raw = replace(unbiased, score="identity", weigh_by="sigmoid")
+    assert not same(raw, replace(raw, mask=0.0), 256)
+
+
+def test_the_smallest_token_of_a_mask():
+    """Groups of two: expert 8 is kept with expert 9, and loses to an excluded expert at -1."""
+    example = counterexample(GROUPED, replace(GROUPED, mask=-1.0), 256)
+    assert example.bias == (*[0.0] * 8, -2.0, 2.5, *[0.0] * 6)
+    assert (set(example.wanted), set(example.got)) == ({*range(6), 8, 9}, {*range(7), 9})
+
+
 def test_a_weight_that_is_always_1_is_the_same_on_either_side():
     top1 = Recipe(top_k=1, normalize="sum")
     assert same(top1, replace(top1, weight_on="input"), 16)
@@ -157,20 +181,32 @@ def test_an_epsilon_matters_where_it_is_no_guard():
     check_by_hand(plain, replace(plain, epsilon=0.01), 16)
 
 
-def all_recipes(num_experts):
-    """Every recipe of a few experts, but for factors."""
+def all_recipes(num_experts, *masks):
+    """Every recipe of a few experts, but for factors; with masks, grouped ones alone."""
     divisors = [g for g in range(1, num_experts + 1) if num_experts % g == 0]
     groups = [(1, 1, "max")] + [
         (n, t, s) for n in divisors[1:] for t in range(1, n + 1) for s in ("max", "top2_sum")
     ]
     axes = itertools.product(
-        groups, SCORES, SCORES, (False, True), NORMALIZATIONS, ("output", "input")
+        groups, SCORES, WEIGHTS, (False, True), NORMALIZATIONS, ("output", "input")
     )
     for (n, t, s), score, weigh_by, bias, normalize, side in axes:
-        for top_k in range(1, num_experts // n * t + 1):
-            yield Recipe(
-                top_k, score, weigh_by, bias, n, t, s, normalize, scale=1.0, weight_on=side
-            )
+        recipe = Recipe(
+            score=score,
+            weigh_by=weigh_by,
+            bias=bias,
+            n_group=n,
+            topk_group=t,
+            group_score=s,
+            normalize=normalize,
+            weight_on=side,
+        )
+        if not masks:
+            for top_k in range(1, num_experts // n * t + 1):
+                yield replace(recipe, top_k=top_k)
+        elif t < n < num_experts:
+            for top_k, mask in itertools.product(range(1, num_experts + 1), masks):
+                yield replace(recipe, top_k=top_k, mask=mask)
 
 
 def run(recipe, logits, biases):
@@ -188,15 +224,20 @@ def witnesses(num_experts):
     plain = bell(48, num_experts, seed=1)
     ties = integers(24, num_experts, seed=2, bits=2) * 0.5 + 0.5
     logits = torch.cat([plain * 3, plain / 2, plain - 8, plain + 16, ties]).to(torch.float64)
-    return logits, (bell(num_experts, seed=4), bell(num_experts, seed=8) / 8 - 2)
+    biases = bell(num_experts, seed=4), bell(num_experts, seed=8) / 8 - 2
+    return logits, (*biases, bell(num_experts, seed=5) / 2 - 1)
 
 
-@pytest.mark.parametrize(("num_experts", "every"), [(1, 1), (2, 1), (3, 1), (4, 1), (6, 7)])
-def test_normal_forms_are_equal_exactly_where_meanings_are(num_experts, every):
+@pytest.mark.parametrize(
+    ("num_experts", "every", "masks"),
+    [(1, 1, ()), (2, 1, ()), (3, 1, ()), (4, 1, ()), (6, 7, ()), (4, 3, (-1.0, 0.0))],
+    ids=str,
+)
+def test_normal_forms_are_equal_exactly_where_meanings_are(num_experts, every, masks):
     """Every recipe does what its normal form does; no two normal forms do the same."""
     logits, biases = witnesses(num_experts)
     forms = {}
-    for recipe in itertools.islice(all_recipes(num_experts), 0, None, every):
+    for recipe in itertools.islice(all_recipes(num_experts, *masks), 0, None, every):
         form = normal_form(recipe, num_experts)
         assert normal_form(form, num_experts) == form
         if form not in forms:
@@ -221,7 +262,7 @@ def test_normal_forms_are_equal_exactly_where_meanings_are(num_experts, every):
 
 
 @settings(deadline=None, max_examples=60)
-@given(strategies.recipes(), strategies.recipes())
+@given(strategies.recipes(mistaken=True), strategies.recipes(mistaken=True))
 def test_what_differs_has_a_token_and_what_is_the_same_has_none(one, other):
     (one, num_experts), (other, its_experts) = one, other
     other = other if its_experts == num_experts else replace(one, weigh_by=other.weigh_by)
@@ -268,12 +309,14 @@ EXACT = {
 
 @pytest.mark.parametrize("model", EXACT)
 def test_the_methods_that_mean_what_a_model_means(model):
-    found = {c.method for c in exact_calls(MODELS[model], "nvfp4", FlashInfer.of("0.7.2.post1"))}
+    found = {
+        c.method for c in exact_calls(MODELS[model], "nvfp4", FlashInfer.of(known_releases()[-1]))
+    }
     assert found == EXACT[model]
 
 
 def test_llama4_can_be_expressed_where_the_weight_goes_on_the_input():
-    flashinfer = FlashInfer.of("0.7.2.post1")
+    flashinfer = FlashInfer.of(known_releases()[-1])
     scout = MODELS["llama-4-scout"]
     on_input = {c.method for c in exact_calls(scout, "fp8_per_tensor", flashinfer)}
     assert on_input == {"Llama4", "Sigmoid", "TopKSigmoid"}
@@ -291,6 +334,6 @@ def test_every_model_means_what_its_recipe_says_and_no_neighbour():
 def test_a_router_that_is_not_expressible_equals_nothing():
     gemma = MODELS["gemma-4-26b-a4b"].router
     assert gemma.not_expressible
-    assert same_calls(gemma, "nvfp4", FlashInfer.of("0.7.2.post1")) == []
+    assert same_calls(gemma, "nvfp4", FlashInfer.of(known_releases()[-1])) == []
     plain = replace(gemma, not_expressible=None)
-    assert same_calls(plain, "nvfp4", FlashInfer.of("0.7.2.post1")) != []
+    assert same_calls(plain, "nvfp4", FlashInfer.of(known_releases()[-1])) != []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import lcm
+from math import inf, lcm
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def _sizes(wanted: Recipe, got: Recipe, num_experts: int) -> Iterator[int]:
     step = lcm(wanted.n_group, got.n_group)
     for size in range(step, num_experts + 1, step):
         fits = all(
-            recipe.top_k <= size // recipe.n_group * recipe.topk_group
+            (recipe.top_k <= size // recipe.n_group * recipe.topk_group or recipe.mask != -inf)
             # The sum of two needs two.
             and size // recipe.n_group >= min(2, num_experts // recipe.n_group)
             for recipe in (wanted, got)
@@ -114,10 +114,12 @@ def _route(recipe: Recipe, logits: Tensor, bias: Tensor) -> _Routed:
     scores = routing.score(logits, recipe.score)
     keys = routing.choosing_keys(scores, recipe, bias if recipe.bias else None)
     ids = routing.choose(keys, recipe)
-    weights = routing.weigh(logits, recipe, ids, scores)
+    weights = routing.weigh(logits, recipe, ids, scores=scores, bias=bias)
     # Equal inputs tie on any machine; other ties are left to rounding.
     inputs = torch.stack([logits, bias if recipe.bias else torch.zeros_like(bias)], -1)
     sound = weights.isfinite().all(1) & _settled(keys, inputs)
+    if recipe.mask != -inf:
+        sound &= ((keys - recipe.mask).abs() > _TIE).all(1)
     if recipe.grouped and recipe.n_group < logits.shape[1]:
         best = keys.unflatten(-1, (recipe.n_group, -1)).sort(-1, descending=True).values
         sound &= _settled(routing.group_scores(keys, recipe), best[..., :2])

@@ -1,4 +1,4 @@
-"""Runs any recipe, in torch, on any device. The only place where routing is computed.
+"""Runs any recipe, in torch, on any device.
 
 Order and ties follow FlashInfer's kernels (0.2.9 to 0.7.2.post1, `RoutingKernelTopK.cuh`): experts
 come in descending order of the score they were chosen by, equal scores in ascending index.
@@ -7,6 +7,7 @@ come in descending order of the score they were chosen by, equal scores in ascen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -60,10 +61,10 @@ def route(
     check_inputs(logits, recipe, bias)
     with torch.no_grad():
         logits = logits.to(dtype)
-        scores = score(logits, recipe.score)
+        scores = score(logits, recipe.score, recipe.score_dtype)
         keys = choosing_keys(scores, recipe, bias)
         ids = choose(keys, recipe)
-        return Routing(ids, weigh(logits, recipe, ids, scores))
+        return Routing(ids, weigh(logits, recipe, ids, scores=scores, bias=bias))
 
 
 def check_inputs(logits: Tensor, recipe: Recipe, bias: Tensor | None) -> None:
@@ -83,20 +84,32 @@ def check_inputs(logits: Tensor, recipe: Recipe, bias: Tensor | None) -> None:
         )
     if num_experts % recipe.n_group:
         raise RecipeError(f"n_group: found {recipe.n_group}, which does not divide {num_experts}")
-    in_kept_groups = num_experts // recipe.n_group * recipe.topk_group
-    if recipe.top_k > in_kept_groups:
-        raise RecipeError(f"top_k: found {recipe.top_k}, expected at most {in_kept_groups} experts")
+    candidates = num_experts
+    if recipe.mask == -inf:
+        candidates = num_experts // recipe.n_group * recipe.topk_group
+    if recipe.top_k > candidates:
+        raise RecipeError(f"top_k: found {recipe.top_k}, expected at most {candidates} experts")
 
 
-def score(logits: Tensor, name: str) -> Tensor:
-    """Apply a scoring function over the last dimension, in the dtype of the logits."""
+def score(logits: Tensor, name: str, rounded_to: str = "float32") -> Tensor:
+    """Apply a scoring function over the last dimension, in the dtype of the logits.
+
+    Scores that are rounded to bfloat16 are returned in the dtype of the logits all the same.
+    """
     if name == "identity":
-        return logits
-    if name == "softmax":
-        return logits.softmax(-1)
-    if name == "sigmoid":
-        return logits.sigmoid()
-    return softplus(logits).sqrt()
+        scores = logits
+    elif name == "softmax":
+        scores = logits.softmax(-1)
+    elif name == "sigmoid":
+        scores = logits.sigmoid()
+    else:
+        scores = softplus(logits).sqrt()
+    return as_bfloat16(scores) if rounded_to == "bfloat16" else scores
+
+
+def as_bfloat16(x: Tensor) -> Tensor:
+    """Round to bfloat16 and return the result in the dtype of `x`."""
+    return x.to(torch.bfloat16).to(x.dtype)
 
 
 def choosing_keys(scores: Tensor, recipe: Recipe, bias: Tensor | None) -> Tensor:
@@ -125,13 +138,20 @@ def group_scores(keys: Tensor, recipe: Recipe) -> Tensor:
 
 
 def choose(keys: Tensor, recipe: Recipe) -> Tensor:
-    """Ids of the chosen experts, `[num_tokens, top_k]`; excluded groups are no candidates."""
+    """Return the ids of the chosen experts, `[num_tokens, top_k]`.
+
+    Experts of excluded groups are candidates only with a `mask`, which is then the key of all.
+    """
     if not recipe.grouped:
         return stable_topk(keys, recipe.top_k)
     kept = stable_topk(group_scores(keys, recipe), recipe.topk_group)
+    size = keys.shape[1] // recipe.n_group
+    if recipe.mask != -inf:
+        excluded = kept.new_ones(len(keys), recipe.n_group, dtype=torch.bool)
+        excluded = excluded.scatter(1, kept, False).repeat_interleave(size, 1)
+        return stable_topk(keys.masked_fill(excluded, recipe.mask), recipe.top_k)
     # In ascending order, so that equal keys still go to the lower expert index.
     kept = kept.sort(-1).values
-    size = keys.shape[1] // recipe.n_group
     candidates = keys.unflatten(-1, (recipe.n_group, size))
     candidates = candidates.gather(1, kept.unsqueeze(-1).expand(-1, -1, size)).flatten(1)
     place = stable_topk(candidates, recipe.top_k)
@@ -153,23 +173,42 @@ def stable_topk(keys: Tensor, k: int) -> Tensor:
     return ids
 
 
-def weigh(logits: Tensor, recipe: Recipe, ids: Tensor, scores: Tensor | None = None) -> Tensor:
-    """Weights `[num_tokens, k]` of given experts `ids`, as the recipe weighs them.
+def weigh(
+    logits: Tensor,
+    recipe: Recipe,
+    ids: Tensor,
+    *,
+    scores: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return the weights `[num_tokens, k]` of given experts `ids`, as the recipe weighs them.
 
-    `scores` may pass on `score(logits, recipe.score)` when it has been computed already.
+    Args:
+        logits, recipe, bias: As for `route`; the bias is needed only to weigh by `selection`.
+        scores: Passes on `score(logits, recipe.score)` where it has been computed already.
     """
-    if recipe.weigh_by == recipe.score and scores is not None:
+    if recipe.weigh_by == "selection":
+        if scores is None:
+            scores = score(logits, recipe.score, recipe.score_dtype)
+        weights = choosing_keys(scores, recipe, bias).gather(1, ids)
+    elif recipe.weigh_by == recipe.score and scores is not None:
         weights = scores.gather(1, ids)
     elif recipe.weigh_by == "softmax":
-        weights = score(logits, "softmax").gather(1, ids)
+        weights = score(logits, "softmax", recipe.score_dtype).gather(1, ids)
     else:
-        weights = score(logits.gather(1, ids), recipe.weigh_by)
-    if recipe.normalize == "softmax":
+        weights = score(logits.gather(1, ids), recipe.weigh_by, recipe.score_dtype)
+    if recipe.normalize_dtype == "bfloat16":
+        short = _normalize(weights.to(torch.bfloat16), recipe.normalize, 1.0, recipe.epsilon)
+        weights = short.to(weights.dtype) * recipe.scale
+    else:
+        weights = _normalize(weights, recipe.normalize, recipe.scale, recipe.epsilon)
+    return as_bfloat16(weights) if recipe.weight_dtype == "bfloat16" else weights
+
+
+def _normalize(weights: Tensor, how: str, scale: float, epsilon: float) -> Tensor:
+    """Normalize and scale weights in their own dtype."""
+    if how == "sum":
+        return weights * scale / (weights.sum(-1, keepdim=True) + epsilon)
+    if how == "softmax":
         weights = weights.softmax(-1)
-    elif recipe.normalize == "sum":
-        weights = weights * recipe.scale / (weights.sum(-1, keepdim=True) + recipe.epsilon)
-    if recipe.normalize != "sum" and recipe.scale != 1.0:
-        weights = weights * recipe.scale
-    if recipe.weight_dtype == "bfloat16":
-        weights = weights.to(torch.bfloat16).to(weights.dtype)
-    return weights
+    return weights if scale == 1.0 else weights * scale

@@ -3,29 +3,39 @@
     score -> (+ bias, for choosing only) -> (keep topk_group of n_group groups) -> top_k
           -> weigh by the unbiased score -> normalize -> scale -> apply on output or input
 
-`reference.routing.route` runs any recipe; nothing else in the package computes routing.
+`reference.routing.route` runs any recipe. Known mistakes of routers and kernels are recipes too:
+`mask`, `weigh_by: selection` and the dtypes are there for them.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from typing import Any
 
 from pytest_moe_routing.errors import RecipeError
 from pytest_moe_routing.models import RouterConfig
 
 SCORES = ("identity", "softmax", "sigmoid", "sqrtsoftplus")
+#: `selection` is the score that experts are selected by, bias included.
+WEIGHTS = (*SCORES, "selection")
 NORMALIZATIONS = ("none", "sum", "softmax")
+_DTYPES = ("float32", "bfloat16")
 
 _CHOICES = {
     "score": SCORES,
-    "weigh_by": SCORES,
+    "weigh_by": WEIGHTS,
     "normalize": NORMALIZATIONS,
     "group_score": ("top2_sum", "max"),
     "weight_on": ("output", "input"),
-    "bias_dtype": ("float32", "bfloat16"),
-    "weight_dtype": ("float32", "bfloat16"),
+    "score_dtype": _DTYPES,
+    "bias_dtype": _DTYPES,
+    "normalize_dtype": _DTYPES,
+    "weight_dtype": _DTYPES,
 }
+
+#: Fields that say something only where they are not at their default.
+_UNUSUAL = ("mask", "score_dtype", "normalize_dtype")
 
 
 @dataclass(frozen=True)
@@ -36,16 +46,21 @@ class Recipe:
         top_k: Experts per token: the largest choosing scores, ties to the lower expert index.
         score: Applied to the logits of all experts, to choose by.
         weigh_by: Score gathered at the chosen experts as their weight; defaults to `score`.
-            Llama4 chooses by `identity` and weighs by `sigmoid`.
+            Llama4 chooses by `identity` and weighs by `sigmoid`. `selection` weighs by the score
+            with its bias, before groups are excluded.
         bias: An `e_score_correction_bias` is added to the score, for choosing only.
         n_group, topk_group: Experts lie in `n_group` equal groups; all but the best `topk_group`
-            are excluded (their score becomes -inf, as biased scores can be negative).
+            are excluded.
         group_score: A group's rank: the sum of its two best choosing scores, or the best one.
+        mask: Choosing score given to the experts of excluded groups, at most 0. Any number but
+            -inf lets them win over kept experts whose biased score is lower.
         normalize: `sum` divides the weights by their sum plus `epsilon`; `softmax` is taken over
             the chosen weights.
         scale: The total factor on the weights, `routed_scaling_factor`, whoever applies it.
         weight_on: What the weight multiplies: the expert's `output`, or its `input` (Llama4).
+        score_dtype: Precision to which scores are rounded before anything is made of them.
         bias_dtype: Precision to which the bias is rounded before it is added.
+        normalize_dtype: Precision in which weights are normalized, before they are scaled.
         weight_dtype: Precision to which the finished weights are rounded.
 
     Raises:
@@ -59,11 +74,14 @@ class Recipe:
     n_group: int = 1
     topk_group: int = 1
     group_score: str = "top2_sum"
+    mask: float = -inf
     normalize: str = "none"
     epsilon: float = 0.0
     scale: float = 1.0
     weight_on: str = "output"
+    score_dtype: str = "float32"
     bias_dtype: str = "float32"
+    normalize_dtype: str = "float32"
     weight_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -77,6 +95,8 @@ class Recipe:
                 "Recipe: expected top_k >= 1 and 1 <= topk_group <= n_group, found "
                 f"top_k {self.top_k}, topk_group {self.topk_group}, n_group {self.n_group}"
             )
+        if not self.mask <= 0:
+            raise RecipeError(f"Recipe.mask: found {self.mask}, expected -inf or a number up to 0")
 
     @property
     def grouped(self) -> bool:
@@ -84,13 +104,22 @@ class Recipe:
         return self.topk_group < self.n_group
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields that matter for this recipe, as plain data."""
-        void = set() if self.n_group > 1 else {"n_group", "topk_group", "group_score"}
+        """Return the fields that matter for this recipe, as plain data."""
+        usual = {f.name: f.default for f in fields(self) if f.name in _UNUSUAL}
+        return {
+            name: value
+            for name, value in self._with_meaning().items()
+            if name not in usual or value != usual[name]
+        }
+
+    def _with_meaning(self) -> dict[str, Any]:
+        """Return the fields that can have an effect: those of groups need groups."""
+        void = set() if self.n_group > 1 else {"n_group", "topk_group", "group_score", "mask"}
         return {name: value for name, value in asdict(self).items() if name not in void}
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """The fields in which two recipes differ, as written: (ours, theirs)."""
-        ours, theirs = self.as_dict(), other.as_dict()
+        """Return the fields in which two recipes differ, as written: (ours, theirs)."""
+        ours, theirs = self._with_meaning(), other._with_meaning()
         names = [f.name for f in fields(self)]
         return {
             name: (ours.get(name, "-"), theirs.get(name, "-"))
@@ -105,8 +134,12 @@ class Recipe:
             steps.append("+ bias to choose")
         if self.grouped:
             steps.append(f"best {self.topk_group} of {self.n_group} groups by {self.group_score}")
+            if self.mask != -inf:
+                steps.append(f"mask the others with {self.mask:g}")
         steps.append(f"top {self.top_k}")
-        if self.weigh_by != self.score:
+        if self.weigh_by == "selection":
+            steps.append("weigh with the bias")
+        elif self.weigh_by != self.score:
             steps.append(self.weigh_by)
         if self.normalize != "none":
             steps.append("softmax of the chosen" if self.normalize == "softmax" else "/ sum")

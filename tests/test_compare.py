@@ -84,7 +84,7 @@ def test_the_kernels_errors_do_change_experts():
 
 
 @settings(max_examples=150, deadline=None)
-@given(recipes(), seeds, st.booleans())
+@given(recipes(mistaken=True), seeds, st.booleans())
 def test_float32_of_any_recipe_is_never_flagged(recipe_and_experts, seed, coarse):
     recipe, experts = recipe_and_experts
     # A sum of raw logits may cancel to next to nothing, and then bounds nothing.
@@ -134,13 +134,31 @@ def test_logits_rounded_to_bfloat16_are_caught():
 def test_groups_masked_with_a_number_are_caught(mask):
     """vllm PR 13474 and flashinfer PR 2168: a bias below -1 loses to the excluded groups."""
     case = make("bias-below-minus-1", DEEPSEEK, num_tokens=64, num_experts=256)
-    keys = case.logits.sigmoid() + case.bias
-    kept = reference.group_scores(keys, DEEPSEEK).topk(4).indices
-    excluded = torch.ones(64, 8, dtype=torch.bool).scatter(1, kept, False)
-    masked = keys.masked_fill(excluded.repeat_interleave(32, 1), mask)
-    ids = reference.stable_topk(masked, 8)
+    ids = route(case.logits, replace(DEEPSEEK, mask=mask), case.bias).topk_ids
     found = compare_routing(ids, None, case.logits, DEEPSEEK, case.bias, precision="flashinfer")
     assert len(found.differences) >= 60
+
+
+@pytest.mark.parametrize("mask", [0.0, -1.0])
+def test_a_kernel_that_masks_with_a_number_is_judged_by_it(mask):
+    """Where its recipe says so, the right routing is the wrong one."""
+    recipe = replace(DEEPSEEK, mask=mask)
+    case = make("bias-below-minus-1", recipe, num_tokens=64, num_experts=256)
+    masked, right = (route(case.logits, r, case.bias) for r in (recipe, DEEPSEEK))
+    assert_routing(masked.topk_ids, masked.topk_weights, case.logits, recipe, case.bias)
+    found = compare_routing(right.topk_ids, None, case.logits, recipe, case.bias)
+    assert len(found.differences) >= 60
+    assert " is chosen over " in found.message()
+
+
+def test_a_mask_gives_no_right_to_experts_below_it():
+    """Key 2 > mask 0 > key -1: an excluded expert beats a kept one, and not the reverse."""
+    recipe = Recipe(top_k=2, score="identity", n_group=2, group_score="max", mask=0.0)
+    logits = torch.tensor([[2.0, -1.0, 1.0, 1.5]])
+    for ids, ok in (([0, 2], True), ([0, 3], True), ([0, 1], False), ([2, 3], False)):
+        assert compare_routing(torch.tensor([ids]), None, logits, recipe).ok == ok
+    text = compare_routing(torch.tensor([[0, 1]]), None, logits, recipe).message()
+    assert "1 is chosen over 2, whose key is 1 higher" in text
 
 
 @pytest.mark.parametrize("pattern", ["ties-at-k", "saturated", "ties-at-groups"])

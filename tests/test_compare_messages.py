@@ -97,20 +97,12 @@ def routed(logits, recipe, bias, /, **other):
     return got.topk_ids, got.topk_weights
 
 
-def biased_weights(logits, recipe, bias):
-    ids, _ = routed(logits, recipe, bias)
-    weights = (logits.sigmoid() + bias).gather(1, ids)
-    return ids, recipe.scale * weights / weights.sum(1, keepdim=True)
-
-
-def masked(logits, recipe, bias, mask, **other):
-    """Experts where those of excluded groups have a number for their keys."""
-    recipe = replace(recipe, **other)
+def in_torch(logits, recipe, bias, mask):
+    """What routers in torch do that mask with a number: `torch.topk` leaves ties open."""
     keys = logits.sigmoid() + bias
-    best = reference.group_scores(keys, recipe).topk(recipe.topk_group).indices
-    out = torch.ones(len(keys), recipe.n_group, dtype=torch.bool).scatter(1, best, False)
-    keys = keys.masked_fill(out.repeat_interleave(keys.shape[1] // recipe.n_group, 1), mask)
-    ids = keys.topk(recipe.top_k).indices
+    best = keys.unflatten(1, (8, 32)).topk(2).values.sum(2).topk(4).indices
+    excluded = torch.ones(len(keys), 8).scatter(1, best, 0).repeat_interleave(32, 1)
+    ids = torch.where(excluded == 1, mask, keys).topk(8).indices
     return ids, reference.weigh(logits, recipe, ids)
 
 
@@ -132,10 +124,15 @@ MASKED = "experts of excluded groups take part, with a number such as 0 for thei
 DIAGNOSES = {
     "scale lost": (routed, {"scale": 1.0}, "plain", "the routed scaling factor is missing"),
     "scale twice": (routed, {"scale": 6.25}, "plain", "the routed scaling factor is applied twice"),
-    "biased weights": (biased_weights, {}, "plain", "router weights are those of score + bias"),
+    "biased weights": (
+        routed,
+        {"weigh_by": "selection"},
+        "plain",
+        "router weights are those of score + bias",
+    ),
     "negative sums": (
-        biased_weights,
-        {},
+        routed,
+        {"weigh_by": "selection"},
         "bias-below-minus-1",
         "router weights are those of score + bias",
     ),
@@ -180,10 +177,11 @@ DIAGNOSES = {
     "group score": (routed, {"group_score": "max"}, "plain", RANKED),
     # With its bias rounded to bfloat16, all keys would be alike and any choice explained.
     "not a rounded bias": (routed, {"group_score": "max"}, "deep-negative-high-bias", RANKED),
-    "mask 0": (masked, {"mask": 0.0}, "bias-below-minus-1", MASKED),
-    "mask -1": (masked, {"mask": -1.0}, "bias-below-minus-1", MASKED),
+    "mask 0": (routed, {"mask": 0.0}, "bias-below-minus-1", MASKED),
+    "mask -1": (routed, {"mask": -1.0}, "bias-below-minus-1", MASKED),
+    "mask 0 in torch": (in_torch, {"mask": 0.0}, "bias-below-minus-1", MASKED),
     "mask and group score": (
-        masked,
+        routed,
         {"mask": 0.0, "group_score": "max"},
         "bias-below-minus-1",
         f"{RANKED}; {MASKED}",
@@ -238,5 +236,5 @@ def test_a_right_routing_needs_no_diagnosis(monkeypatch):
 def test_tiny_weights_are_told_apart(pattern):
     """float32's sigmoid has no absolute error, beside which biased weights would pass."""
     case = make(pattern, UNGROUPED, num_tokens=16, num_experts=256)
-    got = biased_weights(case.logits, UNGROUPED, case.bias)
+    got = routed(case.logits, UNGROUPED, case.bias, weigh_by="selection")
     assert len(compare_routing(*got, case.logits, UNGROUPED, case.bias).differences) == 16

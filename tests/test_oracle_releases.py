@@ -3,7 +3,8 @@
 The routers come out of wheels (`pip download --no-deps transformers==5.0.0`) in the folders that
 MOE_WHEELS names. An affected release must fail on the patterns that are for its defect and on no
 other, and a fixed one on none. That the reported defect is what fails is computed as well: with that
-one fault, the arithmetic of a router comes to the same experts and weights.
+one mistake, the reference comes to the same experts and weights. So these releases are the oracle of
+`compare.mistakes` too.
 
 All of these routers use torch.topk, which leaves the order of ties open, so patterns made of exact
 ties are left out.
@@ -14,18 +15,17 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, replace
-from math import inf
 
 import pytest
 import torch
 from old_releases import call_function, load_function, run_blocks, small_config
 from wheels import find_wheel
 
-from pytest_moe_routing.compare import assert_routing
+from pytest_moe_routing.compare import assert_routing, mistakes
+from pytest_moe_routing.compare.mistakes import Mistake
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.logits import PATTERNS, make
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.reference import routing as reference
 from pytest_moe_routing.routing import recipe_of
 
 MODELS = load_models(packaged_directory())
@@ -53,15 +53,17 @@ def says(problem, unit, wanted=r"\S+", got=r"\S+"):
 
 @dataclass(frozen=True)
 class Fault:
-    """What a router does wrong: arguments of `faulty`; who shows it; what a failure says of it.
+    """What a router does wrong, which patterns show it, and what a failure says of it.
 
-    The message tells of a token, the diagnosis of all; that has none for some patterns.
+    The message tells of a token, the diagnosis of all tokens of a pattern. It is the mistake's name,
+    or its plainer part (`also`) where that explains them; `undiagnosed` patterns have none, as the
+    router does one thing more there.
     """
 
-    does: dict
+    mistake: Mistake
     patterns: set
     message: str
-    diagnosis: str
+    also: tuple = ()
     undiagnosed: frozenset = frozenset()
 
 
@@ -112,43 +114,22 @@ EXPERTS = (
 )
 HIGHER = "; their keys are higher, which counts in kept groups alone"
 WEIGHT = r"expert \d+ weighs \S+, allowed \d\S* to \d\S*"
-MASKED = "experts of excluded groups take part, with a number such as 0 for their keys"
-RANKED = "groups are ranked by their best expert, not by the sum of their two best"
 
 #: All that remains has negative keys, so 0 wins.
 MASK_ZERO = Fault(
-    {"mask": 0.0}, {"bias-below-minus-1"}, says(EXPERTS, "key", wanted=r"-\S+"), MASKED
+    mistakes.MASKED_WITH_0, {"bias-below-minus-1"}, says(EXPERTS, "key", wanted=r"-\S+")
 )
 MAX = Fault(
-    {"mask": 0.0, "group_score": "max"},
+    mistakes.RANKED_BY_MAX_AND_MASKED,
     {*BIAS, "near-ties"},
     says(f"{EXPERTS}({HIGHER})?", "key"),
-    f"{RANKED}(; {MASKED})?",
+    also=(mistakes.RANKED_BY_MAX.name,),
 )
-BIASED = Fault(
-    {"biased": True},
-    {*BIAS, "below-minus-100"},
-    says(WEIGHT, "weight"),
-    r"router weights are those of score \+ bias",
-)
+BIASED = Fault(mistakes.BIASED_WEIGHTS, {*BIAS, "below-minus-100"}, says(WEIGHT, "weight"))
 #: It divides by no less than `moe_norm_min`, as well where the sum is negative.
-ERNIES = replace(
-    BIASED,
-    does={"biased": True, "least": 1e-12},
-    undiagnosed=frozenset({"bias-below-minus-1"}),
-)
-BFLOAT16 = Fault(
-    {"dtype": torch.bfloat16},
-    BIAS,
-    says(WEIGHT, "weight"),
-    "scores and weights are computed in bfloat16",
-)
-NO_EPSILON = Fault(
-    {"epsilon": 0.0},
-    {"below-minus-100"},
-    says(WEIGHT, "weight", got="nan"),
-    "all chosen scores underflow to 0, and 0/0 is NaN without the recipe's epsilon",
-)
+ERNIES = replace(BIASED, undiagnosed=frozenset({"bias-below-minus-1"}))
+BFLOAT16 = Fault(mistakes.BFLOAT16_ROUTER, BIAS, says(WEIGHT, "weight"))
+NO_EPSILON = Fault(mistakes.NO_EPSILON, {"below-minus-100"}, says(WEIGHT, "weight", got="nan"))
 
 VLLM = "vllm/model_executor/layers/fused_moe"
 VLLM_0_7 = (f"{VLLM}/fused_moe.py", "grouped_topk")
@@ -238,38 +219,21 @@ def failures_of(report, outputs):
     return messages
 
 
-def faulty(
-    logits, recipe, bias, ids, mask=-inf, biased=False, least=-inf, dtype=torch.float32, **fields
-):
-    """Keys of all experts, and weights of `ids`: right, unless an argument says what is wrong."""
-    recipe = replace(recipe, **fields)
-    scores = reference.score(logits.to(dtype), recipe.score)
-    keys = reference.choosing_keys(scores.to(torch.float32), recipe, bias)
-    weights = (keys if biased else scores).gather(1, ids)
-    weights = weights / (weights.sum(1, keepdim=True) + recipe.epsilon).clamp_min(least)
-    if recipe.grouped:
-        groups = reference.group_scores(keys, recipe)
-        out = groups < groups.topk(recipe.topk_group).values[:, -1:]
-        keys = keys.masked_fill(out.repeat_interleave(keys.shape[1] // recipe.n_group, 1), mask)
-    return keys, weights.to(torch.float32) * recipe.scale
-
-
 @each("affected")
 def test_affected(report, release):
-    outputs = outputs_of(report, release)
+    fault, outputs, inputs = report.fault, outputs_of(report, release), report.inputs()
     failures = failures_of(report, outputs)
-    assert set(failures) == report.fault.patterns
-    inputs = report.inputs()
+    assert set(failures) == fault.patterns
     for pattern, message in failures.items():
-        assert re.search(report.fault.message, message), message
-        diagnosed = re.search(rf"\n  diagnosis  {report.fault.diagnosis}$", message)
-        assert bool(diagnosed) == (pattern not in report.fault.undiagnosed), message
-        ids, weights = outputs[pattern]
+        assert re.search(fault.message, message), message
+        diagnoses = re.findall(r"^  diagnosis  (.*)$", message, re.MULTILINE)
+        if pattern in fault.undiagnosed:
+            assert diagnoses == []
+            continue
+        assert diagnoses in ([fault.mistake.name], *([name] for name in fault.also)), message
         logits, bias = inputs[pattern]
-        keys, expected = faulty(logits, report.recipe, bias, ids.long(), **report.fault.does)
-        best = keys.topk(report.recipe.top_k).values
-        assert torch.equal(keys.gather(1, ids.long()).sort(descending=True).values, best)
-        torch.testing.assert_close(weights, expected, equal_nan=True)
+        made = fault.mistake.made(mistakes.Inputs(logits, report.recipe, bias))
+        assert_routing(*outputs[pattern], made.logits, made.recipe, made.bias)
 
 
 @each("fixed")

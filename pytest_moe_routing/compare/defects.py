@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.compare.mistakes import RECIPES, Mistake
+from pytest_moe_routing.compare.mistakes import RECIPES, Inputs, Mistake, recipe_with
 from pytest_moe_routing.reference.activation import ACTIVATIONS
 from pytest_moe_routing.reference.layouts import interleave_rows, swap_halves
 from pytest_moe_routing.reference.problem import MoEProblem
@@ -68,15 +68,15 @@ def _shifted(by: int) -> Callable[[MoEProblem], MoEProblem | None]:
 
 
 def _rerouted(mistake: Mistake) -> Callable[[MoEProblem], MoEProblem | None]:
-    """Routed by another recipe."""
+    """Return a change to the routing that a mistake leads to."""
 
     def change(p: MoEProblem) -> MoEProblem | None:
         if p.recipe is None or p.logits is None:
             return None
-        recipe = mistake.recipe(p.recipe)
-        if recipe is None:
+        made = mistake.made(Inputs(p.logits, p.recipe, p.bias))
+        if made is None:
             return None
-        return replace(p, routing=route(p.logits, recipe, p.bias if recipe.bias else None))
+        return replace(p, routing=route(made.logits, made.recipe, made.bias))
 
     return change
 
@@ -90,7 +90,7 @@ def _fewer(p: MoEProblem) -> MoEProblem | None:
 def _fewer_before_normalizing(p: MoEProblem) -> MoEProblem | None:
     if p.recipe is None or p.recipe.top_k == 1 or p.recipe.normalize == "none":
         return None
-    return _rerouted(Mistake("", {"top_k": p.recipe.top_k - 1}))(p)
+    return _rerouted(Mistake("", recipe_with(top_k=p.recipe.top_k - 1)))(p)
 
 
 def _unweighted(p: MoEProblem) -> MoEProblem | None:

@@ -67,17 +67,15 @@ def wrong_experts(rows: Rows, token: int, ids: Tensor, beaten: Beaten) -> Differ
 
 
 def _beaten(rows: Rows, token: int, beaten: Beaten) -> str:
-    pair = [beaten.better, beaten.expert]
-    better, expert = pair
-    keys, inputs = rows.keys[token, pair], rows.inputs(token)[:, pair]
-    if bool((inputs[:, 0] == inputs[:, 1]).all()):
+    better, expert = beaten.better, beaten.expert
+    if beaten.tied:
         what = "logit and bias" if rows.recipe.bias else "logit"
         return (
             f"{expert} is chosen over {better}, which has the same {what}: the lower index must win"
         )
     return (
-        f"{expert} is chosen over {better}, whose key is {keys[0] - keys[1]:.3g} higher; "
-        f"errors explain {rows.errors[token, pair].sum():.1g}"
+        f"{expert} is chosen over {better}, whose key is {beaten.gap:.3g} higher; "
+        f"errors explain {max(beaten.gap - beaten.excess, 0.0):.1g}"
     )
 
 

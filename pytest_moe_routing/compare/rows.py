@@ -18,21 +18,34 @@ from torch import Tensor
 
 from pytest_moe_routing.compare.tolerances import Precision
 from pytest_moe_routing.reference import routing as reference
+from pytest_moe_routing.reference.routing import as_bfloat16
 from pytest_moe_routing.routing.recipe import Recipe
 
 #: Below the smallest normal float32, numbers may be lost or flushed to zero.
 _TINY = 2.0**-126
+#: Largest relative error of rounding to bfloat16.
+_HALF_A_STEP = 2.0**-8
+#: More than float32 moves a bfloat16 number that it scales.
+_SCALING = 2.0**-22
 
 
 class Beaten(NamedTuple):
     """A chosen expert that loses to one passed over, and by how much beyond what errors explain.
 
     An infinite excess has no such pair: no groups that may be kept hold all of the experts.
+
+    Attributes:
+        excess: How far the better key lies above the other one, less the errors of both.
+        expert, better: The expert that was chosen, and the one that should have been.
+        gap: How far the better key lies above the other one.
+        tied: Both keys are made of the same inputs.
     """
 
     excess: float
-    expert: int
-    better: int
+    expert: int = -1
+    better: int = -1
+    gap: float = 0.0
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,12 +56,15 @@ class Weights:
         exact: float64, the recipe's.
         low, high: float64, the smallest and the largest that are right.
         outside: bool, where the weights that were compared are neither.
+        undefined: bool `[num_tokens, 1]`, where all chosen scores may underflow to zero, and no
+            epsilon keeps 0/0 away.
     """
 
     exact: Tensor
     low: Tensor
     high: Tensor
     outside: Tensor
+    undefined: Tensor
 
 
 class Rows:
@@ -74,21 +90,28 @@ class Rows:
         self.ids = reference.choose(self.keys, recipe)
 
     def score(self, logits: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """Scores, and their largest errors."""
+        """Return scores, and their largest errors."""
         scores = reference.score(logits, name)
         if name == "identity":
-            return scores, torch.zeros_like(scores)
-        least = {
-            "sigmoid": max(self.precision.sigmoid, _TINY),
-            "softmax": _TINY,
-            # The root of what underflowed.
-            "sqrtsoftplus": _TINY**0.5,
-        }[name]
-        return scores, self.precision.relative * scores.abs() + least
+            errors = torch.zeros_like(scores)
+        else:
+            least = {
+                "sigmoid": max(self.precision.sigmoid, _TINY),
+                "softmax": _TINY,
+                # The root of what underflowed.
+                "sqrtsoftplus": _TINY**0.5,
+            }[name]
+            errors = self.precision.relative * scores.abs() + least
+        if self.recipe.score_dtype == "float32":
+            return scores, errors
+        low, value, high = (as_bfloat16(scores + side * errors) for side in (-1, 0, 1))
+        return value, torch.maximum(value - low, high - value)
 
     def weighing(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores that these experts are weighed by, and their largest errors."""
+        """Return the scores that these experts are weighed by, and their largest errors."""
         name = self.recipe.weigh_by
+        if name == "selection":
+            return self.keys.gather(1, ids), self.errors.gather(1, ids)
         if name == "softmax":
             scores, errors = self.score(self.logits, name)
             return scores.gather(1, ids), errors.gather(1, ids)
@@ -97,8 +120,8 @@ class Rows:
     # -- the choice --------------------------------------------------------------------------------
 
     def beaten(self, token: int, ids: Tensor) -> Beaten | None:
-        """The least that is wrong with a choice of experts; None when it may be right."""
-        least = Beaten(torch.inf, -1, -1)
+        """Return the least that is wrong with a choice of experts; None when it may be right."""
+        least = Beaten(torch.inf)
         for groups in self._admissible_groups(token, ids):
             found = self._beaten_within(token, ids, groups)
             if found is None:
@@ -107,24 +130,41 @@ class Rows:
         return least
 
     def _beaten_within(self, token: int, ids: Tensor, groups: tuple[int, ...]) -> Beaten | None:
-        """The most that keeps `ids` from being the best experts of these groups."""
-        keys, errors = self.keys[token], self.errors[token]
-        rest = torch.zeros(self.recipe.n_group, len(keys) // self.recipe.n_group, dtype=torch.bool)
-        rest[list(groups)] = True
-        rest = rest.flatten()
+        """Return the most that keeps `ids` from being the best experts of these groups."""
+        keys, errors, inputs = self.keys[token], self.errors[token], self.inputs(token)
+        kept = torch.zeros(self.recipe.n_group, len(keys) // self.recipe.n_group, dtype=torch.bool)
+        kept[list(groups)] = True
+        kept = kept.flatten()
+        rest = kept.clone()
+        if self.recipe.mask != -torch.inf:
+            # Excluded experts take part, with one exact number as the key of all.
+            rest[:] = True
+            keys, errors = (
+                x.masked_fill(~kept, value)
+                for x, value in ((keys, self.recipe.mask), (errors, 0.0))
+            )
         rest[ids] = False
         out = rest.nonzero().flatten()
         high, low = (keys[ids] + errors[ids]).unsqueeze(1), (keys[out] - errors[out]).unsqueeze(0)
-        inputs = self.inputs(token)
-        tied = (low == high) | (inputs[:, ids].unsqueeze(2) == inputs[:, out].unsqueeze(1)).all(0)
+        alike = (inputs[:, ids].unsqueeze(2) == inputs[:, out].unsqueeze(1)).all(0)
+        alike &= kept[ids].unsqueeze(1) & kept[out].unsqueeze(0)
+        tied = (low == high) | alike
         beaten = (low > high) | (tied & (out.unsqueeze(0) < ids.unsqueeze(1)))
+        # Routers that mask with a number call torch.topk, whose ties go to any expert.
+        beaten &= kept[ids].unsqueeze(1) | kept[out].unsqueeze(0)
         if not beaten.any():
             return None
         beyond = (low - high).nan_to_num(0.0).masked_fill(~beaten, -torch.inf)
-        place = int(beyond.argmax())
-        expert, better = ids[place // len(out)], out[place % len(out)]
-        # A tie given to the higher index is no distance at all, and wrong all the same.
-        return Beaten(max(float(beyond.max()), 1e-300), int(expert), int(better))
+        slot, other = divmod(int(beyond.argmax()), len(out))
+        expert, better = int(ids[slot]), int(out[other])
+        return Beaten(
+            # A tie given to the higher index is no distance at all, and wrong all the same.
+            max(float(beyond.max()), 1e-300),
+            expert,
+            better,
+            float(keys[better] - keys[expert]),
+            bool(alike[slot, other]),
+        )
 
     def inputs(self, token: int) -> Tensor:
         """Logit and bias of every expert, `[2, num_experts]`: equal inputs make equal keys."""
@@ -133,7 +173,10 @@ class Rows:
         return torch.stack([logits, bias])
 
     def _admissible_groups(self, token: int, ids: Tensor) -> Iterator[tuple[int, ...]]:
-        """Every set of groups that may have been kept and holds all of these experts."""
+        """Yield every set of groups that may have been kept and holds all of these experts.
+
+        With a mask, experts need not be in a group that is kept.
+        """
         recipe = self.recipe
         if not recipe.grouped:
             yield tuple(range(recipe.n_group))
@@ -149,7 +192,7 @@ class Rows:
         sure = (maybe_above < recipe.topk_group).nonzero().flatten().tolist()
         possible = (surely_above < recipe.topk_group).nonzero().flatten().tolist()
         open_ = [g for g in possible if g not in sure]
-        needed = {e // size for e in ids.tolist()}
+        needed = {e // size for e in ids.tolist()} if recipe.mask == -torch.inf else set()
         made_of = self.group_inputs(token)
         for extra in combinations(open_, recipe.topk_group - len(sure)):
             kept = {*sure, *extra}
@@ -175,18 +218,35 @@ class Rows:
         """Compare float64 weights of these experts, right or wrong: both `[num_tokens, top_k]`."""
         ids = ids.clamp(0, self.logits.shape[1] - 1)
         low, high, undefined = self._weight_bounds(ids)
-        exact = reference.weigh(self.logits, self.recipe, ids)
-        outside = ~((weights >= low) & (weights <= high))
+        exact = reference.weigh(self.logits, self.recipe, ids, bias=self.bias)
+        if self.recipe.normalize_dtype == "bfloat16":
+            # What bfloat16 arithmetic makes of exact scores is a number, and no range.
+            steps = exact, as_bfloat16(exact)
+            off = torch.stack([(weights - step).abs() > _SCALING * step.abs() for step in steps])
+            outside = off.all(0) | weights.isnan()
+            low, high = torch.minimum(*steps), torch.maximum(*steps)
+        else:
+            outside = ~((weights >= low) & (weights <= high))
+        if self._rounds_weights():
+            # Rounded after they were scaled, or before.
+            finer = [
+                (x - as_bfloat16(x)).abs() > _SCALING * x.abs()
+                for x in (weights, weights / self.recipe.scale)
+            ]
+            outside |= finer[0] & finer[1]
         # NaN is right where the exact weight is NaN or may be, an infinity where it is that one.
         outside &= ~(weights.isnan() & (exact.isnan() | undefined))
         outside &= ~(weights == exact)
-        return Weights(exact, low, high, outside)
+        return Weights(exact, low, high, outside, undefined)
+
+    def _rounds_weights(self) -> bool:
+        """Return whether weights are bfloat16 numbers, from an implementation that has others."""
+        return self.recipe.weight_dtype == "bfloat16" and self.precision.weight < _HALF_A_STEP
 
     def _weight_bounds(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The smallest and largest weights that the implementation may give these experts.
+        """Return the smallest and largest weights that the implementation may give these experts.
 
-        The third result, `[num_tokens, 1]`, tells where the weights may be undefined: where all
-        chosen scores may underflow to zero, and no epsilon keeps 0/0 away.
+        The third result is `Weights.undefined`.
         """
         recipe, precision = self.recipe, self.precision
         scores, errors = self.weighing(ids)
@@ -206,7 +266,8 @@ class Rows:
             # Of negative scores, the larger has the smaller weight.
             low, high = torch.minimum(*ends), torch.maximum(*ends)
         low, high = low * recipe.scale, high * recipe.scale
-        slack = (precision.weight + precision.relative) * torch.maximum(low.abs(), high.abs())
+        rounding = _HALF_A_STEP if self._rounds_weights() else precision.weight
+        slack = (rounding + precision.relative) * torch.maximum(low.abs(), high.abs())
         slack = slack + _TINY * max(1.0, recipe.scale)
         # Rounding changes no sign.
         low = torch.where(low >= 0, (low - slack).clamp_min(0), low - slack)

@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_moe_routing.compare.mistakes import Inputs
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, signatures
 from pytest_moe_routing.reference.quantization import find_format
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.schemes import kernel_of, storage_of
-from pytest_moe_routing.simulator.changes import Context, Inputs
 from pytest_moe_routing.simulator.dispatch import layout_of, scheme_of
 from pytest_moe_routing.simulator.epilogue import PER_EXPERT, Epilogue
-from pytest_moe_routing.simulator.faults import Fault
 from pytest_moe_routing.simulator.memory import (
     Memory,
     decode,
@@ -35,6 +34,7 @@ from pytest_moe_routing.simulator.memory import (
     raw,
     read_weight,
 )
+from pytest_moe_routing.simulator.stages import Context, Fault, Stage
 
 #: Of buffers that no kernel wrote: an expert that is none.
 UNWRITTEN = -(2**15)
@@ -80,7 +80,7 @@ class Simulator:
         finally:
             self.tuning = before
 
-    def _at(self, stage: str, value: Any, context: Context) -> Any:
+    def _at(self, stage: Stage, value: Any, context: Context) -> Any:
         """What becomes of a value at a stage: what the fault makes of it, if it is one of there."""
         if self.fault is None or self.fault.stage != stage:
             return value
@@ -98,7 +98,7 @@ class Simulator:
         shard = Shard(given["local_expert_offset"], given["local_num_experts"] or experts)
         context = Context(given, "routing", method or "", experts, given["top_k"], shard)
         routing = self._choose(context)
-        shard = self._at("shard", shard, context)
+        shard = self._at(Stage.SHARD, shard, context)
         place = permute(routing.topk_ids, shard, tile)
         ids = torch.full_like(place.expanded, -1)
         used = place.expanded >= 0
@@ -146,16 +146,16 @@ class Simulator:
         recipe = self.flashinfer.recipe(call)
         if context.method == "SigmoidRenorm" and not given.get("norm_topk_prob", True):
             recipe = replace(recipe, normalize="none", epsilon=0.0)
-        recipe = self._at("recipe", recipe, context)
-        logits = self._at("logits", raw(logits), context)
-        bias = self._at("bias", None if bias is None else raw(bias), context)
-        bias = bias if recipe.bias else None
-        if violations or self._at("launched", True, context) is False:
+        bias = raw(bias) if bias is not None and recipe.bias else None
+        inputs = self._at(Stage.INPUTS, Inputs(raw(logits), recipe, bias), context)
+        if violations or self._at(Stage.LAUNCHED, True, context) is False:
             return unwritten(len(logits), top_k)
-        inputs = Inputs(logits, recipe, bias)
         # A fault may concern other calls than this one: then it leaves the inputs as they are.
-        found = self._at("route", inputs, context)
-        routing = found if isinstance(found, Routing) else route(logits, recipe, bias)
+        faulty = self._at(Stage.ROUTE, inputs, context)
+        if isinstance(faulty, Routing):
+            routing = faulty
+        else:
+            routing = route(inputs.logits, inputs.recipe, inputs.bias)
         return Routing(routing.topk_ids, routing.topk_weights.to(torch.bfloat16))
 
     # -- the fused MoE ------------------------------------------------------------------------
@@ -166,8 +166,8 @@ class Simulator:
         experts, top_k = given["num_experts"], given["top_k"]
         shard = Shard(given["local_expert_offset"], given["local_num_experts"])
         context = Context(given, scheme, method, experts, top_k, shard, tuning=self.tuning)
-        given = context.given = self._at("arguments", given, context)
-        memory = self._at("memory", memory_of(scheme, layout_of(scheme, given)), context)
+        given = context.given = self._at(Stage.ARGUMENTS, given, context)
+        memory = self._at(Stage.MEMORY, memory_of(scheme, layout_of(scheme, given)), context)
         kinds = signatures.enum("ActivationType", self.flashinfer.release)
         numbers = {number: kind for kind, number in kinds.items()}
         layer = Epilogue(
@@ -182,22 +182,24 @@ class Simulator:
             _expect("routing_replay_out", replay, (torch.int16,), (-1, top_k))
             replay[: len(hidden)] = routing.topk_ids
         rows = self._rows(hidden, routing, memory, layer, context)
-        rows = self._at("rows", rows, context)
+        rows = self._at(Stage.ROWS, rows, context)
         if not given["do_finalize"]:
             place = permute(routing.topk_ids, shard, _TILE)
             permuted = torch.full((len(place.tokens), rows.shape[-1]), torch.nan).bfloat16()
             local = place.expanded >= 0
             permuted[place.expanded[local]] = rows[local]
-            weights = self._at("label", routing.topk_weights, context)
+            weights = self._at(Stage.LABEL, routing.topk_weights, context)
             return [permuted, weights, place.expanded.flatten().to(torch.int32)]
         weights = routing.topk_weights.to(torch.float32)
         if given.get("use_routing_scales_on_input"):
             weights = torch.ones_like(weights)
-        weights = self._at("finalize", weights, replace(context, routing=routing, routed=is_routed))
+        weights = self._at(
+            Stage.FINALIZE, weights, replace(context, routing=routing, routed=is_routed)
+        )
         total = torch.zeros(len(hidden), rows.shape[-1])
         for slot in range(top_k):
             total += weights[:, slot : slot + 1] * rows[:, slot].to(torch.float32)
-        output = self._at("output", total.to(torch.bfloat16), context)
+        output = self._at(Stage.OUTPUT, total.to(torch.bfloat16), context)
         return [output] if "fp4" in name or "mxint4" in name else output
 
     def _given_or_chosen(self, context: Context) -> tuple[Routing, bool]:
@@ -210,7 +212,7 @@ class Simulator:
             _expect("topk_weights", weights, (torch.bfloat16, torch.float32), tuple(ids.shape))
             return Routing(ids.to(torch.int64), weights), True
         _expect("topk_ids", topk, (torch.int32,), (-1, context.top_k))
-        topk = self._at("packed", topk, context)
+        topk = self._at(Stage.PACKED, topk, context)
         weights = (topk & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.bfloat16)
         return Routing((topk >> 16).to(torch.int64), weights), True
 
@@ -231,7 +233,7 @@ class Simulator:
         real = decode_scale(raw(scales), stored.scale)
         if transposed:
             real = real.T
-        real = self._at("input scales", real, context)
+        real = self._at(Stage.INPUT_SCALES, real, context)
         return (values.view(tokens, -1, block) * real.unsqueeze(2)).view(tokens, size)
 
     def _rows(
@@ -239,7 +241,7 @@ class Simulator:
     ) -> Tensor:
         """Each slot's expert output as it is stored: bfloat16 `[tokens, top_k, hidden]`."""
         local = routing.topk_ids - context.shard.local_expert_offset
-        local = self._at("local", local, context)
+        local = self._at(Stage.LOCAL, local, context)
         rows = torch.zeros(*local.shape, hidden.shape[1], dtype=torch.bfloat16)
         on_input = bool(context.given.get("use_routing_scales_on_input"))
         for expert in local.unique().tolist():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.downcasts import avoidable_downcasts
@@ -18,6 +18,7 @@ from pytest_moe_routing.suite.causes import of_downcast
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())
+NEWEST = known_releases()[-1]
 
 
 class Rounds(BuiltinTarget):
@@ -42,8 +43,8 @@ class Rounds(BuiltinTarget):
     ("model", "scheme", "release", "lost"),
     [
         # The kernel without groups adds the bias in float32, the grouped one in bfloat16 itself.
-        ("minimax-m2", "nvfp4", "0.7.2.post1", ["logits", "bias"]),
-        ("deepseek-r1", "nvfp4", "0.7.2.post1", ["logits"]),
+        ("minimax-m2", "nvfp4", NEWEST, ["logits", "bias"]),
+        ("deepseek-r1", "nvfp4", NEWEST, ["logits"]),
         # What launchers refuse is not lost needlessly.
         ("kimi-k2.5", "mxint4", "0.6.17", ["logits"]),
         ("kimi-k2.5", "mxint4", "0.6.18", ["logits", "bias"]),
@@ -58,11 +59,11 @@ def test_only_what_the_kernel_takes_is_lost(model, scheme, release, lost):
 
 
 def test_the_message_counts_tokens_that_get_other_experts():
-    found = judge(Rounds(FlashInfer.of("0.7.2.post1")), MODELS["glm-5.2"], "nvfp4")
+    found = judge(Rounds(FlashInfer.of(NEWEST)), MODELS["glm-5.2"], "nvfp4")
     bias = next(d for d in avoidable_downcasts(found) if d.field == "bias")
     text = "\n".join(of_downcast(found, bias).lines)
     assert text.startswith(
-        "glm-5.2 on nvfp4, decided by rounds 0.1.0, FlashInfer 0.7.2.post1: less precise than the"
+        f"glm-5.2 on nvfp4, decided by rounds 0.1.0, FlashInfer {NEWEST}: less precise than the"
     )
     assert "because  the float32 bias is downcast to bfloat16 before the call" in text
     assert "64.8% of the tokens of the logits pattern 'narrow-bias', which get other exp" in text
@@ -70,7 +71,7 @@ def test_the_message_counts_tokens_that_get_other_experts():
 
 
 def test_nothing_rounded_is_nothing_lost():
-    found = judge(BuiltinTarget(FlashInfer.of("0.7.2.post1")), MODELS["glm-5.2"], "nvfp4")
+    found = judge(BuiltinTarget(FlashInfer.of(NEWEST)), MODELS["glm-5.2"], "nvfp4")
     assert avoidable_downcasts(found) == []
 
 

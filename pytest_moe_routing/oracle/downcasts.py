@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pytest_moe_routing.oracle.effects import share_rerouted
 from pytest_moe_routing.oracle.finding import Finding
 from pytest_moe_routing.oracle.judge import Judgement
 
 #: What shows the loss best: a pattern of `logits`.
 PATTERNS = {"logits": "near-ties", "gate": "near-ties", "bias": "narrow-bias"}
-_TOKENS = 256
 
 
 def avoidable_downcasts(judgement: Judgement) -> list[Finding]:
@@ -37,20 +37,8 @@ def avoidable_downcasts(judgement: Judgement) -> list[Finding]:
 
 def share_of_tokens(judgement: Judgement, field: str) -> float:
     """Return the share of tokens that get another set of experts after the downcast."""
-    import torch
+    from pytest_moe_routing.compare.mistakes import BFLOAT16_BIAS, BFLOAT16_LOGITS
 
-    from pytest_moe_routing.logits import make
-    from pytest_moe_routing.reference.routing import route
-
-    recipe, experts = judgement.wanted, judgement.model.router.num_experts
-    case = make(PATTERNS[field], recipe, num_tokens=_TOKENS, num_experts=experts)
-    logits, bias = case.logits.to(torch.float32), case.bias
-    right = route(logits, recipe, bias, dtype=torch.float64)
-    if field == "bias":
-        assert bias is not None
-        bias = bias.bfloat16().to(bias.dtype)
-    else:
-        logits = logits.bfloat16().to(torch.float32)
-    got = route(logits, recipe, bias, dtype=torch.float64)
-    same = right.topk_ids.sort(1).values == got.topk_ids.sort(1).values
-    return 1.0 - float(same.all(1).double().mean())
+    mistake = BFLOAT16_BIAS if field == "bias" else BFLOAT16_LOGITS
+    experts = judgement.model.router.num_experts
+    return share_rerouted(mistake, judgement.wanted, PATTERNS[field], experts)

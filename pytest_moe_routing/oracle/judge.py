@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates
+from pytest_moe_routing.oracle.effects import mask_notes
+from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.target import Captured, Classification, Target
@@ -69,7 +70,7 @@ class Judgement:
             return None
         from pytest_moe_routing.compare.equivalence import counterexample
 
-        return counterexample(self.wanted, self.got, self.model.router.num_experts)
+        return counterexample(self.wanted, meaning(self.got), self.model.router.num_experts)
 
     @property
     def rejections(self) -> tuple[Gate, ...]:
@@ -247,10 +248,12 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
             for v in violations
         )
         return bad(Verdict.CRASH if violations[0].is_error else Verdict.WRONG, *broken)
-    got = flashinfer.recipe(call)
-    notes = tuple(Finding(Kind.PRECISION, method, fact=note) for note in flashinfer.notes(call))
+    got, experts = flashinfer.recipe(call), model.router.num_experts
+    facts = (*flashinfer.notes(call), *mask_notes(base.wanted, got, experts))
+    notes = tuple(Finding(Kind.PRECISION, method, fact=fact) for fact in facts)
     base = replace(base, got=got, downcasts=captured.downcasts, notes=notes)
-    is_same = same(base.wanted, got, model.router.num_experts)
+    got = meaning(got)
+    is_same = same(base.wanted, got, experts)
     if is_same and model.router.not_expressible is not None:
         # What the recipe does not say may be done outside the kernel; the rest was judged.
         raise beyond

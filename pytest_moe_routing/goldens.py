@@ -91,7 +91,7 @@ def read(path: Path) -> dict[str, Any]:
     """Read a golden file, without its format line.
 
     Raises:
-        MoERoutingError: Missing, unreadable, or of another format. Says how to make it anew.
+        MoERoutingError: Missing, unreadable, or of another format.
     """
     if not path.exists() and not path.is_symlink():
         raise MoERoutingError(f"{path}: there is no such golden file")

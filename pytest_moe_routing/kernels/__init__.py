@@ -1,1 +1,1 @@
-"""The real kernels: is there a GPU for them, and how they are called."""
+"""Kernels on a GPU: which GPU there is, how kernels are built, given weights, and called."""

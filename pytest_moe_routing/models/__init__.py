@@ -1,4 +1,4 @@
-"""What a model says of itself. Imports nothing else of this package, and no torch."""
+"""Models as their configs describe them. Imports no torch."""
 
 from pytest_moe_routing.models.huggingface import read_config
 from pytest_moe_routing.models.layer_groups import LayerGroup

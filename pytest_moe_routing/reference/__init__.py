@@ -1,1 +1,1 @@
-"""References in torch. They compute what is meant; they know nothing of kernels or frameworks."""
+"""References in torch: what a fused MoE should compute, and how FlashInfer lays out its tensors."""

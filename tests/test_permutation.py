@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -74,53 +75,89 @@ def test_another_order_within_a_segment_is_as_good():
     assert check_permutation(got, chosen, wanted) == []
 
 
-def broken(name):
-    chosen = ids()
-    wanted = permute(chosen, num_experts=16, local_expert_offset=4, local_num_experts=8)
-    rows = wanted.expanded_idx_to_permuted_idx.clone()
-    tokens = wanted.permuted_idx_to_token_idx.clone()
-    counts = wanted.tokens_per_expert.clone()
-    first, second = (rows >= 0).nonzero()[:2].tolist()
-    if name == "slot lost":
-        rows[tuple(first)] = -1
-    elif name == "row shared":
-        rows[tuple(first)] = rows[tuple(second)]
-    elif name == "other segment":
-        rows[tuple(first)], rows[tuple(second)] = (
-            rows[tuple(second)].clone(),
-            rows[tuple(first)].clone(),
-        )
-        tokens = torch.full_like(tokens, -1)
-    elif name == "token lost":
-        tokens[rows[tuple(first)]] = -1
-    elif name == "count":
-        counts[0] += 1
-    elif name == "beyond":
-        rows[tuple(first)] = len(tokens) + 5
-    got = replace(
-        wanted,
-        expanded_idx_to_permuted_idx=rows,
-        permuted_idx_to_token_idx=tokens,
-        tokens_per_expert=counts,
-    )
-    return check_permutation(got, chosen, wanted)
+def slots(wanted, chosen, alike):
+    """Two local slots: of one token (`alike` is 0), or of one expert (1) and two tokens."""
+    local = (wanted.expanded_idx_to_permuted_idx >= 0).nonzero().tolist()
+    for one, other in itertools.combinations(local, 2):
+        first, second = ((token, int(chosen[token, slot])) for token, slot in (one, other))
+        if first[alike] == second[alike] and first[1 - alike] != second[1 - alike]:
+            return tuple(one), tuple(other)
+    raise AssertionError("there are no such slots")
+
+
+def swap(rows, one, other):
+    rows[one], rows[other] = rows[other].clone(), rows[one].clone()
+
+
+def one_shared_row(rows, tokens, counts, one, other):
+    rows[one] = rows[other]
+
+
+def one_row_beyond(rows, tokens, counts, one, other):
+    rows[one] = len(tokens) + 5
+
+
+def one_slot_lost(rows, tokens, counts, one, other):
+    rows[one] = -1
+
+
+def one_token_lost(rows, tokens, counts, one, other):
+    tokens[rows[one]] = -1
+
+
+def swapped(rows, tokens, counts, one, other):
+    swap(rows, one, other)
+
+
+def one_more(rows, tokens, counts, one, other):
+    counts[0] += 1
+
+
+ONE_TOKEN, ONE_EXPERT = 0, 1
+SHARED = "two slots share a row of the permuted buffer"
+NOT_BACK = "the permuted buffer does not lead back to the slots' own tokens"
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("broken", "alike", "problems"),
     [
-        ("slot lost", "slots are local that should not be"),
-        ("row shared", "two slots share a row"),
-        ("other segment", "do not lead back|another expert's segment|lead back"),
-        ("token lost", "lead back"),
-        ("count", r"tokens_per_expert: \[\d+\] is (\d+), not \d+"),
-        ("beyond", "beyond the padded size"),
+        (one_slot_lost, ONE_TOKEN, ["1 slots are local that should not be, or the reverse"]),
+        (one_shared_row, ONE_EXPERT, [SHARED, NOT_BACK]),
+        (one_shared_row, ONE_TOKEN, [SHARED, "1 slots lie in another expert's segment"]),
+        # Both rows lead back to the token, but the experts' weights would meet each other's rows.
+        (swapped, ONE_TOKEN, ["2 slots lie in another expert's segment"]),
+        (swapped, ONE_EXPERT, [NOT_BACK]),
+        (one_token_lost, ONE_TOKEN, [NOT_BACK]),
+        (one_more, ONE_TOKEN, ["tokens_per_expert: [0] is 4, not 3"]),
+        (
+            one_row_beyond,
+            ONE_TOKEN,
+            [
+                "1 slots lie in another expert's segment",
+                "1 slots lie beyond the padded size 64",
+            ],
+        ),
     ],
 )
-def test_broken_permutations_are_caught(name, text):
-    import re
-
-    assert re.search(text, "; ".join(broken(name)))
+def test_broken_permutations_are_caught(broken, alike, problems):
+    chosen = ids()
+    wanted = permute(chosen, num_experts=16, local_expert_offset=4, local_num_experts=8)
+    parts = [
+        part.clone()
+        for part in (
+            wanted.expanded_idx_to_permuted_idx,
+            wanted.permuted_idx_to_token_idx,
+            wanted.tokens_per_expert,
+        )
+    ]
+    broken(*parts, *slots(wanted, chosen, alike))
+    got = replace(
+        wanted,
+        expanded_idx_to_permuted_idx=parts[0],
+        permuted_idx_to_token_idx=parts[1],
+        tokens_per_expert=parts[2],
+    )
+    assert check_permutation(got, chosen, wanted) == problems
 
 
 @pytest.mark.parametrize(("offset", "local"), [(-1, 4), (13, 4), (0, 17), (0, 0)])

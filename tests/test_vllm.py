@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from packaging.version import Version
 from wheels import wheels_since
 
 from pytest_moe_routing.errors import TargetNotInstalled, Unsupported
@@ -40,8 +41,27 @@ def target(request):
     found.close()
 
 
-def release(target):
-    return tuple(int(part) for part in target.version().split(".")[:2])
+#: What vLLM does from one release on and before another, read from its source.
+SPANS = {
+    "the tree has MiniMax2": ("0.21", None),
+    "NVFP4 experts activate by swigluoai in minimax-m3's layout": ("0.25", None),
+    "there are MXINT4 experts": ("0.23", None),
+    "MXINT4 experts take kimi-k2.5's activation": ("0.25", None),
+    "there are modular TRTLLM experts": ("0.18", None),
+    # vLLM PR 44007
+    "the MXFP4 call passes None for groups, bias and factor": ("0.19", "0.27"),
+    # vLLM PR 44462
+    "the block path takes more than ten experts per token": ("0.26", None),
+    "the per-tensor call is not Llama4's alone": ("0.17", None),
+}
+
+
+def does(target, what):
+    """Whether the target's release lies in a span."""
+    since, until = SPANS[what]
+    # A release candidate or a local build is judged as its release.
+    release = Version(Version(target.version()).base_version)
+    return Version(since) <= release and (until is None or release < Version(until))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +74,7 @@ def release(target):
     ],
 )
 def test_the_real_routers_classify(target, model, method, router):
-    if method == "MiniMax2" and release(target) < (0, 21):
+    if method == "MiniMax2" and not does(target, "the tree has MiniMax2"):
         pytest.skip("no MiniMax2 before 0.21")
     found = target.classify(MODELS[model])
     assert found.method == method
@@ -71,7 +91,8 @@ def test_the_real_gates_answer_and_know_no(target):
 
 def test_the_activation_is_named_with_the_layout_of_the_checkpoint(target):
     gates = {g.name: g for g in target.gates(MODELS["minimax-m3"], "nvfp4", "Renormalize")}
-    assert gates["activation"].ok is (release(target) >= (0, 25))
+    takes = does(target, "NVFP4 experts activate by swigluoai in minimax-m3's layout")
+    assert gates["activation"].ok is takes
     gates = {g.name: g.ok for g in target.gates(MODELS["gpt-oss-20b"], "nvfp4", "Renormalize")}
     assert not gates["activation"]
 
@@ -86,7 +107,7 @@ def test_the_real_call_is_the_one_that_the_router_needs(target):
 
 
 def test_a_release_without_the_experts_says_so(target):
-    if release(target) >= (0, 23):
+    if does(target, "there are MXINT4 experts"):
         assert target.capture(MODELS["kimi-k2.5"], "mxint4", "DeepSeekV3").call is not None
     else:
         with pytest.raises(Unsupported, match="this release has no TrtLlmMxint4ExpertsMonolithic"):
@@ -99,37 +120,47 @@ def test_the_router_weight_of_llama4_is_on_the_wrong_side_of_nvfp4(target):
     assert judge(target, MODELS["llama-4-scout"], "fp8_per_tensor").verdict == "exact"
 
 
-def test_what_gates_hide(target):
-    """Calls that no gate lets through today are wrong all the same."""
-    scaled = MODELS["step-3.7-flash"]
-    if release(target) >= (0, 23):
-        # mxint4: the factor is not passed, and the bias is rounded.
-        found = target.capture(scaled, "mxint4", "DeepSeekV3")
-        assert (found.call.routed_scaling_factor, found.call.scale_after) == (1.0, 1.0)
-        assert [finding.field for finding in found.downcasts] == ["bias"]
-    if (0, 19) <= release(target) < (0, 27):
-        # vLLM PR 44007: four arguments of the MXFP4 call were None.
-        call = target.capture(MODELS["deepseek-r1"], "mxfp4", "DeepSeekV3").call
-        assert (call.n_group, call.topk_group, call.bias) == (0, 0, "none")
-        assert target.capture(scaled, "mxfp4", "DeepSeekV3").call.routed_scaling_factor == 1.0
-    # vLLM PR 44462: more than ten experts per token are refused in the middle of the block path.
+# Calls that no gate lets through today are wrong all the same.
+
+
+def test_mxint4_loses_the_factor_and_rounds_the_bias_behind_its_gates(target):
+    if not does(target, "there are MXINT4 experts"):
+        pytest.skip("no MXINT4 experts")
+    found = target.capture(MODELS["step-3.7-flash"], "mxint4", "DeepSeekV3")
+    assert (found.call.routed_scaling_factor, found.call.scale_after) == (1.0, 1.0)
+    assert [finding.field for finding in found.downcasts] == ["bias"]
+
+
+def test_mxfp4_loses_four_arguments_behind_its_gates(target):
+    if not does(target, "the MXFP4 call passes None for groups, bias and factor"):
+        pytest.skip("no MXFP4 experts, or all arguments are passed")
+    call = target.capture(MODELS["deepseek-r1"], "mxfp4", "DeepSeekV3").call
+    assert (call.n_group, call.topk_group, call.bias) == (0, 0, "none")
+    scaled = target.capture(MODELS["step-3.7-flash"], "mxfp4", "DeepSeekV3").call
+    assert scaled.routed_scaling_factor == 1.0
+
+
+def test_the_block_path_and_many_experts_per_token(target):
+    """They were refused in its middle, by an assertion."""
     router = replace(MODELS["deepseek-r1"].router, top_k=22)
     many = replace(MODELS["deepseek-r1"], router=router)
-    many = target.capture(many, "fp8_block", "DeepSeekV3")
-    assert (many.call is None) is (release(target) < (0, 26))
-    if many.call is None:
-        assert re.search("assert .*top_?k <= 10", many.findings[0].got)
-    # The per-tensor call has no topk_group, in any release until now; at first it was Llama4's only.
-    tensor = target.capture(MODELS["deepseek-r1"], "fp8_per_tensor", "DeepSeekV3")
-    if release(target) < (0, 17):
-        assert "assert not layer.renormalize" in tensor.findings[0].got
+    found = target.capture(many, "fp8_block", "DeepSeekV3")
+    takes = does(target, "the block path takes more than ten experts per token")
+    assert (found.call is not None) is takes
+    assert takes or re.search("assert .*top_?k <= 10", found.findings[0].got)
+
+
+def test_the_per_tensor_call_has_no_topk_group(target):
+    found = target.capture(MODELS["deepseek-r1"], "fp8_per_tensor", "DeepSeekV3")
+    if does(target, "the per-tensor call is not Llama4's alone"):
+        assert (found.call.n_group, found.call.topk_group) == (8, 0)
     else:
-        assert (tensor.call.n_group, tensor.call.topk_group) == (8, 0)
+        assert "assert not layer.renormalize" in found.findings[0].got
 
 
 def test_a_lost_factor_is_wrong_unless_the_layer_applies_it(target):
     """MXINT4 passes no factor, which shows for models whose code leaves it to the router."""
-    if release(target) < (0, 25):
+    if not does(target, "MXINT4 experts take kimi-k2.5's activation"):
         pytest.skip("no such experts, or none for this activation")
     ours = MODELS["kimi-k2.5"]
     assert judge(target, ours, "mxint4").verdict == "exact"
@@ -140,7 +171,7 @@ def test_a_lost_factor_is_wrong_unless_the_layer_applies_it(target):
 def test_modular_experts_are_given_what_the_layer_routes(target):
     """Packed into one int32, in later releases apart; alone, and as rank 1 of 2."""
     model = MODELS["deepseek-r1"]
-    if release(target) < (0, 18):
+    if not does(target, "there are modular TRTLLM experts"):
         with pytest.raises(Unsupported, match="this release has no TrtLlmFp8ExpertsModular"):
             target.modular_gates(model, "fp8_block", "DeepSeekV3")
         return

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
@@ -14,7 +14,7 @@ from pytest_moe_routing.oracle.exact import kernel_call
 from pytest_moe_routing.report.text import sentence
 
 MODELS = load_models(packaged_directory())
-FLASHINFER = FlashInfer.of("0.7.2.post1")
+FLASHINFER = FlashInfer.of(known_releases()[-1])
 FUNCTION = "trtllm_fp8_block_scale_moe"
 R1 = MODELS["deepseek-r1"]
 LAYER = RecordedLayer(rank=1, shards=2, intermediate_size=256)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_moe_routing.flashinfer import known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.plugin import SUITE
@@ -19,7 +20,7 @@ def run(pytester, kernels, *tests):
         *(f"{SUITE}/{test}" for test in tests),
         f"--moe-kernels={kernels}",
         f"--moe-models={','.join(named)}",
-        "--moe-flashinfer=0.7.2.post1",
+        f"--moe-flashinfer={known_releases()[-1]}",
         *("-p", "no:cacheprovider", "-p", "no:xdist", "-q"),
     )
 

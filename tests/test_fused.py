@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, installed_release
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, installed_release, known_releases
 from pytest_moe_routing.kernels.fused import fused_arguments
 from pytest_moe_routing.kernels.routing import routing_arguments
 from pytest_moe_routing.kernels.weights import prepare
@@ -92,7 +92,7 @@ def test_calls_fit_the_installed_package(scheme, activated, routed):
 
 
 def test_routing_call_fits_the_signature():
-    flashinfer = FlashInfer.of("0.7.2.post1")
+    flashinfer = FlashInfer.of(known_releases()[-1])
     call = fused_cases.call()
     given = routing_arguments(
         torch.zeros(1, 8), None, call, tile_tokens_dim=8, shard=Shard.whole(8)
@@ -129,7 +129,7 @@ def test_packed_ids_keep_negative_weights_apart():
 
 
 def test_routing_arguments_of_a_call():
-    flashinfer = FlashInfer.of("0.7.2.post1")
+    flashinfer = FlashInfer.of(known_releases()[-1])
     call = KernelCall("fp8_block", "DeepSeekV3", 8, 2, "bfloat16", 4, 2, "router", "bfloat16", 2.5)
     problem = fused_cases.problem(flashinfer, call, "fp8_block")
     shard = Shard(4, 2)

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from pytest_moe_routing.compare import assert_moe, assert_routing
-from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.kernels.fused import fused_arguments, launch_fused, rows_of, without_routing
 from pytest_moe_routing.kernels.weights import prepare
 from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.schemes import KERNEL_SCHEMES, kernel_of
 from pytest_moe_routing.simulator.simulator import Simulator
 
-FLASHINFER = FlashInfer.of("0.7.2.post1")
+FLASHINFER = FlashInfer.of(known_releases()[-1])
 LAYOUTS = [
     (scheme, act, layout)
     for scheme, act in fused_cases.CASES

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain, combinations, product
+from textwrap import shorten
 from typing import Any
 
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases
@@ -16,6 +16,7 @@ from pytest_moe_routing.models.spec import ACTIVATIONS
 from pytest_moe_routing.oracle.config_sweep import as_model, swept_routers
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.target import Target
+from pytest_moe_routing.routing import METHODS, Recipe, RoutingMethodType
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 #: What calls take, on both sides of every limit.
@@ -69,18 +70,37 @@ def calls(scheme: str, method: str) -> list[KernelCall]:
 
 
 def outcomes(flashinfer: FlashInfer, scheme: str, method: str) -> dict[str, int]:
-    """How many calls are refused, compute garbage, or run, and a checksum of what those compute."""
-    counts: Counter[str] = Counter()
-    computed: Counter[Any] = Counter()
+    """How many calls are refused, compute garbage, or run; and of these, what is unusual in how many.
+
+    Unusual are fields in which the recipe is not that of the method's row, and notes.
+    """
+    counts, unusual = Counter[str](), Counter[str]()
     for call in calls(scheme, method):
         violations = flashinfer.violations(call)
-        if violations:
-            counts[violations[0].rule.effect] += 1
-        else:
-            counts["runs"] += 1
-            computed[flashinfer.recipe(call), tuple(flashinfer.notes(call))] += 1
-    listed = sorted(f"{count} {what}" for what, count in computed.items())
-    return {**dict(sorted(counts.items())), "checksum": zlib.crc32("".join(listed).encode())}
+        counts[violations[0].rule.effect if violations else "runs"] += 1
+        if not violations:
+            unusual.update(_changes(as_bound(call), flashinfer.recipe(call)))
+            unusual.update(f"note: {shorten(note, 50)}" for note in flashinfer.notes(call))
+    return {**dict(sorted(counts.items())), **dict(sorted(unusual.items()))}
+
+
+@cache
+def as_bound(call: KernelCall) -> Recipe:
+    """What a call would compute if its method were as its row says, whatever the release."""
+    bound = METHODS[RoutingMethodType[call.method]].bind(
+        top_k=call.top_k,
+        bias=call.bias == "router",
+        n_group=max(call.n_group, 1),
+        topk_group=max(call.topk_group, 1) if call.n_group > 1 else 1,
+        routed_scaling_factor=call.routed_scaling_factor,
+        weight_on=call.weight_on,
+    )
+    return replace(bound, bias_dtype=call.bias_dtype) if bound.bias else bound
+
+
+@cache
+def _changes(row: Recipe, got: Recipe) -> list[str]:
+    return [f"{name} {now} for {was}" for name, (was, now) in row.differences(got).items()]
 
 
 #: One router on experts of all kinds: most schemes take some of them.
@@ -100,30 +120,29 @@ def verdicts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> dict[s
     return dict(sorted(Counter(judge(target, m, scheme).verdict for m in models).items()))
 
 
-def timeline(value: Callable[[FlashInfer], Any]) -> dict[str, Any]:
-    """A value of every release, from each on at which it changes."""
-    found: dict[str, Any] = {}
+def timeline(count: Callable[[FlashInfer], dict[str, int]]) -> Iterator[str]:
+    """Counts of every release, a line each, from each release on at which they change."""
     last: Any = None
     for release in known_releases():
-        now = value(FlashInfer.of(release))
+        now = count(FlashInfer.of(release))
         if now != last:
-            found[release] = last = now
-    return found
+            yield f"  {release:<12} {', '.join(f'{n} {what}' for what, n in now.items())}"
+            last = now
 
 
-def table(scheme: str) -> dict[str, Any]:
+def table(scheme: str) -> str:
     """A scheme's kernels, and the builtin target's verdicts."""
-    methods = FlashInfer.of(known_releases()[-1]).methods
-    return {
-        "methods": {
-            method: timeline(lambda f, method=method: outcomes(f, scheme, method))
-            for method in methods
-            if method != "Unspecified"
-        },
-        "verdicts": timeline(
-            lambda f: verdicts(BuiltinTarget(f), scheme, map(as_model, swept_routers(1)))
-        ),
-        "verdicts of other experts": timeline(
-            lambda f: verdicts(BuiltinTarget(f), scheme, OTHER_EXPERTS)
-        ),
+    target = f"verdicts of {BuiltinTarget.name} on"
+    counted: dict[str, Callable[[FlashInfer], dict[str, int]]] = {
+        method: partial(outcomes, scheme=scheme, method=method)
+        for method in FlashInfer.of(known_releases()[-1]).methods
+        if method != "Unspecified"
     }
+    counted[f"{target} routers"] = lambda f: verdicts(
+        BuiltinTarget(f), scheme, map(as_model, swept_routers(1))
+    )
+    counted[f"{target} experts"] = lambda f: verdicts(BuiltinTarget(f), scheme, OTHER_EXPERTS)
+    lines = [f"{len(CALLS)} calls of {scheme} kernels by method, from each FlashInfer release on"]
+    for title, count in counted.items():
+        lines += ["", title, *timeline(count)]
+    return "\n".join(lines) + "\n"

@@ -19,7 +19,6 @@ from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())
 NEWEST = known_releases()[-1]
-NEWEST = known_releases()[-1]
 
 
 class Rounds(BuiltinTarget):

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import pytest
 from kernel_table import CALLS, table
-from syrupy.extensions.json import JSONSnapshotExtension
+from syrupy.extensions.single_file import SingleFileSnapshotExtension, WriteMode
 
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 
+class Text(SingleFileSnapshotExtension):
+    """A table as a text file."""
+
+    file_extension = "txt"
+    _write_mode = WriteMode.TEXT
+
+
 @pytest.mark.parametrize("scheme", SERVED_SCHEMES)
 def test_table(scheme, snapshot):
-    assert table(scheme) == snapshot(extension_class=JSONSnapshotExtension)
+    assert table(scheme) == snapshot(extension_class=Text)
 
 
 def test_calls_are_distinct():

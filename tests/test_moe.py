@@ -8,22 +8,21 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from inverse_layouts import deinterleave_rows
 
 from pytest_moe_routing.errors import LayerError, MoERoutingError
 from pytest_moe_routing.logits import bell, distinct
 from pytest_moe_routing.reference import moe as reference
 from pytest_moe_routing.reference.activation import ACTIVATIONS, activation
-from pytest_moe_routing.reference.layouts import deinterleave_rows
-from pytest_moe_routing.reference.moe import MoELayer, moe, moe_from_logits
+from pytest_moe_routing.reference.moe import MoELayer, moe
 from pytest_moe_routing.reference.quantization import FORMATS, Quantized, dequantize, quantize
-from pytest_moe_routing.reference.routing import Routing, route
+from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import (
     Expert,
     GeneratedExperts,
     SafetensorsExperts,
     stack_rows,
 )
-from pytest_moe_routing.routing.recipe import Recipe
 from pytest_moe_routing.schemes import COMPUTED_SCHEMES, storage_of
 
 TOKENS, EXPERTS, HIDDEN, INNER, TOP_K = 5, 6, 128, 256, 2
@@ -173,17 +172,6 @@ def test_order_of_tokens_and_slots_does_not_matter(scheme):
         alone = Routing(r.topk_ids[token : token + 1], r.topk_weights[token : token + 1])
         got = moe(one, experts, alone, MoELayer.of(scheme), dtype=torch.float64)
         torch.testing.assert_close(got, whole[token : token + 1], rtol=2**-7, atol=1e-6)
-
-
-def test_from_logits_it_routes_and_puts_the_weight_where_the_recipe_says():
-    logits = bell(TOKENS, EXPERTS, seed=9)
-    recipe = Recipe(TOP_K, "sigmoid", weight_on="input")
-    experts = generated()
-    got = moe_from_logits(hidden(), logits, recipe, experts, MoELayer.of("float32"))
-    wanted = moe(
-        hidden(), experts, route(logits, recipe), MoELayer.of("float32", weight_on="input")
-    )
-    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("scheme", sorted(COMPUTED_SCHEMES))

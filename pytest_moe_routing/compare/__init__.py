@@ -2,7 +2,6 @@
 
 from pytest_moe_routing.compare.budget import Arithmetic
 from pytest_moe_routing.compare.choices import admissible_routings
-from pytest_moe_routing.compare.fingerprints import FingerprintExperts
 from pytest_moe_routing.compare.moe import MoEComparison, assert_moe, compare_moe
 from pytest_moe_routing.compare.routing import Comparison, assert_routing, compare_routing
 from pytest_moe_routing.compare.tolerances import PRECISIONS, Precision
@@ -11,7 +10,6 @@ __all__ = [
     "PRECISIONS",
     "Arithmetic",
     "Comparison",
-    "FingerprintExperts",
     "MoEComparison",
     "Precision",
     "admissible_routings",

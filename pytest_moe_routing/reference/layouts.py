@@ -1,8 +1,8 @@
 """How quantized tensors lie in memory: packing, row orders, block-major K, swizzled scales.
 
 Every function moves elements and changes none, works on the last two dimensions `[rows, columns]`
-of any dtype, and has its inverse next to it. Semantics of FlashInfer 0.7.2.post1 (`flashinfer/
-utils.py`, `flashinfer/quantization/fp4_quantization.py`) and of cuBLAS' 128x4 scale layout.
+of any dtype. Semantics of FlashInfer 0.7.2.post1 (`flashinfer/utils.py`,
+`flashinfer/quantization/fp4_quantization.py`) and of cuBLAS' 128x4 scale layout.
 
     [gate; up] of a checkpoint
       -> swap_halves -> [up; gate] -> interleave_rows -> up0, gate0, up1, gate1, ...
@@ -68,12 +68,6 @@ def interleave_rows(rows: Tensor) -> Tensor:
     return torch.stack(rows.chunk(2, -2), -2).flatten(-3, -2)
 
 
-def deinterleave_rows(rows: Tensor) -> Tensor:
-    """Inverse of `interleave_rows`. Turns gpt-oss' gate0, up0, gate1, ... into `[gate; up]`."""
-    _check_multiple("rows of a gated weight", rows.shape[-2], 2)
-    return torch.cat((rows[..., 0::2, :], rows[..., 1::2, :]), -2)
-
-
 def shuffle_rows(rows: Tensor, epilogue_tile: int = 128) -> Tensor:
     """Reorder rows within blocks for the GEMM's epilogue, as FlashInfer's `shuffle_matrix_a`.
 
@@ -85,12 +79,6 @@ def shuffle_rows(rows: Tensor, epilogue_tile: int = 128) -> Tensor:
     """
     threads, each = _block(rows, epilogue_tile)
     return unflatten(rows, -2, (-1, threads, each)).transpose(-3, -2).flatten(-4, -2)
-
-
-def unshuffle_rows(rows: Tensor, epilogue_tile: int = 128) -> Tensor:
-    """Inverse of `shuffle_rows`."""
-    threads, each = _block(rows, epilogue_tile)
-    return unflatten(rows, -2, (-1, each, threads)).transpose(-3, -2).flatten(-4, -2)
 
 
 def _block(rows: Tensor, epilogue_tile: int) -> tuple[int, int]:
@@ -113,11 +101,6 @@ def block_major(matrix: Tensor, block_bytes: int = 128) -> Tensor:
     return unflatten(matrix, -1, (-1, size)).transpose(-3, -2).contiguous()
 
 
-def row_major(blocks: Tensor) -> Tensor:
-    """Inverse of `block_major`: `[K / b, M, b]` -> `[M, K]`."""
-    return blocks.transpose(-3, -2).flatten(-2)
-
-
 def swizzle_scales(scales: Tensor) -> Tensor:
     """Block scales `[rows, columns]` as 128x4 tiles, flat, padded with zeros to whole tiles.
 
@@ -134,23 +117,3 @@ def swizzle_scales(scales: Tensor) -> Tensor:
     at = scales.ndim - 2
     order = (*range(at), at, at + 3, at + 2, at + 1, at + 4)
     return tiles.permute(order).flatten(at).view(scales.dtype)
-
-
-def unswizzle_scales(swizzled: Tensor, rows: int, columns: int) -> Tensor:
-    """Inverse of `swizzle_scales`: `[..., tiles * 512]` -> `[..., rows, columns]`, padding dropped.
-
-    Raises:
-        QuantizationError: the flat size is not that of this many rows and columns.
-    """
-    row_tiles, column_tiles = -(-rows // _TILE_ROWS), -(-columns // _TILE_COLUMNS)
-    expected = row_tiles * column_tiles * _TILE_ROWS * _TILE_COLUMNS
-    if swizzled.shape[-1] != expected:
-        raise QuantizationError(
-            f"swizzled scales of {rows} x {columns}: found {swizzled.shape[-1]} values, "
-            f"expected {expected}"
-        )
-    tiles = unflatten(swizzled, -1, (row_tiles, column_tiles, 32, 4, _TILE_COLUMNS))
-    at = swizzled.ndim - 1
-    order = (*range(at), at, at + 3, at + 2, at + 1, at + 4)
-    padded = tiles.permute(order).flatten(at, at + 2).flatten(at + 1)
-    return padded[..., :rows, :columns].contiguous()

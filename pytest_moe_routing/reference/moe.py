@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,9 +27,8 @@ from pytest_moe_routing.reference.quantization import (
     find_format,
     quantize,
 )
-from pytest_moe_routing.reference.routing import Routing, route
+from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import Expert, Experts
-from pytest_moe_routing.routing.recipe import Recipe
 from pytest_moe_routing.schemes import Storage, storage_of
 
 
@@ -221,22 +220,6 @@ def moe(
                 rows = run_expert(mine, experts[expert], layer).output * weight.unsqueeze(1)
             total.index_add_(0, tokens, rows)
         return total.to(output_dtype)
-
-
-def moe_from_logits(
-    hidden: Tensor | Quantized,
-    logits: Tensor,
-    recipe: Recipe,
-    experts: Experts,
-    layer: MoELayer,
-    *,
-    bias: Tensor | None = None,
-    **options: object,
-) -> Tensor:
-    """Route with the reference, then run the experts; options as for `moe`."""
-    routing = route(logits, recipe, bias)
-    layer = replace(layer, weight_on=recipe.weight_on)
-    return moe(hidden, experts, routing, layer, **options)  # type: ignore[arg-type]
 
 
 def check_inputs(

@@ -89,15 +89,13 @@ SURVIVORS: dict[str, dict[str, str]] = {
         "T.Unspecified to RenormalizeNaive (2)": _NO_OTHER_SCORE,
     },
     "before the tree": {
+        "And of 3 without operand 1 (1)": "a sigmoid before top-1 means what one after it means",
         "classify with top_k None (1)": "no case of the tree depends on top_k",
     },
     "gates": {
         "Gate 'router logits dtype' always True (1)": "schemes take every dtype that a model has",
     },
     "kernel gates": {
-        "And of 2 without operand 1 (1)": "the gate for the scheme: models are judged on the "
-        "schemes of their checkpoints alone",
-        "IfExp always True (1)": "its reason: the text about checkpoints is not said, as above",
         "Gate 'device' always True (1)": "verdicts are about one device",
     },
     "needs": {

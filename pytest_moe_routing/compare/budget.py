@@ -44,6 +44,8 @@ class Arithmetic:
         scaling: Relative error of a quotient by a scale: two approximate reciprocals.
         weights: Relative error of router weights: 0 where the kernel is given them, 2**-8 where it
             rounds its own to bfloat16.
+        activated: Format that the activation's result is known to go through before it is
+            quantized, as opposed to `intermediate`, which allows for any.
     """
 
     unit: float = 2.0**-23
@@ -51,6 +53,7 @@ class Arithmetic:
     intermediate: float = 2.0**-8
     scaling: float = 2.0**-22
     weights: float = 0.0
+    activated: str = "float32"
 
     def accumulate(self, length: int) -> float:
         """Error of a sum of this many products, in units of the largest partial sum.
@@ -114,6 +117,25 @@ def _expert(
     x: Tensor, expert: Expert, layer: MoELayer, weight: Tensor, arithmetic: Arithmetic
 ) -> Bounded:
     """One expert's stored rows for its tokens."""
+    stages, intermediate = bounded_intermediate(x, expert, layer, weight, arithmetic)
+    error = _product_error(
+        intermediate.value, intermediate.error, expert.gemm2, stages.gemm2, arithmetic
+    )
+    return _store(stages.gemm2, error, layer.storage.gemm2, None, arithmetic)
+
+
+def bounded_intermediate(
+    x: Tensor, expert: Expert, layer: MoELayer, weight: Tensor, arithmetic: Arithmetic
+) -> tuple[Stages, Bounded]:
+    """What the second GEMM reads, `[tokens, intermediate]`, and the stages of the exact reference.
+
+    Args:
+        x: Real hidden states of the expert's tokens, float64 `[tokens, hidden]`.
+        expert: Its weights.
+        layer: What is computed.
+        weight: Router weights `[tokens]`.
+        arithmetic: How a right kernel computes.
+    """
     storage, on_input = layer.storage, layer.weight_on == "input"
     stages = run_expert(x, expert, layer, weight if on_input else None)
     error1 = _product_error(x, None, expert.gemm1, stages.gemm1, arithmetic)
@@ -121,13 +143,11 @@ def _expert(
         error1 = error1 * weight.abs().unsqueeze(1) + arithmetic.weights * stages.gemm1.abs()
     gemm1 = _store(stages.gemm1, error1, storage.gemm1, None, arithmetic)
     error = _activation_error(gemm1, layer, stages, arithmetic)
-    activated = _store(stages.activated, error, storage.activated, None, arithmetic)
+    result = Bounded(stages.activated, error)
+    for format in (storage.activated, arithmetic.activated):
+        result = _store(result.value, result.error, format, None, arithmetic)
     scale = expert.intermediate_scale
-    intermediate = _store(activated.value, activated.error, storage.intermediate, scale, arithmetic)
-    error2 = _product_error(
-        intermediate.value, intermediate.error, expert.gemm2, stages.gemm2, arithmetic
-    )
-    return _store(stages.gemm2, error2, storage.gemm2, None, arithmetic)
+    return stages, _store(result.value, result.error, storage.intermediate, scale, arithmetic)
 
 
 def _product_error(

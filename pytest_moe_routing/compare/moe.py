@@ -1,8 +1,8 @@
-"""Compare the output of a fused MoE with the reference, element by element, within its error bars.
+"""Compare the output of a fused MoE with the reference: its elements, and their aggregates.
 
 A token whose experts are ambiguous is compared with each admissible choice; everywhere else, one
-element beyond its budget is a failure. What fails is then run with each known defect, and the
-defects that explain it are named.
+element beyond its budget is a failure, and so is one aggregate beyond its bound. Wrong elements are
+then run with each known defect, and the defects that explain them are named.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pytest_moe_routing.compare.aggregates import Aggregate, fitted
 from pytest_moe_routing.compare.budget import FLASHINFER, Arithmetic, Bounded, bounded_moe
 from pytest_moe_routing.compare.defects import DEFECTS
+from pytest_moe_routing.compare.spread import pipelines, spread_moe
 from pytest_moe_routing.errors import LayerError
 from pytest_moe_routing.reference.moe import check_inputs
 from pytest_moe_routing.reference.problem import MoEProblem
@@ -57,8 +59,9 @@ class MoEComparison:
         ambiguous: Tokens that fit another admissible choice of experts, not the reference's.
         worst: The worst element of each of the worst tokens.
         use: Largest share of its budget that an element uses; above 1 it is wrong.
-        tightness: Median budget over the root mean square of the output: how little may hide.
-        diagnosis: Known defects that explain all that is wrong.
+        tightness: Median budget over the root mean square of the output.
+        aggregates: The worst aggregate of each family that has one beyond its bound, worst first.
+        diagnosis: Known defects that explain all wrong elements.
     """
 
     shape: tuple[int, int]
@@ -68,18 +71,24 @@ class MoEComparison:
     worst: tuple[Element, ...]
     use: float
     tightness: float
+    aggregates: tuple[Aggregate, ...] = ()
     diagnosis: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return not self.wrong_tokens
+        return not self.wrong_tokens and not self.aggregates
 
     def message(self) -> str:
-        """n/N, what explains it, and the worst elements."""
+        """Return n/N, what explains it, and the worst elements and aggregates."""
         tokens, hidden = self.shape
         lines = [
             f"{self.wrong_tokens}/{tokens} tokens are wrong: {self.wrong_elements}/"
-            f"{tokens * hidden} elements lie beyond their budget, up to {self.use:.3g} times",
+            f"{tokens * hidden} elements lie beyond their budget, up to {self.use:.3g} times"
+            if self.wrong_tokens
+            else f"{tokens} tokens are wrong together: every element lies within its budget, but "
+            f"aggregates lie beyond their bounds, up to {self.aggregates[0].use:.3g} times"
+            if self.aggregates
+            else f"{tokens} tokens are right",
             f"  budget     median {100 * self.tightness:.2g} % of the output's size; "
             f"{self.ambiguous} tokens fit another admissible choice of experts",
         ]
@@ -87,6 +96,7 @@ class MoEComparison:
             lines.append(f"  diagnosis  {name}")
         if self.wrong_tokens and not self.diagnosis:
             lines.append("  diagnosis  none of the known defects explains it")
+        lines += [f"  aggregate  {aggregate}" for aggregate in self.aggregates]
         return "\n".join([*lines, *(f"  {element}" for element in self.worst)])
 
 
@@ -139,6 +149,7 @@ def compare_moe(
     excess = _excess(got, bounds)
     fits = (excess <= 1).all(1)
     ambiguous = 0
+    chosen = problem.routing
     for routing in alternatives:
         other = _different(routing, problem.routing) & ~fits
         if not other.any():
@@ -148,6 +159,7 @@ def compare_moe(
         better = (_excess(got[tokens], tried) <= 1).all(1)
         ambiguous += int(better.sum())
         fits[tokens[better]] = True
+        chosen = _replaced(chosen, routing, tokens[better])
     excess[fits] = excess[fits].clamp_max(1)
     wrong = (~fits).nonzero().flatten()
     by_badness = wrong[excess[wrong].amax(1).argsort(descending=True)]
@@ -166,8 +178,34 @@ def compare_moe(
         ),
         use=float(excess.max()) if excess.numel() else 0.0,
         tightness=float(bounds.error.median() / size) if excess.numel() else 0.0,
+        aggregates=_aggregates(
+            got, bounds.value, replace(problem, routing=chosen), arithmetic, output_format
+        ),
         diagnosis=diagnosis,
     )
+
+
+def _aggregates(
+    got: Tensor, value: Tensor, problem: MoEProblem, arithmetic: Arithmetic, output_format: str
+) -> tuple[Aggregate, ...]:
+    """Return the worst aggregates beyond their bounds; tokens that are not finite are left out."""
+    tokens = (got.isfinite() & value.isfinite()).all(1).nonzero().flatten()
+    if not len(tokens):
+        return ()
+    some = problem.take(tokens)
+    spreads = (
+        spread_moe(some, pipeline, output=output_format) for pipeline in pipelines(some, arithmetic)
+    )
+    tried = fitted(got[tokens], spreads, some, tokens.tolist())
+    wrong = [family.worst() for family in tried if family.use.max() > 1]
+    return tuple(sorted(wrong, key=lambda aggregate: -aggregate.use))
+
+
+def _replaced(routing: Routing, other: Routing, tokens: Tensor) -> Routing:
+    """Return a routing with that of some tokens replaced."""
+    ids, weights = routing.topk_ids.clone(), routing.topk_weights.clone()
+    ids[tokens], weights[tokens] = other.topk_ids[tokens], other.topk_weights[tokens].to(weights)
+    return Routing(ids, weights)
 
 
 def _check_static(problem: MoEProblem) -> None:

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import LayerError
 from pytest_moe_routing.logits import integers
-from pytest_moe_routing.reference.quantization import Quantized, find_format
+from pytest_moe_routing.reference.quantization import (
+    ELEMENT_MAX,
+    WHOLE,
+    Quantized,
+    find_format,
+)
 from pytest_moe_routing.schemes import SCHEMES, storage_of
 
 
@@ -40,6 +45,22 @@ class Expert:
     bias1: Tensor | None = None
     bias2: Tensor | None = None
     intermediate_scale: float | None = None
+
+
+#: Largest intermediate that `static_scale` leaves room for: what loud tokens make.
+_LARGEST = 1024.0
+
+
+def static_scale(format: str) -> float | None:
+    """Return a static scale for an intermediate of this format that suits `logits.loud`.
+
+    None for formats whose scales follow from the numbers at hand.
+    """
+    fmt = find_format(format)
+    if fmt.scale == "none" or (fmt.block != WHOLE and fmt.scale != "e4m3"):
+        return None
+    scales = ELEMENT_MAX["e4m3"] if fmt.scale == "e4m3" else 1.0
+    return _LARGEST / (ELEMENT_MAX[fmt.element] * scales)
 
 
 class Experts(Protocol):

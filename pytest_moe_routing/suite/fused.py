@@ -69,7 +69,7 @@ class Fused:
 
     @cached_property
     def experts(self):
-        from pytest_moe_routing.reference.weights import GeneratedExperts
+        from pytest_moe_routing.reference.weights import GeneratedExperts, static_scale
 
         count = self.call.num_experts
         made = GeneratedExperts(
@@ -78,7 +78,7 @@ class Fused:
             self.layer.storage.weight,
             self.layer.activation.gated,
             self.biases,
-            intermediate_scale=0.01,
+            intermediate_scale=static_scale(self.layer.storage.intermediate),
         )
         if self.sizes:
             return made
@@ -124,8 +124,7 @@ class Fused:
         )
         bias = None if case.bias is None else case.bias.to(dtype(self.call.bias_dtype))
         return MoEProblem.of(
-            # Not small: clamps must have something to do.
-            2 * logits.bell(num_tokens, self.width[0], seed=num_tokens),
+            logits.loud(num_tokens, self.width[0], seed=num_tokens),
             self.experts,
             self.layer,
             recipe=recipe,

@@ -186,6 +186,62 @@ def test_an_expert_just_beyond_the_margin_is_caught_and_one_within_is_not():
         assert found.ok == ok
 
 
+#: By precision: distances of two experts' scores that errors explain, and that they do not; and
+#: relative errors of a weight. bfloat16 has 8 bits: rounding is within 2**-8, and is the next
+#: number beyond. The sigmoid of `tanh.approx.f32` is within 2.5e-4; that of an H200 was measured
+#: within 3.9e-6 (docs/gpu-evidence), of which three times are allowed on either expert.
+ALLOWED = {
+    "float64": (1e-15, 1e-13, 1e-15, 1e-13),
+    "float32": (1e-7, 1e-5, 5e-7, 1e-5),
+    "flashinfer": (4.8e-4, 5.3e-4, 0.99 * 2**-8, 1.5 * 2**-8),
+    "flashinfer-sm90": (2.2e-5, 3.2e-5, 0.99 * 2**-8, 1.5 * 2**-8),
+}
+
+
+@pytest.mark.parametrize("precision", ALLOWED)
+def test_each_precision_allows_its_own_errors_and_no_more(precision):
+    recipe = Recipe(top_k=1, score="sigmoid")
+    near, far, rounded, wrong = ALLOWED[precision]
+    for gap, ok in ((near, True), (far, False)):
+        logits = torch.logit(torch.tensor([[0.5, 0.5 + gap, 0.1, 0.1]], dtype=torch.float64))
+        found = compare_routing(torch.tensor([[0]]), None, logits, recipe, precision=precision)
+        assert found.ok == ok
+    # Weights that the sigmoid's error cannot explain: of a score that is 1.
+    logits = torch.tensor([[64.0, 0.0]], dtype=torch.float64)
+    for error, ok in ((rounded, True), (wrong, False)):
+        for side in (-1, 1):
+            weights = torch.tensor([[1.0 + side * error]], dtype=torch.float64)
+            found = compare_routing(
+                torch.tensor([[0]]), weights, logits, recipe, precision=precision
+            )
+            assert found.ok == ok, (error, side)
+
+
+def test_a_group_surely_below_enough_others_is_not_admissible():
+    """Of three groups of which one is kept, the first two tie, and the third ties with the second.
+
+    The third lies surely below the first, so that it is never kept.
+    """
+    recipe = Recipe(top_k=1, score="sigmoid", n_group=3, topk_group=1, group_score="max")
+    scores = torch.tensor([[0.5004, 0.1, 0.5001, 0.1, 0.4998, 0.1]], dtype=torch.float64)
+    for expert, ok in ((0, True), (2, True), (4, False)):
+        found = compare_routing(
+            torch.tensor([[expert]]), None, scores.logit(), recipe, precision="flashinfer"
+        )
+        assert found.ok == ok, expert
+
+
+def test_the_worst_tokens_are_shown_first():
+    """Of twelve wrong tokens eight are shown, from the last, which is the most wrong, on."""
+    recipe = Recipe(top_k=1, score="sigmoid")
+    gap = torch.arange(1, 13, dtype=torch.float64).unsqueeze(1) / 32
+    logits = torch.cat([torch.full_like(gap, 0.5), 0.5 + gap], 1).logit()
+    found = compare_routing(torch.zeros(12, 1, dtype=torch.int64), None, logits, recipe)
+    assert [difference.token for difference in found.differences] == [*range(11, -1, -1)]
+    assert "  token 11: " in found.message()
+    assert "  token 3: " not in found.message()
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [

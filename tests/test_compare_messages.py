@@ -209,6 +209,29 @@ def test_what_explains_all_that_is_wrong_is_named(name):
     assert not wanted or lines[-1].startswith("  diagnosis")
 
 
+def test_weights_that_are_normalized_and_should_not_be_are_named_for_any_two_experts():
+    recipe = Recipe(top_k=2, score="softmax")
+    case = make("plain", recipe, num_tokens=8, num_experts=16)
+    got = routed(case.logits, recipe, None, normalize="sum")
+    found = compare_routing(*got, case.logits, recipe)
+    assert found.diagnosis == ("router weights are normalized, and should not be",)
+
+
+def test_excluded_groups_with_0_for_their_keys_win_over_negative_keys_alone():
+    """Of the kept experts some have positive keys, which another number than 0 would beat."""
+    case = make("all-negative", DEEPSEEK, num_tokens=16, num_experts=32)
+    bias = case.bias - 0.125
+    keys = case.logits.sigmoid() + bias
+    best = reference.group_scores(keys, DEEPSEEK).topk(4).indices
+    out = torch.ones(16, 8, dtype=torch.bool).scatter(1, best, False).repeat_interleave(4, 1)
+    ids = reference.stable_topk(keys.masked_fill(out, 0.0), 8)
+    assert (keys.gather(1, ids) > 0).any()
+    assert out.gather(1, ids).any()
+    weights = reference.weigh(case.logits, DEEPSEEK, ids)
+    found = compare_routing(ids, weights, case.logits, DEEPSEEK, bias)
+    assert found.diagnosis == (MASKED,)
+
+
 def test_one_token_that_a_mistake_does_not_explain_rules_it_out():
     case = make("plain", DEEPSEEK, num_tokens=64, num_experts=256)
     ids, weights = routed(case.logits, DEEPSEEK, case.bias, scale=1.0)

@@ -259,6 +259,19 @@ def test_an_ambiguous_token_may_have_either_expert():
     assert result.ambiguous >= 3
 
 
+def test_an_ambiguous_token_must_fit_one_choice_in_all_of_its_elements():
+    problem, toy, fourth, _ = ambiguous(1e-4)
+    logits = problem.logits.clone()
+    logits[torch.arange(len(logits)), fourth] += 2e-3
+    output = toy(problem.hidden, problem.experts, logits, problem.bias)
+    output[:, 77] += 100.0
+    others = list(admissible_routings(problem.logits, problem.recipe, problem.bias))
+    arithmetic = Arithmetic(weights=2e-3)
+    found = compare_moe(output, problem, alternatives=others, arithmetic=arithmetic, diagnose=False)
+    assert found.wrong_tokens == len(output)
+    assert found.ambiguous == 0
+
+
 def test_a_clear_token_may_not():
     problem, *_ = ambiguous(1e-2)
     assert list(admissible_routings(problem.logits, problem.recipe, problem.bias)) == []

@@ -40,7 +40,15 @@ class LayerError(MoERoutingError):
 
 
 class TargetError(MoERoutingError):
-    """A target cannot be used at all."""
+    """A target cannot be used at all, or failed at a question.
+
+    Attributes:
+        cause: What failed, in a few stable words.
+    """
+
+    def __init__(self, message: str, cause: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause or type(self).__name__
 
 
 class UnknownTarget(TargetError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.errors import MoERoutingError, TargetError
 from pytest_moe_routing.escape import printable
 from pytest_moe_routing.session import BUILTIN, MoESession
 
@@ -290,26 +290,18 @@ def moe_golden(
 
     def check(name: str, data: dict[str, Any]) -> None:
         __tracebackhide__ = True
-        if not _is_updating(request.config):
+        if _is_updating(request.config):
+            golden.update(request, name, data, lambda: _check_update(request.config))
+        else:
             golden.compare(moe_model, name, data)
-            return
-        try:
-            _check_update(request.config)
-        except MoERoutingError as error:
-            pytest.fail(str(error), pytrace=False)
-        golden.update(request, name, data)
 
     return check
 
 
 @pytest.fixture
 def moe_property(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
-    """`moe_property(name, value)`: what a test found, for the report of the run.
-
-    Not pytest's `record_property`, which warns under `--junitxml`.
-    """
-    properties = request.node.user_properties
-    return lambda name, value: properties.append((name, value))
+    """`moe_property(name, value)`, for reports; `record_property` warns under `--junitxml`."""
+    return lambda name, value: request.node.user_properties.append((name, value))
 
 
 @pytest.fixture(scope="session")
@@ -382,10 +374,16 @@ def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A GPU test that lacks memory says how much there was."""
+    """A target that fails is one cause; a GPU test that lacks memory says how much there was."""
     __tracebackhide__ = True
     try:
         return (yield)
+    except TargetError as error:
+        from pytest_moe_routing.report.failures import fail
+        from pytest_moe_routing.suite.causes import of_target
+
+        fail(lambda *stated: item.user_properties.append(stated), [of_target(error)])
+        raise
     except Exception as error:
         # Not by its fixtures: another may have asked for `moe_gpu`.
         properties: dict[str, Any] = dict(item.user_properties)

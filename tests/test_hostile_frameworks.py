@@ -88,3 +88,18 @@ def test_one_message_within_the_deadline(tmp_path, monkeypatch, capsys, name):
     assert len(shown) < 5_000
     assert "\x1b" not in shown
     assert not list(Path(tmp_path).rglob("__pycache__"))
+
+
+def test_the_suite_tells_it_once(host):
+    """Every test that asks fails, for one cause with one message."""
+    path = tree(host.path / "0.99", "os._exit(3)")
+    result = host.runpytest_subprocess(
+        *("--moe-golden", "--moe-target", f"vllm@{path}", "--moe-models", "minimax-m2"),
+        *("--moe-schemes", "nvfp4,fp8_block", "-m", "not gpu"),
+    )
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    text = result.stdout.str()
+    assert text.count("its process ended with 3; its last words:") == 1
+    result.stdout.fnmatch_lines(["  cause    target:no-answers"])
+    assert re.search(r"1 failed, .*\d+ same cause", text)
+    assert len(text.splitlines()) < 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.oracle.failure import Failure, Rank
 from pytest_moe_routing.oracle.finding import Finding
 from pytest_moe_routing.oracle.record import VerdictRecord
@@ -25,6 +26,11 @@ _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 def _id(*parts: str) -> str:
     """A cause's id: stable, and one word."""
     return ":".join(part.replace(" ", "-") for part in parts if part)
+
+
+def of_target(error: TargetError) -> Failure:
+    """A target that failed when it was asked."""
+    return Failure(_id("target", error.cause), Rank.LOUD, "", tuple(str(error).splitlines()))
 
 
 def of_verdict(record: VerdictRecord) -> Failure:

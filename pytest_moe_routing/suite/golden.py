@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,12 +24,19 @@ def compare(model: ModelSpec, name: str, data: dict[str, Any]) -> None:
         pytest.fail(goldens.disagreement(path, found, str(model)), pytrace=False)
 
 
-def update(request: pytest.FixtureRequest, name: str, data: dict[str, Any]) -> None:
-    """Write the golden of the test's model, or fail the test with the reason in one line."""
-    __tracebackhide__ = True
-    from pytest_moe_routing import snapshot
+def update(
+    request: pytest.FixtureRequest, name: str, data: dict[str, Any], check: Callable[[], None]
+) -> None:
+    """Write the golden of the test's model, or fail the test with the reason in one line.
 
+    Args:
+        check: Raises where goldens must not be written.
+    """
+    __tracebackhide__ = True
     try:
+        check()
+        from pytest_moe_routing import snapshot
+
         snapshot.update(request.getfixturevalue("snapshot"), name, data)
     except MoERoutingError as error:
         message = str(error)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypedDict
 
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.escape import excerpt
@@ -63,6 +63,13 @@ class _Failure(Exception):
     """Why there is no answer, and never will be another one."""
 
 
+class _Error(TypedDict):
+    """An exception of the code that is judged: its type, and the end of its traceback."""
+
+    type: str
+    text: str
+
+
 class Probe:
     """A child process, started on the first question.
 
@@ -102,7 +109,7 @@ class Probe:
                 further question has the same error.
         """
         if self._ended:
-            raise TargetError(self._ended)
+            raise TargetError(self._ended, "no answers")
         self._child = self._child or _Child(self._command, self._switches, self._limits)
         self._number += 1
         try:
@@ -113,7 +120,7 @@ class Probe:
         except _Failure as failure:
             self._ended = f"target {self._target}: {question}: {failure}"
             self.close()
-            raise TargetError(self._ended) from None
+            raise TargetError(self._ended, "no answers") from None
         except BaseException:
             # An interrupt: nobody will read the answer.
             self._ended = f"target {self._target}: interrupted at {question}"
@@ -122,7 +129,8 @@ class Probe:
         if kind == "unsupported":
             raise Unsupported(f"{self._target}: {value}")
         if kind == "error":
-            raise TargetError(f"target {self._target} failed at {question}:\n{value}")
+            message = f"target {self._target} failed at {question}:\n{value['text']}"
+            raise TargetError(message, f"{question} {value['type']}")
         return value
 
     def _checked(self, question: str, data: bytes) -> tuple[str, Any]:
@@ -133,7 +141,7 @@ class Probe:
         if not isinstance(reply, dict) or len(reply) != 1:
             raise _Failure("its answer is of no known kind; its process was ended")
         [(kind, value)] = reply.items()
-        hints = {"answer": self._answers.get(question, Any), "unsupported": str, "error": str}
+        hints = {"answer": self._answers.get(question, Any), "unsupported": str, "error": _Error}
         if kind not in hints:
             raise _Failure("its answer is of no known kind; its process was ended")
         if (found := problem(hints[kind], value)) is not None:

@@ -193,8 +193,8 @@ def _tasks(user: int) -> int:
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
     """Answer `{"question": name, "arguments": {...}}` with `handlers[name](**arguments)`.
 
-    The answer is `{"answer": ...}`, `{"unsupported": reason}` or `{"error": the end of its
-    traceback}`. Does not return.
+    The answer is `{"answer": ...}`, `{"unsupported": reason}` or `{"error": {"type": ...,
+    "text": the end of its traceback}}`. Does not return.
     """
     assert _channel is not None
     decode, encode = JSONDecoder().decode, JSONEncoder().encode
@@ -208,7 +208,7 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
             text = encode({"unsupported": excerpt(str(reason), _LINES, _WIDTH)})
         except Exception as error:
             # The framework's failure is an answer too.
-            text = encode({"error": _told(error)})
+            text = encode({"error": {"type": type(error).__name__, "text": _told(error)}})
         _channel.answer(number, text.encode("utf-8"))
 
 

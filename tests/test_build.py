@@ -5,10 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,3 +115,25 @@ def run_header(host, site):
         check=False,
     )
     return result.stdout.replace("\n", "")
+
+
+def test_the_lowest_versions_are_those_that_are_asked_for():
+    """`tox -e min` installs what pyproject.toml promises, and nothing above it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    asked = {}
+    for text in (
+        *project["dependencies"],
+        *extras.get("torch", ()),
+        *extras["update"],
+        *extras["test"],
+    ):
+        requirement = Requirement(text)
+        lowest = [s.version for s in requirement.specifier if s.operator == ">="]
+        asked[canonicalize_name(requirement.name)] = lowest[0] if lowest else None
+    lines = (ROOT / "constraints-min.txt").read_text("utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    needed = {*project["dependencies"], *extras.get("torch", ()), *extras["update"]}
+    assert {canonicalize_name(Requirement(text).name) for text in needed} <= set(pinned)
+    for name, version in pinned.items():
+        assert Version(version) == Version(asked[name]), name

@@ -150,6 +150,13 @@ def test_ledgers_and_golden_directories_and_options(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "model.yaml").write_text(YAML[name])
         cases["golden", name] = ("pytest", "--moe-golden", "--moe-golden-dir", folder.parent)
+    for place, (name, make) in enumerate(NO_FILES.items()):
+        folder = tmp_path / f"nothing{place}/m"
+        folder.mkdir(parents=True)
+        make(folder / "model.yaml")
+        cases["golden", name] = ("pytest", "--moe-golden", "--moe-golden-dir", folder.parent)
+        config = tmp_path / f"n{place}.yaml"
+        cases["config", name] = ("pytest", "--moe-golden", "--moe-config", config)
     for option in ("--moe-min-gpu-tests", "--moe-flashinfer"):
         for value in ("9" * 5000, "9" * 200, "-1", "\u0663", "1e9", "x\x1b[2J"):
             cases[option, value] = ("pytest", "--moe-golden", f"{option}={value}")

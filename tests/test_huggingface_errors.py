@@ -237,10 +237,10 @@ def test_hostile_files(tmp_path, hostile):
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(ModelError, match="found no such file"):
+    with pytest.raises(ModelError, match="cannot be read: No such file"):
         read_config(tmp_path)
     os.mkfifo(tmp_path / "config.json")  # would block for ever
-    with pytest.raises(ModelError, match="found no such file"):
+    with pytest.raises(ModelError, match="found a named pipe, expected a regular file"):
         read_config(tmp_path)
 
 

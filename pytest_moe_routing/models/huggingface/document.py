@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.inputs import read_text
 
 #: The largest config seen, a quantization plan with one line per expert and layer, has 3 MB.
 MAX_BYTES = 16_000_000
@@ -90,18 +91,7 @@ def read_json(file: Path) -> Section:
         ModelError: It is no readable file, too large, not JSON, nested too deeply, has a key twice
             in one object, or holds something else than an object.
     """
-    try:
-        # A pipe or device would be read for ever.
-        if not file.is_file():
-            raise ModelError(f"{file}: found no such file, expected a config.json")
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise ModelError(f"{file}: found {size} bytes, expected at most {MAX_BYTES}")
-        text = file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ModelError(f"{file}: found bytes that are not UTF-8 text") from error
+    text = read_text(file, MAX_BYTES, ModelError)
     try:
         values = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except json.JSONDecodeError as error:

@@ -9,7 +9,7 @@ _WIDTH = 60
 #: Characters that are not printable in Python's sense and harmless: line breaks, tabs, wide spaces.
 _KEPT = frozenset("\n\t\xa0\u1680\u202f\u205f\u3000").union(map(chr, range(0x2000, 0x200B)))
 #: What begins a block of Markdown at the start of a line.
-_BLOCK = re.compile(r"^(?:(?=[-+=#])|\d+(?=[.)]))")
+_BLOCK = re.compile(r"^(?:(?=[-+=#])|\d+(?=[.)](?:\s|$)))")
 _PUNCTUATION = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 

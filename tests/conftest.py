@@ -1,6 +1,7 @@
 """For the tests of this repository. The plugin itself is loaded through its entry point."""
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,10 @@ def _not_a_worker(monkeypatch):
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Workers share the cores: threads that wait for each other made runs ten times slower."""
-    import torch
+    with warnings.catch_warnings():
+        # Without numpy, torch says so, and is left half-initialized if that is an error.
+        warnings.simplefilter("ignore")
+        import torch
 
     torch.set_num_threads(1)
 

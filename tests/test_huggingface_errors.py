@@ -40,7 +40,7 @@ def test_not_expressible_is_a_fallback_everywhere(tmp_path):
 
 ERRORS = {
     "unknown": (
-        {"architectures": ["LlamaForCausalLM"]},
+        {"architectures": ["LlamaForCausalLM"], "num_experts": 8},
         "architectures: found LlamaForCausalLM, expected one of the",
     ),
     "nameless": ({"hidden_size": 8}, "architectures: found nothing"),
@@ -67,7 +67,7 @@ ERRORS = {
     ),
     "null": (
         {**R1, "n_routed_experts": None},
-        "n_routed_experts: found null, expected an integer >= 1",
+        "n_routed_experts: found null, expected experts: the model has no experts",
     ),
     "text for a number": (
         {**R1, "num_experts_per_tok": "8"},

@@ -203,6 +203,10 @@ class ModelSpec(_Described):
             transformers computes, and a target resolves the rest from here.
         defaulted: Keys of `router` and `experts` whose values the config does not state: they are
             the defaults of the config class.
+        contradicted: What the config states for keys of `router` and `experts`, where transformers
+            computes what stands in those, whatever the config states. Some frameworks honor it.
+        unproven: Why the model may compute something else than what stands here, in sentences. A
+            model that has any is not judged.
     """
 
     router: RouterConfig
@@ -216,6 +220,8 @@ class ModelSpec(_Described):
     model_types: tuple[str, ...] = key(str, many=True, default=())
     raw_config: Mapping[str, Any] = mapping()
     defaulted: tuple[str, ...] = key(str, many=True, default=())
+    contradicted: Mapping[str, Any] = mapping()
+    unproven: tuple[str, ...] = key(str, many=True, default=())
     #: The layers that this is about, if it is one of another model's `variants`.
     variant: str = ""
 
@@ -251,14 +257,17 @@ class ModelSpec(_Described):
     def as_dict(self) -> dict[str, Any]:
         """What the model says, as plain data: everything but where it was read and sourced.
 
-        `router` and `experts` have all their keys. What only an imported config has
-        (`architectures`, `model_types`, `raw_config`, `defaulted`) is there if it is not empty.
+        `router` and `experts` have all their keys. What only an imported config has, from
+        `architectures` on, is there if it is not empty.
         """
         data = asdict(self)
         names = ("model", "hf_repo", "architecture", "router", "experts")
         if self.router.not_expressible is None:
             del data["router"]["not_expressible"]
-        imported = ("architectures", "model_types", "raw_config", "defaulted")
+        imported = (
+            *("architectures", "model_types", "raw_config"),
+            *("defaulted", "contradicted", "unproven"),
+        )
         return {
             **{name: data[name] for name in names},
             "checkpoints": list(self.checkpoints),

@@ -32,7 +32,7 @@ def dump_model(spec: ModelSpec) -> str:
             lines += [f"{name}:", *(f"  - {_flow(g.as_dict())}" for g in value)] if value else []
         elif isinstance(value, dict):
             lines += [f"{name}: {_flow(value)}"] if value else []
-        elif name in ("sources", "notes") and value:
+        elif name in ("sources", "notes", "unproven") and value:
             lines += [f"{name}:", *(f"  - {_quoted(text)}" for text in value)]
         elif name != "like" and value != item.default:
             lines.append(f"{name}: {_scalar(value)}")

@@ -158,6 +158,8 @@ def judge(
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
     """
+    if questions := open_questions(model):
+        raise Unsupported(f"{model} is not judged: {'; '.join(questions)}")
     classification = target.classify(model)
     gates = target.gates(model, scheme, classification.method)
     base = _asked(target, model, scheme, classification, gates)
@@ -165,6 +167,15 @@ def judge(
         exact = tuple(exact_calls(model, scheme, target.flashinfer))
         return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
     return _judge_call(target, base, recorded_only=recorded_only)
+
+
+def open_questions(model: ModelSpec) -> list[str]:
+    """Why a verdict on the model would rest on a guess, in sentences; empty if it would not."""
+    computed = {**vars(model.experts), **vars(model.router)}
+    return [*model.unproven] + [
+        f"{name} is {computed[name]} in transformers, and {stated} for who honors the config"
+        for name, stated in model.contradicted.items()
+    ]
 
 
 def judge_behind_gates(

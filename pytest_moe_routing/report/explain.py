@@ -12,7 +12,7 @@ from pytest_moe_routing.errors import MoERoutingError, Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model, load_models, read_config
 from pytest_moe_routing.oracle.exact import exact_calls
-from pytest_moe_routing.oracle.judge import judge, unjudged
+from pytest_moe_routing.oracle.judge import judge, open_questions, unjudged
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.report import text
 from pytest_moe_routing.report.records import FORMAT
@@ -99,6 +99,7 @@ def _model(target: Target, model: ModelSpec) -> Iterator[str]:
         yield f"  but      {model.router.not_expressible}"
     yield f"  experts  {model.router.num_experts}, logits {model.router.logits_dtype}"
     yield from (f"  note     {note}" for note in model.notes)
+    yield from (f"  open     {question}" for question in open_questions(model))
     try:
         yield f"  decided  {target.classify(model)}"
     except Unsupported as reason:

@@ -11,10 +11,15 @@ from typing import Any
 
 import yaml
 
-from pytest_moe_routing.models.huggingface.document import Section
-
 #: In the fixed values of a case: the model cannot be described, for this reason.
 REFUSE = "refuse"
+#: In the fixed values of a case: what is read may not be what the model computes, for this reason.
+UNPROVEN = "unproven"
+#: What follows a model's own name in the names of its classes. Another head has the same experts.
+_HEAD = re.compile(
+    r"(Text)?(For(CausalLM|ConditionalGeneration|SequenceClassification|TokenClassification"
+    r"|QuestionAnswering|Embedding)|LMHeadModel|Model)$"
+)
 _ELSE, _DEFAULT = "else", "default"
 
 
@@ -54,6 +59,7 @@ class Family:
     cases: tuple[Case, ...] = ()
     first: tuple[str, ...] = ()
     limits: Mapping[str, str] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -64,26 +70,25 @@ class Table:
     Attributes:
         families: By the row's own name.
         by_name: Families under every architecture and model type that means them.
+        by_base: Families under the part of an architecture's name that its heads share.
+        wrappers: Names of the families that the text model of a wrapper may have, by the wrapper's
+            architecture or model type.
         refused: Reasons, by architecture or model type.
         spellings: The config keys that a value may have, by the value's name.
         nulls: What null means, for the values that may be null.
         activations: The experts' activation, by the config's name for it.
         nested: Keys of objects that hold the text model's config.
-        routing: Patterns of the names of keys about experts or routing.
     """
 
     families: Mapping[str, Family]
     by_name: Mapping[str, Family]
+    by_base: Mapping[str, Family]
+    wrappers: Mapping[str, tuple[str, ...]]
     refused: Mapping[str, str]
     spellings: Mapping[str, tuple[str, ...]]
     nulls: Mapping[str, Any]
     activations: Mapping[str, str]
     nested: tuple[str, ...]
-    routing: tuple[re.Pattern[str], ...]
-
-    def about_routing(self, key: str) -> bool:
-        """Whether a config key is about experts or routing, by its name."""
-        return any(pattern.search(key) for pattern in self.routing)
 
 
 @cache
@@ -95,22 +100,19 @@ def table() -> Table:
     return Table(
         families=families,
         by_name={name: family for family in families.values() for name in _names(family)},
+        by_base={base_of(name): f for f in families.values() for name in f.architectures},
+        wrappers={name: tuple(inner) for name, inner in data["wrappers"].items()},
         refused=data["refused"],
         spellings={name: tuple(keys) for name, keys in data["spellings"].items()},
         nulls=data["nulls"],
         activations=data["activations"],
         nested=tuple(data["nested"]),
-        routing=tuple(map(re.compile, data["routing"])),
     )
 
 
-def raw_keys(text: Section, families: Table) -> dict[str, Any]:
-    """The keys of a config that are about experts or routing, with their values, as they stand."""
-    read = {key.partition(".")[0] for keys in families.spellings.values() for key in keys}
-    for family in families.families.values():
-        read |= {key.partition(".")[0] for keys in family.keys.values() for key in keys}
-        read |= {case.key.partition(".")[0] for case in family.cases} | {*family.limits}
-    return {k: v for k, v in text.values.items() if k in read or families.about_routing(k)}
+def base_of(architecture: str) -> str:
+    """The model's own name in an architecture's: `Qwen3Moe` of `Qwen3MoeForCausalLM`."""
+    return _HEAD.sub("", architecture)
 
 
 def _names(family: Family) -> Iterator[str]:
@@ -118,16 +120,18 @@ def _names(family: Family) -> Iterator[str]:
 
 
 def _family(name: str, row: Mapping[str, Any], routers: Mapping[str, Mapping[str, Any]]) -> Family:
-    lists = ("architectures", "model_types", "first", "notes")
+    lists = ("architectures", "model_types", "first", "reads", "notes")
+    router = dict(routers[row["router"]])
+    cases = {**router.pop("cases", {}), **row.get("cases", {})}
     return Family(
         name=name,
         router=row["router"],
         config=row.get("config"),
-        fixed={**routers[row["router"]], **row.get("fixed", {})},
+        fixed={**router, **row.get("fixed", {})},
         keys={key: tuple(keys) for key, keys in row.get("keys", {}).items()},
         defaults=row.get("defaults", {}),
         limits=row.get("limits", {}),
-        cases=tuple(_case(key, values) for key, values in row.get("cases", {}).items()),
+        cases=tuple(_case(key, values) for key, values in cases.items()),
         **{key: tuple(row.get(key, ())) for key in lists},
     )
 

@@ -1,0 +1,104 @@
+"""Keys of a config that its family does not read: what they mean, from `config_keys.yaml`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+#: The lists of `config_keys.yaml`, in the order in which a key is looked up.
+LISTS = ("changes", "harmless", "routing", "other")
+
+
+@dataclass(frozen=True)
+class KeyRow:
+    """What is known about keys of some names.
+
+    Attributes:
+        list: One of `LISTS`.
+        reason: What the keys are about, in words.
+        neutral: The values with which a key of `changes` changes nothing.
+    """
+
+    list: str
+    pattern: re.Pattern[str]
+    reason: str
+    neutral: tuple[Any, ...]
+
+    def is_neutral(self, value: Any) -> bool:
+        """Whether a value changes nothing; a list does not if none of its items does."""
+        if isinstance(value, list) and value:
+            return all(map(self.is_neutral, value))
+        return any(
+            value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+            for neutral in self.neutral
+        )
+
+
+@dataclass(frozen=True)
+class Unread:
+    """What the keys that nothing read amount to.
+
+    Attributes:
+        changes: Why the router is another than the one that was read, one reason for each key.
+        routing: Keys about experts or routing.
+        unknown: Keys of which nothing is known.
+    """
+
+    changes: tuple[str, ...]
+    routing: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+@cache
+def key_rows() -> tuple[KeyRow, ...]:
+    """The packaged rows, in the order in which they are asked."""
+    text = resources.files(__package__).joinpath("config_keys.yaml").read_text("utf-8")
+    data = yaml.safe_load(text)
+    return tuple(
+        KeyRow(name, re.compile(row["keys"]), row.get("reason", ""), tuple(row.get("neutral", ())))
+        for name in LISTS
+        for row in data[name]
+    )
+
+
+def row_of(key: str) -> KeyRow | None:
+    """The first row that knows a key."""
+    return next((row for row in key_rows() if row.pattern.fullmatch(key)), None)
+
+
+def about_experts(key: str) -> bool:
+    """Whether a key is about experts or routing, whatever it changes."""
+    row = row_of(key)
+    return row is not None and row.list != "other"
+
+
+def about_routing(key: str) -> bool:
+    """Whether a key may change the routing or what the routed experts compute."""
+    row = row_of(key)
+    return row is not None and row.list in ("changes", "routing")
+
+
+def unread(values: Mapping[str, Any], read: frozenset[str]) -> Unread:
+    """Sort the keys that are there and were not read. A null states nothing."""
+    changes: list[str] = []
+    routing: list[str] = []
+    unknown: list[str] = []
+    for key, value in values.items():
+        if key in read or value is None:
+            continue
+        row = row_of(key)
+        if row is None:
+            unknown.append(key)
+        elif row.list == "changes":
+            if not row.is_neutral(value):
+                routing.append(key)
+                changes.append(f"{row.reason} ({key})")
+        elif row.list == "routing":
+            routing.append(key)
+    return Unread(tuple(changes), tuple(routing), tuple(unknown))

@@ -1,0 +1,143 @@
+"""Which family a config is of. The architecture decides: it names the code that is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NoReturn
+
+from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.models.huggingface.config_keys import about_routing
+from pytest_moe_routing.models.huggingface.document import Section, shorten, show
+from pytest_moe_routing.models.huggingface.families import Family, Table, base_of
+
+
+@dataclass(frozen=True)
+class Named:
+    """A family, and how sure it is.
+
+    Attributes:
+        architecture: The name of the whole model's class, else its `model_type`.
+        family: What the config is read as.
+        unproven: Why its router may be another than this family's: nothing proves that the class
+            runs the family's code.
+        notes: Names that were passed over.
+    """
+
+    architecture: str
+    family: Family
+    unproven: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def levels_of(root: Section, families: Table) -> list[Section]:
+    """The whole config, and the nested ones down to the text model's."""
+    levels = [root]
+    for key in families.nested:
+        inner = levels[-1].section(key)
+        levels += [inner] if inner else []
+    return levels
+
+
+def check_experts(text: Section) -> None:
+    """Check that a config does not state that there are no experts.
+
+    Raises:
+        ModelError: The model has no experts.
+    """
+    stated = {key: value for key, value in text.values.items() if value}
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    counts = [key for key in names if key in text.values]
+    if counts and not any(key in stated for key in counts):
+        text.fail(counts[0], show(text.get(counts[0])), "experts: the model has no experts")
+
+
+def family_of(levels: list[Section], families: Table) -> Named:
+    """The family of a config, by the names on each level.
+
+    A level's first architecture counts; its `model_type` counts where there is none. The names of
+    outer levels must be of the same family, a known wrapper of it, or another head of it.
+
+    Raises:
+        ModelError: No name is there or none is known; or the family cannot be described.
+    """
+    family: Family | None = None
+    unproven: list[str] = []
+    notes: list[str] = []
+    unknown = ""  # the text model's own name, when it is not known
+    for level in reversed(levels):
+        architectures = [*texts([*level.items("architectures")])]
+        model_type = next(texts(level.get("model_type")), "")
+        name = architectures[0] if architectures else model_type
+        if not name:
+            continue
+        if name in families.refused:
+            key = "architectures" if architectures else "model_type"
+            level.fail(key, shorten(name), f"another: {families.refused[name]}")
+        known = families.by_name.get(name) or _other_head(name, families)
+        by_type = families.by_name.get(model_type)
+        if family is None:
+            family = known or by_type
+            if family is None:
+                unknown = unknown or name
+                continue
+            if known is None:
+                unproven.append(_unknown(name, f"its model_type {model_type}"))
+            elif unknown and not (architectures and _is_type(unknown)):
+                unproven.append(_unknown(unknown, f"the text model of {name}"))
+        elif known is None and family.name not in families.wrappers.get(name, ()):
+            unproven.append(f"{shorten(name)} is not known to run its text model as {family.name}")
+        elif known not in (None, family):
+            unproven.append(f"{name} has another router than its text model, {family.name}")
+        if known is not None and architectures and by_type not in (None, known):
+            notes.append(f"model_type is {model_type}; the architecture {name} decides")
+    if family is None:
+        _fail(levels, families)
+    return Named(_names(levels)[0], family, tuple(unproven), tuple(notes))
+
+
+def _unknown(name: str, read_as: str) -> str:
+    return f"{shorten(name)} is not known; the config is read as that of {read_as}"
+
+
+def _is_type(name: str) -> bool:
+    """Whether a name is a `model_type`, which names a config and not a class."""
+    return name == name.lower()
+
+
+def texts(value: object) -> Iterator[str]:
+    """The names in a value: text, or a list with text."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str) and item:
+            yield item
+
+
+def _other_head(name: str, families: Table) -> Family | None:
+    base = base_of(name)
+    return families.by_base.get(base) if base != name else None
+
+
+def _names(levels: list[Section]) -> list[str]:
+    keys = ("architectures", "model_type")
+    found = [name for key in keys for level in levels for name in texts(level.get(key))]
+    return list(dict.fromkeys(found))
+
+
+def _fail(levels: list[Section], families: Table) -> NoReturn:
+    root, names = levels[0], _names(levels)[:3]
+    if not names:
+        root.fail("architectures", "nothing: neither it nor model_type is there", "a list of names")
+    stated = {key: value for level in levels for key, value in level.values.items() if value}
+    if not any(map(about_routing, stated)):
+        raise ModelError(
+            f"{root.file}: the model has no experts: {shorten(names[0])} is not known, and no key "
+            "is about experts"
+        )
+    near = [n for name in names for n in get_close_matches(name[:99], families.by_name, n=2)]
+    root.fail(
+        "architectures",
+        " and ".join(map(shorten, names)),
+        f"one of the {len(families.families)} known families; "
+        + (f"near it are {', '.join(dict.fromkeys(near))}" if near else "none has such a name"),
+    )

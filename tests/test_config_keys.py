@@ -1,0 +1,213 @@
+"""Keys that a family does not read: they are named, and none of them changes a verdict unseen."""
+
+from __future__ import annotations
+
+import pytest
+from configs import R1, read
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pytest_moe_routing.models.huggingface.config_keys import key_rows, row_of
+
+GLM = {
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "model_type": "glm4_moe_lite",
+    "hidden_size": 2048,
+    "moe_intermediate_size": 1536,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+    "hidden_act": "silu",
+}
+
+
+def reason(tmp_path, change, base=GLM):
+    return read(tmp_path, {**base, **change}).router.not_expressible
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"router_logit_softcapping": 30.0}, "the router's logits are soft-capped"),
+        ({"moe_apply_router_weight_on_input": True}, "weight multiplies the experts' input"),
+        ({"expert_swiglu_limit_list": [0, 0, 4]}, "the experts clamp"),
+        ({"swiglu_limit": 7.0}, "the experts clamp"),
+        ({"approximate_experts": {"0": [3]}}, "pruned experts are replaced"),
+        ({"per_expert_scale": True}, "each expert's weight is multiplied"),
+        ({"zero_expert_num": 8}, "experts that compute nothing"),
+        ({"num_hash_layers": 3}, "a table of token ids"),
+        ({"router_bias": True}, "the router has a further bias"),
+        ({"moe_bias": True}, "the experts' projections have a bias"),
+        ({"capacity_factor": 1.25}, "experts have a capacity"),
+    ],
+)
+def test_keys_that_change_the_meaning(tmp_path, change, expected):
+    (key,) = change
+    assert reason(tmp_path, {}) is None
+    found = reason(tmp_path, change)
+    assert expected in found
+    assert f"({key})" in found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"router_logit_softcapping": 0.0},
+        {"router_logit_softcapping": None},
+        {"moe_apply_router_weight_on_input": False},
+        {"expert_swiglu_limit_list": [0, 0, 0]},
+        {"approximate_experts": {}},
+        {"zero_expert_num": 0, "topk_method": "noaux_tc"},
+    ],
+)
+def test_neutral_values_change_nothing(tmp_path, change):
+    spec = read(tmp_path, {**GLM, **change})
+    assert spec.router.not_expressible is None
+    assert spec.notes == read(tmp_path, GLM).notes
+
+
+def test_one_is_not_true(tmp_path):
+    assert reason(tmp_path, {"zero_expert_num": False})
+
+
+def test_several_reasons_are_all_stated(tmp_path):
+    found = reason(tmp_path, {"router_logit_softcapping": 30.0, "swiglu_limit": 7.0})
+    assert found == (
+        "the router's logits are soft-capped (router_logit_softcapping); "
+        "the experts clamp their gate and linear halves (swiglu_limit)"
+    )
+
+
+def test_a_family_that_reads_a_key_is_not_in_doubt(tmp_path):
+    gpt = {"model_type": "gpt_oss", "swiglu_limit": 7.0}
+    assert read(tmp_path, gpt).router.not_expressible is None
+    laguna = {"model_type": "laguna", "moe_apply_router_weight_on_input": True}
+    assert read(tmp_path, laguna).router.not_expressible is None
+    assert read(tmp_path, laguna).router.weight_on == "input"
+
+
+def test_keys_about_routing_are_named(tmp_path):
+    notes = read(tmp_path, {**GLM, "moe_odd": 1, "router_kind": "x"}).notes
+    assert "about experts or routing, and not read: moe_odd, router_kind" in notes
+
+
+def test_keys_that_are_not_known_are_named(tmp_path):
+    assert "not known, and not read: frobnicate" in read(tmp_path, {**GLM, "frobnicate": 1}).notes
+
+
+def test_long_lists_are_cut(tmp_path):
+    (note,) = read(tmp_path, {**GLM, **{f"moe_{i}": 1 for i in range(40)}}).notes
+    assert note.endswith("moe_10, moe_11 and 28 more")
+
+
+def test_routing_keys_beside_the_text_config_are_named(tmp_path):
+    config = {"num_experts_per_tok": 9, "hidden_size": 3, "text_config": GLM}
+    notes = read(tmp_path, config).notes
+    assert "outside the text model's config, and not read: num_experts_per_tok" in notes
+
+
+@pytest.mark.parametrize("key", ["hidden_dropout", "rope_theta", "router_aux_loss_coef", "_x"])
+def test_harmless_keys_are_not_named(tmp_path, key):
+    assert read(tmp_path, {**GLM, key: 1}).notes == read(tmp_path, GLM).notes
+
+
+# -- defaults -------------------------------------------------------------------------------------
+
+
+def test_defaults_are_marked(tmp_path):
+    config = {k: v for k, v in R1.items() if k not in ("n_group", "topk_group", "norm_topk_prob")}
+    spec = read(tmp_path, config)
+    assert spec.defaulted == ("renormalize", "n_group", "topk_group")
+    expected = "not in the config, and defaults of the class: renormalize true, n_group 8, topk_gro"
+    assert any(note.startswith(expected) for note in spec.notes)
+    assert read(tmp_path, R1).defaulted == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "misspelt"),
+    [
+        ("routed_scaling_factor", "routed_scaling_facto"),
+        ("n_group", "n_groups"),
+        ("topk_group", "topk_groups"),
+        ("norm_topk_prob", "norm_topk_probs"),
+        ("num_experts_per_tok", "num_expert_per_tok"),
+    ],
+)
+def test_a_misspelt_key_is_doubted(tmp_path, key, misspelt):
+    """A value under a key that nothing reads must not be replaced by a default unseen."""
+    config = {misspelt if k == key else k: v for k, v in R1.items()}
+    spec = read(tmp_path, config)
+    (doubt,) = spec.unproven
+    assert f"{misspelt} is not read (did you mean " in doubt
+    assert not read(tmp_path, {**R1, misspelt: 1}).unproven  # the right key is there as well
+
+
+def test_a_method_that_frameworks_read_differently_is_doubted(tmp_path):
+    spec = read(tmp_path, {**R1, "topk_method": "greedy"})
+    assert 'topk_method is "greedy": vllm' in spec.unproven[0]
+
+
+# -- what the config states and the code of transformers does not read -------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "contradicted"),
+    [
+        ("deepseek_v2", {"norm_topk_prob": True}, {"renormalize": True}),
+        ("deepseek_v3", {"scoring_func": "softmax"}, {"scoring_func": "softmax"}),
+        ("minimax_m2", {"scoring_func": "softmax"}, {"scoring_func": "softmax"}),
+        ("hy_v3", {"route_norm": False}, {"renormalize": False}),
+        ("lfm2_moe", {"hidden_act": "gelu"}, {"activation": "gelu"}),
+        # No contradictions: the same value, none, a method's name where a function is meant, and
+        # what gpt-oss publishes.
+        ("deepseek_v2", {"norm_topk_prob": False}, {}),
+        ("deepseek_v2", {"norm_topk_prob": None}, {}),
+        ("deepseek_v3", {"scoring_func": "noaux_tc"}, {}),
+        ("gpt_oss", {"hidden_act": "silu"}, {}),
+        ("minimax_m2", {"n_group": 1, "topk_group": 1}, {}),
+    ],
+)
+def test_contradictions_are_kept(tmp_path, model_type, change, contradicted):
+    base = {"model_type": model_type, "num_experts": 64, "num_experts_per_tok": 6}
+    assert dict(read(tmp_path, {**base, **change}).contradicted) == contradicted
+
+
+# -- the table itself -----------------------------------------------------------------------------
+
+
+def test_harmless_patterns_are_precise():
+    """A pattern that may hide a key about routing has no wildcard, but for named prefixes."""
+    for row in key_rows():
+        if row.list == "harmless":
+            for alternative in row.pattern.pattern.split("|"):
+                if ".*" in alternative:
+                    prefix = alternative.partition(".*")[0].strip("(")
+                    assert prefix.rstrip("_") in PREFIXES, alternative
+
+
+PREFIXES = {
+    "mtp",
+    "nextn",
+    "expert_quant",
+    "index",
+    "sparse_topk",
+    "expert_parallel",
+    "gate_low_rank",
+    "moe",
+}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    word=st.sampled_from(["moe", "expert", "router", "routing", "topk", "n_group", "swiglu"]),
+    head=st.text("abc_", max_size=4),
+    tail=st.text("xyz_", max_size=4),
+)
+def test_no_key_about_routing_is_passed_over(word, head, tail):
+    row = row_of(head + word + tail)
+    assert row is not None
+    assert row.list in ("changes", "routing")

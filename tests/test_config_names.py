@@ -1,0 +1,154 @@
+"""The architecture decides which family a config is read as; a guess is never judged."""
+
+from __future__ import annotations
+
+import pytest
+from configs import R1, read, without
+
+from pytest_moe_routing.errors import ModelError, Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.targets import load_target
+
+GROVE = {
+    "architectures": ["GroveMoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+}
+
+
+def test_an_unknown_architecture_is_not_judged(tmp_path):
+    """The numbers are shown as the model_type's family has them, and no verdict rests on them."""
+    spec = read(tmp_path, GROVE)
+    assert (spec.router.scoring_func, spec.router.top_k) == ("softmax", 8)
+    assert spec.unproven == (
+        "GroveMoeForCausalLM is not known; the config is read as that of its model_type qwen3_moe",
+    )
+    target = load_target("builtin", FlashInfer.of(None))
+    with pytest.raises(Unsupported, match="GroveMoeForCausalLM is not known"):
+        judge(target, spec, "bf16")
+    known = read(tmp_path, {**GROVE, "architectures": ["Qwen3MoeForCausalLM"]})
+    assert judge(target, known, "bf16").verdict == "exact"
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "Qwen3MoeForSequenceClassification",
+        "Qwen3MoeForTokenClassification",
+        "Qwen3MoeForQuestionAnswering",
+        "Qwen3MoeModel",
+    ],
+)
+def test_another_head_has_the_same_experts(tmp_path, architecture):
+    spec = read(tmp_path, {**GROVE, "architectures": [architecture]})
+    assert spec.unproven == ()
+    assert spec.architecture == architecture
+    # The head names the family by itself.
+    assert not read(tmp_path, {**GROVE, "architectures": [architecture], "model_type": ""}).unproven
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Qwen3MoeEagle3", "MyQwen3MoeForCausalLM", "Qwen3MoEForCausalLM2", "qwen3moe"]
+)
+def test_a_similar_name_is_not_the_same(tmp_path, architecture):
+    assert read(tmp_path, {**GROVE, "architectures": [architecture]}).unproven
+
+
+def test_the_first_architecture_counts(tmp_path):
+    assert read(tmp_path, {**GROVE, "architectures": ["X", "Qwen3MoeForCausalLM"]}).unproven
+    assert not read(tmp_path, {**GROVE, "architectures": ["Qwen3MoeForCausalLM", "X"]}).unproven
+
+
+def test_a_model_type_counts_where_there_is_no_architecture(tmp_path):
+    assert not read(tmp_path, {**GROVE, "architectures": None}).unproven
+    assert not read(tmp_path, {**GROVE, "architectures": []}).unproven
+
+
+def test_an_architecture_overrules_the_model_type(tmp_path):
+    config = {**GROVE, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "mixtral"}
+    spec = read(tmp_path, config)
+    assert spec.unproven == ()
+    assert "model_type is mixtral; the architecture Qwen3MoeForCausalLM decides" in spec.notes
+
+
+# -- nested configs -------------------------------------------------------------------------------
+
+
+def nested(outer, inner=R1):
+    return {**outer, "text_config": inner}
+
+
+KIMI = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25"}
+
+
+@pytest.mark.parametrize(
+    ("config", "unproven"),
+    [
+        (nested(KIMI), None),
+        (nested({"model_type": "kimi_k25"}, without("architectures")), None),
+        (nested({}), None),
+        (
+            nested({"architectures": ["SomeForConditionalGeneration"]}),
+            "SomeForConditionalGeneration is not known to run its text model as deepseek_v3",
+        ),
+        (
+            nested({"model_type": "some_vl"}),
+            "some_vl is not known to run its text model as deepseek_v3",
+        ),
+        (
+            nested(KIMI, {**R1, "architectures": ["SomeForCausalLM"]}),
+            "SomeForCausalLM is not known; the config is read as that of its model_type",
+        ),
+        # A wrapper is one of the families that it is known to wrap, and of no other.
+        (nested(KIMI, {**GROVE, "architectures": None}), "KimiK25ForConditionalGeneration is not"),
+        (
+            nested({"architectures": ["Qwen3VLMoeForConditionalGeneration"]}),
+            "Qwen3VLMoeForConditionalGeneration has another router than its text model, deepseek",
+        ),
+        # The class of the whole model decides what its text model is.
+        (
+            nested(
+                {"architectures": ["Qwen3VLMoeForConditionalGeneration"]},
+                {**GROVE, "architectures": None, "model_type": "some_text"},
+            ),
+            None,
+        ),
+        (
+            nested(
+                {"model_type": "qwen3_vl_moe"},
+                {**GROVE, "architectures": None, "model_type": "some_text"},
+            ),
+            "some_text is not known; the config is read as that of the text model of qwen3_vl_moe",
+        ),
+    ],
+)
+def test_outer_and_inner_names_follow_the_same_rule(tmp_path, config, unproven):
+    found = read(tmp_path, config).unproven
+    assert (found == ()) if unproven is None else found[0].startswith(unproven)
+
+
+# -- models without experts -----------------------------------------------------------------------
+
+DENSE = {"hidden_size": 8, "intermediate_size": 32, "vocab_size": 100, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **DENSE},
+        {"architectures": ["NemotronHForCausalLM"], "n_groups": 8, **DENSE},
+        {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 0, **DENSE},
+        {"architectures": ["GraniteMoeHybridForCausalLM"], "num_local_experts": 0, **DENSE},
+        {"architectures": ["Gemma4ForCausalLM"], "enable_moe_block": False, **DENSE},
+        {"architectures": ["Gemma4ForCausalLM"], "num_experts": None, **DENSE},
+    ],
+    ids=lambda config: config["architectures"][0],
+)
+def test_dense_models(tmp_path, config):
+    with pytest.raises(ModelError, match="the model has no experts"):
+        read(tmp_path, config)

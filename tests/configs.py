@@ -38,8 +38,10 @@ def without(*keys):
     return {key: value for key, value in R1.items() if key not in keys}
 
 
-def groups(**weights):
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8}}
+def groups(targets=("Linear",), inputs=..., **weights):
+    """A compressed-tensors config; the activations have the weights' bits unless given."""
+    inputs = {"num_bits": weights.get("num_bits")} if inputs is ... else inputs
+    group = {"targets": list(targets), "weights": weights, "input_activations": inputs}
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from configs import R1, groups, mixed, read, without
+from configs import R1, read, without
 
 from pytest_moe_routing.errors import ModelError
 from pytest_moe_routing.models import load_model, read_config
@@ -121,80 +121,6 @@ def test_the_text_experts_of_ernie_vl_come_first(tmp_path):
     spec = read(tmp_path, {**config, "moe_num_experts": [64, 64]})
     assert (spec.router.num_experts, spec.experts.intermediate_size) == (64, 1536)
     assert any("taken is the first" in note for note in spec.notes)
-
-
-# -- quantization ---------------------------------------------------------------------------------
-
-
-QUANTIZATIONS = [
-    (None, "bf16"),
-    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8_block"),
-    ({"quant_method": "fp8", "activation_scheme": "static"}, "fp8_per_tensor"),
-    ({"quant_method": "fbgemm_fp8"}, "fp8_per_channel"),
-    ({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}, "mxfp4"),
-    ({"quant_method": "mxfp8"}, "mxfp8"),
-    ({"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8_per_tensor"),
-    ({"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}, "fp8_block"),
-    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
-    ({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}, "w4a16_nvfp4"),
-    ({"quant_method": "modelopt", "quantization": {"quant_algo": "FP8"}}, "fp8_per_tensor"),
-    ({"quant_method": "modelopt_mxfp8", "quant_algo": "MXFP8"}, "mxfp8"),
-    (
-        mixed(layers_0_mlp_experts="NVFP4", layers_0_attn="MXFP8", layers_0_shared_experts="FP8"),
-        "nvfp4",
-    ),
-    (groups(type="float", num_bits=8, strategy="block"), "fp8_block"),
-    (groups(type="float", num_bits=8, strategy="tensor"), "fp8_per_tensor"),
-    (groups(type="float", num_bits=8, strategy="channel"), "fp8_per_channel"),
-    (groups(type="float", num_bits=4, strategy="tensor_group", group_size=16), "nvfp4"),
-    (groups(type="float", num_bits=4, group_size=16), "nvfp4"),
-    (groups(type="float", num_bits=4, strategy="group", group_size=32), "mxfp4"),
-    (groups(type="int", num_bits=4, strategy="group", group_size=32), "mxint4"),
-    (groups(type="int", num_bits=4, strategy="group", group_size=128), "int4"),
-    (
-        {**groups(type="float", num_bits=8, strategy="block"), "ignore": ["re:.*mlp.experts.*"]},
-        "bf16",
-    ),
-    (
-        {**groups(type="float", num_bits=8, strategy="block"), "ignore": ["re:.*shared_experts.*"]},
-        "fp8_block",
-    ),
-    ({"quant_method": "awq", "bits": 4}, "int4"),
-    ({"quant_method": "gptq", "bits": 8}, "int8"),
-]
-
-
-@pytest.mark.parametrize(("quantization", "scheme"), QUANTIZATIONS)
-def test_quantization(tmp_path, quantization, scheme):
-    spec = read(tmp_path, {**R1, "quantization_config": quantization})
-    assert spec.checkpoints == (scheme,)
-
-
-def test_weights_alone_in_nvfp4(tmp_path):
-    config = groups(type="float", num_bits=4, strategy="tensor_group", group_size=16)
-    config["config_groups"]["group_0"]["input_activations"] = None
-    assert read(tmp_path, {**R1, "quantization_config": config}).checkpoints == ("w4a16_nvfp4",)
-
-
-def test_the_group_of_the_experts_counts(tmp_path):
-    config = groups(type="float", num_bits=8, strategy="block")
-    config["config_groups"]["group_1"] = {
-        "targets": ["re:.*mlp.experts.*"],
-        "weights": {"type": "float", "num_bits": 4, "group_size": 16},
-        "input_activations": {"num_bits": 4},
-    }
-    assert read(tmp_path, {**R1, "quantization_config": config}).checkpoints == ("nvfp4",)
-
-
-def test_a_file_beside_the_config(tmp_path):
-    beside = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}
-    config = without("quantization_config")
-    assert read(tmp_path, config, beside=beside).checkpoints == ("nvfp4",)
-    assert read(tmp_path, R1, name="Other", beside=beside).checkpoints == ("fp8_block",)
-
-
-def test_fp4_experts_of_an_fp8_model(tmp_path):
-    assert read(tmp_path, {**R1, "expert_dtype": "fp4"}).checkpoints == ("mxfp4",)
 
 
 # -- the table itself -----------------------------------------------------------------------------

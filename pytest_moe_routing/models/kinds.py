@@ -27,13 +27,15 @@ class Kind:
     maximum: float | None = None
     nullable: bool = False
     many: bool = False
+    empty: bool = False
 
     def problem(self, value: object) -> str | None:
         """What is expected, if `value` is not valid; otherwise None."""
         if self.many:
             one = Kind(self.type, choices=self.choices)
-            if not isinstance(value, list) or not value or any(map(one.problem, value)):
-                return f"a non-empty list, each item {one}"
+            some = isinstance(value, list) and bool(value or self.empty)
+            if not isinstance(value, list) or not some or any(map(one.problem, value)):
+                return f"a {'' if self.empty else 'non-empty '}list, each item {one}"
             return None if len(set(value)) == len(value) else "a list without repetition"
         if value is None:
             return None if self.nullable else str(self)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_moe_routing.models.kinds import Problem, key
+from pytest_moe_routing.schemes import CHECKPOINT_SCHEMES
 
 #: What a group's layers are.
 #:   moe       routed by logits; `router` and `experts` hold what differs from the other layers
@@ -30,12 +31,14 @@ class LayerGroup:
     Attributes:
         layers: Zero-based indices of decoder layers as ranges: `0-2, 43`.
         kind: One of `LAYER_KINDS`.
+        scheme: The experts' quantization scheme, if it is another than the model's.
         router: Keys of `RouterConfig` with other values than the model's `router`.
         experts: Keys of `ExpertsConfig` with other values than the model's `experts`.
     """
 
     layers: str = key(str)
     kind: str = key(str, default="moe", choices=LAYER_KINDS)
+    scheme: str | None = key(str, default=None, nullable=True, choices=CHECKPOINT_SCHEMES)
     router: Mapping[str, Any] = field(default_factory=dict, hash=False)
     experts: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -61,15 +64,16 @@ class LayerGroup:
     def as_dict(self) -> dict[str, Any]:
         """What the group says, as plain data; nothing that is empty."""
         data: dict[str, Any] = {"layers": self.layers, "kind": self.kind}
+        data |= {"scheme": self.scheme} if self.scheme else {}
         data |= {"router": dict(self.router)} if self.router else {}
         return data | ({"experts": dict(self.experts)} if self.experts else {})
 
     def __str__(self) -> str:
         """In words, for a reader: `layers 0-2 are dense`."""
-        own = ", ".join(
-            f"{name} {value}" for name, value in {**self.router, **self.experts}.items()
-        )
-        what = _WORDS.get(self.kind, f"different: {own}")
+        own: dict[str, Any] = {"scheme": self.scheme} if self.scheme else {}
+        own |= {**self.router, **self.experts}
+        differs = ", ".join(f"{name} {value}" for name, value in own.items())
+        what = _WORDS.get(self.kind, f"different: {differs}")
         runs = self.layers.split(", ")
         layers = ", ".join(runs[:8]) + (f" and {len(runs) - 8} more ranges" if runs[8:] else "")
         one = self.layers.isdigit()
@@ -83,7 +87,7 @@ class LayerGroup:
             expected = f"ascending ranges of layers below {MAX_LAYERS}, such as 0-2, 43"
             yield "layers", repr(self.layers[:60]), expected
             return
-        differs = bool(self.router or self.experts)
+        differs = bool(self.router or self.experts or self.scheme)
         if differs and self.kind != "moe":
             yield "kind", self.kind, "moe for layers that have a router or experts of their own"
         if not differs and self.kind == "moe":

@@ -193,6 +193,8 @@ class ModelSpec(_Described):
 
     Attributes:
         router, experts: Of the layers that are in none of the groups of `layers`.
+        checkpoints: The schemes of the experts in published checkpoints.
+        unknown_scheme: Why the scheme of an imported checkpoint is not known; None if it is.
         num_layers: Decoder layers, `num_hidden_layers` in configs; None where it is not known.
         dtype: dtype of the activations and of unquantized weights, `torch_dtype` in configs.
         layers: The layers that differ, in groups. `variants` resolves them.
@@ -212,7 +214,8 @@ class ModelSpec(_Described):
     router: RouterConfig
     experts: ExpertsConfig
     hf_repo: str = key(str)
-    checkpoints: tuple[str, ...] = key(str, choices=CHECKPOINT_SCHEMES, many=True)
+    checkpoints: tuple[str, ...] = key(str, choices=CHECKPOINT_SCHEMES, many=True, empty=True)
+    unknown_scheme: str | None = key(str, default=None, nullable=True)
     num_layers: int | None = key(int, default=None, nullable=True, minimum=1, maximum=MAX_LAYERS)
     dtype: str = key(str, default="bfloat16", choices=MODEL_DTYPES)
     layers: tuple[LayerGroup, ...] = ()
@@ -239,6 +242,7 @@ class ModelSpec(_Described):
                     self,
                     router=replace(self.router, **group.router),
                     experts=replace(self.experts, **group.experts),
+                    checkpoints=(group.scheme,) if group.scheme else self.checkpoints,
                     layers=(),
                     variant=group.layers,
                 )
@@ -247,6 +251,8 @@ class ModelSpec(_Described):
     def problems(self) -> Iterator[Problem]:
         """Combinations of valid values that no model can have."""
         yield from super().problems()
+        if not self.checkpoints and self.unknown_scheme is None:
+            yield "checkpoints", "an empty list", "a scheme, or unknown_scheme with the reason"
         yield from overlaps(self.layers, self.num_layers)
         for layers, variant in self.variants().items():
             if layers:
@@ -265,7 +271,7 @@ class ModelSpec(_Described):
         if self.router.not_expressible is None:
             del data["router"]["not_expressible"]
         imported = (
-            *("architectures", "model_types", "raw_config"),
+            *("unknown_scheme", "architectures", "model_types", "raw_config"),
             *("defaulted", "contradicted", "unproven"),
         )
         return {

@@ -110,6 +110,9 @@ def _model(target: Target, model: ModelSpec) -> Iterator[str]:
 
 
 def _unserved(model: ModelSpec) -> Iterator[str]:
+    if model.unknown_scheme:
+        yield ""
+        yield f"not judged: {model.unknown_scheme}; --schemes NAME judges it as that scheme"
     unserved = [name for name in model.checkpoints if name not in SERVED_SCHEMES]
     if unserved:
         yield ""

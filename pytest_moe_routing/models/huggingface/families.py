@@ -60,6 +60,7 @@ class Family:
     first: tuple[str, ...] = ()
     limits: Mapping[str, str] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -120,7 +121,7 @@ def _names(family: Family) -> Iterator[str]:
 
 
 def _family(name: str, row: Mapping[str, Any], routers: Mapping[str, Mapping[str, Any]]) -> Family:
-    lists = ("architectures", "model_types", "first", "reads", "notes")
+    lists = ("architectures", "model_types", "first", "reads", "blocks", "notes")
     router = dict(routers[row["router"]])
     cases = {**router.pop("cases", {}), **row.get("cases", {})}
     return Family(

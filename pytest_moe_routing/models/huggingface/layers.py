@@ -57,6 +57,19 @@ class Layers:
                 self.own.setdefault(i, {})[name] = values[i]
         return base
 
+    def take(self, name: str, values: Mapping[int, Any]) -> None:
+        """Take in the values of single routed layers that differ from the model's."""
+        for i, value in values.items():
+            if self.kinds.get(i, "moe") == "moe":
+                self.own.setdefault(i, {})[name] = value
+
+    def with_experts(self) -> list[int]:
+        """The layers with routed experts; one of them when their number is not known."""
+        dense = {i for i, kind in self.kinds.items() if kind == "dense"}
+        if self.count is None:
+            return [max(dense, default=-1) + 1]
+        return sorted(set(range(self.count)) - dense)
+
     def groups(self) -> tuple[LayerGroup, ...]:
         """The groups, in the order of their first layers."""
         members: dict[str, tuple[list[int], str, dict[str, Any]]] = {}
@@ -69,8 +82,9 @@ class Layers:
             LayerGroup(
                 layers=ranges(layers),
                 kind=kind,
+                scheme=own.get("scheme"),
                 router={name: v for name, v in own.items() if name in router},
-                experts={name: v for name, v in own.items() if name not in router},
+                experts={n: v for n, v in own.items() if n not in router and n != "scheme"},
             )
             for layers, kind, own in members.values()
         )

@@ -1,165 +1,289 @@
-"""Which quantization scheme the experts of a checkpoint have, from what its config says."""
+"""Which quantization scheme the experts of a checkpoint have, from what its config states.
+
+A config may state the scheme in several places. The most specific one counts:
+
+1. `quantized_layers` that name experts, layer by layer (ModelOpt)
+2. `moe_quant_algo` (ModelOpt)
+3. `config_groups` whose targets cover the experts (compressed-tensors)
+4. `quant_algo` (ModelOpt)
+5. `quant_method` with its parameters, and `expert_dtype`
+
+They stand in `quantization_config`, else `compression_config`, else a file beside the config.
+Experts that an ignore list covers are not quantized, unless 1 names them.
+
+Places 1 to 4 and the file beside the config must not contradict each other about the weights; in
+whether activations are quantized as well they may differ, and the more specific one counts. Place 5
+is about the rest of the model where one of 1 to 4 is about the experts.
+
+A contradiction, or a method that is not known, is no error: the router is read all the same, and
+the scheme is not judged, for that reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
 
 from pytest_moe_routing.models.huggingface.document import Section, shorten, show
-from pytest_moe_routing.schemes import SCHEMES, CheckpointNames
+from pytest_moe_routing.models.huggingface.patterns import (
+    Covers,
+    Experts,
+    PatternError,
+    Patterns,
+    deadline,
+)
+from pytest_moe_routing.models.huggingface.weights import (
+    ALGORITHMS,
+    INTEGER_METHODS,
+    METHODS,
+    UnknownWeights,
+    auto_round,
+    fp8,
+    group_scheme,
+)
 
-_ROWS: Mapping[str, CheckpointNames] = {
-    name: row.checkpoint for name, row in SCHEMES.items() if row.checkpoint
-}
-#: Schemes by ModelOpt's `quant_algo` (vllm 0.32.0 quantization/modelopt.py reads the same names).
-_ALGORITHMS: Mapping[str, str] = {a: scheme for scheme, row in _ROWS.items() for a in row.modelopt}
+#: Files beside a config.json that may state a quantization, in the order in which they count.
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 MIXED = "MIXED_PRECISION"
-
-#: Schemes by the `quant_method` that names them by itself.
-_METHODS: Mapping[str, str] = {
-    method: scheme for scheme, row in _ROWS.items() for method in row.quant_methods
-}
-#: Integer weights, of as many bits as `bits` says.
-INTEGER_METHODS = ("auto-round", "awq", "gptq")
 _MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8")
-_BLOCK = [128, 128]
-
-#: Schemes by what compressed-tensors says of the weights.
-_WEIGHTS: Mapping[tuple[str, int, str, int | None], str] = {
-    weights: scheme for scheme, row in _ROWS.items() for weights in row.compressed_tensors
-}
+_IGNORE = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,4})\.")
 
 
-def scheme_of(root: Section, text: Section, beside: Section | None) -> str:
-    """The scheme of the experts' weights.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a config states about the experts' scheme.
+
+    Attributes:
+        scheme: The commonest among the layers; None when it is not known.
+        own: The layers with another scheme.
+        unknown: Why it is not known.
+    """
+
+    scheme: str | None
+    own: Mapping[int, str] = field(default_factory=dict)
+    unknown: str | None = None
+
+
+def checkpoint_of(
+    levels: list[Section],
+    beside: Mapping[str, Section],
+    layers: list[int],
+    experts: Experts,
+) -> Checkpoint:
+    """Read the scheme of the routed experts' weights.
 
     Args:
-        root: The whole config.
-        text: The text model's part of it, where some configs keep `quantization_config`.
-        beside: ModelOpt's `hf_quant_config.json` from the same folder, which counts where the
-            config itself says nothing.
+        levels: The config and those nested in it.
+        beside: The files beside the config that may state a quantization, by name.
+        layers: The layers with routed experts, as far as they are known.
+        experts: Where a layer has its routed experts.
 
     Raises:
-        ModelError: A method or a combination that has no name here.
+        ModelError: Something else than an object or a list stands where one must.
     """
+    try:
+        return _common(_schemes(levels, beside, layers, experts))
+    except (PatternError, UnknownWeights) as error:
+        return Checkpoint(None, unknown=str(error))
+
+
+def _schemes(
+    levels: list[Section], beside: Mapping[str, Section], layers: list[int], experts: Experts
+) -> dict[int, str]:
+    root, text = levels[0], levels[-1]
     found = (
         root.section("quantization_config")
         or text.section("quantization_config")
         or root.section("compression_config")
-        or (beside.section("quantization") if beside else None)
     )
-    if found is None:
-        return "bf16"
-    # Early ModelOpt configs have a level more.
-    found = found.section("quantization") or found
-    if _leaves_experts_alone(found):
-        return "bf16"
-    method = found.get("quant_method", "")
-    if not isinstance(method, str):
-        found.fail("quant_method", show(method), "text")
-    if method == "fp8":
-        # DeepSeek-V4: FP8 everywhere but in the experts.
-        expert_dtype = text.get("expert_dtype", "fp8")
-        if expert_dtype not in ("fp4", "fp8"):
-            text.fail("expert_dtype", show(expert_dtype), "fp4 or fp8")
-        return "mxfp4" if expert_dtype == "fp4" else _fp8(found)
-    if method in _METHODS:
-        return _METHODS[method]
-    if method in INTEGER_METHODS:
-        bits = found.get("bits")
-        if type(bits) is not int or bits not in (4, 8):
-            found.fail("bits", show(bits), "4 or 8")
-        return f"int{bits}"
-    if found.get("quant_algo") is not None:
-        return _modelopt(found)
-    if method != "compressed-tensors" and method not in _MODELOPT:
-        known = ("fp8", "compressed-tensors", *_METHODS, *INTEGER_METHODS, *_MODELOPT)
-        found.fail("quant_method", show(method or None), f"one of {', '.join(sorted(known))}")
-    return _compressed_tensors(found)
+    stated = {found.name: found} if found else {}
+    if found is None and root.section("quantization") is not None:
+        raise UnknownWeights("mlx (quantization)")
+    read = {
+        name: _Stated(section.section("quantization") or section, text, layers, experts)
+        for name, section in {**stated, **beside}.items()
+    }
+    schemes = {name: stated.resolve() for name, stated in read.items()}
+    if not schemes:
+        return dict.fromkeys(layers, "bf16")
+    (first, counting), *others = schemes.items()
+    for name, other in others:
+        if other != counting:
+            ours, theirs = _common(counting).scheme, _common(other).scheme
+            raise UnknownWeights(f"{first} states {ours}, and {name} beside it {theirs}")
+    return counting
 
 
-def _fp8(found: Section) -> str:
-    block = found.get("weight_block_size")
-    if block is None:
-        return "fp8_per_tensor"
-    if block != _BLOCK:
-        found.fail("weight_block_size", shorten(str(block)), f"{_BLOCK} or null")
-    return "fp8_block"
+def _common(schemes: Mapping[int, str]) -> Checkpoint:
+    values = list(schemes.values())
+    usual = max(dict.fromkeys(values), key=values.count)
+    return Checkpoint(usual, {layer: s for layer, s in schemes.items() if s != usual})
 
 
-def _modelopt(found: Section) -> str:
-    algorithm = found.get("quant_algo")
-    where = "quant_algo"
-    if algorithm == MIXED:
-        where = "quantized_layers"
-        layers = (found.section(where) or found).values
-        if not any(_is_experts(name) for name in layers):
-            found.fail(where, "no experts", f"the experts' quant_algo, as quant_algo is {MIXED}")
-        algorithms = {
-            str(layer.get("quant_algo")) if isinstance(layer, dict) else show(layer)
-            for name, layer in layers.items()
-            if _is_experts(name)
+class _Stated:
+    """One object that states a quantization."""
+
+    def __init__(self, found: Section, text: Section, layers: list[int], experts: Experts) -> None:
+        self.found, self.text, self.experts = found, text, experts
+        self.layers = layers
+        self.deadline = deadline()
+        self.method = found.get("quant_method", "")
+        if not isinstance(self.method, str):
+            found.fail("quant_method", show(self.method), "text")
+
+    def resolve(self) -> dict[int, str]:
+        """The scheme of each layer's experts.
+
+        Raises:
+            UnknownWeights: It is not known.
+            PatternError: A pattern cannot be decided.
+        """
+        named = self._named()
+        specific = [
+            (place, schemes)
+            for place, schemes in (
+                ("quantized_layers", named),
+                ("moe_quant_algo", self._algorithm("moe_quant_algo")),
+                ("config_groups", self._groups()),
+                ("quant_algo", self._algorithm("quant_algo")),
+            )
+            if schemes
+        ]
+        for (place, schemes), (other, others) in combinations(specific, 2):
+            for layer in sorted(set(schemes) & set(others)):
+                if _weights(schemes[layer]) != _weights(others[layer]):
+                    raise UnknownWeights(
+                        f"{place} states {schemes[layer]}, and {other} {others[layer]}"
+                    )
+        found = {} if specific else self._by_method()
+        for _, schemes in reversed(specific):
+            found |= schemes
+        excluded = self._excluded(named)
+        return {
+            layer: "bf16" if layer in excluded else found.get(layer, "bf16")
+            for layer in self.layers
         }
-        if len(algorithms) > 1:
-            names = shorten(", ".join(sorted(algorithms)))
-            found.fail(where, names, "one quant_algo for all routed experts")
-        (algorithm,) = algorithms
-    name = algorithm.upper() if isinstance(algorithm, str) else ""
-    if name not in _ALGORITHMS:
-        found.fail(where, show(algorithm), f"one of {', '.join(sorted(_ALGORITHMS))}")
-    return _ALGORITHMS[name]
+
+    def _named(self) -> dict[int, str]:
+        """What `quantized_layers` states about experts, by layer."""
+        section = self.found.section("quantized_layers")
+        by_layer: dict[int, set[str]] = {}
+        for name, value in (section.values if section else {}).items():
+            match = _LAYER.search(name)
+            if match and is_experts(name):
+                algorithm = value.get("quant_algo") if isinstance(value, dict) else value
+                by_layer.setdefault(int(match[1]), set()).add(show(algorithm).strip('"').upper())
+        for layer, algorithms in by_layer.items():
+            if len(algorithms) > 1:
+                names = shorten(" and ".join(sorted(algorithms)))
+                raise UnknownWeights(f"the experts of layer {layer} are of several kinds: {names}")
+        elsewhere = self.found.get("moe_quant_algo") is not None
+        if not by_layer and self.found.get("quant_algo") == MIXED and not elsewhere:
+            raise UnknownWeights(f"quant_algo is {MIXED}, and quantized_layers names no experts")
+        if len(self.layers) == 1 and by_layer:
+            self.layers = sorted(by_layer)  # the config does not state how many there are
+        return {layer: _modelopt(*algorithms) for layer, algorithms in by_layer.items()}
+
+    def _algorithm(self, key: str) -> dict[int, str]:
+        algorithm = self.found.get(key)
+        if algorithm is None or algorithm == MIXED:
+            return {}
+        scheme = _modelopt(algorithm)
+        groups = self.found.section("config_groups")
+        given = [group.get("input_activations", 0) for group in _objects(groups)]
+        if scheme == "nvfp4" and given and all(inputs is None for inputs in given):
+            # vllm 0.33.0 modelopt.py: the algorithm is of the weights alone.
+            scheme = "w4a16_nvfp4"
+        return dict.fromkeys(self.layers, scheme)
+
+    def _groups(self) -> dict[int, str]:
+        """What `config_groups` state about experts, by layer; only those with targets do."""
+        groups = self.found.section("config_groups")
+        sections = [s for key in groups.values if (s := groups.section(key))] if groups else []
+        if self.method == "compressed-tensors" and not sections:
+            raise UnknownWeights("compressed-tensors without config_groups")
+        targets = [[*s.items("targets")] for s in sections]
+        asked = [Patterns(t, self.experts, self.deadline) for t in targets]
+        found: dict[int, str] = {}
+        for layer in self.layers:
+            covering = [
+                (s, c)
+                for s, p in zip(sections, asked, strict=True)
+                if (c := p.covers(layer)) is not Covers.NONE
+            ]
+            if any(c is Covers.SOME for _, c in covering) or len(covering) > 1:
+                raise UnknownWeights(
+                    f"several config_groups cover the experts of layer {layer}, or parts"
+                )
+            by_class = [s for s, t in zip(sections, targets, strict=True) if "Linear" in t]
+            group = covering[0][0] if covering else next(iter(by_class), None)
+            if group is not None:
+                found[layer] = group_scheme(group)
+            elif any(targets):
+                found[layer] = "bf16"
+        return found
+
+    def _by_method(self) -> dict[int, str]:
+        method = self.method
+        if method == "fp8":
+            scheme = fp8(self.found, self.text)
+        elif method in ("auto-round", "auto_round", "inc"):
+            scheme = auto_round(self.found)
+            extra = self.found.section("extra_config")
+            names = [name for name in (extra.values if extra else {}) if is_experts(name)]
+            if names:
+                raise UnknownWeights(f"auto-round with an extra_config for {shorten(names[0])}")
+        elif method in METHODS:
+            scheme = METHODS[method]
+        elif method in INTEGER_METHODS or (not method and "w_bit" in self.found.values):
+            bits = self.found.get("bits", self.found.get("w_bit"))
+            if type(bits) is not int or bits not in (4, 8):
+                raise UnknownWeights(f"{method or 'weights'} of {show(bits)} bits")
+            dynamic = self.found.section("dynamic")
+            if dynamic is not None and dynamic.values:
+                raise UnknownWeights(f"{method} with dynamic rules for modules")
+            scheme = f"int{bits}"
+        else:
+            raise UnknownWeights(f"{method or 'no quant_method'} is not known")
+        return dict.fromkeys(self.layers, scheme)
+
+    def _excluded(self, named: Mapping[int, str]) -> set[int]:
+        """The layers whose experts an ignore list covers."""
+        listed = [item for key in _IGNORE for item in self.found.items(key)]
+        patterns = Patterns(listed, self.experts, self.deadline)
+        excluded = set()
+        for layer in self.layers:
+            covers = Covers.NONE if layer in named else patterns.covers(layer)
+            if covers is Covers.SOME:
+                pattern, _ = patterns.first(layer)
+                raise UnknownWeights(
+                    f"{shorten(str(pattern))} excludes some experts of layer {layer}"
+                )
+            if covers is Covers.ALL:
+                excluded.add(layer)
+        return excluded
 
 
-def _compressed_tensors(found: Section) -> str:
-    groups = found.section("config_groups")
-    if groups is None or not groups.values:
-        found.fail("config_groups", "nothing", "an object with a group for the experts")
-    sections = [section for key in groups.values if (section := groups.section(key))]
-    of_experts = [s for s in sections if any(map(_is_experts, s.items("targets")))]
-    of_all = [s for s in sections if "Linear" in s.items("targets")]
-    candidates = of_experts or of_all
-    if len(candidates) != 1:
-        found.fail(
-            "config_groups",
-            f"{len(candidates)} groups for the experts",
-            "one, which targets Linear or names the experts",
-        )
-    weights = candidates[0].section("weights")
-    if weights is None:
-        candidates[0].fail("weights", "nothing", "an object")
-    group = weights.get("group_size")
-    strategy = weights.get("strategy") or ("group" if group else "tensor")
-    kind = (weights.get("type"), weights.get("num_bits"), strategy)
-    try:
-        scheme = _WEIGHTS.get((*kind, group)) or _WEIGHTS.get((*kind, None))
-    except TypeError:  # a list or object among them
-        scheme = None
-    if scheme is None:
-        weights.fail(
-            "strategy",
-            f"{show(kind[0])} of {show(kind[1])} bits by {show(strategy)}, group {show(group)}",
-            "weights of a known scheme",
-        )
-    if scheme == "nvfp4" and candidates[0].section("input_activations") is None:
-        return "w4a16_nvfp4"
-    return scheme
+def _objects(section: Section | None) -> list[dict[str, Any]]:
+    return [v for v in section.values.values() if isinstance(v, dict)] if section else []
 
 
-def _is_experts(name: object) -> bool:
-    """Whether a module name or pattern is about routed experts."""
-    return isinstance(name, str) and "experts" in name and "shared" not in name
+def _weights(scheme: str) -> str:
+    """The format of a scheme's weights, whether or not activations are quantized as well."""
+    return scheme.removeprefix("w4a16_")
 
 
-def _leaves_experts_alone(found: Section) -> bool:
-    """Whether a pattern excludes the routed experts of all layers from quantization.
+def _modelopt(algorithm: object) -> str:
+    name = algorithm.upper() if isinstance(algorithm, str) else show(algorithm)
+    if name not in ALGORITHMS:
+        raise UnknownWeights(f"the quant_algo {shorten(name)} is not known")
+    return ALGORITHMS[name]
 
-    Patterns are not run (they are somebody else's regular expressions): one that ends in the
-    experts and names no layer is meant for all of them.
-    """
-    patterns: Iterable[object] = (
-        pattern
-        for key in ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
-        for pattern in found.items(key)
-    )
-    return any(
-        _is_experts(pattern) and not any(c.isdigit() for c in str(pattern)) for pattern in patterns
-    )
+
+def is_experts(name: str) -> bool:
+    """Whether a module's name is about routed experts."""
+    return "experts" in name and "shared" not in name

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 
+from pytest_moe_routing.errors import ModelError
 from pytest_moe_routing.models.huggingface.document import Section, read_json, show
 from pytest_moe_routing.models.huggingface.families import Family, table
 from pytest_moe_routing.models.huggingface.layers import read_layers
 from pytest_moe_routing.models.huggingface.names import check_experts, family_of, levels_of, texts
-from pytest_moe_routing.models.huggingface.quantization import scheme_of
+from pytest_moe_routing.models.huggingface.patterns import BLOCKS, Experts
+from pytest_moe_routing.models.huggingface.quantization import (
+    QUANTIZATION_FILES,
+    checkpoint_of,
+)
 from pytest_moe_routing.models.huggingface.reading import Reading
 from pytest_moe_routing.models.spec import MODEL_DTYPES, ExpertsConfig, ModelSpec, RouterConfig
+from pytest_moe_routing.schemes import CHECKPOINT_SCHEMES
 
 CONFIG_NAME = "config.json"
-QUANTIZATION_NAME = "hf_quant_config.json"
+#: Why a checkpoint of a dtype is not judged.
+_DTYPES = {
+    "float16": "no fused kernel takes float16 hidden states or router logits",
+    "float32": "frameworks cast it, vllm to bfloat16 and sglang to float16",
+}
 
 
-def read_config(path: Path) -> ModelSpec:
+def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
     """What a model's `config.json` states about its router and experts.
 
     A key that is absent has the default that the architecture's own config class has in
@@ -27,12 +39,17 @@ def read_config(path: Path) -> ModelSpec:
 
     Args:
         path: The file, or the folder that holds a `config.json`.
+        override: The experts' scheme, whatever the config states about it.
 
     Raises:
-        ModelError: The file cannot be read; the model has no experts; no name in it is known, or
-            its family cannot be described; a key is missing, contradicts another, or has a value
-            that it cannot have.
+        ModelError: There is no such scheme. The file cannot be read; the model has no experts; no
+            name in it is known, or its family cannot be described; a key is missing, contradicts
+            another, or has a value that it cannot have.
     """
+    if override is not None and override not in CHECKPOINT_SCHEMES:
+        near = get_close_matches(override, CHECKPOINT_SCHEMES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"schemes: {', '.join(CHECKPOINT_SCHEMES)}"
+        raise ModelError(f"unknown scheme {override!r}; {hint}")
     file = path / CONFIG_NAME if path.is_dir() else path
     root = read_json(file)
     families = table()
@@ -41,12 +58,22 @@ def read_config(path: Path) -> ModelSpec:
     check_experts(text)
     named = family_of(levels, families)
     family = named.family
-    beside = file.with_name(QUANTIZATION_NAME)
-    scheme = scheme_of(root, text, read_json(beside) if beside.is_file() else None)
     layers = read_layers(text)
     reading = Reading(text, family, families, layers)
     router, experts = reading.build(RouterConfig), reading.build(ExpertsConfig)
     router = reading.with_unread(router, levels[:-1])
+    modules = Experts(router.num_experts, family.blocks or BLOCKS)
+    checkpoint = checkpoint_of(levels, _beside(file), layers.with_experts(), modules)
+    dtype = _dtype(root, text)
+    scheme, unknown = checkpoint.scheme, checkpoint.unknown
+    if override is not None:
+        scheme, unknown = override, None
+    elif dtype != "bfloat16" and unknown is None:
+        scheme, unknown = None, f"{scheme} with {dtype}: {_DTYPES[dtype]}"
+    elif unknown is None:
+        layers.take("scheme", checkpoint.own)
+    if dtype == "float16" and router.logits_dtype == "bfloat16":
+        router = replace(router, logits_dtype="float16")
     groups = layers.groups()
     notes = [*family.notes, *named.notes, *reading.all_notes(), *map(str, groups), *layers.notes]
     name, repository = _name_of(root, file)
@@ -56,12 +83,13 @@ def read_config(path: Path) -> ModelSpec:
         architecture=named.architecture,
         router=router,
         experts=experts,
-        checkpoints=(scheme,),
+        checkpoints=(scheme,) if scheme else (),
+        unknown_scheme=unknown,
         sources=(f"numbers: {file.name} of {repository}", _semantics(family)),
         notes=tuple(dict.fromkeys(notes)),
         folder=Path(_slug(name)),
         num_layers=layers.count,
-        dtype=_dtype(root, text),
+        dtype=dtype,
         layers=groups,
         architectures=_names(levels, "architectures"),
         model_types=_names(levels, "model_type"),
@@ -73,6 +101,14 @@ def read_config(path: Path) -> ModelSpec:
     for key, found, expected in spec.problems():
         text.fail(key, found, expected)
     return spec
+
+
+def _beside(file: Path) -> dict[str, Section]:
+    """The files beside a config.json that may state a quantization."""
+    if file.name != CONFIG_NAME:
+        return {}
+    paths = (file.with_name(name) for name in QUANTIZATION_FILES)
+    return {path.name: read_json(path) for path in paths if path.is_file()}
 
 
 def _dtype(root: Section, text: Section) -> str:

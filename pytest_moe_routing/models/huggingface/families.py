@@ -53,6 +53,7 @@ class Family:
     architectures: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
     config: str | None = None
+    since: str = "5.19.0"
     fixed: Mapping[str, Any] = field(default_factory=dict)
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -128,6 +129,7 @@ def _family(name: str, row: Mapping[str, Any], routers: Mapping[str, Mapping[str
         name=name,
         router=row["router"],
         config=row.get("config"),
+        since=row.get("since", "5.19.0"),
         fixed={**router, **row.get("fixed", {})},
         keys={key: tuple(keys) for key, keys in row.get("keys", {}).items()},
         defaults=row.get("defaults", {}),

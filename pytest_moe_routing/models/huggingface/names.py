@@ -37,7 +37,24 @@ def levels_of(root: Section, families: Table) -> list[Section]:
     for key in families.nested:
         inner = levels[-1].section(key)
         levels += [inner] if inner else []
+    levels[-1] = _with_blocks(levels[-1])
     return levels
+
+
+def _with_blocks(text: Section) -> Section:
+    """Turn `block_configs` (Nemotron's puzzle models) into lists with one item per layer.
+
+    Keys that the config itself has are left as they are.
+    """
+    blocks = [block for block in text.items("block_configs") if isinstance(block, dict)]
+    routed = [block for block in blocks if block.get("block_type") == "moe"]
+    if not routed:
+        return text
+    keys = dict.fromkeys(key for block in routed for key in block)
+    lists = {key: [block.get(key) for block in blocks] for key in keys if key != "block_type"}
+    kinds = [block.get("block_type") for block in blocks]
+    values = {"layers_block_type": kinds, **lists, **text.values}
+    return Section(text.file, values, text.name)
 
 
 def check_experts(text: Section) -> None:

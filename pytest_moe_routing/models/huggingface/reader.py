@@ -149,4 +149,4 @@ def _semantics(family: Family) -> str:
     if family.config is None:
         return f"semantics: the row {family.name} of families.yaml, which names its source"
     folder = family.config.partition(".")[0]
-    return f"semantics: transformers 5.19.0 models/{folder}/modeling_{folder}.py"
+    return f"semantics: transformers {family.since} models/{folder}/modeling_{folder}.py"

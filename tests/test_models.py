@@ -159,7 +159,13 @@ MISTAKES = {
         "the key again",
         "it stands on line 6",
     ),
-    "empty list": (edit("[nvfp4]", "[]"), 20, "checkpoints", "a list", "a non-empty list"),
+    "empty list": (
+        edit("[nvfp4]", "[]"),
+        20,
+        "checkpoints",
+        "an empty list",
+        "a scheme, or unknown_",
+    ),
     "unknown checkpoint": (
         edit("[nvfp4]", "[int3]"),
         20,

@@ -68,7 +68,6 @@ def _flow(value: Mapping[str, Any]) -> str:
         default_flow_style=True,
         sort_keys=False,
         width=float("inf"),
-        allow_unicode=True,
     )
     return text.rstrip("\n")
 

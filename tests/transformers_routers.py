@@ -1,6 +1,7 @@
 """The routers of the transformers library: which class, made how, called how. Data for the oracle.
 
-Class names are those of transformers 5.19.0. Most routers return (logits, weights, experts); what
+Class names and calls are those of transformers 5.19.0 to 5.24.0; a family that is newer than the
+installed release is left out, by its `since`. Most routers return (logits, weights, experts); what
 does otherwise has a function here that says so.
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import transformers
+from packaging.version import Version
 
 from pytest_moe_routing.models.huggingface.families import table
 
@@ -50,8 +53,10 @@ def _logits_first(outputs):
     return ids, weights, logits
 
 
-def _ids_first(router, x, bias):
-    return router(x)
+def _either_order(router, x, bias):
+    """Experts come first up to 5.19, and last from 5.24 on, as everywhere."""
+    first, weights, last = router(x)
+    return (last, weights, first) if first.is_floating_point() else (first, weights, last)
 
 
 def _bias_given(router, x, bias):
@@ -107,8 +112,11 @@ def _without_experts(cls, config):
 
 
 def _jamba(block, x, bias):
-    logits = block.router(x)
-    return *block.route_tokens_to_experts(x, logits), logits
+    """The block chooses up to 5.19, its router from 5.24 on."""
+    outputs = block.router(x)
+    if isinstance(outputs, tuple):
+        return _logits_first(outputs)
+    return *block.route_tokens_to_experts(x, outputs), outputs
 
 
 def _dbrx(block, x, bias):
@@ -143,6 +151,8 @@ GROUPED = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
 }
+GROUPS_OF_4 = {"n_group": GROUPS, "topk_group": KEPT, "routed_scaling_factor": 2.5}
+GROUPED_LOCAL = {"num_local_experts": E, "num_experts_per_tok": K, **GROUPS_OF_4}
 NAMED = {"num_experts": E, "num_experts_per_tok": K}
 LOCAL = {"num_local_experts": E, "num_experts_per_tok": K}
 PLAIN = {"n_routed_experts": E, "num_experts_per_tok": K}
@@ -165,6 +175,8 @@ KIMI = {
 }
 LFM2 = {**NAMED, "routed_scaling_factor": 1.5}
 SIGMOID = {**NAMED, "expert_selection_fn": "sigmoid"}
+#: Heads that divide the small width.
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
 #: Widths of blocks whose experts are not called: anything but E, by which the gate is recognised.
 NARROW = {"intermediate_size": 16, "moe_intermediate_size": 16}
 
@@ -176,6 +188,7 @@ SUMS_TO_ONE = ("renormalize flipped",)
 VOID = {
     "noaux-tc": (),
     "sigmoid-bias": UNGROUPED,
+    "sigmoid": ("bias ignored", *UNGROUPED, *UNSCALED),
     "softmax": ("bias ignored", *UNGROUPED, *UNSCALED),
     "softmax-bias": UNGROUPED,
     "softmax-groups": ("bias ignored",),
@@ -235,7 +248,24 @@ CASES = [
         id="lfm2_moe-unbiased",
     ),
     Case("deepseek_v4", "DeepseekV4TopKRouter", PLAIN, rounds_scores=True),
+    Case("bailing_hybrid", "BailingHybridTopkRouter", {**GROUPED_LOCAL, "norm_topk_prob": True}),
+    Case("beam", "BeamMoE", {**NAMED, **NARROW, **GROUPS_OF_4}, **_block("gate")),
+    Case("dots3_note_text", "Dots3NoteTextTopkRouter", GROUPED),
+    Case("hy_v4_vl_text", "HYV4VLTopkRouter", GROUPED),
+    # transformers runs these two as other families' classes.
+    Case("sarvam_mla", "deepseek_v3.DeepseekV3TopkRouter", GROUPED),
+    Case("sarvam_moe", "glm4_moe.Glm4MoeTopkRouter", GROUPED),
+    Case("flint", "FlintTopKRouter", NAMED),
     # softmax
+    Case("mistral_large4_text", "MistralLarge4TextTopkRouter", GROUPED, void=()),
+    Case("unlimited_ocr_text", "UnlimitedOcrTextTopkRouter", {**GREEDY, **HEADS}, void=UNGROUPED),
+    Case(
+        "unlimited_ocr_text",
+        "UnlimitedOcrTextTopkRouter",
+        {**LIMITED, **HEADS},
+        id="unlimited_ocr-grouped",
+    ),
+    Case("lara_mini", "LaraMiniTopKRouter", NAMED),
     Case("deepseek_v2", "DeepseekV2TopkRouter", GREEDY, void=UNGROUPED),
     Case("deepseek_v2", "DeepseekV2TopkRouter", LIMITED, id="deepseek_v2-grouped"),
     Case("deepseek_ocr2_text", "DeepseekOcr2TextTopkRouter", GREEDY, void=UNGROUPED),
@@ -295,15 +325,19 @@ CASES = [
         void=SUMS_TO_ONE,
         **_block("router"),
     ),
-    Case("granitemoe", "GraniteMoeTopKRouter", LOCAL, call=_ids_first, void=SUMS_TO_ONE),
+    Case("granitemoe", "GraniteMoeTopKRouter", LOCAL, call=_either_order, void=SUMS_TO_ONE),
     Case(
-        "granitemoeshared", "GraniteMoeSharedTopKRouter", LOCAL, call=_ids_first, void=SUMS_TO_ONE
+        "granitemoeshared",
+        "GraniteMoeSharedTopKRouter",
+        LOCAL,
+        call=_either_order,
+        void=SUMS_TO_ONE,
     ),
     Case(
         "granitemoehybrid",
         "GraniteMoeHybridTopKRouter",
         {**LOCAL, "mamba_n_heads": 2},
-        call=_ids_first,
+        call=_either_order,
         void=SUMS_TO_ONE,
     ),
     Case("granitemoe_swa", "GraniteMoeSWATopKRouter", LOCAL, void=SUMS_TO_ONE),
@@ -311,7 +345,7 @@ CASES = [
         "aria_text",
         "AriaTextTopKRouter",
         ARIA,
-        call=_ids_first,
+        call=_either_order,
         rounds_scores=True,
         void=SUMS_TO_ONE,
     ),
@@ -322,8 +356,14 @@ CASES = [
 NOT_COMPARED = {
     "bailing_moe": "not in transformers",
     "bailing_moe_v2": "not in transformers",
-    "grok-1": "not in transformers",
-    "step3_text": "not in transformers",
+    **dict.fromkeys(
+        (
+            *("bailing_moe_linear", "bailing_moe_v3", "param2moe", "pangu_ultra_moe"),
+            *("deepseek_v41", "step5", "alice_ai", "k2_horizon", "mistral_large_3", "deepseek"),
+            *("interns1_pro", "interns2_mobius", "grok-1", "step3_text"),
+        ),
+        "not in transformers",
+    ),
     "zaya": "the router is a small network with a state from the layer before; not expressible",
 }
 
@@ -349,6 +389,7 @@ def _inkling(router, x, bias):
 INEXPRESSIBLE = [
     Case("gemma4_text", "Gemma4TextRouter", {**GEMMA, "enable_moe_block": True}, call=_gemma),
     Case("diffusion_gemma_text", "DiffusionGemmaTextRouter", GEMMA, call=_gemma),
+    Case("kolibri1", "Kolibri1TopKRouter", LOCAL),
     Case("phimoe", "PhimoeTopKRouter", {"num_local_experts": E, "num_experts_per_tok": 2}),
     Case("inkling_text", "InklingTopkRouter", PLAIN, call=_inkling),
     Case(
@@ -368,6 +409,19 @@ INEXPRESSIBLE = [
 ]
 
 
+#: Families whose router is a usual one, and whose experts no recipe describes.
+EXPERTS_INEXPRESSIBLE = [
+    Case("muse_spark_text", "MuseSparkTopkRouter", {**LOCAL, **HEADS}),
+    Case("inkling2_text", "Inkling2TopKRouter", PLAIN),
+    Case("inkling2_loop_text", "Inkling2LoopTopKRouter", PLAIN),
+]
+
+
+def is_there(family):
+    """Whether the installed transformers has a family's classes."""
+    return Version(transformers.__version__) >= Version(table().families[family].since)
+
+
 def config_class(family):
     folder, _, name = table().families[family].config.rpartition(".")
     module = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
@@ -381,6 +435,7 @@ def make_config(case):
 
 
 def make_router(case):
-    folder = table().families[case.family].config.split(".")[0]
+    folder, _, name = case.router.rpartition(".")
+    folder = folder or table().families[case.family].config.split(".")[0]
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-    return case.make(getattr(module, case.router), make_config(case)).eval()
+    return case.make(getattr(module, name), make_config(case)).eval()

@@ -2,7 +2,13 @@
 
 from pytest_moe_routing.models.huggingface import read_config
 from pytest_moe_routing.models.layer_groups import LayerGroup
-from pytest_moe_routing.models.loader import load_incomplete, load_model, load_models, select
+from pytest_moe_routing.models.loader import (
+    find,
+    load_incomplete,
+    load_model,
+    load_models,
+    select,
+)
 from pytest_moe_routing.models.spec import (
     ExpertsConfig,
     IncompleteModel,
@@ -18,6 +24,7 @@ __all__ = [
     "ModelSpec",
     "RouterConfig",
     "dump_model",
+    "find",
     "load_incomplete",
     "load_model",
     "load_models",

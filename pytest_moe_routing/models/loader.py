@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -109,6 +110,36 @@ def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteMo
     return dict(sorted(models.items()))
 
 
+def find(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
+    """Return the model of an id, a Hugging Face repository or a model's name, in any case.
+
+    Raises:
+        ModelError: There is none, or several have the name. The message suggests near names.
+    """
+    wanted = name.lower()
+    found = [
+        spec
+        for id_, spec in models.items()
+        if wanted in (id_, spec.hf_repo.lower(), spec.model.lower(), _last(spec.hf_repo))
+    ]
+    exact = [spec for spec in found if spec.id == wanted]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    if found:
+        several = ", ".join(spec.id for spec in found)
+        raise ModelError(f"{name!r} is the name of several models: {several}")
+    names = {key: spec.id for spec in models.values() for key in (spec.id, _last(spec.hf_repo))}
+    near = dict.fromkeys(names[n] for n in get_close_matches(_last(wanted), names, n=3))
+    hint = f"did you mean {' or '.join(near)}?" if near else "moe-routing models lists them"
+    shown = name if len(name) <= 60 else f"{name[:57]}..."
+    raise ModelError(f"{shown!r} is no file and none of the {len(models)} known models; {hint}")
+
+
+def _last(repository: str) -> str:
+    """A repository's own name, in lower case: `deepseek-r1` of `deepseek-ai/DeepSeek-R1`."""
+    return repository.rpartition("/")[2].lower()
+
+
 def select(models: dict[str, ModelSpec], patterns: Iterable[str]) -> list[ModelSpec]:
     """The models whose id matches any of the shell patterns; all of them without patterns.
 
@@ -118,7 +149,9 @@ def select(models: dict[str, ModelSpec], patterns: Iterable[str]) -> list[ModelS
     patterns = list(patterns)
     for pattern in patterns:
         if not any(fnmatchcase(model, pattern) for model in models):
-            raise ModelError(f"no model matches {pattern!r}; models: {', '.join(models)}")
+            near = get_close_matches(pattern.strip("*?"), models, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "moe-routing models lists them"
+            raise ModelError(f"no model matches {pattern!r}, of {len(models)}; {hint}")
     return [
         spec
         for model, spec in models.items()

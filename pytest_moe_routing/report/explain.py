@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_moe_routing.errors import MoERoutingError, Unsupported
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.models import load_model, load_models, read_config
+from pytest_moe_routing.models import find, load_model, load_models, read_config
 from pytest_moe_routing.oracle.exact import exact_calls
 from pytest_moe_routing.oracle.judge import judge, open_questions, unjudged
 from pytest_moe_routing.oracle.record import VerdictRecord
@@ -85,11 +85,7 @@ def find_model(name: str, golden_dirs: list[Path]) -> ModelSpec:
     if path.exists():
         is_model = path.suffix in (".yaml", ".yml") or (path / "model.yaml").is_file()
         return load_model(path) if is_model else read_config(path)
-    models = load_models(packaged_directory(), *golden_dirs)
-    if name not in models:
-        known = ", ".join(models)
-        raise MoERoutingError(f"{name!r} is no file and no known model; models: {known}")
-    return models[name]
+    return find(load_models(packaged_directory(), *golden_dirs), name)
 
 
 def _model(target: Target, model: ModelSpec) -> Iterator[str]:

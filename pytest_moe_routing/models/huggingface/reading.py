@@ -7,7 +7,12 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from pytest_moe_routing.errors import ModelError
-from pytest_moe_routing.models.huggingface.config_keys import about_experts, about_routing, unread
+from pytest_moe_routing.models.huggingface.config_keys import (
+    about_experts,
+    about_routing,
+    row_of,
+    unread,
+)
 from pytest_moe_routing.models.huggingface.document import ABSENT, Section, shorten, show
 from pytest_moe_routing.models.huggingface.families import REFUSE, UNPROVEN, Family, Table
 from pytest_moe_routing.models.huggingface.layers import Layers
@@ -186,8 +191,9 @@ class Reading:
             router: What was read.
             outer: The sections around the text model's.
         """
-        found = unread(self.text.values, frozenset(part.partition(".")[0] for part in self.read))
-        self._suggest((*found.routing, *found.unknown))
+        known = frozenset(part.partition(".")[0] for part in self.read)
+        found = unread(self.text.values, known)
+        self._suggest([key for key in self.text.values if key not in known])
         stray = [s.path(key) for s in outer for key in s.values if about_routing(key)]
         for keys, words in (
             (found.routing, "about experts or routing, and not read"),
@@ -202,11 +208,13 @@ class Reading:
         reason = "; ".join(dict.fromkeys(filter(None, reasons)))
         return replace(router, not_expressible=reason or None)
 
-    def _suggest(self, keys: tuple[str, ...]) -> None:
+    def _suggest(self, keys: list[str]) -> None:
         """Doubt a default whose key may stand there misspelt."""
         absent = {key: name for name in self.defaulted for key in self._keys(name)}
         for key in keys:
-            near = get_close_matches(key, absent, n=1, cutoff=0.85)
+            # A name that is nothing else but near may be far; a known one must be very near.
+            cutoff = 0.85 if about_routing(key) or row_of(key) is None else 0.9
+            near = get_close_matches(key, absent, n=1, cutoff=cutoff)
             if near:
                 name = absent[near[0]]
                 self.unproven.append(

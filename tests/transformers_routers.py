@@ -11,9 +11,23 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 import transformers
 from packaging.version import Version
+from transformers_calls import (
+    afmoe,
+    bias_given,
+    block,
+    dbrx,
+    either_order,
+    gemma,
+    inkling,
+    jamba,
+    jetmoe,
+    laguna,
+    llama4,
+    logits_first,
+    without_experts,
+)
 
 from pytest_moe_routing.models.huggingface.families import table
 
@@ -39,99 +53,13 @@ class Case:
     router: str
     config: dict = field(default_factory=dict)
     make: Callable = lambda cls, config: cls(config)
-    call: Callable = lambda router, x, bias: _logits_first(router(x))
+    call: Callable = lambda router, x, bias: logits_first(router(x))
     rounds_scores: bool = False
     void: tuple = ()
     id: str = ""
 
     def __str__(self):
         return self.id or self.family
-
-
-def _logits_first(outputs):
-    logits, weights, ids = outputs
-    return ids, weights, logits
-
-
-def _either_order(router, x, bias):
-    """Experts come first up to 5.19, and last from 5.24 on, as everywhere."""
-    first, weights, last = router(x)
-    return (last, weights, first) if first.is_floating_point() else (first, weights, last)
-
-
-def _bias_given(router, x, bias):
-    return _logits_first(router(x, bias))
-
-
-def _afmoe(router, x, bias):
-    return _logits_first(router(x.unsqueeze(0), bias))
-
-
-def _llama4(router, x, bias):
-    """Its weights come dense, 0 where not chosen; a sigmoid of the chosen is more."""
-    dense, logits = router(x)
-    weights, ids = dense.topk(router.top_k)
-    return ids, weights, logits
-
-
-class _Weights(torch.nn.Module):
-    """In the place of the experts: returns the weights that they are called with, by expert."""
-
-    def forward(self, x, ids, weights):
-        return torch.zeros_like(x).scatter(1, ids, weights.to(x.dtype))
-
-
-class _Nothing(torch.nn.Module):
-    def forward(self, x):
-        return torch.zeros_like(x)
-
-
-def _block(gate, *arguments):
-    """Make and call a whole block, with experts that return their weights: its own doing counts."""
-
-    def make(cls, config):
-        block = cls(config, *arguments)
-        block.experts = _Weights()
-        if hasattr(block, "shared_experts"):
-            block.shared_experts = _Nothing()
-        return block
-
-    def call(block, x, bias):
-        dense = block(x.unsqueeze(0))
-        dense = dense[0] if isinstance(dense, tuple) else dense
-        weights, ids = dense.flatten(0, -2).topk(K)
-        return ids, weights, getattr(block, gate)(x)[0]
-
-    return {"make": make, "call": call}
-
-
-def _without_experts(cls, config):
-    block = cls(config)
-    block.experts = _Nothing()
-    return block
-
-
-def _jamba(block, x, bias):
-    """The block chooses up to 5.19, its router from 5.24 on."""
-    outputs = block.router(x)
-    if isinstance(outputs, tuple):
-        return _logits_first(outputs)
-    return *block.route_tokens_to_experts(x, outputs), outputs
-
-
-def _dbrx(block, x, bias):
-    logits = block.router(x)
-    weights, ids = block.route_tokens_to_experts(logits)
-    return ids, weights, logits
-
-
-def _jetmoe(router, x, bias):
-    """It returns the (token, expert) pairs sorted by expert, and how many each expert has."""
-    slots, _, gates, counts, logits = router(x)
-    experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    ids = torch.empty_like(slots).scatter(0, slots, experts).view(len(x), -1)
-    weights = torch.empty_like(gates).scatter(0, slots, gates).view(len(x), -1)
-    return ids, weights, logits
 
 
 def _ffn(norm=1.0):
@@ -222,23 +150,23 @@ CASES = [
     Case("nemotron_h", "NemotronHTopkRouter", GROUPED),
     Case("solar_open", "SolarOpenTopkRouter", GROUPED),
     # sigmoid, bias
-    Case("minimax_m2", "MiniMaxM2TopKRouter", LOCAL, call=_bias_given, void=UNSCALED),
-    Case("minimax_m3_vl_text", "MiniMaxM3VLSparseMoeBlock", {**LOCAL, **NARROW}, **_block("gate")),
+    Case("minimax_m2", "MiniMaxM2TopKRouter", LOCAL, call=bias_given, void=UNSCALED),
+    Case("minimax_m3_vl_text", "MiniMaxM3VLSparseMoeBlock", {**LOCAL, **NARROW}, **block("gate")),
     Case(
         "step3p5",
         "Step3p7SparseMoeBlock",
         {**PLAIN, **NARROW, "moe_router_scaling_factor": 3.0},
-        **_block("gate", 0),
+        **block("gate", 0),
     ),
-    Case("hy_v3", "HYV3TopKRouter", NAMED, call=_bias_given),
-    Case("afmoe", "AfmoeTokenChoiceRouter", {**NAMED, "route_scale": 2.826}, call=_afmoe),
+    Case("hy_v3", "HYV3TopKRouter", NAMED, call=bias_given),
+    Case("afmoe", "AfmoeTokenChoiceRouter", {**NAMED, "route_scale": 2.826}, call=afmoe),
     Case(
         "laguna",
         "LagunaSparseMoeBlock",
         {**NAMED, **NARROW, "moe_routed_scaling_factor": 2.5},
-        **_block("gate"),
+        **block("gate"),
     ),
-    Case("lfm2_moe", "Lfm2MoeTopKRouter", LFM2, call=_bias_given, rounds_scores=True),
+    Case("lfm2_moe", "Lfm2MoeTopKRouter", LFM2, call=bias_given, rounds_scores=True),
     Case(
         "lfm2_moe",
         "Lfm2MoeTopKRouter",
@@ -249,7 +177,7 @@ CASES = [
     ),
     Case("deepseek_v4", "DeepseekV4TopKRouter", PLAIN, rounds_scores=True),
     Case("bailing_hybrid", "BailingHybridTopkRouter", {**GROUPED_LOCAL, "norm_topk_prob": True}),
-    Case("beam", "BeamMoE", {**NAMED, **NARROW, **GROUPS_OF_4}, **_block("gate")),
+    Case("beam", "BeamMoE", {**NAMED, **NARROW, **GROUPS_OF_4}, **block("gate")),
     Case("dots3_note_text", "Dots3NoteTextTopkRouter", GROUPED),
     Case("hy_v4_vl_text", "HYV4VLTopkRouter", GROUPED),
     # transformers runs these two as other families' classes.
@@ -290,15 +218,15 @@ CASES = [
         make=lambda cls, config: cls(config, 0),
     ),
     Case(
-        "jamba", "JambaSparseMoeBlock", {**NAMED, "intermediate_size": 16}, _without_experts, _jamba
+        "jamba", "JambaSparseMoeBlock", {**NAMED, "intermediate_size": 16}, without_experts, jamba
     ),
-    Case("dbrx", "DbrxFFN", _ffn(), _without_experts, _dbrx, rounds_scores=True),
+    Case("dbrx", "DbrxFFN", _ffn(), without_experts, dbrx, rounds_scores=True),
     Case(
         "dbrx",
         "DbrxFFN",
         _ffn(None),
-        _without_experts,
-        _dbrx,
+        without_experts,
+        dbrx,
         rounds_scores=True,
         id="dbrx-unnormalized",
     ),
@@ -306,8 +234,8 @@ CASES = [
     Case("ernie4_5_vl_moe_text", "Ernie4_5_VLMoeMoeTopKRouter", ERNIE, void=UNSCALED),
     Case("longcat_flash", "LongcatFlashTopkRouter", {**LONGCAT, "zero_expert_num": 0}),
     # logits first
-    Case("llama4_text", "Llama4Router", {**LOCAL, "num_experts_per_tok": 1}, call=_llama4),
-    Case("llama4_text", "Llama4Router", LOCAL, call=_llama4, id="llama4_text-top4"),
+    Case("llama4_text", "Llama4Router", {**LOCAL, "num_experts_per_tok": 1}, call=llama4),
+    Case("llama4_text", "Llama4Router", LOCAL, call=llama4, id="llama4_text-top4"),
     Case("cohere2_moe", "Cohere2MoeTopKRouter", NAMED, rounds_scores=True, void=SUMS_TO_ONE),
     Case("cohere2_moe", "Cohere2MoeTopKRouter", SIGMOID, rounds_scores=True, id="cohere2-sigmoid"),
     Case(
@@ -323,21 +251,21 @@ CASES = [
         "OpenAIPrivacyFilterMLP",
         LOCAL,
         void=SUMS_TO_ONE,
-        **_block("router"),
+        **block("router"),
     ),
-    Case("granitemoe", "GraniteMoeTopKRouter", LOCAL, call=_either_order, void=SUMS_TO_ONE),
+    Case("granitemoe", "GraniteMoeTopKRouter", LOCAL, call=either_order, void=SUMS_TO_ONE),
     Case(
         "granitemoeshared",
         "GraniteMoeSharedTopKRouter",
         LOCAL,
-        call=_either_order,
+        call=either_order,
         void=SUMS_TO_ONE,
     ),
     Case(
         "granitemoehybrid",
         "GraniteMoeHybridTopKRouter",
         {**LOCAL, "mamba_n_heads": 2},
-        call=_either_order,
+        call=either_order,
         void=SUMS_TO_ONE,
     ),
     Case("granitemoe_swa", "GraniteMoeSWATopKRouter", LOCAL, void=SUMS_TO_ONE),
@@ -345,11 +273,11 @@ CASES = [
         "aria_text",
         "AriaTextTopKRouter",
         ARIA,
-        call=_either_order,
+        call=either_order,
         rounds_scores=True,
         void=SUMS_TO_ONE,
     ),
-    Case("jetmoe", "JetMoeTopKGating", LOCAL, _sized, _jetmoe, void=SUMS_TO_ONE),
+    Case("jetmoe", "JetMoeTopKGating", LOCAL, _sized, jetmoe, void=SUMS_TO_ONE),
 ]
 
 #: Families of the table that no router can be compared for, and why.
@@ -368,38 +296,21 @@ NOT_COMPARED = {
 }
 
 
-def _gemma(router, x, bias):
-    """It returns probabilities, whose logarithms are as good as logits to a softmax."""
-    probabilities, weights, ids = router(x)
-    return ids, weights, probabilities.log()
-
-
-def _laguna(router, x, bias):
-    """The logits that it returns are capped already."""
-    _, weights, ids = router(x)
-    return ids, weights, torch.nn.functional.linear(x, router.weight)
-
-
-def _inkling(router, x, bias):
-    logits, weights, ids, _ = router(x)
-    return ids, weights, logits
-
-
 #: Routers that no recipe expresses. The import gives the nearest recipe, and must differ.
 INEXPRESSIBLE = [
-    Case("gemma4_text", "Gemma4TextRouter", {**GEMMA, "enable_moe_block": True}, call=_gemma),
-    Case("diffusion_gemma_text", "DiffusionGemmaTextRouter", GEMMA, call=_gemma),
+    Case("gemma4_text", "Gemma4TextRouter", {**GEMMA, "enable_moe_block": True}, call=gemma),
+    Case("diffusion_gemma_text", "DiffusionGemmaTextRouter", GEMMA, call=gemma),
     Case("kolibri1", "Kolibri1TopKRouter", LOCAL),
     Case("phimoe", "PhimoeTopKRouter", {"num_local_experts": E, "num_experts_per_tok": 2}),
-    Case("inkling_text", "InklingTopkRouter", PLAIN, call=_inkling),
+    Case("inkling_text", "InklingTopkRouter", PLAIN, call=inkling),
     Case(
         "laguna",
         "LagunaTopKRouter",
         {**NAMED, "moe_router_logit_softcapping": 2.0},
-        call=_laguna,
+        call=laguna,
         id="laguna-softcap",
     ),
-    Case("dbrx", "DbrxFFN", _ffn(2.0), call=_dbrx, id="dbrx-2-norm"),
+    Case("dbrx", "DbrxFFN", _ffn(2.0), call=dbrx, id="dbrx-2-norm"),
     Case(
         "longcat_flash",
         "LongcatFlashTopkRouter",

@@ -158,6 +158,7 @@ def judge(
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
     """
+    model = as_read_by(target, model)
     if questions := open_questions(model):
         raise Unsupported(f"{model} is not judged: {'; '.join(questions)}")
     classification = target.classify(model)
@@ -167,6 +168,24 @@ def judge(
         exact = tuple(exact_calls(model, scheme, target.flashinfer))
         return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
     return _judge_call(target, base, recorded_only=recorded_only)
+
+
+def as_read_by(target: Target, model: ModelSpec) -> ModelSpec:
+    """Return the model as the target reads its config, where transformers ignores a key.
+
+    What the target is not known to honor or to ignore stays in `contradicted`.
+    """
+    honored = {name: target.honors(model, name) for name in model.contradicted}
+    stated = {name: model.contradicted[name] for name, does in honored.items() if does}
+    if stated.get("renormalize") is False:
+        stated["renormalize_epsilon"] = 0.0
+    fields = vars(model.router).keys()
+    router = replace(model.router, **{n: v for n, v in stated.items() if n in fields})
+    experts = replace(model.experts, **{n: v for n, v in stated.items() if n not in fields})
+    if any(router.problems()) or any(experts.problems()):
+        return model
+    unknown = {name: v for name, v in model.contradicted.items() if honored[name] is None}
+    return replace(model, router=router, experts=experts, contradicted=unknown)
 
 
 def open_questions(model: ModelSpec) -> list[str]:

@@ -73,6 +73,13 @@ class Target:
         """Where a FlashInfer that the target brings contradicts our data; most bring none."""
         return ()
 
+    def honors(self, model: ModelSpec, name: str) -> bool | None:
+        """Whether the target computes what the config states for a key that transformers ignores.
+
+        Returns None where that is not known.
+        """
+        return None
+
     def method_numbers(self) -> Mapping[str, int]:
         """The number that the target passes to FlashInfer for each routing method, by name."""
         raise Unsupported(f"{self.name} has no routing method numbers")

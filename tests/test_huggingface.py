@@ -34,7 +34,7 @@ def test_a_file_is_as_good_as_its_folder(tmp_path):
         ("Some-Model", "deepseek-ai/DeepSeek-R1", "deepseek-r1", "deepseek-ai/DeepSeek-R1"),
         ("Some-Model", "/home/me/checkpoint", "some-model", "local/Some-Model"),
         ("möe & co", None, "m-e-co", "local/möe-co"),
-        ("...", None, "model", "local/..."),
+        ("...", None, "model", "local/model"),
     ],
 )
 def test_names(tmp_path, folder, said, id_, repository):

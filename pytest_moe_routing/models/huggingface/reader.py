@@ -136,7 +136,8 @@ def _name_of(root: Section, file: Path) -> tuple[str, str]:
     if isinstance(said, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", said):
         return said.rpartition("/")[2], said
     folder = file.resolve().parent.name if file.name == CONFIG_NAME else file.stem
-    name = re.sub(r"[^\w.-]+", "-", folder).strip("-") or "model"
+    name = re.sub(r"[^\w.-]+", "-", folder).strip("-")
+    name = name if re.search(r"\w", name) else "model"
     return name, f"local/{name}"
 
 

@@ -101,5 +101,5 @@ def test_the_suite_tells_it_once(host):
     text = result.stdout.str()
     assert text.count("its process ended with 3; its last words:") == 1
     result.stdout.fnmatch_lines(["  cause    target:no-answers"])
-    assert re.search(r"1 failed, .*\d+ same cause", text)
+    assert re.search(r"1 failed, .*\d+ repeated", text)
     assert len(text.splitlines()) < 40

@@ -2,7 +2,7 @@
 
 A test of the suite may fail for several causes, and a cause may fail many tests. A test states its
 causes as `Failure` values in a user property. The terminal then shows the first test of each cause,
-and counts the others as `same cause`; all of them are failed tests to pytest, JUnit and `--lf`.
+and counts the others as `repeated`; all of them are failed tests to pytest, JUnit and `--lf`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from pytest_moe_routing.oracle.failure import PROPERTY, Failure, failures_of, text_of
 
-_SAME = "same cause"
+_SAME = "repeated"
 
 
 def fail(record_property: Callable[[str, Any], None], failures: Sequence[Failure]) -> None:
@@ -51,7 +51,7 @@ class Grouping:
             if fresh:
                 self._shown.append((report, fresh))
             self._is_shown[id(report)] = bool(fresh)
-        return None if self._is_shown[id(report)] else (_SAME, "f", "SAME CAUSE")
+        return None if self._is_shown[id(report)] else (_SAME, "f", "REPEATED")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:

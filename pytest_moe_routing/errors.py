@@ -67,5 +67,9 @@ class GpuMemoryError(MoERoutingError):
     """A GPU test does not get the memory that it needs. Says how much is free."""
 
 
+class NotSimulated(MoERoutingError):
+    """A call that FlashInfer does not reject and the simulator does not model."""
+
+
 class Unsupported(MoERoutingError):
     """A target cannot answer this question. Becomes a skip with this reason, never a pass."""

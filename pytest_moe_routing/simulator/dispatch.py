@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from pytest_moe_routing.reference.quantization import find_format
-from pytest_moe_routing.schemes import KERNEL_SCHEMES, kernel_of, storage_of
+from pytest_moe_routing.schemes import kernel_of
 
 #: Layouts by `use_shuffled_weight` and `weight_layout`.
 _LAYOUTS = {(False, 0): "plain", (True, 0): "shuffled", (True, 2): "blocks"}
 
 
-def scheme_of(name: str, given: dict[str, Any]) -> str:
-    """Return which quantization a call is about, told apart as the launchers do.
-
-    Raises:
-        RuntimeError: The entry point serves nothing that is called so.
-    """
-    fits = [scheme for scheme in KERNEL_SCHEMES if _serves(scheme, name, given)]
-    if not fits:
-        raise RuntimeError(f"simulated launcher: {name} has no kernel for these arguments")
-    if len(fits) > 1:
-        # FP4: by the number of weights that share a scale, then by the dtype of the input.
-        per_scale = 2 * given["gemm1_weights"].numel() // given["gemm1_weights_scale"].numel()
-        dtype = given["hidden_states"].dtype
-        blocks = {scheme: find_format(storage_of(scheme).weight).block[1] for scheme in fits}
-        fits = [scheme for scheme in fits if (blocks[scheme] == 16) == (per_scale == 16)]
-        inputs = {scheme: find_format(storage_of(scheme).input).storage for scheme in fits}
-        fits = [scheme for scheme in fits if inputs[scheme] == dtype] or fits
-    return fits[0]
-
-
-def _serves(scheme: str, name: str, given: dict[str, Any]) -> bool:
-    """Whether an entry point, with the arguments that tell schemes apart, serves a scheme."""
-    kernel = kernel_of(scheme)
-    told = all(given.get(argument) == value for argument, value in kernel.arguments.items())
-    return told and name in (kernel.function(), kernel.function(routed=True))
+def scheme_of(names: Mapping[str, Any]) -> str:
+    """Return which quantization a call is about, from the names that `checks.py` derives."""
+    if names["entry"] == "fp8_block":
+        return "mxfp8" if names["quantization"] == "MxFp8" else "fp8_block"
+    if names["entry"] != "fp4":
+        entry: str = names["entry"]
+        return entry
+    if names["act"] == "E2m1":
+        return "nvfp4"
+    return "mxfp4_bf16" if names["act"] == "Bfloat16" else "mxfp4"
 
 
 def layout_of(scheme: str, given: dict[str, Any]) -> str:

@@ -7,11 +7,14 @@ or was scaled by another block's scale, is read as such.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pytest_moe_routing.errors import NotSimulated
 from pytest_moe_routing.reference.quantization import find_format
 from pytest_moe_routing.schemes import kernel_of, storage_of
 
@@ -61,6 +64,38 @@ def memory_of(scheme: str, layout: str) -> Memory:
     )
 
 
+def check_memory(names: Mapping[str, Any], memory: Memory, scale_argument: str) -> None:
+    """Check that weights and scales hold what the kernel reads from them.
+
+    Launchers check few of these sizes: a tensor that is too small is read beyond its end.
+
+    Raises:
+        NotSimulated: A tensor has another number of elements.
+    """
+    dtype = {"e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}.get(memory.element, torch.uint8)
+    packing = 2 if memory.element in ("e2m1", "int4") else 1
+    hidden, inner = names["hidden"], names["intermediate_size"]
+    for name, high, wide in (("gemm1", names["halves"] * inner, hidden), ("gemm2", hidden, inner)):
+        expected = {f"{name}_weights": high * (wide // packing)}
+        if memory.scales == "square":
+            expected[f"{name}_{scale_argument}"] = high // 128 * (wide // 128)
+        elif memory.scales != "none":
+            tiles = -(-high // 128) * -(-wide // (4 * memory.block))
+            expected[f"{name}_{scale_argument}"] = tiles * 512
+        for argument, size in expected.items():
+            tensor = names[argument]
+            if tensor is None or tensor.shape[0] != names["total"] or tensor[0].numel() != size:
+                shape = None if tensor is None else list(tensor.shape)
+                raise NotSimulated(
+                    f"{argument}: found {shape}, expected {names['total']} experts of {size} "
+                    "elements; FlashInfer does not check it, and the kernel reads other memory"
+                )
+        if names[f"{name}_weights"].dtype != dtype:
+            raise NotSimulated(
+                f"{name}_weights: found {names[f'{name}_weights'].dtype}, expected {dtype}"
+            )
+
+
 def raw(tensor: Tensor) -> Tensor:
     """A tensor as a kernel sees it that takes its address and its shape, and no strides."""
     strides, step = [], 1
@@ -92,7 +127,8 @@ def read_weight(weight: Tensor, scales: Tensor | None, gated: bool, memory: Memo
     rows = weight.shape[-2]
     place = stored_rows(rows, gated, memory)
     if memory.blocked:
-        # Element (m, k) lies at [k / b, m, k % b].
+        # Element (m, k) lies at [k / b, m, k % b], whatever shape the tensor is given.
+        weight = weight.reshape(-1, rows, 128 // weight.element_size())
         stored = weight.index_select(1, place).transpose(0, 1).reshape(rows, -1)
     else:
         stored = weight.index_select(0, place)
@@ -101,14 +137,13 @@ def read_weight(weight: Tensor, scales: Tensor | None, gated: bool, memory: Memo
         return values
     columns = values.shape[1]
     flat, bytes_ = raw(scales).flatten(), memory.scale
-    if memory.scales == "square":
-        row = stored_rows(rows, gated, replace(memory, shuffled=0, interleaved=False)) // 128
-        column = torch.arange(columns) // 128
-        real = flat[row.unsqueeze(1) * (columns // 128) + column]
-        return values * real
     count = columns // memory.block
     row, column = place.unsqueeze(1), torch.arange(count).unsqueeze(0)
-    if memory.scales == "linear":
+    if memory.scales == "square":
+        plain = replace(memory, shuffled=0, interleaved=False)
+        row = stored_rows(rows, gated, plain).unsqueeze(1) // 128
+        address = row * count + column
+    elif memory.scales == "linear":
         address = row * count + column
     else:
         tile = row // 128 * -(-count // 4) + column // 4
@@ -121,9 +156,11 @@ def decode(stored: Tensor, element: str) -> Tensor:
     """Elements as float32; two to a byte, the lower nibble first, where they have four bits."""
     if element in ("e4m3", "bf16"):
         return stored.to(torch.float32)
-    byte = stored.to(torch.int64)
-    code = torch.stack((byte & 15, byte >> 4), -1).flatten(-2)
-    return _NIBBLES[element][code]
+    return (
+        _BYTES[element]
+        .index_select(0, stored.flatten().to(torch.int32))
+        .view(*stored.shape[:-1], -1)
+    )
 
 
 def decode_scale(stored: Tensor, scale: str) -> Tensor:
@@ -145,4 +182,9 @@ def _e2m1(code: int) -> float:
 _NIBBLES = {
     "e2m1": torch.tensor([_e2m1(code) for code in range(16)]),
     "int4": torch.tensor([float((code ^ 8) - 8) for code in range(16)]),
+}
+#: The two elements of each byte.
+_BYTES = {
+    element: torch.stack((values.repeat(16), values.repeat_interleave(16)), 1)
+    for element, values in _NIBBLES.items()
 }

@@ -1,16 +1,17 @@
 """FlashInfer's fused MoE module, simulated in torch: the same names, signatures, checks, layouts.
 
 It stands for `flashinfer.fused_moe` where there is no GPU, so that the bodies of GPU tests run; and
-with one fault at a time (`faults.py`), so that it is known which of them fail. It refuses what the
-launchers refuse (`flashinfer/releases.yaml`), reads weights from the bits that it is given
-(`memory.py`), rounds where the kernels round, and knows nothing of how arguments were made.
+with one fault at a time (`faults.py`), so that it is known which of them fail. It rejects what the
+FlashInfer rejects (`checks.yaml`, `flashinfer/releases.yaml`) and what it does not model, reads
+weights from the bits that it is given (`memory.py`), rounds where the kernels round, and knows
+nothing of how arguments were made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -19,26 +20,30 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.compare.mistakes import Inputs
-from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, signatures
+from pytest_moe_routing.errors import NotSimulated
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.reference.quantization import find_format
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.schemes import kernel_of, storage_of
+from pytest_moe_routing.simulator.checks import Names, check_call
 from pytest_moe_routing.simulator.dispatch import layout_of, scheme_of
-from pytest_moe_routing.simulator.epilogue import PER_EXPERT, Epilogue
+from pytest_moe_routing.simulator.epilogue import Epilogue
 from pytest_moe_routing.simulator.memory import (
     Memory,
+    check_memory,
     decode,
     decode_scale,
     memory_of,
     raw,
     read_weight,
 )
+from pytest_moe_routing.simulator.placement import permute, unwritten
 from pytest_moe_routing.simulator.stages import Context, Fault, Stage
 
-#: Of buffers that no kernel wrote: an expert that is none.
-UNWRITTEN = -(2**15)
 _TILE = 8
+#: Numbers of an expert whose opened weights are kept; those of a model's own size are not.
+KEPT = 1 << 20
 
 
 class Simulator:
@@ -46,7 +51,10 @@ class Simulator:
 
     Attributes:
         RoutingMethodType: The release's enum.
+        simulated: What tells the simulator from FlashInfer's module.
     """
+
+    simulated = True
 
     def __init__(self, flashinfer: FlashInfer, fault: Fault | None = None) -> None:
         self.flashinfer = flashinfer
@@ -89,14 +97,11 @@ class Simulator:
     # -- routing ------------------------------------------------------------------------------
 
     def _routing(self, name: str, given: dict[str, Any]) -> Any:
-        logits = given["routing_logits"]
-        tokens, experts = logits.shape
-        _check(tokens >= 1, "routing_logits has no rows")
-        tile = given["tile_tokens_dim"]
-        _check(tile >= 1 and not tile & (tile - 1), "tile_tokens_dim must be a power of two")
-        method = self.flashinfer.method(int(given["routing_method"]))
-        shard = Shard(given["local_expert_offset"], given["local_num_experts"] or experts)
-        context = Context(given, "routing", method or "", experts, given["top_k"], shard)
+        names = Names(name, given, self.flashinfer)
+        check_call(names)
+        experts, tile = names["num_experts"], given["tile_tokens_dim"]
+        shard = Shard(given["local_expert_offset"], names["local_num_experts"])
+        context = Context(given, "routing", names["method"], experts, given["top_k"], shard)
         routing = self._choose(context)
         shard = self._at(Stage.SHARD, shard, context)
         place = permute(routing.topk_ids, shard, tile)
@@ -119,13 +124,6 @@ class Simulator:
         given = context.given
         logits, bias = given["routing_logits"], given["routing_bias"]
         experts, top_k = context.num_experts, context.top_k
-        shard = context.shard
-        _check(1 <= top_k <= experts, f"top_k {top_k} of {experts} experts")
-        last = shard.local_expert_offset + shard.local_num_experts
-        _check(0 <= shard.local_expert_offset < last <= experts, "shard outside the experts")
-        _expect("routing_logits", logits, (torch.float32, torch.bfloat16), (-1, experts))
-        if bias is not None:
-            _expect("routing_bias", bias, (torch.float32, torch.bfloat16), (experts,))
         scale = given["routed_scaling_factor"]
         call = KernelCall(
             scheme=context.scheme,
@@ -142,7 +140,8 @@ class Simulator:
         )
         violations = self.flashinfer.violations(call)
         for violation in violations:
-            _check(not violation.is_error, str(violation))
+            if violation.is_error:
+                raise RuntimeError(f"{violation} (FlashInfer {self.flashinfer.judged_as})")
         recipe = self.flashinfer.recipe(call)
         if context.method == "SigmoidRenorm" and not given.get("norm_topk_prob", True):
             recipe = replace(recipe, normalize="none", epsilon=0.0)
@@ -161,25 +160,21 @@ class Simulator:
     # -- the fused MoE ------------------------------------------------------------------------
 
     def _fused(self, name: str, given: dict[str, Any]) -> Any:
-        scheme = scheme_of(name, given)
-        method = self.flashinfer.method(int(given["routing_method_type"])) or ""
+        names = Names(name, given, self.flashinfer)
+        check_call(names)
+        scheme = scheme_of(names)
         experts, top_k = given["num_experts"], given["top_k"]
         shard = Shard(given["local_expert_offset"], given["local_num_experts"])
-        context = Context(given, scheme, method, experts, top_k, shard, tuning=self.tuning)
+        context = Context(given, scheme, names["method"], experts, top_k, shard, tuning=self.tuning)
         given = context.given = self._at(Stage.ARGUMENTS, given, context)
-        memory = self._at(Stage.MEMORY, memory_of(scheme, layout_of(scheme, given)), context)
-        kinds = signatures.enum("ActivationType", self.flashinfer.release)
-        numbers = {number: kind for kind, number in kinds.items()}
-        layer = Epilogue(
-            storage_of(scheme), numbers[given.get("activation_type", kinds["Swiglu"])], given
-        )
-        self._check_weights(given, scheme, memory, layer, shard)
+        memory = memory_of(scheme, layout_of(scheme, given))
+        check_memory(names, memory, kernel_of(scheme).scale_argument)
+        memory = self._at(Stage.MEMORY, memory, context)
+        layer = Epilogue(storage_of(scheme), names["activation"], given)
         routing, is_routed = self._given_or_chosen(context)
         hidden = self._hidden(given, scheme, context)
-        _check(len(hidden) == len(routing.topk_ids), "as many logits as hidden states")
         replay = given.get("routing_replay_out")
         if replay is not None:
-            _expect("routing_replay_out", replay, (torch.int16,), (-1, top_k))
             replay[: len(hidden)] = routing.topk_ids
         rows = self._rows(hidden, routing, memory, layer, context)
         rows = self._at(Stage.ROWS, rows, context)
@@ -200,6 +195,9 @@ class Simulator:
         for slot in range(top_k):
             total += weights[:, slot : slot + 1] * rows[:, slot].to(torch.float32)
         output = self._at(Stage.OUTPUT, total.to(torch.bfloat16), context)
+        if given.get("output") is not None:
+            # Without valid dimensions a narrower output gets the first columns.
+            output = given["output"].copy_(output[:, : given["output"].shape[1]])
         return [output] if "fp4" in name or "mxint4" in name else output
 
     def _given_or_chosen(self, context: Context) -> tuple[Routing, bool]:
@@ -208,10 +206,7 @@ class Simulator:
             return self._choose(context), False
         if isinstance(topk, tuple):
             ids, weights = topk
-            _expect("topk_ids", ids, (torch.int32,), (-1, context.top_k))
-            _expect("topk_weights", weights, (torch.bfloat16, torch.float32), tuple(ids.shape))
             return Routing(ids.to(torch.int64), weights), True
-        _expect("topk_ids", topk, (torch.int32,), (-1, context.top_k))
         topk = self._at(Stage.PACKED, topk, context)
         weights = (topk & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.bfloat16)
         return Routing((topk >> 16).to(torch.int64), weights), True
@@ -229,7 +224,12 @@ class Simulator:
         block = stored.block[1] or size
         transposed = kernel.input_scales == "block"
         shape = (size // block, tokens) if transposed else (tokens, size // block)
-        _expect("hidden_states_scale", scales, (getattr(torch, kernel.scale_dtype),), shape)
+        if scales.numel() != shape[0] * shape[1]:
+            raise NotSimulated(
+                f"hidden_states_scale: found {list(scales.shape)}, expected the {list(shape)} "
+                "scales that the kernel reads; the launcher does not check it"
+            )
+        scales = scales.reshape(shape) if scales.ndim == 1 else scales
         real = decode_scale(raw(scales), stored.scale)
         if transposed:
             real = real.T
@@ -256,7 +256,7 @@ class Simulator:
     def _open(
         self, context: Context, expert: int, memory: Memory, layer: Epilogue
     ) -> tuple[Tensor, Tensor]:
-        """An expert's weights; kept, as tests call with the same ones many times."""
+        """An expert's weights; kept if small, as tests call with the same ones many times."""
         given, scales = context.given, kernel_of(context.scheme).scale_argument
         key = (id(given["gemm1_weights"]), id(given["gemm2_weights"]), memory)
         if self._opened[0] is None or self._opened[0][0] != key:
@@ -274,91 +274,7 @@ class Simulator:
                 )
                 for gemm, gated in (("gemm1", layer.gated), ("gemm2", False))
             )
+            if one.numel() + two.numel() > KEPT:
+                return one, two
             opened[expert] = one, two
         return opened[expert]
-
-    def _check_weights(
-        self, given: dict[str, Any], scheme: str, memory: Memory, layer: Epilogue, shard: Shard
-    ) -> None:
-        """The launchers' checks of shapes and dtypes."""
-        dtype = {"e4m3": torch.float8_e4m3fn, "bf16": torch.bfloat16}.get(
-            memory.element, torch.uint8
-        )
-        packing = 2 if memory.element in ("e2m1", "int4") else 1
-        packed = 2 if given["hidden_states"].dtype == torch.uint8 else 1
-        hidden = given["hidden_states"].shape[1] * packed
-        inner, local = given["intermediate_size"], shard.local_num_experts
-        rows = inner * (2 if layer.gated else 1)
-        kernel = kernel_of(scheme)
-        scale_dtype = getattr(torch, kernel.scale_dtype)
-        for name, high, wide in (("gemm1", rows, hidden), ("gemm2", hidden, inner)):
-            stored = wide // packing
-            width = 128 // dtype.itemsize
-            shape = (
-                (local, stored // width, high, width) if memory.blocked else (local, high, stored)
-            )
-            _expect(f"{name}_weights", given[f"{name}_weights"], (dtype,), shape)
-            argument = f"{name}_{kernel.scale_argument}"
-            if memory.scales != "none":
-                square = memory.scales == "square"
-                shape = (local, high // 128 if square else high, wide // memory.block)
-                _expect(argument, given.get(argument), (scale_dtype,), shape)
-        _check(not memory.blocked or inner % 128 == 0, "intermediate_size is a multiple of 128")
-        for argument in PER_EXPERT:
-            if given.get(argument) is not None:
-                _expect(argument, given[argument], (torch.float32,), (local,))
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where slots go: rows of the permuted buffer, grouped by local expert, padded to tiles."""
-
-    expanded: Tensor
-    tokens: Tensor
-    expert_of_tile: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-def permute(ids: Tensor, shard: Shard, tile: int) -> Place:
-    """Give every slot of a local expert a row; later tokens first, as the order is no contract."""
-    tokens, top_k = ids.shape
-    local = (ids - shard.local_expert_offset).flatten()
-    mine = (local >= 0) & (local < shard.local_num_experts)
-    slots = mine.nonzero().flatten().flip(0)
-    slots = slots[local[slots].argsort(stable=True)]
-    experts = local[slots]
-    counts = torch.bincount(experts, minlength=shard.local_num_experts)
-    tiles = -(-counts // tile)
-    before = (tiles.cumsum(0) - tiles) * tile
-    rank = torch.arange(len(slots)) - (counts.cumsum(0) - counts)[experts]
-    expanded = torch.full((tokens * top_k,), -1)
-    expanded[slots] = before[experts] + rank
-    back = torch.full((int(tiles.sum()) * tile,), -1)
-    back[expanded[slots]] = slots // top_k
-    owner = torch.arange(shard.local_num_experts).repeat_interleave(tiles)
-    return Place(expanded.view(tokens, top_k), back, owner)
-
-
-def unwritten(tokens: int, top_k: int) -> Routing:
-    """Buffers as they were: experts that are none, weights that are nothing."""
-    ids = torch.full((tokens, top_k), UNWRITTEN)
-    return Routing(ids, torch.zeros(tokens, top_k, dtype=torch.bfloat16))
-
-
-def _check(holds: bool, what: str) -> None:
-    if not holds:
-        raise RuntimeError(f"simulated launcher check failed: {what}")
-
-
-def _expect(
-    name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
-) -> None:
-    """Refuse a tensor of another dtype or shape; -1 is any size."""
-    _check(isinstance(tensor, Tensor), f"{name} is missing")
-    assert tensor is not None
-    fits = len(tensor.shape) == len(shape) and all(
-        want in (-1, size) for size, want in zip(tensor.shape, shape, strict=True)
-    )
-    _check(
-        fits and tensor.dtype in dtypes,
-        f"{name}: {tensor.dtype} {list(tensor.shape)}, wanted {dtypes[0]} {list(shape)}",
-    )

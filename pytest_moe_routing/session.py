@@ -136,6 +136,7 @@ class MoESession:
         goldens: bool = False,
         patterns: Iterable[Sequence[str]] = (),
         distinct: bool = False,
+        distinct_layers: bool = False,
         published: bool = False,
     ) -> list[tuple[ModelSpec, str]]:
         """The cases of a test: models, each with a scheme, a logits pattern or an empty text.
@@ -146,6 +147,7 @@ class MoESession:
             goldens: Only models that have goldens, in schemes of published checkpoints.
             patterns: Shell patterns of ids; a model must match one of each group.
             distinct: One model of each router, and with schemes of each kind of experts.
+            distinct_layers: One model of each size and activation of experts, in each scheme.
             published: Only schemes of published checkpoints.
         """
         if with_schemes:
@@ -162,6 +164,13 @@ class MoESession:
                 experts = (model.experts.activation, model.experts.gated) if scheme else None
                 first.setdefault((model.router, experts, scheme), (model, scheme))
             cases = list(first.values())
+        if distinct_layers:
+            layers: dict[object, tuple[ModelSpec, str]] = {}
+            for model, scheme in cases:
+                x = model.experts
+                sizes = (x.latent_size or x.hidden_size, x.intermediate_size)
+                layers.setdefault((*sizes, x.activation, x.gated, scheme), (model, scheme))
+            cases = list(layers.values())
         if with_patterns:
             from pytest_moe_routing.logits import case_names
             from pytest_moe_routing.routing import recipe_of

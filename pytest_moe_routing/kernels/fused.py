@@ -20,6 +20,8 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, signatures
+from pytest_moe_routing.kernels.gpu import poisoned
+from pytest_moe_routing.kernels.padding import pad_hidden
 from pytest_moe_routing.kernels.weights import Prepared
 from pytest_moe_routing.reference.activation import Activation
 from pytest_moe_routing.reference.problem import MoEProblem
@@ -96,7 +98,7 @@ def fused_arguments(
         **kernel.arguments,
         **prepared.layout.arguments,
         **_scalars(problem, kernel, prepared),
-        **_input(problem.hidden, kernel, device),
+        **_input(pad_hidden(problem.hidden, prepared.hidden_size), kernel, device),
         **_activation(layer.activation, problem, kernel, prepared, flashinfer),
         **asdict(prepared.shard),
         "num_experts": call.num_experts,
@@ -246,7 +248,8 @@ def launch_fused(
     autotune: AbstractContextManager[Any] | None = None,
 ) -> list[Tensor]:
     """Call an entry point, wait for it, and return its tensors on the CPU."""
-    with autotune or nullcontext():
+    poison = nullcontext() if getattr(fused_moe, "simulated", False) else poisoned()
+    with autotune or nullcontext(), poison:
         result = getattr(fused_moe, function)(**arguments)
     tensors = list(result) if isinstance(result, (list, tuple)) else [result]
     if tensors[0].is_cuda:

@@ -97,6 +97,7 @@ class Prepared:
             apart.
         bias1, bias2: float32 `[experts, rows]` in the weights' order of rows, or None.
         intermediate_size: Columns of the second GEMM.
+        hidden_size: Columns of the first GEMM; more than the layer's where weights are padded.
     """
 
     shard: Shard
@@ -109,6 +110,7 @@ class Prepared:
     bias1: Tensor | None
     bias2: Tensor | None
     intermediate_size: int
+    hidden_size: int
 
     def take(self, experts: Sequence[int], shard: Shard) -> Prepared:
         """A shard whose experts are these of this one, by place; some may come several times."""
@@ -149,8 +151,10 @@ def prepare(
     shard = shard or Shard.whole(len(experts))
     rows: dict[str, list[Tensor]] = {}
     factors: dict[str, list[float]] = {}
+    hidden_size = intermediate_size = 0
     for number in shard.experts:
         expert = experts[number]
+        hidden_size, intermediate_size = expert.gemm2.shape[-2:]
         for name, tensor in _tensors(expert, kernel, where, gated, device).items():
             rows.setdefault(name, []).append(tensor)
         first, last = _factors(expert.gemm1), _factors(expert.gemm2)
@@ -170,7 +174,8 @@ def prepare(
         bias2=tensors.pop("bias2", None),
         tensors=tensors,
         **{name: torch.tensor(values, device=device) for name, values in factors.items()},
-        intermediate_size=experts[shard.experts.start].gemm2.shape[-1],
+        intermediate_size=intermediate_size,
+        hidden_size=hidden_size,
     )
 
 

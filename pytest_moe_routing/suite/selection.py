@@ -14,7 +14,7 @@ _SUITE = Path(__file__).resolve().parent
 
 
 def is_left_out(
-    item: pytest.Item, config: pytest.Config, session: MoESession, *, gpu: bool
+    item: pytest.Item, config: pytest.Config, session: MoESession, *, gpu: bool, full_scale: bool
 ) -> bool:
     """Whether a run does not ask a test of the suite.
 
@@ -24,9 +24,12 @@ def is_left_out(
 
     Args:
         gpu: Whether an option asks for GPU tests.
+        full_scale: Whether layers have their model's own sizes.
     """
-    not_for_this = "moe_framework" if session.is_builtin else "moe_golden"
-    if not_for_this in getattr(item, "fixturenames", ()):
+    not_for_this = {"moe_framework" if session.is_builtin else "moe_golden"}
+    if not full_scale:
+        not_for_this.add("moe_full_scale")
+    if not_for_this.intersection(getattr(item, "fixturenames", ())):
         return True
     if item.path.parent != _SUITE:
         return False
@@ -38,3 +41,17 @@ def is_left_out(
     about_some = bool(session.model_patterns or session.configs)
     sweeps = item.get_closest_marker("sweep") is not None
     return sweeps and about_some and not (by_name or "sweep" in asked)
+
+
+def skip_without_driver(item: pytest.Item, kernels: str | None) -> None:
+    """Skip a test of FlashInfer's kernels where there is no driver; `kernels` is the option."""
+    if not {"moe_gpu", "moe_kernels"}.intersection(getattr(item, "fixturenames", ())):
+        return
+    from pytest_moe_routing.kernels import gpu, library
+
+    if (kernels or library.FLASHINFER) != library.FLASHINFER or gpu.has_driver():
+        return
+    missing = gpu.find_gpu().missing
+    if missing:
+        item.user_properties.append(("moe_gpu", {"missing": missing}))
+        pytest.skip(missing)

@@ -51,19 +51,27 @@ def fused(moe_kernels, moe_flashinfer):
 
 
 @pytest.mark.moe_models(distinct_routers=True, published=True)
-def test_model(fused, moe_model, moe_scheme, moe_flashinfer, moe_full_scale):
+def test_model(fused, moe_model, moe_scheme, moe_flashinfer):
     """A model's experts, groups and activation in each of its quantizations."""
-    from pytest_moe_routing.errors import QuantizationError
-
-    experts = moe_model.experts
     call = call_of(moe_model, moe_flashinfer, moe_model.router.logits_dtype, scheme=moe_scheme)
+    layer = fused(call, moe_scheme, moe_model.experts.activation)
+    for num_tokens in TOKENS:
+        layer.check(num_tokens)
+
+
+@pytest.mark.moe_models(distinct_layers=True, published=True)
+def test_full_size(fused, moe_model, moe_scheme, moe_full_scale):
+    """A model's own sizes, padded as frameworks pad them; only with `--moe-scale full`."""
+    from pytest_moe_routing.kernels.padding import misaligned
+
+    experts, router = moe_model.experts, moe_model.router
     sizes = (experts.latent_size or experts.hidden_size, experts.intermediate_size)
-    layer = fused(call, moe_scheme, experts.activation, sizes=sizes if moe_full_scale else None)
-    try:
-        for num_tokens in TOKENS:
-            layer.check(num_tokens)
-    except QuantizationError as error:
-        pytest.skip(f"frameworks pad these sizes: {error}")
+    if reason := misaligned(*sizes, moe_scheme, experts.gated):
+        pytest.skip(reason)
+    # Routing is not the subject, and this method takes any numbers of experts.
+    numbers = {"num_experts": router.num_experts, "top_k": router.top_k}
+    call = small_call(moe_scheme, "Renormalize", **numbers)
+    fused(call, moe_scheme, experts.activation, sizes=sizes).check(1)
 
 
 @pytest.mark.parametrize("activated", ACTIVATIONS)

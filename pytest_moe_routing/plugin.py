@@ -118,9 +118,10 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers",
-        "moe_models(*patterns, distinct_routers=False, published=False): run with the models whose "
-        "id matches a pattern; with distinct_routers, with one model of each router; with "
-        "published, only in schemes of which the model has a published checkpoint",
+        "moe_models(*patterns, distinct_routers=False, distinct_layers=False, published=False): "
+        "run with the models whose id matches a pattern; with distinct_routers, with one model of "
+        "each router; with distinct_layers, with one of each size and activation of the experts; "
+        "with published, only in schemes of which the model has a published checkpoint",
     )
     session = config.stash[_SESSION] = MoESession(
         target_name=_option(config, "target") or BUILTIN,
@@ -187,6 +188,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             goldens="moe_golden" in metafunc.fixturenames,
             patterns=[mark.args for mark in marks if mark.args],
             distinct=any(mark.kwargs.get("distinct_routers") for mark in marks),
+            distinct_layers=any(mark.kwargs.get("distinct_layers") for mark in marks),
             published=any(mark.kwargs.get("published") for mark in marks),
         )
     except MoERoutingError as error:
@@ -208,10 +210,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     session = config.stash[_SESSION]
     gpu = any(_option(config, name) for name in ("require_gpu", "min_gpu_tests", "kernels"))
+    full = _option(config, "scale") == "full"
     left_out: list[pytest.Item] = []
     asked: list[pytest.Item] = []
     for item in items:
-        (left_out if is_left_out(item, config, session, gpu=gpu) else asked).append(item)
+        (
+            left_out if is_left_out(item, config, session, gpu=gpu, full_scale=full) else asked
+        ).append(item)
     if left_out:
         items[:] = asked
         config.hook.pytest_deselected(items=left_out)
@@ -359,7 +364,7 @@ def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> K
 
 @pytest.fixture
 def moe_full_scale(pytestconfig: pytest.Config) -> bool:
-    """Whether layers have their model's own sizes."""
+    """Whether layers have their model's own sizes; tests that need it are left out if not."""
     return _option(pytestconfig, "scale") == "full"
 
 
@@ -370,6 +375,14 @@ def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> Iterator[None]:
     if isinstance(error, (pytest.fail.Exception, pytest.skip.Exception)) and error.msg:
         error.msg = printable(error.msg)
     return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip GPU tests where there is no driver: before fixtures, and in one line of `-rs`."""
+    from pytest_moe_routing.suite.selection import skip_without_driver
+
+    skip_without_driver(item, _option(item.config, "kernels"))
 
 
 @pytest.hookimpl(wrapper=True)

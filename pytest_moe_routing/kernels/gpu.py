@@ -12,11 +12,13 @@ import ctypes
 import faulthandler
 import os
 import time
+import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pytest_moe_routing.errors import GpuMemoryError
 from pytest_moe_routing.flashinfer import FlashInfer, installed_release
@@ -75,11 +77,19 @@ def share_cores() -> None:
 
 
 @cache
-def find_gpu() -> Gpu:
-    """The GPU of this process. Cheap questions come first: no torch where there is no driver."""
+def has_driver() -> bool:
+    """Return whether there is an NVIDIA driver."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
+        return False
+    return True
+
+
+@cache
+def find_gpu() -> Gpu:
+    """The GPU of this process. Cheap questions come first: no torch where there is no driver."""
+    if not has_driver():
         return Gpu("no NVIDIA driver: libcuda.so.1 is not there")
     place_worker(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
     import torch
@@ -141,6 +151,32 @@ def synchronize() -> None:
     import torch
 
     torch.cuda.synchronize()
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Let memory that is allocated here and not written hold NaN, or the largest integer.
+
+    FlashInfer allocates outputs, index maps and workspaces through torch; without this they would
+    hold what an earlier call left there, which is often right.
+    """
+    import torch
+
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    # torch declares no types for it.
+    mode: Any = torch.utils.deterministic
+    filled = mode.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        # The mode is used for what it fills; kernels may be as they are.
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        mode.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            mode.fill_uninitialized_memory = filled
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ before its GEMMs, and returns experts, weights and the permutation.
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
-from pytest_moe_routing.kernels.gpu import HOPPER, NEEDS_FLASHINFER
+from pytest_moe_routing.kernels.gpu import HOPPER, NEEDS_FLASHINFER, poisoned
 from pytest_moe_routing.reference.permutation import Permutation
 from pytest_moe_routing.reference.shard import Shard
 
@@ -115,7 +116,8 @@ def run_routing(
         TypeError: The installed FlashInfer takes other arguments than this adapter passes.
     """
     how: dict[str, Any] = {"tile_tokens_dim": tile_tokens_dim, "shard": shard}
-    result = launch(logits, bias, call, **how, fused_moe=fused_moe)
+    with nullcontext() if getattr(fused_moe, "simulated", False) else poisoned():
+        result = launch(logits, bias, call, **how, fused_moe=fused_moe)
     if logits.is_cuda:
         torch.cuda.synchronize(logits.device)
     local = shard.local_num_experts if shard else call.num_experts

@@ -302,7 +302,7 @@ def test_misuse_is_an_error_not_a_difference(ids, weights, text):
 
 
 def test_an_unknown_precision_is_misuse():
-    with pytest.raises(RecipeError, match="expected float64, float32, flashinfer"):
+    with pytest.raises(RecipeError, match=r"expected float64, float32, .*flashinfer"):
         compare_routing(
             torch.zeros(1, 1).long(), None, torch.zeros(1, 2), Recipe(), precision="half"
         )

@@ -176,6 +176,7 @@ def diagnose(
             continue
         for some in (worst, tokens):
             view = Rows(made.logits[some], made.recipe, made.bias, rows.precision)
+            view.lower_index = rows.lower_index
             right = (
                 _chooses(view, ids[some], rows.ids[some], wrong[0][some]),
                 weights is None or _weighs(view, ids[some], weights[some], wrong[1][some]),

@@ -87,6 +87,7 @@ def compare_routing(
     bias: Tensor | None = None,
     *,
     precision: str = "float32",
+    lower_index: bool = True,
 ) -> Comparison:
     """Compare chosen experts and their weights with the reference, computed in float64.
 
@@ -98,6 +99,8 @@ def compare_routing(
         recipe: What the implementation should compute.
         bias: As for `reference.routing.route`.
         precision: A key of `PRECISIONS`: how the implementation computes.
+        lower_index: Whether equal inputs must go to the lower index, as in FlashInfer's kernels;
+            False for what is built on `torch.topk`, which leaves their order open.
 
     Raises:
         RecipeError: Shapes or dtypes do not fit; that is misuse, not a difference.
@@ -110,6 +113,7 @@ def compare_routing(
         _check_output("topk_weights", topk_weights, logits, recipe, floating=True)
         topk_weights = topk_weights.detach().cpu().to(torch.float64)
     rows = Rows(logits, recipe, bias, PRECISIONS[precision])
+    rows.lower_index = lower_index
     ids = topk_ids.detach().cpu().to(torch.int64)
 
     broken = ((ids < 0) | (ids >= logits.shape[1])).any(1)

@@ -75,7 +75,11 @@ class Rows:
         bias: `[num_experts]` as given, or None.
         keys, errors: float64 `[num_tokens, num_experts]`.
         ids: int64 `[num_tokens, top_k]`.
+        lower_index: Whether equal inputs must go to the lower index; `torch.topk`, on which many
+            routers are built, leaves their order open.
     """
+
+    lower_index = True
 
     def __init__(
         self, logits: Tensor, recipe: Recipe, bias: Tensor | None, precision: Precision
@@ -148,8 +152,9 @@ class Rows:
         high, low = (keys[ids] + errors[ids]).unsqueeze(1), (keys[out] - errors[out]).unsqueeze(0)
         alike = (inputs[:, ids].unsqueeze(2) == inputs[:, out].unsqueeze(1)).all(0)
         alike &= kept[ids].unsqueeze(1) & kept[out].unsqueeze(0)
-        tied = (low == high) | alike
-        beaten = (low > high) | (tied & (out.unsqueeze(0) < ids.unsqueeze(1)))
+        beaten = low > high
+        if self.lower_index:
+            beaten |= ((low == high) | alike) & (out.unsqueeze(0) < ids.unsqueeze(1))
         # Routers that mask with a number call torch.topk, whose ties go to any expert.
         beaten &= kept[ids].unsqueeze(1) | kept[out].unsqueeze(0)
         if not beaten.any():
@@ -197,8 +202,9 @@ class Rows:
         for extra in combinations(open_, recipe.topk_group - len(sure)):
             kept = {*sure, *extra}
             passed_over = [g for g in possible if g not in kept]
-            if needed <= kept and not any(
-                h < g and made_of[g] == made_of[h] for g in extra for h in passed_over
+            if needed <= kept and not (
+                self.lower_index
+                and any(h < g and made_of[g] == made_of[h] for g in extra for h in passed_over)
             ):
                 yield tuple(sorted(kept))
 

@@ -24,6 +24,8 @@ class Sources:
         self.root = root
         self.source = lru_cache(maxsize=None)(lambda module: source_of(root, module))
         self.tree = lru_cache(maxsize=None)(lambda module: ast.parse(self.source(module)))
+        self.definitions = lru_cache(maxsize=None)(self._definitions)
+        self._imports = lru_cache(maxsize=None)(self._imports_of)
 
     def _modules(self, package: str) -> Iterator[str]:
         for module in pkgutil.iter_modules(["/".join([self.root, *package.split(".")])]):
@@ -36,7 +38,7 @@ class Sources:
     def models(self) -> tuple[str, ...]:
         return tuple(self._modules(_MODELS))
 
-    def definitions(self, module: str) -> Mapping[str, ast.stmt]:
+    def _definitions(self, module: str) -> Mapping[str, ast.stmt]:
         """Classes, functions and constants of a module, by name."""
         found: dict[str, ast.stmt] = {}
         for node in self.tree(module).body:
@@ -47,7 +49,7 @@ class Sources:
                 found |= {t.id: node for t in targets if isinstance(t, ast.Name)}
         return found
 
-    def _imports(self, module: str) -> Mapping[str, Place]:
+    def _imports_of(self, module: str) -> Mapping[str, Place]:
         """Names that a module takes from other model modules: (module, name there or "")."""
         names: dict[str, Place] = {}
         for node in ast.walk(self.tree(module)):

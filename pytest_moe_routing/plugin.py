@@ -15,6 +15,8 @@ import pytest
 
 from pytest_moe_routing.errors import MoERoutingError, TargetError
 from pytest_moe_routing.escape import printable
+from pytest_moe_routing.kernels import library
+from pytest_moe_routing.kernels.routers import kernel_choices, kernel_names
 from pytest_moe_routing.session import BUILTIN, MoESession
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
     from pytest_moe_routing.flashinfer import FlashInfer
     from pytest_moe_routing.kernels.gpu import Gpu
-    from pytest_moe_routing.kernels.library import Kernels
     from pytest_moe_routing.logits import Case
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
@@ -45,7 +46,7 @@ _OPTIONS = (
     ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
     ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
     ("config", "paths", "a Hugging Face config.json, or its folder; may be repeated"),
-    ("kernels", "string", "flashinfer, or simulator[:FAULT] on the CPU (default: flashinfer)"),
+    ("kernels", "string", "flashinfer, simulator[:FAULT], vllm[@PATH], sglang[@PATH] (flashinfer)"),
     ("scale", "string", "sizes of fused MoE tests: reduced or full (default: reduced)"),
     ("require-gpu", "bool", "fail unless at least one GPU test ran"),
     ("min-gpu-tests", "string", "fail unless at least that many GPU tests ran"),
@@ -97,10 +98,7 @@ def _check_update(config: pytest.Config) -> None:
 
 def _check_choices(config: pytest.Config) -> None:
     """Refuse what is none of an option's values."""
-    for name, values in (
-        ("kernels", r"flashinfer|simulator(:[\w-]+)?"),
-        ("scale", "reduced|full"),
-    ):
+    for name, values in (("kernels", kernel_choices()), ("scale", "reduced|full")):
         found = _option(config, name)
         if found and not re.fullmatch(values, found):
             raise pytest.UsageError(f"--moe-{name}: found {found!r}, expected {values}")
@@ -124,6 +122,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "with published, only in schemes of which the model has a published checkpoint",
     )
     session = config.stash[_SESSION] = MoESession(
+        kernels=_option(config, "kernels") or "",
         target_name=_option(config, "target") or BUILTIN,
         model_patterns=_names(config, "models"),
         scheme_names=_names(config, "schemes"),
@@ -176,10 +175,12 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    session = metafunc.config.stash[_SESSION]
     names = [n for n in ("moe_model", "moe_scheme", "moe_case") if n in metafunc.fixturenames]
+    if "moe_router" in metafunc.fixturenames:
+        metafunc.parametrize("moe_router", session.routers)
     if not names:
         return
-    session = metafunc.config.stash[_SESSION]
     marks = list(metafunc.definition.iter_markers("moe_models"))
     try:
         cases = session.select(
@@ -348,13 +349,13 @@ def moe_gpu(
 
 
 @pytest.fixture
-def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> Kernels:
+def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> library.Kernels:
     """The kernels under test: FlashInfer's on `moe_gpu`, or the simulated ones."""
-    from pytest_moe_routing.kernels import library
-
     name = _option(request.config, "kernels") or library.FLASHINFER
     if name == library.FLASHINFER:
         return library.on_gpu(request.getfixturevalue("moe_gpu"))
+    if name.partition("@")[0] in kernel_names():
+        pytest.skip(f"--moe-kernels {name}: only test_gpu_router.py is about compiled routers")
     try:
         return library.simulated(name, moe_flashinfer)
     except MoERoutingError as error:

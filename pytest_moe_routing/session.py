@@ -19,6 +19,7 @@ from pytest_moe_routing.errors import MoERoutingError, Unsupported
 
 if TYPE_CHECKING:
     from pytest_moe_routing.flashinfer import FlashInfer
+    from pytest_moe_routing.kernels.routers import RouterKernels
     from pytest_moe_routing.ledger import KnownFailure
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
@@ -46,6 +47,8 @@ class MoESession:
     golden_dirs: list[Path]
     configs: list[Path] = field(default_factory=list)
     ledgers: list[Path] = field(default_factory=list)
+    #: What `--moe-kernels` says.
+    kernels: str = ""
 
     def check(self, *, ask: bool = False) -> None:
         """Raise `MoERoutingError` if any option cannot be met. Imports no torch here.
@@ -208,6 +211,18 @@ class MoESession:
     def target(self) -> Target:
         """The target, made now."""
         return self.located.make(self.flashinfer)
+
+    @cached_property
+    def router_kernels(self) -> RouterKernels | str:
+        """The compiled routers that `--moe-kernels` names, loaded now; or why there are none."""
+        from pytest_moe_routing.kernels.routers import find_kernels
+
+        return find_kernels(self.kernels)
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """Names of the target's own routers, without making the target."""
+        return self.located.cls.routers
 
     @cached_property
     def known_failures(self) -> list[KnownFailure]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.oracle.routers import RouterRun
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Target:
     """
 
     name: ClassVar[str]
+    #: Names of the target's own routers, for each of which `test_router` has a case.
+    routers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, flashinfer: FlashInfer) -> None:
         self.flashinfer = flashinfer
@@ -118,6 +121,10 @@ class Target:
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """What the target's own code of a model asks of its MoE layer."""
         raise Unsupported(f"{self.name} has no code of models")
+
+    def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
+        """What the target's own routers compute for models, and for further configurations."""
+        raise Unsupported(f"{self.name} has no routers of its own")
 
     def __str__(self) -> str:
         return f"{self.name} {self.version()}"

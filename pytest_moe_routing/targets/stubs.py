@@ -172,6 +172,13 @@ def install(
     sys.meta_path.insert(0, _Finder(package, root, real, absent))
 
 
+def extend(*, real: Sequence[str] = (), absent: Iterable[str] = ()) -> None:
+    """Import further modules of the installed framework for real, and further packages as stubs."""
+    finder = next(f for f in sys.meta_path if isinstance(f, _Finder))
+    finder.real += tuple(real)
+    finder.absent.update(absent)
+
+
 def real_module(name: str) -> ModuleType:
     """Import a real module of the framework; a third-party package that it lacks becomes a stub.
 

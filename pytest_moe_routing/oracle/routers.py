@@ -1,0 +1,284 @@
+"""What a framework's own router computes, compared with the model's router on every logits pattern.
+
+A router is any function from logits and a bias to weights and experts. Its answers are compared as
+those of `torch.topk`: which of equal experts is chosen is left open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_moe_routing.errors import RecipeError, Unsupported
+from pytest_moe_routing.routing import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pytest_moe_routing.compare.routing import Comparison
+
+    #: (logits, bias) -> (weights, ids)
+    Router = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+#: Who can reach a deviation, the most first.
+REACHES = ("model", "bfloat16 logits", "opt-in", "no known model")
+#: Kinds of deviations that are wrong, worst first.
+WRONG = ("crash", "structure", "experts", "weights", "output")
+#: A router that does not run here, with the reason.
+NOT_JUDGED = "not judged"
+#: Experts that differ because scores are computed in bfloat16.
+PRECISION = "precision"
+#: Deviations that are no defect of a router, with the reason.
+HARMLESS = {
+    "rounded": "weights are rounded to bfloat16, as transformers rounds them",
+    "epsilon": "all chosen scores underflow to 0, and 0/0 is not kept away by an epsilon: the "
+    "logits of all chosen experts lie below -87, which no published router is known to give",
+}
+#: The pattern of NaN and infinite logits.
+NOT_FINITE = "not-finite"
+_TOKENS = 24
+
+
+class WrongAnswer(Exception):
+    """A wrong part of an answer besides experts and weights, such as a shared expert's slot."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One way in which a router's answer is not the model's, on the first pattern that shows it.
+
+    Attributes:
+        kind: One of `WRONG`, `PRECISION`, `NOT_JUDGED`, or a key of `HARMLESS`.
+        pattern: Name of the logits pattern; "" when it does not matter.
+        text: What was found, in lines.
+        cause: A known mistake that explains it, or the error; "" if there is none.
+    """
+
+    kind: str
+    pattern: str
+    text: str
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class RouterRun:
+    """A router of a framework, run for one model or configuration.
+
+    Attributes:
+        router: Class or function that the framework chose, by its name in the target's list.
+        function: The framework's innermost function that computed the routing.
+        way: Platform and switches under which the framework chooses it.
+        subject: The model's id, or the configuration in words.
+        reach: Who can reach it, one of `REACHES`: a shipped model by default, one whose layer is
+            handed bfloat16 logits, only with a switch, no known model.
+        called: Qualified names of the framework's functions that ran.
+        deviations: At most one of each kind.
+    """
+
+    router: str
+    function: str
+    way: str
+    subject: str
+    reach: str
+    called: tuple[str, ...] = ()
+    deviations: tuple[Deviation, ...] = ()
+
+    @classmethod
+    def of(cls, answer: dict[str, Any]) -> RouterRun:
+        """Read a run as a probe's child sends it."""
+        deviations = tuple(Deviation(**row) for row in answer["deviations"])
+        return cls(**{**answer, "called": tuple(answer["called"]), "deviations": deviations})
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the consumer of a router's answer takes.
+
+    Attributes:
+        weights: Names of the weights' dtypes.
+        ids: Names of the ids' dtypes.
+        contiguous: Whether it ignores strides.
+    """
+
+    weights: tuple[str, ...] = ("float32",)
+    ids: tuple[str, ...] = ("int32", "int64")
+    contiguous: bool = False
+
+
+def compare_router(
+    router: Router,
+    recipe: Recipe,
+    num_experts: int,
+    logits_dtype: torch.dtype,
+    output: Output | None = None,
+    patterns: Iterable[str] | None = None,
+) -> list[Deviation]:
+    """Run a router on every logits pattern and list how its answers deviate from the recipe.
+
+    Args:
+        router: Takes logits `[24, num_experts]` and a bias or None, returns weights and ids, both
+            `[24, top_k]`. What it raises is a deviation too, except `Unsupported`.
+        recipe: What it should compute, the factor that it applies included.
+        logits_dtype: The dtype of the logits that the framework's layer hands to it.
+        output: What the consumer takes.
+        patterns: Names of logits patterns, all by default.
+    """
+    import torch
+
+    from pytest_moe_routing.logits import PATTERNS, make
+
+    found: dict[str, Deviation] = {}
+    for pattern in patterns or PATTERNS:
+        case = make(pattern, recipe, num_tokens=_TOKENS, num_experts=num_experts)
+        logits = case.logits.to(logits_dtype)
+        bias = None if case.bias is None else case.bias.to(getattr(torch, recipe.bias_dtype))
+        try:
+            weights, ids = router(logits.clone(), bias)
+        except Unsupported:
+            raise
+        except WrongAnswer as error:
+            found.setdefault("structure", Deviation("structure", pattern, str(error), str(error)))
+            break
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".strip(": ")
+            found.setdefault("crash", Deviation("crash", pattern, text, text))
+            break
+        for deviation in _deviations(weights, ids, logits, bias, recipe, pattern, output):
+            if deviation.kind in ("experts", "weights") and logits_dtype != torch.float32:
+                weights, ids = router(logits.float(), bias)
+                if _kind(weights, ids, logits, bias, recipe)[0] in ("", "epsilon"):
+                    why = f"right for the same logits in float32, which were {logits.dtype}"
+                    deviation = replace(deviation, kind=PRECISION, cause=why)
+            found.setdefault(deviation.kind, deviation)
+        if {"structure", "experts", "weights"} & found.keys():
+            break
+    return list(found.values())
+
+
+def _deviations(
+    weights: Tensor,
+    ids: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    pattern: str,
+    output: Output | None,
+) -> Iterator[Deviation]:
+    if output is not None:
+        problems = [*_unfit(weights, output.weights, output.contiguous, "weights")]
+        problems += _unfit(ids, output.ids, output.contiguous, "ids")
+        if problems:
+            yield Deviation("output", pattern, "; ".join(problems), "; ".join(problems))
+    try:
+        kind, comparison, cause = _kind(weights, ids, logits, bias, recipe)
+    except RecipeError as error:
+        yield Deviation("structure", pattern, str(error), str(error))
+        return
+    # No router gives logits that are not finite; even so, experts must exist, each once.
+    if kind and (pattern != NOT_FINITE or kind == "structure"):
+        yield Deviation(kind, pattern, _short(comparison), cause)
+
+
+def _short(comparison: Comparison) -> str:
+    """What is wrong, with one token."""
+    lines = comparison.message().splitlines()[:3]
+    more = len(comparison.differences) - 1
+    lines += comparison.differences[0].lines()
+    return "\n".join([*lines, *([f"  ... and {more} more tokens"] if more else [])])
+
+
+def _unfit(x: Tensor, dtypes: tuple[str, ...], contiguous: bool, name: str) -> Iterator[str]:
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype not in dtypes:
+        yield f"{name} are {dtype}, and the consumer takes {' or '.join(dtypes)}"
+    if contiguous and not x.is_contiguous():
+        yield f"{name} are not contiguous, and the consumer ignores strides"
+
+
+def _kind(
+    weights: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, recipe: Recipe
+) -> tuple[str, Comparison, str]:
+    """The mildest kind of deviation that explains an answer, "" for none; and its cause."""
+    from pytest_moe_routing.compare.routing import compare_routing
+
+    def compared(recipe: Recipe, precision: str) -> Comparison:
+        return compare_routing(
+            ids, weights, logits, recipe, bias, precision=precision, lower_index=False
+        )
+
+    first = compared(recipe, "float32")
+    if first.ok:
+        return "", first, ""
+    bare = replace(recipe, epsilon=0.0)
+    for kind, meaning, precision in (
+        *((("epsilon", bare, "float32"),) if recipe.epsilon else ()),
+        ("rounded", recipe, "bfloat16-weights"),
+        ("epsilon", bare, "bfloat16-weights"),
+    ):
+        if compared(meaning, precision).ok:
+            return kind, first, HARMLESS[kind]
+    for precision in ("float32", "bfloat16-weights") if recipe.bias else ():
+        if compared(replace(bare, bias_dtype="bfloat16"), precision).ok:
+            return PRECISION, first, "the router's correction bias is rounded to bfloat16"
+    # Beyond doubt: what remains is told without the missing epsilon.
+    worst = compared(bare, "float32")
+    cause = "; ".join(worst.diagnosis)
+    if worst.diagnosis and set(worst.diagnosis) <= _downcasts():
+        return PRECISION, worst, cause
+    problems = [item.problem for item in worst.differences]
+    if any(p.startswith("expert ") and ("is not one of" in p or "chosen" in p) for p in problems):
+        return "structure", worst, cause
+    kind = "experts" if any(p.startswith("experts ") for p in problems) else "weights"
+    return kind, worst, cause
+
+
+def _downcasts() -> set[str]:
+    """Names of the mistakes that are nothing but a lesser precision."""
+    from pytest_moe_routing.compare.mistakes import MISTAKES
+
+    return {mistake.name for mistake in MISTAKES if "bfloat16" in mistake.name}
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Deviations of one function in one field, with everything that they were seen in."""
+
+    function: str
+    kind: str
+    first: Deviation
+    runs: tuple[RouterRun, ...]
+
+    def lines(self) -> list[str]:
+        """Return the cause, who can reach it, and the first example."""
+        reach = {run.reach for run in self.runs}
+        who = next(word for word in REACHES if word in reach)
+        ways = ", ".join(dict.fromkeys(run.way for run in self.runs))
+        subjects = ", ".join(dict.fromkeys(run.subject for run in self.runs))
+        head = {"crash": "fails", "output": "returns what its consumer does not take"}
+        what = head.get(self.kind, f"{self.kind} differ from the model's router")
+        if self.kind == PRECISION:
+            what = "chooses or weighs in bfloat16 what the model has in float32"
+        return [
+            f"{self.function} ({ways}): {what}",
+            *([f"  cause    {self.first.cause}"] if self.first.cause else []),
+            f"  reach    {who}: {subjects}",
+            f"  example  {self.runs[0].subject}, logits pattern {self.first.pattern!r}",
+            *(f"  {line}" for line in self.first.text.splitlines()),
+        ]
+
+
+def causes(runs: Iterable[RouterRun], kinds: Iterable[str]) -> list[Cause]:
+    """Gather the deviations of these kinds by function and field, one cause for each."""
+    kinds = tuple(kinds)
+    seen: dict[tuple[str, str, str], list[tuple[RouterRun, Deviation]]] = {}
+    for run in runs:
+        for deviation in run.deviations:
+            if deviation.kind in kinds:
+                key = (run.function, deviation.kind, deviation.cause)
+                seen.setdefault(key, []).append((run, deviation))
+    return [
+        Cause(function, kind, rows[0][1], tuple(run for run, _ in rows))
+        for (function, kind, _), rows in seen.items()
+    ]

@@ -1,0 +1,80 @@
+"""Compiled routers of vLLM and SGLang compute what they are for, on any NVIDIA GPU.
+
+`--moe-kernels vllm[@WHEEL]` or `sglang[@WHEEL]`: each kernel as its framework drives it, for every
+distinct router of the models.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.gpu(kernels="compiled"), pytest.mark.moe_models(distinct_routers=True)]
+
+PATTERNS = (
+    "plain",
+    "all-negative",
+    "deep-negative-high-bias",
+    "saturated",
+    "ties-at-k",
+    "ties-at-groups",
+    "near-ties",
+    "hot-expert",
+    "bias-below-minus-1",
+    "narrow-bias",
+)
+#: On both sides of a warp, of a block and of the kernels' own switches.
+TOKENS = (1, 7, 64, 515)
+
+
+@pytest.fixture
+def router_kernels(moe_session, record_property, _moe_stderr):
+    """The compiled routers under test, on any NVIDIA GPU; the test is skipped without."""
+    from pytest_moe_routing.kernels import gpu
+
+    kernels = moe_session.router_kernels
+    if isinstance(kernels, str):
+        record_property("moe_gpu", {"missing": kernels})
+        pytest.skip(kernels)
+    record_property("moe_gpu", kernels.environment())
+    with gpu.guarded(_moe_stderr):
+        yield kernels
+
+
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_router_kernel(router_kernels, moe_model, pattern, logits_dtype):
+    """Experts and weights are right; two calls give the same; every row is written."""
+    import torch
+
+    from pytest_moe_routing.compare import compare_routing
+    from pytest_moe_routing.logits import make
+
+    router = moe_model.router
+    calls = [] if router.not_expressible else list(router_kernels.calls(router))
+    if not calls:
+        pytest.skip(f"{router_kernels.name} routes this in torch")
+    problems = []
+    for call in calls:
+        case = make(pattern, call.recipe, num_tokens=max(TOKENS), num_experts=router.num_experts)
+        logits = case.logits.to(getattr(torch, logits_dtype))
+        bias = None if case.bias is None else case.bias.cuda()
+        for tokens in TOKENS:
+            some = logits[:tokens]
+            weights, ids = (x.cpu() for x in call.run(some.cuda(), bias))
+            found = compare_routing(
+                ids,
+                weights,
+                some,
+                call.recipe,
+                case.bias,
+                precision=call.precision,
+                lower_index=False,
+            )
+            if not found.ok:
+                problems.append(f"{call.kernel}, {tokens} tokens: {found.message()}")
+                break
+            again = [x.cpu() for x in call.run(some.cuda(), bias)]
+            if not (torch.equal(again[1], ids) and torch.equal(again[0], weights)):
+                problems.append(f"{call.kernel}, {tokens} tokens: a second call gives others")
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)

@@ -1,0 +1,94 @@
+"""The parent's side of a framework's router probes: one child for each platform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypedDict
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.routers import RouterRun
+from pytest_moe_routing.targets.probe import Probe
+
+
+class _Deviation(TypedDict):
+    kind: str
+    pattern: str
+    text: str
+    cause: str
+
+
+class _Run(TypedDict):
+    router: str
+    function: str
+    way: str
+    subject: str
+    reach: str
+    called: list[str]
+    deviations: list[_Deviation]
+
+
+#: The type of each answer of a child.
+ANSWERS: Mapping[str, Any] = {"run": list[_Run], "run_other": list[_Run]}
+#: The name under which runs of routers are gathered that a target does not list.
+OTHER = "other"
+
+
+class RouterProbes:
+    """Asks children for the runs of a framework's routers, each model and child once.
+
+    Args:
+        probes: The children; each answers `run` for a model and `run_other` for configurations.
+        routers: The routers that the target lists.
+        more: What a child is told of a model besides.
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[Probe],
+        routers: Sequence[str],
+        more: Callable[[ModelSpec], Mapping[str, Any]] = lambda _: {},
+    ) -> None:
+        self._probes, self._routers, self._more = probes, routers, more
+        self._runs: dict[str, list[RouterRun]] = {}
+        self._refusals: dict[str, str] = {}
+
+    def runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
+        """Return the runs for these models and for configurations that no model has."""
+        chosen = list(models)
+        new = [model for model in chosen if model.id not in self._runs]
+        # Children are processes: they work side by side.
+        with ThreadPoolExecutor(len(self._probes)) as pool:
+            answers = list(pool.map(lambda probe: self._ask(probe, new), self._probes))
+        for model_id in {key for answer in answers for key in answer}:
+            rows = [row for answer in answers for row in answer[model_id]]
+            self._runs[model_id] = [self._listed(RouterRun.of(row)) for row in rows]
+        return [run for key in (*(model.id for model in chosen), "") for run in self._runs[key]]
+
+    def refusals(self) -> dict[str, str]:
+        """Return why models were not judged, by id, as far as `runs` asked about them."""
+        return dict(self._refusals)
+
+    def _ask(self, probe: Probe, models: Iterable[ModelSpec]) -> dict[str, list[dict[str, Any]]]:
+        """A child's answers by model id; under "" those for further configurations."""
+        answers: dict[str, list[dict[str, Any]]] = {}
+        for model in models:
+            asked = {**model.as_dict(), "id": model.id}
+            try:
+                answers[model.id] = probe.ask("run", model=asked, **self._more(model))
+            except Unsupported as reason:
+                answers[model.id] = []
+                self._refusals[model.id] = str(reason)
+        if "" not in self._runs:
+            answers[""] = probe.ask("run_other")
+        return answers
+
+    def _listed(self, run: RouterRun) -> RouterRun:
+        return run if run.router in self._routers else replace(run, router=OTHER)
+
+    def close(self) -> None:
+        """End the children."""
+        for probe in self._probes:
+            probe.close()

@@ -1,0 +1,149 @@
+"""What SGLang's routing kernels compute, as recipes of their arguments.
+
+From the docstrings and sources of `sglang/kernels/ops/moe/` of SGLang 0.5.23 (`moe_fused_gate.py`,
+`moe_topk_softmax.py`, `moe_topk_sigmoid.py`), and of FlashInfer's `fused_topk_deepseek`. The probe
+puts these in the place of the kernels on a CPU; `kernels/sglang.py` compares kernels with them on a
+GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytest_moe_routing.routing import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OPS = "sglang.kernels.ops.moe"
+
+
+def gate_recipe(
+    top_k: int,
+    score: str,
+    *,
+    bias: bool,
+    renormalize: bool,
+    scale: float,
+    groups: tuple[int, int] = (1, 1),
+) -> Recipe:
+    """Return the recipe of a gate kernel, of `moe_fused_gate` above all."""
+    return Recipe(
+        top_k=top_k,
+        score=score,
+        bias=bias,
+        n_group=groups[0],
+        topk_group=groups[1],
+        normalize="sum" if renormalize else "none",
+        # In the place of the kernels' guard against a sum of zero.
+        epsilon=1e-20 if renormalize else 0.0,
+        scale=scale,
+    )
+
+
+def _moe_fused_gate(
+    scores: Tensor,
+    bias: Tensor | None,
+    topk: int,
+    scoring_func: str = "sigmoid",
+    num_fused_shared_experts: int = 0,
+    renormalize: bool = True,
+    routed_scaling_factor: float | None = 1.0,
+    apply_routed_scaling_factor_on_output: bool = False,
+    moe_softcapping: float = 0.0,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Choose `topk` slots of which the last are shared experts: ids from E on, weight 1 / scale.
+
+    With the factor on the output, shared experts weigh 1.
+    """
+    import torch
+
+    from pytest_moe_routing.reference.routing import route
+
+    if scoring_func == "softmax" and bias is not None:
+        # The kernel takes the softmax of the biased logits.
+        scores, bias = scores.float() + bias, None
+    shared = num_fused_shared_experts
+    factor = 1.0 if routed_scaling_factor is None else routed_scaling_factor
+    recipe = gate_recipe(
+        topk - shared,
+        scoring_func,
+        bias=bias is not None,
+        renormalize=renormalize,
+        scale=factor if apply_routed_scaling_factor_on_output else 1.0,
+        groups=(num_expert_group, topk_group),
+    )
+    routing = route(scores, recipe, bias)
+    weights, ids = routing.topk_weights, routing.topk_ids.to(torch.int32)
+    if shared:
+        tokens, experts = scores.shape
+        own = torch.arange(experts, experts + shared, dtype=torch.int32).expand(tokens, -1)
+        weight = 1.0 if apply_routed_scaling_factor_on_output else 1.0 / factor
+        weights = torch.cat([weights, weights.new_full((tokens, shared), weight)], 1)
+        ids = torch.cat([ids, own], 1)
+    return weights, ids
+
+
+def _fused_topk_deepseek(
+    gating_output: Tensor,
+    correction_bias: Tensor,
+    num_expert_group: int,
+    topk_group: int,
+    topk: int,
+    scaling_factor: float,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    launch_with_pdl: bool = True,
+    **_: Any,
+) -> None:
+    from pytest_moe_routing.reference.routing import route
+
+    groups = num_expert_group, topk_group
+    recipe = gate_recipe(
+        topk, "sigmoid", bias=True, renormalize=True, scale=scaling_factor, groups=groups
+    )
+    routing = route(gating_output, recipe, correction_bias)
+    topk_weights.copy_(routing.topk_weights)
+    topk_ids.copy_(routing.topk_ids)
+
+
+def _flat(score: str) -> Callable[..., None]:
+    from pytest_moe_routing.reference.routing import route
+
+    def kernel(
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        gating_output: Tensor,
+        renormalize: bool = False,
+        correction_bias: Tensor | None = None,
+        routed_scaling_factor: float = 1.0,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        bias = correction_bias
+        recipe = gate_recipe(
+            topk_ids.shape[1],
+            score,
+            bias=bias is not None,
+            renormalize=renormalize,
+            scale=routed_scaling_factor,
+        )
+        routing = route(gating_output, recipe, bias)
+        topk_weights.copy_(routing.topk_weights)
+        topk_ids.copy_(routing.topk_ids)
+
+    return kernel
+
+
+def in_torch() -> Mapping[str, Mapping[str, Callable[..., Any]]]:
+    """Return torch functions for kernels, by module and name."""
+    return {
+        f"{_OPS}.moe_fused_gate": {"moe_fused_gate": _moe_fused_gate},
+        "flashinfer.fused_moe": {"fused_topk_deepseek": _fused_topk_deepseek},
+        _OPS: {"topk_softmax": _flat("softmax")},
+        f"{_OPS}.moe_topk_sigmoid": {"topk_sigmoid": _flat("sigmoid")},
+    }

@@ -1,0 +1,131 @@
+"""One routing function of SGLang, run on all logits patterns and compared with its recipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.oracle.routers import (
+    NOT_JUDGED,
+    Deviation,
+    Output,
+    WrongAnswer,
+    compare_router,
+)
+from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets import stubs
+
+#: Small, and other than any number of experts.
+HIDDEN = 32
+#: What consumers of TopK's output take.
+_OUTPUT = Output(weights=("float32", "bfloat16"))
+#: Frames of these files are SGLang's routing.
+_FILES = ("/layers/moe/topk.py", "/srt/models/")
+#: Functions that choose, prepare or finish, and compute no routing.
+_NOT_ROUTING = (
+    *("TopK.", "TopKConfig.", "select_experts", "resolve_routing_inputs", "fused_shared_expert"),
+    *("_", "is_", "capture_", "routing_", "has_"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A routing function of SGLang: how it is called, and what it should compute.
+
+    Attributes:
+        forward: Takes hidden states and logits, and returns an object with `topk_weights` and
+            `topk_ids`.
+        config: The `TopKConfig` whose bias it reads; None if it reads none.
+        shared_weight: What a shared expert in the last slot must weigh; None without such a slot.
+    """
+
+    forward: Callable[[Tensor, Tensor], Any]
+    config: Any
+    recipe: Recipe
+    num_experts: int
+    dtype: torch.dtype
+    way: str = "cuda"
+    reach: str = "model"
+    subject: str = ""
+    shared_weight: float | None = None
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """Run a case on all logits patterns; an answer of `oracle.routers.RouterRun`."""
+    called: dict[str, None] = {}
+
+    def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        if bias is not None and case.config is not None:
+            # In the dtype and shape that the model's code gives it.
+            like = case.config.correction_bias
+            case.config.correction_bias = bias.to(like.dtype).view_as(like)
+        stubs.Stub.asked.clear()
+        hidden = torch.zeros(len(logits), HIDDEN, dtype=torch.bfloat16)
+        try:
+            with noting(called):
+                output = case.forward(hidden, logits)
+        except (Unsupported, WrongAnswer):
+            raise
+        except Exception as error:
+            if stubs.Stub.asked:
+                asked = ", ".join(dict.fromkeys(stubs.Stub.asked))
+                raise Unsupported(f"{error}, after stubs: {asked}") from error
+            raise
+        weights, ids = output.topk_weights, output.topk_ids
+        if case.shared_weight is None:
+            return weights, ids
+        _check_shared(weights, ids, case)
+        return weights[:, :-1], ids[:, :-1]
+
+    try:
+        deviations = compare_router(route, case.recipe, case.num_experts, case.dtype, _OUTPUT)
+    except Unsupported as reason:
+        deviations = [Deviation(NOT_JUDGED, "", str(reason), str(reason))]
+    routing = [name for name in called if not name.startswith(_NOT_ROUTING)]
+    return {
+        "router": routing[0] if routing else "?",
+        "function": routing[-1].partition(".<locals>")[0] if routing else "?",
+        "way": case.way,
+        "subject": case.subject,
+        "reach": case.reach,
+        "called": list(called),
+        "deviations": [asdict(deviation) for deviation in deviations],
+    }
+
+
+def _check_shared(weights: Tensor, ids: Tensor, case: Case) -> None:
+    """Raise `WrongAnswer` unless the last slot is the shared expert, with its weight."""
+    wanted = case.shared_weight
+    assert wanted is not None
+    # Where all chosen scores underflow, or are not finite, nothing is said of it.
+    alive = weights[:, :-1].float().sum(1) > 0
+    slot, weight = ids[alive, -1], weights[alive, -1].float()
+    if not bool((slot == case.num_experts).all()):
+        raise WrongAnswer(f"the last slot holds expert {int(slot[0])}, not the shared one")
+    if not torch.allclose(weight, torch.tensor(wanted, dtype=torch.float32), rtol=2**-8):
+        raise WrongAnswer(f"the shared expert weighs {float(weight[0]):.6g}, not {wanted:.6g}")
+
+
+@contextmanager
+def noting(called: dict[str, None]) -> Iterator[None]:
+    """Note the names of SGLang's routing functions that run, in order."""
+
+    def note(frame: FrameType, event: str, _argument: Any) -> None:
+        if (event == "call" and frame.f_code.co_filename.endswith(_FILES[0])) or (
+            event == "call" and _FILES[1] in frame.f_code.co_filename
+        ):
+            called[frame.f_code.co_qualname] = None
+
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)

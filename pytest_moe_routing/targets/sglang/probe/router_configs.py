@@ -1,0 +1,129 @@
+"""SGLang's torch routing functions, each with all of its switches.
+
+A model's TopK reaches some of them only with a runner or a device that was asked for, or with a
+bias for each token; the functions are called as `select_experts` calls them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets.sglang.probe.router_case import Case
+
+_TOPK = "sglang.srt.layers.moe.topk"
+_EXPERTS, _TOP_K, _GROUPS, _SCALE = 64, 4, (8, 4), 2.5
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function of `topk.py`: what it routes by, who reaches it, and how.
+
+    Attributes:
+        score: Scoring functions that its callers ask it for.
+        group_score: How it ranks groups; "" when it has none.
+    """
+
+    name: str
+    score: tuple[str, ...]
+    bias: bool
+    way: str
+    reach: str
+    group_score: str = ""
+
+
+_ALL = ("softmax", "sigmoid", "sqrtsoftplus")
+_UNUSED = "no caller in 0.5.23"
+_ROUTED = "--moe-runner-backend flashinfer_trtllm_routed"
+_FUNCTIONS = (
+    _Function("grouped_topk_gpu", _ALL[:2], False, "cuda", "opt-in", "max"),
+    _Function("biased_grouped_topk_impl", _ALL[1:2], True, "a bias a token", "opt-in", "top2_sum"),
+    _Function("kimi_k2_biased_topk_impl", _ALL[1:2], True, _UNUSED, "no known model"),
+    _Function("biased_topk_impl", _ALL[1:], True, _UNUSED, "no known model"),
+    _Function("fused_topk_torch_native", _ALL, False, "cpu", "opt-in"),
+    _Function("fused_topk_torch_native", _ALL, True, "cpu", "opt-in"),
+    _Function("fused_topk_softmax_torch_raw_logits", _ALL[:1], False, _ROUTED, "opt-in"),
+)
+
+
+def cases() -> Iterator[Case]:
+    """Yield every combination of switches that a function of the release has."""
+    topk = import_module(_TOPK)
+    for row in _FUNCTIONS:
+        function = vars(topk).get(row.name)
+        if function is None:
+            continue
+        names = inspect.signature(function).parameters
+        scaling = (False, True) if "apply_routed_scaling_factor_on_output" in names else (False,)
+        shared = (0, 1) if "num_fused_shared_experts" in names else (0,)
+        for score, normed, scaled, slots in product(row.score, (True, False), scaling, shared):
+            if len(row.score) > 1 and "scoring_func" not in names and score != row.score[0]:
+                continue
+            yield _case(row, function, score, normed, scaled, slots)
+
+
+def _case(
+    row: _Function,
+    function: Callable[..., Any],
+    score: str,
+    normed: bool,
+    scaled: bool,
+    slots: int,
+) -> Case:
+    groups = _GROUPS if row.group_score else (1, 1)
+    recipe = Recipe(
+        top_k=_TOP_K,
+        score=score,
+        bias=row.bias,
+        n_group=groups[0],
+        topk_group=groups[1],
+        group_score=row.group_score or "top2_sum",
+        normalize="sum" if normed else "none",
+        epsilon=1e-20 if normed else 0.0,
+        scale=_SCALE if scaled else 1.0,
+    )
+    config = SimpleNamespace(
+        correction_bias=torch.zeros(_EXPERTS, dtype=torch.float32) if row.bias else None
+    )
+
+    def forward(hidden: Tensor, logits: Tensor) -> Any:
+        arguments = {
+            "hidden_states": hidden,
+            "gating_output": logits,
+            "topk": _TOP_K + slots,
+            "renormalize": normed,
+            "num_expert_group": groups[0],
+            "topk_group": groups[1],
+            "scoring_func": score,
+            "num_fused_shared_experts": slots,
+            "routed_scaling_factor": _SCALE,
+            "apply_routed_scaling_factor_on_output": scaled,
+            "correction_bias": config.correction_bias,
+        }
+        names = inspect.signature(function).parameters
+        weights, ids = function(**{k: v for k, v in arguments.items() if k in names})
+        return SimpleNamespace(topk_weights=weights, topk_ids=ids)
+
+    switches = [score, "bias" if row.bias else "no bias"]
+    switches += ["renormalize" if normed else "no renormalize"]
+    switches += ["scale on the output"] * scaled + ["a fused shared expert"] * bool(slots)
+    return Case(
+        forward,
+        config if row.bias else None,
+        recipe,
+        _EXPERTS,
+        torch.float32,
+        row.way,
+        row.reach,
+        ", ".join(switches),
+        shared_weight=(1.0 if scaled else 1 / _SCALE) if slots else None,
+    )

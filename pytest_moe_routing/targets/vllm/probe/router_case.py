@@ -1,0 +1,140 @@
+"""One router of vLLM, run on all logits patterns and compared with what it should compute."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.oracle.routers import NOT_JUDGED, Deviation, Output, compare_router
+from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets import stubs
+
+_HIDDEN = 64
+#: Functions that decide or prepare, and compute no routing.
+_HELPERS = (
+    *("valid_grouping", "dispatch", "_get_padding", "can_use", "_aiter", "_convert"),
+    *("<", "fast_topk"),
+)
+_BASES = ("BaseRouter.", "FusedMoERouter.")
+#: Frames below these name the function that computed a routing.
+_FILES = ("/fused_moe/router/", "/model_executor/models/", "/vllm/models/")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A router to run: how it is made for a bias, and what it should compute."""
+
+    make: Callable[[Tensor | None], Any]
+    recipe: Recipe
+    num_experts: int
+    dtype: torch.dtype
+    way: str
+    subject: str
+    reach: str
+    switches: Mapping[str, str] = field(default_factory=dict)
+    #: What a router with other outputs than the recipe's is judged by instead.
+    judge: Callable[[Case], list[Deviation]] | None = None
+
+
+def compare(case: Case, output: Output) -> dict[str, Any]:
+    """Run a case on all logits patterns; an answer of `oracle.routers.RouterRun`."""
+    called: dict[str, None] = {}
+    with patch.dict(os.environ, case.switches):
+        deviations = _deviations(case, output, called)
+    return {
+        "router": type(case.make(None)).__name__,
+        "function": innermost(called),
+        "way": case.way,
+        "subject": case.subject,
+        "reach": case.reach,
+        "called": list(called),
+        "deviations": [asdict(deviation) for deviation in deviations],
+    }
+
+
+def _deviations(case: Case, output: Output, called: dict[str, None]) -> list[Deviation]:
+    def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        stubs.Stub.asked.clear()
+        try:
+            with noting(called):
+                return select(case.make(bias), logits)
+        except Unsupported:
+            raise
+        except Exception as error:
+            if stubs.Stub.asked or not _by_vllm(error):
+                raise Unsupported(f"{innermost(called)} does not run here: {error}") from error
+            raise
+
+    try:
+        if case.judge is not None:
+            with noting(called):
+                return case.judge(case)
+        found = compare_router(route, case.recipe, case.num_experts, case.dtype, output)
+        return found if any(d.kind == "crash" for d in found) else [*found, *_other_dtypes(case)]
+    except Unsupported as reason:
+        return [Deviation(NOT_JUDGED, "", str(reason), str(reason))]
+
+
+def select(router: Any, logits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    hidden = torch.zeros(len(logits), _HIDDEN, dtype=torch.bfloat16)
+    answer: tuple[Tensor, Tensor] = router.select_experts(hidden, logits, dtype)
+    return answer
+
+
+def _other_dtypes(case: Case) -> list[Deviation]:
+    """Compare the ids' dtype with what fused experts ask for."""
+    found = []
+    for dtype in (torch.int32, torch.int64):
+
+        def route(
+            logits: Tensor, bias: Tensor | None, dtype: torch.dtype = dtype
+        ) -> tuple[Tensor, Tensor]:
+            return select(case.make(bias), logits, dtype)
+
+        output = Output(ids=(str(dtype).removeprefix("torch."),))
+        arguments = case.recipe, case.num_experts, case.dtype, output, ["plain"]
+        found += [row for row in compare_router(route, *arguments) if row.kind == "output"]
+    return found[:1]
+
+
+def _by_vllm(error: BaseException) -> bool:
+    """Whether vLLM's own code raised an error, and no stand-in of ours."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "/vllm/" in trace.tb_frame.f_code.co_filename
+
+
+@contextmanager
+def noting(called: dict[str, None]) -> Iterator[None]:
+    """Note the names of vLLM's routing functions that run, in order."""
+
+    def note(frame: FrameType, event: str, _argument: Any) -> None:
+        if event == "call" and any(part in frame.f_code.co_filename for part in _FILES):
+            called[frame.f_code.co_qualname] = None
+
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def innermost(called: Mapping[str, None]) -> str:
+    """The last function that was called, helpers left out."""
+    names = [
+        name
+        for name in called
+        if not (name.startswith(_BASES) or name.rpartition(".")[2].startswith(_HELPERS))
+    ]
+    return names[-1] if names else "?"

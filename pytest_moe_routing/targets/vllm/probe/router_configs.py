@@ -1,0 +1,234 @@
+"""Configurations of vLLM's routers that its factory takes and no model of the zoo has.
+
+Zero experts, simulated routing, shared experts in the router's output, groups that do not divide
+the experts, and the routing functions of further models.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.compare.routing import compare_routing
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.logits import PATTERNS, bell, make
+from pytest_moe_routing.oracle.routers import NOT_FINITE, Deviation
+from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets.vllm.probe import release
+from pytest_moe_routing.targets.vllm.probe.experts import MOE
+from pytest_moe_routing.targets.vllm.probe.router_case import Case, select
+
+_FACTORY = f"{MOE}.router.router_factory"
+_SIMULATION = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
+_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class _Config:
+    """Arguments of the factory, in a recipe's words.
+
+    `groups` are asked for and cannot be made: the router chooses among all experts then.
+    """
+
+    recipe: Recipe
+    num_experts: int
+    groups: tuple[int, int] | None = None
+
+    def make(self, bias: Tensor | None, **more: Any) -> Any:
+        recipe = self.recipe
+        if recipe.bias and bias is None:
+            bias = torch.zeros(self.num_experts)
+        factory = release.real(_FACTORY).create_fused_moe_router
+        arguments = {
+            "top_k": recipe.top_k,
+            "global_num_experts": self.num_experts,
+            "renormalize": recipe.normalize == "sum",
+            "use_grouped_topk": self.groups is not None,
+            "num_expert_group": self.groups and self.groups[0],
+            "topk_group": self.groups and self.groups[1],
+            "scoring_func": recipe.score,
+            "routed_scaling_factor": recipe.scale,
+            "e_score_correction_bias": bias,
+            **more,
+        }
+        unknown = more.keys() - inspect.signature(factory).parameters.keys()
+        if unknown:
+            raise Unsupported(f"this release's routers have no {', '.join(sorted(unknown))}")
+        return factory(**arguments)
+
+
+def cases(root: str) -> Iterator[Case]:
+    """Yield the configurations that the release has."""
+    float32 = torch.float32
+    for score, bias, scale in (
+        ("sigmoid", True, 2.5),
+        ("sigmoid", False, 1.0),
+        ("softmax", False, 16.0),
+    ):
+        recipe = Recipe(top_k=4, score=score, bias=bias, normalize="sum", scale=scale)
+        config = _Config(recipe, 60, groups=(8, 4))
+        subject = f"{score}{' and bias' if bias else ''}, 60 experts in 8 groups, scale {scale:g}"
+        yield Case(config.make, recipe, 60, float32, "cuda", subject, "no known model")
+    flat = Recipe(top_k=8, score="sigmoid", normalize="sum")
+    subject = "sigmoid without a bias or groups"
+    yield Case(_Config(flat, 128).make, flat, 128, float32, "cuda", subject, "no known model")
+    yield from _available(
+        _zero_experts,
+        _shared_experts,
+        *(partial(_simulated, s) for s in ("uniform_random", "normal_routing")),
+    )
+    for module, name in (
+        ("cohere2_moe", "token_choice_with_bias"),
+        ("gemma4", "gemma4_routing_function_torch"),
+    ):
+        yield from _available(partial(_function, module, name))
+
+
+def _available(*makers: Callable[[], Case]) -> Iterator[Case]:
+    """Yield what the release has."""
+    for maker in makers:
+        try:
+            case = maker()
+            case.make(None)
+        except Unsupported:
+            continue
+        yield case
+
+
+def _function(module: str, name: str) -> Case:
+    """Return a routing function of a model's code, behind vLLM's router for such functions."""
+    function = getattr(release.real(f"vllm.model_executor.models.{module}"), name, None)
+    if function is None:
+        raise Unsupported(f"this release has no {name}")
+    score = "sigmoid" if module == "cohere2_moe" else "softmax"
+    config = _Config(Recipe(top_k=8, score=score, normalize="sum"), 128)
+    if "per_expert_scale" in inspect.signature(function).parameters:
+        scaled = function
+
+        def function(
+            hidden_states: Any, gating_output: Tensor, topk: int, renormalize: bool
+        ) -> Any:
+            return scaled(gating_output, topk, torch.ones(gating_output.shape[1]))
+
+    make_router = partial(config.make, custom_routing_function=function)
+    return Case(make_router, config.recipe, 128, torch.float32, "cuda", f"{module}.{name}", "model")
+
+
+def _maker(config: _Config, more: Mapping[str, Any]) -> Callable[[Tensor | None], Any]:
+    return lambda bias: config.make(bias, **more)
+
+
+# -- routers whose output is not the recipe's ------------------------------------------------------
+
+
+def _judged(case: Case, problem_of: Callable[[Case, str], str | None]) -> list[Deviation]:
+    for pattern in PATTERNS:
+        if pattern != NOT_FINITE:
+            problem = problem_of(case, pattern)
+            if problem is not None:
+                return [Deviation("structure", pattern, problem, problem.splitlines()[0])]
+    return []
+
+
+def _inputs(case: Case, pattern: str) -> tuple[Tensor, Tensor | None]:
+    made = make(pattern, case.recipe, num_tokens=_TOKENS, num_experts=case.num_experts)
+    return made.logits, made.bias
+
+
+def _zero_experts() -> Case:
+    """Return LongCat-Flash's router: 256 of 768 experts return the token itself."""
+    real, total = 512, 768
+    recipe = Recipe(top_k=12, score="softmax", bias=True, scale=6.0)
+    more: dict[str, Any] = {"zero_expert_type": "identity", "num_logical_experts": real}
+    make_router = _maker(_Config(recipe, total), more)
+
+    def problem(case: Case, pattern: str) -> str | None:
+        seen: dict[str, Tensor] = {}
+
+        def compute(expert_indices: Tensor, expert_scales: Tensor, **_: Any) -> None:
+            seen.update(ids=expert_indices.clone(), weights=expert_scales.clone())
+
+        module = release.real(f"{MOE}.router.zero_expert_router")
+        logits, bias = _inputs(case, pattern)
+        with patch.object(module, "zero_experts_compute_triton", compute):
+            weights, ids = select(make_router(bias), logits)
+        found = compare_routing(
+            seen["ids"], seen["weights"], logits, recipe, bias, lower_index=False
+        )
+        if not found.ok:
+            return found.message()
+        is_zero = seen["ids"] >= real
+        if not bool((weights[is_zero] == 0).all() and (ids < real).all()):
+            return "slots of zero experts keep a weight, or an id that no expert has"
+        same = torch.equal(ids[~is_zero], seen["ids"][~is_zero].to(ids))
+        if not same or not torch.equal(weights[~is_zero], seen["weights"][~is_zero]):
+            return "slots of real experts are not those that were chosen"
+        return None
+
+    return Case(
+        make_router, recipe, total, torch.float32, "cuda", "longcat-flash", "model",
+        judge=partial(_judged, problem_of=problem),
+    )  # fmt: skip
+
+
+def _shared_experts() -> Case:
+    """Return a router that appends shared experts to those that it chose, each with one weight."""
+    experts, shared, weight = 128, 2, 0.4
+    recipe = Recipe(top_k=8, score="sigmoid", bias=True, normalize="sum", scale=2.5)
+    more: dict[str, Any] = {"num_fused_shared_experts": shared, "shared_expert_weight": weight}
+    make_router = _maker(_Config(recipe, experts), more)
+
+    def problem(case: Case, pattern: str) -> str | None:
+        logits, bias = _inputs(case, pattern)
+        weights, ids = select(make_router(bias), logits)
+        wanted = torch.arange(experts, experts + shared).expand(_TOKENS, -1)
+        if ids.shape[1] != recipe.top_k + shared or not torch.equal(
+            ids[:, recipe.top_k :].long(), wanted
+        ):
+            return f"slots of shared experts hold {ids[0, recipe.top_k :].tolist()}"
+        if not bool((weights[:, recipe.top_k :] == torch.tensor(weight)).all()):
+            return f"shared experts weigh {weights[0, recipe.top_k :].tolist()}, not {weight}"
+        routed = ids[:, : recipe.top_k], weights[:, : recipe.top_k]
+        found = compare_routing(*routed, logits, recipe, bias, lower_index=False)
+        return None if found.ok else found.message()
+
+    return Case(
+        make_router, recipe, experts, torch.float32, "cuda", "two fused shared experts", "opt-in",
+        judge=partial(_judged, problem_of=problem),
+    )  # fmt: skip
+
+
+def _simulated(strategy: str) -> Case:
+    """Return a router that chooses by chance: experts that exist, each once a token."""
+    recipe = Recipe(top_k=8, score="softmax", normalize="sum")
+    switches = {_SIMULATION: strategy}
+
+    def make_router(bias: Tensor | None) -> Any:
+        with patch.dict("os.environ", switches):
+            return _Config(recipe, 128).make(bias)
+
+    def judge(case: Case) -> list[Deviation]:
+        torch.manual_seed(0)
+        weights, ids = select(make_router(None), bell(256, 128, seed=1))
+        inside = (ids >= 0) & (ids < 128)
+        ranked = ids.sort(1).values
+        repeated = int((ranked[:, 1:] == ranked[:, :-1]).any(1).sum())
+        problem = ""
+        if not bool(inside.all()):
+            problem = "experts that do not exist are chosen"
+        elif repeated:
+            problem = "an expert is chosen twice for a token"
+        elif weights.shape != ids.shape or weights.dtype != torch.float32:
+            problem = f"weights are {weights.dtype} {list(weights.shape)}"
+        text = f"{problem}: {repeated}/256 tokens"
+        return [Deviation("structure", "any", text, problem)] if problem else []
+
+    subject = f"{_SIMULATION}={strategy}"
+    return Case(make_router, recipe, 128, torch.float32, "cuda", subject, "opt-in", switches, judge)

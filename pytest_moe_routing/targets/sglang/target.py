@@ -103,9 +103,10 @@ class SglangTarget(FrameworkTarget):
         super().__init__(flashinfer, source)
         module = "pytest_moe_routing.targets.sglang.probe.main"
         name = f"{self.name} {source.version}"
-        self._probe = Probe(name, module, str(source.root), flashinfer.release, answers=_ANSWERS)
+        arguments = str(source.root), flashinfer.release, source.version
+        self._probe = Probe(name, module, *arguments, answers=_ANSWERS)
         module = "pytest_moe_routing.targets.sglang.probe.routers"
-        routers = Probe(name, module, str(source.root), flashinfer.release, answers=ANSWERS)
+        routers = Probe(name, module, *arguments, answers=ANSWERS)
         self._routers = RouterProbes([routers], self.routers, lambda m: {"config": config_of(m)})
         self._answers: dict[str, dict[str, Any] | Unsupported] = {}
 
@@ -190,6 +191,7 @@ class SglangTarget(FrameworkTarget):
         question = {
             "architecture": model.architecture,
             "config": config_of(model),
+            "scheme": scheme,
             "quantization": self._row(scheme)["config"],
         }
         key = json.dumps(question, sort_keys=True)

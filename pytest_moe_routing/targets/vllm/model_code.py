@@ -56,7 +56,8 @@ class ModelCode:
     """The models of one vLLM, in a process that has imported all of it."""
 
     def __init__(self, source: Source) -> None:
-        self._probe = Probe("vllm", _CHILD, str(source.root), answers={"layer_request": _Asked})
+        arguments = str(source.root), source.version
+        self._probe = Probe("vllm", _CHILD, *arguments, answers={"layer_request": _Asked})
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """What a model's MoE block asks of its MoE layer.

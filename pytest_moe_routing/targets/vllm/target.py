@@ -100,9 +100,8 @@ class VllmTarget(FrameworkTarget):
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
         module = "pytest_moe_routing.targets.vllm.probe.main"
-        self._probe = Probe(
-            str(self), module, str(source.root), flashinfer.release, answers=_ANSWERS
-        )
+        arguments = str(source.root), flashinfer.release, source.version
+        self._probe = Probe(str(self), module, *arguments, answers=_ANSWERS)
         self._model_code = ModelCode(source)
         module = "pytest_moe_routing.targets.vllm.probe.routers"
         self._routers = RouterProbes(

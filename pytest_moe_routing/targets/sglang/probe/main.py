@@ -1,6 +1,6 @@
 """Builds and runs a model's MoE block as SGLang's own code does, up to FlashInfer's entry point.
 
-It is run by `targets.server` with the arguments ROOT FLASHINFER; see `world`.
+It is run by `targets.server` with the arguments ROOT FLASHINFER VERSION; see `world`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 from types import FrameType
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import DoesNotBind, plain
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
@@ -34,8 +36,6 @@ from pytest_moe_routing.targets.sglang.probe.world import (
 )
 from pytest_moe_routing.targets.stubs import Stub
 
-_MODELS = "sglang.srt.models"
-_LAYERS = "sglang.srt.layers"
 #: More than the largest batch of any special gate kernel.
 _TOKENS = 64
 #: A layer of experts in every model: the first few are dense, or routed by a table.
@@ -66,34 +66,45 @@ class _Seen:
 class Blocks:
     """Answers about the MoE blocks of one release's models."""
 
-    def __init__(self, root: str, flashinfer: FlashInfer) -> None:
+    def __init__(self, root: str, flashinfer: FlashInfer, version: str) -> None:
         self.calls: list[Call] = []
-        self.sources = Sources(root)
-        enter(root, flashinfer, self.calls)
+        definitions = stubs.definitions("sglang", root)
+        self.names = Names(Contract.of("sglang"), version, definitions, stubs.real_module)
+        self.sources = Sources(self.names, root)
+        self._enter = cache(lambda: enter(self.names, root, flashinfer, self.calls))
         torch.set_default_dtype(torch.bfloat16)
 
     def method_numbers(self) -> dict[str, int]:
-        methods = import_module(f"{_LAYERS}.moe.utils").RoutingMethodType
-        return {member.name: int(member) for member in methods}
+        self.names.require("numbers")
+        self._enter()
+        return {member.name: int(member) for member in self.names.get("methods")}
 
     def accepted_quantizations(self) -> list[str | None] | None:
         """What `--moe-runner-backend flashinfer_trtllm` may be combined with; None for anything."""
+        self.names.require("verdicts")
         return self.sources.accepted_quantizations()
 
     def capture(
-        self, architecture: str, config: dict[str, Any], quantization: Mapping[str, Any] | None
+        self,
+        architecture: str,
+        config: dict[str, Any],
+        scheme: str,
+        quantization: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """Return what the model's code asks for, and what reaches the kernel.
 
         Args:
             architecture: Name of the model's class.
             config: Attributes of the model's config object.
-            quantization: `module`, `class` and `arguments` of the quantization config, see
-                `configs.yaml`; None for a model that is not quantized.
+            scheme: Name of the quantization scheme.
+            quantization: `name`, a row of the contract, and `arguments` of the quantization config,
+                see `configs.yaml`; None for a model that is not quantized.
 
         Raises:
             Unsupported: The block cannot be found, built or run, or there are several that differ.
         """
+        self.names.require("verdicts", scheme)
+        self._enter()
         answers: dict[str, dict[str, Any]] = {}
         for module, name, given in self.sources.blocks(architecture):
             block = f"{module.removeprefix('sglang.srt.')}.{name}"
@@ -119,8 +130,8 @@ class Blocks:
         answer: dict[str, Any] = {"refused": None, "failed": None, "by_choice": False}
         output: Any = None
         try:
-            with _watching(seen), torch.no_grad():
-                block = _build(module, name, given, values, quantization)
+            with _watching(self.names, seen), torch.no_grad():
+                block = _build(self.names, module, name, given, values, quantization)
                 _fill(block, seen)
                 output = _forward(block, values["num_experts"])
         except RoutedOutside:
@@ -164,15 +175,13 @@ class Blocks:
         }
 
 
-def _quant_config(row: Mapping[str, Any] | None) -> Any:
+def _quant_config(names: Names, row: Mapping[str, Any] | None) -> Any:
     """The quantization config of a checkpoint that is quantized so; None for one that is not."""
-    if row is None:
-        return None
-    module = import_module(f"{_LAYERS}.quantization.{row['module']}")
-    return getattr(module, row["class"])(True, **row["arguments"])
+    return None if row is None else names.get(row["name"])(True, **row["arguments"])
 
 
 def _build(
+    names: Names,
     module: str,
     name: str,
     given: Mapping[str, Any],
@@ -182,7 +191,7 @@ def _build(
     """The block, as a decoder layer would make it."""
     known = {
         "config": _Config(values),
-        "quant_config": _quant_config(quantization),
+        "quant_config": _quant_config(names, quantization),
         "prefix": f"model.layers.{_LAYER}.mlp",
         "layer_id": _LAYER,
         "layer_idx": _LAYER,
@@ -192,9 +201,9 @@ def _build(
         "intermediate_size": _SIZE,
         **given,
     }
-    block = getattr(import_module(module), name)
-    names = inspect.signature(block.__init__).parameters
-    built: nn.Module = block(**{n: known[n] for n in names if n in known})
+    block = getattr(stubs.real_module(module), name)
+    parameters = inspect.signature(block.__init__).parameters
+    built: nn.Module = block(**{n: known[n] for n in parameters if n in known})
     return built
 
 
@@ -227,19 +236,19 @@ def _recognisable(*shape: int) -> Tensor:
 
 
 @contextmanager
-def _watching(seen: _Seen) -> Iterator[None]:
+def _watching(names: Names, seen: _Seen) -> Iterator[None]:
     """Note what the model's code asks of FusedMoE and TopK, and the logits that it routes by."""
-    layer = import_module(f"{_LAYERS}.moe.fused_moe_triton.layer").FusedMoE
-    topk = import_module(f"{_LAYERS}.moe.topk").TopK
+    layer, topk = names.get("layer"), names.get("topk")
+    models = names.spelling("models").module
     make_layer, make_topk, call_topk = layer.__init__, topk.__init__, topk.forward_cuda
     signature = inspect.signature(make_layer)
 
     def layer_init(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        seen.layers.append((bound.arguments["routing_method_type"], _caller()))
+        seen.layers.append((bound.arguments["routing_method_type"], _caller(models)))
         make_layer(self, *args, **kwargs)
-        _stand_in_weights(self)
+        _stand_in_weights(names, self)
 
     def topk_init(self: Any, *args: Any, **kwargs: Any) -> None:
         make_topk(self, *args, **kwargs)
@@ -258,10 +267,10 @@ def _watching(seen: _Seen) -> Iterator[None]:
         layer.__init__, topk.__init__, topk.forward_cuda = make_layer, make_topk, call_topk
 
 
-def _caller() -> str:
+def _caller(models: str) -> str:
     """File and line of the model's code that is constructing a layer."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith(_MODELS):
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith(models):
         frame = frame.f_back
     if frame is None:
         return "?"
@@ -275,9 +284,11 @@ class _Dispatcher:
     moe_ep_size, moe_ep_rank = EP_SIZE, EP_RANK
     local_expert_mapping = None
 
+    def __init__(self, names: Names) -> None:
+        self._output = names.get("dispatch-output")
+
     def dispatch(self, hidden_states: Tensor, topk_output: Any, **_: Any) -> Any:
-        standard = import_module(f"{_LAYERS}.moe.token_dispatcher.standard")
-        return standard.StandardDispatchOutput(
+        return self._output(
             hidden_states=hidden_states, hidden_states_scale=None, topk_output=topk_output
         )
 
@@ -285,9 +296,9 @@ class _Dispatcher:
         return combine_input.hidden_states
 
 
-def _stand_in_weights(layer: Any) -> None:
+def _stand_in_weights(names: Names, layer: Any) -> None:
     """What loading a checkpoint would have made of the weights, as far as `apply` reads it."""
-    layer.dispatcher = _Dispatcher()
+    layer.dispatcher = _Dispatcher(names)
     layer.trtllm_padded_hidden_size = None
     for name in ("alpha", "beta", "clamp_limit"):
         setattr(layer, f"_flashinfer_trtllm_gemm1_{name}", None)
@@ -322,8 +333,12 @@ def _verdict_on(error: Exception) -> tuple[str, str]:
     return "unknown", f"it does not build and run on a CPU: {text} ({where})"
 
 
-def main() -> None:
-    root, release = sys.argv[1:]
-    blocks = Blocks(root, FlashInfer.of(release))
+def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
+    """Return what answers questions about an SGLang."""
+    blocks = Blocks(root, FlashInfer.of(flashinfer), version)
     names = ("method_numbers", "accepted_quantizations", "capture")
-    serve({name: getattr(blocks, name) for name in names})
+    return {name: getattr(blocks, name) for name in names}
+
+
+def main() -> None:
+    serve(handlers(*sys.argv[1:]))

@@ -9,9 +9,9 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.stubs import source_of
 
-_MODELS = "sglang.srt.models"
 _RUNNER = "flashinfer_trtllm"
 #: A module, and a name in it.
 Place = tuple[str, str]
@@ -20,12 +20,17 @@ Place = tuple[str, str]
 class Sources:
     """The sources of one release, in a directory or a wheel."""
 
-    def __init__(self, root: str) -> None:
-        self.root = root
+    def __init__(self, names: Names, root: str) -> None:
+        self.names, self.root = names, root
         self.source = lru_cache(maxsize=None)(lambda module: source_of(root, module))
         self.tree = lru_cache(maxsize=None)(lambda module: ast.parse(self.source(module)))
         self.definitions = lru_cache(maxsize=None)(self._definitions)
         self._imports = lru_cache(maxsize=None)(self._imports_of)
+
+    @cached_property
+    def package(self) -> str:
+        """The package of models."""
+        return self.names.spelling("models").module
 
     def _modules(self, package: str) -> Iterator[str]:
         for module in pkgutil.iter_modules(["/".join([self.root, *package.split(".")])]):
@@ -36,7 +41,17 @@ class Sources:
 
     @cached_property
     def models(self) -> tuple[str, ...]:
-        return tuple(self._modules(_MODELS))
+        """Every module of models.
+
+        Raises:
+            Unsupported: There is none.
+        """
+        found = tuple(self._modules(self.package))
+        if not found:
+            raise Unsupported(
+                f"not judged: {self.package} of SGLang {self.names.version} has no modules"
+            )
+        return found
 
     def _definitions(self, module: str) -> Mapping[str, ast.stmt]:
         """Classes, functions and constants of a module, by name."""
@@ -53,7 +68,7 @@ class Sources:
         """Names that a module takes from other model modules: (module, name there or "")."""
         names: dict[str, Place] = {}
         for node in ast.walk(self.tree(module)):
-            if isinstance(node, ast.ImportFrom) and node.module in (_MODELS, *self.models):
+            if isinstance(node, ast.ImportFrom) and node.module in (self.package, *self.models):
                 for alias in node.names:
                     full = f"{node.module}.{alias.name}"
                     there = (full, "") if full in self.models else (node.module, alias.name)
@@ -100,7 +115,7 @@ class Sources:
         while queue:
             module, name = queue.pop(0)
             node = self.definitions(module)[name]
-            if _makes_experts(node):
+            if self._makes_experts(node):
                 found.append((module, name, arguments[module, name]))
             calls = {id(n.func): n for n in ast.walk(node) if isinstance(n, ast.Call)}
             derived_from = set(map(id, node.bases)) if isinstance(node, ast.ClassDef) else set()
@@ -116,11 +131,16 @@ class Sources:
         return found
 
     def accepted_quantizations(self) -> list[str | None] | None:
-        """The `quantization` values that the server's arguments allow with the TRT-LLM runner.
+        """Return the `quantization` values that the server allows with the TRT-LLM runner.
 
-        None when no assertion says so.
+        None for a release from the time before there was an assertion.
+
+        Raises:
+            Unsupported: The assertion is not where the contract expects it.
         """
-        modules = ["sglang.srt.server_args", *self._modules("sglang.srt.arg_groups")]
+        modules = [self.names.spelling("server-arguments").module]
+        if self.names.has("server-argument-groups"):
+            modules += self._modules(self.names.spelling("server-argument-groups").module)
         for module in modules:
             if _RUNNER not in self.source(module):
                 continue
@@ -129,7 +149,23 @@ class Sources:
                     for allowed in map(_allowed_quantizations, node.body):
                         if allowed is not None:
                             return allowed
+        if self.names.expects("server-assertion"):
+            raise Unsupported(
+                f"not judged: {', '.join(modules[:1])} and its groups in SGLang "
+                f"{self.names.version} assert nothing about the quantizations of {_RUNNER}"
+            )
         return None
+
+    def _makes_experts(self, node: ast.stmt) -> bool:
+        """Return whether a class has both a router and SGLang's MoE layer made."""
+        if not isinstance(node, ast.ClassDef):
+            return False
+        topk, layer, factory = (
+            self.names.spelling(key).path for key in ("topk", "layer", "layer-class")
+        )
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        called = {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
+        return topk in called and bool({factory, layer} & names)
 
 
 def _defaults(node: ast.AST) -> Iterator[int]:
@@ -154,15 +190,6 @@ def _constants(call: ast.Call | None) -> dict[str, Any]:
         for word in call.keywords
         if word.arg and isinstance(word.value, ast.Constant)
     }
-
-
-def _makes_experts(node: ast.stmt) -> bool:
-    """Whether a class has both a router and SGLang's MoE layer made."""
-    if not isinstance(node, ast.ClassDef):
-        return False
-    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    called = {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
-    return "TopK" in called and bool({"get_moe_impl_class", "FusedMoE"} & names)
 
 
 def _asks_for_runner(test: ast.expr) -> bool:

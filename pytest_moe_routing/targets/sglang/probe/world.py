@@ -18,28 +18,8 @@ from torch.nn import functional
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets import recorder, stubs
+from pytest_moe_routing.targets.contract import Names
 
-_LAYERS = "sglang.srt.layers"
-#: What runs for real.
-REAL = (
-    "sglang.srt.models",
-    "sglang.srt.configs.shared_experts",
-    "sglang.srt.environ",
-    f"{_LAYERS}.moe",
-    f"{_LAYERS}.parameter",
-    f"{_LAYERS}.quantization.base_config",
-    f"{_LAYERS}.quantization.fp8",
-    f"{_LAYERS}.quantization.modelopt_quant",
-    f"{_LAYERS}.quantization.mxfp4_flashinfer_trtllm_moe",
-    f"{_LAYERS}.quantization.unquant",
-)
-#: Third-party packages that are stubs, installed or not.
-ABSENT = (
-    *("PIL", "aiter", "compressed_tensors", "cutlass", "deep_ep", "deep_gemm", "einops"),
-    *("flashinfer", "huggingface_hub", "kt_kernel", "msgspec", "numba", "orjson", "psutil"),
-    *("pybase64", "pydantic", "regex", "requests", "safetensors", "sgl_kernel", "sglang_kernel"),
-    *("torchao", "torchvision", "tqdm", "transformers", "triton", "triton_kernels", "zmq"),
-)
 #: An entry point of FlashInfer, and the arguments it was called with.
 Call = tuple[str, dict[str, Any]]
 #: The rank under test is the second of two, each with half of the experts.
@@ -50,8 +30,12 @@ class RoutedOutside(Exception):
     """SGLang chooses the experts itself; no fused kernel routes."""
 
 
-def enter(root: str, flashinfer: FlashInfer, calls: list[Call]) -> None:
-    """From now on import SGLang from `root`, in this world; entry points append to `calls`."""
+def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) -> None:
+    """From now on import SGLang from `root`, in this world; entry points append to `calls`.
+
+    Raises:
+        Unsupported: The release does not have what tells it that the TRT-LLM runner is chosen.
+    """
     # torch's compiler would look for a GPU's, and the operators of sgl_kernel are not here.
     torch.compile = lambda f=None, *_, **__: f or (lambda g: g)  # type: ignore[assignment]
     torch.library.register_fake = lambda *_, **__: lambda f: f
@@ -62,14 +46,7 @@ def enter(root: str, flashinfer: FlashInfer, calls: list[Call]) -> None:
 
     torch.mm = mm_on_a_cpu  # type: ignore[assignment]
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
-    stand_ins = {
-        **_utilities(),
-        **_parallel(),
-        **_options(),
-        **_modules(),
-        **_quantizers(),
-    }
-    stubs.install("sglang", root, real=REAL, absent=ABSENT, stand_ins=stand_ins)
+    stubs.install(names.contract, root, stand_ins(names))
 
     def answer(function: str, arguments: Mapping[str, Any]) -> Any:
         """A kernel's output: ones, as the function returns it."""
@@ -82,7 +59,21 @@ def enter(root: str, flashinfer: FlashInfer, calls: list[Call]) -> None:
         return [output] if "fp4" in function or "mxint4" in function else output
 
     recorder.install(flashinfer, answer)
-    _choose_runner()
+    _choose_runner(names)
+
+
+def stand_ins(names: Names) -> dict[str, Any]:
+    """Return what stands in for SGLang's own, and for GPU libraries', by bare name.
+
+    By bare name, as such things are imported from different modules in different releases.
+    """
+    return {
+        **_utilities(),
+        **_parallel(),
+        **_options(names),
+        **_modules(),
+        **_quantizers(),
+    }
 
 
 def known(name: str, **values: Any) -> stubs.Stub:
@@ -159,7 +150,7 @@ def _parallel() -> dict[str, Any]:
     }
 
 
-def _options() -> dict[str, Any]:
+def _options(names: Names) -> dict[str, Any]:
     """A server to which nothing was said but the runner, and what follows from that."""
     options = Options(
         moe_runner_backend="flashinfer_trtllm",
@@ -168,8 +159,7 @@ def _options() -> dict[str, Any]:
     )
 
     def model() -> Any:
-        shared = import_module("sglang.srt.configs.shared_experts").SharedExpertsConfig()
-        return known("model", shared_experts=shared)
+        return known("model", shared_experts=names.get("shared-experts")())
 
     return {
         # No remapping of experts, which would need their ids.
@@ -276,16 +266,22 @@ def _quantizers() -> dict[str, Any]:
     }
 
 
-def _choose_runner() -> None:
+def _choose_runner(names: Names) -> None:
     """SGLang's own MoE package, told that the TRT-LLM runner was chosen, and nothing else."""
-    utils = import_module(f"{_LAYERS}.moe.utils")
-    package = import_module(f"{_LAYERS}.moe")
-    for module in (utils, package):
-        vars(module)["get_moe_runner_backend"] = lambda: utils.MoeRunnerBackend.FLASHINFER_TRTLLM
-        vars(module)["get_moe_a2a_backend"] = lambda: utils.MoeA2ABackend.NONE
-    topk = import_module(f"{_LAYERS}.moe.topk")
+    runner = names.get("runners.FLASHINFER_TRTLLM")
+    communication = names.get("communications.NONE")
 
     def select_experts(*_: Any, **__: Any) -> Any:
         raise RoutedOutside
 
-    vars(topk)["select_experts"] = select_experts
+    for key, function in (
+        ("runner", lambda: runner),
+        ("communication", lambda: communication),
+        ("select-experts", select_experts),
+    ):
+        spelling = names.spelling(key)
+        module = import_module(spelling.module)
+        # A package may have imported it from its own module by now.
+        for place in (module, import_module(spelling.module.rpartition(".")[0])):
+            if place is module or hasattr(place, spelling.path):
+                setattr(place, spelling.path, function)

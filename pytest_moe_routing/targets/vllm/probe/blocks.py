@@ -1,7 +1,7 @@
 """Builds a model's MoE block as vLLM's model code does, with a layer that records what it is asked.
 
 For a process of its own: vLLM is told that it runs on a CPU, a group of one process is made, and
-the models' modules are patched. It is run by `targets.server`.
+the models' modules are patched. It is run by `targets.server` with the arguments ROOT VERSION.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from pytest_moe_routing.errors import RecipeError, Unsupported
 from pytest_moe_routing.logits import make
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.server import serve
 
-#: Names under which releases have had the MoE layer.
-_LAYERS = ("FusedMoEFactory", "SharedFusedMoE", "FusedMoE")
+#: Rows of the contract for what the code of a model calls to make its layer.
+_LAYERS = ("code-layer", "code-shared-layer")
 _MODELS = "vllm.model_executor.models"
 #: A layer of experts in every model: the first few are dense, or routed by a table.
 _PREFIX = "model.layers.3.mlp"
@@ -71,6 +73,24 @@ class _Recorder(nn.Module):
         self.logits_dtype = router_logits.dtype
         # In float32, so that a factor on it is not rounded.
         return torch.ones(len(hidden_states), self.hidden_size, dtype=torch.float32)
+
+
+# One release per process.
+_names: Names | None = None
+
+
+def names() -> Names:
+    """Return the contract's names in this release."""
+    assert _names is not None
+    return _names
+
+
+def install(root: str, version: str) -> None:
+    """Make the vLLM in `root` the one that is imported, before any other that is installed."""
+    global _names
+    sys.path.insert(0, root)
+    definitions = stubs.definitions("vllm", root)
+    _names = Names(Contract.of("vllm"), version, definitions, import_module)
 
 
 @cache
@@ -121,6 +141,7 @@ def layer_request(
     Raises:
         Unsupported: The release does not have the block, or it cannot be built or run here.
     """
+    names().require("model_code")
     vllm_config, failure = _started()
     if failure:
         raise Unsupported(failure)
@@ -288,7 +309,7 @@ def _recording(block: type, layers: list[_Recorder], hidden_size: int) -> Iterat
 
     with ExitStack() as stack:
         for module in {sys.modules[cls.__module__] for cls in block.__mro__}:
-            for name in _LAYERS:
+            for name in (names().spelling(key).path for key in _LAYERS if names().has(key)):
                 if hasattr(module, name):
                     recorder = recorder_of(getattr(module, name))
                     stack.enter_context(patch.object(module, name, recorder))
@@ -300,7 +321,8 @@ def _recording(block: type, layers: list[_Recorder], hidden_size: int) -> Iterat
 
 
 def _linear_method() -> Any:
-    return import_module("vllm.model_executor.layers.linear").UnquantizedLinearMethod
+    spelling = names().spelling("code-linear")
+    return getattr(import_module(spelling.module), spelling.path.partition(".")[0])
 
 
 def _linear(_method: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -356,6 +378,5 @@ def _run(block: nn.Module, hidden_size: int) -> Tensor:
 
 
 def main() -> None:
-    # Where the release lies, before any other that is installed.
-    sys.path.insert(0, sys.argv[1])
+    install(*sys.argv[1:])
     serve({"layer_request": layer_request})

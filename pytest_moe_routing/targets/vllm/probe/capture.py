@@ -23,18 +23,12 @@ from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets.recorder import DoesNotBind, Reached, plain
 from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.vllm.probe import release as release
-from pytest_moe_routing.targets.vllm.probe.config import chosen, moe_config, quant_config
-from pytest_moe_routing.targets.vllm.probe.experts import (
-    MOE,
-    QUANTIZATION,
-    SCHEMES,
-    ServedScheme,
-)
+from pytest_moe_routing.targets.vllm.probe.config import moe_config, quant_config
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES, ServedScheme
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
+from pytest_moe_routing.targets.vllm.probe.release import names
 
 TOKENS, HIDDEN, INTERMEDIATE = 8, 512, 256
-#: vLLM's function that packs ids and weights.
-_PACK = "trtllm_moe_pack_topk_ids_weights"
 #: What vLLM's own code raises when it will not go on.
 _REFUSALS = (AssertionError, DoesNotBind, ImportError, KeyError, NotImplementedError, ValueError)
 
@@ -49,6 +43,7 @@ def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any
     Raises:
         Unsupported: The release has no such experts, or none that a layer calls.
     """
+    names().require("verdicts", scheme)
     row = SCHEMES[scheme]
     experts = experts_of(row)
     methods = _methods(row)
@@ -76,6 +71,7 @@ def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     Raises:
         Unsupported: The release has no such experts.
     """
+    names().require("modular", scheme)
     row = SCHEMES[scheme]
     experts = experts_of(row, modular=True)
     method = release.classify(model)[0]
@@ -126,24 +122,23 @@ def _given(experts: Any, layer: _Layer) -> dict[str, Any]:
     def call() -> None:
         made = _made(experts, layer)
         # Packing is a Triton kernel in some releases.
-        with patch.dict(vars(sys.modules[experts.__module__]), {_PACK: lambda *_, **__: packed}):
+        stand_ins = {}
+        if names().has("pack"):
+            stand_ins[names().spelling("pack").path] = lambda *_, **__: packed
+        with patch.dict(vars(sys.modules[experts.__module__]), stand_ins):
             made.apply(**release.accepted(made.apply, given))
 
     return _recorded(call, {"ids": ids, "weights": weights, "packed": packed}, experts.__name__)
 
 
 def _methods(row: ServedScheme) -> list[Any]:
-    """The layers' methods that call monolithic experts, as functions."""
+    """Return the layers' methods that call monolithic experts, as functions."""
     found = []
-    for module, name in row.methods:
-        try:
-            place = f"{MOE}{module}" if module.startswith(".") else f"{QUANTIZATION}.{module}"
-            cls = vars(getattr(release.real(place), name, object))
-        except Unsupported:
-            continue
-        method = cls.get("apply_monolithic") or cls.get("forward_monolithic_cuda")
-        if method is not None:
-            found.append(method)
+    for key in row.methods:
+        for member in names().contract.members(key):
+            if names().has(member.key):
+                found.append(names().get(member.key))
+                break
     return found
 
 
@@ -170,8 +165,9 @@ class _Layer:
             # Most values have no bfloat16 of their own.
             bias = torch.linspace(0.101, 0.907, experts)
             bias = bias.to(getattr(torch, router["correction_bias"]))
-        prepare = getattr(made, "prepare_monolithic_bias", lambda same: same)
-        self.e_score_correction_bias = prepare(bias)
+        if names().has("router.prepare_monolithic_bias"):
+            bias = made.prepare_monolithic_bias(bias)
+        self.e_score_correction_bias = bias
         self.activation = self.config.activation
         self.global_num_experts = experts
         self.local_num_experts = self.config.num_local_experts
@@ -258,6 +254,15 @@ def _recorded(
     try:
         with _on_one_gpu():
             call()
+    except AttributeError as error:
+        # What vLLM reads of the probe's own objects and does not find there.
+        if not isinstance(error.obj, (_Layer, _Caller)):
+            raise
+        raise Unsupported(
+            f"not judged: vLLM {names().version} reads {error.name!r} of its "
+            f"{'layer' if isinstance(error.obj, _Layer) else 'quantization method'}, "
+            f"which the probe does not have ({_text(error)})"
+        ) from error
     except Reached as reached:
         arguments = {name: plain(value, named) for name, value in reached.arguments.items()}
         return {"function": reached.function, "arguments": arguments}
@@ -273,10 +278,10 @@ def _on_one_gpu() -> Iterator[None]:
     """What vLLM's experts ask of their surroundings."""
     compilation = SimpleNamespace(max_cudagraph_capture_size=512)
     vllm_config = SimpleNamespace(compilation_config=compilation)
-    module = import_module("vllm.config")
+    config = names().spelling("vllm-config")
     with (
         patch.object(torch.accelerator, "current_device_index", lambda: "cpu"),
-        patch.object(module, "get_current_vllm_config", lambda: vllm_config),
+        patch.object(import_module(config.module), config.path, lambda: vllm_config),
     ):
         yield
 
@@ -294,15 +299,15 @@ class _Caller:
 
     @property
     def unquantized_backend(self) -> Any:
-        return chosen("unquantized", "UnquantizedMoeBackend")
+        return names().get("chosen-unquantized")
 
     @property
     def fp8_backend(self) -> Any:
-        return chosen("fp8", "Fp8MoeBackend")
+        return names().get("chosen-fp8")
 
     @property
     def nvfp4_backend(self) -> Any:
-        return chosen("nvfp4", "NvFp4MoeBackend")
+        return names().get("chosen-nvfp4")
 
 
 class _Prepared:
@@ -321,9 +326,8 @@ class _Prepared:
 
 def _kernel(experts: Any, layer: _Layer) -> Any:
     """The kernel object around the experts."""
-    modular_kernel = release.real(f"{MOE}.modular_kernel")
-    kernel = object.__new__(modular_kernel.FusedMoEKernel)
-    kernel.impl = modular_kernel.FusedMoEKernelMonolithicImpl(_Prepared(layer), experts)
+    kernel = object.__new__(names().get("kernel"))
+    kernel.impl = names().get("kernel-impl")(_Prepared(layer), experts)
     return kernel
 
 

@@ -10,8 +10,12 @@ import torch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.reference.activation import ACTIVATIONS
-from pytest_moe_routing.targets.vllm.probe.experts import MOE, ServedScheme
-from pytest_moe_routing.targets.vllm.probe.release import accepted, config, real
+from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+
+class NoActivation(Unsupported):
+    """The release does not know a model's activation."""
 
 
 def activation_name(model: Mapping[str, Any]) -> str:
@@ -27,7 +31,7 @@ def activation_name(model: Mapping[str, Any]) -> str:
 
 def parallel_config(shards: int = 1) -> Any:
     """No parallelism, or the last rank of expert parallelism."""
-    alone = config().FusedMoEParallelConfig.make_no_parallel()
+    alone = names().get("parallel-config.make_no_parallel")()
     if shards == 1:
         return alone
     return replace(alone, ep_size=shards, ep_rank=shards - 1, use_ep=True)
@@ -46,15 +50,13 @@ def _activation_arguments(model: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _activation(name: str) -> Any:
-    """An activation as the release has it: a member of an enum, or before that its name."""
-    try:
-        module = real(f"{MOE}.activation")
-    except Unsupported:
+    """Return an activation as the release has it: a member of an enum, or before that its name."""
+    if not names().has("activation"):
         return name
     try:
-        return module.MoEActivation.from_str(name)
+        return names().get("activation.from_str")(name)
     except ValueError:
-        raise Unsupported(f"this release has no activation {name}") from None
+        raise NoActivation(f"this release has no activation {name}") from None
 
 
 def moe_config(
@@ -66,7 +68,7 @@ def moe_config(
     """The `FusedMoEConfig` of one layer of the model; `sizes` stand in for its real widths.
 
     Raises:
-        Unsupported: The release does not know the activation.
+        NoActivation: The release does not know the activation.
     """
     activation = _activation(activation_name(model))
     router, widths = model["router"], model["experts"]
@@ -74,7 +76,6 @@ def moe_config(
         widths["latent_size"] or widths["hidden_size"],
         widths["intermediate_size"],
     )
-    cls = config().FusedMoEConfig
     arguments = {
         "num_experts": router["num_experts"],
         "experts_per_token": router["top_k"],
@@ -86,7 +87,7 @@ def moe_config(
         "activation": activation,
         "is_act_and_mul": widths["gated"],
         "device": "cpu",
-        "routing_method": config().RoutingMethodType[method],
+        "routing_method": _method(method),
         "moe_parallel_config": parallel_config(shards),
         "in_dtype": torch.bfloat16,
         "router_logits_dtype": getattr(torch, router["logits_dtype"]),
@@ -94,7 +95,7 @@ def moe_config(
         "max_capture_size": 512,
         **_activation_arguments(model),
     }
-    return cls(**accepted(cls, arguments))
+    return names().get("moe-config")(**names().accepted("moe-config", arguments))
 
 
 def quant_config(row: ServedScheme, experts: int, layer: Any) -> Any:
@@ -126,10 +127,16 @@ def quant_config(row: ServedScheme, experts: int, layer: Any) -> Any:
             "gemm1_beta": act.beta,
             "gemm1_clamp_limit": act.limit,
         }
-    make = config().FusedMoEQuantConfig.make
-    return make(**accepted(make, arguments))
+    return names().get("quant-config")(**names().accepted("quant-config", arguments))
 
 
-def chosen(oracle: str, backends: str) -> Any:
-    """The member that stands for the TRT-LLM experts in the enum of one of vLLM's selectors."""
-    return getattr(real(f"{MOE}.oracle.{oracle}"), backends).FLASHINFER_TRTLLM
+def _method(name: str) -> Any:
+    """Return a routing method.
+
+    Raises:
+        Unsupported: The release has no such method.
+    """
+    methods = names().get("methods")
+    if name not in methods.__members__:
+        raise Unsupported(f"this release has no routing method {name}")
+    return methods[name]

@@ -1,32 +1,21 @@
-"""Where each release of vLLM keeps what serves a scheme. Names only: nothing is imported here.
-
-Every list is in order of preference: the first that a release has is used.
-"""
+"""What serves each quantization scheme in vLLM, by rows of the contract."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-LAYERS = "vllm.model_executor.layers"
-MOE = f"{LAYERS}.fused_moe"
-QUANTIZATION = f"{LAYERS}.quantization"
-KEYS = f"{QUANTIZATION}.utils.quant_utils"
-
 
 @dataclass(frozen=True)
 class ServedScheme:
-    """What serves one quantization scheme.
+    """What serves one quantization scheme; names are keys of `contract.yaml`.
 
     Attributes:
-        experts: Module below `fused_moe` (or `quantization`, when it starts with that), and class
-            in it, of the monolithic experts. Before there were classes, the name is that of a
-            function: all gates at once, the single ones beside it in its module.
-        modular: Module and class of the experts that are given ids and weights; none before there
-            were two kinds, and for MXINT4.
-        keys: Names of the quantization keys of (weight, activation); "" stands for None.
-        methods: Module below `quantization`, or `fused_moe` when it starts with a dot, and class
-            of the layer's methods that call the experts.
+        experts: The monolithic experts. In releases without such classes it is a function, all
+            gates at once, with the single ones beside it in its module.
+        modular: The experts that are given ids and weights; None where vLLM has none.
+        keys: The quantization keys of weights and activations; None for unquantized ones.
+        methods: The layer's methods that call the experts.
         quantized: Activations as the experts get them: dtype, values a byte, values a scale (0: no
             scale), dtype of the scale.
         packed: Two weights a byte.
@@ -34,109 +23,69 @@ class ServedScheme:
             weights, and the block.
     """
 
-    experts: tuple[tuple[str, str], ...]
-    keys: tuple[str, str]
-    methods: tuple[tuple[str, str], ...]
+    experts: str
+    keys: tuple[str | None, str | None]
+    methods: tuple[str, ...]
     quantized: tuple[str, int, int, str]
     packed: bool = False
     quantization: tuple[str, str, tuple[int, int] | None] = ("", "", None)
-    modular: tuple[tuple[str, str], ...] = ()
+    modular: str | None = None
 
-
-_FP8 = (
-    ("experts.trtllm_fp8_moe", "TrtLlmFp8ExpertsMonolithic"),
-    ("experts.trtllm_fp8_moe", "TrtLlmFp8Experts"),
-    ("flashinfer_trtllm_moe", "is_supported_config_trtllm_fp8"),
-    ("flashinfer_trtllm_moe", "is_supported_config_trtllm"),
-)
-_TENSORS = "compressed_tensors.compressed_tensors_moe"
-_W8A8_FP8 = (
-    (f"{_TENSORS}.compressed_tensors_moe_w8a8_fp8", "CompressedTensorsW8A8Fp8MoEMethod"),
-    (_TENSORS, "CompressedTensorsW8A8Fp8MoEMethod"),
-)
-
-_FP8_MODULAR = (("experts.trtllm_fp8_moe", "TrtLlmFp8ExpertsModular"),)
 
 SCHEMES: Mapping[str, ServedScheme] = {
     "fp8_block": ServedScheme(
-        _FP8,
-        ("kFp8Static128BlockSym", "kFp8Dynamic128Sym"),
-        (("fp8", "Fp8MoEMethod"), *_W8A8_FP8),
+        "experts-fp8",
+        ("keys.kFp8Static128BlockSym", "keys.kFp8Dynamic128Sym"),
+        ("method-fp8", "method-w8a8-fp8"),
         ("float8_e4m3fn", 1, 128, "float32"),
         quantization=("float8_e4m3fn", "", (128, 128)),
-        modular=_FP8_MODULAR,
+        modular="modular-fp8",
     ),
     "fp8_per_tensor": ServedScheme(
-        _FP8,
-        ("kFp8StaticTensorSym", "kFp8StaticTensorSym"),
-        (("modelopt", "ModelOptFp8MoEMethod"), ("fp8", "Fp8MoEMethod"), *_W8A8_FP8),
+        "experts-fp8",
+        ("keys-per-tensor.kFp8StaticTensorSym", "keys-per-tensor.kFp8StaticTensorSym"),
+        ("method-modelopt-fp8", "method-fp8", "method-w8a8-fp8"),
         ("float8_e4m3fn", 1, 0, "float32"),
         quantization=("float8_e4m3fn", "", None),
-        modular=_FP8_MODULAR,
+        modular="modular-fp8",
     ),
     "mxfp8": ServedScheme(
-        _FP8,
-        ("kMxfp8Static", "kMxfp8Dynamic"),
-        (
-            ("modelopt", "ModelOptMxFp8FusedMoE"),
-            (
-                f"{_TENSORS}.compressed_tensors_moe_w8a8_mxfp8",
-                "CompressedTensorsW8A8Mxfp8MoEMethod",
-            ),
-        ),
+        "experts-fp8",
+        ("keys-mxfp8.kMxfp8Static", "keys-mxfp8.kMxfp8Dynamic"),
+        ("method-modelopt-mxfp8", "method-w8a8-mxfp8"),
         ("float8_e4m3fn", 1, 32, "uint8"),
         quantization=("mxfp8", "", (1, 32)),
-        modular=_FP8_MODULAR,
+        modular="modular-fp8",
     ),
     "nvfp4": ServedScheme(
-        (
-            ("experts.trtllm_nvfp4_moe", "TrtLlmNvFp4ExpertsMonolithic"),
-            ("quantization.utils.flashinfer_fp4_moe", "is_supported_config_trtllm"),
-        ),
-        ("kNvfp4Static", "kNvfp4Dynamic"),
-        (
-            ("modelopt", "ModelOptNvFp4FusedMoE"),
-            (
-                f"{_TENSORS}.compressed_tensors_moe_w4a4_nvfp4",
-                "CompressedTensorsW4A4Nvfp4MoEMethod",
-            ),
-            (_TENSORS, "CompressedTensorsW4A4Nvfp4MoEMethod"),
-        ),
+        "experts-nvfp4",
+        ("keys-nvfp4.kNvfp4Static", "keys-nvfp4.kNvfp4Dynamic"),
+        ("method-modelopt-nvfp4", "method-w4a4-nvfp4"),
         ("uint8", 2, 16, "uint8"),
         packed=True,
         quantization=("nvfp4", "", None),
-        modular=(("experts.trtllm_nvfp4_moe", "TrtLlmNvFp4ExpertsModular"),),
+        modular="modular-nvfp4",
     ),
     "bf16": ServedScheme(
-        (
-            ("experts.trtllm_bf16_moe", "TrtLlmBf16ExpertsMonolithic"),
-            ("experts.trtllm_bf16_moe", "TrtLlmBf16Experts"),
-            ("flashinfer_trtllm_moe", "is_supported_config_trtllm_bf16"),
-        ),
-        ("", ""),
-        ((".unquantized_fused_moe_method", "UnquantizedFusedMoEMethod"),),
+        "experts-bf16",
+        (None, None),
+        ("method-unquantized",),
         ("bfloat16", 1, 0, ""),
-        modular=(("experts.trtllm_bf16_moe", "TrtLlmBf16ExpertsModular"),),
+        modular="modular-bf16",
     ),
     "mxfp4": ServedScheme(
-        (("experts.trtllm_mxfp4_moe", "TrtLlmMxfp4ExpertsMonolithic"),),
-        ("kMxfp4Static", "kMxfp8Dynamic"),
-        (("mxfp4", "GptOssMxfp4MoEMethod"), ("mxfp4", "Mxfp4MoEMethod")),
+        "experts-mxfp4",
+        ("keys-mxfp4.kMxfp4Static", "keys-mxfp4.kMxfp8Dynamic"),
+        ("method-gpt-oss-mxfp4", "method-mxfp4"),
         ("float8_e4m3fn", 1, 32, "uint8"),
         packed=True,
         quantization=("mxfp8", "mxfp4", None),
-        modular=(("experts.trtllm_mxfp4_moe", "TrtLlmMxfp4ExpertsModular"),),
+        modular="modular-mxfp4",
     ),
     "mxint4": ServedScheme(
-        (("experts.trtllm_mxint4_moe", "TrtLlmMxint4ExpertsMonolithic"),),
-        ("kInt4Static32", ""),
-        (
-            (f"{_TENSORS}.compressed_tensors_moe_wna16", "CompressedTensorsWNA16MoEMethod"),
-            (
-                f"{_TENSORS}.compressed_tensors_moe_wna16_marlin",
-                "CompressedTensorsWNA16MarlinMoEMethod",
-            ),
-        ),
+        "experts-mxint4",
+        ("keys-mxint4.kInt4Static32", None),
+        ("method-wna16", "method-wna16-marlin"),
         ("bfloat16", 1, 0, ""),
         packed=True,
         quantization=("", "int4", (0, 32)),

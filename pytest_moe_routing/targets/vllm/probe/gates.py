@@ -1,4 +1,4 @@
-"""The gates that a release of vLLM puts before a scheme's monolithic experts, one by one."""
+"""The gates that a release of vLLM puts before a scheme's experts, one by one."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.targets.vllm.probe.config import activation_name, moe_config
-from pytest_moe_routing.targets.vllm.probe.experts import (
-    KEYS,
-    LAYERS,
-    MOE,
-    SCHEMES,
-    ServedScheme,
+from pytest_moe_routing.targets.vllm.probe.config import NoActivation, activation_name, moe_config
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES, ServedScheme
+from pytest_moe_routing.targets.vllm.probe.release import accepted, names
+
+#: Gates in the order in which vLLM asks them: title, name of the function, what it is asked about.
+_GATES = (
+    ("device", "_supports_current_device", "{device}"),
+    ("gated experts", "_supports_no_act_and_mul", "gated={gated}"),
+    ("activation", "_supports_activation", "{activation}"),
+    ("quantization scheme", "_supports_quant_scheme", "{quantized}"),
+    ("parallel config", "_supports_parallel_config", "{parallel}"),
+    ("routing method", "_supports_routing_method", "{method}"),
+    ("router logits dtype", "_supports_router_logits_dtype", "{logits_dtype}"),
+    ("shape", "_supports_shape", "hidden size {hidden_dim}"),
 )
-from pytest_moe_routing.targets.vllm.probe.release import accepted, real
 
 
 def experts_of(scheme: ServedScheme, *, modular: bool = False) -> Any:
-    """A scheme's monolithic experts, see `VllmBackend.experts`: a class, or a function.
+    """Return a scheme's monolithic experts, see `ServedScheme.experts`: a class, or a function.
 
     Args:
         modular: The class that is given ids and weights instead.
@@ -26,44 +32,46 @@ def experts_of(scheme: ServedScheme, *, modular: bool = False) -> Any:
     Raises:
         Unsupported: The release has none.
     """
-    places = scheme.modular if modular else scheme.experts
-    for module, name in places:
-        below = LAYERS if module.startswith("quantization.") else MOE
-        try:
-            return getattr(real(f"{below}.{module}"), name)
-        except (Unsupported, AttributeError):
-            continue
-    missing = places[0][1] if places else "modular experts for this scheme"
-    raise Unsupported(f"this release has no {missing}")
+    key = scheme.modular if modular else scheme.experts
+    if key is None:
+        raise Unsupported("vLLM has no modular experts for this scheme")
+    return names().get(key)
 
 
 def quant_keys(scheme: ServedScheme) -> tuple[Any, Any]:
-    """The quantization keys of a scheme's weights and activations.
+    """Return the quantization keys of a scheme's weights and activations.
 
     Raises:
-        Unsupported: This release does not know the scheme.
+        Unsupported: This release does not have the scheme.
     """
-    known = real(KEYS)
-    for name in scheme.keys:
-        if name and not hasattr(known, name):
-            raise Unsupported(f"this release has no quantization key {name}")
-    weight, activation = (getattr(known, name) if name else None for name in scheme.keys)
+    weight, activation = (None if key is None else names().get(key) for key in scheme.keys)
     return weight, activation
 
 
 def gates(
     model: Mapping[str, Any], scheme: str, method: str, modular: bool = False
 ) -> list[list[Any]]:
-    """Every gate of the scheme's experts as [name, answer, reason], then all of them at once."""
+    """Return every gate of the experts as [name, answer, reason], then all of them at once."""
+    names().require("modular" if modular else "verdicts", scheme)
     row = SCHEMES[scheme]
     owner = experts_of(row, modular=modular)
     weight, activation_key = quant_keys(row)
     try:
         layer = moe_config(model, method)
-    except Unsupported as unknown:
+    except NoActivation as unknown:
         return [["activation", False, str(unknown)]]
-    name = owner.__name__
-    quantized = " x ".join(key or "none" for key in row.keys)
+    about = {
+        "device": "Blackwell",
+        "gated": model["experts"]["gated"],
+        "activation": activation_name(model),
+        "quantized": " x ".join(
+            "none" if key is None else key.rpartition(".")[2] for key in row.keys
+        ),
+        "parallel": "one GPU",
+        "method": method,
+        "logits_dtype": model["router"]["logits_dtype"],
+        "hidden_dim": layer.hidden_dim,
+    }
     given = {
         "activation": layer.activation,
         "weight_key": weight,
@@ -74,33 +82,33 @@ def gates(
         "router_logits_dtype": layer.router_logits_dtype,
         "hidden_dim": layer.hidden_dim,
     }
-    asked = [
-        ("device", "current_device", "Blackwell"),
-        ("gated experts", "no_act_and_mul", f"gated={model['experts']['gated']}"),
-        ("activation", "activation", activation_name(model)),
-        ("quantization scheme", "quant_scheme", quantized),
-        ("parallel config", "parallel_config", "one GPU"),
-        ("routing method", "routing_method", method),
-        ("router logits dtype", "router_logits_dtype", model["router"]["logits_dtype"]),
-        ("shape", "shape", f"hidden size {layer.hidden_dim}"),
-    ]
     answers: list[list[Any]] = []
-    for gate, function, what in asked:
-        found = _gate(owner, f"_supports_{function}")
+    for gate, function, what in _GATES:
+        found = _gate(owner, function)
         if found is None:
             continue
         answer = found(**accepted(found, given))
         if gate == "gated experts" and model["experts"]["gated"]:
             answer = True
-        answers.append([gate, bool(answer), f"{name} does not take {what}"])
+        reason = f"{owner.__name__} does not take {what.format(**about)}"
+        answers.append([gate, bool(answer), reason])
     supported, reason = _all_at_once(owner, layer, given)
     return [*answers, ["is_supported_config", bool(supported), reason or ""]]
 
 
 def _gate(owner: Any, name: str) -> Any:
-    """One gate of a class, or of those that a function calls; None when there is none."""
+    """Return one gate of a class, or of those that a function calls.
+
+    None when a function calls no such gate; a class has all of them, if only to say yes.
+
+    Raises:
+        Unsupported: The class has no such gate.
+    """
     if isinstance(owner, type):
-        return getattr(owner, name, None)
+        found = getattr(owner, name, None)
+        if found is None:
+            raise Unsupported(names().sentence(names().contract.rows[f"gates.{name}"]))
+        return found
     called = [other for other in owner.__code__.co_names if other.startswith(name)]
     return owner.__globals__[called[0]] if called else None
 
@@ -109,6 +117,5 @@ def _all_at_once(owner: Any, layer: Any, given: Mapping[str, Any]) -> Any:
     if isinstance(owner, type):
         keys = given["weight_key"], given["activation_key"]
         return owner.is_supported_config(owner, layer, *keys, owner.activation_format())  # type: ignore[attr-defined]
-    standard = real(f"{MOE}.modular_kernel").FusedMoEActivationFormat.Standard
-    given = {**given, "moe_config": layer, "activation_format": standard}
+    given = {**given, "moe_config": layer, "activation_format": names().get("format")}
     return owner(**accepted(owner, given))

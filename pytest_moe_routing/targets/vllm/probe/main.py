@@ -1,12 +1,14 @@
 """The child of the vLLM target.
 
-It is run by `targets.server` with the arguments ROOT FLASHINFER, and serves questions about the
-vLLM in ROOT, a directory or a wheel, beside that release of FlashInfer.
+It is run by `targets.server` with the arguments ROOT FLASHINFER VERSION, and serves questions
+about the vLLM in ROOT, a directory or a wheel, beside that release of FlashInfer.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets.server import serve
@@ -15,15 +17,17 @@ from pytest_moe_routing.targets.vllm.probe import gates as vllm_gates
 from pytest_moe_routing.targets.vllm.probe import release as release
 
 
+def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
+    """Install a vLLM in this process, and return what answers questions about it."""
+    release.install(root, FlashInfer.of(flashinfer), version)
+    return {
+        "numbers": release.numbers,
+        "classify": release.classify,
+        "gates": vllm_gates.gates,
+        "capture": vllm_capture.capture,
+        "capture_modular": vllm_capture.capture_modular,
+    }
+
+
 def main() -> None:
-    root, flashinfer = sys.argv[1:]
-    release.install(root, FlashInfer.of(flashinfer))
-    serve(
-        {
-            "numbers": release.numbers,
-            "classify": release.classify,
-            "gates": vllm_gates.gates,
-            "capture": vllm_capture.capture,
-            "capture_modular": vllm_capture.capture_modular,
-        }
-    )
+    serve(handlers(*sys.argv[1:]))

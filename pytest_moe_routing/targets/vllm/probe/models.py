@@ -8,52 +8,19 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.stubs import source_of
 
 _MODELS = "vllm.model_executor.models"
-_LAYERS = {"FusedMoE", "SharedFusedMoE", "FusedMoEFactory"}
 _OURS = ("vllm.models.", f"{_MODELS}.")
 _OTHER_DEVICES = {"amd", "cpu", "xpu"}
+#: Rows of the contract for what the code of a model calls to make its layer.
+_LAYERS = ("layer-factory", "shared-layer")
 #: How far a model's code is followed through the modules that it imports.
 _DEPTH = 3
-
-
-@cache
-def scales_output(root: str, architecture: str) -> bool:
-    """Whether the factor is applied to the output of the layer, whose router then knows none.
-
-    Either the layer is told so, or the model's own code does it and gives the layer no factor. An
-    architecture that this release does not have is taken to leave it to the router.
-    """
-    found = _layer(root, architecture)
-    return found is not None and _says_output(found.call, found.tree)
-
-
-@cache
-def routing_function(root: str, architecture: str) -> tuple[str, str] | None:
-    """Module and name of the function that routes in the layer's stead, if the code gives one."""
-    found = _layer(root, architecture)
-    if found is None:
-        return None
-    given = {word.arg: word.value for word in found.call.keywords}.get("custom_routing_function")
-    if given is None:
-        return None
-    name = ast.unparse(given)
-    assigned = [
-        node.value.id
-        for node in ast.walk(found.tree)
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.Name)
-        and ast.unparse(node.targets[0]) == name
-    ]
-    return found.module, assigned[0] if assigned else name
-
-
-def has_architecture(root: str, architecture: str) -> bool:
-    """Whether the release has code for an architecture."""
-    return architecture in _registered(root)
 
 
 @dataclass(frozen=True)
@@ -64,83 +31,171 @@ class _Layer:
     tree: ast.Module
     call: ast.Call
 
-
-@cache
-def _layer(root: str, architecture: str) -> _Layer | None:
-    start = _registered(root).get(architecture)
-    if start is None:
-        return None
-    for module, tree in _modules(root, start):
-        for call in _calls(tree):
-            if _name(call.func) in _LAYERS:
-                return _Layer(module, tree, call)
-    return None
+    def argument(self, name: str) -> ast.expr | None:
+        """Return a keyword argument of the call."""
+        return next((word.value for word in self.call.keywords if word.arg == name), None)
 
 
-@cache
-def _registered(root: str) -> dict[str, str]:
-    """Module by architecture, as vLLM's registry has them."""
-    found: dict[str, str] = {}
-    for node in ast.walk(ast.parse(source_of(root, f"{_MODELS}.registry"))):
-        if not isinstance(node, ast.Dict):
-            continue
-        for key, value in zip(node.keys, node.values, strict=True):
-            if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple):
-                module = value.elts[0]
-                if isinstance(module, ast.Constant) and isinstance(module.value, str):
-                    name = module.value
-                    found[str(key.value)] = name if "." in name else f"{_MODELS}.{name}"
-    return found
+class ModelSources:
+    """The code of one release's models, which is read and not run."""
 
+    def __init__(self, names: Names, root: str) -> None:
+        self._names, self._root = names, root
+        self._layer = cache(self._find_layer)
+        self._tree = cache(lambda module: ast.parse(source_of(root, module)))
 
-def _modules(root: str, module: str) -> Iterator[tuple[str, ast.Module]]:
-    """A module with its syntax tree, then those it leads to: its own package's first."""
-    seen, level = {module}, [module]
-    for _ in range(_DEPTH):
-        further: list[str] = []
-        for name in level:
-            source = source_of(root, name)
-            tree = ast.parse(source)
-            yield name, tree
-            package = name if source_of(root, f"{name}.__init__") else name.rpartition(".")[0]
-            led = dict.fromkeys(m for m in _led_to(root, tree, package) if m not in seen)
-            seen.update(led)
-            further += led
-        level = sorted(further, key=lambda m: not m.startswith(f"{module}."))
+    def has_architecture(self, architecture: str) -> bool:
+        """Return whether the release has code for an architecture."""
+        return architecture in self._registered
 
+    def scales_output(self, architecture: str) -> bool:
+        """Return whether the factor is applied to the layer's output: its router then has none.
 
-def _led_to(root: str, tree: ast.Module, package: str) -> Iterator[str]:
-    """Modules of models that a module imports, or names by their architecture."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            above = package.split(".")
-            above = above[: len(above) - (node.level - 1)] if node.level else []
-            name = ".".join([*above, node.module])
-            if name.startswith(_OURS) and not _OTHER_DEVICES & {*name.split(".")}:
-                yield name
-        elif isinstance(node, ast.Constant) and node.value in _registered(root):
-            yield _registered(root)[str(node.value)]
+        Either the layer is told so, or the model's own code does it and gives the layer no factor.
+        An architecture that this release does not have leaves it to the router.
+
+        Raises:
+            Unsupported: The code of the model does not show it.
+        """
+        layer = self._layer(architecture)
+        if layer is None:
+            return False
+        told = layer.argument("apply_routed_scale_to_output")
+        if isinstance(told, ast.Name):
+            told = _passed(layer.tree, told.id)
+            if told is None:
+                raise self._unproven(layer, "whether the layer or its router applies the factor")
+        if told is not None:
+            if isinstance(told, ast.Constant):
+                return bool(told.value)
+            if _asks_for_aiter(told) and isinstance(told, ast.UnaryOp):
+                return isinstance(told.op, ast.Not)
+            raise self._unproven(layer, "whether the layer or its router applies the factor")
+        factor = layer.argument("routed_scaling_factor")
+        if isinstance(factor, ast.IfExp):
+            if not _asks_for_aiter(factor.test):
+                raise self._unproven(layer, "which scaling factor the layer is given")
+            is_negated = isinstance(factor.test, ast.UnaryOp)
+            factor = factor.body if is_negated else factor.orelse
+        return factor is None or (isinstance(factor, ast.Constant) and factor.value == 1.0)
+
+    def routing_function(self, architecture: str) -> tuple[str, str] | None:
+        """Return module and name of the function that routes in the layer's stead, if there is one.
+
+        Raises:
+            Unsupported: The code of the model does not show it.
+        """
+        layer = self._layer(architecture)
+        given = None if layer is None else layer.argument("custom_routing_function")
+        if layer is None or given is None:
+            return None
+        name = ast.unparse(given)
+        assigned = [
+            node.value.id
+            for node in ast.walk(layer.tree)
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Name)
+            and ast.unparse(node.targets[0]) == name
+        ]
+        return layer.module, assigned[0] if assigned else name
+
+    def _unproven(self, layer: _Layer, question: str) -> Unsupported:
+        where = f"{layer.module.replace('.', '/')}.py:{layer.call.lineno}"
+        return Unsupported(
+            f"not judged: {where} of vLLM {self._names.version} leaves open {question}"
+        )
+
+    def _find_layer(self, architecture: str) -> _Layer | None:
+        """Return where an architecture's code makes its MoE layer; None if there is no such code.
+
+        Raises:
+            Unsupported: There is, and it makes no layer that the contract has.
+        """
+        start = self._registered.get(architecture)
+        if start is None:
+            return None
+        factories = {self._names.spelling(key).path for key in _LAYERS if self._names.has(key)}
+        for module, tree in self._modules(start):
+            for call in _calls(tree):
+                if isinstance(call.func, ast.Name) and call.func.id in factories:
+                    return _Layer(module, tree, call)
+        raise Unsupported(
+            f"not judged: the code of {architecture} in vLLM {self._names.version} ({start}) makes "
+            f"no layer with {' or '.join(sorted(factories))}, so who scales and who routes is open"
+        )
+
+    @cached_property
+    def _registered(self) -> dict[str, str]:
+        """Module by architecture, as vLLM's registry has them.
+
+        Raises:
+            Unsupported: No architecture can be read from the registry.
+        """
+        registry = self._names.spelling("registry").module
+        found: dict[str, str] = {}
+        for node in ast.walk(self._tree(registry)):
+            if not isinstance(node, ast.Dict):
+                continue
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple):
+                    module = value.elts[0]
+                    if isinstance(module, ast.Constant) and isinstance(module.value, str):
+                        name = module.value
+                        found[str(key.value)] = name if "." in name else f"{_MODELS}.{name}"
+        if not found:
+            raise Unsupported(
+                f"not judged: {registry} of vLLM {self._names.version} lists no architecture in a "
+                f"form that the probe reads"
+            )
+        return found
+
+    def _modules(self, module: str) -> Iterator[tuple[str, ast.Module]]:
+        """Yield a module with its syntax tree, then those it leads to: its own package's first."""
+        seen, level = {module}, [module]
+        for _ in range(_DEPTH):
+            further: list[str] = []
+            for name in level:
+                tree = self._tree(name)
+                yield name, tree
+                is_package = source_of(self._root, f"{name}.__init__")
+                package = name if is_package else name.rpartition(".")[0]
+                led = dict.fromkeys(m for m in self._led_to(tree, package) if m not in seen)
+                seen.update(led)
+                further += led
+            level = sorted(further, key=lambda m: not m.startswith(f"{module}."))
+
+    def _led_to(self, tree: ast.Module, package: str) -> Iterator[str]:
+        """Yield modules of models that a module imports, or names by their architecture."""
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                above = package.split(".")
+                above = above[: len(above) - (node.level - 1)] if node.level else []
+                name = ".".join([*above, node.module])
+                if name.startswith(_OURS) and not _OTHER_DEVICES & {*name.split(".")}:
+                    yield name
+            elif isinstance(node, ast.Constant) and node.value in self._registered:
+                yield self._registered[str(node.value)]
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
-def _name(function: ast.expr) -> str:
-    return function.id if isinstance(function, ast.Name) else ""
+def _passed(tree: ast.AST, parameter: str) -> ast.expr | None:
+    """Return what other code passes for a parameter of a model's class, else its default."""
+    passed = [w.value for c in _calls(tree) for w in c.keywords if w.arg == parameter]
+    values = [value for value in passed if not isinstance(value, ast.Name)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments):
+            named = [*node.posonlyargs, *node.args][::-1]
+            defaults = [*zip(named, node.defaults[::-1], strict=False)]
+            defaults += [
+                (a, d) for a, d in zip(node.kwonlyargs, node.kw_defaults, strict=True) if d
+            ]
+            values += [default for name, default in defaults if name.arg == parameter]
+    return values[0] if values else None
 
 
-def _says_output(call: ast.Call, tree: ast.Module) -> bool:
-    given = {word.arg: word.value for word in call.keywords}
-    told = given.get("apply_routed_scale_to_output")
-    if isinstance(told, ast.Name):
-        # A parameter of the model's class: what its other code passes for it.
-        passed = [w.value for c in _calls(tree) for w in c.keywords if w.arg == told.id]
-        told = next((value for value in passed if not isinstance(value, ast.Name)), None)
-    if told is not None:
-        # Anything but a literal asks whether AITER is in use, which is for other GPUs.
-        return bool(told.value) if isinstance(told, ast.Constant) else isinstance(told, ast.UnaryOp)
-    factor = given.get("routed_scaling_factor")
-    if isinstance(factor, ast.IfExp):
-        factor = factor.body
-    return factor is None or (isinstance(factor, ast.Constant) and factor.value == 1.0)
+def _asks_for_aiter(test: ast.expr) -> bool:
+    """Return whether an expression asks for AITER, which is for other GPUs and thus not in use."""
+    return "aiter" in ast.unparse(test).lower()

@@ -54,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     history.add_argument("-o", dest="out", type=Path, metavar="FILE", help="a .md or .json file")
     commands.add_parser("models", help="print docs/models.md: every known model's router")
     commands.add_parser("faults", help="print docs/gpu-faults.md: which GPU test catches what")
-    flashinfer = commands.add_parser(
-        "flashinfer", help="compare a flashinfer-python with what is known of its release"
+    drift = commands.add_parser(
+        "drift", help="compare a release with what this package relies on; runs none of its code"
     )
-    flashinfer.add_argument(
+    drift.add_argument("system", choices=("vllm", "sglang", "flashinfer"))
+    drift.add_argument(
         "path",
         type=Path,
         nargs="*",
@@ -209,15 +210,29 @@ def _faults(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _flashinfer(arguments: argparse.Namespace) -> int:
+def _drift(arguments: argparse.Namespace) -> int:
+    examine = _examine_flashinfer if arguments.system == "flashinfer" else _examine_framework
+    drifted = False
+    for path in arguments.path or [None]:
+        lines, differs = examine(arguments.system, path)
+        _say("\n".join(lines))
+        drifted = drifted or differs
+    return int(drifted)
+
+
+def _examine_flashinfer(_: str, path: Path | None) -> tuple[list[str], bool]:
     from pytest_moe_routing.flashinfer.drift import examine
     from pytest_moe_routing.flashinfer.package import Package
 
-    packages = [Package.of(path) for path in arguments.path] or [Package.installed()]
-    examined = [examine(package) for package in packages]
-    for found in examined:
-        _say("\n".join(found.lines()))
-    return int(any(found.differences for found in examined))
+    found = examine(Package.installed() if path is None else Package.of(path))
+    return found.lines(), bool(found.differences)
+
+
+def _examine_framework(name: str, path: Path | None) -> tuple[list[str], bool]:
+    from pytest_moe_routing.targets.drift import examine
+
+    found = examine(name, path)
+    return found.lines(), bool(found.missing)
 
 
 _COMMANDS = {
@@ -228,7 +243,7 @@ _COMMANDS = {
     "history": _history,
     "models": _models,
     "faults": _faults,
-    "flashinfer": _flashinfer,
+    "drift": _drift,
 }
 
 

@@ -50,6 +50,7 @@ _OPTIONS = (
     ("scale", "string", "sizes of fused MoE tests: reduced or full (default: reduced)"),
     ("require-gpu", "bool", "fail unless at least one GPU test ran"),
     ("min-gpu-tests", "string", "fail unless at least that many GPU tests ran"),
+    ("min-verdicts", "string", "fail unless so many verdicts were given (default: as is known)"),
     ("known-failures", "paths", "a YAML ledger of failures that are known; may be repeated"),
     ("write-known-failures", "string", "write a ledger of every cause that fails; a new file"),
     ("report", "paths", "write the verdicts as .html, .md, .json or .jsonl; may be repeated"),
@@ -151,9 +152,11 @@ def pytest_configure(config: pytest.Config) -> None:
             from pytest_moe_routing.report.collect import Reporter
             from pytest_moe_routing.report.failures import Grouping
             from pytest_moe_routing.report.gpu import GpuReporter
+            from pytest_moe_routing.report.judged import JudgedReporter
 
             gpus = GpuReporter.of(_option(config, "min_gpu_tests"), _option(config, "require_gpu"))
             config.pluginmanager.register(gpus, "moe-routing-gpus")
+            config.pluginmanager.register(JudgedReporter.of(_option(config, "min_verdicts")))
             reporter = Reporter(session, paths=reports)
             config.pluginmanager.register(reporter, "moe-routing-reporter")
             config.pluginmanager.register(Grouping(), "moe-routing-grouping")
@@ -388,10 +391,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A target that fails is one cause; a GPU test that lacks memory says how much there was."""
+    """Note what is not judged, state a target's failure, and name memory that a GPU lacks."""
     __tracebackhide__ = True
     try:
         return (yield)
+    except pytest.skip.Exception as skipped:
+        from pytest_moe_routing.report.judged import note
+
+        note(item, skipped)
+        raise
     except TargetError as error:
         from pytest_moe_routing.report.failures import fail
         from pytest_moe_routing.suite.causes import of_target

@@ -317,6 +317,7 @@ def test_help_names_every_option(host):
         "scale",
         "require-gpu",
         "min-gpu-tests",
+        "min-verdicts",
         "known-failures",
         "report",
     ):

@@ -1,0 +1,113 @@
+"""Fails a run that judges less of a framework than its release is known to allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pytest_moe_routing.errors import Unsupported
+
+_PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+#: So many cases are named for each reason.
+_NAMED = 5
+
+
+def note(item: pytest.Item, skipped: BaseException) -> None:
+    """Tell the reports of a test that its framework has no answer, about a packaged model."""
+    from pytest_moe_routing.goldens import packaged_directory
+    from pytest_moe_routing.targets.framework import FrameworkTarget
+
+    given: dict[str, Any] = getattr(item, "funcargs", {})
+    target, model = given.get("moe_target"), given.get("moe_model")
+    reason = skipped.__context__
+    if not isinstance(reason, Unsupported) or not isinstance(target, FrameworkTarget):
+        return
+    if model is not None and model.folder.parent != packaged_directory():
+        return
+    assert isinstance(item, pytest.Function)
+    asked = {
+        "package": target.package,
+        "release": target.source.version,
+        "test": item.originalname,
+        "case": item.callspec.id if hasattr(item, "callspec") else "",
+        "reason": str(reason),
+    }
+    item.user_properties.append(("moe_not_judged", asked))
+
+
+class JudgedReporter:
+    """Counts verdicts, and collects the cases that should have been judged.
+
+    Args:
+        wanted: How many verdicts the run must give, whatever is known of the release; None where
+            that is not given.
+    """
+
+    def __init__(self, wanted: int | None) -> None:
+        self.wanted = wanted
+        self.verdicts: set[str] = set()
+        self.missing: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def of(cls, wanted: str | None) -> JudgedReporter:
+        """Make one from the value of --moe-min-verdicts.
+
+        Raises:
+            pytest.UsageError: It is no number.
+        """
+        if wanted and not wanted.isdecimal():
+            raise pytest.UsageError(f"--moe-min-verdicts: found {wanted!r}, expected a number")
+        return cls(int(wanted) if wanted else None)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        properties: dict[str, Any] = dict(report.user_properties)
+        if report.when != "call":
+            return
+        if "moe_not_judged" in properties:
+            self._note(report.nodeid, properties["moe_not_judged"])
+        elif "moe_verdict" in properties:
+            self.verdicts.add(report.nodeid)
+
+    def _note(self, nodeid: str, asked: dict[str, Any]) -> None:
+        from pytest_moe_routing.targets.expected import is_open
+
+        where = asked["package"], asked["release"]
+        if not is_open(*where, asked["test"], asked["case"]):
+            self.missing[nodeid] = asked
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run judged too little."""
+        if self.wanted is not None:
+            return len(self.verdicts) < self.wanted
+        return bool(self.missing)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.failed and session.exitstatus in _PASSED:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.failed:
+            for line in self._lines():
+                terminalreporter.write_line(line, red=True)
+
+    def _lines(self) -> Iterator[str]:
+        if self.wanted is not None:
+            yield (
+                f"moe-routing: --moe-min-verdicts {self.wanted}, but "
+                f"{len(self.verdicts) or 'no'} verdicts were given"
+            )
+            return
+        yield (
+            f"moe-routing: {len(self.missing)} questions have no answer, and had one in this "
+            "release of the framework, or in the known one before it:"
+        )
+        reasons: dict[str, list[str]] = {}
+        for asked in self.missing.values():
+            reasons.setdefault(asked["reason"], []).append(f"{asked['test']}[{asked['case']}]")
+        for reason, cases in reasons.items():
+            more = f" and {len(cases) - _NAMED} more" if len(cases) > _NAMED else ""
+            yield f"  {', '.join(cases[:_NAMED])}{more}: {reason}"

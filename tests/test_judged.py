@@ -1,0 +1,83 @@
+"""A run that judges less than it could is red."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.cli import main
+
+RUN = (
+    *("--moe-golden", "-m", "not gpu", "-k", "test_verdict and not modular and not numbers"),
+    *("--moe-models", "deepseek-r1"),
+)
+#: A vLLM in which nothing is where the contract expects it.
+EMPTY = {
+    "vllm/__init__.py": "",
+    "vllm-{version}.dist-info/METADATA": "Name: vllm\nVersion: {version}\n",
+}
+
+
+@pytest.fixture
+def empty_vllm(tmp_path):
+    def make(version):
+        for name, text in EMPTY.items():
+            path = tmp_path / name.format(version=version)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text.format(version=version))
+        return f"vllm@{tmp_path}"
+
+    return make
+
+
+@pytest.mark.parametrize("xdist", [("-p", "no:xdist"), ("-n2",)], ids=["serial", "n2"])
+def test_a_framework_that_is_not_judged_is_red(pytester, empty_vllm, xdist):
+    target = empty_vllm("99.0")
+    result = pytester.runpytest_subprocess(*RUN, *xdist, "--moe-target", target)
+    assert result.ret == 1
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(
+        [
+            "moe-routing: 2 questions have no answer, and had one in this release*",
+            "  test_verdict[[]deepseek-r1-*: vllm 99.0: not judged: vLLM 99.0 has no "
+            "vllm.model_executor.layers.fused_moe.config:RoutingMethodType *contract row 'methods'*",
+        ]
+    )
+
+
+def test_a_release_older_than_all_known_ones_is_held_to_nothing(pytester, empty_vllm):
+    result = pytester.runpytest_subprocess(*RUN, "--moe-target", empty_vllm("0.1.0"))
+    assert result.ret == 0
+    result.assert_outcomes(skipped=2)
+
+
+def test_a_model_of_the_users_own_may_be_left_open(pytester, empty_vllm):
+    folder = pytester.path / "golden"
+    assert main(["init", str(folder)]) == 0
+    (folder / "deepseek-r1").rename(folder / "mine")
+    options = ("--moe-golden-dir", str(folder), "--moe-models", "mine", *RUN[:-2])
+    result = pytester.runpytest_subprocess(*options, "--moe-target", empty_vllm("99.0"))
+    assert result.ret == 0
+    result.assert_outcomes(skipped=2)
+
+
+@pytest.mark.parametrize(("wanted", "ret"), [("0", 0), ("2", 0), ("3", 1)])
+def test_a_number_of_verdicts(pytester, wanted, ret):
+    result = pytester.runpytest_subprocess(*RUN, "--moe-min-verdicts", wanted)
+    assert result.ret == ret
+    if ret:
+        message = f"moe-routing: --moe-min-verdicts {wanted}, but 2 verdicts were given"
+        result.stdout.fnmatch_lines([message])
+
+
+def test_a_number_takes_the_place_of_what_is_known(pytester, empty_vllm):
+    target = ("--moe-target", empty_vllm("99.0"))
+    assert pytester.runpytest_subprocess(*RUN, *target, "--moe-min-verdicts", "0").ret == 0
+    result = pytester.runpytest_subprocess(*RUN, *target, "--moe-min-verdicts", "1")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["moe-routing: --moe-min-verdicts 1, but no verdicts were given"])
+
+
+def test_no_number(pytester):
+    result = pytester.runpytest_subprocess("--moe-min-verdicts", "many")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: --moe-min-verdicts: found 'many', expected a number"])

@@ -1,0 +1,88 @@
+"""A renamed name of a framework makes what depends on it not judged, or changes nothing.
+
+`tox -e drill` drills every name of both contracts; here are those that once went unnoticed, and a
+few others, chosen by the commit.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from pathlib import Path
+
+import drilling
+import pytest
+
+PACKAGES = [package for package in drilling.RELEASES if drilling.wheel_of(package)]
+#: What was renamed when nobody noticed: the experts, their call, a gate, the layer, the router.
+NAMED = {
+    "vllm": (
+        "experts-fp8",
+        "experts-nvfp4",
+        "kernel.apply_monolithic",
+        "gates-fp8._supports_router_logits_dtype",
+        "layer-factory",
+        "router-factory",
+    ),
+    "sglang": (),
+}
+#: So many others of each contract.
+CHOSEN = 10
+
+
+def commit():
+    """The commit's hash, or where there is none, something else that stays for a while."""
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() or "no repository"
+
+
+@pytest.fixture(scope="module", params=PACKAGES)
+def drilled(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    tree = drilling.Tree(request.param, drilling.wheel_of(request.param), folder)
+    return tree, drilling.answers(tree)
+
+
+def test_the_baseline_is_judged(drilled):
+    tree, before = drilled
+    own = [f"{m}-{s}" for m in drilling.models() for s in m.checkpoints]
+    assert {before[case][0] for case in own if case in before} == {"judged"}
+    if tree.package == "vllm":
+        assert {before[case][1]["verdict"] for case in own if case in before} == {"exact"}
+
+
+@pytest.mark.parametrize("way", drilling.WAYS)
+@pytest.mark.parametrize("number", range(max(map(len, NAMED.values())) + CHOSEN))
+def test_no_rename_goes_unnoticed(drilled, number, way):
+    tree, before = drilled
+    named = NAMED[tree.package]
+    others = sorted(set(tree.keys()) - set(named))
+    chosen = [*named, *random.Random(commit()).sample(others, CHOSEN)]
+    if number >= len(chosen):
+        pytest.skip("fewer names of this framework went unnoticed")
+    key = chosen[number]
+    kind, text = drilling.drill(tree, before, key, way)
+    assert drilling.is_seen(kind, way), f"{key}: {kind}: {text}"
+    if key in named:
+        assert kind == drilling.NOT_JUDGED, text
+        assert "contract row" in text or "does not import" in text
+
+
+@pytest.mark.parametrize("way", drilling.WAYS)
+def test_a_run_with_a_renamed_name_is_red(drilled, way, pytester, monkeypatch):
+    """Through pytest and a child process: exit code 1, and the summary names the contract's row."""
+    tree, _ = drilled
+    key = (*NAMED[tree.package], "topk")[-1 if tree.package == "sglang" else 0]
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    options = ["--moe-golden", "--moe-target", f"{tree.package}@{tree.root}", "-p", "no:xdist"]
+    verdict = "test_verdict and not modular and not numbers"
+    chosen = ["--moe-models", "deepseek-r1", "-k", verdict]
+    assert pytester.runpytest_subprocess(*options, *chosen).ret == 0
+    with tree.renamed(key, way):
+        result = pytester.runpytest_subprocess(*options, *chosen)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["moe-routing: * questions have no answer, and had one in this release*", f"*{key}*"]
+    )

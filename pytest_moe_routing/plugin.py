@@ -17,6 +17,7 @@ from pytest_moe_routing.errors import MoERoutingError, TargetError
 from pytest_moe_routing.escape import printable
 from pytest_moe_routing.kernels import library
 from pytest_moe_routing.kernels.routers import kernel_choices, kernel_names
+from pytest_moe_routing.report.judged import JudgedReporter
 from pytest_moe_routing.session import BUILTIN, MoESession
 
 if TYPE_CHECKING:
@@ -148,21 +149,18 @@ def pytest_configure(config: pytest.Config) -> None:
             chosen = chosen or config.getoption("keyword") or config.getoption("lf", False)
             known = LedgerPlugin(session.known_failures, whole_suite=golden and not chosen)
             config.pluginmanager.register(known, _LEDGER)
+        config.pluginmanager.register(JudgedReporter.of(_option(config, "min_verdicts")))
         if not hasattr(config, "workerinput"):
             from pytest_moe_routing.report.collect import Reporter
             from pytest_moe_routing.report.failures import Grouping
             from pytest_moe_routing.report.gpu import GpuReporter
-            from pytest_moe_routing.report.judged import JudgedReporter
+            from pytest_moe_routing.report.known import LedgerWriter
 
             gpus = GpuReporter.of(_option(config, "min_gpu_tests"), _option(config, "require_gpu"))
             config.pluginmanager.register(gpus, "moe-routing-gpus")
-            config.pluginmanager.register(JudgedReporter.of(_option(config, "min_verdicts")))
-            reporter = Reporter(session, paths=reports)
-            config.pluginmanager.register(reporter, "moe-routing-reporter")
+            config.pluginmanager.register(Reporter(session, paths=reports), "moe-routing-reporter")
             config.pluginmanager.register(Grouping(), "moe-routing-grouping")
             if ledger := _option(config, "write_known_failures"):
-                from pytest_moe_routing.report.known import LedgerWriter
-
                 config.pluginmanager.register(LedgerWriter(session, Path(ledger)))
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
@@ -391,15 +389,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Note what is not judged, state a target's failure, and name memory that a GPU lacks."""
+    """State a target's failure as one cause, and name memory that a GPU lacks."""
     __tracebackhide__ = True
     try:
         return (yield)
-    except pytest.skip.Exception as skipped:
-        from pytest_moe_routing.report.judged import note
-
-        note(item, skipped)
-        raise
     except TargetError as error:
         from pytest_moe_routing.report.failures import fail
         from pytest_moe_routing.suite.causes import of_target

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.errors import MoERoutingError, Unsupported
+from pytest_moe_routing.escape import shorten
 
 _PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 #: So many cases are named for each reason.
 _NAMED = 5
 
 
-def note(item: pytest.Item, skipped: BaseException) -> None:
+def _note(item: pytest.Item, skipped: BaseException) -> None:
     """Tell the reports of a test that its framework has no answer, about a packaged model."""
     from pytest_moe_routing.goldens import packaged_directory
     from pytest_moe_routing.targets.framework import FrameworkTarget
@@ -40,6 +42,8 @@ def note(item: pytest.Item, skipped: BaseException) -> None:
 class JudgedReporter:
     """Counts verdicts, and collects the cases that should have been judged.
 
+    Registered in every process, as the reasons are noted where the tests run.
+
     Args:
         wanted: How many verdicts the run must give, whatever is known of the release; None where
             that is not given.
@@ -55,11 +59,22 @@ class JudgedReporter:
         """Make one from the value of --moe-min-verdicts.
 
         Raises:
-            pytest.UsageError: It is no number.
+            MoERoutingError: It is no number.
         """
-        if wanted and not wanted.isdecimal():
-            raise pytest.UsageError(f"--moe-min-verdicts: found {wanted!r}, expected a number")
+        if wanted and not re.fullmatch("[0-9]{1,9}", wanted):
+            found = repr(shorten(wanted))
+            raise MoERoutingError(f"--moe-min-verdicts: found {found}, expected a number")
         return cls(int(wanted) if wanted else None)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        """Tell the reports of a test, where it runs, that it has no answer."""
+        __tracebackhide__ = True
+        try:
+            return (yield)
+        except pytest.skip.Exception as skipped:
+            _note(item, skipped)
+            raise
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties: dict[str, Any] = dict(report.user_properties)

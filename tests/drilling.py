@@ -209,6 +209,9 @@ class Tree:
         """File and line of a definition."""
         finder = self.definitions
         dotted, _, parameter = spelling.path.rstrip(")").partition("(")
+        if isinstance(finder._symbols(spelling.module).get(dotted), ast.Assign):
+            # An alias is renamed itself, and not what it stands for.
+            return self.file(spelling.module), finder._symbols(spelling.module)[dotted].lineno
         places = [(spelling.module, "")]
         for part in dotted.split("."):
             places = [p for place in places for p in finder._members(*place, part)]
@@ -279,14 +282,15 @@ def _import_for_all(modules, tree):
 
 
 def _verdict(target, model, scheme):
-    return judge(target, model, scheme).as_dict()
+    return judge(target, model, scheme).record().as_dict()
 
 
 def _modular(target, model, scheme):
     gates = target.modular_gates(model, scheme, target.classify(model).method)
     answered = [[gate.name, gate.ok] for gate in gates]
     ok = all(gate.ok for gate in gates)
-    return answered, target.modular_problems(model, scheme) if ok else None
+    found = target.modular_findings(model, scheme) if ok else ()
+    return answered, [finding.as_dict() for finding in found]
 
 
 def _answer(ask):

@@ -82,7 +82,7 @@ class JudgedReporter:
             return
         if "moe_not_judged" in properties:
             self._note(report.nodeid, properties["moe_not_judged"])
-        elif "moe_verdict" in properties:
+        elif "moe_verdict" in properties and not report.skipped:
             self.verdicts.add(report.nodeid)
 
     def _note(self, nodeid: str, asked: dict[str, Any]) -> None:

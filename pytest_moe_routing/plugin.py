@@ -6,17 +6,15 @@ This module is imported by every pytest run of an environment: it imports pytest
 from __future__ import annotations
 
 import os
-import re
-from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_moe_routing import options
 from pytest_moe_routing.errors import MoERoutingError, TargetError
 from pytest_moe_routing.escape import printable
-from pytest_moe_routing.kernels import library
-from pytest_moe_routing.kernels.routers import kernel_choices, kernel_names
+from pytest_moe_routing.options import names, option
 from pytest_moe_routing.report.judged import JudgedReporter
 from pytest_moe_routing.session import BUILTIN, MoESession
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 
     from pytest_moe_routing.flashinfer import FlashInfer
     from pytest_moe_routing.kernels.gpu import Gpu
+    from pytest_moe_routing.kernels.library import Kernels
     from pytest_moe_routing.logits import Case
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
@@ -38,53 +37,9 @@ _FIXTURES = {"moe_model", "moe_scheme", "moe_target", "moe_gpu"}
 #: torch says so when it is imported, and is left half-initialized if that is an error.
 _WITHOUT_NUMPY = pytest.mark.filterwarnings("ignore:Failed to initialize NumPy")
 
-# option, ini type, help; the ini twin of --moe-x is moe_x, and the command line wins.
-_OPTIONS = (
-    ("golden", "bool", "run the golden suite: every model's routing, decisions and verdicts"),
-    ("target", "string", "what is judged: a target's name, or module:Class (default: builtin)"),
-    ("models", "args", "ids of models, as comma-separated shell patterns (default: all)"),
-    ("schemes", "args", "names of schemes, comma-separated (default: all)"),
-    ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
-    ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
-    ("config", "paths", "a Hugging Face config.json, or its folder; may be repeated"),
-    ("kernels", "string", "flashinfer, simulator[:FAULT], vllm[@PATH], sglang[@PATH] (flashinfer)"),
-    ("scale", "string", "sizes of fused MoE tests: reduced or full (default: reduced)"),
-    ("require-gpu", "bool", "fail unless at least one GPU test ran"),
-    ("min-gpu-tests", "string", "fail unless at least that many GPU tests ran"),
-    ("min-verdicts", "string", "fail unless so many verdicts were given (default: as is known)"),
-    ("known-failures", "paths", "a YAML ledger of failures that are known; may be repeated"),
-    ("write-known-failures", "string", "write a ledger of every cause that fails; a new file"),
-    ("report", "paths", "write the verdicts as .html, .md, .json or .jsonl; may be repeated"),
-)
-
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    group = parser.getgroup("moe-routing", "Mixture-of-Experts routing")
-    for name, kind, text in _OPTIONS:
-        ini, dest = f"moe_{name}".replace("-", "_"), f"moe_{name}".replace("-", "_")
-        action = {"bool": "store_true", "paths": "append"}.get(kind, "store")
-        group.addoption(f"--moe-{name}", dest=dest, action=action, default=None, help=text)
-        parser.addini(ini, f"as --moe-{name}: {text}", type=kind, default=None)  # type: ignore[arg-type]
-    if util.find_spec("syrupy") is None or pluginmanager.is_blocked("syrupy"):
-        # syrupy's option, so that asking for it without syrupy gets an answer.
-        group.addoption(
-            "--snapshot-update",
-            dest="update_snapshots",
-            action="store_true",
-            default=False,
-            help="rewrite goldens; needs syrupy",
-        )
-
-
-def _option(config: pytest.Config, name: str) -> Any:
-    value = config.getoption(f"moe_{name}")
-    return config.getini(f"moe_{name}") if value is None else value
-
-
-def _names(config: pytest.Config, name: str) -> list[str]:
-    given = _option(config, name) or []
-    parts = given.split(",") if isinstance(given, str) else ",".join(given).split(",")
-    return [part.strip() for part in parts if part.strip()]
+    options.add_options(parser, pluginmanager)
 
 
 def _is_updating(config: pytest.Config) -> bool:
@@ -98,44 +53,22 @@ def _check_update(config: pytest.Config) -> None:
     )
 
 
-def _check_choices(config: pytest.Config) -> None:
-    """Refuse what is none of an option's values."""
-    for name, values in (("kernels", kernel_choices()), ("scale", "reduced|full")):
-        found = _option(config, name)
-        if found and not re.fullmatch(values, found):
-            raise pytest.UsageError(f"--moe-{name}: found {found!r}, expected {values}")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers",
-        "gpu(kernels=None): needs an NVIDIA GPU and FlashInfer, and is skipped without; kernels "
-        "('routing', 'fused') are built before the test",
-    )
-    config.addinivalue_line(
-        "markers", "sweep: about routers that no model has; left out of runs about some models"
-    )
-    config.addinivalue_line(
-        "markers",
-        "moe_models(*patterns, distinct_routers=False, distinct_layers=False, published=False): "
-        "run with the models whose id matches a pattern; with distinct_routers, with one model of "
-        "each router; with distinct_layers, with one of each size and activation of the experts; "
-        "with published, only in schemes of which the model has a published checkpoint",
-    )
+    options.add_markers(config)
     session = config.stash[_SESSION] = MoESession(
-        kernels=_option(config, "kernels") or "",
-        target_name=_option(config, "target") or BUILTIN,
-        model_patterns=_names(config, "models"),
-        scheme_names=_names(config, "schemes"),
-        flashinfer_release=_option(config, "flashinfer") or None,
-        golden_dirs=[Path(d) for d in _option(config, "golden_dir") or []],
-        configs=[Path(p) for p in _option(config, "config") or []],
-        ledgers=[Path(p) for p in _option(config, "known_failures") or []],
+        kernels=option(config, "kernels") or "",
+        target_name=option(config, "target") or BUILTIN,
+        model_patterns=names(config, "models"),
+        scheme_names=names(config, "schemes"),
+        flashinfer_release=option(config, "flashinfer") or None,
+        golden_dirs=[Path(d) for d in option(config, "golden_dir") or []],
+        configs=[Path(p) for p in option(config, "config") or []],
+        ledgers=[Path(p) for p in option(config, "known_failures") or []],
     )
-    _check_choices(config)
-    reports = [Path(p) for p in _option(config, "report") or []]
-    golden = bool(_option(config, "golden"))
+    options.check_choices(config)
+    reports = [Path(p) for p in option(config, "report") or []]
+    golden = bool(option(config, "golden"))
     try:
         if golden:
             asks = not (hasattr(config, "workerinput") or config.option.collectonly)
@@ -149,18 +82,18 @@ def pytest_configure(config: pytest.Config) -> None:
             chosen = chosen or config.getoption("keyword") or config.getoption("lf", False)
             known = LedgerPlugin(session.known_failures, whole_suite=golden and not chosen)
             config.pluginmanager.register(known, _LEDGER)
-        config.pluginmanager.register(JudgedReporter.of(_option(config, "min_verdicts")))
+        config.pluginmanager.register(JudgedReporter.of(option(config, "min_verdicts")))
         if not hasattr(config, "workerinput"):
             from pytest_moe_routing.report.collect import Reporter
             from pytest_moe_routing.report.failures import Grouping
             from pytest_moe_routing.report.gpu import GpuReporter
             from pytest_moe_routing.report.known import LedgerWriter
 
-            gpus = GpuReporter.of(_option(config, "min_gpu_tests"), _option(config, "require_gpu"))
+            gpus = GpuReporter.of(option(config, "min_gpu_tests"), option(config, "require_gpu"))
             config.pluginmanager.register(gpus, "moe-routing-gpus")
             config.pluginmanager.register(Reporter(session, paths=reports), "moe-routing-reporter")
             config.pluginmanager.register(Grouping(), "moe-routing-grouping")
-            if ledger := _option(config, "write_known_failures"):
+            if ledger := option(config, "write_known_failures"):
                 config.pluginmanager.register(LedgerWriter(session, Path(ledger)))
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
@@ -172,7 +105,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    return printable(config.stash[_SESSION].describe()) if _option(config, "golden") else None
+    return printable(config.stash[_SESSION].describe()) if option(config, "golden") else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -211,8 +144,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from pytest_moe_routing.suite.selection import is_left_out
 
     session = config.stash[_SESSION]
-    gpu = any(_option(config, name) for name in ("require_gpu", "min_gpu_tests", "kernels"))
-    full = _option(config, "scale") == "full"
+    gpu = any(option(config, name) for name in ("require_gpu", "min_gpu_tests", "kernels"))
+    full = option(config, "scale") == "full"
     left_out: list[pytest.Item] = []
     asked: list[pytest.Item] = []
     for item in items:
@@ -350,12 +283,14 @@ def moe_gpu(
 
 
 @pytest.fixture
-def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> library.Kernels:
+def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> Kernels:
     """The kernels under test: FlashInfer's on `moe_gpu`, or the simulated ones."""
-    name = _option(request.config, "kernels") or library.FLASHINFER
+    from pytest_moe_routing.kernels import library, routers
+
+    name = option(request.config, "kernels") or library.FLASHINFER
     if name == library.FLASHINFER:
         return library.on_gpu(request.getfixturevalue("moe_gpu"))
-    if name.partition("@")[0] in kernel_names():
+    if name.partition("@")[0] in routers.kernel_names():
         pytest.skip(f"--moe-kernels {name}: only test_gpu_router.py is about compiled routers")
     try:
         return library.simulated(name, moe_flashinfer)
@@ -367,7 +302,7 @@ def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> l
 @pytest.fixture
 def moe_full_scale(pytestconfig: pytest.Config) -> bool:
     """Whether layers have their model's own sizes; tests that need it are left out if not."""
-    return _option(pytestconfig, "scale") == "full"
+    return option(pytestconfig, "scale") == "full"
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -384,7 +319,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip GPU tests where there is no driver: before fixtures, and in one line of `-rs`."""
     from pytest_moe_routing.suite.selection import skip_without_driver
 
-    skip_without_driver(item, _option(item.config, "kernels"))
+    skip_without_driver(item, option(item.config, "kernels"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -37,6 +37,7 @@ ORDER = [
     "snapshot",
     "report",
     "suite",
+    "options",
     "plugin",
     "cli",
 ]

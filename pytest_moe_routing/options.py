@@ -1,0 +1,94 @@
+"""The options of the plugin and their ini twins, and the markers. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from importlib import util
+from typing import Any
+
+import pytest
+
+# option, ini type, help; the ini twin of --moe-x is moe_x, and the command line wins.
+OPTIONS = (
+    ("golden", "bool", "run the golden suite: every model's routing, decisions and verdicts"),
+    ("target", "string", "what is judged: a target's name, or module:Class (default: builtin)"),
+    ("models", "args", "ids of models, as comma-separated shell patterns (default: all)"),
+    ("schemes", "args", "names of schemes, comma-separated (default: all)"),
+    ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
+    ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
+    ("config", "paths", "a Hugging Face config.json, or its folder; may be repeated"),
+    ("kernels", "string", "flashinfer, simulator[:FAULT], vllm[@PATH], sglang[@PATH] (flashinfer)"),
+    ("scale", "string", "sizes of fused MoE tests: reduced or full (default: reduced)"),
+    ("require-gpu", "bool", "fail unless at least one GPU test ran"),
+    ("min-gpu-tests", "string", "fail unless at least that many GPU tests ran"),
+    ("min-verdicts", "string", "fail unless so many verdicts were given (default: as is known)"),
+    ("known-failures", "paths", "a YAML ledger of failures that are known; may be repeated"),
+    ("write-known-failures", "string", "write a ledger of every cause that fails; a new file"),
+    ("report", "paths", "write the verdicts as .html, .md, .json or .jsonl; may be repeated"),
+)
+
+
+def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add every option and its ini twin."""
+    group = parser.getgroup("moe-routing", "Mixture-of-Experts routing")
+    for name, kind, text in OPTIONS:
+        ini, dest = f"moe_{name}".replace("-", "_"), f"moe_{name}".replace("-", "_")
+        action = {"bool": "store_true", "paths": "append"}.get(kind, "store")
+        group.addoption(f"--moe-{name}", dest=dest, action=action, default=None, help=text)
+        parser.addini(ini, f"as --moe-{name}: {text}", type=kind, default=None)  # type: ignore[arg-type]
+    if util.find_spec("syrupy") is None or pluginmanager.is_blocked("syrupy"):
+        # syrupy's option, so that asking for it without syrupy gets an answer.
+        group.addoption(
+            "--snapshot-update",
+            dest="update_snapshots",
+            action="store_true",
+            default=False,
+            help="rewrite goldens; needs syrupy",
+        )
+
+
+def option(config: pytest.Config, name: str) -> Any:
+    """Return an option's value: that of the command line, else that of the ini file."""
+    value = config.getoption(f"moe_{name}")
+    return config.getini(f"moe_{name}") if value is None else value
+
+
+def names(config: pytest.Config, name: str) -> list[str]:
+    """Return the comma-separated names of an option."""
+    given = option(config, name) or []
+    parts = given.split(",") if isinstance(given, str) else ",".join(given).split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def check_choices(config: pytest.Config) -> None:
+    """Raise `UsageError` if an option has a value that it does not take."""
+    if option(config, "kernels"):
+        from pytest_moe_routing.kernels.routers import kernel_choices
+
+        _check(config, "kernels", kernel_choices())
+    _check(config, "scale", "reduced|full")
+
+
+def _check(config: pytest.Config, name: str, values: str) -> None:
+    value = option(config, name)
+    if value and not re.fullmatch(values, value):
+        raise pytest.UsageError(f"--moe-{name}: found {value!r}, expected {values}")
+
+
+def add_markers(config: pytest.Config) -> None:
+    """Register the markers."""
+    config.addinivalue_line(
+        "markers",
+        "gpu(kernels=None): needs an NVIDIA GPU and FlashInfer, and is skipped without; kernels "
+        "('routing', 'fused') are built before the test",
+    )
+    config.addinivalue_line(
+        "markers", "sweep: about routers that no model has; left out of runs about some models"
+    )
+    config.addinivalue_line(
+        "markers",
+        "moe_models(*patterns, distinct_routers=False, distinct_layers=False, published=False): "
+        "run with the models whose id matches a pattern; with distinct_routers, with one model of "
+        "each router; with distinct_layers, with one of each size and activation of the experts; "
+        "with published, only in schemes of which the model has a published checkpoint",
+    )

@@ -157,6 +157,7 @@ class _Layer:
         experts = router["num_experts"]
         self.config = moe_config(model, method, shards, (HIDDEN, _intermediate(model)))
         self.row = row
+        self.model = model
         self.logits = torch.linspace(-3.3, 3.1, TOKENS * experts).reshape(TOKENS, experts)
         self.logits = self.logits.to(getattr(torch, router["logits_dtype"]))
         made = release.make_router(model)
@@ -243,7 +244,7 @@ def _one(experts: Any, method: Any, layer: _Layer) -> dict[str, Any]:
 
 def _made(experts: Any, layer: _Layer) -> Any:
     """A layer's experts, of a class of vLLM."""
-    return experts(layer.config, quant_config(layer.row, layer.local_num_experts, layer.config))
+    return experts(layer.config, quant_config(layer.row, layer.local_num_experts, layer.model))
 
 
 def _recorded(

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.reference.activation import ACTIVATIONS
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
-from pytest_moe_routing.targets.vllm.probe.release import names
+from pytest_moe_routing.targets.vllm.probe.release import names, sources
 
 
 class NoActivation(Unsupported):
@@ -37,15 +36,22 @@ def parallel_config(shards: int = 1) -> Any:
     return replace(alone, ep_size=shards, ep_rank=shards - 1, use_ep=True)
 
 
-def _activation_arguments(model: Mapping[str, Any]) -> dict[str, float]:
-    """The activation's parameters, as far as the model's code gives them to the layer."""
-    name = activation_name(model)
+def _activation_arguments(model: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the activation's parameters, as far as the model's code gives them to the layer."""
+    name, experts = activation_name(model), model["experts"]
     if name == "situ":
-        return {"activation_situ_beta": 1.25, "activation_situ_linear_beta": 2.75}
+        return {
+            "activation_situ_beta": experts["activation_alpha"],
+            "activation_situ_linear_beta": experts["activation_beta"],
+        }
     if name == "swigluoai_uninterleave":
-        row = ACTIVATIONS["swigluoai"]
-        assert row.limit is not None
-        return {"swiglu_alpha": row.alpha, "swiglu_beta": row.beta, "swiglu_limit": row.limit}
+        return {
+            "swiglu_alpha": experts["activation_alpha"],
+            "swiglu_beta": experts["activation_beta"],
+            "swiglu_limit": experts["activation_limit"],
+        }
+    if experts["activation_limit"] and sources().passes_limit(model["architecture"]):
+        return {"swiglu_limit": experts["activation_limit"]}
     return {}
 
 
@@ -98,7 +104,7 @@ def moe_config(
     return names().get("moe-config")(**names().accepted("moe-config", arguments))
 
 
-def quant_config(row: ServedScheme, experts: int, layer: Any) -> Any:
+def quant_config(row: ServedScheme, experts: int, model: Mapping[str, Any]) -> Any:
     """The `FusedMoEQuantConfig` of a layer, with scales that are all 1."""
     activations, weights, block = row.quantization
     one = torch.ones(())
@@ -120,13 +126,15 @@ def quant_config(row: ServedScheme, experts: int, layer: Any) -> Any:
             "a1_gscale": each,
             "a2_gscale": each,
         }
-    if layer.activation.value.startswith("swigluoai"):
-        act = ACTIVATIONS["swigluoai"]
+    # As the quantization methods do: they read these attributes of the layer.
+    if model["experts"]["activation"] == "swigluoai":
         arguments |= {
-            "gemm1_alpha": act.alpha,
-            "gemm1_beta": act.beta,
-            "gemm1_clamp_limit": act.limit,
+            "gemm1_alpha": model["experts"]["activation_alpha"],
+            "gemm1_beta": model["experts"]["activation_beta"],
+            "gemm1_clamp_limit": model["experts"]["activation_limit"],
         }
+    elif limit := _activation_arguments(model).get("swiglu_limit"):
+        arguments["gemm1_clamp_limit"] = limit
     return names().get("quant-config")(**names().accepted("quant-config", arguments))
 
 

@@ -79,6 +79,21 @@ class ModelSources:
             factor = factor.body if is_negated else factor.orelse
         return factor is None or (isinstance(factor, ast.Constant) and factor.value == 1.0)
 
+    def passes_limit(self, architecture: str) -> bool:
+        """Return whether the model's code gives its clamp limit to the MoE layer.
+
+        An architecture that this release does not have is taken to do so.
+
+        Raises:
+            Unsupported: The code of the model does not show it.
+        """
+        layer = self._layer(architecture)
+        if layer is None or layer.argument("swiglu_limit") is not None:
+            return True
+        if any(word.arg is None for word in layer.call.keywords):
+            raise self._unproven(layer, "whether the layer is given the clamp limit")
+        return False
+
     def routing_function(self, architecture: str) -> tuple[str, str] | None:
         """Return module and name of the function that routes in the layer's stead, if there is one.
 

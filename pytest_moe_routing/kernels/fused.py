@@ -24,8 +24,9 @@ from pytest_moe_routing.kernels.gpu import poisoned
 from pytest_moe_routing.kernels.padding import pad_hidden
 from pytest_moe_routing.kernels.weights import Prepared
 from pytest_moe_routing.reference.activation import Activation
+from pytest_moe_routing.reference.moe import static
 from pytest_moe_routing.reference.problem import MoEProblem
-from pytest_moe_routing.reference.quantization import Quantized
+from pytest_moe_routing.reference.quantization import WHOLE, Quantized
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.schemes import KernelSpec, kernel_of
 
@@ -177,7 +178,7 @@ def _scalars(problem: MoEProblem, kernel: KernelSpec, prepared: Prepared) -> dic
         "gemm2_bias": None if bias2 is None else bias2 / down.unsqueeze(1),
     }
     gated = problem.layer.activation.gated
-    first = (up if gated else torch.ones_like(up)) / prepared.intermediate
+    first = (up if gated else torch.ones_like(up)) / _static_scale(problem, prepared)
     for output, which, value in (
         ("output1", "scalar", first),
         ("output1", "gate_scalar", gate),
@@ -196,10 +197,19 @@ def _units(
         one = torch.ones_like(prepared.gate)
         return one, one, one
     hidden = problem.hidden
-    factor = hidden.scales if hidden.format.block[1] == 0 else hidden.global_scale
-    assert factor is not None
+    factor = hidden.scales if hidden.format.block == WHOLE else hidden.global_scale
+    if factor is None:
+        # Every scale reaches the kernel beside its numbers.
+        return prepared.gate, prepared.up, prepared.down * _static_scale(problem, prepared)
     x = factor.to(prepared.gate.device).flatten()[0]
-    return prepared.gate * x, prepared.up * x, prepared.down * prepared.intermediate
+    down = prepared.down * _static_scale(problem, prepared)
+    return prepared.gate * x, prepared.up * x, down
+
+
+def _static_scale(problem: MoEProblem, prepared: Prepared) -> Tensor:
+    """The static scales of the intermediate; 1 where the kernel makes one for each token."""
+    is_static = static(problem.layer.storage.intermediate, 1.0)
+    return prepared.intermediate if is_static else torch.ones_like(prepared.intermediate)
 
 
 def _activation(

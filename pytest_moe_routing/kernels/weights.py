@@ -210,6 +210,8 @@ def _scales(scales: Tensor, kernel: KernelSpec, layout: Layout, gated: bool) -> 
 
 def _factors(matrix: Quantized) -> list[float]:
     """The scale over a whole matrix: one, or those of its upper and of its lower half."""
-    whole = matrix.format.block[1] == 0 and matrix.scales is not None
+    height, width = matrix.format.block
+    # Halves that were stacked are blocks of many rows; scales of single rows are no factor.
+    whole = width == 0 and height != 1 and matrix.scales is not None
     factor = matrix.scales if whole else matrix.global_scale
     return [1.0] if factor is None else factor.flatten().tolist()

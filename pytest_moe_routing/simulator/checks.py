@@ -16,15 +16,6 @@ from torch import Tensor
 from pytest_moe_routing.errors import NotSimulated
 from pytest_moe_routing.flashinfer import FlashInfer, signatures
 
-#: Entry points by a part of their name, the more particular first.
-ENTRIES = {
-    "gen_routing": "routing",
-    "fp8_per_tensor": "fp8_per_tensor",
-    "fp8_block": "fp8_block",
-    "mxint4": "mxint4",
-    "fp4_block": "fp4",
-    "bf16": "bf16",
-}
 GATED = ("Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh", "Situ")
 _RAISES: Mapping[str, type[Exception]] = {
     error.__name__: error
@@ -129,7 +120,7 @@ class Names(dict[str, Any]):
     def __init__(self, function: str, given: Mapping[str, Any], flashinfer: FlashInfer) -> None:
         super().__init__(given)
         self.update(_DTYPES, shape=_shape, rows=_rows_of, columns=_columns_of)
-        entry = next((e for part, e in ENTRIES.items() if part in function), "")
+        entry = next((e for part, e in _data()["entries"].items() if part in function), "")
         if not entry:
             raise NotSimulated(f"the simulator does not model {function}")
         number = given["routing_method" if entry == "routing" else "routing_method_type"]

@@ -189,9 +189,40 @@ class Fused:
         from pytest_moe_routing.kernels.fused import rows_of
 
         tokens, top_k = len(problem.logits), self.call.top_k
+        if not self.replays:
+            result = self.launch(self.arguments(problem, finalize=False, **how))
+            return self.located(problem), rows_of(result, tokens, top_k)
         replay = torch.full((tokens, top_k), -1, dtype=torch.int16, device=self.kernels.device)
         result = self.launch(self.arguments(problem, finalize=False, replay=replay, **how))
         return replay.cpu().to(torch.int64), rows_of(result, tokens, top_k)
+
+    @cached_property
+    def replays(self):
+        """Whether the entry point says which experts it chose."""
+        signature = self.flashinfer.signature(self.kernel.function())
+        return signature is not None and "routing_replay_out" in signature.parameters
+
+    def located(self, problem, launch=None):
+        """Chosen experts of an entry point without replay: those whose own shard has the slot.
+
+        A slot that no shard has, or several have, is -1.
+        """
+        import torch
+
+        from pytest_moe_routing.reference.shard import Shard
+
+        tokens, top_k = len(problem.logits), self.call.top_k
+        ids = torch.full((tokens, top_k), -1)
+        owners = torch.zeros(tokens, top_k, dtype=torch.int64)
+        for expert in range(self.call.num_experts):
+            one = self.prepared(Shard(expert, 1))
+            arguments = self.arguments(problem, prepared=one, finalize=False)
+            # Where its row is says whether a slot is the shard's; there may be no rows at all.
+            place = (launch or self.launch)(arguments)[-1]
+            local = place.view(tokens, top_k) >= 0
+            ids[local] = expert
+            owners += local
+        return ids.masked_fill(owners != 1, -1)
 
     def check(self, num_tokens, *, pattern="plain", pairs=(False,)):
         """Every comparison of one call."""
@@ -236,14 +267,14 @@ class Fused:
         )
 
         def run(fused_moe):
-            replay = torch.full((tokens, top_k), -1, dtype=torch.int16)
-            given = {
-                name: _on_cpu(value)
-                for name, value in self.arguments(problem, finalize=False, replay=replay).items()
-            }
-            result = launch_fused(fused_moe, self.kernel.function(), given)
-            weights = rows_of(result, tokens, top_k).weights
-            return dense(given["routing_replay_out"], weights, self.call.num_experts)
+            def launch(arguments):
+                given = {name: _on_cpu(value) for name, value in arguments.items()}
+                return launch_fused(fused_moe, self.kernel.function(), given)
+
+            replay = torch.full((tokens, top_k), -1, dtype=torch.int16) if self.replays else None
+            result = launch(self.arguments(problem, finalize=False, replay=replay))
+            chosen = self.located(problem, launch) if replay is None else replay
+            return dense(chosen, rows_of(result, tokens, top_k).weights, self.call.num_experts)
 
         def why():
             if self.sizes:

@@ -69,7 +69,8 @@ class KernelSpec:
         fused_activation: Whether the first GEMM's epilogue computes the activation: then shuffled
             rows belong to tiles of 128 rows, not 64, in which up and gate rows alternate.
         weight_scales: Where block scales of the weights lie: `square` (128 x 128 blocks, as they
-            are), `tiles` (128x4 tiles, in the order of the rows), or `none`.
+            are), `tiles` (128x4 tiles, in the order of the rows), `rows` (one for each row, in the
+            order of the rows), or `none`.
         scale_argument: `<gemm>_<scale_argument>` is the argument that holds them.
         scale_dtype: What block scales of weights and input are labelled as.
         input_scales: Whether the input's scales lie by `token`, or by `block` (transposed); empty
@@ -273,10 +274,21 @@ SCHEMES: Mapping[str, Scheme] = {
         ),
         Scheme(
             "fp8_per_channel",
-            checkpoint=CheckpointNames(
+            Storage("fp8_channel", "fp8_token", "fp8_token", activated="bf16"),
+            KernelSpec(
+                "trtllm_fp8_per_channel_scale",
+                ("silu",),
+                weight_scales="rows",
+                scale_argument="per_channel_weight_scale",
+                scale_dtype="float32",
+                input_scales="token",
+                scalars="scale",
+            ),
+            CheckpointNames(
                 quant_methods=("fbgemm_fp8",),
                 modelopt=("FP8_PER_CHANNEL_PER_TOKEN",),
                 compressed_tensors=(("float", 8, "channel", None),),
+                scale="weight_scale",
             ),
         ),
         Scheme("w4a16_nvfp4", checkpoint=CheckpointNames(modelopt=("W4A16_NVFP4",))),

@@ -134,7 +134,7 @@ MUTANTS = {
     "transposed scales": ("scales of the hidden states are read transposed", {"size": 256}),
 }
 WITHOUT_BLOCKS = {"bf16", "fp8_per_tensor"}
-WITHOUT_INPUT_BLOCKS = {"bf16", "fp8_per_tensor", "mxfp4_bf16", "mxint4"}
+WITHOUT_INPUT_BLOCKS = {"bf16", "fp8_per_channel", "fp8_per_tensor", "mxfp4_bf16", "mxint4"}
 
 
 def narrow(problem):

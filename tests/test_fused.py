@@ -20,6 +20,8 @@ RELEASES = ("0.6.12", "0.6.18", "0.7.2.post1")
 #: What these releases' own sources lack: entry points, and arguments that a case needs.
 LACKING = {
     "0.6.12": {
+        "trtllm_fp8_per_channel_scale_moe",
+        "trtllm_fp8_per_channel_scale_routed_moe",
         "trtllm_fp8_per_tensor_scale_routed_moe",
         "trtllm_mxint4_block_scale_routed_moe",
         "swiglustep",
@@ -29,6 +31,8 @@ LACKING = {
         "alpha of trtllm_bf16_routed_moe",
     },
     "0.6.18": {
+        "trtllm_fp8_per_channel_scale_moe",
+        "trtllm_fp8_per_channel_scale_routed_moe",
         "clamp of trtllm_fp8_per_tensor_scale_moe",
         "clamp of trtllm_fp8_per_tensor_scale_routed_moe",
     },
@@ -104,10 +108,10 @@ def test_routing_call_fits_the_signature():
 @pytest.mark.parametrize("release", RELEASES)
 def test_pairs_of_ids_and_weights(release, scheme):
     """Told apart by the annotation of `topk_ids`: a tuple from the releases given on."""
-    if release == "0.6.12" and lacks(release, kernel_of(scheme).function(True), "silu"):
+    if lacks(release, kernel_of(scheme).function(True), "silu"):
         return
     takes = {"0.6.12": {"nvfp4", "mxfp4", "mxfp4_bf16"}}.get(
-        release, set(KERNEL_SCHEMES) - {"mxint4"}
+        release, set(KERNEL_SCHEMES) - {"fp8_per_channel", "mxint4"}
     )
     if scheme in takes:
         ids, weights = arguments(release, scheme, "silu", routed=True, pair=True)["topk_ids"]

@@ -6,7 +6,7 @@ from good_calls import FLASHINFER, bound, changed, good_call
 from launcher_cases import BF16, F16, PAIR, ROUTED, Case, cast, ones, put
 
 from pytest_moe_routing.errors import NotSimulated
-from pytest_moe_routing.simulator.checks import broken, checks
+from pytest_moe_routing.simulator.checks import Names, broken, checks
 from pytest_moe_routing.simulator.simulator import Simulator
 
 U8 = torch.uint8
@@ -25,6 +25,20 @@ CASES = [
     no_case("fused shared experts", "routing", put(num_fused_shared_experts=1)),
     no_case("activations other than Swiglu", "bf16", put(activation_type=10)),
     no_case("16 bits on FP8 weights", "fp8_per_tensor", cast("hidden_states", BF16)),
+    no_case("launcher that are not FP8", "fp8_per_channel", cast("hidden_states", BF16)),
+    *(
+        no_case(f"{name} of the per-channel launcher", "fp8_per_channel", change)
+        for name in ("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar")
+        for change in (ones(name, 7), ones(name, 8, dtype=F16), put(**{name: None}))
+    ),
+    no_case("hidden_states_scale of the", "fp8_per_channel", ones("hidden_states_scale", 5)),
+    no_case("hidden_states_scale of the", "fp8_per_channel", ones("hidden_states_scale", 1, 5)),
+    *(
+        no_case(f"{name} that is not", "fp8_per_channel", cast(name, BF16))
+        for name in ("gemm1_per_channel_weight_scale", "gemm2_per_channel_weight_scale")
+    ),
+    no_case("not int32 of tokens", "fp8_per_channel", cast("topk_ids", torch.int64), ROUTED),
+    no_case("drops the router", "fp8_per_channel", put(use_routing_scales_on_input=True)),
     no_case(
         "with a method other than Llama4", "fp8_per_tensor", put(use_routing_scales_on_input=True)
     ),
@@ -109,8 +123,8 @@ def test_every_row_has_a_case():
 
 
 def test_entry_points_that_are_not_simulated():
-    with pytest.raises(NotSimulated, match="trtllm_fp8_per_channel_scale_moe"):
-        Simulator(FLASHINFER).trtllm_fp8_per_channel_scale_moe(*range(20), False)
+    with pytest.raises(NotSimulated, match="does not model trtllm_fp6_block_scale_moe"):
+        Names("trtllm_fp6_block_scale_moe", {}, FLASHINFER)
 
 
 def run(function, given):

@@ -131,6 +131,7 @@ def test_mxfp4_decodes_as_by_flashinfer():
         ("fp8", {"strategy": "tensor", "type": "float", "num_bits": 8}),
         ("fp8_128x128", {"strategy": "block", "block_structure": [128, 128], "type": "float"}),
         ("fp8_1x128", {"strategy": "group", "group_size": 128, "type": "float"}),
+        ("fp8_channel", {"strategy": "channel", "type": "float", "num_bits": 8}),
         ("mxint4", {"strategy": "group", "group_size": 32, "type": "int", "num_bits": 4}),
     ],
 )
@@ -244,6 +245,24 @@ def test_nan_stays_in_its_block_and_is_seen(name):
     got = fake_quantize(x, name, **({"global_scale": 1e-3} if name == "nvfp4" else {}))
     assert got[0, 0].isnan()
     assert got[:, FORMATS[name].block[1] :].isfinite().all()
+
+
+def test_a_row_has_a_scale_of_its_own():
+    """As vLLM's and FlashInfer's dynamic quantization: the row's largest over 448, in float32."""
+    x = bell(4, 96, seed=8) * torch.tensor([[1.0], [300.0], [0.01], [0.0]])
+    x[1, 5] = torch.nan
+    for name, least in (("fp8_channel", 0.0), ("fp8_token", 1 / 512)):
+        scales = quantize(x, name).scales
+        assert scales.shape == (4, 1)
+        largest = [max(map(abs, row)) for row in x.tolist()]
+        assert scales[0, 0] == torch.tensor(largest[0]) / 448
+        assert scales[1].isnan()
+        assert scales[2, 0] == torch.tensor(max(largest[2], least)) / 448
+    # A row below 1/512 takes the least scale of a token: 1 / (448 * 512).
+    assert quantize(x / 100, "fp8_token").scales[2, 0] == torch.tensor(1 / (448 * 512))
+    got = fake_quantize(x, "fp8_token")
+    assert got[1, 5].isnan()
+    assert got[[0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ALL)

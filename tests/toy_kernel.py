@@ -22,6 +22,7 @@ STORED = {
     "mxfp4": ("mxfp8", None),
     "mxfp4_bf16": ("bf16", None),
     "mxint4": ("bf16", None),
+    "fp8_per_channel": ("fp8_token", None),
 }
 
 
@@ -105,7 +106,7 @@ class Toy:
         if after:
             y = fake_quantize(y.unsqueeze(0), after)[0]
         h = self.activate(y)
-        if "bf16" in self.rounding:
+        if "bf16" in self.rounding or self.scheme == "fp8_per_channel":
             h = h.to(torch.bfloat16).float()
         static = {}
         if between == "fp8":

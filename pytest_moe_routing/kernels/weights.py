@@ -201,6 +201,8 @@ def _tensors(
 
 
 def _scales(scales: Tensor, kernel: KernelSpec, layout: Layout, gated: bool) -> Tensor:
+    if kernel.weight_scales == "rows":
+        return layout.rows(scales, gated).squeeze(1)
     if kernel.weight_scales == "square":
         return (swap_halves(scales) if gated else scales).contiguous()
     tiled = swizzle_scales(layout.rows(scales, gated)).view(getattr(torch, kernel.scale_dtype))

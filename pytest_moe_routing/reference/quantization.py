@@ -38,15 +38,19 @@ class Format:
         name: Its key in `FORMATS`.
         element: `float32`, `bf16`, `e4m3`, `e2m1` or `int4` (two's complement); the last two lie
             two to a byte, even columns low.
-        block: Rows and columns that share a scale; `WHOLE` for one scale per matrix.
+        block: Rows and columns that share a scale, 0 for all of them; `WHOLE` for one scale per
+            matrix.
         scale: How a block's scale is stored: `none`, `float32`, `bf16`, `e4m3` (with a float32
             scale over the whole matrix on top), or `ue8m0` (a power of two: uint8, 127 is 1).
+        least: The largest magnitude of a block is taken to be no smaller, which keeps a block of
+            tiny numbers from having a tiny scale.
     """
 
     name: str
     element: str
     block: tuple[int, int] = WHOLE
     scale: str = "none"
+    least: float = 0.0
 
     @property
     def packed(self) -> bool:
@@ -99,6 +103,9 @@ FORMATS: Mapping[str, Format] = {
         Format("fp8", "e4m3", WHOLE, "float32"),
         Format("fp8_1x128", "e4m3", (1, 128), "float32"),
         Format("fp8_128x128", "e4m3", (128, 128), "float32"),
+        Format("fp8_channel", "e4m3", (1, 0), "float32"),
+        # Scales from 1 / (448 * 512) on: MIN_SCALING_FACTOR of FlashInfer's quantTypeUtils.cuh.
+        Format("fp8_token", "e4m3", (1, 0), "float32", least=2.0**-9),
         Format("mxfp8", "e4m3", (1, 32), "ue8m0"),
         Format("nvfp4", "e2m1", (1, 16), "e4m3"),
         Format("mxfp4", "e2m1", (1, 32), "ue8m0"),
@@ -262,7 +269,7 @@ def _scales(blocks: Tensor, fmt: Format, overall: Tensor | None, ue8m0: str) -> 
         assert overall is not None
         return _encode_e4m3(amax / largest / overall)
     # Never 0, so that an empty block divides well; the same guard as in FlashInfer's activation.
-    return (amax / largest).clamp(_TINY, torch.finfo(torch.float32).max)
+    return (amax.clamp_min(fmt.least) / largest).clamp(_TINY, torch.finfo(torch.float32).max)
 
 
 def _global_scale(x: Tensor, fmt: Format) -> Tensor:

@@ -26,7 +26,8 @@ class Memory:
     Attributes:
         element: `e4m3`, `e2m1`, `int4` or `bf16`.
         scales: `none`, `square` (float32, 128 x 128), `tiles` (128x4 tiles of scales of one row and
-            `block` columns), or `linear`, which no kernel uses and a stale caller might.
+            `block` columns), `rows` (one for each row, where the row lies), or `linear`, which no
+            kernel uses and a stale caller might.
         scale: How a scale is stored: `float32`, `e4m3`, `ue8m0` or `bf16`.
         block: Columns that share a scale.
         shuffled: Rows are shuffled in blocks of this many, 0 for none.
@@ -79,6 +80,8 @@ def check_memory(names: Mapping[str, Any], memory: Memory, scale_argument: str) 
         expected = {f"{name}_weights": high * (wide // packing)}
         if memory.scales == "square":
             expected[f"{name}_{scale_argument}"] = high // 128 * (wide // 128)
+        elif memory.scales == "rows":
+            expected[f"{name}_{scale_argument}"] = high
         elif memory.scales != "none":
             tiles = -(-high // 128) * -(-wide // (4 * memory.block))
             expected[f"{name}_{scale_argument}"] = tiles * 512
@@ -137,6 +140,8 @@ def read_weight(weight: Tensor, scales: Tensor | None, gated: bool, memory: Memo
         return values
     columns = values.shape[1]
     flat, bytes_ = raw(scales).flatten(), memory.scale
+    if memory.scales == "rows":
+        return values * decode_scale(flat[place], bytes_).unsqueeze(1)
     count = columns // memory.block
     row, column = place.unsqueeze(1), torch.arange(count).unsqueeze(0)
     if memory.scales == "square":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -11,6 +13,23 @@ from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.suite.gpu import dtype, explained
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
+    from pytest_moe_routing.kernels.fused import Rows
+    from pytest_moe_routing.kernels.library import Kernels
+    from pytest_moe_routing.kernels.reached import ReachedExperts
+    from pytest_moe_routing.kernels.weights import Prepared
+    from pytest_moe_routing.reference.moe import MoELayer
+    from pytest_moe_routing.reference.problem import MoEProblem
+    from pytest_moe_routing.reference.quantization import Quantized
+    from pytest_moe_routing.reference.shard import Shard
+    from pytest_moe_routing.reference.weights import Expert, GeneratedExperts
+    from pytest_moe_routing.schemes import KernelSpec
+
+#: Lines that explain a wrong result, made when they are needed.
+Explain = Callable[[], list[str]]
 #: Experts that are different, where sizes are reduced; a prime, so that no shard begins anew.
 DISTINCT = 61
 
@@ -19,13 +38,13 @@ DISTINCT = 61
 class Cycled:
     """As many experts as a model has, of which only some are different."""
 
-    few: list
+    few: Sequence[Expert]
     count: int
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, expert):
+    def __getitem__(self, expert: int, /) -> Expert:
         return self.few[expert % len(self.few)]
 
 
@@ -33,19 +52,19 @@ class Cycled:
 class Fused:
     """A layer, and the calls of its kernel."""
 
-    kernels: object
-    flashinfer: object
-    call: object
+    kernels: Kernels
+    flashinfer: FlashInfer
+    call: KernelCall
     scheme: str
     activated: str = "silu"
-    sizes: tuple | None = None
+    sizes: tuple[int, int] | None = None
     layout: str = ""
     biases: bool = False
     silent: int | None = None
     limit: float | None = None
 
     @cached_property
-    def layer(self):
+    def layer(self) -> MoELayer:
         from pytest_moe_routing.reference.activation import activation
         from pytest_moe_routing.reference.moe import MoELayer
 
@@ -54,11 +73,11 @@ class Fused:
         )
 
     @cached_property
-    def kernel(self):
+    def kernel(self) -> KernelSpec:
         return kernel_of(self.scheme)
 
     @cached_property
-    def width(self):
+    def width(self) -> tuple[int, int]:
         """Hidden and intermediate size."""
         if self.sizes:
             return self.sizes
@@ -68,7 +87,7 @@ class Fused:
         return (256 if self.kernels.simulated else 512), inner
 
     @cached_property
-    def experts(self):
+    def experts(self) -> GeneratedExperts | Cycled:
         from pytest_moe_routing.reference.weights import GeneratedExperts, static_scale
 
         count = self.call.num_experts
@@ -88,21 +107,22 @@ class Fused:
         return Cycled(few, count)
 
     @cached_property
-    def _prepared(self):
+    def _prepared(self) -> Prepared:
         from pytest_moe_routing.kernels.weights import prepare
         from pytest_moe_routing.reference.shard import Shard
 
+        few = self.experts.few if isinstance(self.experts, Cycled) else self.experts
         return prepare(
-            self.experts.few,
+            few,
             self.kernel,
             gated=self.layer.activation.gated,
             layout=self.layout,
-            shard=Shard.whole(len(self.experts.few)),
+            shard=Shard.whole(len(few)),
             device=self.kernels.device,
         )
 
     @cached_property
-    def reached(self):
+    def reached(self) -> ReachedExperts:
         """The weights of a layer of full size, padded, of the experts that tokens reach."""
         from pytest_moe_routing.kernels.padding import PaddedExperts
         from pytest_moe_routing.kernels.reached import ReachedExperts
@@ -111,20 +131,20 @@ class Fused:
         padded = PaddedExperts(self.experts, self.scheme, gated)
         return ReachedExperts(padded, self.kernel, gated, self.kernels.device)
 
-    def prepared(self, shard):
+    def prepared(self, shard: Shard) -> Prepared:
         """The weights of a shard, as the kernel wants them."""
         count = len(self._prepared.gate)
         return self._prepared.take([e % count for e in shard.experts], shard)
 
     @cached_property
-    def whole(self):
+    def whole(self) -> Prepared:
         from pytest_moe_routing.reference.shard import Shard
 
         if self.sizes:
             return self.reached.prepared
         return self.prepared(Shard.whole(self.call.num_experts))
 
-    def problem(self, num_tokens, pattern="plain"):
+    def problem(self, num_tokens: int, pattern: str = "plain") -> MoEProblem:
         """What the kernel is asked, routed by the reference."""
         from pytest_moe_routing import logits
         from pytest_moe_routing.reference.problem import MoEProblem
@@ -143,7 +163,9 @@ class Fused:
             bias=bias,
         )
 
-    def arguments(self, problem, *, prepared=None, **how):
+    def arguments(
+        self, problem: MoEProblem, *, prepared: Prepared | None = None, **how: Any
+    ) -> dict[str, Any]:
         from pytest_moe_routing.kernels.fused import fused_arguments
 
         with unsupported_is_skipped():
@@ -151,7 +173,9 @@ class Fused:
                 problem, self.call, prepared or self.whole, self.flashinfer, **how
             )
 
-    def launch(self, arguments, *, routed=False, tuned=False):
+    def launch(
+        self, arguments: dict[str, Any], *, routed: bool = False, tuned: bool = False
+    ) -> list[Tensor]:
         from pytest_moe_routing.kernels.fused import launch_fused
 
         first, *rest = launch_fused(
@@ -163,32 +187,36 @@ class Fused:
         # Without the columns of padded weights.
         return [first[..., : self.width[0]], *rest]
 
-    def output(self, problem, *, tuned=False, **how):
+    def output(
+        self, problem: MoEProblem, *, tuned: bool = False, **how: Any
+    ) -> tuple[Tensor, Explain]:
         """The output, and what explains it if it is wrong."""
         arguments = self.arguments(problem, **how)
         (output,) = self.launch(arguments, routed=how.get("routed", False), tuned=tuned)
         return output, lambda: self.explained(arguments, output, how.get("routed", False), tuned)
 
-    def explained(self, arguments, output, routed, tuned=False):
+    def explained(
+        self, arguments: dict[str, Any], output: Tensor | None, routed: bool, tuned: bool = False
+    ) -> list[str]:
         from pytest_moe_routing.kernels.fused import launch_fused
 
         if self.sizes:
             return ["no diagnosis of a layer in its full size: the known faults would take hours"]
         given = {name: _on_cpu(value) for name, value in arguments.items()}
 
-        def run(fused_moe):
+        def run(fused_moe: Any) -> Tensor:
             tune = fused_moe.autotune(True) if tuned else None
             return launch_fused(fused_moe, self.kernel.function(routed), dict(given), tune)[0]
 
         return explained(run, output, self.flashinfer)
 
-    def rows(self, problem, **how):
+    def rows(self, problem: MoEProblem, **how: Any) -> tuple[Tensor, Rows]:
         """Chosen experts, and what was computed for each, as the kernel says itself."""
         import torch
 
         from pytest_moe_routing.kernels.fused import rows_of
 
-        tokens, top_k = len(problem.logits), self.call.top_k
+        tokens, top_k = problem.hidden.shape[0], self.call.top_k
         if not self.replays:
             result = self.launch(self.arguments(problem, finalize=False, **how))
             return self.located(problem), rows_of(result, tokens, top_k)
@@ -197,12 +225,16 @@ class Fused:
         return replay.cpu().to(torch.int64), rows_of(result, tokens, top_k)
 
     @cached_property
-    def replays(self):
+    def replays(self) -> bool:
         """Whether the entry point says which experts it chose."""
         signature = self.flashinfer.signature(self.kernel.function())
         return signature is not None and "routing_replay_out" in signature.parameters
 
-    def located(self, problem, launch=None):
+    def located(
+        self,
+        problem: MoEProblem,
+        launch: Callable[[dict[str, Any]], list[Tensor]] | None = None,
+    ) -> Tensor:
         """Chosen experts of an entry point without replay: those whose own shard has the slot.
 
         A slot that no shard has, or several have, is -1.
@@ -211,11 +243,11 @@ class Fused:
 
         from pytest_moe_routing.reference.shard import Shard
 
-        tokens, top_k = len(problem.logits), self.call.top_k
+        tokens, top_k = problem.hidden.shape[0], self.call.top_k
         ids = torch.full((tokens, top_k), -1)
         owners = torch.zeros(tokens, top_k, dtype=torch.int64)
         for expert in range(self.call.num_experts):
-            one = self.prepared(Shard(expert, 1))
+            one = self.whole.take([expert], Shard(expert, 1))
             arguments = self.arguments(problem, prepared=one, finalize=False)
             # Where its row is says whether a slot is the shard's; there may be no rows at all.
             place = (launch or self.launch)(arguments)[-1]
@@ -224,7 +256,9 @@ class Fused:
             owners += local
         return ids.masked_fill(owners != 1, -1)
 
-    def check(self, num_tokens, *, pattern="plain", pairs=(False,)):
+    def check(
+        self, num_tokens: int, *, pattern: str = "plain", pairs: Sequence[bool] = (False,)
+    ) -> None:
         """Every comparison of one call."""
         from pytest_moe_routing.compare import compare_moe
         from pytest_moe_routing.kernels.fused import without_routing
@@ -248,7 +282,7 @@ class Fused:
             twin, why = self.output(given, routed=True, pair=pair)
             self.check_sum(twin, output, found, "the routed twin", why)
 
-    def check_choice(self, problem, ids, found):
+    def check_choice(self, problem: MoEProblem, ids: Tensor, found: Rows) -> None:
         """Experts by margin; weights within what bfloat16 and the kernel's sigmoid allow."""
         import torch
 
@@ -257,6 +291,8 @@ class Fused:
         from pytest_moe_routing.simulator.explain import dense
 
         tokens, top_k = ids.shape
+        assert problem.logits is not None
+        assert problem.recipe is not None
         compared = compare_routing(
             ids,
             found.weights,
@@ -266,8 +302,8 @@ class Fused:
             precision=self.kernels.precision,
         )
 
-        def run(fused_moe):
-            def launch(arguments):
+        def run(fused_moe: Any) -> Tensor:
+            def launch(arguments: dict[str, Any]) -> list[Tensor]:
                 given = {name: _on_cpu(value) for name, value in arguments.items()}
                 return launch_fused(fused_moe, self.kernel.function(), given)
 
@@ -276,7 +312,7 @@ class Fused:
             chosen = self.located(problem, launch) if replay is None else replay
             return dense(chosen, rows_of(result, tokens, top_k).weights, self.call.num_experts)
 
-        def why():
+        def why() -> list[str]:
             if self.sizes:
                 return self.explained({}, None, routed=False)
             return explained(run, dense(ids, found.weights, self.call.num_experts), self.flashinfer)
@@ -285,7 +321,7 @@ class Fused:
         labelled = found.weights.dtype == torch.bfloat16
         self.expect(labelled, tokens, lambda: f"weights are labelled {found.weights.dtype}", why)
 
-    def check_sum(self, one, other, found, what, why):
+    def check_sum(self, one: Tensor, other: Tensor, found: Rows, what: str, why: Explain) -> None:
         """Two sums of the same rows: each row and the result may be off by a step of bfloat16."""
         size = (found.weights.double().abs().unsqueeze(-1) * found.rows.double().abs()).sum(1)
         if self.call.weight_on == "input":
@@ -299,20 +335,20 @@ class Fused:
             why,
         )
 
-    def expect(self, ok, num_tokens, message, why):
+    def expect(self, ok: bool, num_tokens: int, message: Callable[[], str], why: Explain) -> None:
         if not ok:
             case = f"{self.scheme}, {self.activated}, {num_tokens} tokens"
             text = "\n".join([message(), *why()])
             pytest.fail(f"{self.call}\n{case}: {text}", pytrace=False)
 
 
-def _on_cpu(value):
+def _on_cpu(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_on_cpu(v) for v in value)
     return value.cpu() if hasattr(value, "cpu") else value
 
 
-def output_of(found, call):
+def output_of(found: Rows, call: KernelCall) -> Tensor:
     """The sum over experts of what a kernel returned without it."""
     weights = found.weights.double().unsqueeze(-1)
     if call.weight_on == "input":
@@ -320,7 +356,7 @@ def output_of(found, call):
     return (found.rows.double() * weights).sum(1)
 
 
-def silenced(expert):
+def silenced(expert: Expert) -> Expert:
     """An expert whose every number is zero, block scales included."""
     return replace(
         expert,
@@ -329,9 +365,12 @@ def silenced(expert):
     )
 
 
-def moved(matrix, device):
+def moved(matrix: Quantized, device: str) -> Quantized:
     """A matrix in its format, on a device."""
-    tensors = {name: getattr(matrix, name) for name in ("data", "scales", "global_scale")}
+    scales, overall = matrix.scales, matrix.global_scale
     return replace(
-        matrix, **{name: None if t is None else t.to(device) for name, t in tensors.items()}
+        matrix,
+        data=matrix.data.to(device),
+        scales=None if scales is None else scales.to(device),
+        global_scale=None if overall is None else overall.to(device),
     )

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
 from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
+if TYPE_CHECKING:
+    from pytest_moe_routing.oracle.config_sweep import CachedTarget, Sweep
+    from pytest_moe_routing.oracle.target import Target
+    from pytest_moe_routing.session import MoESession
+
 pytestmark = pytest.mark.sweep
 
 
 @pytest.fixture(scope="module")
-def cached_target(moe_target):
+def cached_target(moe_target: Target) -> CachedTarget:
     from pytest_moe_routing.oracle.config_sweep import CachedTarget
 
     return CachedTarget(moe_target)
 
 
-def check(sweep, cached_target, moe_scheme, moe_session, moe_property):
+def check(
+    sweep: Callable[..., Sweep],
+    cached_target: CachedTarget,
+    moe_scheme: str,
+    moe_session: MoESession,
+    moe_property: Callable[[str, Any], None],
+) -> None:
     """Fail for every cause that concerns no model: a model's own verdict tells the others."""
     from pytest_moe_routing.errors import Unsupported
     from pytest_moe_routing.suite.causes import of_sweep
@@ -31,14 +45,25 @@ def check(sweep, cached_target, moe_scheme, moe_session, moe_property):
     fail(moe_property, [of_sweep(cause) for cause in found.causes])
 
 
-def test_config_sweep(cached_target, moe_scheme, moe_session, moe_property):
+def test_config_sweep(
+    cached_target: CachedTarget,
+    moe_scheme: str,
+    moe_session: MoESession,
+    moe_property: Callable[[str, Any], None],
+) -> None:
     """No router of the config sweep passes all gates and goes wrong, or crashes."""
     from pytest_moe_routing.oracle.config_sweep import sweep
 
     check(sweep, cached_target, moe_scheme, moe_session, moe_property)
 
 
-def test_behind_gates(moe_framework, cached_target, moe_scheme, moe_session, moe_property):
+def test_behind_gates(
+    moe_framework: Target,
+    cached_target: CachedTarget,
+    moe_scheme: str,
+    moe_session: MoESession,
+    moe_property: Callable[[str, Any], None],
+) -> None:
     """No call that only a gate for the routing method stops would go wrong."""
     from pytest_moe_routing.oracle.config_sweep import sweep_behind_gates
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
 from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
+if TYPE_CHECKING:
+    from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.oracle.target import Target
 
-def test_downcasts(moe_framework, moe_model, moe_scheme, moe_property):
+
+def test_downcasts(
+    moe_framework: Target,
+    moe_model: ModelSpec,
+    moe_scheme: str,
+    moe_property: Callable[[str, Any], None],
+) -> None:
     """Nothing is downcast before a kernel that would have taken it as it is."""
     from pytest_moe_routing.oracle.downcasts import avoidable_downcasts
     from pytest_moe_routing.oracle.judge import judge

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
 from pytest_moe_routing import goldens
 from pytest_moe_routing.errors import MoERoutingError
 
+if TYPE_CHECKING:
+    from pytest_moe_routing.models import ModelSpec
+
 # Goldens are the builtin target's: this fixture leaves the module out for any other.
 pytestmark = pytest.mark.usefixtures("moe_golden")
 
 
-def test_router(moe_model, moe_golden):
+def test_router(moe_model: ModelSpec, moe_golden: Callable[[str, dict[str, Any]], None]) -> None:
     """What a model says of its router, and how it is classified in each FlashInfer release."""
     from pytest_moe_routing.suite import payloads
 
     moe_golden(payloads.ROUTER, payloads.router_payload(moe_model))
 
 
-def test_routing(moe_model, moe_golden):
+def test_routing(moe_model: ModelSpec, moe_golden: Callable[[str, dict[str, Any]], None]) -> None:
     """Which experts, with which weights, for named logits."""
     from pytest_moe_routing.suite import payloads
 
@@ -31,14 +37,16 @@ def test_routing(moe_model, moe_golden):
     moe_golden(payloads.ROUTING, payloads.routing_payload(moe_model, stored))
 
 
-def test_scheme(moe_model, moe_scheme, moe_golden):
+def test_scheme(
+    moe_model: ModelSpec, moe_scheme: str, moe_golden: Callable[[str, dict[str, Any]], None]
+) -> None:
     """Gates and verdict of a scheme in each FlashInfer release."""
     from pytest_moe_routing.suite import payloads
 
     moe_golden(moe_scheme, payloads.scheme_payload(moe_model, moe_scheme))
 
 
-def test_no_stray_goldens(moe_model):
+def test_no_stray_goldens(moe_model: ModelSpec) -> None:
     """A golden that no test reads would look like a decision and be none."""
     from pytest_moe_routing.suite import payloads
 

@@ -8,7 +8,9 @@ the same experts and weights and need no reference to be compared.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,7 +18,15 @@ from pytest_moe_routing.schemes import COMPUTED_SCHEMES, KERNEL_SCHEMES, kernel_
 from pytest_moe_routing.suite.fused import Fused, moved
 from pytest_moe_routing.suite.gpu import call_of, require
 
+if TYPE_CHECKING:
+    from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
+    from pytest_moe_routing.kernels.library import Kernels
+    from pytest_moe_routing.models import ModelSpec
+
 pytestmark = pytest.mark.gpu
+
+#: What the fixture `fused` is: it makes a layer, or skips.
+Make = Callable[..., Fused]
 
 #: One token, some, and more than a tile of them.
 TOKENS = (1, 5, 33)
@@ -24,22 +34,22 @@ TOKENS = (1, 5, 33)
 ACTIVATIONS = ("silu", "relu2", "gelu", "swigluoai", "swiglustep")
 
 
-def small_call(scheme, method="DeepSeekV3", **fields):
+def small_call(scheme: str, method: str = "DeepSeekV3", **fields: Any) -> KernelCall:
     """A call with 16 experts, whether or not a model makes it."""
     from pytest_moe_routing.flashinfer import KernelCall
 
     bias = "router" if method == "DeepSeekV3" else "none"
-    given = {"num_experts": 16, "top_k": 4, "logits_dtype": "float32", "bias": bias}
+    given: dict[str, Any] = {"num_experts": 16, "top_k": 4, "logits_dtype": "float32", "bias": bias}
     if method == "DeepSeekV3":
         given |= {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
     return KernelCall(scheme, method, **{**given, **fields})
 
 
 @pytest.fixture
-def fused(moe_kernels, moe_flashinfer):
+def fused(moe_kernels: Kernels, moe_flashinfer: FlashInfer) -> Make:
     """`fused(call, scheme, ...)`: a layer, or a skip where its kernel does not run."""
 
-    def make(call, scheme, activated="silu", **how):
+    def make(call: KernelCall, scheme: str, activated: str = "silu", **how: Any) -> Fused:
         if moe_kernels.lacks_fused:
             pytest.skip(moe_kernels.lacks_fused)
         require(moe_flashinfer, call)
@@ -51,7 +61,9 @@ def fused(moe_kernels, moe_flashinfer):
 
 
 @pytest.mark.moe_models(distinct_routers=True, published=True)
-def test_model(fused, moe_model, moe_scheme, moe_flashinfer):
+def test_model(
+    fused: Make, moe_model: ModelSpec, moe_scheme: str, moe_flashinfer: FlashInfer
+) -> None:
     """A model's experts, groups and activation in each of its quantizations."""
     call = call_of(moe_model, moe_flashinfer, moe_model.router.logits_dtype, scheme=moe_scheme)
     layer = fused(call, moe_scheme, moe_model.experts.activation)
@@ -60,7 +72,9 @@ def test_model(fused, moe_model, moe_scheme, moe_flashinfer):
 
 
 @pytest.mark.moe_models(distinct_layers=True, published=True)
-def test_full_size(fused, moe_model, moe_scheme, moe_full_scale):
+def test_full_size(
+    fused: Make, moe_model: ModelSpec, moe_scheme: str, moe_full_scale: bool
+) -> None:
     """A model's own sizes, padded as frameworks pad them; only with `--moe-scale full`."""
     from pytest_moe_routing.kernels.padding import misaligned
 
@@ -76,7 +90,7 @@ def test_full_size(fused, moe_model, moe_scheme, moe_full_scale):
 
 @pytest.mark.parametrize("activated", ACTIVATIONS)
 @pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
-def test_scheme(fused, scheme, activated):
+def test_scheme(fused: Make, scheme: str, activated: str) -> None:
     """Every quantization with every activation, and what the routed twin takes."""
     layer = fused(small_call(scheme), scheme, activated)
     pairs = (False, True) if layer.flashinfer.has(layer.kernel.pairs_since or "9999") else (False,)
@@ -85,44 +99,44 @@ def test_scheme(fused, scheme, activated):
 
 
 @pytest.mark.parametrize("scheme", [name for name in KERNEL_SCHEMES if kernel_of(name).biases])
-def test_biases_of_experts(fused, scheme):
+def test_biases_of_experts(fused: Make, scheme: str) -> None:
     """Biases of both GEMMs, in the units of the accumulators."""
     fused(small_call(scheme), scheme, "swigluoai", biases=True).check(5)
 
 
 @pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
-def test_clamp(fused, scheme):
+def test_clamp(fused: Make, scheme: str) -> None:
     """A clamp of a checkpoint's own that many numbers reach."""
     fused(small_call(scheme), scheme, limit=0.5).check(5)
 
 
 @pytest.mark.parametrize("layout", kernel_of("fp8_block").layouts)
-def test_layout(fused, layout):
+def test_layout(fused: Make, layout: str) -> None:
     """The layouts between which DeepSeek's scheme leaves the choice."""
     fused(small_call("fp8_block"), "fp8_block", layout=layout).check(5)
 
 
-def test_weight_on_the_input(fused):
+def test_weight_on_the_input(fused: Make) -> None:
     """Llama4: the router weight multiplies the first GEMM's result, and nothing else."""
     call = small_call("fp8_per_tensor", "Llama4", top_k=1, weight_on="input")
     fused(call, "fp8_per_tensor").check(5)
 
 
 @pytest.mark.parametrize("method", ["Renormalize", "SigmoidRenorm", "TopK"])
-def test_method(fused, method):
+def test_method(fused: Make, method: str) -> None:
     """Weights of another kind, negative ones among them, packed with ids and apart."""
     for pattern in ("plain", "all-negative"):
         fused(small_call("bf16", method), "bf16").check(5, pattern=pattern, pairs=(False, True))
 
 
 @pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
-def test_zero_expert(fused, scheme):
+def test_zero_expert(fused: Make, scheme: str) -> None:
     """An expert whose weights are all zero adds nothing, and no NaN."""
     fused(small_call(scheme), scheme, silent=3).check(17)
 
 
 @pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
-def test_autotuned(fused, scheme):
+def test_autotuned(fused: Make, scheme: str) -> None:
     """The tactic that autotuning picks gives what the first one gives, within rounding."""
     layer = fused(small_call(scheme), scheme)
     problem = layer.problem(33)
@@ -135,7 +149,7 @@ def test_autotuned(fused, scheme):
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
 @pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
-def test_expert_parallel_shard(fused, scheme, rank):
+def test_expert_parallel_shard(fused: Make, scheme: str, rank: int) -> None:
     """A rank computes the share of its own experts, from weights that are its own only."""
     from pytest_moe_routing.compare import compare_moe
     from pytest_moe_routing.reference.routing import Routing
@@ -155,7 +169,7 @@ def test_expert_parallel_shard(fused, scheme, rank):
 
 
 @pytest.mark.parametrize("scheme", COMPUTED_SCHEMES)
-def test_reference(moe_kernels, scheme):
+def test_reference(moe_kernels: Kernels, scheme: str) -> None:
     """The MoE reference gives on the GPU what it gives on the CPU, within its own error bars."""
     import torch
 

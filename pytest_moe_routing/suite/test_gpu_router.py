@@ -6,7 +6,15 @@ distinct router of the models.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
 import pytest
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.kernels.routers import RouterKernels
+    from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.session import MoESession
 
 pytestmark = [pytest.mark.gpu(kernels="compiled"), pytest.mark.moe_models(distinct_routers=True)]
 
@@ -27,7 +35,9 @@ TOKENS = (1, 7, 64, 515)
 
 
 @pytest.fixture
-def router_kernels(moe_session, record_property, _moe_stderr):
+def router_kernels(
+    moe_session: MoESession, record_property: Callable[[str, Any], None], _moe_stderr: int
+) -> Iterator[RouterKernels]:
     """The compiled routers under test, on any NVIDIA GPU; the test is skipped without."""
     from pytest_moe_routing.kernels import gpu
 
@@ -42,7 +52,9 @@ def router_kernels(moe_session, record_property, _moe_stderr):
 
 @pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_router_kernel(router_kernels, moe_model, pattern, logits_dtype):
+def test_router_kernel(
+    router_kernels: RouterKernels, moe_model: ModelSpec, pattern: str, logits_dtype: str
+) -> None:
     """Experts and weights are right; two calls give the same; every row is written."""
     import torch
 

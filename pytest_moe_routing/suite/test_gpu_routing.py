@@ -6,13 +6,27 @@ and epsilon included), within the kernel's documented arithmetic error and not b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_moe_routing.suite.gpu import call_of, dtype, explained, require
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_moe_routing.compare.routing import Comparison
+    from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
+    from pytest_moe_routing.kernels.library import Kernels
+    from pytest_moe_routing.kernels.routing import KernelRouting
+    from pytest_moe_routing.logits import Case
+    from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.reference.permutation import Permutation
+    from pytest_moe_routing.routing.recipe import Recipe
 
 # Models that share a router share a test.
 pytestmark = [pytest.mark.gpu(kernels="routing"), pytest.mark.moe_models(distinct_routers=True)]
@@ -54,7 +68,7 @@ SHAPES = ((16, 1), (128, 8), (256, 8), (384, 8), (512, 22), (1024, 32), (2048, 3
 
 
 @lru_cache(maxsize=2)
-def made(pattern, recipe, num_tokens, num_experts):
+def made(pattern: str, recipe: Recipe, num_tokens: int, num_experts: int) -> Case:
     """Inputs of a pattern."""
     from pytest_moe_routing import logits
 
@@ -64,7 +78,14 @@ def made(pattern, recipe, num_tokens, num_experts):
 class Routed:
     """Inputs of one kernel call, and the comparison of what comes back."""
 
-    def __init__(self, kernels, call, flashinfer, pattern, num_tokens):
+    def __init__(
+        self,
+        kernels: Kernels,
+        call: KernelCall,
+        flashinfer: FlashInfer,
+        pattern: str,
+        num_tokens: int,
+    ) -> None:
         require(flashinfer, call)
         self.kernels, self.call, self.flashinfer = kernels, call, flashinfer
         self.recipe = flashinfer.recipe(call)
@@ -72,11 +93,13 @@ class Routed:
         case = made(
             pattern, replace(self.recipe, bias_dtype="float32"), num_tokens, call.num_experts
         )
-        self.right = None
+        self.right: KernelRouting | None = None
         self.logits = case.logits.to(dtype(call.logits_dtype))
         self.bias = None if case.bias is None else case.bias.to(dtype(call.bias_dtype))
 
-    def run(self, num_tokens, fused_moe=None, device=None, **shard):
+    def run(
+        self, num_tokens: int, fused_moe: Any = None, device: str | None = None, **shard: Any
+    ) -> KernelRouting:
         from pytest_moe_routing.kernels.routing import run_routing
 
         device = device or self.kernels.device
@@ -87,7 +110,7 @@ class Routed:
                 self.logits[:num_tokens].to(device), bias, self.call, fused_moe=fused_moe, **shard
             )
 
-    def check(self, num_tokens):
+    def check(self, num_tokens: int) -> None:
         """Route and compare experts, weights and permutation."""
         from pytest_moe_routing.reference.permutation import permute
 
@@ -101,7 +124,7 @@ class Routed:
         problems = misplaced(got, got.topk_ids, wanted)
         self.expect(num_tokens, [*problems, *([] if found.ok else [found.message()])], got)
 
-    def compared(self, got, tokens):
+    def compared(self, got: KernelRouting, tokens: Tensor | slice) -> Comparison:
         """Some of the tokens, compared with the reference."""
         from pytest_moe_routing.compare import compare_routing
 
@@ -114,7 +137,7 @@ class Routed:
             precision=self.kernels.precision,
         )
 
-    def unlike_before(self, got):
+    def unlike_before(self, got: KernelRouting) -> Tensor:
         """The tokens whose routing is not that of the last batch, which was right."""
         import torch
 
@@ -126,14 +149,16 @@ class Routed:
             new[: len(ids)] = ~((ids == now[0]) & same).all(1)
         return new
 
-    def expect(self, num_tokens, problems, got, **shard):
+    def expect(
+        self, num_tokens: int, problems: Sequence[str], got: KernelRouting, **shard: Any
+    ) -> None:
         """Fail with what is wrong, and with the known faults that explain it."""
         from pytest_moe_routing.simulator.explain import dense
 
-        def weights(result):
+        def weights(result: KernelRouting) -> Tensor:
             return dense(result.topk_ids, result.topk_weights, self.call.num_experts)
 
-        def run(fused_moe):
+        def run(fused_moe: Any) -> Tensor:
             return weights(self.run(num_tokens, fused_moe, "cpu", **shard))
 
         if problems:
@@ -142,7 +167,7 @@ class Routed:
             pytest.fail(f"{self.call}\nwith {num_tokens} tokens: {text}", pytrace=False)
 
 
-def misplaced(got, topk_ids, wanted):
+def misplaced(got: KernelRouting, topk_ids: Tensor, wanted: Permutation) -> list[str]:
     """What is wrong with where a kernel put the slots of these experts."""
     from pytest_moe_routing.reference.permutation import check_permutation
 
@@ -154,7 +179,14 @@ def misplaced(got, topk_ids, wanted):
 @pytest.mark.parametrize("bias_dtype", DTYPES)
 @pytest.mark.parametrize("logits_dtype", DTYPES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_model(moe_kernels, moe_model, moe_flashinfer, pattern, logits_dtype, bias_dtype):
+def test_model(
+    moe_kernels: Kernels,
+    moe_model: ModelSpec,
+    moe_flashinfer: FlashInfer,
+    pattern: str,
+    logits_dtype: str,
+    bias_dtype: str,
+) -> None:
     """Experts, weights and permutation of a model's router, at every token count."""
     if moe_model.router.correction_bias is None and bias_dtype != DTYPES[0]:
         pytest.skip("the router has no bias")
@@ -167,7 +199,14 @@ def test_model(moe_kernels, moe_model, moe_flashinfer, pattern, logits_dtype, bi
 @pytest.mark.parametrize("logits_dtype", DTYPES)
 @pytest.mark.parametrize(("num_experts", "top_k"), SHAPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_method(moe_kernels, moe_flashinfer, method, num_experts, top_k, logits_dtype):
+def test_method(
+    moe_kernels: Kernels,
+    moe_flashinfer: FlashInfer,
+    method: str,
+    num_experts: int,
+    top_k: int,
+    logits_dtype: str,
+) -> None:
     """Every routing method, whether or not a model uses it, inside its limits."""
     from pytest_moe_routing.flashinfer import KernelCall
 
@@ -191,7 +230,9 @@ def test_method(moe_kernels, moe_flashinfer, method, num_experts, top_k, logits_
 
 
 @pytest.mark.parametrize("bias_dtype", DTYPES)
-def test_large_bias(moe_kernels, moe_model, moe_flashinfer, bias_dtype):
+def test_large_bias(
+    moe_kernels: Kernels, moe_model: ModelSpec, moe_flashinfer: FlashInfer, bias_dtype: str
+) -> None:
     """Weights are those of the scores, however much was added for choosing."""
     import torch
 
@@ -199,6 +240,7 @@ def test_large_bias(moe_kernels, moe_model, moe_flashinfer, bias_dtype):
         pytest.skip("the router has no bias")
     call = call_of(moe_model, moe_flashinfer, bias_dtype=bias_dtype)
     routed = Routed(moe_kernels, call, moe_flashinfer, "plain", 257)
+    assert routed.bias is not None
     # Next to this number a float32 is 1/64 wide, and hardly any choice is certain.
     routed.bias = torch.full_like(routed.bias, 2**17)
     for num_tokens in (1, 17, 257):
@@ -206,7 +248,7 @@ def test_large_bias(moe_kernels, moe_model, moe_flashinfer, bias_dtype):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_reference(moe_kernels, moe_model, pattern):
+def test_reference(moe_kernels: Kernels, moe_model: ModelSpec, pattern: str) -> None:
     """The torch reference gives on the GPU what it gives on the CPU."""
     from pytest_moe_routing.compare import assert_routing
     from pytest_moe_routing.logits import make
@@ -223,7 +265,13 @@ def test_reference(moe_kernels, moe_model, pattern):
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
 @pytest.mark.parametrize("tile_tokens_dim", [8, 64])
-def test_expert_parallel_shard(moe_kernels, moe_model, moe_flashinfer, rank, tile_tokens_dim):
+def test_expert_parallel_shard(
+    moe_kernels: Kernels,
+    moe_model: ModelSpec,
+    moe_flashinfer: FlashInfer,
+    rank: int,
+    tile_tokens_dim: int,
+) -> None:
     """A shard chooses and weighs as the whole does, and permutes its own experts only."""
     import torch
 
@@ -234,7 +282,7 @@ def test_expert_parallel_shard(moe_kernels, moe_model, moe_flashinfer, rank, til
     call = call_of(moe_model, moe_flashinfer)
     routed = Routed(moe_kernels, call, moe_flashinfer, "plain", 1025)
     shard = Shard(rank * (experts // 4), experts // 4)
-    how = {"tile_tokens_dim": tile_tokens_dim, "shard": shard}
+    how: dict[str, Any] = {"tile_tokens_dim": tile_tokens_dim, "shard": shard}
     for num_tokens in (1, 17, 257, 1025):
         whole = routed.run(num_tokens, tile_tokens_dim=tile_tokens_dim)
         got = routed.run(num_tokens, **how)

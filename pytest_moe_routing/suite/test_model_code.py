@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
+if TYPE_CHECKING:
+    from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.oracle.target import Target
 
-def test_model_code(moe_framework, moe_model, moe_property):
+
+def test_model_code(
+    moe_framework: Target, moe_model: ModelSpec, moe_property: Callable[[str, Any], None]
+) -> None:
     """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once."""
     from pytest_moe_routing.oracle.model_code import compare_request
     from pytest_moe_routing.suite.causes import of_model_code

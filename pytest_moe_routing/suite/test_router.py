@@ -5,26 +5,33 @@ One case for each router; a failure lists each cause once, by function and field
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import pytest
 
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
+if TYPE_CHECKING:
+    from pytest_moe_routing.oracle.target import Target
+    from pytest_moe_routing.session import MoESession
 
-def test_router(moe_framework, moe_router, moe_session):
+
+def test_router(moe_framework: Target, moe_router: str, moe_session: MoESession) -> None:
     """Experts and weights are the model's, whichever function of the framework chose them."""
     from pytest_moe_routing.oracle.routers import WRONG
 
     check(moe_framework, moe_router, moe_session, WRONG)
 
 
-def test_router_precision(moe_framework, moe_router, moe_session):
+def test_router_precision(moe_framework: Target, moe_router: str, moe_session: MoESession) -> None:
     """Nothing is computed in bfloat16 that decides about experts, or more than rounds weights."""
     from pytest_moe_routing.oracle.routers import PRECISION
 
     check(moe_framework, moe_router, moe_session, (PRECISION,))
 
 
-def check(framework, router, session, kinds):
+def check(framework: Target, router: str, session: MoESession, kinds: Iterable[str]) -> None:
     """Fail with the causes of these kinds; skip where nothing was judged."""
     from pytest_moe_routing.oracle.routers import NOT_JUDGED, causes
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import pytest
 
 from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
+if TYPE_CHECKING:
+    from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.oracle.target import Target
+    from pytest_moe_routing.session import MoESession
 
-def test_verdict(moe_target, moe_model, moe_scheme, moe_property, moe_session):
+
+def test_verdict(
+    moe_target: Target,
+    moe_model: ModelSpec,
+    moe_scheme: str,
+    moe_property: Callable[[str, Any], None],
+    moe_session: MoESession,
+) -> None:
     """A fused kernel runs exactly when it computes the model's router.
 
     The builtin target's known losses (`missed`) are frozen in its goldens; they fail for others.
@@ -30,7 +44,9 @@ def test_verdict(moe_target, moe_model, moe_scheme, moe_property, moe_session):
         fail(moe_property, [of_verdict(record)])
 
 
-def test_method_numbers(moe_target, moe_session, moe_property):
+def test_method_numbers(
+    moe_target: Target, moe_session: MoESession, moe_property: Callable[[str, Any], None]
+) -> None:
     """No gate accepts a method under a number that FlashInfer reads otherwise."""
     from pytest_moe_routing.oracle.enum_numbers import enum_mismatches
     from pytest_moe_routing.suite.causes import of_enum
@@ -45,7 +61,12 @@ def test_method_numbers(moe_target, moe_session, moe_property):
     fail(moe_property, [of_enum(moe_target, mismatch) for mismatch in mismatches])
 
 
-def test_modular(moe_framework, moe_scheme, moe_session, moe_property):
+def test_modular(
+    moe_framework: Target,
+    moe_scheme: str,
+    moe_session: MoESession,
+    moe_property: Callable[[str, Any], None],
+) -> None:
     """Experts that are given ids and weights do not reject a router for its method."""
     from pytest_moe_routing.oracle.modular import rejected_by_method
     from pytest_moe_routing.suite.causes import of_rejection
@@ -56,7 +77,12 @@ def test_modular(moe_framework, moe_scheme, moe_session, moe_property):
     fail(moe_property, [of_rejection(moe_framework, moe_scheme, r) for r in rejections])
 
 
-def test_modular_call(moe_framework, moe_model, moe_scheme, moe_property):
+def test_modular_call(
+    moe_framework: Target,
+    moe_model: ModelSpec,
+    moe_scheme: str,
+    moe_property: Callable[[str, Any], None],
+) -> None:
     """Experts and weights that a layer hands over arrive, with its shard and activation."""
     from pytest_moe_routing.suite.causes import of_modular_call
 

@@ -18,6 +18,7 @@ from pytest_moe_routing.logits import bell, distinct
 from pytest_moe_routing.reference.moe import MoELayer, moe, slots_by_expert
 from pytest_moe_routing.reference.quantization import dequantize
 from pytest_moe_routing.reference.routing import Routing
+from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.reference.weights import GeneratedExperts
 from pytest_moe_routing.schemes import COMPUTED_SCHEMES, storage_of
 
@@ -65,7 +66,7 @@ def test_reference(benchmark, case):
 def test_bare_matrix_products(benchmark, case):
     """Only the products, of rows that are gathered already; nothing is activated or summed."""
     w1, w2 = case.tensors()
-    steps = slots_by_expert(case.routing, range(len(w1)), torch.float32)
+    steps = slots_by_expert(case.routing, Shard.whole(len(w1)), torch.float32)
     rows = [(e, case.x[tokens]) for e, tokens, _ in steps]
     half = w2.shape[2]
 

@@ -68,7 +68,7 @@ class Honest:
         ids, weights = problem.routing.topk_ids, problem.routing.topk_weights.float()
         out = torch.zeros_like(x)
         for expert in ids.unique().flip(0).tolist():
-            if problem.shard is not None and expert not in problem.shard:
+            if problem.shard is not None and expert not in problem.shard.experts:
                 continue
             token, slot = (ids == expert).nonzero(as_tuple=True)
             if expert not in opened:

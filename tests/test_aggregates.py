@@ -18,6 +18,7 @@ from pytest_moe_routing.compare.aggregates import families
 from pytest_moe_routing.compare.budget import FLASHINFER
 from pytest_moe_routing.compare.spread import pipelines, spread_moe
 from pytest_moe_routing.reference.routing import Routing
+from pytest_moe_routing.reference.shard import Shard
 
 KERNELS = int(os.environ.get("MOE_KERNELS", "50"))
 
@@ -172,7 +173,7 @@ def test_a_kernel_rounds_to_bfloat16_everywhere_or_nowhere():
     assert not compare_moe(mixed, problem, diagnose=False).ok
 
 
-@pytest.mark.parametrize("shard", [range(4), range(12, 16)])
+@pytest.mark.parametrize("shard", [Shard(0, 4), Shard(12, 4)])
 def test_a_shard_is_judged_by_its_own_experts(shard):
     problem = replace(make("nvfp4", seed=3), shard=shard)
     output = Honest()(problem, raw=True)
@@ -184,5 +185,5 @@ def test_a_shard_is_judged_by_its_own_experts(shard):
 def test_a_shard_without_tokens_adds_nothing():
     problem = make("bf16", tokens=1, seed=3)
     idle = next(e for e in range(16) if e not in problem.routing.topk_ids)
-    problem = replace(problem, shard=range(idle, idle + 1))
+    problem = replace(problem, shard=Shard(idle, 1))
     assert compare_moe(torch.zeros(1, 512, dtype=torch.bfloat16), problem).ok

@@ -17,6 +17,7 @@ from pytest_moe_routing.reference.activation import ACTIVATIONS, activation
 from pytest_moe_routing.reference.moe import MoELayer, moe
 from pytest_moe_routing.reference.quantization import FORMATS, Quantized, dequantize, quantize
 from pytest_moe_routing.reference.routing import Routing
+from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.reference.weights import (
     Expert,
     GeneratedExperts,
@@ -139,7 +140,7 @@ def test_shards_sum_up_to_the_whole(scheme):
     experts = generated(storage_of(scheme).weight, intermediate_scale=0.01)
     layer, how = MoELayer.of(scheme), {"output_dtype": torch.float64, "dtype": torch.float64}
     whole = moe(hidden(), experts, routing(), layer, **how)
-    shards = [range(1), range(1, 4), range(4, EXPERTS)]
+    shards = [Shard(0, 1), Shard(1, 3), Shard(4, EXPERTS - 4)]
     parts = [moe(hidden(), experts, routing(), layer, shard=shard, **how) for shard in shards]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-12)
     assert sum(part.abs().sum() > 0 for part in parts) > 1
@@ -369,8 +370,9 @@ def test_stacked_rows_keep_their_scales():
         ({"routing": Routing(torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2))}, "5 hidden"),
         ({"routing": Routing(torch.full((5, 1), 6), torch.zeros(5, 1))}, r"outside 0\.\.5"),
         ({"routing": Routing(torch.zeros(5, 2, dtype=torch.int64), torch.zeros(5, 1))}, "twice"),
-        ({"shard": range(4, 8)}, r"shard: found range\(4, 8\), expected a range within 6 experts"),
-        ({"shard": range(0, 6, 2)}, "shard: found"),
+        ({"shard": Shard(4, 4)}, r"shard: found Shard\(.*4.*4\), expected experts within 0\.\.5"),
+        ({"shard": Shard(3, 0)}, "shard: found"),
+        ({"shard": Shard(-1, 2)}, "shard: found"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change, message):

@@ -14,6 +14,7 @@ from strategies import seeds
 from pytest_moe_routing.errors import RecipeError
 from pytest_moe_routing.logits import distinct
 from pytest_moe_routing.reference.permutation import check_permutation, permute
+from pytest_moe_routing.reference.shard import Shard
 
 
 def ids(num_tokens=12, num_experts=16, top_k=4, seed=1):
@@ -30,8 +31,7 @@ def test_every_slot_leads_to_its_token_within_its_experts_segment(seed, tile, sh
         chosen,
         num_experts=16,
         tile_tokens_dim=tile,
-        local_expert_offset=offset,
-        local_num_experts=local,
+        shard=Shard(offset, local),
     )
     rows_used = set()
     for token, experts in enumerate(chosen.tolist()):
@@ -54,12 +54,7 @@ def test_every_slot_leads_to_its_token_within_its_experts_segment(seed, tile, sh
 def test_shards_hold_every_slot_exactly_once():
     chosen = ids()
     held = sum(
-        (
-            permute(
-                chosen, num_experts=16, local_expert_offset=o, local_num_experts=4
-            ).expanded_idx_to_permuted_idx
-            >= 0
-        ).int()
+        (permute(chosen, num_experts=16, shard=Shard(o, 4)).expanded_idx_to_permuted_idx >= 0).int()
         for o in (0, 4, 8, 12)
     )
     assert torch.equal(held, torch.ones_like(held))
@@ -141,7 +136,7 @@ NOT_BACK = "the permuted buffer does not lead back to the slots' own tokens"
 )
 def test_broken_permutations_are_caught(broken, alike, problems):
     chosen = ids()
-    wanted = permute(chosen, num_experts=16, local_expert_offset=4, local_num_experts=8)
+    wanted = permute(chosen, num_experts=16, shard=Shard(4, 8))
     parts = [
         part.clone()
         for part in (
@@ -162,8 +157,8 @@ def test_broken_permutations_are_caught(broken, alike, problems):
 
 @pytest.mark.parametrize(("offset", "local"), [(-1, 4), (13, 4), (0, 17), (0, 0)])
 def test_a_shard_outside_the_experts(offset, local):
-    with pytest.raises(RecipeError, match="expected a range within 16 experts"):
-        permute(ids(), num_experts=16, local_expert_offset=offset, local_num_experts=local)
+    with pytest.raises(RecipeError, match=r"expected experts within 0\.\.15"):
+        permute(ids(), num_experts=16, shard=Shard(offset, local))
 
 
 def test_ids_outside_the_experts():

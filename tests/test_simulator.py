@@ -58,7 +58,7 @@ def test_shards_add_up_and_rows_are_weighted():
     problem = fused_cases.problem(FLASHINFER, call, "bf16", num_tokens=19)
     for first in (0, 4):
         shard = Shard(first, 4)
-        mine = replace(problem, shard=shard.experts)
+        mine = replace(problem, shard=shard)
         (output,) = run(mine, call, shard=shard)
         assert_moe(output, mine)
         found = rows_of(run(mine, call, shard=shard, finalize=False), 19, fused_cases.TOP_K)

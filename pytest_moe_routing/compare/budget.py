@@ -27,6 +27,7 @@ from pytest_moe_routing.reference.moe import (
 )
 from pytest_moe_routing.reference.quantization import Quantized, dequantize, find_format, quantize
 from pytest_moe_routing.reference.routing import Routing
+from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.reference.weights import Expert, Experts
 
 
@@ -89,14 +90,14 @@ def bounded_moe(
     layer: MoELayer,
     arithmetic: Arithmetic = FLASHINFER,
     *,
-    shard: range | None = None,
+    shard: Shard | None = None,
     output: str = "bf16",
 ) -> Bounded:
     """The output of `reference.moe.moe` in float64, with its error bars: two `[tokens, hidden]`.
 
     Arguments as for `moe`; `output` is the format of the result.
     """
-    shard = range(len(experts)) if shard is None else shard
+    shard = shard or Shard.whole(len(experts))
     with torch.no_grad():
         x = real_input(hidden, layer, torch.float64)
         value, error, size = (torch.zeros_like(x) for _ in range(3))

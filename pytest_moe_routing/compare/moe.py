@@ -22,6 +22,7 @@ from pytest_moe_routing.reference.moe import check_inputs
 from pytest_moe_routing.reference.problem import MoEProblem
 from pytest_moe_routing.reference.quantization import find_format
 from pytest_moe_routing.reference.routing import Routing
+from pytest_moe_routing.reference.shard import Shard
 
 _WORST = 8
 
@@ -136,7 +137,7 @@ def compare_moe(
         problem.hidden,
         problem.experts,
         problem.routing,
-        problem.shard or range(len(problem.experts)),
+        problem.shard or Shard.whole(len(problem.experts)),
     )
     shape = tuple(problem.hidden.shape)
     if tuple(output.shape) != shape or not output.is_floating_point():

@@ -24,6 +24,7 @@ from pytest_moe_routing.reference.moe import (
     stored,
 )
 from pytest_moe_routing.reference.problem import MoEProblem
+from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.reference.weights import Expert
 
 #: Relative step of a numerical derivative in float64.
@@ -123,7 +124,7 @@ def spread_moe(problem: MoEProblem, arithmetic: Arithmetic, *, output: str = "bf
         arithmetic: How right kernels compute.
         output: Format of the result: `bf16` or `float32`.
     """
-    shard = problem.shard or range(len(problem.experts))
+    shard = problem.shard or Shard.whole(len(problem.experts))
     with torch.no_grad():
         x = real_input(problem.hidden, problem.layer, torch.float64)
         value, variance, drift = (torch.zeros_like(x) for _ in range(3))

@@ -28,6 +28,7 @@ from pytest_moe_routing.reference.quantization import (
     quantize,
 )
 from pytest_moe_routing.reference.routing import Routing
+from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.reference.weights import Expert, Experts
 from pytest_moe_routing.schemes import Storage, storage_of
 
@@ -161,15 +162,15 @@ def real_input(hidden: Tensor | Quantized, layer: MoELayer, dtype: torch.dtype) 
 
 
 def slots_by_expert(
-    routing: Routing, experts: range, dtype: torch.dtype
+    routing: Routing, shard: Shard, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each expert that has tokens: it, its tokens `[n]`, and their weights `[n]`."""
+    """For each expert of a shard that has tokens: it, its tokens `[n]`, and their weights `[n]`."""
     flat = routing.topk_ids.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts.stop).tolist()
+    counts = torch.bincount(flat, minlength=shard.experts.stop).tolist()
     tokens = torch.split(order // routing.topk_ids.shape[1], counts)
     weights = torch.split(routing.topk_weights.flatten()[order].to(dtype), counts)
-    for expert in experts:
+    for expert in shard.experts:
         if counts[expert]:
             yield expert, tokens[expert], weights[expert]
 
@@ -180,7 +181,7 @@ def moe(
     routing: Routing,
     layer: MoELayer,
     *,
-    shard: range | None = None,
+    shard: Shard | None = None,
     dtype: torch.dtype = torch.float32,
     output_dtype: torch.dtype = torch.bfloat16,
     progress: bool | None = None,
@@ -204,7 +205,7 @@ def moe(
     Raises:
         LayerError: Shapes, formats or ids do not fit together.
     """
-    shard = range(len(experts)) if shard is None else shard
+    shard = shard or Shard.whole(len(experts))
     check_inputs(hidden, experts, routing, shard)
     if not hidden.shape[0]:
         return torch.zeros(hidden.shape, dtype=output_dtype)
@@ -212,7 +213,7 @@ def moe(
         x = real_input(hidden, layer, dtype)
         total = x.new_zeros(x.shape)
         steps = slots_by_expert(routing, shard, dtype)
-        for expert, tokens, weight in _with_progress(steps, len(shard), progress):
+        for expert, tokens, weight in _with_progress(steps, shard.local_num_experts, progress):
             mine = x.index_select(0, tokens)
             if layer.weight_on == "input":
                 rows = run_expert(mine, experts[expert], layer, weight).output
@@ -223,7 +224,7 @@ def moe(
 
 
 def check_inputs(
-    hidden: Tensor | Quantized, experts: Experts, routing: Routing, shard: range
+    hidden: Tensor | Quantized, experts: Experts, routing: Routing, shard: Shard
 ) -> None:
     """Raise `LayerError` unless these belong together."""
     ids, weights = routing.topk_ids, routing.topk_weights
@@ -238,8 +239,8 @@ def check_inputs(
         )
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(experts):
         raise LayerError(f"topk_ids: found ids outside 0..{len(experts) - 1}")
-    if shard.step != 1 or not 0 <= shard.start < shard.stop <= len(experts):
-        raise LayerError(f"shard: found {shard}, expected a range within {len(experts)} experts")
+    if not shard.lies_within(len(experts)):
+        raise LayerError(f"shard: found {shard}, expected experts within 0..{len(experts) - 1}")
 
 
 def _with_progress(

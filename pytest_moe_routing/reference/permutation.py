@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import RecipeError
+from pytest_moe_routing.reference.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -38,24 +39,27 @@ def permute(
     *,
     num_experts: int,
     tile_tokens_dim: int = 8,
-    local_expert_offset: int = 0,
-    local_num_experts: int | None = None,
+    shard: Shard | None = None,
 ) -> Permutation:
     """Build the permutation of `topk_ids` (global ids, `[num_tokens, top_k]`) for one rank.
+
+    Args:
+        topk_ids: The chosen experts.
+        num_experts: How many experts the layer has.
+        tile_tokens_dim: Segments are padded to multiples of this.
+        shard: The experts of the rank; default: all.
 
     Raises:
         RecipeError: ids out of range, or a shard that does not lie within the experts.
     """
-    local = num_experts if local_num_experts is None else local_num_experts
-    if not (local >= 1 and 0 <= local_expert_offset <= num_experts - local):
-        raise RecipeError(
-            f"shard: found offset {local_expert_offset} with {local} local experts, "
-            f"expected a range within {num_experts} experts"
-        )
+    shard = shard or Shard.whole(num_experts)
+    local = shard.local_num_experts
+    if not shard.lies_within(num_experts):
+        raise RecipeError(f"shard: found {shard}, expected experts within 0..{num_experts - 1}")
     if topk_ids.numel() and not 0 <= int(topk_ids.min()) <= int(topk_ids.max()) < num_experts:
         raise RecipeError(f"topk_ids: found ids outside 0..{num_experts - 1}")
     num_tokens, top_k = topk_ids.shape
-    shifted = topk_ids.to(torch.int64).flatten() - local_expert_offset
+    shifted = topk_ids.to(torch.int64).flatten() - shard.local_expert_offset
     is_local = (shifted >= 0) & (shifted < local)
     counts = torch.bincount(shifted[is_local], minlength=local)
     padded = (counts + tile_tokens_dim - 1) // tile_tokens_dim * tile_tokens_dim

@@ -10,6 +10,7 @@ from pytest_moe_routing.errors import LayerError
 from pytest_moe_routing.reference.moe import MoELayer
 from pytest_moe_routing.reference.quantization import Quantized, quantize
 from pytest_moe_routing.reference.routing import Routing, route
+from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.reference.weights import Experts
 from pytest_moe_routing.routing.recipe import Recipe
 
@@ -35,7 +36,7 @@ class MoEProblem:
     recipe: Recipe | None = None
     logits: Tensor | None = None
     bias: Tensor | None = None
-    shard: range | None = None
+    shard: Shard | None = None
 
     @classmethod
     def of(
@@ -48,7 +49,7 @@ class MoEProblem:
         recipe: Recipe | None = None,
         logits: Tensor | None = None,
         bias: Tensor | None = None,
-        shard: range | None = None,
+        shard: Shard | None = None,
     ) -> MoEProblem:
         """A problem with a routing, or with the recipe and the logits that make it.
 

@@ -162,7 +162,7 @@ def test_expert_parallel_shard(fused: Make, scheme: str, rank: int) -> None:
     for num_tokens in TOKENS:
         problem = layer.problem(num_tokens)
         ids, found = layer.rows(problem)
-        problem = replace(problem, routing=Routing(ids, found.weights), shard=shard.experts)
+        problem = replace(problem, routing=Routing(ids, found.weights), shard=shard)
         output, why = layer.output(problem, prepared=prepared)
         compared = compare_moe(output, problem)
         layer.expect(compared.ok, num_tokens, compared.message, why)

@@ -291,8 +291,7 @@ def test_expert_parallel_shard(
             whole.topk_ids.clamp(0),
             num_experts=experts,
             tile_tokens_dim=tile_tokens_dim,
-            local_expert_offset=shard.local_expert_offset,
-            local_num_experts=shard.local_num_experts,
+            shard=shard,
         )
         problems = misplaced(got, whole.topk_ids, wanted)
         if not torch.equal(got.topk_ids, torch.where(is_local, whole.topk_ids, -1)):

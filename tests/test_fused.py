@@ -33,8 +33,7 @@ LACKING = {
     "0.6.18": {
         "trtllm_fp8_per_channel_scale_moe",
         "trtllm_fp8_per_channel_scale_routed_moe",
-        "clamp of trtllm_fp8_per_tensor_scale_moe",
-        "clamp of trtllm_fp8_per_tensor_scale_routed_moe",
+        "swiglustep",
     },
     "0.7.2.post1": set(),
 }

@@ -36,17 +36,20 @@ class Alignment:
     scale: int = 0
 
 
-#: By scheme. FP8 with square blocks and MXINT4 are not padded by vLLM.
+#: By scheme; vLLM pads no layer of another one.
 ALIGNMENTS: Mapping[str, Alignment] = {
     "bf16": Alignment(128, 128),
     "fp8_per_tensor": Alignment(16, 128),
-    "fp8_block": Alignment(),
     "mxfp8": Alignment(128, 128, 256, scale=127),
     "nvfp4": Alignment(64, 128, 256),
     "mxfp4": Alignment(128, 128, 256),
     "mxfp4_bf16": Alignment(128, 128, 256),
-    "mxint4": Alignment(),
 }
+
+
+def alignment_of(scheme: str) -> Alignment:
+    """Return how vLLM aligns the sizes of a scheme's layers."""
+    return ALIGNMENTS.get(scheme, Alignment())
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class PaddedExperts:
 
     Attributes:
         experts: The layer, as its checkpoint has it.
-        scheme: Key of `ALIGNMENTS`.
+        scheme: The quantization scheme.
         gated: Whether the first GEMM has gate and up rows, each padded on its own.
     """
 
@@ -68,7 +71,7 @@ class PaddedExperts:
 
     def __getitem__(self, expert: int, /) -> Expert:
         given = self.experts[expert]
-        alignment = ALIGNMENTS[self.scheme]
+        alignment = alignment_of(self.scheme)
         hidden, inner = given.gemm2.shape[-2:]
         wide, high = padded_sizes(hidden, inner, self.scheme, self.gated)
         if (wide, high) == (hidden, inner):
@@ -85,7 +88,7 @@ class PaddedExperts:
 
 def padded_sizes(hidden: int, inner: int, scheme: str, gated: bool) -> tuple[int, int]:
     """Return the hidden and the intermediate size that a scheme's kernel gets."""
-    alignment = ALIGNMENTS[scheme]
+    alignment = alignment_of(scheme)
     high = _round_up(inner, alignment.gated if gated else alignment.plain)
     return _round_up(hidden, alignment.hidden), high
 

@@ -12,6 +12,7 @@ from pytest_moe_routing.errors import ReleaseError
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import signatures, sources
 from pytest_moe_routing.flashinfer.grammar import KernelCall
+from pytest_moe_routing.flashinfer.operators import compare_operators
 from pytest_moe_routing.flashinfer.package import Package
 from pytest_moe_routing.flashinfer.rules import FlashInfer, known_releases
 from pytest_moe_routing.inputs import parse_release
@@ -26,6 +27,7 @@ class Examination:
     Attributes:
         methods: Routing methods by name, as the package numbers them.
         entry_points: How many entry points were compared.
+        calls: How many calls of compiled operators were compared with their declarations.
         differences: Everything in which package and data differ; empty when there is no drift.
         unread: What the data say and the package could not confirm or deny.
     """
@@ -34,6 +36,7 @@ class Examination:
     flashinfer: FlashInfer
     methods: Mapping[str, int]
     entry_points: int
+    calls: int
     differences: tuple[str, ...]
     unread: tuple[str, ...]
 
@@ -51,7 +54,7 @@ class Examination:
         return [
             f"flashinfer-python {self.package.release}{judged} ({self.package.path})",
             f"  methods   {numbered}",
-            f"  compared  {self.entry_points} entry points",
+            f"  compared  {self.entry_points} entry points, {self.calls} calls of operators",
             *(f"  not read  {what}" for what in self.unread),
             *(f"  drift     {what}" for what in self.differences),
             *([] if self.differences else ["  no drift"]),
@@ -81,17 +84,20 @@ def examine(package: Package) -> Examination:
         ) from None
     flashinfer = FlashInfer.of(package.release)
     methods = package.enums.get(_ENUM, {})
-    unread: list[str] = []
+    operators = compare_operators(package)
+    unread = [*operators.unread]
     differences = [
         *_enum_differences(_ENUM, methods, {m: i for i, m in enumerate(flashinfer.methods)}),
         *_python_differences(package),
         *_source_differences(package, flashinfer, unread),
+        *operators.differences,
     ]
     return Examination(
         package,
         flashinfer,
         methods,
         len(package.signatures),
+        operators.calls,
         tuple(differences),
         tuple(unread),
     )

@@ -21,7 +21,7 @@ from pytest_moe_routing.inputs import Archive, read_text
 
 #: The largest files that are read: the Python entry points, and the kernels' sources.
 MAX_PYTHON = 1_000_000
-MAX_BYTES = 4_000_000
+MAX_BYTES = 8_000_000
 
 #: Where Python enums and entry points have been, newest place first.
 _ENUM_FILES = ("tllm_enums.py", "fused_moe/core.py")
@@ -91,6 +91,15 @@ class Package:
         file = self.root / name
         return read_text(file, limit, ReleaseError) if file.exists() else None
 
+    def python_files(self, folder: str) -> list[str]:
+        """Return the Python files below a folder of the package, by their paths in it."""
+        if isinstance(self.root, Archive):
+            names = [n for n in self.root.names if n.startswith(f"flashinfer/{folder}/")]
+        else:
+            base = self.root / "flashinfer" / folder
+            names = [f.relative_to(self.root).as_posix() for f in base.rglob("*.py")]
+        return sorted(n.removeprefix("flashinfer/") for n in names if n.endswith(".py"))
+
     @cached_property
     def release(self) -> str:
         """The release that the package says it is."""
@@ -101,6 +110,14 @@ class Package:
         if checkout is None:
             raise ReleaseError(f"{self.path}: does not say which release it is")
         return checkout.strip()
+
+    def tree(self, name: str) -> ast.Module | None:
+        """Return a Python file of the package, parsed; None when it has none.
+
+        Raises:
+            ReleaseError: The file is no Python.
+        """
+        return None if self.read(name) is None else self._tree(name)
 
     def _tree(self, name: str) -> ast.Module:
         text = self.read(name)

@@ -100,6 +100,12 @@ def test_calls_that_fit(tmp_path):
     assert found.calls == 4
 
 
+def test_a_method_need_not_read_its_self(tmp_path):
+    method = "\nclass Plan:\n    def size(self, top_k):\n        get_module().size(top_k)\n"
+    found = compare_operators(package(tmp_path, CORE + method))
+    assert (found.calls, found.differences, found.unread) == (5, (), ())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "difference"),
     [
@@ -156,6 +162,9 @@ def test_a_cpp_side_that_does_not_fit(old, new, difference, tmp_path):
         (("inputs.routing_logits, *common", "*inputs"), None, "trtllm_x_moe is called with *inputs, whose length is not written"),
         (("list(tactic))", "list(tactic), **kwargs)"), None, "trtllm_x_moe is called with ** of keywords"),
         (("    runtime.size(top_k)\n", ""), None, "trtllm_x_size is named, and no call of it is in this file"),
+        (("return moe_op.trtllm_x_moe(", "return ops.trtllm_x_moe("), None, "ops.trtllm_x_moe is called, and who holds it cannot be told"),
+        (("runtime.size(top_k)", "run = moe_op.a\n    run = moe_op.b\n    run(top_k)\n    runtime.size(top_k)"), None, "run is called, which is one of a, b"),
+        (("def _impl", "DEEP = " + "1 + " * 1500 + "1\n\ndef _impl"), None, "fused_moe/core.py: its expressions are nested too deeply"),
         (None, ("int64_t size_of", "int64_t other"), "trtllm_x_size: trtllm_fused_moe_kernel_launcher.cu:18: there is no function size_of in this file"),
         (None, ("int64_t size_of", "int64_t size_of() { return 0; }\nint64_t size_of"), "there are 2 functions size_of"),
         (None, ("int64_t const top_k)", "\n#ifdef X\nint64_t top_k\n#endif\n)"), "its parameters depend on the preprocessor"),
@@ -177,6 +186,37 @@ def test_what_cannot_be_read_is_listed(core, launcher, unread, tmp_path):
     found = compare_operators(made)
     assert any(unread in line for line in found.unread), found
     assert found.differences == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "difference"),
+    [
+        ("permute_{dtype}", 2, ""),
+        ("permute_fp8", 1, ""),
+        ("{kind}_{dtype}", 2, ""),
+        ("permute_{dtype}_{kind}", 0, "permute_*_*: no C++ source of this file exports"),
+    ],
+)
+def test_an_operator_that_is_looked_up_by_a_computed_name(name, calls, difference, tmp_path):
+    utils = f"""
+def permute(dtype, kind, size):
+    name = f"{name}"
+    function = gen_utils_module().build_and_load()[name]
+    function(size, kind, dtype)
+"""
+    binding = "".join(
+        f"void p{n}(int size, int kind, int dtype) {{}}\n"
+        f"TVM_FFI_DLL_EXPORT_TYPED_FUNC({name}, p{n});\n"
+        for n, name in enumerate(["permute_fp8", "permute_fp4", "inplace_permute_fp8"])
+    )
+    more = {
+        "fused_moe/cute_dsl/moe_utils.py": utils,
+        "data/csrc/moe_utils_binding.cu": binding,
+    }
+    found = compare_operators(package(tmp_path, **more))
+    assert (found.calls - 4, found.unread) == (calls, ())
+    assert all(difference and difference in line for line in found.differences)
+    assert bool(found.differences) == bool(difference)
 
 
 def test_a_source_that_is_not_there_is_listed(tmp_path):
@@ -238,6 +278,20 @@ def run(module, fast, output, size):
 def test_names_of_parameters(parameters, names):
     text = f"static void f({parameters}) {{}}\nTVM_FFI_DLL_EXPORT_TYPED_FUNC(g, f);"
     assert operators("a.cu", text)["g"].parameters == names
+
+
+def test_a_definition_outranks_its_declaration():
+    text = (
+        "namespace a { void f(TensorView, int64_t); }  // f(int old) {\n"
+        "void a::f(TensorView x, int64_t top_k) { return g(f(x, 1)); }\n"
+        "TVM_FFI_DLL_EXPORT_TYPED_FUNC(h, a::f);\n"
+    )
+    found = operators("a.cu", text)["h"]
+    assert (found.parameters, found.where) == (("x", "top_k"), "a.cu:2")
+    declared = operators(
+        "a.cu", text.replace("{ return g(f(x, 1)); }", ";").replace("f(T", "k(T", 1)
+    )
+    assert declared["h"].parameters == ("x", "top_k")
 
 
 #: What releases get wrong, confirmed in their sources. The fewer arguments of 0.6.8 are FlashInfer

@@ -8,7 +8,7 @@ steps, with `ast`; a call whose target cannot be told is listed, never left out.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -86,19 +86,21 @@ class _Unreadable(Exception):
     pass
 
 
-def read_calls(tree: ast.Module, native: Sequence[str]) -> Calls:
+def read_calls(tree: ast.Module, native: Sequence[str], exported: Container[str]) -> Calls:
     """Return the calls of operators in a file.
 
     Args:
         tree: The file.
         native: Names of objects that hold compiled operators.
+        exported: Names of operators, whose calls are unread if their target cannot be told.
     """
-    return _Reader(tree, native).read()
+    return _Reader(tree, native, exported).read()
 
 
 class _Reader:
-    def __init__(self, tree: ast.Module, native: Sequence[str]) -> None:
-        self.tree, self.native, self.found = tree, native, Calls()
+    def __init__(self, tree: ast.Module, native: Sequence[str], exported: Container[str]) -> None:
+        self.tree, self.native, self.exported = tree, native, exported
+        self.found = Calls()
         self.mentioned: dict[str, int] = {}
         self._unread_names: set[str] = set()
         self._in_progress: set[int] = set()
@@ -127,6 +129,10 @@ class _Reader:
 
     def _read_call(self, call: ast.Call, scope: _Scope) -> None:
         functions = tuple(f for f in scope.functions if not isinstance(f, ast.Module))
+        problem = self._problem(call.func, scope)
+        if problem:
+            self.found.unread.append(f"{call.lineno}: {problem}")
+            return
         starred = [a.value for a in call.args if isinstance(a, ast.Starred)]
         tests = sorted({t for e in (call.func, *starred) for t in self._tests(e, scope)})
         seen: list[tuple[object, ...]] = []
@@ -146,6 +152,21 @@ class _Reader:
                 continue
             seen.append((target, arguments))
             self.found.calls.append(Call(target, arguments, keywords, call.lineno, functions))
+
+    def _problem(self, function: ast.expr, scope: _Scope) -> str:
+        """Return why the target of a call cannot be told, empty if it can or is no operator."""
+        match function:
+            case ast.Attribute(attr=name) if name in self.exported:
+                if self.meaning(function, scope, {}) is None:
+                    return f"{ast.unparse(function)} is called, and who holds it cannot be told"
+            case ast.Name(id=name):
+                bound, where = self._bindings(name, scope)
+                options = [self.meaning(b, where, {}) for b in bound if isinstance(b, ast.expr)]
+                names = sorted({o.name for o in options if isinstance(o, Compiled)})
+                if len(names) > 1:
+                    self._unread_names.update(names)
+                    return f"{name} is called, which is one of {', '.join(names)}"
+        return ""
 
     def _arguments(self, call: ast.Call, scope: _Scope, choice: Choice) -> Iterator[ast.expr]:
         for argument in call.args:
@@ -269,7 +290,7 @@ class _Reader:
                 inner = _Scope((*where.functions, function))
                 returned = [n.value for n in _own(function) if isinstance(n, ast.Return)]
                 found = self._first([value for value in returned if value], inner, {})
-                if found is not None and not isinstance(found, Wrapper):
+                if found is not None:
                     return found
         return None
 

@@ -69,16 +69,16 @@ def compare_operators(package: Package) -> Comparison:
         tree = package.tree(file)
         if tree is None:
             continue
-        try:
-            calls = read_calls(tree, _data()["native"])
-        except RecursionError:
-            unread.append(f"{file}: its expressions are nested too deeply")
-            continue
         for source in sources:
             if source not in exports:
                 text = package.source(_SOURCES + source)
                 exports[source] = None if text is None else cpp.operators(source, text)
         side = _Side(file, {s: exports[s] for s in sources})
+        try:
+            calls = read_calls(tree, _data()["native"], side.operators)
+        except RecursionError:
+            unread.append(f"{file}: its expressions are nested too deeply")
+            continue
         differences += side.differences(calls, tree.body)
         unread += [*side.unread, *(f"{file}:{why}" for why in calls.unread)]
         compared += side.compared

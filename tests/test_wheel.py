@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from pytest_moe_routing.cli import main
-from pytest_moe_routing.errors import ReleaseError, TargetImportError, Unsupported
+from pytest_moe_routing.errors import ReleaseError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, signatures
 from pytest_moe_routing.flashinfer.drift import drift, examine
 from pytest_moe_routing.flashinfer.package import Package
@@ -159,7 +159,7 @@ def test_drift_is_named(file, old, new, difference, tmp_path):
 )
 def test_what_cannot_be_read_is_said(file, unread, tmp_path, capsys):
     path = wheel(tmp_path / "a.whl", {n: t for n, t in files().items() if n != file})
-    assert main(["flashinfer", str(path)]) == 0
+    assert main(["drift", "flashinfer", str(path)]) == 0
     assert f"not read  {unread}\n" in capsys.readouterr().out
 
 
@@ -175,7 +175,7 @@ def test_parameters_as_python_writes_them(tmp_path):
 
 def test_the_command_says_what_it_found(tmp_path, capsys):
     good = wheel(tmp_path / "good.whl", files())
-    assert main(["flashinfer", str(good)]) == 0
+    assert main(["drift", "flashinfer", str(good)]) == 0
     text = capsys.readouterr().out
     assert f"flashinfer-python 0.7.0 ({good})\n" in text
     assert "methods   Default 0, Renormalize 1, " in text
@@ -185,7 +185,7 @@ def test_the_command_says_what_it_found(tmp_path, capsys):
         "TopKSigmoid = (9,)", "Other = (9,)"
     )
     bad = wheel(tmp_path / "bad.whl", contents)
-    assert main(["flashinfer", str(good), str(bad)]) == 1
+    assert main(["drift", "flashinfer", str(good), str(bad)]) == 1
     text = capsys.readouterr().out
     assert text.count("no drift") == 1
     assert "  drift     RoutingMethodType.TopKSigmoid: package None, our data 9\n" in text
@@ -204,7 +204,7 @@ def test_a_release_without_data_of_its_own(release, head, tmp_path, capsys):
         "_build_meta.py": f'__version__ = "{release}"',
     }
     path = wheel(tmp_path / "a.whl", contents)
-    assert main(["flashinfer", str(path)]) == 0
+    assert main(["drift", "flashinfer", str(path)]) == 0
     assert f"flashinfer-python {head}" in capsys.readouterr().out
 
 
@@ -231,7 +231,7 @@ def broken(path):
     ],
 )  # fmt: skip
 def test_what_is_no_flashinfer_is_one_line(make, message, tmp_path, capsys):
-    assert main(["flashinfer", str(make(tmp_path))]) == 2
+    assert main(["drift", "flashinfer", str(make(tmp_path))]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -251,7 +251,7 @@ def test_the_installed_package_is_found_and_not_imported(tmp_path, monkeypatch, 
     monkeypatch.delitem(sys.modules, "flashinfer", raising=False)
     monkeypatch.syspath_prepend(unpacked(tmp_path, {**files(), "__init__.py": "1 / 0"}))
     assert Package.installed().release == "0.7.0"
-    assert main(["flashinfer"]) == 0
+    assert main(["drift", "flashinfer"]) == 0
     assert "flashinfer-python 0.7.0 " in capsys.readouterr().out
 
 
@@ -267,10 +267,3 @@ def test_the_target_answers_for_a_wheel(tmp_path):
         target.classify(None)
     with pytest.raises(Unsupported, match="has no gates"):
         target.gates(None, "nvfp4", "Default")
-
-
-def test_the_target_needs_a_package():
-    from pytest_moe_routing.targets.flashinfer.target import FlashInferTarget
-
-    with pytest.raises(TargetImportError, match="without a package"):
-        FlashInferTarget(FlashInfer.of("0.7.0")).method_numbers()

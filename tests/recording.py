@@ -42,10 +42,18 @@ def recorded(package, source, flashinfer):
 
 
 def unlisted(read, contract):
-    """What was read and is in no row of the contract."""
+    """What was read and is in no row of the contract.
+
+    The MoE blocks of models are found by reading the models' code, so they need no rows.
+    """
     spellings = [spelling for row in contract.rows.values() for spelling in row.spellings]
     known = {name for spelling in spellings for name in (str(spelling), spelling.module)}
-    return [names for names in read if not known & set(names)]
+    found = (
+        tuple(f"{s.module}." for s in contract.rows["models"].spellings)
+        if "models" in contract.rows
+        else ()
+    )
+    return [names for names in read if not (known & set(names) or names[0].startswith(found))]
 
 
 def imported(path, package):
@@ -68,7 +76,11 @@ def _names(owner, name, package):
     cls = owner if isinstance(owner, type) else type(owner)
     theirs = [c for c in cls.__mro__ if c.__module__.split(".")[0] == package]
     defined = next((c for c in cls.__mro__ if name in vars(c)), None)
-    if not theirs or (defined is not None and defined not in theirs):
+    # What torch declares, and sets on each module.
+    declared = any(
+        name in vars(c).get("__annotations__", ()) for c in cls.__mro__ if c not in theirs
+    )
+    if not theirs or declared or (defined is not None and defined not in theirs):
         return ()
     return tuple(f"{c.__module__}:{c.__qualname__}.{name}" for c in theirs)
 
@@ -150,12 +162,13 @@ def main(package, root, flashinfer, version):
 
 
 def _ask(package, handlers, model, scheme):
-    from pytest_moe_routing.targets.sglang.target import config_of
+    from pytest_moe_routing.targets.sglang.target import _configs, config_of
 
     if package == "sglang":
         handlers["method_numbers"]()
         handlers["accepted_quantizations"]()
-        handlers["capture"](model.architecture, config_of(model), scheme)
+        row = _configs()["schemes"][scheme]["config"]
+        handlers["capture"](model.architecture, config_of(model), scheme, row)
         return
     handlers["numbers"]()
     said = model.as_dict()

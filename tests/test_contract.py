@@ -226,7 +226,7 @@ def test_the_probes_read_nothing_that_is_not_in_the_contract(package, wheel):
     assert recording.unlisted(read, known) == []
     row = {"vllm": "router.routing_method_type", "sglang": "topk.topk_config"}[package]
     fewer = Contract(**{**vars(known), "rows": {k: r for k, r in known.rows.items() if k != row}})
-    assert len(recording.unlisted(read, fewer)) == 1
+    assert recording.unlisted(read, fewer)
 
 
 @pytest.mark.parametrize("package", FRAMEWORKS)

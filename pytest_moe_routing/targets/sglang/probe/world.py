@@ -283,5 +283,5 @@ def _choose_runner(names: Names) -> None:
         module = import_module(spelling.module)
         # A package may have imported it from its own module by now.
         for place in (module, import_module(spelling.module.rpartition(".")[0])):
-            if place is module or hasattr(place, spelling.path):
+            if spelling.path in vars(place):
                 setattr(place, spelling.path, function)

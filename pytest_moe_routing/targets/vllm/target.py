@@ -76,6 +76,10 @@ def _config_reads() -> dict[str, dict[str, dict[str, bool]]]:
     return releases
 
 
+#: Arguments that a downcast on the way changes.
+_DTYPES = ("logits_dtype", "bias_dtype")
+
+
 class VllmTarget(FrameworkTarget):
     """One release of vLLM, beside one of FlashInfer."""
 
@@ -194,7 +198,13 @@ class VllmTarget(FrameworkTarget):
             if captured.call is None:
                 first = None
             elif first is not None and captured.call != first:
-                findings += [_at(finding, record) for finding in _other(first, captured.call)]
+                takes = not self.flashinfer.violations(captured.call)
+                findings += [
+                    _at(finding, record)
+                    for finding in _other(first, captured.call)
+                    # A way that is only less precise than the other has its downcast reported.
+                    if not (takes and finding.field in _DTYPES)
+                ]
         return Captured(first, tuple(_distinct(findings)), _site(answer["calls"][0]))
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:

@@ -180,6 +180,7 @@ class _Layer:
         self.routing_method_type = self.config.routing_method
         self.apply_router_weight_on_input = router["weight_on"] == "input"
         self.intermediate_size_per_partition = _intermediate(model)
+        self.enable_eplb, self.eplb_state = False, None
         self.routing_sink = None
         self.hash_indices_table = None
         self.expert_map = None
@@ -187,6 +188,12 @@ class _Layer:
             self.expert_map = torch.full((experts,), -1, dtype=torch.int32)
             local = self.local_num_experts
             self.expert_map[local:] = torch.arange(local, dtype=torch.int32)
+        # One value serves as every scale: nobody reads them.
+        each = torch.ones(self.local_num_experts)
+        for name in ("w13", "w2"):
+            setattr(self, f"{name}_weight_scale_inv", each)
+            setattr(self, f"{name}_weight_scale", each.to(torch.float8_e4m3fn))
+            setattr(self, f"{name}_input_scale", each)
         self._make_tensors(model["experts"]["gated"])
         if not is_class:
             self._before_classes(model)
@@ -194,15 +201,9 @@ class _Layer:
     def _before_classes(self, model: Mapping[str, Any]) -> None:
         """What the layer's methods read and quantize themselves, as there were no experts to."""
         self.hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
-        self.enable_eplb = False
         self.renormalize = model["router"]["renormalize"]
         self.custom_routing_function = release.routing_function_of(model)
-        # One value serves as every scale: nobody reads them.
         each = torch.ones(self.local_num_experts)
-        for name in ("w13", "w2"):
-            setattr(self, f"{name}_weight_scale_inv", each)
-            setattr(self, f"{name}_weight_scale", each.to(torch.float8_e4m3fn))
-            setattr(self, f"{name}_input_scale", each)
         for name in ("scalar", "gate_scalar"):
             setattr(self, f"output1_scales_{name}", each)
         self.output2_scales_scalar = each
@@ -304,6 +305,10 @@ class _Caller:
 
     @property
     def fp8_backend(self) -> Any:
+        return names().get("chosen-fp8")
+
+    @property
+    def mxfp8_backend(self) -> Any:
         return names().get("chosen-fp8")
 
     @property

@@ -70,10 +70,16 @@ def _fp4(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return torch.zeros(tokens, size // 2, dtype=torch.uint8), scales
 
 
+def _mxfp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    scales = torch.zeros(len(x), x.shape[1] // 32, dtype=torch.uint8)
+    return x.to(torch.float8_e4m3fn), scales
+
+
 #: Quantization of activations, as to shape and dtype: it needs a GPU, and its values do not matter.
 #: By key of the contract.
 _QUANTIZERS = {
     "quantizers-groups": _fp8,
+    "quantizers-mxfp8": _mxfp8,
     "quantizers.scaled_fp8_quant": _fp8,
     "quantizers.scaled_fp4_quant": _fp4,
 }

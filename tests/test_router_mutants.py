@@ -124,11 +124,12 @@ def trees(tmp_path_factory):
 def runs(framework, root, mutants):
     """Runs of the mutants' models, and of further configurations, on each platform in question."""
     found = []
-    flashinfer = FlashInfer.of(Source.at(framework, WHEELS[framework][0]).flashinfer).release
+    source = Source.at(framework, WHEELS[framework][0])
+    flashinfer = FlashInfer.of(source.flashinfer).release
     for platform in dict.fromkeys(mutant.platform for mutant in mutants):
         more = [platform] if framework == "vllm" else []
         module = f"pytest_moe_routing.targets.{framework}.probe.routers"
-        probe = Probe(framework, module, str(root), flashinfer, *more)
+        probe = Probe(framework, module, str(root), flashinfer, source.version, *more)
         try:
             models = {mutant.model for mutant in mutants if mutant.platform == platform}
             routed = {m for m in models & {*MODELS} if MODELS[m].router.not_expressible is None}

@@ -16,6 +16,7 @@ import torch
 from packaging.version import Version
 from wheels import wheels_since
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.routers import (
@@ -30,8 +31,11 @@ from pytest_moe_routing.oracle.routers import (
 )
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets.contract import Contract
+from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.target import SglangTarget
 from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.vllm import operators
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
 MODELS = load_models(Path(__file__).parent.parent / "golden")
@@ -248,6 +252,41 @@ def test_most_of_the_zoo_is_judged(wheel, runs_of):
     runs = [run for run in runs_of(wheel) if run.subject in MODELS]
     judged = {r.subject for r in runs if all(d.kind != NOT_JUDGED for d in r.deviations)}
     assert len(judged) >= 48
+
+
+# -- names of the contract -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "version", "missing"),
+    [
+        (VllmTarget, "99.0", r"vLLM 99\.0 has no .*router_factory:create_fused_moe_router"),
+        (SglangTarget, "99.0", r"SGLang 99\.0 has no .*fused_moe_triton\.layer:FusedMoE"),
+        (SglangTarget, "0.5.6", r"SGLang 0\.5\.6 has no "),
+    ],
+)
+def test_routers_without_their_names_are_not_judged(tmp_path, target, version, missing):
+    (tmp_path / target.package).mkdir()
+    (tmp_path / target.package / "__init__.py").write_text("")
+    metadata = tmp_path / f"{target.package}-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Name: {target.package}\nVersion: {version}\n")
+    made = target(FlashInfer.of("0.6.4"), Source.at(target.package, tmp_path))
+    try:
+        with pytest.raises(Unsupported, match=f"not judged: {missing}"):
+            made.router_runs([MODELS["deepseek-r1"]])
+    finally:
+        made.close()
+
+
+def test_stand_ins_for_kernels_are_in_the_contract():
+    """Kernels by the module and the name that SGLang's code imports; all of vLLM's by their key."""
+    known = {str(s) for row in Contract.of("sglang").rows.values() for s in row.spellings}
+    ours = {f"{module}:{name}" for module, names in kernels.in_torch().items() for name in names}
+    assert ours - {"flashinfer.fused_moe:fused_topk_deepseek"} <= known
+    for platform in ("cuda", "cpu"):
+        keys = {f"router-operators.{name}" for name in operators.in_torch(platform)}
+        assert keys <= set(Contract.of("vllm").rows)
 
 
 # -- what is run -----------------------------------------------------------------------------------

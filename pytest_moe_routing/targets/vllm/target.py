@@ -110,14 +110,7 @@ class VllmTarget(FrameworkTarget):
         module = "pytest_moe_routing.targets.vllm.probe.routers"
         self._routers = RouterProbes(
             [
-                Probe(
-                    str(self),
-                    module,
-                    str(source.root),
-                    flashinfer.release,
-                    platform,
-                    answers=ANSWERS,
-                )
+                Probe(str(self), module, *arguments, platform, answers=ANSWERS)
                 for platform in ("cuda", "cpu")
             ],
             self.routers,

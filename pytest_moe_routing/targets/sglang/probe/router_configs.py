@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.router_case import Case
 
-_TOPK = "sglang.srt.layers.moe.topk"
 _EXPERTS, _TOP_K, _GROUPS, _SCALE = 64, 4, (8, 4), 2.5
 
 
@@ -55,18 +54,20 @@ _FUNCTIONS = (
 )
 
 
-def cases() -> Iterator[Case]:
+def cases(names: Names) -> Iterator[Case]:
     """Yield every combination of switches that a function of the release has."""
-    topk = import_module(_TOPK)
     for row in _FUNCTIONS:
-        function = vars(topk).get(row.name)
-        if function is None:
+        key = f"router-functions.{row.name}"
+        if not names.has(key):
             continue
-        names = inspect.signature(function).parameters
-        scaling = (False, True) if "apply_routed_scaling_factor_on_output" in names else (False,)
-        shared = (0, 1) if "num_fused_shared_experts" in names else (0,)
+        function = names.get(key)
+        parameters = inspect.signature(function).parameters
+        scaling = (
+            (False, True) if "apply_routed_scaling_factor_on_output" in parameters else (False,)
+        )
+        shared = (0, 1) if "num_fused_shared_experts" in parameters else (0,)
         for score, normed, scaled, slots in product(row.score, (True, False), scaling, shared):
-            if len(row.score) > 1 and "scoring_func" not in names and score != row.score[0]:
+            if len(row.score) > 1 and "scoring_func" not in parameters and score != row.score[0]:
                 continue
             yield _case(row, function, score, normed, scaled, slots)
 

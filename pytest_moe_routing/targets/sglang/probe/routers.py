@@ -1,8 +1,8 @@
 """Runs the routers of one release of SGLang on a CPU, and compares them with the model's router.
 
-`python -m pytest_moe_routing.targets.sglang.probe.routers ROOT FLASHINFER` answers. A model's own
-MoE block makes the TopK, as on CUDA with the Triton runner; SGLang's Python code runs as it is, and
-in the place of a compiled or Triton kernel runs what it is for (`targets.sglang.kernels`).
+It is run by `targets.server` with the arguments ROOT FLASHINFER VERSION. A model's own MoE block
+makes the TopK, as on CUDA with the Triton runner; SGLang's Python code runs as it is, and in the
+place of a compiled or Triton kernel runs what it is for (`targets.sglang.kernels`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Names, Spelling
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
@@ -36,14 +38,8 @@ from pytest_moe_routing.targets.sglang.probe.router_configs import cases
 from pytest_moe_routing.targets.sglang.probe.world import known
 from pytest_moe_routing.targets.stubs import source_of
 
-_MOE = "sglang.srt.layers.moe"
-_TOPK = f"{_MOE}.topk"
-#: Where a release has the Triton runner's code that scales what experts give.
-_COMBINES = (
-    f"{_MOE}.moe_runner.triton_utils.fused_moe",
-    f"{_MOE}.fused_moe_triton.fused_moe",
-)
-_UTILITIES = "sglang.srt.utils.common"
+#: Rows of the contract for the kernels that run in torch.
+_KERNELS = ("router-kernels-gate", "router-kernels-softmax", "router-kernels-sigmoid")
 #: Attributes of configs that blocks read besides, and that do not matter to routing.
 _FURTHER: Mapping[str, Mapping[str, Any]] = {
     "GptOssForCausalLM": {"swiglu_limit": None, "dtype": None},
@@ -63,16 +59,28 @@ _FURTHER: Mapping[str, Mapping[str, Any]] = {
 class Routers(blocks.Blocks):
     """Answers about the routers of one release's models."""
 
-    def __init__(self, root: str, flashinfer: FlashInfer) -> None:
-        super().__init__(root, flashinfer)
+    def __init__(self, root: str, flashinfer: FlashInfer, version: str) -> None:
+        super().__init__(root, flashinfer, version)
         self.root = root
         self._compared: dict[str, list[dict[str, Any]]] = {}
-        _choose_triton()
-        importlib.reload(_with_kernels(root))
-        self._combine_scales = any(
-            "moe_runner_config.routed_scaling_factor" in source_of(root, module)
-            for module in _COMBINES
-        )
+        self._enter_torch = cache(self._stand_in)
+
+    def _stand_in(self) -> None:
+        """Enter the world, with kernels that a CPU runs.
+
+        Raises:
+            Unsupported: The release does not have a name that the routers' runs need.
+        """
+        self.names.require("routers")
+        for key in _KERNELS:
+            # Older releases have others.
+            self.names.spelling(key)
+        combine = self.names.spelling("router-combine").module
+        if "moe_runner_config.routed_scaling_factor" not in source_of(self.root, combine):
+            raise Unsupported("what this release's Triton runner multiplies is not known")
+        self._enter()
+        _choose_triton(self.names)
+        importlib.reload(_with_kernels(self.names, self.root))
 
     def run(self, model: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Route for a model by the TopK that its block makes, in every way that there is.
@@ -80,6 +88,7 @@ class Routers(blocks.Blocks):
         Raises:
             Unsupported: The release has no such architecture, or its block cannot be built here.
         """
+        self._enter_torch()
         router = RouterConfig(**model["router"])
         if router.not_expressible is not None:
             raise Unsupported(f"no recipe computes the router: {router.not_expressible}")
@@ -96,8 +105,13 @@ class Routers(blocks.Blocks):
         return [{**run, "subject": model["id"]} for run in self._compared[key]]
 
     def run_other(self) -> list[dict[str, Any]]:
-        """Route by functions that no model of the zoo reaches on CUDA."""
-        return [compare(case) for case in cases()]
+        """Route by functions that no model of the zoo reaches on CUDA.
+
+        Raises:
+            Unsupported: The release does not have a name that the routers' runs need.
+        """
+        self._enter_torch()
+        return [compare(case) for case in cases(self.names)]
 
     def _routed(
         self, architecture: str, values: Mapping[str, Any], router: RouterConfig
@@ -115,7 +129,7 @@ class Routers(blocks.Blocks):
         yield compare(replace(case, forward=topk.forward_native, way=way, reach="opt-in"))
         shared = values.get("n_shared_experts")
         if shared == 1 and self._fuses_shared_experts(architecture):
-            with _shared_experts(1):
+            with _shared_experts(self.names, 1):
                 topk, factor = self._built(architecture, values)
                 recipe = replace(recipe_of(router), weight_on="output")
                 case = Case(
@@ -135,24 +149,24 @@ class Routers(blocks.Blocks):
 
     def _fuses_shared_experts(self, architecture: str) -> bool:
         """Whether the block's module can put its shared expert among the routed ones."""
+        if not self.names.has("router-shared-experts"):
+            return False
         module = self.sources.blocks(architecture)[0][0]
-        has_config = source_of(self.root, "sglang.srt.configs.shared_experts") != ""
-        return has_config and "get_num_fused_shared_experts()" in self.sources.source(module)
+        count = self.names.spelling("router-shared-experts-count").path
+        return f"{count}()" in self.sources.source(module)
 
     def _built(self, architecture: str, config: Mapping[str, Any]) -> tuple[Any, float]:
         """The TopK of a model's block, and the factor on the weights behind it."""
-        if not self._combine_scales:
-            raise Unsupported("what this release's Triton runner multiplies is not known")
         module, name, given = self.sources.blocks(architecture)[0]
         seen = blocks._Seen()
         try:
             with (
                 patch.object(blocks, "_SIZE", HIDDEN),
-                blocks._watching(seen),
+                blocks._watching(self.names, seen),
                 torch.no_grad(),
-                _experts_give_weights(),
+                _experts_give_weights(self.names),
             ):
-                block = blocks._build(module, name, given, config, None)
+                block = blocks._build(self.names, module, name, given, config, None)
                 blocks._fill(block, seen)
                 output = blocks._forward(block, config["num_experts"])
         except Exception as error:
@@ -171,38 +185,45 @@ def _rest(scale: float, factor: float) -> float:
     return 1.0 if math.isclose(scale, factor, rel_tol=2**-8) else scale / factor
 
 
-def _choose_triton() -> None:
+def _choose_triton(names: Names) -> None:
     """SGLang's own routing on CUDA, with the Triton runner, and nothing else."""
-    utils = import_module(f"{_MOE}.utils")
-    for module in (utils, import_module(_MOE)):
-        vars(module)["get_moe_runner_backend"] = lambda: utils.MoeRunnerBackend.TRITON
-    import_module("sglang.srt.runtime_context").get_server_args().moe_runner_backend = "triton"
+    triton, getter = names.get("router-runner.TRITON"), names.spelling("runner")
+    # A package imports it from its own module.
+    for module in (getter.module, getter.module.rpartition(".")[0]):
+        setattr(import_module(module), getter.path, lambda: triton)
+    server = names.spelling("router-server")
+    getattr(import_module(server.module), server.path)().moe_runner_backend = "triton"
 
 
-def _with_kernels(root: str) -> ModuleType:
-    """The module of TopK, which the world has changed, with kernels that a CPU runs."""
-    stand_ins = {
-        **kernels.in_torch(),
-        "sglang.srt.eplb.expert_location_dispatch": {
-            # No remapping of experts.
-            "topk_ids_logical_to_physical": lambda ids, *_: ids,
-            "transform_select_experts_inputs": lambda router_logits, correction_bias, **_: (
-                router_logits,
-                correction_bias,
-            ),
-        },
-        "sglang.srt.state_capturer.routed_experts": {"get_global_experts_capturer": lambda: None},
-        "sglang.srt.model_executor.forward_context": {"has_forward_context": lambda: False},
+def stand_ins() -> dict[str, Any]:
+    """Return what stands in for SGLang's own around its routers, by key of the contract."""
+    return {
+        # No remapping of experts.
+        "router-placement.topk_ids_logical_to_physical": lambda ids, *_: ids,
+        "router-placement.transform_select_experts_inputs": (
+            lambda router_logits, correction_bias, **_: (router_logits, correction_bias)
+        ),
+        "router-capturer": lambda: None,
+        "router-context": lambda: False,
     }
-    for module, members in stand_ins.items():
+
+
+def _with_kernels(names: Names, root: str) -> ModuleType:
+    """The module of TopK, which the world has changed, with kernels that a CPU runs."""
+    for module, members in kernels.in_torch().items():
         vars(import_module(module)).update(members)
-    for module in ("sglang.srt.utils", "sglang.srt.utils.common"):
-        vars(import_module(module))["fast_topk"] = _function(root, _UTILITIES, "fast_topk")
-    return import_module(_TOPK)
+    for key, value in stand_ins().items():
+        spelling = names.spelling(key)
+        setattr(import_module(spelling.module), spelling.path, value)
+    fast = names.spelling("router-fast-topk")
+    for module in (fast.module, fast.module.rpartition(".")[0]):
+        setattr(import_module(module), fast.path, _function(root, fast))
+    return stubs.real_module(names.spelling("topk").module)
 
 
-def _function(root: str, module: str, name: str) -> Any:
+def _function(root: str, spelling: Spelling) -> Any:
     """A function that needs nothing but torch, out of a module that is not imported."""
+    module, name = spelling.module, spelling.path
     tree = ast.parse(source_of(root, module))
     tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
     space: dict[str, Any] = {"torch": torch}
@@ -211,7 +232,7 @@ def _function(root: str, module: str, name: str) -> Any:
 
 
 @contextmanager
-def _experts_give_weights() -> Iterator[None]:
+def _experts_give_weights(names: Names) -> Iterator[None]:
     """Let TopK weigh all 1, and every MoE layer return that, times what its runner multiplies."""
 
     def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
@@ -222,38 +243,36 @@ def _experts_give_weights() -> Iterator[None]:
     def route(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         shape = len(hidden_states), self.topk_config.top_k
         ids, weights = torch.zeros(shape, dtype=torch.int32), torch.ones(shape)
-        return import_module(_TOPK).StandardTopKOutput(weights, ids, None)
+        return names.get("router-output")(weights, ids, None)
 
-    layer = import_module(f"{_MOE}.fused_moe_triton.layer").FusedMoE
     with (
-        patch.object(layer, "forward", forward),
-        patch.object(import_module(_TOPK).TopK, "forward_cuda", route),
+        patch.object(names.get("router-layer"), "forward", forward),
+        patch.object(names.get("topk"), "forward_cuda", route),
     ):
         yield
 
 
 @contextmanager
-def _shared_experts(count: int) -> Iterator[None]:
+def _shared_experts(names: Names, count: int) -> Iterator[None]:
     """Let models put so many shared experts among the routed ones."""
-    shared = import_module("sglang.srt.configs.shared_experts").SharedExpertsConfig()
+    shared = names.get("router-shared-experts")()
     shared.num_fused_shared_experts = count
     model = known("model", shared_experts=shared)
+    getter = names.spelling("stand-ins.context.get_model").path
     readers = [
-        m
-        for name, m in sys.modules.items()
-        if name.startswith("sglang.") and "get_model" in vars(m)
+        m for name, m in sys.modules.items() if name.startswith("sglang.") and getter in vars(m)
     ]
     with ExitStack() as stack:
         for module in readers:
-            stack.enter_context(patch.dict(vars(module), {"get_model": lambda: model}))
+            stack.enter_context(patch.dict(vars(module), {getter: lambda: model}))
         yield
 
 
+def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
+    """Return what answers questions about the routers of an SGLang."""
+    routers = Routers(root, FlashInfer.of(flashinfer), version)
+    return {"run": routers.run, "run_other": routers.run_other}
+
+
 def main() -> None:
-    root, release = sys.argv[1:]
-    routers = Routers(root, FlashInfer.of(release))
-    serve({"run": routers.run, "run_other": routers.run_other})
-
-
-if __name__ == "__main__":
-    main()
+    serve(handlers(*sys.argv[1:]))

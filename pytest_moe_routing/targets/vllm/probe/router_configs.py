@@ -21,11 +21,11 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.logits import PATTERNS, bell, make
 from pytest_moe_routing.oracle.routers import NOT_FINITE, Deviation
 from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.vllm.probe import release
-from pytest_moe_routing.targets.vllm.probe.experts import MOE
 from pytest_moe_routing.targets.vllm.probe.router_case import Case, select
 
-_FACTORY = f"{MOE}.router.router_factory"
 _SIMULATION = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
 _TOKENS = 24
 
@@ -45,7 +45,10 @@ class _Config:
         recipe = self.recipe
         if recipe.bias and bias is None:
             bias = torch.zeros(self.num_experts)
-        factory = release.real(_FACTORY).create_fused_moe_router
+        names = release.names()
+        unknown = more.keys() - names.accepted("router-options", more).keys()
+        if unknown:
+            raise Unsupported(f"this release's routers have no {', '.join(sorted(unknown))}")
         arguments = {
             "top_k": recipe.top_k,
             "global_num_experts": self.num_experts,
@@ -56,15 +59,12 @@ class _Config:
             "scoring_func": recipe.score,
             "routed_scaling_factor": recipe.scale,
             "e_score_correction_bias": bias,
-            **more,
         }
-        unknown = more.keys() - inspect.signature(factory).parameters.keys()
-        if unknown:
-            raise Unsupported(f"this release's routers have no {', '.join(sorted(unknown))}")
-        return factory(**arguments)
+        factory = names.get("router-factory")
+        return factory(**names.accepted("router-factory", arguments), **more)
 
 
-def cases(root: str) -> Iterator[Case]:
+def cases(names: Names) -> Iterator[Case]:
     """Yield the configurations that the release has."""
     float32 = torch.float32
     for score, bias, scale in (
@@ -83,12 +83,9 @@ def cases(root: str) -> Iterator[Case]:
         _zero_experts,
         _shared_experts,
         *(partial(_simulated, s) for s in ("uniform_random", "normal_routing")),
+        partial(_function, "routing-cohere2", "sigmoid"),
+        partial(_function, "routing-gemma4", "softmax"),
     )
-    for module, name in (
-        ("cohere2_moe", "token_choice_with_bias"),
-        ("gemma4", "gemma4_routing_function_torch"),
-    ):
-        yield from _available(partial(_function, module, name))
 
 
 def _available(*makers: Callable[[], Case]) -> Iterator[Case]:
@@ -102,12 +99,9 @@ def _available(*makers: Callable[[], Case]) -> Iterator[Case]:
         yield case
 
 
-def _function(module: str, name: str) -> Case:
+def _function(key: str, score: str) -> Case:
     """Return a routing function of a model's code, behind vLLM's router for such functions."""
-    function = getattr(release.real(f"vllm.model_executor.models.{module}"), name, None)
-    if function is None:
-        raise Unsupported(f"this release has no {name}")
-    score = "sigmoid" if module == "cohere2_moe" else "softmax"
+    function, spelling = release.names().get(key), release.names().spelling(key)
     config = _Config(Recipe(top_k=8, score=score, normalize="sum"), 128)
     if "per_expert_scale" in inspect.signature(function).parameters:
         scaled = function
@@ -118,7 +112,8 @@ def _function(module: str, name: str) -> Case:
             return scaled(gating_output, topk, torch.ones(gating_output.shape[1]))
 
     make_router = partial(config.make, custom_routing_function=function)
-    return Case(make_router, config.recipe, 128, torch.float32, "cuda", f"{module}.{name}", "model")
+    subject = f"{spelling.module.rpartition('.')[2]}.{spelling.path}"
+    return Case(make_router, config.recipe, 128, torch.float32, "cuda", subject, "model")
 
 
 def _maker(config: _Config, more: Mapping[str, Any]) -> Callable[[Tensor | None], Any]:
@@ -155,9 +150,10 @@ def _zero_experts() -> Case:
         def compute(expert_indices: Tensor, expert_scales: Tensor, **_: Any) -> None:
             seen.update(ids=expert_indices.clone(), weights=expert_scales.clone())
 
-        module = release.real(f"{MOE}.router.zero_expert_router")
+        spelling = release.names().spelling("router-zero-compute")
+        module = stubs.real_module(spelling.module)
         logits, bias = _inputs(case, pattern)
-        with patch.object(module, "zero_experts_compute_triton", compute):
+        with patch.object(module, spelling.path, compute):
             weights, ids = select(make_router(bias), logits)
         found = compare_routing(
             seen["ids"], seen["weights"], logits, recipe, bias, lower_index=False
@@ -215,8 +211,11 @@ def _simulated(strategy: str) -> Case:
             return _Config(recipe, 128).make(bias)
 
     def judge(case: Case) -> list[Deviation]:
+        router = make_router(None)
+        if not isinstance(router, release.names().get("router-simulated")):
+            raise Unsupported(f"not judged: {_SIMULATION} simulates no routing in this release")
         torch.manual_seed(0)
-        weights, ids = select(make_router(None), bell(256, 128, seed=1))
+        weights, ids = select(router, bell(256, 128, seed=1))
         inside = (ids >= 0) & (ids < 128)
         ranked = ids.sort(1).values
         repeated = int((ranked[:, 1:] == ranked[:, :-1]).any(1).sum())

@@ -1,8 +1,8 @@
 """Runs the routers of one release of vLLM on a CPU, and compares them with the model's router.
 
-`python -m pytest_moe_routing.targets.vllm.probe.routers ROOT FLASHINFER PLATFORM` answers for one
-platform, `cuda` or `cpu`. vLLM's factory chooses the router; its Python code runs as it is, and in
-the place of a compiled operator runs what the operator is for (`targets.vllm.operators`).
+It is run by `targets.server` with the arguments ROOT FLASHINFER VERSION PLATFORM, and answers for
+one platform, `cuda` or `cpu`. vLLM's factory chooses the router; its Python code runs as it is, and
+in the place of a compiled operator runs what the operator is for (`targets.vllm.operators`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 from unittest.mock import patch
 
@@ -26,15 +28,13 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm import operators
 from pytest_moe_routing.targets.vllm.probe import release
-from pytest_moe_routing.targets.vllm.probe.experts import MOE
-from pytest_moe_routing.targets.vllm.probe.models import has_architecture, routing_function
 from pytest_moe_routing.targets.vllm.probe.router_case import Case, compare
 from pytest_moe_routing.targets.vllm.probe.router_configs import cases
 
-_ROUTER = f"{MOE}.router"
-#: The switch between `grouped_topk`'s compiled and torch paths.
-_FUSED_GROUPED = "VLLM_USE_FUSED_MOE_GROUPED_TOPK"
-_MODELS = ("vllm.model_executor.models", "vllm.models")
+#: Row of the contract for the switch between `grouped_topk`'s compiled and torch paths.
+_FUSED_GROUPED = "router-switches.VLLM_USE_FUSED_MOE_GROUPED_TOPK"
+#: Rows of the contract for packages of models, whose routing functions are run.
+_MODELS = ("router-models", "router-models-packages")
 
 
 class _Cpu:
@@ -75,24 +75,32 @@ class _TritonKernel:
 class Routers:
     """Answers for one platform."""
 
-    def __init__(self, root: str, flashinfer: FlashInfer, platform: str) -> None:
-        self.root, self.platform = root, platform
+    def __init__(self, root: str, flashinfer: FlashInfer, version: str, platform: str) -> None:
+        self.platform = platform
         #: Models that share a router share its runs.
         self._compared: dict[Any, list[dict[str, Any]]] = {}
         torch.compile = lambda f=None, *_, **__: f or (lambda g: g)  # type: ignore[assignment]
-        release.install(root, flashinfer)
-        stubs.extend(real=_MODELS, absent=["transformers"])
-        if platform == "cpu":
-            import_module("vllm.platforms").current_platform = _Cpu()  # type: ignore[attr-defined]
-        stand_ins = {
-            "vllm._custom_ops": operators.in_torch(platform),
-            "vllm._aiter_ops": {"rocm_aiter_ops": _Off()},
-            "vllm.forward_context": {"is_forward_context_available": lambda: False},
-            "vllm.logger": {"init_logger": lambda _: stubs.Stub("logger")},
-        }
-        for module, members in stand_ins.items():
-            vars(import_module(module)).update(members)
-        import_module("vllm.triton_utils").triton.jit = _TritonKernel
+        release.install(root, flashinfer, version)
+        self.names = release.names()
+        self._enter = cache(self._stand_in)
+
+    def _stand_in(self) -> None:
+        """Put stand-ins in the place of what lies around the routers.
+
+        Raises:
+            Unsupported: The release does not have a name that the routers' runs need.
+        """
+        self.names.require("routers")
+        # Older routers are called otherwise.
+        self.names.spelling("router-call(topk_indices_dtype)")
+        models = [self.names.spelling(key).module for key in _MODELS if self.names.has(key)]
+        stubs.extend(real=models, absent=["transformers"])
+        for key, value in stand_ins(self.platform).items():
+            if self.names.has(key):
+                spelling = self.names.spelling(key)
+                setattr(import_module(spelling.module), spelling.path, value)
+        triton = self.names.spelling("router-triton")
+        getattr(import_module(triton.module), triton.path).jit = _TritonKernel
 
     def run(self, model: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Route for a model, in every way that this platform has.
@@ -100,8 +108,9 @@ class Routers:
         Raises:
             Unsupported: The release has no such architecture, or nothing can be compared.
         """
+        self._enter()
         router = RouterConfig(**model["router"])
-        if not has_architecture(self.root, model["architecture"]):
+        if not release.sources().has_architecture(model["architecture"]):
             raise Unsupported(f"this release has no {model['architecture']}")
         if router.not_expressible is not None:
             raise Unsupported(f"no recipe computes the router: {router.not_expressible}")
@@ -131,10 +140,15 @@ class Routers:
         return [{**run, "subject": model["id"]} for run in self._compared[key]]
 
     def run_other(self) -> list[dict[str, Any]]:
-        """Route in every configuration that the factory takes and no model of the zoo has."""
+        """Route in every configuration that the factory takes and no model of the zoo has.
+
+        Raises:
+            Unsupported: The release does not have a name that the routers' runs need.
+        """
+        self._enter()
         if self.platform == "cpu":
             return []
-        return [compare(case, self.output) for case in cases(self.root)]
+        return [compare(case, self.output) for case in cases(self.names)]
 
     @property
     def output(self) -> Output:
@@ -145,11 +159,10 @@ class Routers:
         self, router: Any, dtype: str
     ) -> Iterator[tuple[str, str, Mapping[str, str], torch.dtype]]:
         """Ways in which the factory's router may compute otherwise, and who goes them."""
-        has_switch = type(router).__name__ == "GroupedTopKRouter"
-        for value, suffix in (
-            (("1", ""), ("0", f", {_FUSED_GROUPED}=0")) if has_switch else (("1", ""),)
-        ):
-            way, switches = self.platform + suffix, {_FUSED_GROUPED: value}
+        switch = self.names.spelling(_FUSED_GROUPED).path
+        has_switch = isinstance(router, self.names.get("router-grouped"))
+        for value, suffix in (("1", ""), ("0", f", {switch}=0")) if has_switch else (("1", ""),):
+            way, switches = self.platform + suffix, {switch: value}
             yield way, "opt-in" if suffix else "model", switches, getattr(torch, dtype)
             if dtype == "float32":
                 reach = "opt-in" if suffix else "bfloat16 logits"
@@ -157,22 +170,36 @@ class Routers:
 
     def _routing_function(self, model: Mapping[str, Any]) -> Any:
         """The routing function that the model's code gives to its layer, itself."""
-        found = routing_function(self.root, model["architecture"])
+        found = release.sources().routing_function(model["architecture"])
         if found is None:
             return None
-        value: Any = release.real(found[0])
-        for name in found[1].split("."):
-            value = getattr(value, name, None)
-        if value is None:
-            raise Unsupported(f"{found[0]}.{found[1]} is no function that can be run alone")
-        return value
+        module, name = found
+        try:
+            return attrgetter(name)(stubs.real_module(module))
+        except AttributeError:
+            raise Unsupported(f"{module}.{name} is no function that can be run alone") from None
+
+
+def stand_ins(platform: str) -> dict[str, Any]:
+    """Return what stands in for vLLM's own around its routers, by key of the contract."""
+    values: dict[str, Any] = {
+        f"router-operators.{name}": f for name, f in operators.in_torch(platform).items()
+    }
+    values |= {
+        "router-aiter": _Off(),
+        "router-context": lambda: False,
+        "router-logger": lambda _: stubs.Stub("logger"),
+    }
+    return {**values, "current-platform": _Cpu()} if platform == "cpu" else values
+
+
+def handlers(
+    root: str, flashinfer: str, version: str, platform: str
+) -> dict[str, Callable[..., Any]]:
+    """Install a vLLM in this process, and return what answers questions about its routers."""
+    routers = Routers(root, FlashInfer.of(flashinfer), version, platform)
+    return {"run": routers.run, "run_other": routers.run_other}
 
 
 def main() -> None:
-    root, flashinfer, platform = sys.argv[1:]
-    routers = Routers(root, FlashInfer.of(flashinfer), platform)
-    serve({"run": routers.run, "run_other": routers.run_other})
-
-
-if __name__ == "__main__":
-    main()
+    serve(handlers(*sys.argv[1:]))

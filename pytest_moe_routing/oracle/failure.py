@@ -45,7 +45,12 @@ class Failure:
         return asdict(self) | {"rank": int(self.rank), "lines": list(self.lines)}
 
     def block(self, cases: Iterable[str] = ()) -> list[str]:
-        """The explanation in at most 15 lines, with the other cases and the id of the cause."""
+        """The explanation in at most 15 lines, with the other cases and the id of the cause.
+
+        A latent cause is one line.
+        """
+        if self.rank is Rank.LATENT:
+            return [f"{self.lines[0]}  [{self.cause}]"]
         others = [case for case in dict.fromkeys(cases) if case != self.case]
         tail = [_listed(f"  also     {len(others)} more: ", others)] if others else []
         tail.append(f"  cause    {self.cause}")
@@ -68,7 +73,12 @@ def _listed(start: str, names: Sequence[str]) -> str:
 def text_of(failures: Iterable[Failure], cases: Mapping[str, Iterable[str]] | None = None) -> str:
     """The message of a test that fails for these causes."""
     blocks = (failure.block((cases or {}).get(failure.cause, ())) for failure in failures)
-    return printable("\n\n".join("\n".join(block) for block in blocks))
+    # Latent causes are a list; the others are paragraphs.
+    text = "".join(
+        ("" if place == 0 else "\n" if len(block) == 1 else "\n\n") + "\n".join(block)
+        for place, block in enumerate(blocks)
+    )
+    return printable(text)
 
 
 def failures_of(properties: Iterable[tuple[str, Any]]) -> list[Failure]:

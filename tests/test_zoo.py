@@ -155,7 +155,7 @@ def test_a_later_directory_can_complete_a_model(write, tmp_path):
         ("num_experts: 8", "num_experts: -8", ":4: router.num_experts: found '-8'"),
         ("num_experts: 8", "num_expert: 8", ":4: router.num_expert: found an unknown key"),
         ("architecture: BaseForCausalLM\n", "", ":1: architecture: found nothing"),
-        ("incomplete:", "hf_repo: x\nincomplete:", ":3: hf_repo: found x, expected owner/name"),
+        ("incomplete:", "hf_repo: x\nincomplete:", ":3: hf_repo: found 'x', expected owner/name"),
     ],
 )
 def test_what_is_known_of_an_incomplete_model_is_checked(write, tmp_path, old, new, expected):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from math import isfinite
 from typing import Any, Self
 
 #: What a finding may hold: plain data, so that it travels as JSON.
@@ -54,7 +55,12 @@ class Finding:
         return self.kind.value, self.field, self.fact
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
+        """As JSON has it, which knows no infinite number: such a value is text."""
+        values = {name: value for name, value in asdict(self).items() if value not in (None, "")}
+        return {
+            name: f"{value:.6g}" if isinstance(value, float) and not isfinite(value) else value
+            for name, value in values.items()
+        }
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Self:

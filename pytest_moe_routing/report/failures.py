@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pytest_moe_routing.oracle.failure import PROPERTY, Failure, Rank, failures_of, text_of
+from pytest_moe_routing.failure import PROPERTY, Failure, Rank, failures_of, text_of
 
 _SAME = "repeated"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
-from pytest_moe_routing.oracle.failure import failures_of
+from pytest_moe_routing.failure import failures_of
 
 if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
-from pytest_moe_routing.oracle.failure import Failure, Rank
+from pytest_moe_routing.failure import Failure, Rank
 from pytest_moe_routing.oracle.finding import Finding
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict

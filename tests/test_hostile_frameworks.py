@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from textwrap import indent
 
 import pytest
+from packaging.version import Version
 
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.targets import probe
+from pytest_moe_routing.targets.contract import Contract
 from pytest_moe_routing.targets.probe import Limits
 
 #: For one question; the first imports torch, on a machine that may be busy.
@@ -19,7 +22,7 @@ LAYERS = "vllm/model_executor/layers/fused_moe"
 FRAMEWORKS = {
     "hangs": (
         "while True: pass",
-        rf"no answer within 20 s; .*was in: .*{LAYERS}/router/router_factory.py",
+        rf"no answer within 20 s; .*was in: .*{LAYERS}/router/router_factory/__init__.py",
     ),
     "stops": ("os.kill(os.getpid(), 19)", "no answer within 20 s; .*It had stopped itself"),
     "dies": ("os._exit(3)", "its process ended with 3"),
@@ -27,10 +30,13 @@ FRAMEWORKS = {
     "crashes": ("import ctypes; ctypes.string_at(0)", "its process ended with -11"),
     "floods the log": (
         "while True: print('x' * 1_000_000)",
-        "failed at classify: .*OSError: .*File too large",
+        "router_factory does not import: .*OSError: .*File too large",
     ),
-    "floods the message": ("raise RuntimeError('x' * 50_000_000)", "failed at classify: .*x{100}"),
-    "takes all memory": ("bytearray(1 << 40)", "failed at classify: .*MemoryError"),
+    "floods the message": (
+        "raise RuntimeError('x' * 50_000_000)",
+        "router_factory does not import: .*x{100}",
+    ),
+    "takes all memory": ("bytearray(1 << 40)", "router_factory does not import: .*MemoryError"),
     "forks": (
         "os.fork() or time.sleep(1000); os._exit(5)",
         "its process ended with 5",
@@ -41,10 +47,10 @@ FRAMEWORKS = {
     ),
     "patches": (
         "import json; json.dumps = json.loads = None; raise RuntimeError('patched')",
-        "failed at classify: .*RuntimeError: patched",
+        "router_factory does not import: .*RuntimeError: patched",
     ),
     "escapes": (r"raise RuntimeError('\x1b[2J\u202e')", r"\\x1b\[2J\\u202e"),
-    "reads": ("input()", "failed at classify: .*EOFError"),
+    "reads": ("input()", "router_factory does not import: .*EOFError"),
 }
 BEGIN = """
 import os, sys, time
@@ -60,17 +66,39 @@ def write_to_pipes():
 """
 
 
+def definition(name, members):
+    """A class, or a function, that has these members and `(parameters)`."""
+    parameters = "".join(f", {m[1:-1]}=None" for m in members if m.startswith("("))
+    inner = {m: members[m] for m in members if not m.startswith("(")}
+    if name[0].islower() and not inner:
+        return f"def {name}(*_{parameters}): pass\n"
+    if name == "RoutingMethodType":
+        numbers = "".join(f"    {m} = {number}\n" for number, m in enumerate(inner))
+        return f"import enum\nclass {name}(enum.IntEnum):\n{numbers}"
+    body = "".join(definition(*item) for item in inner.items())
+    body += f"def __init__(self{parameters}): pass\n"
+    return f"class {name}:\n" + indent(body, "    ")
+
+
 def tree(path, text):
-    for name in (
-        "vllm",
-        "vllm/model_executor",
-        "vllm/model_executor/layers",
-        LAYERS,
-        f"{LAYERS}/router",
-    ):
-        (path / name).mkdir(parents=True)
-        (path / name / "__init__.py").touch()
-    (path / LAYERS / "router/router_factory.py").write_text(BEGIN + text)
+    """A release with every name that the probe relies on, and a router that does harm."""
+    modules = {}
+    for row in Contract.of("vllm").rows.values():
+        for spelling in row.spellings_in(Version("0.99"))[:1]:
+            names = modules.setdefault(spelling.module, {})
+            for name in filter(None, spelling.path.replace("(", ".(").split(".")):
+                names = names.setdefault(name, {})
+    for module, names in modules.items():
+        folder = path / module.replace(".", "/")
+        folder.mkdir(parents=True, exist_ok=True)
+        harm = f"{BEGIN}{text}\n" if module.endswith("router_factory") else ""
+        lines = "".join(definition(*item) for item in names.items())
+        if module.endswith("models.registry"):
+            lines += 'MODELS = {"SomeForCausalLM": ("some", "SomeForCausalLM")}\n'
+        (folder / "__init__.py").write_text(harm + lines)
+    for folder in path.rglob("*"):
+        if folder.is_dir():
+            (folder / "__init__.py").touch()
     return path
 
 

@@ -236,6 +236,6 @@ def test_wheels(tmp_path):
         if name in WHEELS:
             cases["history", name] = ("moe-routing", "history", "vllm", path)
         if name not in ("several",):
-            cases["flashinfer", name] = ("moe-routing", "flashinfer", path)
+            cases["flashinfer", name] = ("moe-routing", "drift", "flashinfer", path)
     for name, found in outcomes(cases).items():
         assert is_refused(found, 2, "moe-routing: "), (name, found)

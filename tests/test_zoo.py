@@ -209,9 +209,9 @@ specs = st.builds(
     experts=st.builds(ExpertsConfig, **values(ExpertsConfig)).filter(
         lambda s: not list(s.problems())
     ),
-    model=st.text(min_size=1),
+    model=st.from_regex(r"\w[\w .,:+()/-]{0,40}", fullmatch=True).map(str.strip),
     hf_repo=st.just("someone/Model"),
-    architecture=st.text(min_size=1),
+    architecture=st.from_regex(r"[A-Za-z_]\w{0,40}", fullmatch=True),
     checkpoints=st.lists(st.sampled_from(CHECKPOINT_SCHEMES), min_size=1, unique=True).map(tuple),
     sources=texts,
     notes=texts | st.just(()),

@@ -288,6 +288,8 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
         # What the recipe does not say may be done outside the kernel; the rest was judged.
         raise beyond
     if is_same and not wrong:
+        if captured.unknown:
+            raise Unsupported(f"{target}: not judged: {captured.unknown}")
         return base
     return bad(Verdict.WRONG, *(() if is_same else _differences(base, call, got)))
 

@@ -34,11 +34,14 @@ class Captured:
         call: The routing arguments that reached the kernel; None if the code failed before.
         findings: What is wrong with the call, or why there is none; downcasts included.
         site: The code that makes the call, and the entry point, as far as they are known.
+        unknown: What cannot be known of the call, as a sentence. It is not judged then, unless
+            something else is wrong with it.
     """
 
     call: KernelCall | None
     findings: tuple[Finding, ...] = ()
     site: str = ""
+    unknown: str = ""
 
     @property
     def wrong(self) -> tuple[Finding, ...]:

@@ -56,7 +56,11 @@ class Definitions:
     def _parse(self, module: str) -> Mapping[str, ast.AST]:
         """Return what a module binds, by dotted name; see `_bindings`."""
         source = self._read(module)
-        return dict(_bindings(ast.parse(source).body, "")) if source else {}
+        try:
+            body = ast.parse(source or "").body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return {}  # A module that Python cannot read binds nothing.
+        return dict(_bindings(body, ""))
 
     def _members(
         self, module: str, owner: str, name: str, *, inherited: bool = True, depth: int = _DEPTH

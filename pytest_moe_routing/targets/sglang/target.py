@@ -162,19 +162,21 @@ class SglangTarget(FrameworkTarget):
         sizes = _configs()["sizes"]
         layer = RecordedLayer(1, 2, sizes["intermediate_size"], answer["scale_after"])
         captured = read(model, scheme, answer, layer, self.flashinfer)
-        if any(finding.field in PREPARED for finding in captured.findings):
-            raise Unsupported(
-                f"{self}: not judged: {', '.join(PREPARED)} are prepared when weights are loaded, "
+        number = answer["arguments"]["routing_method_type"]
+        findings = [f for f in captured.findings if f.field not in PREPARED]
+        unknown = ""
+        if len(findings) < len(captured.findings):
+            unknown = (
+                f"{', '.join(PREPARED)} are prepared when weights are loaded, "
                 "which the probe does not do"
             )
-        number, findings = answer["arguments"]["routing_method_type"], list(captured.findings)
         own = next((name for name, value in self._numbers.items() if value == number), None)
         if captured.call is not None and own not in (None, captured.call.method):
             findings.append(Finding(Kind.ENUM, own or "", number, captured.call.method))
         arriving = None if captured.call is None else captured.call.logits_dtype
         if (answer["logits_dtype"], arriving) == ("bfloat16", "float32"):
             findings.append(Finding(Kind.DOWNCAST, "gate", "float32", "bfloat16"))
-        return Captured(captured.call, tuple(findings), answer["function"])
+        return Captured(captured.call, tuple(findings), answer["function"], unknown)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

@@ -307,10 +307,10 @@ NOT_RUN = {
         r".*(_cpu|_xpu|_npu|_musa)$": "other devices",
         r"_zero_topk_weights|is_routed_scaling|TopKConfig\.correction": "AITER's, on ROCm",
         r"routing$": "OpenAI's triton_kernels",
-        r".*simulat": "random experts, by a Triton kernel",
+        r".*simulat|_make_round_robin": "experts that no router chose",
         r".*TopKOutput": "formats of the output",
         r"_can_bypass|TopK\.(bind|empty|_torch_compile|routing_inputs)": "the layer's set-up",
-        r"remap_topk|is_expert_remapping|.*precomputed_": "experts of each rank, or given ones",
+        r"remap_topk|is_expert_remapping|_eplb_remap|.*precomputed_": "experts of each rank, or given ones",
     },
 }
 #: Where a framework's routers are.

@@ -131,3 +131,13 @@ def test_the_suite_tells_it_once(host):
     result.stdout.fnmatch_lines(["  cause    target:no-answers"])
     assert re.search(r"1 failed, .*\d+ repeated", text)
     assert len(text.splitlines()) < 40
+
+
+def test_sources_that_are_no_python_are_one_message(tmp_path, capsys):
+    path = tree(tmp_path / "0.99", "")
+    (path / LAYERS / "config/__init__.py").write_text("class FusedMoEConfig(:\n")
+    assert main(["drift", "vllm", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert re.fullmatch(
+        r"moe-routing: .*fused_moe\.config is not Python: invalid syntax.*\n", shown
+    )

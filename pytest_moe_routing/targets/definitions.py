@@ -6,6 +6,9 @@ import ast
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.escape import shorten
+
 #: How many imports, aliases and base classes are followed from one name to its definition.
 _DEPTH = 12
 
@@ -58,8 +61,9 @@ class Definitions:
         source = self._read(module)
         try:
             body = ast.parse(source or "").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return {}  # A module that Python cannot read binds nothing.
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            found = shorten(str(error), 200) or type(error).__name__
+            raise Unsupported(f"not judged: {module} is not Python: {found}") from None
         return dict(_bindings(body, ""))
 
     def _members(

@@ -36,6 +36,7 @@ class Bug:
     in_: str = ""
     says: str = ""
     not_in: str = ""
+    left_open: str = ""
     test: str = ""
     because: str = ""
 

@@ -9,20 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import gelu
+from toy_kernel import STORED
 
 from pytest_moe_routing.reference.quantization import dequantize, fake_quantize
-
-#: What is stored between the GEMMs and after the first one, by scheme.
-STORED = {
-    "bf16": ("bf16", None),
-    "fp8_per_tensor": ("fp8", None),
-    "fp8_block": ("fp8_1x128", "fp8_1x128"),
-    "mxfp8": ("mxfp8", None),
-    "nvfp4": ("nvfp4", None),
-    "mxfp4": ("mxfp8", None),
-    "mxfp4_bf16": ("bf16", None),
-    "mxint4": ("bf16", None),
-}
 
 #: Just within what CUDA documents for `tanh.approx.f32`: half of 2**-10.987.
 _TANH = 0.98 * 2**-11 / 2

@@ -147,12 +147,12 @@ def _is_between(release: Version, since: str | None, until: str | None) -> bool:
 
 
 class LedgerPlugin:
-    """Applies the entries in force to the tests that it is shown, and reports what became of them.
+    """Applies entries to the tests that it is shown, and reports which of them still matched.
 
     An entry silences one cause: a test is an xfail only if every cause of its failure is known.
 
     Args:
-        entries: The entries in force.
+        entries: Those that apply to the target and release of this run.
         whole_suite: Whether the run is about every case of the suite, so that an entry that matches
             none, or whose cause no case shows, makes the run fail.
     """

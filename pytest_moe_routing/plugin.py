@@ -173,13 +173,13 @@ def moe_session(pytestconfig: pytest.Config) -> MoESession:
 
 @pytest.fixture(scope="session")
 def moe_flashinfer(moe_session: MoESession) -> FlashInfer:
-    """The FlashInfer release in force."""
+    """The FlashInfer release that this run judges against."""
     return moe_session.flashinfer
 
 
 @pytest.fixture(scope="session")
 def moe_target(moe_session: MoESession) -> Iterator[Target]:
-    """The target in force; a target that cannot be used fails the test in one line."""
+    """The target of this run; a target that cannot be used fails the test in one line."""
     try:
         target, message = moe_session.target, ""
     except MoERoutingError as error:
@@ -192,7 +192,7 @@ def moe_target(moe_session: MoESession) -> Iterator[Target]:
 
 @pytest.fixture(scope="session")
 def moe_framework(moe_target: Target) -> Target:
-    """The target in force, for tests that are left out when it is the builtin one."""
+    """The target of this run, for tests that are left out when it is the builtin one."""
     return moe_target
 
 

@@ -188,7 +188,7 @@ class MoESession:
 
     @cached_property
     def flashinfer(self) -> FlashInfer:
-        """The release in force; `_flashinfer_origin` says which that is."""
+        """The release to judge against; `_flashinfer_origin` says which that is."""
         from pytest_moe_routing.flashinfer import FlashInfer
 
         return FlashInfer.of(self._flashinfer_origin[0])

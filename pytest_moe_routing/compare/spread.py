@@ -168,7 +168,7 @@ def _slots(
     common = arithmetic.weights + arithmetic.accumulate(x.shape[1]) + summing
     shift, pulls = _derivatives(stages, layer, arithmetic)
     shift = shift + common * stages.activated.abs()
-    # What both clamps hold is one number in many places, which comes to be rounded alike.
+    # Where both clamps hold, many places have the same number, and so the same rounding error.
     held = torch.stack([pull == 0 for pull in pulls]).all(0)
     shift = shift + intermediate.error * held
     parameters = {

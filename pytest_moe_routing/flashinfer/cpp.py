@@ -145,7 +145,7 @@ def _is_type(code: str, end: int) -> bool:
     """Return whether a type stands before a name: a declaration, and no call."""
     start = max(code.rfind(mark, 0, end) for mark in ";{}")
     before = code[start + 1 : end]
-    # After a line of the preprocessor a statement starts anew.
+    # A preprocessor line ends the statement before it.
     lines = before.split("\n")
     directives = [place for place, line in enumerate(lines) if line.lstrip().startswith("#")]
     before = "\n".join(lines[directives[-1] + 1 :] if directives else lines)

@@ -66,7 +66,7 @@ class _Kernel:
 
 
 def _rules(release: str) -> Iterator[Rule]:
-    """The rules in force in a release."""
+    """The rules that hold in a release."""
     return (rule for rule in _data()["rules"] if rule.in_force(Version(release)))
 
 

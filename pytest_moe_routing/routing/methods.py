@@ -19,7 +19,7 @@ class RoutingMethodType(IntEnum):
     """Routing methods under the numbers of the newest FlashInfer release.
 
     Numbers move between releases (`Unspecified` has been 5, 6, 8, 9 and 10): store names, and look
-    a number up for the release in force with `FlashInfer.number`. Members from 100 on belong to
+    a number up in one release with `FlashInfer.number`. Members from 100 on belong to
     frameworks and are never passed to a FlashInfer kernel.
     """
 

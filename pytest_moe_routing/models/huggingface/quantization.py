@@ -8,7 +8,7 @@ A config may state the scheme in several places. The most specific one counts:
 4. `quant_algo` (ModelOpt)
 5. `quant_method` with its parameters, and `expert_dtype`
 
-They stand in `quantization_config`, else `compression_config`, else a file beside the config.
+They are read from `quantization_config`, else `compression_config`, else a file next to the config.
 Experts that an ignore list covers are not quantized, unless 1 names them.
 
 Places 1 to 4 and the file beside the config must not contradict each other about the weights; in

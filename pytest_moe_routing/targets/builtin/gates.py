@@ -1,6 +1,6 @@
 """Our experts: their support gates, and the call they make.
 
-A gate answers yes, or no with a reason in words. Gates ask the FlashInfer release in force, so
+A gate answers yes, or no with a reason in words. Gates ask one FlashInfer release, so
 what a release cannot do is refused, whatever the rest of the configuration says.
 """
 

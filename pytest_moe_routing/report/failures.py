@@ -8,6 +8,8 @@ and counts the others as `repeated`; all of them are failed tests to pytest, JUn
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,27 @@ def fail(record_property: Callable[[str, Any], None], failures: Sequence[Failure
         ordered = sorted(failures, key=lambda failure: failure.rank)
         record_property(PROPERTY, [failure.as_dict() for failure in ordered])
         pytest.fail(text_of(ordered), pytrace=False)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A failure's text whose first line is its summary.
+
+    In a CI job pytest prints the message of each failure again in its short summary, without
+    shortening it; a plain string would be told twice.
+    """
+
+    text: str
+
+    @property
+    def reprcrash(self) -> SimpleNamespace:
+        return SimpleNamespace(message=self.text.partition("\n")[0])
+
+    def toterminal(self, tw: Any) -> None:
+        tw.line(self.text)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Grouping:
@@ -57,7 +80,8 @@ class Grouping:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Complete the shown failures with all of their cases, and put the urgent ones first."""
         for report, failures in self._shown:
-            report.longrepr = text_of(failures, self._cases)
+            # pytest declares the types that it makes itself, and takes any with these methods.
+            report.longrepr = _Message(text_of(failures, self._cases))  # type: ignore[assignment]
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         ranks = {id(report): failures[0].rank for report, failures in self._shown}
         if terminal is not None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import is_alive, wait_until_gone
 
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets import probe as probes
@@ -47,22 +44,6 @@ def child(tmp_path, monkeypatch):
     yield make
     for one in made:
         one.close()
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def wait_until_gone(pid):
-    for _ in range(100):
-        if not is_alive(pid):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_answers_past_all_noise(child):
@@ -363,65 +344,3 @@ def test_its_files_have_an_end(child):
     )
     with pytest.raises(TargetError, match=r"(?s)failed at run:.*File too large"):
         probe.ask("run")
-
-
-# -- the end of the process that asks ------------------------------------------------------------
-
-PARENT = """
-import os, sys, time
-sys.path.insert(0, {path!r})
-from pytest_moe_routing.targets.probe import Probe
-probe = Probe("mine", "child_0")
-print(probe.ask("pids"), flush=True)
-try:
-    probe.ask({question!r})
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-    time.sleep(1000)
-"""
-CHILD = """
-import os, signal, time
-from pytest_moe_routing.targets.server import serve
-def loop():
-    while True: pass
-def pids():
-    forked = os.fork()
-    if not forked:
-        time.sleep(1000)
-    return [os.getpid(), forked, os.getcwd()]
-def main():
-    serve({
-        "pids": pids,
-        "loop": loop,
-        "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    })
-"""
-
-
-@pytest.mark.parametrize("question", ["loop", "stop"])
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_it_ends_with_the_process_that_asks(tmp_path, question, how):
-    """Also if it loops or is stopped; after an interrupt, even before its parent ends."""
-    if sys.platform != "linux":
-        pytest.skip("uses /proc")
-    (tmp_path / "child_0.py").write_text(CHILD)
-    program = PARENT.format(path=str(tmp_path), question=question)
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    try:
-        pid, forked, home = eval(parent.stdout.readline())
-        time.sleep(0.5)
-        assert is_alive(pid)
-        parent.send_signal(how)
-        if how == signal.SIGINT:
-            assert parent.stdout.readline() == "interrupted\n"
-        assert wait_until_gone(pid)
-        assert wait_until_gone(forked)
-        for _ in range(50):
-            if not Path(home).exists():
-                break
-            time.sleep(0.1)
-        assert not Path(home).parent.exists()
-    finally:
-        parent.kill()
-        parent.wait()
-        parent.stdout.close()

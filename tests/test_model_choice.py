@@ -1,0 +1,52 @@
+"""Models are chosen by their names and by patterns; what matches none is one short error."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import find, load_models, select
+
+
+def test_selection():
+    models = load_models(packaged_directory())
+    assert [m.id for m in select(models, ["llama-4-*", "deepseek-r1"])] == [
+        "deepseek-r1",
+        "llama-4-maverick",
+        "llama-4-scout",
+    ]
+    with pytest.raises(ModelError, match=r"no model matches 'llama-5-\*', of \d+; did you mean ll"):
+        select(models, ["deepseek-r1", "llama-5-*"])
+    with pytest.raises(ModelError, match=r"no model matches 'xxxxxx', of \d+; moe-routing models"):
+        select(models, ["xxxxxx"])
+
+
+@pytest.mark.parametrize(
+    ("name", "id_"),
+    [
+        ("deepseek-r1", "deepseek-r1"),
+        ("DeepSeek-R1", "deepseek-r1"),
+        ("deepseek-ai/DeepSeek-R1", "deepseek-r1"),
+        ("openai/gpt-oss-120b", "gpt-oss-120b"),
+        ("Qwen3-VL-30B-A3B-Instruct", "qwen3-vl-30b-a3b"),
+    ],
+)
+def test_models_are_found_by_any_of_their_names(name, id_):
+    assert find(load_models(packaged_directory()), name).id == id_
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("deepseek-r2", "did you mean deepseek-"),
+        ("someone/DeepSeek-R11", "did you mean deepseek-r1"),
+        ("xxxxxx", "moe-routing models lists them"),
+        ("x" * 5000, "xxx...' is no file and none of the"),
+    ],
+)
+def test_an_unknown_name_is_one_short_line(name, hint):
+    with pytest.raises(ModelError) as caught:
+        find(load_models(packaged_directory()), name)
+    assert hint in str(caught.value)
+    assert len(str(caught.value)) < 200

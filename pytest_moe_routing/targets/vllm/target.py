@@ -93,6 +93,7 @@ class VllmTarget(FrameworkTarget):
         "FusedTopKRouter",
         "GroupedTopKRouter",
         "RoutingSimulatorRouter",
+        "SelectExperts",
         "ZeroExpertRouter",
         OTHER,
     )

@@ -1,6 +1,7 @@
 """What the code of a model in one release of vLLM gives to its MoE layer, read from its source.
 
-Only what no config says: who applies the scaling factor, and a routing function of its own.
+Only what no config says: who applies the scaling factor, groups that are constants, and a routing
+function of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
@@ -19,6 +21,8 @@ _OURS = ("vllm.models.", f"{_MODELS}.")
 _OTHER_DEVICES = {"amd", "cpu", "xpu"}
 #: Rows of the contract for what the code of a model calls to make its layer.
 _LAYERS = ("layer-factory", "shared-layer")
+#: Arguments of a layer that say which experts a token may choose from.
+_GROUPS = ("use_grouped_topk", "num_expert_group", "topk_group")
 #: How far a model's code is followed through the modules that it imports.
 _DEPTH = 3
 
@@ -93,6 +97,16 @@ class ModelSources:
         if any(word.arg is None for word in layer.call.keywords):
             raise self._unproven(layer, "whether the layer is given the clamp limit")
         return False
+
+    def groups(self, architecture: str) -> dict[str, Any]:
+        """Return the arguments of groups that the model's code states as constants, all or none.
+
+        Some models without groups are made with one group of all experts.
+        """
+        layer = self._layer(architecture)
+        given = {name: layer and layer.argument(name) for name in _GROUPS}
+        stated = {n: value.value for n, value in given.items() if isinstance(value, ast.Constant)}
+        return stated if len(stated) == len(given) else {}
 
     def routing_function(self, architecture: str) -> tuple[str, str] | None:
         """Return module and name of the function that routes in the layer's stead, if there is one.

@@ -33,6 +33,7 @@ class _Blackwell:
 
     device_name = "Blackwell"
     device_type = "cuda"
+    dispatch_key = "CUDA"
     simple_compile_backend = "eager"
 
     def is_cuda(self) -> bool:
@@ -158,11 +159,17 @@ def router_factor(model: Mapping[str, Any]) -> float:
 
 def make_router(model: Mapping[str, Any]) -> Any:
     """Return what vLLM's factory makes of the arguments that the model's own code passes."""
+    arguments = router_arguments(model)
+    return names().get("router-factory")(**names().accepted("router-factory", arguments))
+
+
+def router_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the model's own code says of its router, in the words of vLLM."""
     router = model["router"]
     bias = None
     if router["correction_bias"] is not None:
         bias = torch.zeros(router["num_experts"], dtype=getattr(torch, router["correction_bias"]))
-    arguments = {
+    return {
         "top_k": router["top_k"],
         "global_num_experts": router["num_experts"],
         "renormalize": router["renormalize"],
@@ -174,8 +181,8 @@ def make_router(model: Mapping[str, Any]) -> Any:
         "e_score_correction_bias": bias,
         "custom_routing_function": routing_function_of(model),
         "eplb_state": None,
+        **sources().groups(model["architecture"]),
     }
-    return names().get("router-factory")(**names().accepted("router-factory", arguments))
 
 
 def routing_function_of(model: Mapping[str, Any]) -> Any:

@@ -28,7 +28,7 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm import operators
 from pytest_moe_routing.targets.vllm.probe import release
-from pytest_moe_routing.targets.vllm.probe.router_case import Case, compare
+from pytest_moe_routing.targets.vllm.probe.router_case import Case, SelectExperts, compare
 from pytest_moe_routing.targets.vllm.probe.router_configs import cases
 
 #: Row of the contract for the switch between `grouped_topk`'s compiled and torch paths.
@@ -41,6 +41,7 @@ class _Cpu:
     """The platform object of vLLM's CPU build."""
 
     device_name = device_type = "cpu"
+    dispatch_key = "CPU"
     simple_compile_backend = "eager"
 
     def is_cpu(self) -> bool:
@@ -91,16 +92,15 @@ class Routers:
             Unsupported: The release does not have a name that the routers' runs need.
         """
         self.names.require("routers")
-        # Older routers are called otherwise.
-        self.names.spelling("router-call(topk_indices_dtype)")
         models = [self.names.spelling(key).module for key in _MODELS if self.names.has(key)]
         stubs.extend(real=models, absent=["transformers"])
         for key, value in stand_ins(self.platform).items():
             if self.names.has(key):
                 spelling = self.names.spelling(key)
                 setattr(import_module(spelling.module), spelling.path, value)
-        triton = self.names.spelling("router-triton")
-        getattr(import_module(triton.module), triton.path).jit = _TritonKernel
+        if self.names.has("router-triton"):
+            triton = self.names.spelling("router-triton")
+            getattr(import_module(triton.module), triton.path).jit = _TritonKernel
 
     def run(self, model: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Route for a model, in every way that this platform has.
@@ -122,7 +122,7 @@ class Routers:
 
         def make(bias: Tensor | None) -> Any:
             with patch.object(release, "routing_function_of", lambda _: function):
-                made = release.make_router(model)
+                made = self._make(model)
             if bias is not None:
                 made.e_score_correction_bias = bias
             return made
@@ -139,6 +139,13 @@ class Routers:
             ]
         return [{**run, "subject": model["id"]} for run in self._compared[key]]
 
+    def _make(self, model: Mapping[str, Any]) -> Any:
+        """Return the router of a model's layer: an object, or a function of an older release."""
+        key = "router-function-cpu" if self.platform == "cpu" else "router-function"
+        if self.names.expects(key):
+            return SelectExperts(key, release.router_arguments(model))
+        return release.make_router(model)
+
     def run_other(self) -> list[dict[str, Any]]:
         """Route in every configuration that the factory takes and no model of the zoo has.
 
@@ -146,7 +153,7 @@ class Routers:
             Unsupported: The release does not have a name that the routers' runs need.
         """
         self._enter()
-        if self.platform == "cpu":
+        if self.platform == "cpu" or not self.names.has("router-factory"):
             return []
         return [compare(case, self.output) for case in cases(self.names)]
 
@@ -159,10 +166,12 @@ class Routers:
         self, router: Any, dtype: str
     ) -> Iterator[tuple[str, str, Mapping[str, str], torch.dtype]]:
         """Ways in which the factory's router may compute otherwise, and who goes them."""
-        switch = self.names.spelling(_FUSED_GROUPED).path
-        has_switch = isinstance(router, self.names.get("router-grouped"))
+        has_switch = not isinstance(router, SelectExperts) and isinstance(
+            router, self.names.get("router-grouped")
+        )
+        switch = self.names.spelling(_FUSED_GROUPED).path if has_switch else ""
         for value, suffix in (("1", ""), ("0", f", {switch}=0")) if has_switch else (("1", ""),):
-            way, switches = self.platform + suffix, {switch: value}
+            way, switches = self.platform + suffix, {switch: value} if has_switch else {}
             yield way, "opt-in" if suffix else "model", switches, getattr(torch, dtype)
             if dtype == "float32":
                 reach = "opt-in" if suffix else "bfloat16 logits"
@@ -188,6 +197,7 @@ def stand_ins(platform: str) -> dict[str, Any]:
     values |= {
         "router-aiter": _Off(),
         "router-context": lambda: False,
+        "router-batches": lambda: False,
         "router-logger": lambda _: stubs.Stub("logger"),
     }
     return {**values, "current-platform": _Cpu()} if platform == "cpu" else values

@@ -84,17 +84,23 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Case:
-    """Inputs of one routing: float32 logits `[T, E]`, a float32 bias `[E]` or None, the recipe."""
+class RoutingCase:
+    """Inputs of one routing.
+
+    Attributes:
+        logits: float32 `[num_tokens, num_experts]`.
+        bias: float32 `[num_experts]`, or None where the recipe has no bias.
+        recipe: The router that they are for.
+    """
 
     logits: Tensor
     bias: Tensor | None
     recipe: Recipe
 
-    def to(self, device: torch.device | str) -> Case:
-        """The same inputs on a device."""
+    def to(self, device: torch.device | str) -> RoutingCase:
+        """Return the same inputs on a device."""
         bias = None if self.bias is None else self.bias.to(device)
-        return Case(self.logits.to(device), bias, self.recipe)
+        return RoutingCase(self.logits.to(device), bias, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,9 @@ class Pattern:
     """A way to make logits, and the defect that it shows.
 
     Attributes:
+        name: Its key in `PATTERNS`.
+        shows: The defect that it shows.
+        make: Make logits `[num_tokens, num_experts]` and a bias `[num_experts]`.
         needs: What a recipe must have for the pattern to show more than `plain` does: a `bias`,
             `groups`, or a stated result for `not-finite` logits, which no recipe states.
     """
@@ -259,10 +268,18 @@ PATTERNS: Mapping[str, Pattern] = {
 }
 
 
-def make(name: str, recipe: Recipe, *, num_tokens: int, num_experts: int) -> Case:
+def make_case(name: str, recipe: Recipe, *, num_tokens: int, num_experts: int) -> RoutingCase:
     """Make a pattern's inputs for a recipe.
 
-    The bias is None exactly when the recipe has none, so the result fits `reference.routing.route`.
+    Args:
+        name: A key of `PATTERNS`.
+        recipe: The router that the inputs are for.
+        num_tokens: Rows of the logits.
+        num_experts: Columns of the logits.
+
+    Returns:
+        Float32 logits `[num_tokens, num_experts]` and a float32 bias `[num_experts]`; the bias is
+        None exactly when the recipe has none.
 
     Raises:
         RecipeError: No pattern has this name.
@@ -272,7 +289,7 @@ def make(name: str, recipe: Recipe, *, num_tokens: int, num_experts: int) -> Cas
     # crc32, as Python's own hash of a string differs from run to run.
     seed = zlib.crc32(name.encode())
     logits, bias = PATTERNS[name].make(Shape(num_tokens, num_experts, recipe, seed))
-    return Case(logits, bias if recipe.bias else None, recipe)
+    return RoutingCase(logits, bias if recipe.bias else None, recipe)
 
 
 #: Tokens of the cases of one recipe: on both sides of usual tile and launch-size limits.
@@ -281,6 +298,6 @@ _PER_PATTERN = 33
 
 
 def case_names(recipe: Recipe) -> list[tuple[str, int]]:
-    """Pattern and number of tokens of every case that an implementation of a recipe must pass."""
+    """Return the pattern and number of tokens of every case that an implementation must pass."""
     patterns = [pattern.name for pattern in PATTERNS.values() if pattern.suits(recipe)]
     return [("plain", tokens) for tokens in _TOKENS] + [(name, _PER_PATTERN) for name in patterns]

@@ -150,7 +150,7 @@ class Fused:
         from pytest_moe_routing.reference.problem import MoEProblem
 
         recipe = self.flashinfer.recipe(self.call)
-        case = logits.make(
+        case = logits.make_case(
             pattern, recipe, num_tokens=num_tokens, num_experts=self.call.num_experts
         )
         bias = None if case.bias is None else case.bias.to(dtype(self.call.bias_dtype))

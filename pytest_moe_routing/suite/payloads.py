@@ -9,7 +9,7 @@ import torch
 
 from pytest_moe_routing.compare import compare_routing
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
-from pytest_moe_routing.logits import PATTERNS, make
+from pytest_moe_routing.logits import PATTERNS, make_case
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.reference.routing import route, weigh
@@ -85,7 +85,7 @@ def routing_payload(model: ModelSpec, golden: dict[str, Any] | None = None) -> d
     patterns: dict[str, Any] = {}
     for name in PATTERNS:
         tokens = _TOKENS_OF.get(name, _TOKENS)
-        case = make(name, recipe, num_tokens=tokens, num_experts=model.router.num_experts)
+        case = make_case(name, recipe, num_tokens=tokens, num_experts=model.router.num_experts)
         routing = route(case.logits, recipe, case.bias, dtype=torch.float64)
         ids, weights = routing.topk_ids, routing.topk_weights
         chosen = _golden_ids(golden, name, ids)

@@ -73,7 +73,7 @@ def test_model(
 
 @pytest.mark.moe_models(distinct_layers=True, published=True)
 def test_full_size(
-    fused: Make, moe_model: ModelSpec, moe_scheme: str, moe_full_scale: bool
+    fused: Make, moe_model: ModelSpec, moe_scheme: str, _moe_full_scale: bool
 ) -> None:
     """A model's own sizes, padded as frameworks pad them; only with `--moe-scale full`."""
     from pytest_moe_routing.kernels.padding import misaligned

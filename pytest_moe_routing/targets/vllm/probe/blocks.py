@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.compare import compare_routing
 from pytest_moe_routing.errors import RecipeError, Unsupported
-from pytest_moe_routing.logits import make
+from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
@@ -236,7 +236,7 @@ def _custom_problem(
     # The layer applies no factor to what such a function returns, and weights the side it is told.
     recipe = replace(recipe_of(router), scale=1.0)
     for pattern in _PATTERNS:
-        case = make(pattern, recipe, num_tokens=_TOKENS, num_experts=router.num_experts)
+        case = make_case(pattern, recipe, num_tokens=_TOKENS, num_experts=router.num_experts)
         hidden = torch.zeros(_TOKENS, _HIDDEN)
         weights, ids = function(hidden, case.logits, asked["top_k"], asked["renormalize"])
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         compare_moe,
         compare_routing,
     )
-    from pytest_moe_routing.errors import MoERoutingError
+    from pytest_moe_routing.errors import MoERoutingError, Unsupported
     from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
     from pytest_moe_routing.logits import (
         PATTERNS,
@@ -77,6 +77,7 @@ __all__ = [
     "RoutingMethodType",
     "Shard",
     "Target",
+    "Unsupported",
     "__version__",
     "assert_moe",
     "assert_routing",
@@ -114,7 +115,7 @@ _WHERE = {
         "compare_moe",
         "compare_routing",
     ),
-    "errors": ("MoERoutingError",),
+    "errors": ("MoERoutingError", "Unsupported"),
     "flashinfer": ("FlashInfer", "KernelCall"),
     "logits": ("PATTERNS", "Pattern", "RoutingCase", "bell", "case_names", "loud", "make_case"),
     "models": (

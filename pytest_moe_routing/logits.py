@@ -41,7 +41,7 @@ def integers(*shape: int, seed: int, bits: int = 24) -> Tensor:
 def bell(*shape: int, seed: int) -> Tensor:
     """Bell-shaped float32 numbers, standard deviation 1.15, within +-4, in steps of 2**-15."""
     parts = integers(*shape, 2, seed=seed, bits=32)
-    # The sum of four 16-bit uniforms, centred.
+    # The sum of four 16-bit uniforms, centered.
     total = (parts & 0xFFFF).sum(-1) + (parts >> 16).sum(-1) - 2 * 0xFFFF
     return total.to(torch.float32) / 2**15
 
@@ -57,7 +57,7 @@ def loud(tokens: int, hidden: int, *, seed: int) -> Tensor:
 
 
 def distinct(rows: int, columns: int, *, seed: int) -> Tensor:
-    """A random permutation of `0..columns-1` in each row, int64."""
+    """Return a random permutation of `0..columns-1` in each row, int64."""
     return integers(rows, columns, seed=seed, bits=32).argsort(dim=1, stable=True)
 
 
@@ -78,7 +78,7 @@ class Shape:
         return bell(self.num_tokens, self.num_experts, seed=self.seed + salt)
 
     def bias(self, low: float, high: float) -> Tensor:
-        """A bias `[num_experts]` evenly random in [low, high], in steps of 2**-20 of the width."""
+        """Return a uniform bias `[num_experts]` in [low, high], in steps of 2**-20 of the width."""
         steps = integers(self.num_experts, seed=self.seed + 7919, bits=20).to(torch.float64)
         return (low + (high - low) * steps / 2**20).to(torch.float32)
 
@@ -146,7 +146,7 @@ def _saturated(s: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _ties_at_k(s: Shape) -> tuple[Tensor, Tensor]:
-    """A few levels, so that ever more experts than fit tie around place k; no bias hides it."""
+    """Make a few levels, so that more experts than fit tie around place k; no bias hides it."""
     rank = distinct(s.num_tokens, s.num_experts, seed=s.seed)
     level = torch.clamp((rank - s.recipe.top_k // 2) // max(s.recipe.top_k, 2), max=3)
     return 2.0 - level.to(torch.float32), s.bias(0.0, 0.0)
@@ -209,13 +209,13 @@ PATTERNS: Mapping[str, Pattern] = {
         Pattern("plain", "the everyday case: a wrong method, scale, bias or group limit", _plain),
         Pattern(
             "all-negative",
-            "uninitialised slots beat negative logits (flashinfer issue 2822, <= 0.6.6)",
+            "uninitialized slots beat negative logits (flashinfer issue 2822, <= 0.6.6)",
             _all_negative,
         ),
         Pattern(
             "deep-negative-high-bias",
             "weight recovered as (score + bias) - bias (flashinfer PR 3875, 0.6.8-0.6.17); "
-            "a bias rounded on its way (sglang PR 31001)",
+            "a bias downcast before the kernel (sglang PR 31001)",
             _deep_negative_high_bias,
             needs="bias",
         ),

@@ -247,7 +247,7 @@ def _replaced(routing: Routing, other: Routing, tokens: Tensor) -> Routing:
 
 
 def _check_static(problem: MoEProblem) -> None:
-    """A scale over the whole intermediate cannot be the kernel's own: it would need two passes."""
+    """Raise `LayerError` if a static scale is missing: a kernel's own would need two passes."""
     fmt = find_format(problem.layer.storage.intermediate)
     static = fmt.scale == "e4m3" or (fmt.block == (0, 0) and fmt.scale != "none")
     if static and problem.experts[0].intermediate_scale is None:
@@ -300,7 +300,7 @@ def _element(
 def _diagnose(
     got: Tensor, problem: MoEProblem, tokens: Tensor, arithmetic: Arithmetic, output_format: str
 ) -> tuple[str, ...]:
-    """The defects under which these tokens, wrong ones and right ones, lie within their budget."""
+    """Return the defects under which these tokens, wrong and right, lie within their budget."""
     found = []
     for defect in DEFECTS:
         # The whole problem is changed, as scales of one token may come to stand at another.

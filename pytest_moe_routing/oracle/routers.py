@@ -182,7 +182,7 @@ def _deviations(
 
 
 def _short(comparison: RoutingComparison) -> str:
-    """What is wrong, with one token."""
+    """Describe what is wrong, with one token."""
     lines = comparison.message().splitlines()[:3]
     more = len(comparison.differences) - 1
     lines += comparison.differences[0].lines()
@@ -200,7 +200,7 @@ def _unfit(x: Tensor, dtypes: tuple[str, ...], contiguous: bool, name: str) -> I
 def _kind(
     weights: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, recipe: Recipe
 ) -> tuple[str, RoutingComparison, str]:
-    """The mildest kind of deviation that explains an answer, "" for none; and its cause."""
+    """Return the mildest kind of deviation that explains an answer, "" for none, and its cause."""
     from pytest_moe_routing.compare.routing import compare_routing
 
     def compared(recipe: Recipe, precision: str) -> RoutingComparison:

@@ -86,7 +86,7 @@ class MoEProblem:
 
 
 def take_rows(hidden: Quantized, tokens: Tensor) -> Quantized:
-    """Some rows of quantized hidden states, whose blocks are one row high or the whole."""
+    """Return some rows of quantized hidden states, whose blocks are one row high or the whole."""
     scales = hidden.scales
     if scales is not None and hidden.format.block[0] == 1:
         scales = scales[tokens]

@@ -24,7 +24,7 @@ _TOKENS_OF = {"not-finite": 5}
 
 
 def by_release(payload: Callable[[FlashInfer], Any]) -> dict[str, Any]:
-    """A payload for every known FlashInfer release, written where it changes: "from here on"."""
+    """Return a payload for every known FlashInfer release, written where it changes."""
     timeline: dict[str, Any] = {}
     last: Any = None
     for release in known_releases():
@@ -35,7 +35,7 @@ def by_release(payload: Callable[[FlashInfer], Any]) -> dict[str, Any]:
 
 
 def router_payload(model: ModelSpec) -> dict[str, Any]:
-    """What the model says, the recipe it is, and its classification from each release on."""
+    """Return the router, its recipe, and its classification from each release on."""
     return {
         "spec": model.as_dict(),
         "recipe": recipe_of(model.router).as_dict(),
@@ -47,7 +47,7 @@ def router_payload(model: ModelSpec) -> dict[str, Any]:
 
 
 def scheme_payload(model: ModelSpec, scheme: str) -> dict[str, Any]:
-    """The verdict on a scheme from each release on, with the refusing gates and the kernel."""
+    """Return the verdict on a scheme from each release on, with rejecting gates and the kernel."""
 
     def verdict(flashinfer: FlashInfer) -> dict[str, Any]:
         found = judge(BuiltinTarget(flashinfer), model, scheme)
@@ -106,7 +106,7 @@ def routing_payload(model: ModelSpec, golden: dict[str, Any] | None = None) -> d
 def _golden_ids(
     golden: dict[str, Any] | None, name: str, like: torch.Tensor
 ) -> torch.Tensor | None:
-    """The experts that a golden has for a pattern; None unless they are of the same shape."""
+    """Return a golden's experts for a pattern; None unless they have the same shape."""
     try:
         ids = torch.tensor([token["experts"] for token in golden["patterns"][name]])  # type: ignore[index]
     except (KeyError, TypeError, ValueError):

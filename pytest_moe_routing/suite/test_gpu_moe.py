@@ -35,7 +35,7 @@ ACTIVATIONS = ("silu", "relu2", "gelu", "swigluoai", "swiglustep")
 
 
 def small_call(scheme: str, method: str = "DeepSeekV3", **fields: Any) -> KernelCall:
-    """A call with 16 experts, whether or not a model makes it."""
+    """Return a call with 16 experts, whether or not a model makes it."""
     from pytest_moe_routing.flashinfer import KernelCall
 
     bias = "router" if method == "DeepSeekV3" else "none"

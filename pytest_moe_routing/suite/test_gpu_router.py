@@ -38,7 +38,7 @@ TOKENS = (1, 7, 64, 515)
 def router_kernels(
     _moe_session: MoESession, record_property: Callable[[str, Any], None], _moe_stderr: int
 ) -> Iterator[RouterKernels]:
-    """The compiled routers under test, on any NVIDIA GPU; the test is skipped without."""
+    """Return the compiled routers under test, or skip the test without an NVIDIA GPU."""
     from pytest_moe_routing.kernels import gpu
 
     kernels = _moe_session.router_kernels

@@ -69,7 +69,7 @@ SHAPES = ((16, 1), (128, 8), (256, 8), (384, 8), (512, 22), (1024, 32), (2048, 3
 
 @lru_cache(maxsize=2)
 def made(pattern: str, recipe: Recipe, num_tokens: int, num_experts: int) -> RoutingCase:
-    """Inputs of a pattern."""
+    """Return the inputs of a pattern."""
     from pytest_moe_routing import logits
 
     return logits.make_case(pattern, recipe, num_tokens=num_tokens, num_experts=num_experts)
@@ -125,7 +125,7 @@ class Routed:
         self.expect(num_tokens, [*problems, *([] if found.ok else [found.message()])], got)
 
     def compared(self, got: KernelRouting, tokens: Tensor | slice) -> RoutingComparison:
-        """Some of the tokens, compared with the reference."""
+        """Compare some of the tokens with the reference."""
         from pytest_moe_routing.compare import compare_routing
 
         return compare_routing(
@@ -138,7 +138,7 @@ class Routed:
         )
 
     def unlike_before(self, got: KernelRouting) -> Tensor:
-        """The tokens whose routing is not that of the last batch, which was right."""
+        """Return the tokens whose routing is not that of the last batch, which was right."""
         import torch
 
         new = torch.ones(len(got.topk_ids), dtype=torch.bool)
@@ -168,7 +168,7 @@ class Routed:
 
 
 def misplaced(got: KernelRouting, topk_ids: Tensor, wanted: Permutation) -> list[str]:
-    """What is wrong with where a kernel put the slots of these experts."""
+    """Return what is wrong with the kernel's placement of these experts' slots."""
     from pytest_moe_routing.reference.permutation import check_permutation
 
     if got.permutation is None:
@@ -220,7 +220,7 @@ def test_method(
         logits_dtype=logits_dtype,
         n_group=groups,
         topk_group=groups,
-        bias="router" if moe_flashinfer.honours(method, "bias") else "none",
+        bias="router" if moe_flashinfer.honors(method, "bias") else "none",
         routed_scaling_factor=2.5,
     )
     for pattern in ("plain", "all-negative", "ties-at-k", "not-finite"):

@@ -131,7 +131,7 @@ def _vllm_config() -> Any:
 def layer_request(
     row: Mapping[str, Any], values: Mapping[str, Any], router: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a block asks of its MoE layer.
+    """Return what a block requests from its MoE layer.
 
     Args:
         row: Of `blocks.yaml`.
@@ -182,7 +182,7 @@ def layer_request(
 
 
 def _gate_dtypes(block: nn.Module, num_experts: int) -> set[str]:
-    """The dtypes in which the block's modules give router logits, filled while it runs."""
+    """Return the dtypes in which the block's modules give router logits, filled while it runs."""
     dtypes: set[str] = set()
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -273,7 +273,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _config(row: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    """The config object as vLLM reads it from a config.json with these keys."""
+    """Return the config object that vLLM reads from a config.json with these keys."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
@@ -366,7 +366,7 @@ def _arguments(
 
 
 def _run(block: nn.Module, hidden_size: int) -> Tensor:
-    """The block's output, but for a factor that of its MoE layer: all else is zero."""
+    """Return the block's output, which is its MoE layer's up to a factor: all else is zero."""
     with torch.no_grad():
         for tensor in (*block.parameters(), *block.buffers()):
             tensor.zero_()

@@ -1,4 +1,4 @@
-"""The MoE reference beside what others would do, in one run: read the ratios, not the seconds.
+"""The MoE reference and naive implementations, in one run: read the ratios, not the seconds.
 
 pytest benchmarks/test_bench_moe.py --benchmark-only
 MOE_FULL=1 pytest benchmarks/test_bench_moe.py --benchmark-only -k full     # whole layers

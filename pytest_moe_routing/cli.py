@@ -125,7 +125,7 @@ def _write_new(file: Path, text: str) -> None:
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        raise MoERoutingError(f"{file}: there is one already; remove it to write it anew") from None
+        raise MoERoutingError(f"{file}: already exists; remove it first") from None
     except OSError as error:
         raise MoERoutingError(f"{file}: cannot be written: {error.strerror}") from error
 

@@ -45,7 +45,7 @@ class Failure:
         return asdict(self) | {"rank": int(self.rank), "lines": list(self.lines)}
 
     def block(self, cases: Iterable[str] = ()) -> list[str]:
-        """The explanation in at most 15 lines, with the other cases and the id of the cause.
+        """Return the explanation in at most 15 lines, with the other cases and the cause's id.
 
         A latent cause is one line.
         """
@@ -71,7 +71,7 @@ def _listed(start: str, names: Sequence[str]) -> str:
 
 
 def text_of(failures: Iterable[Failure], cases: Mapping[str, Iterable[str]] | None = None) -> str:
-    """The message of a test that fails for these causes."""
+    """Return the message of a test that fails for these causes."""
     blocks = (failure.block((cases or {}).get(failure.cause, ())) for failure in failures)
     # Latent causes are a list; the others are paragraphs.
     text = "".join(
@@ -82,6 +82,6 @@ def text_of(failures: Iterable[Failure], cases: Mapping[str, Iterable[str]] | No
 
 
 def failures_of(properties: Iterable[tuple[str, Any]]) -> list[Failure]:
-    """The causes that a test stated in its user properties."""
+    """Return the causes that a test stated in its user properties."""
     stated = dict(properties).get(PROPERTY, [])
     return [Failure(f["cause"], Rank(f["rank"]), f["case"], tuple(f["lines"])) for f in stated]

@@ -29,7 +29,7 @@ _WIDTH = 100
 
 
 def packaged_directory() -> Path:
-    """The models that come with this package: in the wheel, or in the checkout it runs from."""
+    """Return the folder of the packaged models: in the wheel, or in the checkout."""
     package = Path(__file__).resolve().parent
     packaged = package / "_golden"
     return packaged if packaged.is_dir() else package.parent / "golden"
@@ -45,7 +45,7 @@ def golden_path(folder: Path, name: str) -> Path:
 
 
 def serialize(data: dict[str, Any]) -> str:
-    """The text of a golden file."""
+    """Return the text of a golden file."""
     return _text({"format": FORMAT, **data}, 0) + "\n"
 
 

@@ -142,7 +142,7 @@ class MoESession:
         distinct_layers: bool = False,
         published: bool = False,
     ) -> list[tuple[ModelSpec, str]]:
-        """The cases of a test: models, each with a scheme, a logits pattern or an empty text.
+        """Return a test's cases: models, each with a scheme, a logits pattern or an empty text.
 
         Args:
             with_schemes: Every chosen scheme of a model.
@@ -268,7 +268,7 @@ class MoESession:
         return f" ({count} more known in part, not judged)" if count else ""
 
     def describe(self) -> str:
-        """The header line of a run."""
+        """Return the header line of a run."""
         origin = self._flashinfer_origin[1]
         folders = dict.fromkeys(str(model.folder.parent) for model in self.golden_models)
         return (
@@ -278,5 +278,5 @@ class MoESession:
 
 
 def variants_of(model: ModelSpec) -> list[ModelSpec]:
-    """A model, and what it is in the layers that are routed otherwise."""
+    """Return a model, and its variants in layers that are routed otherwise."""
     return [model, *(v for layers, v in model.variants().items() if layers)]

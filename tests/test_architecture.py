@@ -175,6 +175,21 @@ def test_public_names_exist_and_are_loaded_lazily():
         _ = pytest_moe_routing.nothing
 
 
+def test_a_type_checker_sees_the_names_that_python_loads():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    [checked] = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test)[:3] != "not"]
+    seen = {
+        (node.module, alias.name)
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    loaded = pytest_moe_routing._WHERE.items()
+    assert seen == {(f"pytest_moe_routing.{m}", name) for m, names in loaded for name in names}
+    assert {name for _, name in seen} | {"__version__"} == set(pytest_moe_routing.__all__)
+    assert (PACKAGE / "py.typed").exists()
+
+
 PAGE = (PACKAGE.parent / "ARCHITECTURE.md").read_text("utf-8")
 
 

@@ -94,7 +94,7 @@ def test_add_writes_what_is_then_read(tmp_path, capsys):
     written = load_model(tmp_path / "golden" / "tiny-moe")
     assert replace(written, folder=Path()) == replace(read_config(tmp_path), folder=Path())
     assert main(["add", str(tmp_path), str(tmp_path / "golden")]) == 2
-    assert "there is one already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_add_of_a_broken_config_writes_nothing(tmp_path, capsys):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import miniatures
 import pytest
 
+from pytest_moe_routing import __version__
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
@@ -159,7 +160,7 @@ def test_behind_open_gates_there_is_nothing(monkeypatch):
 
 def test_calls_that_are_not_recorded_cannot_be_judged_behind_gates():
     found = sweep_behind_gates(CachedTarget(BuiltinTarget(FlashInfer.of(NEWEST))), "nvfp4", ())
-    assert set(found.unanswered) == {"builtin 0.1.0: its calls are not recorded"}
+    assert set(found.unanswered) == {f"builtin {__version__}: its calls are not recorded"}
     assert not found.verdicts
 
 

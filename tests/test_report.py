@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_moe_routing import __version__
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -189,7 +190,7 @@ def test_several_deciders_are_told_apart(verdicts):
     assert [line.split()[0] for line in lines] == ["model", *["step-3.7-flash"] * 2, "2", "2"]
     cells = re.split(r"  +", lines[1])
     assert cells == ["step-3.7-flash", "fp8_block", "missed (Unspecified)", "wrong (MiniMax2)"]
-    assert lines[-1] == "2 wrong; vllm-0.22-classifier 0.1.0, FlashInfer 0.6.12"
+    assert lines[-1] == f"2 wrong; vllm-0.22-classifier {__version__}, FlashInfer 0.6.12"
 
 
 def test_a_file_is_there_in_full_or_as_before(tmp_path, monkeypatch, verdicts):

@@ -42,7 +42,7 @@ def _load(file: Path) -> ModelSpec | IncompleteModel:
 
 
 def _read(file: Path, likes: tuple[Path, ...] = ()) -> Section:
-    """A file's keys, over those of the file that it is like."""
+    """Read a file's keys, over those of the file that it is like."""
     folder = file.resolve().parent
     if not _ID.fullmatch(folder.name):
         raise ModelError(
@@ -79,7 +79,7 @@ def load_models(*directories: Path) -> dict[str, ModelSpec]:
 
 
 def load_incomplete(*directories: Path) -> dict[str, IncompleteModel]:
-    """The models of the directories that say what is missing, by id. They cannot be judged.
+    """Return the models of the directories that say what is missing, by id. They cannot be judged.
 
     Raises:
         ModelError: as for `load_models`.
@@ -136,12 +136,12 @@ def find(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
 
 
 def _last(repository: str) -> str:
-    """A repository's own name, in lower case: `deepseek-r1` of `deepseek-ai/DeepSeek-R1`."""
+    """Return a repository's own name, in lower case: `deepseek-r1` of `deepseek-ai/DeepSeek-R1`."""
     return repository.rpartition("/")[2].lower()
 
 
 def select(models: dict[str, ModelSpec], patterns: Iterable[str]) -> list[ModelSpec]:
-    """The models whose id matches any of the shell patterns; all of them without patterns.
+    """Return the models whose id matches any of the shell patterns; all of them without patterns.
 
     Raises:
         ModelError: a pattern matches no model.

@@ -67,7 +67,7 @@ class Section:
         return f"{self.name}.{key}" if self.name else key
 
     def section(self, key: str) -> Section | None:
-        """The mapping under a key, over the same one of the file that this file is like."""
+        """Return the mapping under a key, over the same one of the file that this file is like."""
         under = self.like.section(key) if self.like else None
         entry = self.entries.get(key)
         return Section(entry.file, entry.node, key, entry.line, under) if entry else under
@@ -85,7 +85,7 @@ class Section:
         return built
 
     def values(self, cls: type, *, partial: bool = False) -> dict[str, Any]:
-        """The keys that are there, each checked; sections are built unless `partial`."""
+        """Return the keys that are there, each checked; sections are built unless `partial`."""
         keys = schema(cls)
         for key in self.entries:
             if key not in keys:
@@ -106,13 +106,13 @@ class Section:
         return values
 
     def _inherited(self, key: str) -> Entry | None:
-        """The entry of a key here, else in the file that this file is like."""
+        """Return the entry of a key here, else in the file that this file is like."""
         if key in self.entries or self.like is None:
             return self.entries.get(key)
         return self.like._inherited(key)
 
     def _list(self, key: str, entry: Entry) -> Iterator[Any]:
-        """The mappings of a list, each built."""
+        """Return the mappings of a list, each built."""
         if not isinstance(entry.node, yaml.SequenceNode):
             fail_at(entry.file, entry.line, key, show(entry.node), "a list of mappings")
         for i, node in enumerate(entry.node.value):
@@ -121,7 +121,7 @@ class Section:
             yield section.build(LISTS[key], partial=True)
 
     def value(self, key: str, kind: Any) -> Any:
-        """The value of a key that is there, checked.
+        """Return the value of a key that is there, checked.
 
         Raises:
             ModelError: It is not of this kind.

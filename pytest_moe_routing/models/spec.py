@@ -53,7 +53,7 @@ class RouterConfig:
     not_expressible: str | None = key(str, default=None, nullable=True)
 
     def problems(self) -> Iterator[Problem]:
-        """Combinations of valid values that no router can have."""
+        """Yield combinations of valid values that no router can have."""
         groups, kept = self.n_group or 1, self.topk_group or 1
         if self.top_k > self.num_experts:
             yield "top_k", str(self.top_k), f"at most num_experts ({self.num_experts})"
@@ -131,7 +131,7 @@ class ExpertsConfig:
     bias: bool = key(bool, default=False)
 
     def problems(self) -> Iterator[Problem]:
-        """Combinations of valid values that no experts can have."""
+        """Yield combinations of valid values that no experts can have."""
         if self.activation.startswith("swiglu") and not self.gated:
             yield "gated", "false", f"true for {self.activation}"
         needed = PARAMETERS.get(self.activation, ())
@@ -147,7 +147,7 @@ class ExpertsConfig:
             yield "activation_limit", f"{self.activation_limit:g}", "none without a gate"
 
 
-#: Names stand in tables, reports and links, and are to be read there as they are.
+#: Names appear in tables, reports and links, unquoted.
 _NAMES: Mapping[str, tuple[str, str]] = {
     "model": (
         r"\w[\w .,:+()/-]{0,99}",
@@ -206,7 +206,7 @@ class ModelSpec(_Described):
         defaulted: Keys of `router` and `experts` whose values the config does not state: they are
             the defaults of the config class.
         contradicted: What the config states for keys of `router` and `experts`, where transformers
-            computes what stands in those, whatever the config states. Some frameworks honor it.
+            computes their values, whatever the config states. Some frameworks honor it.
         unproven: Why the model may compute something else than what stands here, in sentences. A
             model that has any is not judged.
     """
@@ -229,7 +229,7 @@ class ModelSpec(_Described):
     variant: str = ""
 
     def variants(self) -> dict[str, ModelSpec]:
-        """The model once for each kind of routed layer, by the layers as `0-2, 43`.
+        """Return the model once for each kind of routed layer, by the layers as `0-2, 43`.
 
         Each is the whole model with that group's router and experts and no groups. The layers that
         no group names come first, under the empty text. Dense layers and those routed by a table
@@ -249,7 +249,7 @@ class ModelSpec(_Described):
         return found
 
     def problems(self) -> Iterator[Problem]:
-        """Combinations of valid values that no model can have."""
+        """Yield combinations of valid values that no model can have."""
         yield from super().problems()
         if not self.checkpoints and self.unknown_scheme is None:
             yield "checkpoints", "an empty list", "a scheme, or unknown_scheme with the reason"
@@ -261,7 +261,7 @@ class ModelSpec(_Described):
                         yield "layers", f"{name} {found} in layers {layers}", expected
 
     def as_dict(self) -> dict[str, Any]:
-        """What the model says, as plain data: everything but where it was read and sourced.
+        """Return what the model says, as plain data: everything but where it was read and sourced.
 
         `router` and `experts` have all their keys. What only an imported config has, from
         `architectures` on, is there if it is not empty.
@@ -284,7 +284,7 @@ class ModelSpec(_Described):
         }
 
     def __str__(self) -> str:
-        """The id, with the layers if it is a variant: `step-3.7-flash@43-44`."""
+        """Return the id, with the layers if it is a variant: `step-3.7-flash@43-44`."""
         return f"{self.id}@{self.variant.replace(' ', '')}" if self.variant else self.id
 
 
@@ -314,5 +314,5 @@ LISTS: Mapping[str, type] = {"layers": LayerGroup}
 
 
 def schema(cls: type) -> dict[str, Field[Any]]:
-    """The YAML keys of a section, by name."""
+    """Return the YAML keys of a section, by name."""
     return {f.name: f for f in fields(cls) if "kind" in f.metadata or f.name in (*SECTIONS, *LISTS)}

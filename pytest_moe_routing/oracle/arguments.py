@@ -141,7 +141,7 @@ def read_routed(
 
 
 def _received(name: str, value: Any) -> str:
-    """A value as the kernel receives it, shortened."""
+    """Show a value as the kernel receives it, shortened."""
     if isinstance(value, list):
         return " and ".join(_received(name, item) for item in value)
     if isinstance(value, Mapping) and "shape" in value:
@@ -245,7 +245,7 @@ def _wrong_parameters(experts: ExpertsConfig, arguments: Arguments) -> Iterator[
 
 
 def _each(value: Any, absent: float) -> float | None:
-    """The value of a vector that has but one; None when it has several."""
+    """Return the single value of a vector; None if it has several."""
     if value is None:
         return absent
     found = value.get("all")

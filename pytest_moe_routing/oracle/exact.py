@@ -37,7 +37,7 @@ class Gate:
 def kernel_call(
     router: RouterConfig, scheme: str, method: str, flashinfer: FlashInfer
 ) -> KernelCall:
-    """The routing arguments that a router needs, passed to a scheme's kernel.
+    """Return the routing arguments that a router needs, passed to a scheme's kernel.
 
     DeepSeekV3 takes groups, one of all experts when the router has none; a method that reads a
     bias gets zeros when the router has none, in bfloat16, which every launcher takes. The scaling
@@ -46,7 +46,7 @@ def kernel_call(
     grouped = method == RoutingMethodType.DeepSeekV3.name
     entry = flashinfer.entry_point(scheme)
     on_input = router.weight_on == "input" and entry is not None and "input" in entry.weight_on
-    unbiased = "zeros" if flashinfer.honours(method, "bias") else "none"
+    unbiased = "zeros" if flashinfer.honors(method, "bias") else "none"
     return KernelCall(
         scheme=scheme,
         method=method,
@@ -65,7 +65,7 @@ def kernel_call(
 def kernel_gates(
     model: ModelSpec, scheme: str, flashinfer: FlashInfer, device: int = BLACKWELL
 ) -> Iterator[Gate]:
-    """What the kernels of a release can do for a model whatever the routing method."""
+    """Return what the kernels of a release can do for a model whatever the routing method."""
     entry = flashinfer.entry_point(scheme)
     if model.router.not_expressible is not None:
         yield Gate("router", False, model.router.not_expressible)
@@ -105,7 +105,7 @@ def kernel_gates(
 def _parameter_gates(
     model: ModelSpec, entry: EntryPoint, function: str, flashinfer: FlashInfer
 ) -> Iterator[Gate]:
-    """Whether the entry point takes what the experts have beside their weights."""
+    """Whether the entry point takes what the experts have besides their weights."""
     experts = model.experts
     if experts.activation_limit is not None and experts.gated:
         since = entry.activation_limit.get(experts.activation)

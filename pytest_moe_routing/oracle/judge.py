@@ -92,7 +92,7 @@ class Judgement:
         return found or ("no routing method of this release computes the router",)
 
     def record(self) -> VerdictRecord:
-        """The judgement as plain data."""
+        """Return the judgement as plain data."""
         example = self.counterexample
         return VerdictRecord(
             model=str(self.model),
@@ -128,7 +128,7 @@ def reach_of(model: ModelSpec, scheme: str, opt_in: Iterable[str] = ()) -> Reach
 
 
 def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> VerdictRecord:
-    """The record of a model that the target could not be asked about."""
+    """Return the record of a model that the target could not be asked about."""
     try:
         release = target.version()
     except Unsupported:
@@ -221,7 +221,7 @@ def _asked(
     classification: Classification,
     gates: tuple[Gate, ...],
 ) -> Judgement:
-    """What is known before the call: exact, unless more is found."""
+    """Return what is known before the call: exact, unless more is found."""
     return Judgement(
         target=target.name,
         release=target.version(),
@@ -237,7 +237,7 @@ def _asked(
 
 
 def _assumed(target: Target, model: ModelSpec, scheme: str, method: str) -> Captured:
-    """The call of a target whose own is not recorded, with its number for the method."""
+    """Return the call of a target whose own is not recorded, with its number for the method."""
     flashinfer = target.flashinfer
     number = target.method_numbers().get(method)
     read_as = None if number is None else flashinfer.method(number)
@@ -295,7 +295,7 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
 
 
 def _differences(base: Judgement, call: KernelCall, got: Recipe) -> Iterable[Finding]:
-    """The fields in which the kernel computes something else, and what explains each."""
+    """Return the fields in which the kernel computes something else, and what explains each."""
     experts = base.model.router.num_experts
     meant = normal_form(base.wanted, experts).differences(normal_form(got, experts))
     written = base.wanted.differences(got)

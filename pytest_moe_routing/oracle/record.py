@@ -47,7 +47,7 @@ class _Record:
         return (self.KIND, *(str(getattr(self, name)) for name in self.ABOUT))
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as JSON, its kind first."""
+        """Return the record as JSON, its kind first."""
         return {"kind": self.KIND} | {
             f.name: _plain(getattr(self, f.name))
             for f in fields(self)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ class _Record:
 
 
 def _plain(value: Any) -> Any:
-    """A field as JSON has it: neither tuples nor enums, which xdist does not carry."""
+    """Convert a field to JSON, without the tuples and enums that xdist does not carry."""
     if isinstance(value, Finding):
         return {name: _plain(part) for name, part in value.as_dict().items()}
     if isinstance(value, Known):
@@ -86,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parse(hint: Any, value: Any) -> Any:
-    """A value of JSON as the type that a field has.
+    """Convert a JSON value to the type of a field.
 
     Raises:
         TypeError, ValueError, KeyError: The value does not fit; the message is what would.

@@ -72,7 +72,7 @@ class Target:
         """Let go of what the target holds, such as a process."""
 
     def version(self) -> str:
-        """The release of what is tested."""
+        """Return the release of what is tested."""
         raise Unsupported(f"{self.name} does not say its version")
 
     def drift(self) -> tuple[str, ...]:
@@ -87,27 +87,27 @@ class Target:
         return None
 
     def method_numbers(self) -> Mapping[str, int]:
-        """The number that the target passes to FlashInfer for each routing method, by name."""
+        """Return the number that the target passes to FlashInfer for each method, by name."""
         raise Unsupported(f"{self.name} has no routing method numbers")
 
     def classify(self, model: ModelSpec) -> Classification:
-        """The routing method that the target gives to a model's router."""
+        """Return the routing method that the target gives to a model's router."""
         raise Unsupported(f"{self.name} does not classify routers")
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
-        """The gates that a scheme's fused experts put before this method, with their answers."""
+        """Return the gates of a scheme's fused experts for this method, with their answers."""
         raise Unsupported(f"{self.name} has no gates for {scheme}")
 
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
-        """The gates of the fused experts that are given ids and weights, and do not route."""
+        """Return the gates of the fused experts that are given ids and weights."""
         raise Unsupported(f"{self.name} has no modular experts for {scheme}")
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
-        """What arrives wrongly at their kernel, when they are given experts and weights."""
+        """Return what arrives wrongly at the kernel of experts that are given ids and weights."""
         raise Unsupported(f"{self.name} records no calls of modular experts")
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
-        """The call that the target's own code makes; None when it is not recorded."""
+        """Return the call that the target's own code makes; None if it is not recorded."""
         return None
 
     def opt_in(self, scheme: str) -> tuple[str, ...]:
@@ -115,18 +115,18 @@ class Target:
         return ()
 
     def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:
-        """The routing arguments that reach the kernel.
+        """Return the routing arguments that reach the kernel.
 
         A target that does not record its real calls is taken to pass what the model says.
         """
         return kernel_call(model.router, scheme, method, self.flashinfer)
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
-        """What the target's own code of a model asks of its MoE layer."""
+        """Return what the target's own code of a model requests from its MoE layer."""
         raise Unsupported(f"{self.name} has no code of models")
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
-        """What the target's own routers compute for models, and for further configurations."""
+        """Return what the target's own routers compute for models and other configurations."""
         raise Unsupported(f"{self.name} has no routers of its own")
 
     def __str__(self) -> str:

@@ -91,7 +91,7 @@ _CHUNK = 1 << 20
 
 
 def real_rows(weight: Quantized, dtype: torch.dtype) -> Iterator[Tensor]:
-    """A weight `[rows, columns]` as real numbers, some rows at a time."""
+    """Yield a weight `[rows, columns]` as real numbers, some rows at a time."""
     if weight.data.dtype == dtype:
         yield weight.data
         return
@@ -135,7 +135,7 @@ def run_expert(x: Tensor, expert: Expert, layer: MoELayer, weight: Tensor | None
 
 
 def stored(x: Tensor, format: str, scale: float | None = None) -> Tensor:
-    """What is read back after `x` was stored in a format, with this static scale if it has one."""
+    """Store `x` in a format, with this static scale if it has one, and read it back."""
     if format == "float32":
         return x
     if format == "bf16":
@@ -145,7 +145,7 @@ def stored(x: Tensor, format: str, scale: float | None = None) -> Tensor:
 
 
 def static(format: str, scale: float | None) -> dict[str, Tensor]:
-    """The keywords of `quantize` that make it use a static scale."""
+    """Return the keywords of `quantize` that make it use a static scale."""
     fmt = find_format(format)
     if scale is None or (fmt.scale != "e4m3" and fmt.block != (0, 0)):
         return {}
@@ -155,7 +155,7 @@ def static(format: str, scale: float | None) -> dict[str, Tensor]:
 
 
 def real_input(hidden: Tensor | Quantized, layer: MoELayer, dtype: torch.dtype) -> Tensor:
-    """The numbers that the first GEMM reads: hidden states quantized as the scheme says."""
+    """Return the numbers that the first GEMM reads: hidden states quantized as in the scheme."""
     if isinstance(hidden, Quantized):
         return dequantize(hidden, dtype)
     return dequantize(quantize(hidden, layer.storage.input), dtype)
@@ -186,7 +186,7 @@ def moe(
     output_dtype: torch.dtype = torch.bfloat16,
     progress: bool | None = None,
 ) -> Tensor:
-    """The output of a fused MoE, `[tokens, hidden]`.
+    """Compute the output of a fused MoE, `[tokens, hidden]`.
 
     Weights become real numbers a few rows at a time, so memory is that of one stored expert and of
     the tokens, whatever the layer's size.

@@ -122,7 +122,7 @@ def choosing_keys(scores: Tensor, recipe: Recipe, bias: Tensor | None) -> Tensor
 
 
 def group_scores(keys: Tensor, recipe: Recipe) -> Tensor:
-    """The score of each group, `[num_tokens, n_group]`."""
+    """Return the score of each group, `[num_tokens, n_group]`."""
     grouped = keys.unflatten(-1, (recipe.n_group, -1))
     if recipe.group_score == "max":
         return grouped.amax(-1)
@@ -159,7 +159,7 @@ def choose(keys: Tensor, recipe: Recipe) -> Tensor:
 
 
 def stable_topk(keys: Tensor, k: int) -> Tensor:
-    """Indices of the `k` largest keys per row, descending, equal keys in ascending index.
+    """Return indices of the `k` largest keys per row, descending; equal keys by index.
 
     `torch.topk` is several times faster than a stable sort but leaves ties undefined, so only the
     rows in which a tie (or a NaN) touches the first `k` keys are sorted.

@@ -143,7 +143,7 @@ class Reporter:
 
 
 def summary(verdicts: Sequence[VerdictRecord], *, every: bool = False) -> Iterator[str]:
-    """The verdicts of one decider, or where several differ; and the totals of each.
+    """Yield the verdicts of one decider, or where several differ, and the totals of each.
 
     Args:
         every: Show every verdict; otherwise how many there are by scheme.

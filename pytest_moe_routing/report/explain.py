@@ -52,7 +52,7 @@ def page(session: MoESession, name: str) -> tuple[str, bool]:
 
 
 def as_json(session: MoESession, name: str) -> tuple[str, bool]:
-    """The verdicts on a model as JSON, see `oracle.record.VerdictRecord`; otherwise as `page`."""
+    """Return the verdicts on a model as JSON, see `oracle.record.VerdictRecord`."""
     model = find_model(name, session.golden_dirs)
     try:
         records = _records(session, model)
@@ -63,7 +63,7 @@ def as_json(session: MoESession, name: str) -> tuple[str, bool]:
 
 
 def _records(session: MoESession, model: ModelSpec) -> list[VerdictRecord]:
-    """The verdicts on a model and its variants in the schemes that are asked about."""
+    """Return the verdicts on a model and its variants in the schemes that are asked about."""
     if session.scheme_names == ["all"]:
         schemes = list(SERVED_SCHEMES)
     else:
@@ -77,7 +77,7 @@ def _records(session: MoESession, model: ModelSpec) -> list[VerdictRecord]:
 
 
 def find_model(name: str, golden_dirs: list[Path]) -> ModelSpec:
-    """The model of an id or a path.
+    """Return the model of an id or a path.
 
     Raises:
         MoERoutingError: There is none.

@@ -114,7 +114,7 @@ def _outcome(report: pytest.TestReport) -> str:
 
 
 def lines(tests: list[GpuTest]) -> list[str]:
-    """The software; each GPU with its outcomes by test function; reasons of skips, counted."""
+    """Yield the software, each GPU with its outcomes by test, and reasons of skips, counted."""
     shown = [
         f"{key} {', '.join(values)}"
         for key in dict.fromkeys(key for test in tests for key in test.machine)

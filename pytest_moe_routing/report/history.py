@@ -85,7 +85,7 @@ def _judge(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:
 
 
 def _columns(releases: Sequence[Release]) -> dict[str, Sequence[VerdictRecord]]:
-    """The records of each release, under its name with the number of its footnote."""
+    """Return the records of each release, by its name with the number of its footnote."""
     numbers = iter(range(1, len(releases) + 1))
     return {f"{r.name} [{next(numbers)}]" if r.problem else r.name: r.records for r in releases}
 
@@ -96,7 +96,7 @@ def _footnotes(releases: Sequence[Release]) -> list[str]:
 
 
 def _totals(releases: Sequence[Release]) -> Iterator[tuple[str, list[str]]]:
-    """What each release comes to, and why some of it has no verdict."""
+    """Return each release's totals, and why some of it has no verdict."""
     for release in releases:
         if not release.problem:
             text = f"{release.name}, {release.flashinfer}: {matrix.totals(release.records)}"

@@ -23,7 +23,7 @@ and weighs the side it needs. Whether a scheme then serves the model also depend
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     models = load_models(packaged_directory())
     incomplete = load_incomplete(packaged_directory())
     lines = [_INTRODUCTION.format(newest=known_releases()[-1])]

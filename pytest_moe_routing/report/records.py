@@ -18,7 +18,7 @@ _MAX_LINE = 2_000_000
 
 
 def dump(records: Iterable[Record]) -> str:
-    """Records as JSON lines, in the order of what they are about."""
+    """Write records as JSON lines, in the order of what they are about."""
     ordered = sorted(records, key=lambda record: record.key)
     return "".join(json.dumps({"format": FORMAT, **record.as_dict()}) + "\n" for record in ordered)
 
@@ -57,7 +57,7 @@ def _show(value: object) -> str:
 
 
 def merge(files: Iterable[Path]) -> list[Record]:
-    """The records of several runs; the same one twice is one.
+    """Return the records of several runs; the same one twice is one.
 
     Raises:
         MoERoutingError: A file cannot be read, or two of them disagree.

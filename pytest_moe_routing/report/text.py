@@ -40,7 +40,7 @@ _FIELDS: Mapping[str, str] = {
 
 
 def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the kernel") -> str:
-    """What is wrong, without its explanation.
+    """Say what is wrong, without its explanation.
 
     Args:
         wanted_by, got_by: Who has the two values of a recipe's field.
@@ -80,7 +80,7 @@ def _value(value: object) -> str:
 
 
 def sentences(findings: Iterable[Finding]) -> Iterator[str]:
-    """What is wrong, then what explains it, each once."""
+    """Say what is wrong, then what explains it, each once."""
     findings = tuple(findings)
     yield from dict.fromkeys(sentence(finding) for finding in findings)
     facts = (f.fact for f in findings if f.kind is Kind.RECIPE and f.fact)
@@ -94,13 +94,13 @@ def decider(record: VerdictRecord) -> str:
 
 
 def flashinfer(record: VerdictRecord) -> str:
-    """The FlashInfer release, and whose facts were used if they are not its own."""
+    """Name the FlashInfer release, and whose facts were used if they are not its own."""
     known = record.flashinfer == record.judged_as
     return f"FlashInfer {record.flashinfer}" + ("" if known else f" (judged as {record.judged_as})")
 
 
 def title(record: VerdictRecord) -> str:
-    """The model, the scheme, who decided and the verdict."""
+    """Name the model, the scheme, who decided, and the verdict."""
     who = f"{record.target} {record.release}".rstrip()
     return f"{record.model} on {record.scheme}, decided by {who}: {record.verdict}"
 
@@ -126,7 +126,7 @@ def story(record: VerdictRecord) -> list[str]:
 
 
 def consequences(record: VerdictRecord) -> Iterator[str]:
-    """What the kernel computes, what is wrong with it or in its way, and how precise it is."""
+    """Say what the kernel computes, what is wrong with it, and how precise it is."""
     if record.kernel is not None:
         yield f"  kernel   {record.kernel}"
     for line in (*sentences(record.findings), *record.obstacles):
@@ -144,7 +144,7 @@ def reach(record: VerdictRecord) -> str:
 
 
 def token(example: Mapping[str, Any]) -> list[str]:
-    """A counterexample, as lines that a person can follow."""
+    """Write a counterexample as lines that a person can follow."""
     sides = [f"  on the expert {side}" for side in example["sides"]]
     if sides[0] == sides[1]:
         sides = ["", ""]

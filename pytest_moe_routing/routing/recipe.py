@@ -151,7 +151,7 @@ class Recipe:
 
 
 def recipe_of(router: RouterConfig) -> Recipe:
-    """The recipe that a model's router is.
+    """Return the recipe that a model's router is.
 
     A softmax taken after top-k is the same as one taken over all experts and divided by the sum
     of the chosen; it is written as the former, which needs no sum over experts.

@@ -50,14 +50,14 @@ def _higher_ties(x: Inputs, c: Context) -> Routing:
 
 
 def _nan_rows(x: Inputs, _: Context) -> Routing:
-    """A token with a NaN among its logits gets expert 0, top_k times."""
+    """Give a token with a NaN among its logits expert 0, top_k times."""
     found = route(x.logits, x.recipe, x.bias)
     broken = x.logits.isnan().any(1, keepdim=True)
     return Routing(found.topk_ids.masked_fill(broken, 0), found.topk_weights)
 
 
 def _nan_beyond(x: Inputs, c: Context) -> Routing | None:
-    """A token of bfloat16 NaN gets experts of the compiled tier that the router does not have."""
+    """Give a token of bfloat16 NaN experts that only the compiled tier has."""
     tier = max(128, 1 << (c.num_experts - 1).bit_length())
     if x.recipe.score != "identity" or x.logits.dtype != torch.bfloat16 or c.num_experts == tier:
         return None
@@ -67,7 +67,7 @@ def _nan_beyond(x: Inputs, c: Context) -> Routing | None:
 
 
 def _cancelled(x: Inputs, _: Context) -> Routing | None:
-    """The score is recovered from the key, by taking the bias away again."""
+    """Recover the score from the key, by subtracting the bias again."""
     r = x.recipe
     if x.bias is None:
         return None
@@ -88,7 +88,7 @@ def _bias_as_bfloat16(x: Inputs, _: Context) -> Inputs:
 def _logits_as_float32(x: Inputs, _: Context) -> Inputs:
     if x.logits.dtype != torch.bfloat16 or x.logits.shape[1] % 2:
         return x
-    # The second half of what is read is the neighbour's.
+    # The second half of what is read belongs to the next one.
     return replace(x, logits=x.logits.contiguous().view(torch.float32).repeat(1, 2))
 
 

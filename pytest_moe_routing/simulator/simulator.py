@@ -89,7 +89,7 @@ class Simulator:
             self.tuning = before
 
     def _at(self, stage: Stage, value: Any, context: Context) -> Any:
-        """What becomes of a value at a stage: what the fault makes of it, if it is one of there."""
+        """Apply the injected fault to a value, if the fault belongs to this stage."""
         if self.fault is None or self.fault.stage != stage:
             return value
         return self.fault.change(value, context)
@@ -256,7 +256,7 @@ class Simulator:
     def _open(
         self, context: Context, expert: int, memory: Memory, layer: Epilogue
     ) -> tuple[Tensor, Tensor]:
-        """An expert's weights; kept if small, as tests call with the same ones many times."""
+        """Return an expert's weights; small ones are kept, as tests use the same many times."""
         given, scales = context.given, kernel_of(context.scheme).scale_argument
         key = (id(given["gemm1_weights"]), id(given["gemm2_weights"]), memory)
         if self._opened[0] is None or self._opened[0][0] != key:

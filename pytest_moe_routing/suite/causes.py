@@ -24,17 +24,17 @@ _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 
 
 def _id(*parts: str) -> str:
-    """A cause's id: stable, and one word."""
+    """Return a cause's id: stable, and one word."""
     return ":".join(part.replace(" ", "-") for part in parts if part)
 
 
 def of_target(error: TargetError) -> Failure:
-    """A target that failed when it was asked."""
+    """Describe a target that failed when it was asked."""
     return Failure(_id("target", error.cause), Rank.LOUD, "", tuple(str(error).splitlines()))
 
 
 def of_verdict(record: VerdictRecord) -> Failure:
-    """A model that a fused kernel computes wrongly, or that is lost."""
+    """Describe a model that a fused kernel computes wrongly, or that is lost."""
     # A gate that accepts says nothing about what is wrong.
     lines = [line for line in text.story(record) if not line.startswith("  gate     all accept")]
     rank = _RANKS.get(record.verdict, Rank.LOUD)
@@ -42,7 +42,7 @@ def of_verdict(record: VerdictRecord) -> Failure:
 
 
 def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
-    """A routing method that travels under a number of another meaning."""
+    """Describe a routing method whose number means another one to FlashInfer."""
     finding = mismatch.finding
     cases = mismatch.cases
     shown = ", ".join(cases[:3]) + (f" and {len(cases) - 3} others" if len(cases) > 3 else "")
@@ -80,7 +80,7 @@ def of_modular_call(
 
 
 def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
-    """A downcast that the kernel does not need."""
+    """Describe a downcast that the kernel does not need."""
     from pytest_moe_routing.oracle.downcasts import PATTERNS, share_of_tokens
 
     share = share_of_tokens(judgement, downcast.field)
@@ -106,7 +106,7 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
 
 
 def of_sweep(cause: Cause) -> Failure:
-    """A cause of the config sweep: one line if no model has such a router."""
+    """Describe a cause of the config sweep: in one line if no model has such a router."""
     record = cause.example.record()
     rejections = (f"{gate}: {reason}" for gate, reason in record.rejected_by.items())
     what = "; ".join((*text.sentences(record.findings), *rejections))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: Lines that explain a wrong result, made when they are needed.
 Explain = Callable[[], list[str]]
-#: Experts that are different, where sizes are reduced; a prime, so that no shard begins anew.
+#: Experts that are different, where sizes are reduced; a prime, so that no shard repeats another.
 DISTINCT = 61
 
 
@@ -132,7 +132,7 @@ class Fused:
         return ReachedExperts(padded, self.kernel, gated, self.kernels.device)
 
     def prepared(self, shard: Shard) -> Prepared:
-        """The weights of a shard, as the kernel wants them."""
+        """Return the weights of a shard in the kernel's layout."""
         count = len(self._prepared.gate)
         return self._prepared.take([e % count for e in shard.experts], shard)
 
@@ -145,12 +145,12 @@ class Fused:
         return self.prepared(Shard.whole(self.call.num_experts))
 
     def problem(self, num_tokens: int, pattern: str = "plain") -> MoEProblem:
-        """What the kernel is asked, routed by the reference."""
+        """Return the kernel's problem, routed by the reference."""
         from pytest_moe_routing import logits
         from pytest_moe_routing.reference.problem import MoEProblem
 
         recipe = self.flashinfer.recipe(self.call)
-        case = logits.make(
+        case = logits.make_case(
             pattern, recipe, num_tokens=num_tokens, num_experts=self.call.num_experts
         )
         bias = None if case.bias is None else case.bias.to(dtype(self.call.bias_dtype))
@@ -190,7 +190,7 @@ class Fused:
     def output(
         self, problem: MoEProblem, *, tuned: bool = False, **how: Any
     ) -> tuple[Tensor, Explain]:
-        """The output, and what explains it if it is wrong."""
+        """Return the output, and what explains it if it is wrong."""
         arguments = self.arguments(problem, **how)
         (output,) = self.launch(arguments, routed=how.get("routed", False), tuned=tuned)
         return output, lambda: self.explained(arguments, output, how.get("routed", False), tuned)
@@ -349,7 +349,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def output_of(found: Rows, call: KernelCall) -> Tensor:
-    """The sum over experts of what a kernel returned without it."""
+    """Return the sum over experts of what a kernel returned without it."""
     weights = found.weights.double().unsqueeze(-1)
     if call.weight_on == "input":
         weights = weights.new_ones(weights.shape)
@@ -357,7 +357,7 @@ def output_of(found: Rows, call: KernelCall) -> Tensor:
 
 
 def silenced(expert: Expert) -> Expert:
-    """An expert whose every number is zero, block scales included."""
+    """Return an expert whose every number is zero, block scales included."""
     return replace(
         expert,
         gemm1=replace(expert.gemm1, data=expert.gemm1.data.clone().zero_()),
@@ -366,7 +366,7 @@ def silenced(expert: Expert) -> Expert:
 
 
 def moved(matrix: Quantized, device: str) -> Quantized:
-    """A matrix in its format, on a device."""
+    """Return a matrix in its format, on a device."""
     scales, overall = matrix.scales, matrix.global_scale
     return replace(
         matrix,

@@ -1,4 +1,4 @@
-"""What the fixture `moe_golden` does: compare with a golden, or rewrite it."""
+"""What the fixture `_moe_golden` does: compare with a golden, or rewrite it."""
 
 from __future__ import annotations
 

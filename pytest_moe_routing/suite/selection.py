@@ -26,9 +26,9 @@ def is_left_out(
         gpu: Whether an option asks for GPU tests.
         full_scale: Whether layers have their model's own sizes.
     """
-    not_for_this = {"moe_framework" if session.is_builtin else "moe_golden"}
+    not_for_this = {"_moe_framework" if session.is_builtin else "_moe_golden"}
     if not full_scale:
-        not_for_this.add("moe_full_scale")
+        not_for_this.add("_moe_full_scale")
     if not_for_this.intersection(getattr(item, "fixturenames", ())):
         return True
     if item.path.parent != _SUITE:

@@ -35,7 +35,7 @@ ACTIVATIONS = ("silu", "relu2", "gelu", "swigluoai", "swiglustep")
 
 
 def small_call(scheme: str, method: str = "DeepSeekV3", **fields: Any) -> KernelCall:
-    """A call with 16 experts, whether or not a model makes it."""
+    """Return a call with 16 experts, whether or not a model makes it."""
     from pytest_moe_routing.flashinfer import KernelCall
 
     bias = "router" if method == "DeepSeekV3" else "none"
@@ -73,7 +73,7 @@ def test_model(
 
 @pytest.mark.moe_models(distinct_layers=True, published=True)
 def test_full_size(
-    fused: Make, moe_model: ModelSpec, moe_scheme: str, moe_full_scale: bool
+    fused: Make, moe_model: ModelSpec, moe_scheme: str, _moe_full_scale: bool
 ) -> None:
     """A model's own sizes, padded as frameworks pad them; only with `--moe-scale full`."""
     from pytest_moe_routing.kernels.padding import misaligned

@@ -247,7 +247,7 @@ class _Child:
 def _bootstrap() -> str:
     """Return the child's program, which finds this package and what this process finds.
 
-    The places of modules of this process come last: a module beside the tests takes the place of
+    The places of modules of this process come last: a module next to the tests takes the place of
     none of the standard library or of an installed one. The working directory is left out.
     """
     here = os.path.realpath(os.curdir)

@@ -72,7 +72,7 @@ class RouterProbes:
         return dict(self._refusals)
 
     def _ask(self, probe: Probe, models: Iterable[ModelSpec]) -> dict[str, list[dict[str, Any]]]:
-        """A child's answers by model id; under "" those for further configurations."""
+        """Return a child's answers by model id; "" has those for further configurations."""
         answers: dict[str, list[dict[str, Any]]] = {}
         for model in models:
             asked = {**model.as_dict(), "id": model.id}

@@ -1,4 +1,4 @@
-"""Imports some modules of a framework for real, and stands in for everything else they import.
+"""Imports some modules of a framework for real, and replaces everything else they import.
 
 A framework's routing code is plain Python on torch, but importing it the usual way pulls in its
 whole runtime: compiled extensions, GPU libraries, a hundred dependencies. Here the modules named

@@ -33,7 +33,7 @@ class Case:
     otherwise: Mapping[str, Any] | None
 
     def fixed(self, value: object) -> Mapping[str, Any] | None:
-        """What a value fixes; None when it is none of the valid ones."""
+        """Return what a value fixes; None if the value is not valid."""
         for valid, fixed in self.values:
             # True is 1 in Python, and neither is the other in a config.
             if valid == value and isinstance(valid, bool) == isinstance(value, bool):
@@ -95,7 +95,7 @@ class Table:
 
 @cache
 def table() -> Table:
-    """The packaged table."""
+    """Return the packaged table."""
     text = resources.files(__package__).joinpath("families.yaml").read_text("utf-8")
     data = yaml.safe_load(text)
     families = {name: _family(name, row, data["routers"]) for name, row in data["families"].items()}
@@ -113,7 +113,7 @@ def table() -> Table:
 
 
 def base_of(architecture: str) -> str:
-    """The model's own name in an architecture's: `Qwen3Moe` of `Qwen3MoeForCausalLM`."""
+    """Return the model's own name in an architecture's: `Qwen3Moe` of `Qwen3MoeForCausalLM`."""
     return _HEAD.sub("", architecture)
 
 

@@ -32,7 +32,7 @@ class Named:
 
 
 def levels_of(root: Section, families: Table) -> list[Section]:
-    """The whole config, and the nested ones down to the text model's."""
+    """Return the whole config, and the nested ones down to the text model's."""
     levels = [root]
     for key in families.nested:
         inner = levels[-1].section(key)
@@ -71,7 +71,7 @@ def check_experts(text: Section) -> None:
 
 
 def family_of(levels: list[Section], families: Table) -> Named:
-    """The family of a config, by the names on each level.
+    """Return the family of a config, by the names on each level.
 
     A level's first architecture counts; its `model_type` counts where there is none. The names of
     outer levels must be of the same family, a known wrapper of it, or another head of it.
@@ -124,7 +124,7 @@ def _is_type(name: str) -> bool:
 
 
 def texts(value: object) -> Iterator[str]:
-    """The names in a value: text, or a list with text."""
+    """Return the names in a value: text, or a list with text."""
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and item:
             yield item

@@ -84,7 +84,7 @@ class Patterns:
         return max(found, key=lambda c: c.value, default=Covers.NONE)
 
     def first(self, layer: int) -> tuple[str | None, Covers]:
-        """The first pattern that covers experts of a layer, and how much of them."""
+        """Return the first pattern that covers experts of a layer, and how much of them."""
         for text, matcher in self._matchers:
             covers = self._covers(text, matcher, layer)
             if covers is not Covers.NONE:

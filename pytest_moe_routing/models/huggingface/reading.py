@@ -60,7 +60,7 @@ class Reading:
             self.origin.update(dict.fromkeys(fixed, case.key))
 
     def build(self, cls: type) -> Any:
-        """A section of the spec, each value checked as in `model.yaml`.
+        """Return a section of the spec, each value checked as in `model.yaml`.
 
         Raises:
             ModelError: A value that cannot be; it is named by the key of the config. Or the model
@@ -185,7 +185,7 @@ class Reading:
         )
 
     def with_unread(self, router: RouterConfig, outer: list[Section]) -> RouterConfig:
-        """The router, with what the keys that nothing read change about it; notes name the keys.
+        """Return the router, changed by the keys that nothing read; notes name these keys.
 
         Args:
             router: What was read.
@@ -232,7 +232,7 @@ class Reading:
         return self.family.keys.get(name) or self.table.spellings.get(name, ())
 
     def all_notes(self) -> list[str]:
-        """The notes, and what is a default of the class."""
+        """Return the notes, and the defaults of the class."""
         if not self.defaulted:
             return self.notes
         values = {name: show(value) for name, value in self.defaulted.items()}
@@ -240,7 +240,7 @@ class Reading:
         return [*self.notes, f"not in the config, and defaults of the class: {listed}"]
 
     def raw_config(self) -> dict[str, Any]:
-        """The keys that are about experts or routing or were read, as they stand."""
+        """Return the keys that are about experts or routing or were read, as they stand."""
         read = {key.partition(".")[0] for key in self.read}
         return {k: v for k, v in self.text.values.items() if k in read or about_experts(k)}
 

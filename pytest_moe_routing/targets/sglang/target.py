@@ -120,7 +120,7 @@ class SglangTarget(FrameworkTarget):
         return self._numbers
 
     def classify(self, model: ModelSpec) -> Classification:
-        """The method that the model's code declares, whatever the checkpoint."""
+        """Return the method that the model's code declares, whatever the checkpoint."""
         schemes = [name for name in model.checkpoints if name in _configs()["schemes"]]
         found = self._run(model, (schemes or ["fp8_block"])[0])
         method = found["declared"]
@@ -128,11 +128,11 @@ class SglangTarget(FrameworkTarget):
         return Classification(method or UNDECLARED, (f"{found['place']} {verb}",))
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
-        """What the functions of `topk.py` compute, on CUDA and as plain torch."""
+        """Return what the functions of `topk.py` compute, on CUDA and as plain torch."""
         return self._routers.runs(models)
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
-        """What lets the kernel route; the TRT-LLM runner is taken to be chosen."""
+        """Return the gates that let the kernel route, given that the TRT-LLM runner is chosen."""
         quantization, allowed = self._row(scheme)["quantization"], self._allowed
         accepted = Gate(
             "server arguments",
@@ -152,7 +152,7 @@ class SglangTarget(FrameworkTarget):
         )
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
-        """The call that the model's block ends in, on the second of two ranks."""
+        """Return the call that the model's block ends in, on the second of two ranks."""
         declared = self.classify(model).method
         if method != declared:
             raise Unsupported(f"{self}: the model's code has {declared}, not {method}")
@@ -189,7 +189,7 @@ class SglangTarget(FrameworkTarget):
         return allowed
 
     def _row(self, scheme: str) -> dict[str, Any]:
-        """What a checkpoint of a scheme is to SGLang."""
+        """Return SGLang's view of a checkpoint in a scheme."""
         rows: dict[str, dict[str, Any]] = _configs()["schemes"]
         if scheme not in rows:
             raise self.not_served(scheme)

@@ -46,7 +46,7 @@ class _Asked(TypedDict):
 
 @cache
 def blocks() -> Mapping[str, Mapping[str, Any]]:
-    """The MoE block of each architecture; the columns are explained in `blocks.yaml`."""
+    """Return the MoE block of each architecture; the columns are explained in `blocks.yaml`."""
     text = resources.files(__package__).joinpath("blocks.yaml").read_text("utf-8")
     rows: Mapping[str, Mapping[str, Any]] = yaml.safe_load(text)["blocks"]
     return rows
@@ -60,7 +60,7 @@ class ModelCode:
         self._probe = Probe("vllm", _CHILD, *arguments, answers={"layer_request": _Asked})
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
-        """What a model's MoE block asks of its MoE layer.
+        """Return what a model's MoE block requests from its MoE layer.
 
         Raises:
             Unsupported: The block is not in the table, or not in this release, or cannot be built
@@ -86,7 +86,7 @@ class ModelCode:
 
 
 def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSpec) -> LayerRequest:
-    """A request, from the arguments that vLLM's layer is made with.
+    """Return a request, from the arguments that vLLM's layer is made with.
 
     As its routers read them: groups count with `use_grouped_topk`, and are scored by the best two
     of them when there is a bias; a routing function takes the place of all but the weights' side.

@@ -70,7 +70,7 @@ _ANSWERS: Mapping[str, Any] = {
 
 @cache
 def _config_reads() -> dict[str, dict[str, dict[str, bool]]]:
-    """The packaged table, by release and architecture. Cached: it is one file of the package."""
+    """Return the packaged table by release and architecture, cached: it is one file."""
     text = resources.files(__package__).joinpath("config_reads.yaml").read_text("utf-8")
     releases: dict[str, dict[str, dict[str, bool]]] = yaml.safe_load(text)["releases"]
     return releases
@@ -81,7 +81,7 @@ _DTYPES = ("logits_dtype", "bias_dtype")
 
 
 class VllmTarget(FrameworkTarget):
-    """One release of vLLM, beside one of FlashInfer."""
+    """One release of vLLM with one of FlashInfer."""
 
     name = "vllm"
     package = "vllm"
@@ -131,7 +131,7 @@ class VllmTarget(FrameworkTarget):
         return numbers
 
     def classify(self, model: ModelSpec) -> Classification:
-        """The method of the router that vLLM's factory makes for this model."""
+        """Return the method of the router that vLLM's factory makes for this model."""
         method, *path = self._probe.ask("classify", model=model.as_dict())
         return Classification(method, tuple(path))
 
@@ -150,7 +150,7 @@ class VllmTarget(FrameworkTarget):
         return tuple(Gate(*row) for row in rows)
 
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
-        """The same of the experts that vLLM's own router gives ids and weights.
+        """Answer the same for experts that vLLM's own router gives ids and weights.
 
         Raises:
             Unsupported: The release has no such experts.
@@ -160,7 +160,7 @@ class VllmTarget(FrameworkTarget):
         return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
-        """What arrives wrongly at the kernel of the experts that are given ids and weights."""
+        """Return what arrives wrongly at the kernel of experts that are given ids and weights."""
         self._require_served(scheme)
         answer = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
         findings: list[Finding] = []
@@ -176,7 +176,7 @@ class VllmTarget(FrameworkTarget):
         return tuple(_distinct(findings))
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
-        """The call of vLLM's own code, from a layer of the model down to the kernel.
+        """Return the call of vLLM's own code, from a layer of the model down to the kernel.
 
         Every way to get there is taken: through the methods of each checkpoint format that serves
         the scheme, without expert parallelism and as its rank 1 of 2. The call is that of the
@@ -202,11 +202,11 @@ class VllmTarget(FrameworkTarget):
         return Captured(first, tuple(_distinct(findings)), _site(answer["calls"][0]))
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
-        """What the routers of vLLM's factory compute on CUDA and on its CPU platform."""
+        """Return what the routers of vLLM's factory compute on CUDA and on its CPU platform."""
         return self._routers.runs(models)
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
-        """What the model's MoE block passes to its layer, when vLLM's model code builds it."""
+        """Return what the model's MoE block passes to its layer, built by vLLM's model code."""
         return self._model_code.layer_request(model)
 
     def _enum_mismatch(self, method: str) -> Iterator[Finding]:
@@ -235,12 +235,12 @@ def _raised(record: Mapping[str, Any]) -> Finding:
 
 
 def _site(record: Mapping[str, Any]) -> str:
-    """The layer's method and the entry point that it calls, if it gets there."""
+    """Name the layer's method and the entry point that it calls, if it gets there."""
     return "->".join(filter(None, (record["by"], record.get("function", ""))))
 
 
 def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
-    """A finding with the way on which the call was made."""
+    """Return a finding with the path on which the call was made."""
     if finding.kind is Kind.RAISED:
         return finding
     rank = ", rank 1 of 2" if record["shards"] > 1 else ""
@@ -248,7 +248,7 @@ def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
 
 
 def _other(first: KernelCall, other: KernelCall) -> Iterator[Finding]:
-    """The arguments in which a call is not the first one."""
+    """Return the arguments in which a call is not the first one."""
     for name in (f.name for f in fields(KernelCall)):
         wanted, got = getattr(first, name), getattr(other, name)
         if wanted != got:

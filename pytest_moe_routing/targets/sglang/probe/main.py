@@ -80,7 +80,7 @@ class Blocks:
         return {member.name: int(member) for member in self.names.get("methods")}
 
     def accepted_quantizations(self) -> list[str | None] | None:
-        """What `--moe-runner-backend flashinfer_trtllm` may be combined with; None for anything."""
+        """Return what `--moe-runner-backend flashinfer_trtllm` may be combined with; None: all."""
         self.names.require("verdicts")
         return self.sources.accepted_quantizations()
 
@@ -153,7 +153,7 @@ class Blocks:
         return answer
 
     def _call(self, output: Any, seen: _Seen) -> dict[str, Any]:
-        """The one call of an entry point that routes, and what follows it."""
+        """Return the one call of an entry point that routes, and what follows it."""
         if not self.calls:
             return {"refused": "no fused kernel is called"}
         if len(self.calls) > 1:
@@ -162,7 +162,7 @@ class Blocks:
         if "routing_logits" not in arguments:
             return {"refused": f"{function} is given experts and weights", "by_choice": True}
         if not isinstance(output, Tensor) or not bool((output == output.flatten()[0]).all()):
-            raise Unsupported("what becomes of the kernel's output cannot be followed")
+            raise Unsupported("the code after the kernel cannot be followed")
         if len(seen.logits) != 1 or not isinstance(arguments["routing_logits"], Tensor):
             raise Unsupported("the logits that reach the kernel cannot be followed")
         bias = seen.topks[0].topk_config.correction_bias
@@ -176,7 +176,7 @@ class Blocks:
 
 
 def _quant_config(names: Names, row: Mapping[str, Any] | None) -> Any:
-    """The quantization config of a checkpoint that is quantized so; None for one that is not."""
+    """Return the quantization config of a checkpoint in this scheme; None if it needs none."""
     return None if row is None else names.get(row["name"])(True, **row["arguments"])
 
 
@@ -188,7 +188,7 @@ def _build(
     values: Mapping[str, Any],
     quantization: Mapping[str, Any] | None,
 ) -> nn.Module:
-    """The block, as a decoder layer would make it."""
+    """Make the block as a decoder layer would."""
     known = {
         "config": _Config(values),
         "quant_config": _quant_config(names, quantization),
@@ -230,7 +230,7 @@ def _fill(block: nn.Module, seen: _Seen) -> None:
 
 
 def _recognisable(*shape: int) -> Tensor:
-    """Values all different, also in bfloat16's neighbours."""
+    """Values all different, also between neighbors in bfloat16."""
     count = torch.Size(shape).numel()
     return (torch.arange(count, dtype=torch.float64) / 7 + 1 / 3).to(torch.float32).reshape(shape)
 
@@ -297,7 +297,7 @@ class _Dispatcher:
 
 
 def _stand_in_weights(names: Names, layer: Any) -> None:
-    """What loading a checkpoint would have made of the weights, as far as `apply` reads it."""
+    """Set what loading a checkpoint would have set, as far as `apply` reads it."""
     layer.dispatcher = _Dispatcher(names)
     layer.trtllm_padded_hidden_size = None
     for name in ("alpha", "beta", "clamp_limit"):

@@ -49,7 +49,7 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
     stubs.install(names.contract, root, stand_ins(names))
 
     def answer(function: str, arguments: Mapping[str, Any]) -> Any:
-        """A kernel's output: ones, as the function returns it."""
+        """Return a kernel's output: ones, in the shape of the function's result."""
         calls.append((function, dict(arguments)))
         states, output = arguments["hidden_states"], arguments.get("output")
         if output is None:
@@ -63,7 +63,7 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
 
 
 def stand_ins(names: Names) -> dict[str, Any]:
-    """Return what stands in for SGLang's own, and for GPU libraries', by bare name.
+    """Return replacements of SGLang's own functions, and of GPU libraries', by bare name.
 
     By bare name, as such things are imported from different modules in different releases.
     """
@@ -77,7 +77,7 @@ def stand_ins(names: Names) -> dict[str, Any]:
 
 
 def known(name: str, **values: Any) -> stubs.Stub:
-    """A stub of which some attributes are known."""
+    """Make a stub of which some attributes are known."""
     stub = stubs.Stub(name)
     for key, value in values.items():
         setattr(stub, key, value)
@@ -151,7 +151,7 @@ def _parallel() -> dict[str, Any]:
 
 
 def _options(names: Names) -> dict[str, Any]:
-    """A server to which nothing was said but the runner, and what follows from that."""
+    """Make a server with the runner as its only argument, and what follows from it."""
     options = Options(
         moe_runner_backend="flashinfer_trtllm",
         disable_shared_experts_fusion=True,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.compare import compare_routing
 from pytest_moe_routing.errors import RecipeError, Unsupported
-from pytest_moe_routing.logits import make
+from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
@@ -131,7 +131,7 @@ def _vllm_config() -> Any:
 def layer_request(
     row: Mapping[str, Any], values: Mapping[str, Any], router: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a block asks of its MoE layer.
+    """Return what a block requests from its MoE layer.
 
     Args:
         row: Of `blocks.yaml`.
@@ -182,7 +182,7 @@ def layer_request(
 
 
 def _gate_dtypes(block: nn.Module, num_experts: int) -> set[str]:
-    """The dtypes in which the block's modules give router logits, filled while it runs."""
+    """Return the dtypes in which the block's modules give router logits, filled while it runs."""
     dtypes: set[str] = set()
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -236,7 +236,7 @@ def _custom_problem(
     # The layer applies no factor to what such a function returns, and weights the side it is told.
     recipe = replace(recipe_of(router), scale=1.0)
     for pattern in _PATTERNS:
-        case = make(pattern, recipe, num_tokens=_TOKENS, num_experts=router.num_experts)
+        case = make_case(pattern, recipe, num_tokens=_TOKENS, num_experts=router.num_experts)
         hidden = torch.zeros(_TOKENS, _HIDDEN)
         weights, ids = function(hidden, case.logits, asked["top_k"], asked["renormalize"])
         try:
@@ -273,7 +273,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _config(row: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    """The config object as vLLM reads it from a config.json with these keys."""
+    """Return the config object that vLLM reads from a config.json with these keys."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
@@ -366,7 +366,7 @@ def _arguments(
 
 
 def _run(block: nn.Module, hidden_size: int) -> Tensor:
-    """The block's output, but for a factor that of its MoE layer: all else is zero."""
+    """Return the block's output, which is its MoE layer's up to a factor: all else is zero."""
     with torch.no_grad():
         for tensor in (*block.parameters(), *block.buffers()):
             tensor.zero_()

@@ -34,7 +34,7 @@ _REFUSALS = (AssertionError, DoesNotBind, ImportError, KeyError, NotImplementedE
 
 
 def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any]:
-    """What reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
+    """Record what reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
 
     Each of the `calls` is `by` whom, in how many `shards`, and either the `function` and its
     `arguments` or the exception that is `raised`. `router_factor` is the scaling factor that the
@@ -66,7 +66,7 @@ def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any
 
 
 def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
-    """What reaches the kernel from the experts that are given ids and weights; see `capture`.
+    """Record what reaches the kernel of experts that are given ids and weights; see `capture`.
 
     Raises:
         Unsupported: The release has no such experts.
@@ -199,7 +199,7 @@ class _Layer:
             self._before_classes(model)
 
     def _before_classes(self, model: Mapping[str, Any]) -> None:
-        """What the layer's methods read and quantize themselves, as there were no experts to."""
+        """Provide what the layer's methods read and quantize themselves, without experts."""
         self.hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
         self.renormalize = model["router"]["renormalize"]
         self.custom_routing_function = release.routing_function_of(model)
@@ -227,7 +227,7 @@ class _Layer:
             self.scale = torch.zeros(shape, dtype=getattr(torch, scale_dtype))
 
     def named(self) -> dict[str, Tensor | None]:
-        """The tensors that a kernel may be given, by the names that answers use."""
+        """Return the tensors that a kernel may be given, by the names that answers use."""
         return {"router logits": self.logits, "bias": self.e_score_correction_bias}
 
 
@@ -244,14 +244,14 @@ def _one(experts: Any, method: Any, layer: _Layer) -> dict[str, Any]:
 
 
 def _made(experts: Any, layer: _Layer) -> Any:
-    """A layer's experts, of a class of vLLM."""
+    """Return a layer's experts, of a class of vLLM."""
     return experts(layer.config, quant_config(layer.row, layer.local_num_experts, layer.model))
 
 
 def _recorded(
     call: Callable[[], None], named: Mapping[str, Tensor | None], what: str
 ) -> dict[str, Any]:
-    """The kernel's `function` and `arguments`, or the exception that vLLM's code `raised`."""
+    """Return the kernel's `function` and `arguments`, or what vLLM's code `raised`."""
     Stub.asked.clear()
     try:
         with _on_one_gpu():
@@ -277,7 +277,7 @@ def _recorded(
 
 @contextmanager
 def _on_one_gpu() -> Iterator[None]:
-    """What vLLM's experts ask of their surroundings."""
+    """Provide what vLLM's experts need from their surroundings."""
     compilation = SimpleNamespace(max_cudagraph_capture_size=512)
     vllm_config = SimpleNamespace(compilation_config=compilation)
     config = names().spelling("vllm-config")
@@ -331,14 +331,14 @@ class _Prepared:
 
 
 def _kernel(experts: Any, layer: _Layer) -> Any:
-    """The kernel object around the experts."""
+    """Return the kernel object around the experts."""
     kernel = object.__new__(names().get("kernel"))
     kernel.impl = names().get("kernel-impl")(_Prepared(layer), experts)
     return kernel
 
 
 def _raised(error: BaseException) -> dict[str, str]:
-    """An exception: its `type` and `message`, and the line of vLLM that raised it."""
+    """Describe an exception: `type`, `message`, and the line of vLLM that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/vllm/" in f.filename]
     message, where = " ".join(str(error).split())[:300], ""
     if frames:

@@ -18,7 +18,7 @@ class NoActivation(Unsupported):
 
 
 def activation_name(model: Mapping[str, Any]) -> str:
-    """What the model's code calls its activation."""
+    """Return the name that the model's code has for its activation."""
     name: str = model["experts"]["activation"]
     if not model["experts"]["gated"]:
         return f"{name}_no_mul"
@@ -71,7 +71,7 @@ def moe_config(
     shards: int = 1,
     sizes: tuple[int, int] | None = None,
 ) -> Any:
-    """The `FusedMoEConfig` of one layer of the model; `sizes` stand in for its real widths.
+    """Make the `FusedMoEConfig` of one layer of the model; `sizes` replace its real widths.
 
     Raises:
         NoActivation: The release does not know the activation.
@@ -105,7 +105,7 @@ def moe_config(
 
 
 def quant_config(row: ServedScheme, experts: int, model: Mapping[str, Any]) -> Any:
-    """The `FusedMoEQuantConfig` of a layer, with scales that are all 1."""
+    """Make the `FusedMoEQuantConfig` of a layer, with scales that are all 1."""
     activations, weights, block = row.quantization
     one = torch.ones(())
     each = torch.ones(experts)

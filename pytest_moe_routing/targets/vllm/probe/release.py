@@ -92,7 +92,7 @@ def _register(op_name: str, op_func: Any, *_: Any, **__: Any) -> None:
 
 
 def install(root: str, flashinfer: FlashInfer, version: str) -> None:
-    """Make `vllm` importable from `root`, on a platform and beside a FlashInfer of our own."""
+    """Make `vllm` importable from `root`, on a platform and with a FlashInfer of our own."""
     global _names, _sources
     contract = Contract.of("vllm")
     definitions = stubs.definitions("vllm", root)

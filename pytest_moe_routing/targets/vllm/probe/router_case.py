@@ -189,7 +189,7 @@ def noting(called: dict[str, None]) -> Iterator[None]:
 
 
 def innermost(called: Mapping[str, None]) -> str:
-    """The last function that was called, helpers left out."""
+    """Return the last function that was called, helpers left out."""
     names = [
         name
         for name in called

@@ -178,7 +178,7 @@ class Routers:
                 yield f"{way}, handed bfloat16 logits", reach, switches, torch.bfloat16
 
     def _routing_function(self, model: Mapping[str, Any]) -> Any:
-        """The routing function that the model's code gives to its layer, itself."""
+        """Return the routing function that the model's code gives to its layer, itself."""
         found = release.sources().routing_function(model["architecture"])
         if found is None:
             return None
@@ -190,7 +190,7 @@ class Routers:
 
 
 def stand_ins(platform: str) -> dict[str, Any]:
-    """Return what stands in for vLLM's own around its routers, by key of the contract."""
+    """Return replacements of vLLM's own functions around its routers, by key of the contract."""
     values: dict[str, Any] = {
         f"router-operators.{name}": f for name, f in operators.in_torch(platform).items()
     }

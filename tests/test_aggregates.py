@@ -152,7 +152,10 @@ def test_tokens_keep_their_numbers_beside_one_that_is_nan():
     output = Honest()(problem, raw=True)
     assert compare_moe(output.to(torch.bfloat16), problem).ok
     output[4] *= 0.98
+    # A kernel's own NaN is a wrong element, and hides no aggregate of other tokens.
+    output[2, 7] = torch.nan
     found = compare_moe(output.to(torch.bfloat16), problem, diagnose=False)
+    assert found.wrong_tokens == 1
     assert "token 4" in [aggregate.name for aggregate in found.aggregates]
 
 

@@ -163,6 +163,22 @@ def test_what_cannot_be_read_is_said(file, unread, tmp_path, capsys):
     assert f"not read  {unread}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "line", "unread"),
+    [
+        (f"{KERNELS}llama4.cu", "MaxNumTopExperts = 1;", "limits of the kernel of Llama4"),
+        (f"{KERNELS}llama4.cu", "MaxSupportedExperts = 128;", "limits of the kernel of Llama4"),
+        (f"{KERNELS}deepseek.cu", "MaxNumTopGroups = 4;", "groups of the DeepSeek kernel"),
+        (f"{KERNELS}deepseek.cu", "MaxNumGroups = 8;", "groups of the DeepSeek kernel"),
+    ],
+)
+def test_half_a_limit_is_none(file, line, unread, tmp_path):
+    contents = files()
+    assert line in contents[file]
+    contents[file] = contents[file].replace(line, "Moved = 1;")
+    assert examine(Package.of(wheel(tmp_path / "a.whl", contents))).unread == (unread,)
+
+
 def test_parameters_as_python_writes_them(tmp_path):
     core = (
         "def trtllm_x_moe(a: Tensor, /, b: Optional[int] = None, *, c: str = 'x,y', **more): pass\n"

@@ -184,7 +184,7 @@ def _tier_differences(
     widest, deepest = max(e for e, _ in tiers), max(k for _, k in tiers)
     beyond = [(e, k + 1) for e, k in tiers if k == deepest]
     if who == "kernel":
-        beyond.append((widest + 4, 1))
+        beyond.append((widest + 1, 1))
     for experts, top_k in beyond:
         if not flashinfer.violations(replace(probe, num_experts=experts, top_k=top_k)):
             size = f"{experts} experts with top_k {top_k}"

@@ -84,7 +84,7 @@ def test_explain_says_what_no_backend_serves(tmp_path, capsys):
     )
     (tmp_path / "config.json").write_text(quantized)
     assert main(["explain", str(tmp_path)]) == 0
-    assert "not judged: int4; schemes: fp8_block" in capsys.readouterr().out
+    assert "not judged: int4; the schemes that are judged are fp8_block" in capsys.readouterr().out
 
 
 def test_add_writes_what_is_then_read(tmp_path, capsys):

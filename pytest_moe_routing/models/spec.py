@@ -206,7 +206,11 @@ class ModelSpec(_Described):
         defaulted: Keys of `router` and `experts` whose values the config does not state: they are
             the defaults of the config class.
         contradicted: What the config states for keys of `router` and `experts`, where transformers
-            computes their values, whatever the config states. Some frameworks honor it.
+            computes what stands in those, whatever the config states. Some frameworks honor it.
+        disputed: What code computes that ignores the config's keys for values of `router`, where
+            some frameworks honor them and others, transformers among them, do not.
+        unknown_architectures: Those of `architectures` that are not known.
+        read_as: Known architectures, whose code the unknown ones are taken to run.
         unproven: Why the model may compute something else than what stands here, in sentences. A
             model that has any is not judged.
     """
@@ -224,6 +228,9 @@ class ModelSpec(_Described):
     raw_config: Mapping[str, Any] = mapping()
     defaulted: tuple[str, ...] = key(str, many=True, default=())
     contradicted: Mapping[str, Any] = mapping()
+    disputed: Mapping[str, Any] = mapping()
+    unknown_architectures: tuple[str, ...] = key(str, many=True, default=())
+    read_as: tuple[str, ...] = key(str, many=True, default=())
     unproven: tuple[str, ...] = key(str, many=True, default=())
     #: The layers that this is about, if it is one of another model's `variants`.
     variant: str = ""
@@ -253,6 +260,13 @@ class ModelSpec(_Described):
         yield from super().problems()
         if not self.checkpoints and self.unknown_scheme is None:
             yield "checkpoints", "an empty list", "a scheme, or unknown_scheme with the reason"
+        router, experts = schema(RouterConfig), schema(ExpertsConfig)
+        for name, kinds in (("contradicted", {**router, **experts}), ("disputed", router)):
+            for value, stated in getattr(self, name).items():
+                if value not in kinds:
+                    yield name, repr(value)[:60], f"keys of {', '.join(kinds)}"
+                elif expected := kinds[value].metadata["kind"].problem(stated):
+                    yield name, f"{value} {stated!r}"[:60], expected
         yield from overlaps(self.layers, self.num_layers)
         for layers, variant in self.variants().items():
             if layers:
@@ -272,7 +286,8 @@ class ModelSpec(_Described):
             del data["router"]["not_expressible"]
         imported = (
             *("unknown_scheme", "architectures", "model_types", "raw_config"),
-            *("defaulted", "contradicted", "unproven"),
+            *("defaulted", "contradicted", "disputed"),
+            *("unknown_architectures", "read_as", "unproven"),
         )
         return {
             **{name: data[name] for name in names},

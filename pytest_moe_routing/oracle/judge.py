@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.effects import mask_notes
@@ -22,7 +23,8 @@ from pytest_moe_routing.routing import Recipe, normal_form, recipe_of, same
 if TYPE_CHECKING:
     from pytest_moe_routing.compare.equivalence import Counterexample
 
-_GROUPS = ("n_group", "topk_group", "group_score")
+#: Why a target computes what a config does not state.
+_IGNORED = "the code of the model does not read the config's key for it"
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,12 @@ def judge(
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
     """
+    ignored = {n: v for n, v in model.disputed.items() if target.honors(model, n) is False}
     model = as_read_by(target, model)
     if questions := open_questions(model):
         raise Unsupported(f"{model} is not judged: {'; '.join(questions)}")
+    if ignored:
+        return _ignoring(target, model, scheme, ignored)
     classification = target.classify(model)
     gates = target.gates(model, scheme, classification.method)
     base = _asked(target, model, scheme, classification, gates)
@@ -171,9 +176,10 @@ def judge(
 
 
 def as_read_by(target: Target, model: ModelSpec) -> ModelSpec:
-    """Return the model as the target reads its config, where transformers ignores a key.
+    """Return the model as the target reads its config.
 
-    What the target is not known to honor or to ignore stays in `contradicted`.
+    What the target is not known to honor or to ignore stays in `contradicted` and `disputed`, and
+    what it is not known to run in `unknown_architectures`.
     """
     honored = {name: target.honors(model, name) for name in model.contradicted}
     stated = {name: model.contradicted[name] for name, does in honored.items() if does}
@@ -185,16 +191,53 @@ def as_read_by(target: Target, model: ModelSpec) -> ModelSpec:
     if any(router.problems()) or any(experts.problems()):
         return model
     unknown = {name: v for name, v in model.contradicted.items() if honored[name] is None}
-    return replace(model, router=router, experts=experts, contradicted=unknown)
+    classes = [n for n in model.unknown_architectures if not target.runs_as(n, model.read_as)]
+    return replace(
+        model,
+        router=router,
+        experts=experts,
+        contradicted=unknown,
+        disputed={n: v for n, v in model.disputed.items() if target.honors(model, n) is None},
+        unknown_architectures=tuple(classes),
+    )
 
 
 def open_questions(model: ModelSpec) -> list[str]:
     """Why a verdict on the model would rest on a guess, in sentences; empty if it would not."""
     computed = {**vars(model.experts), **vars(model.router)}
-    return [*model.unproven] + [
-        f"{name} is {computed[name]} in transformers, and {stated} for who honors the config"
-        for name, stated in model.contradicted.items()
+    known = " or ".join(model.read_as[:2])
+    return [
+        *model.unproven,
+        *(
+            f"{shorten(name)} is not known; the config is read as that of {known}"
+            for name in model.unknown_architectures
+        ),
+        *(
+            f"{name} is {computed[name]} in transformers, and {stated} for who honors the config"
+            for name, stated in model.contradicted.items()
+        ),
+        *(
+            f"{name} is {computed[name]} for who honors the config, and {otherwise} in transformers"
+            for name, otherwise in model.disputed.items()
+        ),
     ]
+
+
+def _ignoring(
+    target: Target, model: ModelSpec, scheme: str, ignored: Mapping[str, Any]
+) -> Judgement:
+    """Judge a target whose code of the model ignores keys that decide what the model computes.
+
+    It computes another router then, whether in a kernel or by itself.
+    """
+    router = replace(model.router, **ignored)
+    classification = target.classify(replace(model, router=router))
+    base = _asked(target, model, scheme, classification, ())
+    findings = tuple(
+        Finding(Kind.RECIPE, name, getattr(model.router, name), value, fact=_IGNORED)
+        for name, value in ignored.items()
+    )
+    return replace(base, verdict=Verdict.WRONG, got=recipe_of(router), findings=findings)
 
 
 def judge_behind_gates(

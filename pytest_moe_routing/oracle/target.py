@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -85,6 +85,10 @@ class Target:
         Returns None where that is not known.
         """
         return None
+
+    def runs_as(self, architecture: str, known: Collection[str]) -> bool:
+        """Whether the target is known to run an architecture by the code of one of the known."""
+        return False
 
     def method_numbers(self) -> Mapping[str, int]:
         """Return the number that the target passes to FlashInfer for each method, by name."""

@@ -15,6 +15,7 @@ from pytest_moe_routing.oracle.exact import exact_calls
 from pytest_moe_routing.oracle.judge import as_read_by, judge, open_questions, unjudged
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.report import text
+from pytest_moe_routing.report.models import unserved
 from pytest_moe_routing.report.records import FORMAT
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.schemes import SERVED_SCHEMES, check_scheme
@@ -107,13 +108,9 @@ def _model(target: Target, model: ModelSpec) -> Iterator[str]:
 
 
 def _unserved(model: ModelSpec) -> Iterator[str]:
-    if model.unknown_scheme:
+    for reason in unserved(model):
         yield ""
-        yield f"not judged: {model.unknown_scheme}; --schemes NAME judges it as that scheme"
-    unserved = [name for name in model.checkpoints if name not in SERVED_SCHEMES]
-    if unserved:
-        yield ""
-        yield f"not judged: {', '.join(unserved)}; schemes: {', '.join(SERVED_SCHEMES)}"
+        yield f"not judged: {reason}; --schemes NAME judges it as that scheme"
 
 
 def _judged(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:

@@ -8,6 +8,7 @@ named third-party ones, is a `Stub`. For use in a process of its own.
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -251,7 +252,9 @@ def definitions(package: str, root: str) -> Definitions:
 def source_of(root: str, module: str) -> str:
     """Return the source text of a module in a tree or a wheel; "" when there is none."""
     folder = "/".join([root, *module.split(".")[:-1]])
-    spec = PathFinder.find_spec(module, [folder])
+    # PathFinder fails at a folder without __init__.py whose parent is not imported.
+    finder = pkgutil.get_importer(folder)
+    spec = None if finder is None else finder.find_spec(module)
     # A compiled module has a loader without source, and a folder without __init__.py has none.
     loader: Any = None if spec is None else spec.loader
     return "" if loader is None else loader.get_source(module) or ""

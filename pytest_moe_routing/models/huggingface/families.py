@@ -15,6 +15,8 @@ import yaml
 REFUSE = "refuse"
 #: In the fixed values of a case: what is read may not be what the model computes, for this reason.
 UNPROVEN = "unproven"
+#: In the fixed values of a case: some frameworks honor the key, and others ignore it.
+DISPUTED = "disputed"
 #: What follows a model's own name in the names of its classes. Another head has the same experts.
 _HEAD = re.compile(
     r"(Text)?(For(CausalLM|ConditionalGeneration|SequenceClassification|TokenClassification"
@@ -39,6 +41,10 @@ class Case:
             if valid == value and isinstance(valid, bool) == isinstance(value, bool):
                 return fixed
         return self.otherwise
+
+    def decides(self, name: str) -> bool:
+        """Whether any value of the key fixes a value of this name."""
+        return any(name in fixed for _, fixed in self.values) or name in (self.otherwise or {})
 
     def __str__(self) -> str:
         return "one of " + ", ".join("null" if v is None else str(v) for v, _ in self.values)
@@ -110,6 +116,17 @@ def table() -> Table:
         activations=data["activations"],
         nested=tuple(data["nested"]),
     )
+
+
+@cache
+def keys_of(value: str) -> frozenset[str]:
+    """Every config key under which a family has a value, whose name is a field of the spec."""
+    families = table()
+    keys = set(families.spellings.get(value, ()))
+    for family in families.families.values():
+        keys.update(family.keys.get(value, ()))
+        keys.update(case.key for case in family.cases if case.decides(value))
+    return frozenset(key.rpartition(".")[2] for key in keys)
 
 
 def base_of(architecture: str) -> str:

@@ -20,14 +20,17 @@ class Named:
     Attributes:
         architecture: The name of the whole model's class, else its `model_type`.
         family: What the config is read as.
-        unproven: Why its router may be another than this family's: nothing proves that the class
-            runs the family's code.
+        unproven: Why its router may be another than this family's.
+        unknown: Architectures that are not known; nothing proves that they run the family's code.
+        read_as: Known architectures, whose code the unknown ones are taken to run.
         notes: Names that were passed over.
     """
 
     architecture: str
     family: Family
     unproven: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    read_as: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -81,8 +84,9 @@ def family_of(levels: list[Section], families: Table) -> Named:
     """
     family: Family | None = None
     unproven: list[str] = []
+    unknown: list[str] = []
     notes: list[str] = []
-    unknown = ""  # the text model's own name, when it is not known
+    inner = ""  # the text model's own name, when it is not known
     for level in reversed(levels):
         architectures = [*texts([*level.items("architectures")])]
         model_type = next(texts(level.get("model_type")), "")
@@ -97,25 +101,42 @@ def family_of(levels: list[Section], families: Table) -> Named:
         if family is None:
             family = known or by_type
             if family is None:
-                unknown = unknown or name
+                inner = inner or name
                 continue
             if known is None:
-                unproven.append(_unknown(name, f"its model_type {model_type}"))
-            elif unknown and not (architectures and _is_type(unknown)):
-                unproven.append(_unknown(unknown, f"the text model of {name}"))
+                unknown.append(name)
+            elif inner and not _is_type(inner):
+                unknown.append(inner)
+            elif inner and not architectures:
+                unproven.append(
+                    f"{shorten(inner)} is not known; the config is read as that of the text model "
+                    f"of {name}"
+                )
         elif known is None and family.name not in families.wrappers.get(name, ()):
-            unproven.append(f"{shorten(name)} is not known to run its text model as {family.name}")
+            if architectures and name not in families.wrappers:
+                unknown.append(name)
+            else:
+                unproven.append(
+                    f"{shorten(name)} is not known to run its text model as {family.name}"
+                )
         elif known not in (None, family):
             unproven.append(f"{name} has another router than its text model, {family.name}")
         if known is not None and architectures and by_type not in (None, known):
             notes.append(f"model_type is {model_type}; the architecture {name} decides")
     if family is None:
         _fail(levels, families)
-    return Named(_names(levels)[0], family, tuple(unproven), tuple(notes))
-
-
-def _unknown(name: str, read_as: str) -> str:
-    return f"{shorten(name)} is not known; the config is read as that of {read_as}"
+    read_as = list(family.architectures)
+    if levels[1:]:
+        wrappers = (name for name, of in families.wrappers.items() if family.name in of)
+        read_as += [name for name in wrappers if not _is_type(name)]
+    return Named(
+        _names(levels)[0],
+        family,
+        tuple(unproven),
+        tuple(unknown),
+        tuple(read_as) if unknown else (),
+        tuple(notes),
+    )
 
 
 def _is_type(name: str) -> bool:

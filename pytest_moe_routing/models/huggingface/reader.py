@@ -96,6 +96,9 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
         raw_config=reading.raw_config(),
         defaulted=tuple(reading.defaulted),
         contradicted=reading.contradicted,
+        disputed=reading.disputed,
+        unknown_architectures=named.unknown,
+        read_as=named.read_as,
         unproven=(*named.unproven, *reading.unproven),
     )
     for key, found, expected in spec.problems():

@@ -14,7 +14,7 @@ from pytest_moe_routing.models.huggingface.config_keys import (
     unread,
 )
 from pytest_moe_routing.models.huggingface.document import ABSENT, Section, shorten, show
-from pytest_moe_routing.models.huggingface.families import REFUSE, UNPROVEN, Family, Table
+from pytest_moe_routing.models.huggingface.families import DISPUTED, REFUSE, UNPROVEN, Family, Table
 from pytest_moe_routing.models.huggingface.layers import Layers
 from pytest_moe_routing.models.kinds import Kind, is_required
 from pytest_moe_routing.models.spec import PARAMETERS, ExpertsConfig, RouterConfig, schema
@@ -32,6 +32,7 @@ class Reading:
     Attributes:
         defaulted: The values that the config does not state, by name.
         contradicted: What the config states where the family's code has a value of its own.
+        disputed: What code computes that ignores the key which a case is about.
         unproven: Why the model may compute something else than what was read.
         notes: What a reader should know.
     """
@@ -41,6 +42,7 @@ class Reading:
         self.fixed = dict(family.fixed)
         self.defaulted: dict[str, Any] = {}
         self.contradicted: dict[str, Any] = {}
+        self.disputed: dict[str, Any] = {}
         self.unproven: list[str] = []
         self.read: set[str] = {*family.limits, *family.reads}
         self.notes: list[str] = []
@@ -54,6 +56,8 @@ class Reading:
                 text.fail(case.key, show(value), f"another value: {fixed[REFUSE]}")
             self.read.add(case.key)
             fixed = dict(fixed)
+            if fixed.pop(DISPUTED, False):
+                self.disputed.update({name: self.fixed[name] for name in fixed})
             if UNPROVEN in fixed:
                 self.unproven.append(f"{case.key} is {show(value)}: {fixed.pop(UNPROVEN)}")
             self.fixed.update(fixed)

@@ -28,6 +28,14 @@ class BuiltinTarget(Target):
     def version(self) -> str:
         return _version()
 
+    def honors(self, model: ModelSpec, name: str) -> bool | None:
+        """Whether a value that some frameworks do not compute is judged.
+
+        There is no code of models here that could ignore a key. What the code of transformers has
+        for itself is another model than the config's, and is not judged.
+        """
+        return True if name in model.disputed else None
+
     def method_numbers(self) -> Mapping[str, int]:
         return {method: number for number, method in enumerate(self.flashinfer.methods)}
 

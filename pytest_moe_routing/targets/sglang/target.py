@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib import resources
 from typing import Any, TypedDict
 
@@ -21,10 +21,14 @@ from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
+from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.framework import FrameworkTarget
+from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
+from pytest_moe_routing.targets.sglang.registry import registered
 from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.stubs import source_of
 
 #: Arguments that SGLang prepares while it loads weights; the probe has stand-ins for them.
 PREPARED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
@@ -88,6 +92,7 @@ class SglangTarget(FrameworkTarget):
     name = "sglang"
     package = "sglang"
     distributions = ("sglang",)
+    model_packages = ("sglang.srt.models.",)
     routers = (
         "biased_grouped_topk_gpu",
         "biased_grouped_topk_impl",
@@ -115,6 +120,9 @@ class SglangTarget(FrameworkTarget):
     def close(self) -> None:
         self._probe.close()
         self._routers.close()
+
+    def registered(self, names: Names, root: str) -> Mapping[str, Place]:
+        return registered(root, names.spelling("models").module, partial(source_of, root))
 
     def method_numbers(self) -> Mapping[str, int]:
         return self._numbers

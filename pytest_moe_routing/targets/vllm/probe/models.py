@@ -15,9 +15,9 @@ from typing import Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.stubs import source_of
+from pytest_moe_routing.targets.vllm.registry import MODELS, registered
 
-_MODELS = "vllm.model_executor.models"
-_OURS = ("vllm.models.", f"{_MODELS}.")
+_OURS = ("vllm.models.", f"{MODELS}.")
 _OTHER_DEVICES = {"amd", "cpu", "xpu"}
 #: Rows of the contract for what the code of a model calls to make its layer.
 _LAYERS = ("layer-factory", "shared-layer")
@@ -160,23 +160,8 @@ class ModelSources:
         Raises:
             Unsupported: No architecture can be read from the registry.
         """
-        registry = self._names.spelling("registry").module
-        found: dict[str, str] = {}
-        for node in ast.walk(self._tree(registry)):
-            if not isinstance(node, ast.Dict):
-                continue
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple):
-                    module = value.elts[0]
-                    if isinstance(module, ast.Constant) and isinstance(module.value, str):
-                        name = module.value
-                        found[str(key.value)] = name if "." in name else f"{_MODELS}.{name}"
-        if not found:
-            raise Unsupported(
-                f"not judged: {registry} of vLLM {self._names.version} lists no architecture in a "
-                f"form that the probe reads"
-            )
-        return found
+        tree = self._tree(self._names.spelling("registry").module)
+        return {name: module for name, (module, _) in registered(self._names, tree).items()}
 
     def _modules(self, module: str) -> Iterator[tuple[str, ast.Module]]:
         """Yield a module with its syntax tree, then those it leads to: its own package's first."""

@@ -18,8 +18,7 @@ from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.targets import TargetId, locate
 
 MODELS = load_models(packaged_directory())
-# The model's own class of a newer release names the class with the layers only by its config.
-STEP = replace(MODELS["step-3.7-flash"], architecture="Step3p5ForCausalLM")
+STEP = MODELS["step-3.7-flash"]
 
 
 def names():

@@ -167,7 +167,7 @@ class Routers(blocks.Blocks):
                 _experts_give_weights(self.names),
             ):
                 block = blocks._build(self.names, module, name, given, config, None)
-                blocks._fill(block, seen)
+                blocks._fill(block, seen, config)
                 output = blocks._forward(block, config["num_experts"])
         except Exception as error:
             text = f"{type(error).__name__}: {error}"

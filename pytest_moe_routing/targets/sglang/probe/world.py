@@ -45,6 +45,7 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
         return mm(a, b, **options) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
 
     torch.mm = mm_on_a_cpu  # type: ignore[assignment]
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     stubs.install(names.contract, root, stand_ins(names))
 
@@ -98,6 +99,7 @@ class Options:
 def _utilities() -> dict[str, Any]:
     return {
         "add_prefix": lambda name, prefix: f"{prefix}.{name}" if prefix else name,
+        "copy_or_rebind_param": _keep,
         "ceil_div": lambda x, to: -(-x // to),
         "get_bool_env_var": lambda _, default="false": default.lower() in ("1", "true"),
         "get_device_capability": lambda *_: (10, 0),
@@ -116,6 +118,12 @@ def _utilities() -> dict[str, Any]:
     }
 
 
+def _keep(module: nn.Module, name: str, value: Tensor) -> None:
+    """Keep a value that a layer is prepared with, not as a parameter: those are zeroed."""
+    module._parameters.pop(name, None)
+    setattr(module, name, value)
+
+
 def _parallel() -> dict[str, Any]:
     """Two ranks of expert parallelism, nothing else parallel."""
     sizes = {
@@ -130,6 +138,8 @@ def _parallel() -> dict[str, Any]:
         "attn_tp_rank": 0,
         "dwdp_size": 1,
         "pp_size": 1,
+        "shared_experts_tp_size": None,
+        "enable_shared_experts_attn_tp": False,
     }
     functions = {
         "tensor_model_parallel_world_size": EP_SIZE,
@@ -191,6 +201,7 @@ class _Linear(nn.Module):
         dtype = params_dtype or torch.get_default_dtype()
         self.weight = nn.Parameter(torch.zeros(size, input_size, dtype=dtype))
         self.quant_method = stubs.Stub("quant_method")
+        self.bias, self.skip_bias_add, self.reduce_results = None, False, False
         self.output_size_per_partition = size
         self.input_size_per_partition = input_size
 
@@ -231,6 +242,8 @@ def _modules() -> dict[str, Any]:
         "SiluAndMul": _GatedActivation,
         "GeluAndMul": _GatedActivation,
         "ReLU2": _Activation,
+        "RMSNorm": _Activation,
+        "silu_and_mul_clamp": lambda _, output, *__: output.zero_(),
         "linear_bf16_fp32": lambda x, y, *_, **__: functional.linear(x.float(), y.float()),
     }
 

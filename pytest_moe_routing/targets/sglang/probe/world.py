@@ -77,14 +77,6 @@ def stand_ins(names: Names) -> dict[str, Any]:
     }
 
 
-def known(name: str, **values: Any) -> stubs.Stub:
-    """A stub of which some attributes are known."""
-    stub = stubs.Stub(name)
-    for key, value in values.items():
-        setattr(stub, key, value)
-    return stub
-
-
 class Options:
     """Options of a server, each as given here or else not set."""
 
@@ -104,7 +96,7 @@ def _utilities() -> dict[str, Any]:
         "get_bool_env_var": lambda _, default="false": default.lower() in ("1", "true"),
         "get_device_capability": lambda *_: (10, 0),
         "get_device_sm": lambda *_: 100,
-        "get_platform": lambda: known("platform", is_blackwell=True, is_sm100=True),
+        "get_platform": lambda: stubs.known("platform", is_blackwell=True, is_sm100=True),
         "is_blackwell_supported": lambda *_: True,
         "is_cuda": lambda: True,
         "is_cuda_alike": lambda: True,
@@ -154,7 +146,7 @@ def _parallel() -> dict[str, Any]:
     }
     reductions = ("tensor_model_parallel", "moe_tensor_model_parallel", "moe_expert_parallel")
     return {
-        "get_parallel": lambda: known("parallel", **sizes),
+        "get_parallel": lambda: stubs.known("parallel", **sizes),
         **{f"get_{name}": lambda value=value: value for name, value in functions.items()},
         **{f"{name}_all_reduce": lambda x, *_, **__: x for name in reductions},
     }
@@ -168,15 +160,17 @@ def _options(names: Names) -> dict[str, Any]:
         ep_num_redundant_experts=0,
     )
 
+    flags = stubs.known("flags", moe=Options(), disable_shared_experts_fusion=True)
+
     def model() -> Any:
-        return known("model", shared_experts=names.get("shared-experts")())
+        return stubs.known("model", shared_experts=names.get("shared-experts")())
 
     return {
         # No remapping of experts, which would need their ids.
-        "ExpertLocationDispatchInfo": known("placement", init_new=lambda *_, **__: None),
-        "get_exec": lambda: known("exec", moe=options),
-        "get_flags": lambda: known("flags", moe=Options(), disable_shared_experts_fusion=True),
-        "get_forward": lambda: known("forward", moe_output_buffer=None),
+        "ExpertLocationDispatchInfo": stubs.known("placement", init_new=lambda *_, **__: None),
+        "get_exec": lambda: stubs.known("exec", moe=options),
+        "get_flags": lambda: flags,
+        "get_forward": lambda: stubs.known("forward", moe_output_buffer=None),
         "get_global_server_args": lambda: options,
         "get_model": model,
         "get_server_args": lambda: options,

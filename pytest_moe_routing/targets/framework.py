@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @cache
 def _config_reads(package: str) -> Mapping[str, Any]:
-    """The packaged table of a framework. Cached: it is one file of the package."""
+    """Return the packaged table of a framework, cached: it is one file of the package."""
     import yaml
 
     text = resources.files(__package__).joinpath(package, "config_reads.yaml").read_text("utf-8")
@@ -74,7 +74,7 @@ class FrameworkTarget(Target):
         return ModelClasses(found, lambda: self.registered(names, root), self.model_packages)
 
     def registered(self, names: Names, root: str) -> Mapping[str, Place]:
-        """The class of each architecture that the release has code for.
+        """Return the class of each architecture that the release has code for.
 
         Raises:
             Unsupported: The release has no registry that can be read.

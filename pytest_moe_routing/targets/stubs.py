@@ -58,7 +58,8 @@ class Stub:
         return False
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        return (StubBase,)
+        # One of its own, as a class may have several.
+        return (type(self.__name__.rpartition(".")[2], (StubBase,), {}),)
 
     def __or__(self, other: Any) -> Any:
         return Any
@@ -162,6 +163,19 @@ class _Finder(MetaPathFinder, Loader):
         """Nothing to run."""
 
 
+def known(name: str, **values: Any) -> Stub:
+    """Return a stub of which some attributes are known."""
+    stub = Stub(name)
+    for key, value in values.items():
+        setattr(stub, key, value)
+    return stub
+
+
+def stand_in(values: Mapping[str, Any]) -> None:
+    """From now on stub modules have these values under their names, in place of stubs."""
+    _stand_ins.update(values)
+
+
 def install(contract: Contract, root: str, stand_ins: Mapping[str, Any] | None = None) -> None:
     """From now on import a framework's modules from `root`, and stubs for those not run for real.
 
@@ -172,7 +186,7 @@ def install(contract: Contract, root: str, stand_ins: Mapping[str, Any] | None =
         root: The directory, or the wheel file, that holds the framework.
         stand_ins: What a stub module has under a name, in place of a stub.
     """
-    _stand_ins.update(stand_ins or {})
+    stand_in(stand_ins or {})
     sys.meta_path.insert(0, _Finder(contract, root))
 
 

@@ -30,8 +30,6 @@ from pytest_moe_routing.targets.sglang.registry import registered
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
 
-#: Arguments that SGLang prepares while it loads weights; the probe has stand-ins for them.
-PREPARED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
 #: The method of a model whose code names none: what its layer gets depends on the scheme.
 UNDECLARED = "undeclared"
 
@@ -53,8 +51,9 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
         for key, attributes in names.items():
             value = getattr(getattr(model, section), key)
             if value is not None:
-                values.update(dict.fromkeys(attributes, value))
-    return values
+                values.update(dict.fromkeys(attributes, data.get(key, value)))
+    pairs = data["twice"].get(model.architecture, ())
+    return {**values, **{name: [values[name]] * 2 for name in pairs}}
 
 
 class _Call(TypedDict, total=False):
@@ -64,6 +63,8 @@ class _Call(TypedDict, total=False):
     arguments: dict[str, Any]
     logits_dtype: str
     scale_after: float
+    #: Arguments whose values are not SGLang's own.
+    unprepared: list[str]
 
 
 class _Answer(_Call):
@@ -171,12 +172,13 @@ class SglangTarget(FrameworkTarget):
         layer = RecordedLayer(1, 2, sizes["intermediate_size"], answer["scale_after"])
         captured = read(model, scheme, answer, layer, self.flashinfer)
         number = answer["arguments"]["routing_method_type"]
-        findings = [f for f in captured.findings if f.field not in PREPARED]
+        open_ = answer["unprepared"]
+        findings = [f for f in captured.findings if f.field not in open_]
         unknown = ""
         if len(findings) < len(captured.findings):
             unknown = (
-                f"{', '.join(PREPARED)} are prepared when weights are loaded, "
-                "which the probe does not do"
+                f"{', '.join(open_)} are prepared when weights are loaded, by code that does not "
+                "run on a CPU"
             )
         own = next((name for name, value in self._numbers.items() if value == number), None)
         if captured.call is not None and own not in (None, captured.call.method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any, TypedDict
 import yaml
 
 from pytest_moe_routing.errors import RecipeError, Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.routing import Recipe, recipe_of
@@ -53,10 +55,11 @@ def blocks() -> Mapping[str, Mapping[str, Any]]:
 
 
 class ModelCode:
-    """The models of one vLLM, in a process that has imported all of it."""
+    """The models of one vLLM, in a process of their own: all of an installed one is imported."""
 
-    def __init__(self, source: Source) -> None:
-        arguments = str(source.root), source.version
+    def __init__(self, source: Source, flashinfer: FlashInfer) -> None:
+        place = "installed" if str(source.root) in sys.path else "apart"
+        arguments = str(source.root), flashinfer.release, source.version, place
         self._probe = Probe("vllm", _CHILD, *arguments, answers={"layer_request": _Asked})
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:

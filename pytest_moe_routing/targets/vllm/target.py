@@ -102,7 +102,7 @@ class VllmTarget(FrameworkTarget):
         module = "pytest_moe_routing.targets.vllm.probe.main"
         arguments = str(source.root), flashinfer.release, source.version
         self._probe = Probe(str(self), module, *arguments, answers=_ANSWERS)
-        self._model_code = ModelCode(source)
+        self._model_code = ModelCode(source, flashinfer)
         module = "pytest_moe_routing.targets.vllm.probe.routers"
         self._routers = RouterProbes(
             [

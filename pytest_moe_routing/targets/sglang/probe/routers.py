@@ -35,7 +35,6 @@ from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.router_case import HIDDEN, Case, compare
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
-from pytest_moe_routing.targets.sglang.probe.world import known
 from pytest_moe_routing.targets.stubs import source_of
 
 #: Rows of the contract for the kernels that run in torch.
@@ -167,7 +166,7 @@ class Routers(blocks.Blocks):
                 _experts_give_weights(self.names),
             ):
                 block = blocks._build(self.names, module, name, given, config, None)
-                blocks._fill(block, seen)
+                blocks._fill(block, seen, config)
                 output = blocks._forward(block, config["num_experts"])
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
@@ -257,7 +256,7 @@ def _shared_experts(names: Names, count: int) -> Iterator[None]:
     """Let models put so many shared experts among the routed ones."""
     shared = names.get("router-shared-experts")()
     shared.num_fused_shared_experts = count
-    model = known("model", shared_experts=shared)
+    model = stubs.known("model", shared_experts=shared)
     getter = names.spelling("stand-ins.context.get_model").path
     readers = [
         m for name, m in sys.modules.items() if name.startswith("sglang.") and getter in vars(m)

@@ -120,7 +120,7 @@ class Sources:
                         bases.add(there)
                 arguments[there] |= _constants(calls.get(id(expression)))
         if not found:
-            raise Unsupported(f"the code of {architecture} makes no FusedMoE layer")
+            raise Unsupported(f"the code of {architecture} makes no FusedMoE layer with TopK")
         return found
 
     def accepted_quantizations(self) -> list[str | None] | None:

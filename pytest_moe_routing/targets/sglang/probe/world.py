@@ -45,6 +45,7 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
         return mm(a, b, **options) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
 
     torch.mm = mm_on_a_cpu  # type: ignore[assignment]
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     stubs.install(names.contract, root, stand_ins(names))
 
@@ -76,14 +77,6 @@ def stand_ins(names: Names) -> dict[str, Any]:
     }
 
 
-def known(name: str, **values: Any) -> stubs.Stub:
-    """Make a stub of which some attributes are known."""
-    stub = stubs.Stub(name)
-    for key, value in values.items():
-        setattr(stub, key, value)
-    return stub
-
-
 class Options:
     """Options of a server, each as given here or else not set."""
 
@@ -98,11 +91,12 @@ class Options:
 def _utilities() -> dict[str, Any]:
     return {
         "add_prefix": lambda name, prefix: f"{prefix}.{name}" if prefix else name,
+        "copy_or_rebind_param": _keep,
         "ceil_div": lambda x, to: -(-x // to),
         "get_bool_env_var": lambda _, default="false": default.lower() in ("1", "true"),
         "get_device_capability": lambda *_: (10, 0),
         "get_device_sm": lambda *_: 100,
-        "get_platform": lambda: known("platform", is_blackwell=True, is_sm100=True),
+        "get_platform": lambda: stubs.known("platform", is_blackwell=True, is_sm100=True),
         "is_blackwell_supported": lambda *_: True,
         "is_cuda": lambda: True,
         "is_cuda_alike": lambda: True,
@@ -114,6 +108,12 @@ def _utilities() -> dict[str, Any]:
         "set_weight_attrs": lambda weight, attributes: None,
         "use_symmetric_memory": lambda *_, **__: nullcontext(),
     }
+
+
+def _keep(module: nn.Module, name: str, value: Tensor) -> None:
+    """Keep a value that a layer is prepared with, not as a parameter: those are zeroed."""
+    module._parameters.pop(name, None)
+    setattr(module, name, value)
 
 
 def _parallel() -> dict[str, Any]:
@@ -130,6 +130,8 @@ def _parallel() -> dict[str, Any]:
         "attn_tp_rank": 0,
         "dwdp_size": 1,
         "pp_size": 1,
+        "shared_experts_tp_size": None,
+        "enable_shared_experts_attn_tp": False,
     }
     functions = {
         "tensor_model_parallel_world_size": EP_SIZE,
@@ -144,7 +146,7 @@ def _parallel() -> dict[str, Any]:
     }
     reductions = ("tensor_model_parallel", "moe_tensor_model_parallel", "moe_expert_parallel")
     return {
-        "get_parallel": lambda: known("parallel", **sizes),
+        "get_parallel": lambda: stubs.known("parallel", **sizes),
         **{f"get_{name}": lambda value=value: value for name, value in functions.items()},
         **{f"{name}_all_reduce": lambda x, *_, **__: x for name in reductions},
     }
@@ -158,15 +160,17 @@ def _options(names: Names) -> dict[str, Any]:
         ep_num_redundant_experts=0,
     )
 
+    flags = stubs.known("flags", moe=Options(), disable_shared_experts_fusion=True)
+
     def model() -> Any:
-        return known("model", shared_experts=names.get("shared-experts")())
+        return stubs.known("model", shared_experts=names.get("shared-experts")())
 
     return {
         # No remapping of experts, which would need their ids.
-        "ExpertLocationDispatchInfo": known("placement", init_new=lambda *_, **__: None),
-        "get_exec": lambda: known("exec", moe=options),
-        "get_flags": lambda: known("flags", moe=Options(), disable_shared_experts_fusion=True),
-        "get_forward": lambda: known("forward", moe_output_buffer=None),
+        "ExpertLocationDispatchInfo": stubs.known("placement", init_new=lambda *_, **__: None),
+        "get_exec": lambda: stubs.known("exec", moe=options),
+        "get_flags": lambda: flags,
+        "get_forward": lambda: stubs.known("forward", moe_output_buffer=None),
         "get_global_server_args": lambda: options,
         "get_model": model,
         "get_server_args": lambda: options,
@@ -191,6 +195,7 @@ class _Linear(nn.Module):
         dtype = params_dtype or torch.get_default_dtype()
         self.weight = nn.Parameter(torch.zeros(size, input_size, dtype=dtype))
         self.quant_method = stubs.Stub("quant_method")
+        self.bias, self.skip_bias_add, self.reduce_results = None, False, False
         self.output_size_per_partition = size
         self.input_size_per_partition = input_size
 
@@ -231,6 +236,8 @@ def _modules() -> dict[str, Any]:
         "SiluAndMul": _GatedActivation,
         "GeluAndMul": _GatedActivation,
         "ReLU2": _Activation,
+        "RMSNorm": _Activation,
+        "silu_and_mul_clamp": lambda _, output, *__: output.zero_(),
         "linear_bf16_fp32": lambda x, y, *_, **__: functional.linear(x.float(), y.float()),
     }
 

@@ -10,7 +10,7 @@ import torch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
-from pytest_moe_routing.targets.vllm.probe.release import names, sources
+from pytest_moe_routing.targets.vllm.probe.release import architecture_of, names, sources
 
 
 class NoActivation(Unsupported):
@@ -50,7 +50,7 @@ def _activation_arguments(model: Mapping[str, Any]) -> dict[str, float | None]:
             "swiglu_beta": experts["activation_beta"],
             "swiglu_limit": experts["activation_limit"],
         }
-    if experts["activation_limit"] and sources().passes_limit(model["architecture"]):
+    if experts["activation_limit"] and sources().passes_limit(architecture_of(model)):
         return {"swiglu_limit": experts["activation_limit"]}
     return {}
 

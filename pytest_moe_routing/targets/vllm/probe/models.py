@@ -7,7 +7,7 @@ function of its own.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -45,12 +45,24 @@ class ModelSources:
 
     def __init__(self, names: Names, root: str) -> None:
         self._names, self._root = names, root
-        self._layer = cache(self._find_layer)
+        self._layer, self._made = cache(self._find_layer), cache(self._find_made)
         self._tree = cache(lambda module: ast.parse(source_of(root, module)))
 
     def has_architecture(self, architecture: str) -> bool:
         """Return whether the release has code for an architecture."""
         return architecture in self._registered
+
+    def maker(self, architectures: Sequence[str]) -> str:
+        """Return the architecture whose code makes the MoE layer, else the first.
+
+        The code of an outer architecture may leave its language model to the architecture that its
+        text config names.
+
+        Args:
+            architectures: Every architecture that a model's config states, outer config first.
+        """
+        made = (name for name in architectures if self._made(name) is not None)
+        return next(made, architectures[0])
 
     def scales_output(self, architecture: str) -> bool:
         """Return whether the factor is applied to the layer's output: its router then has none.
@@ -140,18 +152,31 @@ class ModelSources:
         Raises:
             Unsupported: There is, and it makes no layer that the contract has.
         """
+        if not self.has_architecture(architecture):
+            return None
+        layer = self._made(architecture)
+        if layer is None:
+            raise Unsupported(
+                f"not judged: the code of {architecture} in vLLM {self._names.version} "
+                f"({self._registered[architecture]}) makes no layer with "
+                f"{' or '.join(sorted(self._factories))}, so who scales and who routes is open"
+            )
+        return layer
+
+    def _find_made(self, architecture: str) -> _Layer | None:
+        """Return where an architecture's code makes its MoE layer; None if it makes none."""
         start = self._registered.get(architecture)
         if start is None:
             return None
-        factories = {self._names.spelling(key).path for key in _LAYERS if self._names.has(key)}
         for module, tree in self._modules(start):
             for call in _calls(tree):
-                if isinstance(call.func, ast.Name) and call.func.id in factories:
+                if isinstance(call.func, ast.Name) and call.func.id in self._factories:
                     return _Layer(module, tree, call)
-        raise Unsupported(
-            f"not judged: the code of {architecture} in vLLM {self._names.version} ({start}) makes "
-            f"no layer with {' or '.join(sorted(factories))}, so who scales and who routes is open"
-        )
+        return None
+
+    @cached_property
+    def _factories(self) -> set[str]:
+        return {self._names.spelling(key).path for key in _LAYERS if self._names.has(key)}
 
     @cached_property
     def _registered(self) -> dict[str, str]:

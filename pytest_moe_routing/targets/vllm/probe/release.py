@@ -151,10 +151,15 @@ def numbers() -> dict[str, int]:
     return {member.name: int(member) for member in names().get("methods")}
 
 
+def architecture_of(model: Mapping[str, Any]) -> str:
+    """Return the architecture whose code makes the model's MoE layer."""
+    return sources().maker([model["architecture"], *model.get("architectures", ())])
+
+
 def router_factor(model: Mapping[str, Any]) -> float:
     """Return the scaling factor of the layer's router: 1 when the output is scaled elsewhere."""
     factor: float = model["router"]["routed_scaling_factor"]
-    return 1.0 if factor != 1.0 and sources().scales_output(model["architecture"]) else factor
+    return 1.0 if factor != 1.0 and sources().scales_output(architecture_of(model)) else factor
 
 
 def make_router(model: Mapping[str, Any]) -> Any:
@@ -181,7 +186,7 @@ def router_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
         "e_score_correction_bias": bias,
         "custom_routing_function": routing_function_of(model),
         "eplb_state": None,
-        **sources().groups(model["architecture"]),
+        **sources().groups(architecture_of(model)),
     }
 
 
@@ -190,7 +195,7 @@ def routing_function_of(model: Mapping[str, Any]) -> Any:
 
     The router recognizes the function itself, as an attribute of its module, and never runs it.
     """
-    found = sources().routing_function(model["architecture"])
+    found = sources().routing_function(architecture_of(model))
     return found and attrgetter(found[1])(import_module(found[0]))
 
 

@@ -179,7 +179,7 @@ class Routers:
 
     def _routing_function(self, model: Mapping[str, Any]) -> Any:
         """Return the routing function that the model's code gives to its layer, itself."""
-        found = release.sources().routing_function(model["architecture"])
+        found = release.sources().routing_function(release.architecture_of(model))
         if found is None:
             return None
         module, name = found

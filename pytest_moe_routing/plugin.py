@@ -141,20 +141,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Before anybody deselects: leave out what this run does not ask, and name our cases."""
-    from pytest_moe_routing.suite.selection import is_left_out
+    from pytest_moe_routing.suite.selection import left_out
 
     session = config.stash[_SESSION]
     gpu = any(option(config, name) for name in ("require_gpu", "min_gpu_tests", "kernels"))
     full = option(config, "scale") == "full"
-    left_out: list[pytest.Item] = []
-    asked: list[pytest.Item] = []
-    for item in items:
-        (
-            left_out if is_left_out(item, config, session, gpu=gpu, full_scale=full) else asked
-        ).append(item)
-    if left_out:
-        items[:] = asked
-        config.hook.pytest_deselected(items=left_out)
+    reasons = [left_out(item, config, session, gpu=gpu, full_scale=full) for item in items]
+    if any(reasons):
+        config.hook.pytest_deselected(
+            items=[item for item, reason in zip(items, reasons, strict=True) if reason]
+        )
+        items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
+        if reporter := config.pluginmanager.get_plugin("moe-routing-reporter"):
+            reporter.left_out.update(filter(None, reasons))
     ledger = config.pluginmanager.get_plugin(_LEDGER)
     for item in items:
         if isinstance(item, pytest.Function) and _FIXTURES & set(item.fixturenames):

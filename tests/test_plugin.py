@@ -37,9 +37,11 @@ CONFIG = {
 }
 
 
-def test_golden_runs_only_the_suite_and_ends_with_the_table(host):
+def test_golden_runs_only_the_suite_and_ends_with_the_table(host, monkeypatch):
     cases = [(m, c) for m in MODELS for c in m.checkpoints if c in SERVED_SCHEMES]
-    result = host.runpytest_subprocess("--moe-golden", "-m", "not gpu")
+    """And it fits a screen: no GPU test runs unless it is asked for."""
+    monkeypatch.setenv("COLUMNS", "80")
+    result = host.runpytest_subprocess("--moe-golden")
     judged = sum(len(variants_of(model)) for model in MODELS)
     inexpressible = sum(m.router.not_expressible is not None for m in MODELS)
     result.assert_outcomes(
@@ -59,8 +61,10 @@ def test_golden_runs_only_the_suite_and_ends_with_the_table(host):
             "scheme * exact * fallback",
             "fp8_block *",
             "* exact, * fallback; builtin *",
+            "left out: * GPU tests (-m gpu), *",
         ]
     )
+    assert sum(max(1, -(-len(line) // 80)) for line in result.outlines) <= 60
     assert "test_of_the_host" not in result.stdout.str()
 
 

@@ -22,7 +22,7 @@ from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.record import Known, TestRecord, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import files, records
-from pytest_moe_routing.report.collect import summary
+from pytest_moe_routing.report.terminal import plain, summary
 from pytest_moe_routing.targets import load_target
 
 HOSTILE = "<script>alert(1)</script>|`` ``` ````"
@@ -186,7 +186,7 @@ def test_no_record_is_said(tmp_path):
 
 def test_several_deciders_are_told_apart(verdicts):
     """One row where they differ, and the totals of each: as short as that."""
-    lines = list(summary(verdicts))
+    lines = list(map(plain, summary(verdicts, width=150)))
     assert [line.split()[0] for line in lines] == ["model", *["step-3.7-flash"] * 2, "2", "2"]
     cells = re.split(r"  +", lines[1])
     assert cells == ["step-3.7-flash", "fp8_block", "missed (Unspecified)", "wrong (MiniMax2)"]

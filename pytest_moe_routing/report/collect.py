@@ -5,7 +5,8 @@ Imported by every pytest run of an environment: what makes reports is loaded whe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,8 @@ class Reporter:
         self.records: dict[tuple[str, ...], Record] = {}
         self.written: list[Path] = []
         self.problems: list[str] = []
+        #: How many tests the run does not ask, by reason.
+        self.left_out: Counter[str] = Counter()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         record = self._record(report, dict(report.user_properties))
@@ -130,37 +133,29 @@ class Reporter:
         return not self.problems
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        write = terminalreporter.write_line
-        if self.records and self.verdicts and terminalreporter.verbosity >= 0:
-            terminalreporter.section("MoE routing verdicts")
-            every = terminalreporter.verbosity > 0
-            for line in summary(self.verdicts, every=every):
-                write(printable(line))
+        if (self.records or self.left_out) and terminalreporter.verbosity >= 0:
+            self._write_summary(terminalreporter)
         for path in self.written:
-            write(printable(f"moe-routing: report {path}"))
+            terminalreporter.write_line(printable(f"moe-routing: report {path}"))
         for problem in self.problems:
-            write(f"moe-routing: {problem}", red=True)
+            terminalreporter.write_line(f"moe-routing: {problem}", red=True)
 
+    def _write_summary(self, reporter: pytest.TerminalReporter) -> None:
+        from pytest_moe_routing.report import terminal
 
-def summary(verdicts: Sequence[VerdictRecord], *, every: bool = False) -> Iterator[str]:
-    """Yield the verdicts of one decider, or where several differ, and the totals of each.
-
-    Args:
-        every: Show every verdict; otherwise how many there are by scheme.
-    """
-    from pytest_moe_routing.report import matrix
-
-    deciders = matrix.by_decider(verdicts)
-    if len(deciders) > 1:
-        table = matrix.decider_table(deciders, every=every)
-    else:
-        table = matrix.scheme_table(verdicts) if every else matrix.count_table(verdicts)
-    if table[1:]:
-        yield from matrix.aligned(table)
-    for name, found in deciders.items():
-        yield f"{matrix.totals(found)}; {name}"
-    if not every:
-        yield from matrix.why_unjudged(verdicts)
+        width = reporter._tw.fullwidth
+        reporter.ensure_newline()
+        lines: list[terminal.Line] = []
+        if self.verdicts:
+            reporter.section("MoE routing verdicts")
+            lines += terminal.summary(self.verdicts, every=reporter.verbosity > 0, width=width)
+        if self.left_out:
+            reasons = (f"{count} {why}" for why, count in self.left_out.most_common())
+            lines += terminal.wrapped(f"left out: {', '.join(reasons)}", width)
+        for line in lines:
+            for piece in line:
+                reporter.write(printable(piece.text), **piece.markup)
+            reporter.write_line("")
 
 
 def _message(report: pytest.TestReport) -> str:

@@ -19,29 +19,13 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.grammar import KernelCall
 from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
+from pytest_moe_routing.oracle.calls import ACTIVATIONS, PARAMETERS
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.schemes import kernel_of
 
 Arguments = Mapping[str, Any]
 
-#: FlashInfer's names of each activation; all kinds of Swiglu are one kernel, told apart by its
-#: parameters.
-_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
-    "silu": ("Swiglu",),
-    "swigluoai": ("Swiglu",),
-    "gelu": ("Geglu", "GegluTanh"),
-    "relu2": ("Relu2",),
-    "swiglustep": ("SwigluStep",),
-    "situ": ("Situ",),
-}
-#: Parameters of the gated kernels: the key of `ExpertsConfig`, and what the kernel computes with
-#: if it is given none.
-_PARAMETERS: Mapping[str, tuple[str, float]] = {
-    "gemm1_alpha": ("activation_alpha", 1.0),
-    "gemm1_beta": ("activation_beta", 0.0),
-    "gemm1_clamp_limit": ("activation_limit", float("inf")),
-}
 #: Integers that no launcher does without.
 _INTEGERS = (
     "num_experts",
@@ -222,7 +206,7 @@ def _wrong_activation(
 ) -> Iterator[Finding]:
     experts = model.experts
     numbers = enum("ActivationType", flashinfer.release)
-    names = _ACTIVATIONS[experts.activation]
+    names = ACTIVATIONS[experts.activation]
     known = {number: name for name, number in numbers.items()}
     # Entry points without the argument have Swiglu kernels only.
     number = arguments.get("activation_type", numbers.get("Swiglu"))
@@ -235,7 +219,7 @@ def _wrong_activation(
 
 def _wrong_parameters(experts: ExpertsConfig, arguments: Arguments) -> Iterator[Finding]:
     """Parameters of the activation: all kinds of Swiglu are one kernel, told apart by them."""
-    for name, (field, neutral) in _PARAMETERS.items():
+    for name, (field, neutral) in PARAMETERS.items():
         stated = getattr(experts, field)
         wanted = neutral if stated is None else float(stated)
         got = _each(arguments.get(name), neutral)

@@ -12,6 +12,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.calls import arguments_of
 from pytest_moe_routing.oracle.effects import mask_notes
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -96,6 +97,8 @@ class Judgement:
     def record(self) -> VerdictRecord:
         """Return the judgement as plain data."""
         example = self.counterexample
+        calls = (self.call,) if self.verdict is Verdict.EXACT else self.exact
+        call = next(filter(None, calls), None)
         return VerdictRecord(
             model=str(self.model),
             scheme=self.scheme,
@@ -116,6 +119,7 @@ class Judgement:
             notes=(*self.downcasts, *self.notes),
             counterexample=None if example is None else example.as_dict(),
             exact=tuple(map(str, self.exact)),
+            call=None if call is None else arguments_of(self.model, call, self.flashinfer),
             obstacles=self.obstacles,
             site=self.site,
             opt_in=self.opt_in,

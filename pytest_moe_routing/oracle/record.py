@@ -136,6 +136,8 @@ class VerdictRecord(_Record):
         notes: Matters of precision, for a kernel that runs.
         counterexample: A token that is routed otherwise, as `Counterexample.as_dict` has it.
         exact: The calls that would have computed the model's router.
+        call: The call that computes the model exactly, as `calls.arguments_of` has it: the target's
+            own, or the first that would have; None if no kernel of the release does.
         obstacles: Why no fused kernel of the release runs the model, for a fallback.
         reason: Why there is no verdict.
         site: The code that makes the kernel call.
@@ -171,6 +173,7 @@ class VerdictRecord(_Record):
     notes: tuple[Finding, ...] = ()
     counterexample: dict[str, Any] | None = None
     exact: tuple[str, ...] = ()
+    call: dict[str, Any] | None = None
     obstacles: tuple[str, ...] = ()
     reason: str = ""
     site: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from pytest_moe_routing.oracle.verdict import Verdict
 if TYPE_CHECKING:
     from pytest_moe_routing.oracle.model_code import CodeJudgement
 
+#: Stands for a space at which a line must not break.
+_GLUE = "\0"
 #: What each verdict means.
 MEANINGS: Mapping[Verdict, str] = {
     Verdict.EXACT: "the fused kernel runs and computes the model's router",
@@ -45,7 +48,7 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
     Args:
         wanted_by, got_by: Who has the two values of a recipe's field.
     """
-    field, wanted, got = finding.field, _value(finding.wanted), _value(finding.got)
+    field, wanted, got = finding.field, value(finding.wanted), value(finding.got)
     match finding.kind:
         case Kind.RECIPE if finding.wanted is None and finding.got is None:
             return f"{field}: {finding.fact}"
@@ -71,7 +74,8 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
     return finding.fact
 
 
-def _value(value: object) -> str:
+def value(value: object) -> str:
+    """Return a value of a model or a call as a reader sees it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
@@ -129,12 +133,55 @@ def consequences(record: VerdictRecord) -> Iterator[str]:
     """Say what the kernel computes, what is wrong with it, and how precise it is."""
     if record.kernel is not None:
         yield f"  kernel   {record.kernel}"
-    for line in (*sentences(record.findings), *record.obstacles):
+    yield from reasons(record)
+
+
+def reasons(record: VerdictRecord) -> Iterator[str]:
+    """What is wrong or in the kernel's way, with a token that shows it; then notes."""
+    said = {f"{gate}: {reason}" for gate, reason in record.rejected_by.items()}
+    for line in (*sentences(record.findings), *(o for o in record.obstacles if o not in said)):
         yield f"  because  {line}"
     if record.counterexample is not None:
         yield from (f"    {line}" for line in token(record.counterexample))
     for note in record.notes:
         yield f"  note     {sentence(note)}"
+
+
+def calls(records: Sequence[VerdictRecord]) -> list[str]:
+    """The exact call that each record has: the arguments that are common, then each entry point."""
+    made = [(record.scheme, record.call) for record in records if record.call is not None]
+    if not made:
+        return []
+    method, first = made[0][1]["method"], made[0][1]["arguments"]
+    common = {
+        name: value
+        for name, value in first.items()
+        if all(call["arguments"].get(name, ...) == value for _, call in made)
+    }
+    label = "call" if records[0].verdict is Verdict.EXACT else "exact"
+    shown = f"{label:8} as {method}: {_listed(common, glue=_GLUE)}"
+    lines = [
+        line.replace(_GLUE, " ") for line in textwrap.wrap(shown, 78, subsequent_indent=" " * 9)
+    ]
+    for scheme, call in made:
+        own = {n: v for n, v in call["arguments"].items() if n not in common}
+        extra = f", with {_listed(own)}" if own else ""
+        lines.append(f"         to {call['function']} for {scheme}{extra}")
+    return [f"  {line}" for line in lines]
+
+
+def _listed(arguments: Mapping[str, Any], glue: str = " ") -> str:
+    shown = (f"{name}={_argument(value)}" for name, value in arguments.items())
+    return ", ".join(text.replace(" ", glue) for text in shown)
+
+
+def _argument(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    text = f"{value['dtype']}[{', '.join(map(str, value['shape']))}]"
+    if "value" in value:
+        text = f"{value['value']:g} ({text})"
+    return text + (f" / {value['divided_by']}" if "divided_by" in value else "")
 
 
 def reach(record: VerdictRecord) -> str:

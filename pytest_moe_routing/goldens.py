@@ -13,13 +13,19 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.inputs import parse_json, read_text
+from pytest_moe_routing.schemes import SERVED_SCHEMES
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.models import ModelSpec
 
 FORMAT = 1
 SUFFIX = ".golden.json"
+ROUTER = "router"
+ROUTING = "routing"
 #: How the name of a half-written file ends. One stays only if its process was killed.
 PARTIAL = ".partial"
 #: The largest golden has 12 kB.
@@ -42,6 +48,12 @@ def is_checkout(directory: Path) -> bool:
 
 def golden_path(folder: Path, name: str) -> Path:
     return folder / f"{name}{SUFFIX}"
+
+
+def names_of(model: ModelSpec) -> set[str]:
+    """Return the name of every golden that a model has."""
+    routing = set() if model.router.not_expressible else {ROUTING}
+    return {ROUTER, *routing, *(name for name in model.checkpoints if name in SERVED_SCHEMES)}
 
 
 def serialize(data: dict[str, Any]) -> str:

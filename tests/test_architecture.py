@@ -18,6 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: A module imports only what stands before its own package, and its own package.
 ORDER = [
     "escape",
+    "progress",
     "errors",
     "failure",
     "inputs",
@@ -36,6 +37,7 @@ ORDER = [
     "ledger",
     "session",
     "snapshot",
+    "starter",
     "report",
     "suite",
     "options",
@@ -65,6 +67,9 @@ WITHOUT_TORCH = [
     "kernels.gpu",
     "kernels.build",
     "report.collect",
+    "report.diff",
+    "report.explain",
+    "report.folders",
     "report.gpu",
 ]
 

@@ -25,13 +25,18 @@ def load_model(path: Path) -> ModelSpec:
             model is incomplete, and the message says what is missing.
     """
     file = path / FILE_NAME if path.is_dir() else path
-    model = _load(file)
+    model = load_any(file)
     if isinstance(model, IncompleteModel):
         raise ModelError(f"{file}: incomplete, so it cannot be judged: {model.incomplete}")
     return model
 
 
-def _load(file: Path) -> ModelSpec | IncompleteModel:
+def load_any(file: Path) -> ModelSpec | IncompleteModel:
+    """Read one `model.yaml`, be it complete or not.
+
+    Raises:
+        ModelError: As for `load_model`, an incomplete model excepted.
+    """
     root = _read(file)
     folder = file.resolve().parent
     if "incomplete" in root.entries:
@@ -99,7 +104,7 @@ def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteMo
             raise ModelError(f"{directory}: found no */{FILE_NAME}, expected a golden directory")
         names: dict[str, Path] = {}
         for file in files:
-            model = _load(file)
+            model = load_any(file)
             if model.model in names:
                 raise ModelError(
                     f"{file}: model: found {model.model!r} again, "

@@ -16,8 +16,6 @@ from pytest_moe_routing.reference.routing import route, weigh
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
-ROUTER = "router"
-ROUTING = "routing"
 _TOKENS = 2
 #: Rows of the pattern `not-finite` differ in kind: all kinds are frozen.
 _TOKENS_OF = {"not-finite": 5}
@@ -112,11 +110,3 @@ def _golden_ids(
     except (KeyError, TypeError, ValueError):
         return None
     return ids if ids.shape == like.shape and ids.dtype == torch.int64 else None
-
-
-def golden_names(model: ModelSpec) -> set[str]:
-    """Every golden that a model has."""
-    from pytest_moe_routing.schemes import SERVED_SCHEMES
-
-    routing = set() if model.router.not_expressible else {ROUTING}
-    return {ROUTER, *routing, *(name for name in model.checkpoints if name in SERVED_SCHEMES)}

@@ -21,7 +21,7 @@ def test_router(moe_model: ModelSpec, _moe_golden: Callable[[str, dict[str, Any]
     """What a model says of its router, and how it is classified in each FlashInfer release."""
     from pytest_moe_routing.suite import payloads
 
-    _moe_golden(payloads.ROUTER, payloads.router_payload(moe_model))
+    _moe_golden(goldens.ROUTER, payloads.router_payload(moe_model))
 
 
 def test_routing(moe_model: ModelSpec, _moe_golden: Callable[[str, dict[str, Any]], None]) -> None:
@@ -31,10 +31,10 @@ def test_routing(moe_model: ModelSpec, _moe_golden: Callable[[str, dict[str, Any
     if moe_model.router.not_expressible:
         pytest.skip(f"no recipe computes this router: {moe_model.router.not_expressible}")
     try:
-        stored = goldens.read(goldens.golden_path(moe_model.folder, payloads.ROUTING))
+        stored = goldens.read(goldens.golden_path(moe_model.folder, goldens.ROUTING))
     except MoERoutingError:
         stored = None
-    _moe_golden(payloads.ROUTING, payloads.routing_payload(moe_model, stored))
+    _moe_golden(goldens.ROUTING, payloads.routing_payload(moe_model, stored))
 
 
 def test_scheme(
@@ -48,10 +48,8 @@ def test_scheme(
 
 def test_no_stray_goldens(moe_model: ModelSpec) -> None:
     """A golden that no test reads would look like a decision and be none."""
-    from pytest_moe_routing.suite import payloads
-
     found = {path.name for path in moe_model.folder.glob(f"*{goldens.SUFFIX}")}
-    stray = found - {f"{name}{goldens.SUFFIX}" for name in payloads.golden_names(moe_model)}
+    stray = found - {f"{name}{goldens.SUFFIX}" for name in goldens.names_of(moe_model)}
     if stray:
         names = ", ".join(sorted(stray))
         pytest.fail(f"{moe_model.folder}: no test reads {names}; delete them", pytrace=False)

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
 
-SUITE = Path(__file__).resolve().parent / "suite"
-
 _SESSION = pytest.StashKey[MoESession]()
 _LEDGER = "moe-routing-ledger"
 #: The fixtures that make a test one of this plugin's, be it the suite's or the host's.
@@ -97,11 +95,37 @@ def pytest_configure(config: pytest.Config) -> None:
                 config.pluginmanager.register(LedgerWriter(session, Path(ledger)))
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
-    if golden:
+    _choose_arguments(config, golden)
+
+
+def _choose_arguments(config: pytest.Config, golden: bool) -> None:
+    """Resolve pasted ids of the suite's tests; without any, `--moe-golden` is the whole suite."""
+    given = config.args_source is config.ArgsSource.ARGS
+    if not golden and not given:
+        return
+    from pytest_moe_routing.suite.selection import SUITE, resolve
+
+    resolved = [resolve(argument) for argument in config.args] if given else []
+    config.args = [argument for argument, _ in resolved]
+    if golden and not any(is_of_suite for _, is_of_suite in resolved):
         # Files, not their folder: the host's python_files must not decide what is collected.
-        suite = [str(path) for path in sorted(SUITE.glob("test_*.py"))]
-        given = config.args_source is config.ArgsSource.ARGS
-        config.args = config.args + suite if given else suite
+        config.args += [str(path) for path in sorted(SUITE.glob("test_*.py"))]
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    """Give the suite's tests ids that are the same wherever the package is installed."""
+    if module_path.parent.name != "suite":
+        return None
+    from pytest_moe_routing.suite.selection import SUITE, module_id
+
+    if module_path.parent != SUITE:
+        return None
+    module: pytest.Module = pytest.Module.from_parent(
+        parent, path=module_path, nodeid=module_id(module_path)
+    )
+    return module
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

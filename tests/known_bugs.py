@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from wheels import find_wheel
 
-from pytest_moe_routing.plugin import SUITE
+from pytest_moe_routing.suite.selection import SUITE
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs/known-bugs.md"

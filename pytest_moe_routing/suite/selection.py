@@ -10,7 +10,28 @@ import pytest
 if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
 
-_SUITE = Path(__file__).resolve().parent
+SUITE = Path(__file__).resolve().parent
+#: What ids of the suite's tests begin with, wherever the package is installed.
+_PREFIX = "pytest_moe_routing/suite/"
+
+
+def module_id(path: Path) -> str:
+    """Return the id of a module of the suite: the same in a checkout and in site-packages."""
+    return f"{_PREFIX}{path.name}"
+
+
+def resolve(argument: str) -> tuple[str, bool]:
+    """Return an argument of the command line with its real path, and whether it is the suite's.
+
+    Ids of the suite's tests name a path that need not exist; pasted, they mean the suite.
+    """
+    path, colons, test = argument.partition("::")
+    before, prefix, name = path.replace("\\", "/").rpartition(_PREFIX)
+    is_pasted = bool(prefix) and not Path(path).exists() and (SUITE / name).is_file()
+    # What stands before it leads from the working directory to pytest's root directory.
+    if is_pasted and not before.strip("./"):
+        return f"{SUITE / name}{colons}{test}", True
+    return argument, Path(path).exists() and Path(path).resolve().is_relative_to(SUITE)
 
 
 def left_out(
@@ -33,7 +54,7 @@ def left_out(
         return "goldens of the builtin target"
     if not full_scale and "_moe_full_scale" in fixtures:
         return "at full scale (--moe-scale full)"
-    if item.path.parent != _SUITE:
+    if item.path.parent != SUITE:
         return ""
     name = item.name.partition("[")[0]
     asked = f"{config.option.markexpr} {config.option.keyword}"

@@ -60,6 +60,13 @@ def names(config: pytest.Config, name: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def choosing_goldens(config: pytest.Config) -> list[str]:
+    """Return the options of a run that choose which goldens are compared, models excepted."""
+    given = [("--moe-golden-dir", directory) for directory in option(config, "golden_dir") or []]
+    given += [("-m", config.option.markexpr)] if config.option.markexpr else []
+    return [str(word) for pair in given for word in pair]
+
+
 def check_choices(config: pytest.Config) -> None:
     """Raise `UsageError` if an option has a value that it does not take."""
     if option(config, "kernels"):

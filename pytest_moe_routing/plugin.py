@@ -316,7 +316,7 @@ def _moe_golden(
         if _is_updating(request.config):
             golden.update(request, name, data, lambda: _check_update(request.config))
         else:
-            golden.compare(moe_model, name, data)
+            golden.compare(moe_model, name, data, options.choosing_goldens(request.config))
 
     return check
 

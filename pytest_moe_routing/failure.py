@@ -34,12 +34,14 @@ class Failure:
         cause: A stable id, without models and their numbers: what a ledger names.
         case: The model and scheme, or whatever else of the test the cause concerns.
         lines: The explanation.
+        source: File and line of the target's code that is to blame, if they are known.
     """
 
     cause: str
     rank: Rank
     case: str
     lines: tuple[str, ...]
+    source: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"rank": int(self.rank), "lines": list(self.lines)}
@@ -84,4 +86,7 @@ def text_of(failures: Iterable[Failure], cases: Mapping[str, Iterable[str]] | No
 def failures_of(properties: Iterable[tuple[str, Any]]) -> list[Failure]:
     """Return the causes that a test stated in its user properties."""
     stated = dict(properties).get(PROPERTY, [])
-    return [Failure(f["cause"], Rank(f["rank"]), f["case"], tuple(f["lines"])) for f in stated]
+    return [
+        Failure(f["cause"], Rank(f["rank"]), f["case"], tuple(f["lines"]), f["source"])
+        for f in stated
+    ]

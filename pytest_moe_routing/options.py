@@ -8,33 +8,53 @@ from typing import Any
 
 import pytest
 
-# option, ini type, help; the ini twin of --moe-x is moe_x, and the command line wins.
+#: Option, ini type, what stands for its value, help. The ini twin of --moe-x is moe_x, and the
+#: command line wins.
 OPTIONS = (
-    ("golden", "bool", "run the golden suite: every model's routing, decisions and verdicts"),
-    ("target", "string", "what is judged: a target's name, or module:Class (default: builtin)"),
-    ("models", "args", "ids of models, as comma-separated shell patterns (default: all)"),
-    ("schemes", "args", "names of schemes, comma-separated (default: all)"),
-    ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
-    ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
-    ("config", "paths", "a Hugging Face config.json, or its folder; may be repeated"),
-    ("kernels", "string", "flashinfer, simulator[:FAULT], vllm[@PATH], sglang[@PATH] (flashinfer)"),
-    ("scale", "string", "sizes of fused MoE tests: reduced or full (default: reduced)"),
-    ("require-gpu", "bool", "fail unless at least one GPU test ran"),
-    ("min-gpu-tests", "string", "fail unless at least that many GPU tests ran"),
-    ("min-verdicts", "string", "fail unless so many verdicts were given (default: as is known)"),
-    ("known-failures", "paths", "a YAML ledger of failures that are known; may be repeated"),
-    ("write-known-failures", "string", "write a ledger of every cause that fails; a new file"),
-    ("report", "paths", "write the verdicts as .html, .md, .json or .jsonl; may be repeated"),
+    ("golden", "bool", "", "run the golden suite: every model's routing, decisions and verdicts"),
+    (
+        "target",
+        "string",
+        "NAME[@PATH]",
+        "what is judged: builtin (default), vllm, sglang, flashinfer or another registered target, "
+        "with the PATH of a wheel, an unpacked wheel or a checkout if it is not installed; or "
+        "module:Class",
+    ),
+    ("models", "args", "PATTERNS", "ids of models, as comma-separated shell patterns (all)"),
+    ("schemes", "args", "NAMES", "quantization schemes, comma-separated, such as nvfp4 (all)"),
+    (
+        "flashinfer",
+        "string",
+        "RELEASE",
+        "FlashInfer release to judge against (installed, or newest)",
+    ),
+    ("golden-dir", "paths", "DIR", "a golden directory over the packaged one; may be repeated"),
+    ("config", "paths", "FILE", "a Hugging Face config.json, or its folder; may be repeated"),
+    (
+        "kernels",
+        "string",
+        "NAME[@PATH]",
+        "kernels of the GPU tests: flashinfer (default), simulator, simulator:FAULT, vllm[@PATH] "
+        "or sglang[@PATH]",
+    ),
+    ("scale", "string", "reduced|full", "sizes of fused MoE tests (reduced)"),
+    ("require-gpu", "bool", "", "fail unless at least one GPU test ran"),
+    ("min-gpu-tests", "string", "N", "fail unless at least N GPU tests ran"),
+    ("min-verdicts", "string", "N", "fail unless N verdicts were given (as many as is known)"),
+    ("known-failures", "paths", "FILE", "a YAML ledger of known failures; may be repeated"),
+    ("write-known-failures", "string", "FILE", "write a ledger of every cause that fails"),
+    ("report", "paths", "FILE", "write a .html, .md, .json or .jsonl report; may be repeated"),
 )
 
 
 def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Add every option and its ini twin."""
     group = parser.getgroup("moe-routing", "Mixture-of-Experts routing")
-    for name, kind, text in OPTIONS:
+    for name, kind, metavar, text in OPTIONS:
         ini, dest = f"moe_{name}".replace("-", "_"), f"moe_{name}".replace("-", "_")
         action = {"bool": "store_true", "paths": "append"}.get(kind, "store")
-        group.addoption(f"--moe-{name}", dest=dest, action=action, default=None, help=text)
+        shown = {"metavar": metavar} if metavar else {}
+        group.addoption(f"--moe-{name}", dest=dest, action=action, default=None, help=text, **shown)
         parser.addini(ini, f"as --moe-{name}: {text}", type=kind, default=None)  # type: ignore[arg-type]
     if util.find_spec("syrupy") is None or pluginmanager.is_blocked("syrupy"):
         # syrupy's option, so that asking for it without syrupy gets an answer.

@@ -18,7 +18,13 @@ def _not_a_worker(monkeypatch):
 
     In CI pytest repeats whole messages in its short summary, which would be counted twice.
     """
-    for name in ("PYTEST_XDIST_WORKER", "CI", "BUILD_NUMBER"):
+    for name in (
+        "PYTEST_XDIST_WORKER",
+        "CI",
+        "BUILD_NUMBER",
+        "GITHUB_ACTIONS",
+        "GITHUB_STEP_SUMMARY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -156,13 +158,48 @@ def test_the_html_needs_nothing_and_lets_nothing_in(verdicts):
     known = Known(HOSTILE, "javascript:alert(1)")
     good = Known("known", 'https://example.com/?a=1&b="2"')
     records = [hostile(verdicts[0], known=known), replace(verdicts[1], known=good), gpu_test()]
-    document = Document(files.html.page(records))
-    assert not {"script", "link", "img", "iframe"} & set(document.tags)
+    text = files.html.page(records)
+    document = Document(text)
+    assert not {"link", "img", "iframe"} & set(document.tags)
+    # The one script is ours, and the browser runs no other.
+    assert document.tags.count("script") == 1
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert ("meta", "content", policy) in document.attributes
     assert not any(name in ("src", "onclick", "style") for _, name, _ in document.attributes)
     links = {value for _, name, value in document.attributes if name == "href"}
     assert {link for link in links if not link.startswith("#")} == {good.link}
-    anchors = {f"#{value}" for tag, name, value in document.attributes if name == "id"}
-    assert {link for link in links if link.startswith("#")} == anchors
+    anchors = [f"#{value}" for _, name, value in document.attributes if name == "id"]
+    assert len(anchors) == len(set(anchors))
+    assert {link for link in links if link.startswith("#")} <= set(anchors)
+
+
+def test_the_page_begins_with_what_fails(verdicts):
+    """Each cause once, with its other cases; then the matrix, then every model."""
+    passed = replace(verdicts[0], model="m", verdict=Verdict.EXACT, outcome="passed")
+    text = files.html.page([*verdicts[:2], passed, gpu_test(outcome="failed", message="assert 0")])
+    parts = [
+        '<h2 id="failures">Failures: 2</h2>',
+        "step-3.7-flash on fp8_block, decided by",
+        "  also     step-3.7-flash nvfp4",
+        "test_gpu_routing::test_model[plain-0]",
+        "assert 0",
+        '<h2 id="matrix">',
+        '<h2 id="models">',
+    ]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_markdown_fits_a_comment_and_says_what_does_not(verdicts):
+    many = [replace(verdicts[0], model=f"model-{n}", site=f"site-{n}") for n in range(200)]
+    text = files.markdown.page(many)
+    assert len(text) < 65_536
+    assert "## 200 causes fail" in text
+    assert re.search(r"\n\d+ more parts do not fit here; `--moe-report FILE.html` has them", text)
+    assert text.count("<details>") == text.count("</details>")
+    assert "do not fit" not in files.markdown.page(many[:3])
 
 
 def test_markdown_cannot_be_broken_out_of(verdicts):

@@ -15,7 +15,7 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.calls import arguments_of
 from pytest_moe_routing.oracle.effects import mask_notes
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning
-from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.finding import Finding, Kind, source_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.target import Captured, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
@@ -43,6 +43,7 @@ class Judgement:
         downcasts: What the target makes less precise for a kernel that runs.
         notes: Matters of precision in the kernel itself.
         site: The code that makes the kernel call.
+        source: Its file and line, from the root of the target's package on.
     """
 
     target: str
@@ -61,6 +62,7 @@ class Judgement:
     downcasts: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
     site: str = ""
+    source: str = ""
     opt_in: tuple[str, ...] = ()
 
     @cached_property
@@ -122,6 +124,7 @@ class Judgement:
             call=None if call is None else arguments_of(self.model, call, self.flashinfer),
             obstacles=self.obstacles,
             site=self.site,
+            source=self.source or source_of(self.findings),
             opt_in=self.opt_in,
         )
 
@@ -310,7 +313,7 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
             raise beyond
         captured = _assumed(target, model, scheme, method)
     call, wrong = captured.call, captured.wrong
-    base = replace(base, call=call, findings=wrong, site=captured.site)
+    base = replace(base, call=call, findings=wrong, site=captured.site, source=captured.source)
 
     def bad(verdict: Verdict, *more: Finding) -> Judgement:
         exact = tuple(exact_calls(model, scheme, flashinfer))

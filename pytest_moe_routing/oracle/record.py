@@ -141,6 +141,7 @@ class VerdictRecord(_Record):
         obstacles: Why no fused kernel of the release runs the model, for a fallback.
         reason: Why there is no verdict.
         site: The code that makes the kernel call.
+        source: File and line of the target's code that is to blame, if they are known.
         opt_in: Switches without which the target would not have taken this path.
         outcome: The outcome of the test that gave the verdict.
     """
@@ -177,6 +178,7 @@ class VerdictRecord(_Record):
     obstacles: tuple[str, ...] = ()
     reason: str = ""
     site: str = ""
+    source: str = ""
     opt_in: tuple[str, ...] = ()
     outcome: str = ""
     known: Known | None = None
@@ -215,7 +217,8 @@ class TestRecord(_Record):
         flashinfer: The FlashInfer release in words.
         device: The GPU, or why there is none.
         case: File, name and parameters of the test.
-        cause: A stable id of what is wrong; empty if the test names none.
+        causes: Stable ids of what is wrong; none if the test names none.
+        source: File and line of the target's code that is to blame, if they are known.
     """
 
     KIND: ClassVar[str] = "test"
@@ -228,6 +231,8 @@ class TestRecord(_Record):
     outcome: str
     message: str
     known: Known | None = None
+    causes: tuple[str, ...] = ()
+    source: str = ""
 
 
 Record = VerdictRecord | TestRecord

@@ -36,12 +36,14 @@ class Captured:
         site: The code that makes the call, and the entry point, as far as they are known.
         unknown: What cannot be known of the call, as a sentence. It is not judged then, unless
             something else is wrong with it.
+        source: File and line of the target's code that makes the call, if they are known.
     """
 
     call: KernelCall | None
     findings: tuple[Finding, ...] = ()
     site: str = ""
     unknown: str = ""
+    source: str = ""
 
     @property
     def wrong(self) -> tuple[Finding, ...]:

@@ -18,10 +18,15 @@ MAX_BYTES = 30_000_000
 _MAX_LINE = 2_000_000
 
 
+def ordered(records: Iterable[Record]) -> list[Record]:
+    """Return records in the order of what they are about, those of failed tests first."""
+    return sorted(records, key=lambda record: (record.outcome != "failed", record.key))
+
+
 def dump(records: Iterable[Record]) -> str:
-    """Write records as JSON lines, in the order of what they are about."""
-    ordered = sorted(records, key=lambda record: record.key)
-    return "".join(json.dumps({"format": FORMAT, **record.as_dict()}) + "\n" for record in ordered)
+    """Records as JSON lines, failures first."""
+    lines = (json.dumps({"format": FORMAT, **record.as_dict()}) for record in ordered(records))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def load(file: Path) -> list[Record]:

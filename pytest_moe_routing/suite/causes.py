@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.failure import Failure, Rank
-from pytest_moe_routing.oracle.finding import Finding
+from pytest_moe_routing.oracle.finding import Finding, source_of
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import text
@@ -38,7 +38,8 @@ def of_verdict(record: VerdictRecord) -> Failure:
     # A gate that accepts says nothing about what is wrong.
     lines = [line for line in text.story(record) if not line.startswith("  gate     all accept")]
     rank = _RANKS.get(record.verdict, Rank.LOUD)
-    return Failure(record.cause, rank, f"{record.model} {record.scheme}", tuple(lines))
+    case = f"{record.model} {record.scheme}"
+    return Failure(record.cause, rank, case, tuple(lines), record.source)
 
 
 def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
@@ -94,7 +95,8 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
         "which get other experts",
     )
     cause = _id("downcast", downcast.field, judgement.site)
-    return Failure(cause, Rank.DOWNCAST, f"{record.model} {record.scheme}", lines)
+    case = f"{record.model} {record.scheme}"
+    return Failure(cause, Rank.DOWNCAST, case, lines, record.source)
 
 
 def of_model_code(judgement: CodeJudgement) -> Failure:
@@ -102,7 +104,8 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
     fields = "+".join(dict.fromkeys(finding.field for finding in judgement.findings))
     cause = _id("model-code", fields, judgement.request.block)
     lines = tuple(text.model_code(judgement))
-    return Failure(cause, Rank.SILENT, judgement.model.id, lines)
+    source = source_of(judgement.findings)
+    return Failure(cause, Rank.SILENT, judgement.model.id, lines, source)
 
 
 def of_sweep(cause: Cause) -> Failure:

@@ -186,7 +186,9 @@ class SglangTarget(FrameworkTarget):
         arriving = None if captured.call is None else captured.call.logits_dtype
         if (answer["logits_dtype"], arriving) == ("bfloat16", "float32"):
             findings.append(Finding(Kind.DOWNCAST, "gate", "float32", "bfloat16"))
-        return Captured(captured.call, tuple(findings), answer["function"], unknown)
+        # The line of the model's code that makes the layer.
+        source = "" if answer["place"] == "?" else f"sglang/srt/{answer['place']}"
+        return Captured(captured.call, tuple(findings), answer["function"], unknown, source)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

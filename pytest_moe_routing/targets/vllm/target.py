@@ -194,7 +194,9 @@ class VllmTarget(FrameworkTarget):
                     # A way that is only less precise than the other has its downcast reported.
                     if not (takes and finding.field in _DTYPES)
                 ]
-        return Captured(first, tuple(_distinct(findings)), _site(answer["calls"][0]))
+        made = answer["calls"][0]
+        findings = list(_distinct(findings))
+        return Captured(first, tuple(findings), _site(made), source=made.get("at", ""))
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
         """Return what the routers of vLLM's factory compute on CUDA and on its CPU platform."""

@@ -267,7 +267,7 @@ def _recorded(
         ) from error
     except Reached as reached:
         arguments = {name: plain(value, named) for name, value in reached.arguments.items()}
-        return {"function": reached.function, "arguments": arguments}
+        return {"function": reached.function, "arguments": arguments, "at": _place(reached)}
     except _REFUSALS as error:
         if Stub.asked:
             raise TargetError(f"{_text(error)}, after stubs: {', '.join(Stub.asked)}") from error
@@ -339,12 +339,26 @@ def _kernel(experts: Any, layer: _Layer) -> Any:
 
 def _raised(error: BaseException) -> dict[str, str]:
     """Describe an exception: `type`, `message`, and the line of vLLM that raised it."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/vllm/" in f.filename]
-    message, where = " ".join(str(error).split())[:300], ""
-    if frames:
-        where = f"vllm/{frames[-1].filename.rpartition('/vllm/')[2]}:{frames[-1].lineno}"
+    message = " ".join(str(error).split())[:300]
+    if frames := _frames(error):
         message = message or f"{frames[-1].line}"
-    return {"type": type(error).__name__, "message": message, "where": where}
+    return {"type": type(error).__name__, "message": message, "where": _place(error)}
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of vLLM's code that an exception came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # This package has a folder of the same name.
+    ours = "/pytest_moe_routing/"
+    return [f for f in frames if "/vllm/" in f.filename and ours not in f.filename]
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of vLLM's code that an exception came through, as `vllm/FILE:LINE`."""
+    frames = _frames(error)
+    if not frames:
+        return ""
+    return f"vllm/{frames[-1].filename.rpartition('/vllm/')[2]}:{frames[-1].lineno}"
 
 
 def _text(error: BaseException) -> str:

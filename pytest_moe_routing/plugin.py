@@ -91,6 +91,12 @@ def pytest_configure(config: pytest.Config) -> None:
             config.pluginmanager.register(gpus, "moe-routing-gpus")
             config.pluginmanager.register(Reporter(session, paths=reports), "moe-routing-reporter")
             config.pluginmanager.register(Grouping(), "moe-routing-grouping")
+            slow = {"test_config_sweep"} if golden and not session.is_builtin else set()
+            slow |= {"test_gpu_moe"} if option(config, "scale") == "full" else set()
+            if slow:
+                from pytest_moe_routing.report.slow import SlowTests
+
+                config.pluginmanager.register(SlowTests(config, slow))
             if ledger := option(config, "write_known_failures"):
                 config.pluginmanager.register(LedgerWriter(session, Path(ledger)))
     except MoERoutingError as error:

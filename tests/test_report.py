@@ -99,7 +99,8 @@ def test_runs_of_several_machines_merge(tmp_path, verdicts, capsys):
     assert sorted(t["outcome"] for t in data["tests"]) == ["failed", "passed", "skipped"]
     page = Document((tmp_path / "all.html").read_text())
     text = (tmp_path / "all.md").read_text()
-    for shown in (text, " ".join(page.text["td"])):
+    cells = " ".join(text for tag in ("th", "td", "a") for text in page.text[tag])
+    for shown in (text, cells):
         assert "step-3.7-flash" in shown
         assert "1 failed, 1 passed" in shown
     for shown in (text, "".join(page.text["pre"])):

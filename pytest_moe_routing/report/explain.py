@@ -141,7 +141,7 @@ def _name(record: VerdictRecord) -> str:
 
 
 def _overview(records: Sequence[VerdictRecord]) -> list[str]:
-    """A row for each scheme: can it run, is it exact, as what."""
+    """Return a row for each scheme: can it run, is it exact, as what."""
     runs = {Verdict.EXACT: "yes", Verdict.WRONG: "yes"}
     table = [["scheme", "runs", "verdict", "method", "who can meet it"]]
     for record in records:

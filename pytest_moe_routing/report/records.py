@@ -24,7 +24,7 @@ def ordered(records: Iterable[Record]) -> list[Record]:
 
 
 def dump(records: Iterable[Record]) -> str:
-    """Records as JSON lines, failures first."""
+    """Write records as JSON lines, failures first."""
     lines = (json.dumps({"format": FORMAT, **record.as_dict()}) for record in ordered(records))
     return "".join(f"{line}\n" for line in lines)
 

@@ -137,7 +137,7 @@ def consequences(record: VerdictRecord) -> Iterator[str]:
 
 
 def reasons(record: VerdictRecord) -> Iterator[str]:
-    """What is wrong or in the kernel's way, with a token that shows it; then notes."""
+    """Yield what is wrong or in the kernel's way, with a token that shows it; then notes."""
     said = {f"{gate}: {reason}" for gate, reason in record.rejected_by.items()}
     for line in (*sentences(record.findings), *(o for o in record.obstacles if o not in said)):
         yield f"  because  {line}"
@@ -148,7 +148,7 @@ def reasons(record: VerdictRecord) -> Iterator[str]:
 
 
 def calls(records: Sequence[VerdictRecord]) -> list[str]:
-    """The exact call that each record has: the arguments that are common, then each entry point."""
+    """Return the lines of the exact calls: the arguments in common, then each entry point."""
     made = [(record.scheme, record.call) for record in records if record.call is not None]
     if not made:
         return []

@@ -358,8 +358,9 @@ def _place(error: BaseException) -> str:
     frames = _frames(error)
     if not frames:
         return ""
-    # Wrappers around FlashInfer's functions make every call.
-    frames = [frame for frame in frames if "/vllm/utils/" not in frame.filename] or frames
+    if isinstance(error, Reached):
+        # Wrappers around FlashInfer's functions make every call.
+        frames = [frame for frame in frames if "/vllm/utils/" not in frame.filename] or frames
     return f"vllm/{frames[-1].filename.rpartition('/vllm/')[2]}:{frames[-1].lineno}"
 
 

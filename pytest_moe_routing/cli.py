@@ -171,7 +171,7 @@ def _init(arguments: argparse.Namespace) -> int:
     if arguments.model not in models:
         raise MoERoutingError(f"no model {arguments.model!r}; models: {', '.join(models)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise MoERoutingError(f"{directory}: found something there, expected nothing yet")
+        raise MoERoutingError(f"{directory}: already exists and is not empty")
     model = models[arguments.model]
     source = model.folder / "model.yaml"
     # As it stands, with its comments, unless it is like a model that would not be there.

@@ -142,7 +142,7 @@ UNKNOWN = [
     (groups(block_structure=[64, 64], **FP8), "in other blocks than [128, 128]"),
     (groups(["re:.*down_proj"], **NVFP4), "cover the experts of layer 3, or parts"),
     (groups([r"re:.*experts\.0\..*"], **NVFP4), "cover the experts of layer 3, or parts"),
-    (groups(["re:("], **NVFP4), "is no regular expression"),
+    (groups(["re:("], **NVFP4), "is not a regular expression"),
     (groups(["re:(a*)*b"], **NVFP4), "is too complicated"),
     (groups(["re:(.*)(.*)(.*)(.*)(.*)(.*)x"], **NVFP4), "is too complicated"),
     (groups(["re:(x).*\\1"], **NVFP4), "is too complicated"),

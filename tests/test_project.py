@@ -43,7 +43,7 @@ def test_the_workflow_runs_what_ci_runs_and_environments_that_exist():
 def test_actions_are_pinned_by_hash():
     texts = [p.read_text("utf-8") for p in (ROOT / ".github").rglob("*.yml")]
     texts.append((ROOT / "docs/ci.md").read_text("utf-8"))
-    uses = [use for text in texts for use in re.findall(r"\buses: (.*)", text)]
+    uses = [use for text in texts for use in re.findall(r"- uses: (.*)", text)]
     assert len(uses) >= 4
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use) for use in uses)
 
@@ -85,4 +85,4 @@ def test_the_changelog_says_what_is_not_released():
 
 
 def test_coverage_has_a_floor():
-    assert PROJECT["tool"]["coverage"]["report"]["fail_under"] >= 60
+    assert PROJECT["tool"]["coverage"]["report"]["fail_under"] >= 65

@@ -154,7 +154,11 @@ def test_a_later_directory_can_complete_a_model(write, tmp_path):
     ("old", "new", "expected"),
     [
         ("num_experts: 8", "num_experts: -8", ":4: router.num_experts: found '-8'"),
-        ("num_experts: 8", "num_expert: 8", ":4: router.num_expert: found an unknown key"),
+        (
+            "num_experts: 8",
+            "num_expert: 8",
+            ":4: router.num_expert: unknown key; did you mean num_experts?",
+        ),
         ("architecture: BaseForCausalLM\n", "", ":1: architecture: found nothing"),
         ("incomplete:", "hf_repo: x\nincomplete:", ":3: hf_repo: found 'x', expected owner/name"),
     ],

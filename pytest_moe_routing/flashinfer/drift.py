@@ -80,7 +80,7 @@ def examine(package: Package) -> Examination:
         parse_release(package.release)
     except ValueError:
         raise ReleaseError(
-            f"{package.path}: {shorten(repr(package.release))} is no release"
+            f"{package.path}: {shorten(repr(package.release))} is not a release"
         ) from None
     flashinfer = FlashInfer.of(package.release)
     methods = package.enums.get(_ENUM, {})

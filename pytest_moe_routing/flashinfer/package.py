@@ -108,7 +108,7 @@ class Package:
             return stated[1]
         checkout = self._text("version.txt")
         if checkout is None:
-            raise ReleaseError(f"{self.path}: does not say which release it is")
+            raise ReleaseError(f"{self.path}: does not state its release")
         return checkout.strip()
 
     def tree(self, name: str) -> ast.Module | None:

@@ -137,7 +137,9 @@ def find(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
     near = dict.fromkeys(names[n] for n in get_close_matches(_last(wanted), names, n=3))
     hint = f"did you mean {' or '.join(near)}?" if near else "moe-routing models lists them"
     shown = name if len(name) <= 60 else f"{name[:57]}..."
-    raise ModelError(f"{shown!r} is no file and none of the {len(models)} known models; {hint}")
+    raise ModelError(
+        f"{shown!r} is neither a file nor one of the {len(models)} known models; {hint}"
+    )
 
 
 def _last(repository: str) -> str:

@@ -78,7 +78,7 @@ class Section:
         for key, item in schema(cls).items():
             if key not in values and is_required(item):
                 expected = item.metadata.get("kind", "a mapping of keys to values")
-                self.fail(key, "nothing: the key is missing", str(expected))
+                self.fail(key, "no such key", str(expected))
         built = cls(**values)
         for key, found, expected in built.problems():
             self.fail(key, found, expected)
@@ -91,7 +91,8 @@ class Section:
             if key not in keys:
                 near = get_close_matches(key, keys, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(keys)}"
-                self.fail(key, "an unknown key", hint)
+                place, path = self.entries[key], shorten(self._path(key), 120)
+                raise ModelError(f"{place.file}:{place.line}: {path}: unknown key; {hint}")
         values: dict[str, Any] = {}
         for key, item in keys.items():
             if key in SECTIONS:

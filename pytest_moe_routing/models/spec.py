@@ -206,7 +206,7 @@ class ModelSpec(_Described):
         defaulted: Keys of `router` and `experts` whose values the config does not state: they are
             the defaults of the config class.
         contradicted: What the config states for keys of `router` and `experts`, where transformers
-            computes what stands in those, whatever the config states. Some frameworks honor it.
+            computes their values, whatever the config states. Some frameworks honor it.
         disputed: What code computes that ignores the config's keys for values of `router`, where
             some frameworks honor them and others, transformers among them, do not.
         unknown_architectures: Those of `architectures` that are not known.

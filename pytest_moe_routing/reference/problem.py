@@ -74,7 +74,9 @@ class MoEProblem:
             layer = replace(layer, weight_on=recipe.weight_on)
         if routing is None:
             if recipe is None or logits is None:
-                raise LayerError("found neither a routing nor a recipe with logits, expected one")
+                raise LayerError(
+                    "the problem has neither a routing nor a recipe with logits, and needs one"
+                )
             routing = route(logits, recipe, bias)
         return cls(hidden, experts, layer, routing, recipe, logits, bias, shard)
 

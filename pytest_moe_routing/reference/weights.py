@@ -223,7 +223,7 @@ class SafetensorsExperts:
     def _get(self, name: str, *, required: bool = True) -> Any:
         if name not in self._where:
             if required:
-                raise LayerError(f"{self.folder}: no tensor {name}")
+                raise LayerError(f"{self.folder} has no tensor {name}")
             return None
         return self._where[name].get_tensor(name)
 

@@ -165,7 +165,7 @@ def _names(levels: list[Section]) -> list[str]:
 def _fail(levels: list[Section], families: Table) -> NoReturn:
     root, names = levels[0], _names(levels)[:3]
     if not names:
-        root.fail("architectures", "nothing: neither it nor model_type is there", "a list of names")
+        root.fail("architectures", "neither this key nor model_type", "a list of names")
     stated = {key: value for level in levels for key, value in level.values.items() if value}
     if not any(map(about_routing, stated)):
         raise ModelError(

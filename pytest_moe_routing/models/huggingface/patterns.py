@@ -147,7 +147,7 @@ def _compile(text: str) -> re.Pattern[str]:
         try:
             tree = parser.parse(expression)
         except (re.error, RecursionError, OverflowError) as error:
-            raise PatternError(f"the pattern {text[:40]!r} is no regular expression") from error
+            raise PatternError(f"the pattern {text[:40]!r} is not a regular expression") from error
         if sum(_repeats(tree)) > _MAX_REPEATS:
             raise PatternError(f"the pattern {text[:40]!r} is too complicated")
         return re.compile(expression)

@@ -74,7 +74,7 @@ class Apart(World):
 
 
 def _stand_ins() -> dict[str, Any]:
-    """Return what stands in for vLLM's own, by bare name: such things move between releases."""
+    """Return what replaces vLLM's own, by bare name: such things move between releases."""
     group = stubs.known(
         "group",
         device_group=stubs.known("device_group", size=lambda: 1, rank=lambda: 0),

@@ -151,7 +151,13 @@ _CONDITIONS = re.compile(r"([<>=!%]+\w+ ?)+")
 
 def of_data(text: str) -> Iterator[tuple[str, str, Callable[[], str]]]:
     """Yield place, change and maker of the changed text of a YAML file: a number, switch or release."""
-    scalars = list(_scalars(yaml.compose(text)))
+    # What an alias stands for is met again: one place of the file is one change.
+    scalars = list(
+        {
+            node.start_mark.index: (place, node)
+            for place, node in reversed(list(_scalars(yaml.compose(text))))
+        }.values()
+    )[::-1]
     releases = {node.value for _, node in scalars if _RELEASE.fullmatch(node.value)}
     ordered = sorted(releases, key=Version)
     for place, node in scalars:

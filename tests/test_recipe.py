@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.logits import bell
+from pytest_moe_routing.reference.routing import route
+from pytest_moe_routing.routing import METHODS, Recipe
 
 WORDS = {
     "softmax -> top 1": {},
@@ -37,3 +40,13 @@ WORDS = {
 @pytest.mark.parametrize("words", WORDS)
 def test_a_recipe_in_words(words):
     assert str(Recipe(**WORDS[words])) == words
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_the_weights_of_flashinfers_methods_are_bfloat16_numbers(method):
+    """Its kernels write `topk_weights` in bfloat16, whatever the dtype of the logits is."""
+    recipe = METHODS[method].bind(top_k=3, routed_scaling_factor=2.3)
+    weights = route(bell(8, 16, seed=1), recipe).topk_weights
+    assert torch.equal(weights, weights.to(torch.bfloat16).to(weights.dtype))
+    float32 = route(bell(8, 16, seed=1), Recipe(top_k=3)).topk_weights
+    assert not torch.equal(float32, float32.to(torch.bfloat16).to(float32.dtype))

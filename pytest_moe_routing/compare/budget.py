@@ -101,7 +101,7 @@ def bounded_moe(
     with torch.no_grad():
         x = real_input(hidden, layer, torch.float64)
         value, error, size = (torch.zeros_like(x) for _ in range(3))
-        for number, tokens, weight in slots_by_expert(routing, shard, torch.float64):
+        for number, tokens, weight in slots_by_expert(routing, len(experts), shard, torch.float64):
             rows = _expert(x[tokens], experts[number], layer, weight, arithmetic)
             if layer.weight_on == "output":
                 weight = weight.unsqueeze(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from packaging.version import Version
 from wheels import wheels_since
 
 from pytest_moe_routing.errors import Unsupported
@@ -269,6 +270,29 @@ def test_release_history(target, model, scheme):
         pytest.skip(f"the verdict on {model} in {target} was not confirmed by reading")
     found = judge(target, MODELS[model], scheme)
     assert found.verdict == expected, "\n".join(story(found.record()))
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "is_default"),
+    [
+        ("deepseek-r1", "fp8_block", True),
+        ("qwen3-30b-a3b", "nvfp4", True),
+        # SGLang names the runner that is given experts and weights.
+        ("minimax-m2", "nvfp4", False),
+        # It names none, and the layer chooses another one.
+        ("llama-4-scout", "fp8_block", False),
+        ("llama-4-scout", "nvfp4", False),
+        ("llama-4-scout", "fp8_per_tensor", True),
+    ],
+)
+def test_release_chooses_the_runner_or_has_to_be_told(target, model, scheme, is_default):
+    """Confirmed by reading arg_groups/overrides.py and model_overrides of 0.5.18 to 0.5.23."""
+    if Version(target.version()) < Version("0.5.18"):
+        pytest.skip("this release chooses runners in another way")
+    switch = () if is_default else ("--moe-runner-backend flashinfer_trtllm",)
+    record = judge(target, MODELS[model], scheme).record()
+    assert record.opt_in == switch
+    assert (record.reach == "only with an opt-in switch") is (not is_default)
 
 
 RAISING = """

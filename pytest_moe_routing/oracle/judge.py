@@ -282,7 +282,7 @@ def _asked(
         classification=classification,
         gates=gates,
         wanted=recipe_of(model.router),
-        opt_in=target.opt_in(scheme),
+        opt_in=target.opt_in(model, scheme),
     )
 
 

@@ -116,8 +116,8 @@ class Target:
         """Return the call that the target's own code makes; None if it is not recorded."""
         return None
 
-    def opt_in(self, scheme: str) -> tuple[str, ...]:
-        """Switches without which the target would not take its fused path for a scheme."""
+    def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
+        """Switches without which the target would not take its fused path for a model."""
         return ()
 
     def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:

@@ -80,7 +80,10 @@ _ANSWERS: Mapping[str, Any] = {
     "method_numbers": dict[str, int],
     "accepted_quantizations": list[str | None] | None,
     "capture": _Answer,
+    "default_runner": str,
 }
+#: The runner that is judged, and what a layer chooses further from.
+_RUNNER, _AUTO = "flashinfer_trtllm", "auto"
 
 
 class SglangTarget(FrameworkTarget):
@@ -117,6 +120,7 @@ class SglangTarget(FrameworkTarget):
         routers = Probe(name, module, *arguments, answers=ANSWERS)
         self._routers = RouterProbes([routers], self.routers, lambda m: {"config": config_of(m)})
         self._answers: dict[str, dict[str, Any] | Unsupported] = {}
+        self._runners: dict[str, str | None] = {}
 
     def close(self) -> None:
         self._probe.close()
@@ -159,6 +163,42 @@ class SglangTarget(FrameworkTarget):
                 "the kernel routes", refused is None, refused or "", by_choice=answer["by_choice"]
             ),
         )
+
+    def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
+        """Return the switch of the runner, where SGLang does not choose the TRT-LLM runner by itself.
+
+        Where the server leaves the choice to the layer, the block is run so as well.
+        """
+        runner = self._default_runner(model, scheme)
+        if runner in (None, _RUNNER):
+            return ()
+        if runner == _AUTO:
+            try:
+                if self._run(model, scheme, _AUTO) == self._run(model, scheme):
+                    return ()
+            except Unsupported:
+                # The layer chooses something that does not run here: not the TRT-LLM runner.
+                pass
+        return (f"--moe-runner-backend {_RUNNER}",)
+
+    def _default_runner(self, model: ModelSpec, scheme: str) -> str | None:
+        """Return the runner of a server to which none was named; None where that is not known."""
+        row = self._row(scheme)
+        in_checkpoint = row["in_checkpoint"]
+        is_said = in_checkpoint is not None and in_checkpoint["quant_method"] != row["quantization"]
+        question = {
+            "architecture": model.architecture,
+            "config": config_of(model),
+            "quantization": row["quantization"] if is_said else None,
+            "in_checkpoint": in_checkpoint,
+        }
+        key = json.dumps(question, sort_keys=True)
+        if key not in self._runners:
+            try:
+                self._runners[key] = self._probe.ask("default_runner", **question)
+            except Unsupported:
+                self._runners[key] = None
+        return self._runners[key]
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """Return the call that the model's block ends in, on the second of two ranks."""
@@ -207,13 +247,14 @@ class SglangTarget(FrameworkTarget):
             raise self.not_served(scheme)
         return rows[scheme]
 
-    def _run(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+    def _run(self, model: ModelSpec, scheme: str, runner: str = _RUNNER) -> dict[str, Any]:
         """One run of the model's block, remembered."""
         question = {
             "architecture": model.architecture,
             "config": config_of(model),
             "scheme": scheme,
             "quantization": self._row(scheme)["config"],
+            "runner": runner,
         }
         key = json.dumps(question, sort_keys=True)
         if key not in self._answers:

@@ -26,9 +26,16 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import DoesNotBind, plain
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.sglang.probe.default_runner import default_runner
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.weights import stand_in_weights
-from pytest_moe_routing.targets.sglang.probe.world import Call, RoutedOutside, enter
+from pytest_moe_routing.targets.sglang.probe.world import (
+    TRTLLM,
+    Call,
+    RoutedOutside,
+    choose_runner,
+    enter,
+)
 from pytest_moe_routing.targets.stubs import Stub
 
 #: More than the largest batch of any special gate kernel.
@@ -68,6 +75,7 @@ class Blocks:
         definitions = stubs.definitions("sglang", root)
         self.names = Names(Contract.of("sglang"), version, definitions, stubs.real_module)
         self.sources = Sources(self.names, root)
+        self._defaults = cache(self.sources.server_defaults)
         self._enter = cache(lambda: enter(self.names, root, flashinfer, self.calls))
         torch.set_default_dtype(torch.bfloat16)
         torch.set_grad_enabled(False)
@@ -82,12 +90,30 @@ class Blocks:
         self.names.require("verdicts")
         return self.sources.accepted_quantizations()
 
+    def default_runner(
+        self,
+        architecture: str,
+        config: dict[str, Any],
+        quantization: str | None,
+        in_checkpoint: dict[str, Any] | None,
+    ) -> str:
+        """Return the runner of a server to which none was named; see `default_runner`."""
+        self.names.require("verdicts")
+        self._enter()
+        if not self.names.expects("overrides-collect"):
+            raise Unsupported("this release chooses runners in a way that the probe does not know")
+        defaults = self._defaults()
+        return default_runner(
+            self.names, defaults, architecture, config, quantization, in_checkpoint
+        )
+
     def capture(
         self,
         architecture: str,
         config: dict[str, Any],
         scheme: str,
         quantization: Mapping[str, Any] | None,
+        runner: str = TRTLLM,
     ) -> dict[str, Any]:
         """Return what the model's code asks for, and what reaches the kernel.
 
@@ -97,12 +123,14 @@ class Blocks:
             scheme: Name of the quantization scheme.
             quantization: `name`, a row of the contract, and `arguments` of the quantization config,
                 see `configs.yaml`; None for a model that is not quantized.
+            runner: What `--moe-runner-backend` says.
 
         Raises:
             Unsupported: The block cannot be found, built or run, or there are several that differ.
         """
         self.names.require("verdicts", scheme)
         self._enter()
+        choose_runner(runner)
         answers: dict[str, dict[str, Any]] = {}
         for module, name, given in self.sources.blocks(architecture):
             block = f"{module.removeprefix('sglang.srt.')}.{name}"
@@ -320,7 +348,7 @@ def _saw_a_stub(error: Exception) -> bool:
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Return what answers questions about an SGLang."""
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
-    names = ("method_numbers", "accepted_quantizations", "capture")
+    names = ("method_numbers", "accepted_quantizations", "default_runner", "capture")
     return {name: getattr(blocks, name) for name in names}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -131,10 +132,7 @@ class Sources:
         Raises:
             Unsupported: The assertion is not where the contract expects it.
         """
-        modules = [self.names.spelling("server-arguments").module]
-        if self.names.has("server-argument-groups"):
-            groups = self.names.spelling("server-argument-groups").module
-            modules += list_modules(self.root, groups)
+        modules = self._server_modules()
         for module in modules:
             if _RUNNER not in self.source(module):
                 continue
@@ -149,6 +147,33 @@ class Sources:
                 f"{self.names.version} assert nothing about the quantizations of {_RUNNER}"
             )
         return None
+
+    def server_defaults(self) -> dict[str, Any]:
+        """Return the constants that the fields of a server's arguments have if they are not given.
+
+        The lists of a server's choices are among them, by their own names.
+        """
+        found: dict[str, Any] = {}
+        for module in self._server_modules():
+            body = self.tree(module).body
+            classes = [node.body for node in body if isinstance(node, ast.ClassDef)]
+            for node in [*body, *(node for inner in classes for node in inner)]:
+                if isinstance(node, ast.AnnAssign):
+                    target: ast.expr = node.target
+                elif isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
+                    target = node.targets[0]
+                else:
+                    continue
+                if isinstance(target, ast.Name) and node.value is not None:
+                    with suppress(ValueError):
+                        found[target.id] = ast.literal_eval(node.value)
+        return found
+
+    def _server_modules(self) -> list[str]:
+        modules = [self.names.spelling("server-arguments").module]
+        if self.names.has("server-argument-groups"):
+            modules += list_modules(self.root, self.names.spelling("server-argument-groups").module)
+        return modules
 
     def _makes_experts(self, node: ast.stmt) -> bool:
         """Return whether a class has both a router and SGLang's MoE layer made."""

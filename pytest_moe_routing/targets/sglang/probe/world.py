@@ -26,6 +26,16 @@ Call = tuple[str, dict[str, Any]]
 EP_SIZE, EP_RANK = 2, 1
 
 
+#: The runner that is named on the command line of a server, by its name there.
+TRTLLM = "flashinfer_trtllm"
+_chosen = [TRTLLM]
+
+
+def choose_runner(runner: str) -> None:
+    """Have SGLang told from now on that this runner was chosen."""
+    _chosen[0] = runner
+
+
 class RoutedOutside(Exception):
     """SGLang chooses the experts itself; no fused kernel routes."""
 
@@ -88,12 +98,22 @@ class Options:
             raise AttributeError(name)
 
 
+class _Server(Options):
+    """The options of a server to which nothing was said but the runner."""
+
+    @property
+    def moe_runner_backend(self) -> str:
+        return _chosen[0]
+
+
 def _utilities() -> dict[str, Any]:
     return {
         "add_prefix": lambda name, prefix: f"{prefix}.{name}" if prefix else name,
         "copy_or_rebind_param": _keep,
         "ceil_div": lambda x, to: -(-x // to),
         "get_bool_env_var": lambda _, default="false": default.lower() in ("1", "true"),
+        "get_quantization_config": lambda c: (c.quantization_config or {}).get("quant_method"),
+        "has_fp8_weights_in_checkpoint": lambda *_: False,
         "get_device_capability": lambda *_: (10, 0),
         "get_device_sm": lambda *_: 100,
         "get_platform": lambda: stubs.known("platform", is_blackwell=True, is_sm100=True),
@@ -154,8 +174,7 @@ def _parallel() -> dict[str, Any]:
 
 def _options(names: Names) -> dict[str, Any]:
     """Make a server with the runner as its only argument, and what follows from it."""
-    options = Options(
-        moe_runner_backend="flashinfer_trtllm",
+    options = _Server(
         disable_shared_experts_fusion=True,
         ep_num_redundant_experts=0,
     )
@@ -274,15 +293,15 @@ def _quantizers() -> dict[str, Any]:
 
 
 def _choose_runner(names: Names) -> None:
-    """SGLang's own MoE package, told that the TRT-LLM runner was chosen, and nothing else."""
-    runner = names.get("runners.FLASHINFER_TRTLLM")
+    """SGLang's own MoE package, told that a runner was chosen, and nothing else."""
+    runners = names.get("runners")
     communication = names.get("communications.NONE")
 
     def select_experts(*_: Any, **__: Any) -> Any:
         raise RoutedOutside
 
     for key, function in (
-        ("runner", lambda: runner),
+        ("runner", lambda: runners(_chosen[0])),
         ("communication", lambda: communication),
         ("select-experts", select_experts),
     ):

@@ -165,7 +165,7 @@ class SglangTarget(FrameworkTarget):
         )
 
     def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
-        """Return the switch of the runner, where SGLang does not choose the TRT-LLM runner by itself.
+        """Return the runner's switch, where SGLang does not choose the TRT-LLM runner.
 
         Where the server leaves the choice to the layer, the block is run so as well.
         """

@@ -28,6 +28,7 @@ def run(host, *args):
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
     "_name_or_path": "somebody/Tiny-V3",
     "hidden_size": 256,
     "moe_intermediate_size": 128,

@@ -10,7 +10,7 @@ from pytest_moe_routing.escape import for_html, shorten
 _ROW, _STEP = 24, 20
 #: Pixels of a character in the drawing's font.
 _CHARACTER = 8
-_LONGEST = 90
+_LONGEST = 48
 
 
 @dataclass

@@ -172,13 +172,18 @@ def _filters(table: str, verdicts: Sequence[VerdictRecord]) -> Iterator[str]:
 
 
 def _matrix(id_: str, name: str, verdicts: Sequence[VerdictRecord]) -> Iterator[str]:
-    header, *rows = matrix.scheme_table(verdicts)
+    """Yield a row for each model: its routing method, and its verdict in each scheme."""
+    models, schemes = (sorted({getattr(v, n) for v in verdicts}) for n in ("model", "scheme"))
     found = {(v.model, v.scheme): v for v in verdicts}
-    yield from _open_table(id_, f"Verdicts of {name}", header)
-    for row in rows:
-        cells = [f'<th scope="row"><a href="#{_section(row[0])}">{for_html(row[0])}</a></th>']
-        for scheme, shown in zip(header[1:], row[1:], strict=True):
-            cells.append(_cell(found.get((row[0], scheme)), shown))
+    yield from _open_table(id_, f"Verdicts of {name}", ("model", "method", *schemes))
+    for model in models:
+        records = [found.get((model, scheme)) for scheme in schemes]
+        methods = dict.fromkeys(r.method for r in records if r is not None and r.method)
+        cells = [f'<th scope="row"><a href="#{_section(model)}">{for_html(model)}</a></th>']
+        cells.append(f"<td>{for_html(', '.join(methods))}</td>")
+        for record in records:
+            known = ", known" if record is not None and record.known else ""
+            cells.append(_cell(record, "-" if record is None else f"{record.verdict}{known}"))
         yield f"<tr>{''.join(cells)}</tr>"
     yield "</tbody></table></div>"
 

@@ -30,7 +30,7 @@ _ACTIVATION_BITS: Mapping[str, tuple[int | None, ...]] = {
     "fp8_block": (8,),
     "fp8_per_tensor": (8,),
     "fp8_per_channel": (8,),
-    "mxfp8": (8,),
+    "mxfp8": (None, 8),  # vllm 0.33.0 has one method for both, which quantizes activations
     "mxfp4": (None, 4, 8),
     "nvfp4": (4,),
     "mxint4": (None,),

@@ -67,6 +67,7 @@ def fused_arguments(
     pair: bool = False,
     finalize: bool = True,
     replay: Tensor | None = None,
+    shared: int = 0,
 ) -> dict[str, Any]:
     """Return the keyword arguments of an entry point, on the device of the weights. Pure torch.
 
@@ -79,6 +80,7 @@ def fused_arguments(
         pair: Give it as `(ids, weights)`, not packed.
         finalize: Whether the kernel sums over experts.
         replay: int16 `[num_tokens, top_k]`, for the ids that the kernel chooses.
+        shared: How many of the last weights are those of fused shared experts.
 
     Raises:
         Unsupported: The release has no such entry point, or it takes no such argument.
@@ -112,6 +114,9 @@ def fused_arguments(
         "do_finalize": finalize,
         "routing_replay_out": replay,
     }
+    if shared:
+        arguments["local_num_experts"] -= shared
+        arguments["num_fused_shared_experts"] = shared
     if call.weight_on == "input" or "use_routing_scales_on_input" in signature.parameters:
         arguments["use_routing_scales_on_input"] = call.weight_on == "input"
     if routed:

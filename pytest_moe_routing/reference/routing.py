@@ -34,6 +34,13 @@ class Routing:
         zeros = self.topk_weights.new_zeros(len(self.topk_ids), num_experts)
         return zeros.scatter(1, self.topk_ids, self.topk_weights)
 
+    def with_shared(self, num_experts: int, shared: int) -> Routing:
+        """Append slots of shared experts, which follow the routed ones and weigh 1."""
+        rows = len(self.topk_ids)
+        ids = num_experts + torch.arange(shared, device=self.topk_ids.device).expand(rows, -1)
+        ones = self.topk_weights.new_ones(rows, shared)
+        return Routing(torch.cat((self.topk_ids, ids), 1), torch.cat((self.topk_weights, ones), 1))
+
 
 def route(
     logits: Tensor,

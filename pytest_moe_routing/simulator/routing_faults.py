@@ -98,6 +98,13 @@ def _first_256(x: Inputs, _: Context) -> Inputs:
     return replace(x, logits=logits)
 
 
+def _shared_scaled(routing: Routing, c: Context) -> Routing:
+    """Shared slots get the factor that belongs to the routed ones."""
+    weights = routing.topk_weights.clone()
+    weights[:, c.top_k :] *= c.given["routed_scaling_factor"] or 1.0
+    return replace(routing, topk_weights=weights)
+
+
 def _no_tier(_: bool, c: Context) -> bool:
     """Nothing is launched where no compiled kernel is large enough; a warning at most."""
     return not (c.num_experts > 256 and c.top_k > 8)
@@ -223,6 +230,14 @@ ROUTING_FAULTS = (
         "experts from 256 on are never chosen",
         "kekzl/imp PR 2056",
         "test_gpu_routing.py::test_model[kimi-k2-hot-expert-float32-float32]",
+    ),
+    Fault(
+        "shared-scaled",
+        Stage.SHARED,
+        _shared_scaled,
+        "fused shared experts are weighted by the routed scaling factor",
+        "MooreThreads/torchada PR 84",
+        "test_gpu_moe.py::test_fused_shared_experts[nvfp4]",
     ),
     Fault(
         "missing-tier",

@@ -31,6 +31,9 @@ Make = Callable[..., Fused]
 #: One token, some, and more than a tile of them.
 TOKENS = (1, 5, 33)
 
+#: Schemes whose entry points take fused shared experts.
+SHARING = ("fp8_block", "mxfp8", "nvfp4", "mxfp4", "mxfp4_bf16")
+
 ACTIVATIONS = ("silu", "relu2", "gelu", "swigluoai", "swiglustep")
 
 
@@ -133,6 +136,14 @@ def test_method(fused: Make, method: str) -> None:
 def test_zero_expert(fused: Make, scheme: str) -> None:
     """An expert whose weights are all zero adds nothing, and no NaN."""
     fused(small_call(scheme), scheme, silent=3).check(17)
+
+
+@pytest.mark.parametrize("scheme", SHARING)
+def test_fused_shared_experts(fused: Make, scheme: str) -> None:
+    """Shared experts behind the routed ones: every token runs through them, with weight 1."""
+    layer = fused(small_call(scheme), scheme, shared=2)
+    for num_tokens in TOKENS:
+        layer.check(num_tokens)
 
 
 @pytest.mark.parametrize("scheme", KERNEL_SCHEMES)

@@ -188,6 +188,8 @@ def as_read_by(target: Target, model: ModelSpec) -> ModelSpec:
     What the target is not known to honor or to ignore stays in `contradicted` and `disputed`, and
     what it is not known to run in `unknown_architectures`.
     """
+    if not model.contradicted:
+        return model
     honored = {name: target.honors(model, name) for name in model.contradicted}
     stated = {name: model.contradicted[name] for name, does in honored.items() if does}
     if stated.get("renormalize") is False:

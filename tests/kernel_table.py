@@ -13,8 +13,8 @@ from typing import Any
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.models.spec import ACTIVATIONS
-from pytest_moe_routing.oracle.config_sweep import as_model, swept_routers
 from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.swept_configs import as_model, swept_routers
 from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.routing import METHODS, Recipe, RoutingMethodType
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget

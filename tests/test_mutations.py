@@ -24,8 +24,8 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle import exact
 from pytest_moe_routing.oracle import target as protocol
-from pytest_moe_routing.oracle.config_sweep import as_model, swept_routers
 from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.swept_configs import as_model, swept_routers
 from pytest_moe_routing.schemes import SCHEMES, SERVED_SCHEMES, kernel_of
 from pytest_moe_routing.targets.builtin import gates as experts
 from pytest_moe_routing.targets.builtin import target as builtin

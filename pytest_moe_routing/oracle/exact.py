@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import inf
@@ -156,19 +156,28 @@ def meaning(got: Recipe) -> Recipe:
     return replace(got, mask=-inf) if got.bias else got
 
 
-def exact_calls(model: ModelSpec, scheme: str, flashinfer: FlashInfer) -> list[KernelCall]:
-    """Every kernel call that means what the model's router means: computed, not classified."""
+def exact_calls(
+    model: ModelSpec, scheme: str, flashinfer: FlashInfer, methods: Iterable[str] | None = None
+) -> list[KernelCall]:
+    """Every kernel call that means what the model's router means: computed, not classified.
+
+    Args:
+        methods: Only the calls with these methods.
+    """
     if not all(gate.ok for gate in kernel_gates(model, scheme, flashinfer)):
         return []
-    return same_calls(model.router, scheme, flashinfer)
+    return same_calls(model.router, scheme, flashinfer, methods)
 
 
-def same_calls(router: RouterConfig, scheme: str, flashinfer: FlashInfer) -> list[KernelCall]:
+def same_calls(
+    router: RouterConfig, scheme: str, flashinfer: FlashInfer, methods: Iterable[str] | None = None
+) -> list[KernelCall]:
     """Every call of a scheme's kernel that means what a router means, whatever the experts are."""
     if router.not_expressible is not None:
         return []
     wanted = recipe_of(router)
-    calls = (kernel_call(router, scheme, method, flashinfer) for method in flashinfer.methods)
+    chosen = [m for m in flashinfer.methods if methods is None or m in methods]
+    calls = (kernel_call(router, scheme, method, flashinfer) for method in chosen)
     return [
         call
         for call in calls

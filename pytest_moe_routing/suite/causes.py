@@ -113,16 +113,16 @@ def of_sweep(cause: Cause) -> Failure:
     record = cause.example.record()
     rejections = (f"{gate}: {reason}" for gate, reason in record.rejected_by.items())
     what = "; ".join((*text.sentences(record.findings), *rejections))
-    routers = "1 router" if cause.count == 1 else f"{cause.count} routers"
+    methods = ", ".join(cause.methods)
+    configs = "1 config" if cause.count == 1 else f"{cause.count} configs"
     settings = ", ".join(f"{name}: {value}" for name, value in cause.settings.items())
-    line = (
-        f"{cause.verdict}: {cause.method} on {cause.scheme}: {what} ({routers}, such as {settings})"
-    )
-    rank, case = Rank.LATENT, cause.scheme
+    line = f"{cause.verdict} {cause.scheme}: {what} ({methods}; {configs}, such as {settings})"
+    rank = Rank.LATENT
     if cause.models:
         rank = _RANKS.get(cause.verdict, Rank.LOUD)
         line += f"; concerns {', '.join(cause.models)}"
-    fields = "+".join(dict.fromkeys(f"{kind}-{field}" for kind, field, _ in cause.why))
-    return Failure(
-        _id("sweep", cause.verdict, cause.method, fields, record.site), rank, case, (line,)
-    )
+    fields = "+".join(f"{kind}-{field}" for kind, field in cause.fields)
+    # A method that is lost is a cause of its own; what is wrong or crashes is one for all methods.
+    lost = methods if cause.verdict is Verdict.MISSED else ""
+    where = record.site or cause.scheme
+    return Failure(_id("sweep", cause.verdict, lost, fields, where), rank, cause.scheme, (line,))

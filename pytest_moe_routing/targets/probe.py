@@ -17,11 +17,12 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.escape import excerpt
@@ -71,6 +72,20 @@ class _Error(TypedDict):
     text: str
 
 
+class _Request(NamedTuple):
+    """A question, and its arguments as JSON."""
+
+    question: str
+    arguments: str
+
+
+#: The kind of a reply, `answer`, `unsupported` or `error`, and what it says.
+_Reply = tuple[str, Any]
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+#: Questions of one exchange: few enough that it takes seconds.
+_BATCH = 200
+
+
 class Probe:
     """A child process, started on the first question.
 
@@ -97,11 +112,12 @@ class Probe:
         self._limits = LIMITS
         self._child: _Child | None = None
         self._number = 0
+        self._replies: dict[_Request, _Reply] = {}
         #: Why there will be no more answers, in the words of the first question without one.
         self._ended = ""
 
     def ask(self, question: str, **arguments: Any) -> Any:
-        """Return the child's answer to one question.
+        """Return the child's answer to one question, which is asked once.
 
         Raises:
             Unsupported: It has none, with the reason.
@@ -109,15 +125,40 @@ class Probe:
                 with something else than an answer. Then it is asked nothing more, and every
                 further question has the same error.
         """
-        if self._ended:
-            raise TargetError(self._ended, "no answers")
+        request = _Request(question, _ENCODER.encode(arguments))
+        if request not in self._replies:
+            if self._ended:
+                raise TargetError(self._ended, "no answers")
+            self._exchange([request])
+        kind, value = self._replies[request]
+        if kind == "unsupported":
+            raise Unsupported(f"{self._target}: {value}")
+        if kind == "error":
+            message = f"target {self._target} failed at {question}:\n{value['text']}"
+            raise TargetError(message, f"{question} {value['type']}")
+        return value
+
+    def prepare(self, question: str, many: Iterable[Mapping[str, Any]]) -> None:
+        """Ask one question with each of many arguments, in a few exchanges.
+
+        `ask` then has the answers. A child that ends is no error before it is asked.
+        """
+        asked = dict.fromkeys(_Request(question, _ENCODER.encode(each)) for each in many)
+        new = [request for request in asked if request not in self._replies]
+        for start in range(0, len(new), _BATCH):
+            if self._ended:
+                return
+            with suppress(TargetError):
+                self._exchange(new[start : start + _BATCH])
+
+    def _exchange(self, requests: Sequence[_Request]) -> None:
+        """Have the child reply to requests."""
         self._child = self._child or _Child(self._command, self._switches, self._limits)
         self._number += 1
+        question = requests[0].question
         try:
-            data = self._child.exchange(
-                self._number, {"question": question, "arguments": arguments}
-            )
-            kind, value = self._checked(question, data)
+            data = self._child.exchange(self._number, requests)
+            self._replies.update(zip(requests, self._checked(requests, data), strict=True))
         except _Failure as failure:
             self._ended = f"target {self._target}: {question}: {failure}"
             self.close()
@@ -127,18 +168,18 @@ class Probe:
             self._ended = f"target {self._target}: interrupted at {question}"
             self.close()
             raise
-        if kind == "unsupported":
-            raise Unsupported(f"{self._target}: {value}")
-        if kind == "error":
-            message = f"target {self._target} failed at {question}:\n{value['text']}"
-            raise TargetError(message, f"{question} {value['type']}")
-        return value
 
-    def _checked(self, question: str, data: bytes) -> tuple[str, Any]:
+    def _checked(self, requests: Sequence[_Request], data: bytes) -> list[_Reply]:
         try:
-            reply = json.loads(data)
+            replies = json.loads(data)
         except (ValueError, RecursionError):
             raise _Failure("its answer is no JSON; its process was ended") from None
+        if not isinstance(replies, list) or len(replies) != len(requests):
+            raise _Failure("its answer is of no known kind; its process was ended")
+        pairs = zip(requests, replies, strict=True)
+        return [self._checked_one(request.question, reply) for request, reply in pairs]
+
+    def _checked_one(self, question: str, reply: object) -> _Reply:
         if not isinstance(reply, dict) or len(reply) != 1:
             raise _Failure("its answer is of no known kind; its process was ended")
         [(kind, value)] = reply.items()
@@ -184,13 +225,17 @@ class _Child:
         #: Ends the child, at the latest when Python ends.
         self.end: Callable[[], object] = weakref.finalize(self, _end, self._process, self._folder)
 
-    def exchange(self, number: int, request: Mapping[str, Any]) -> bytes:
-        """Send a request and return the answer to it.
+    def exchange(self, number: int, requests: Sequence[_Request]) -> bytes:
+        """Send requests and return the answer to them.
 
         Raises:
             _Failure: There is none.
         """
-        data = json.dumps(request).encode("utf-8")
+        texts = (
+            f'{{"question":{_ENCODER.encode(question)},"arguments":{arguments}}}'
+            for question, arguments in requests
+        )
+        data = f"[{','.join(texts)}]".encode()
         message = HEADER.pack(MARK, number, len(data)) + data
         done: SimpleQueue[bytes | _Failure | None] = SimpleQueue()
         # In a thread, as a pipe can be waited for with a deadline in no portable way.

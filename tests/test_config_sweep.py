@@ -96,11 +96,14 @@ def test_history_of_scaled_minimax2():
     [(_, _, fact)] = scaled.why
     assert "MiniMax2 forces routed_scaling_factor to 1.0 before 0.6.13" in fact
     assert scaled.settings["routed_scaling_factor"] == 1.5
-    failure = of_sweep(scaled)
-    assert (failure.rank, len(failure.lines)) == (Rank.SILENT, 1)
-    assert "concerns minimax-m3, step-3.7-flash" in failure.lines[0]
+    # What concerns models is told as their verdicts are, and no second time.
+    [failure] = of_sweep(scaled)
+    assert (failure.rank, failure.case) == (Rank.SILENT, "minimax-m3 nvfp4")
+    assert failure.cause == scaled.concerned[0].record().cause == "wrong:recipe-scale"
+    [behind] = of_sweep(scaled, behind_gates=True)
+    assert behind.rank is Rank.LATENT
     latent = [cause for cause in found.causes if not cause.models]
-    assert all(of_sweep(cause).rank is Rank.LATENT for cause in latent)
+    assert all(f.rank is Rank.LATENT for cause in latent for f in of_sweep(cause))
     crashes = {
         fact for cause in found.causes if cause.verdict == "crash" for _, _, fact in cause.why
     }

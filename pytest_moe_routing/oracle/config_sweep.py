@@ -42,7 +42,7 @@ class Cause:
         methods: Routing methods of the configs that it concerns.
         count: Configs of the sweep that it concerns.
         example: The judgement of the smallest of them.
-        models: Ids of the models that it concerns; none if it is latent.
+        concerned: The judgements of the models that it concerns; none if it is latent.
     """
 
     scheme: str
@@ -51,7 +51,12 @@ class Cause:
     methods: tuple[str, ...]
     count: int
     example: Judgement
-    models: tuple[str, ...] = ()
+    concerned: tuple[Judgement, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Ids of the models that it concerns."""
+        return tuple(str(found.model) for found in self.concerned)
 
     @property
     def fields(self) -> tuple[tuple[str, str], ...]:
@@ -233,12 +238,12 @@ def _sweep(
                 by_method.setdefault(found.classification.method, []).append(found)
         except Unsupported as reason:
             unanswered[str(reason)] += 1
-    concerned: dict[_Key, list[str]] = {}
+    concerned: dict[_Key, list[Judgement]] = {}
     for model in models if examples else ():
         try:
             for found in judged(model, None):
                 if found.verdict in bad:
-                    concerned.setdefault(_key(found), []).append(str(model))
+                    concerned.setdefault(_key(found), []).append(found)
         except Unsupported:
             continue
     causes = [_cause(scheme, found, concerned.get(key, ())) for key, found in examples.items()]
@@ -246,11 +251,11 @@ def _sweep(
     return Sweep(verdicts, unanswered, (*_independent(causes), *lost))
 
 
-def _cause(scheme: str, found: Sequence[Judgement], models: Iterable[str]) -> Cause:
+def _cause(scheme: str, found: Sequence[Judgement], concerned: Iterable[Judgement]) -> Cause:
     example = found[0]
     methods = tuple(dict.fromkeys(each.classification.method for each in found))
     why = cause_of(example)
-    return Cause(scheme, example.verdict, why, methods, len(found), example, tuple(models))
+    return Cause(scheme, example.verdict, why, methods, len(found), example, tuple(concerned))
 
 
 def _lost(scheme: str, by_method: Mapping[str, Sequence[Judgement]]) -> Iterator[Cause]:
@@ -288,7 +293,7 @@ _Key = tuple[Verdict, frozenset[tuple[str, str, str]], str]
 
 
 def _key(judgement: Judgement) -> _Key:
-    """What configs of one cause share: limits of several methods are one, lost settings are not."""
+    """Return what configs of one cause share; limits of several methods are one cause."""
     limit = Kind.LIMIT.value
     parts = ((k, field, "" if k == limit else fact) for k, field, fact in cause_of(judgement))
     return judgement.verdict, frozenset(parts), judgement.site

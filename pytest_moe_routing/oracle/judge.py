@@ -258,7 +258,9 @@ def _ignoring(
 def judge_swept(target: Target, model: ModelSpec, scheme: str, reads: RouterConfig) -> Judgement:
     """Judge what a target makes of a config, by what its own router computes for it.
 
-    A rejected config counts as missed only if the method that the target chose computes it.
+    A kernel that computes what the config says is right as well, whatever else the target's own
+    router does. A rejected config counts as missed only if the method that the target chose
+    computes it.
 
     Args:
         reads: What the target's own router computes.
@@ -273,7 +275,13 @@ def judge_swept(target: Target, model: ModelSpec, scheme: str, reads: RouterConf
     if not all(gate.ok for gate in gates):
         exact = tuple(exact_calls(base.meant, scheme, target.flashinfer, (method,)))
         return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
-    return _judge_call(target, base, recorded_only=False)
+    found = _judge_call(target, base, recorded_only=False)
+    reads_otherwise = reads != model.router and not any(model.router.problems())
+    if found.verdict is Verdict.WRONG and reads_otherwise:
+        as_stated = replace(base, wanted=recipe_of(model.router), reads=None)
+        literal = _judge_call(target, as_stated, recorded_only=False)
+        return literal if literal.verdict is Verdict.EXACT else found
+    return found
 
 
 def judge_behind_gates(

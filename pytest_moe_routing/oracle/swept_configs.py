@@ -134,7 +134,7 @@ def _size(router: RouterConfig) -> tuple[int, int, int, int, str]:
 
 
 def swept_models(routers: Iterable[RouterConfig] | None = None) -> Iterator[ModelSpec]:
-    """A model of each router; unless routers are given, the sweep's, and experts of all kinds."""
+    """Return a model of each router; by default the sweep's, with experts of all kinds."""
     yield from map(as_model, swept_routers() if routers is None else routers)
     if routers is None:
         for family, experts in product(_FAMILIES, _OTHER_EXPERTS):
@@ -145,7 +145,7 @@ def swept_models(routers: Iterable[RouterConfig] | None = None) -> Iterator[Mode
 
 
 def as_model(router: RouterConfig, experts: ExpertsConfig = USUAL_EXPERTS) -> ModelSpec:
-    """A model with this router, and with experts that every scheme takes unless it says others."""
+    """Return a model with this router, and by default experts that every scheme takes."""
     sigmoid_top1 = router.topk_before_score and router.scoring_func == "sigmoid"
     llama4 = sigmoid_top1 and router.weight_on == "input"
     llama4 = llama4 and not (router.renormalize or router.n_group)

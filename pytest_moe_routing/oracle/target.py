@@ -121,7 +121,7 @@ class Target:
         return ()
 
     def capture_first(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
-        """The same call, on the first of several ways that `capture` takes."""
+        """Return the same call, on the first of several ways that `capture` takes."""
         return self.capture(model, scheme, method)
 
     def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:

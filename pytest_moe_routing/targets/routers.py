@@ -37,7 +37,7 @@ OTHER = "other"
 
 
 def _asked(model: ModelSpec) -> dict[str, Any]:
-    """What a reading depends on: neither on dtypes, nor on the side of the weight."""
+    """Return what a reading depends on: neither dtypes, nor the side of the weight."""
     router = {**vars(model.router), "logits_dtype": "float32", "weight_on": "output"}
     if router["correction_bias"] is not None:
         router["correction_bias"] = "float32"
@@ -59,7 +59,7 @@ class RouterProbes:
         routers: Sequence[str],
         more: Callable[[ModelSpec], Mapping[str, Any]] = lambda _: {},
     ) -> None:
-        self._probes, self._routers, self._more = probes, routers, more
+        self.probes, self._routers, self._more = probes, routers, more
         self._runs: dict[str, list[RouterRun]] = {}
         self._refusals: dict[str, str] = {}
 
@@ -68,8 +68,8 @@ class RouterProbes:
         chosen = list(models)
         new = [model for model in chosen if model.id not in self._runs]
         # Children are processes: they work side by side.
-        with ThreadPoolExecutor(len(self._probes)) as pool:
-            answers = list(pool.map(lambda probe: self._ask(probe, new), self._probes))
+        with ThreadPoolExecutor(len(self.probes)) as pool:
+            answers = list(pool.map(lambda probe: self._ask(probe, new), self.probes))
         for model_id in {key for answer in answers for key in answer}:
             rows = [row for answer in answers for row in answer[model_id]]
             self._runs[model_id] = [self._listed(RouterRun.of(row)) for row in rows]
@@ -77,7 +77,7 @@ class RouterProbes:
 
     def read(self, models: Sequence[ModelSpec]) -> list[RouterConfig | Unsupported]:
         """Return how the first child's router reads each model's config, as `reading_of` does."""
-        probe = self._probes[0]
+        probe = self.probes[0]
         questions = [{"model": _asked(model)} for model in models]
         probe.prepare("read", questions)
         readings: list[RouterConfig | Unsupported] = []
@@ -111,5 +111,5 @@ class RouterProbes:
 
     def close(self) -> None:
         """End the children."""
-        for probe in self._probes:
+        for probe in self.probes:
             probe.close()

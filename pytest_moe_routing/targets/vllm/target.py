@@ -117,6 +117,9 @@ class VllmTarget(FrameworkTarget):
             self.routers,
         )
 
+    def probes(self) -> Iterable[Probe]:
+        return (self._probe, *self._routers.probes)
+
     def close(self) -> None:
         self._probe.close()
         self._model_code.close()
@@ -185,7 +188,7 @@ class VllmTarget(FrameworkTarget):
         return self._capture(model, scheme, method, thorough=True)
 
     def capture_first(self, model: ModelSpec, scheme: str, method: str) -> Captured:
-        """The call on the first way, without expert parallelism."""
+        """Return the call on the first way, without expert parallelism."""
         return self._capture(model, scheme, method, thorough=False)
 
     def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:
@@ -217,7 +220,7 @@ class VllmTarget(FrameworkTarget):
             self._probe.prepare("gates", asked)
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
-        """What vLLM's router on CUDA computes for each model."""
+        """Return what vLLM's router on CUDA computes for each model."""
         return self._routers.read(models)
 
     def _capture(self, model: ModelSpec, scheme: str, method: str, *, thorough: bool) -> Captured:
@@ -277,7 +280,7 @@ _GATED_BY = ("num_experts", "top_k", "logits_dtype")
 
 
 def _without(model: ModelSpec, names: Container[str]) -> dict[str, Any]:
-    """What the probe is told of a model, without some settings of its router."""
+    """Return what the probe is told of a model, without some settings of its router."""
     asked = model.as_dict()
     return {**asked, "router": {n: v for n, v in asked["router"].items() if n not in names}}
 
@@ -295,7 +298,7 @@ def _capture_question(
 
 
 def _answered(about: Iterable[_T], ask: Callable[[_T], _Answer]) -> list[tuple[_T, _Answer]]:
-    """What has an answer, with it."""
+    """Return what has an answer, with it."""
     found = []
     for each in about:
         with suppress(Unsupported, TargetError):

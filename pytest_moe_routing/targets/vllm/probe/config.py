@@ -67,7 +67,7 @@ def _activation(name: str) -> Any:
 
 
 def told_dtype(model: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype of the router logits that the model's code tells the layer; None if it does not."""
+    """Return the dtype of the logits that the model's code tells the layer; None if none."""
     name = model["router"]["logits_dtype"]
     return None if name == UNTOLD else getattr(torch, name)
 

@@ -113,7 +113,7 @@ def store(config: pytest.Config) -> Store | None:
     folder = config.rootpath / place / "d" / _KEPT
     if config.getoption("cacheclear", False):
         shutil.rmtree(folder, ignore_errors=True)
-    return Store(folder, lambda: config.cache.mkdir(_KEPT))  # type: ignore[union-attr]
+    return Store(folder, lambda: config.cache.mkdir(_KEPT))
 
 
 def check_choices(config: pytest.Config) -> None:

@@ -80,8 +80,9 @@ class Grouping:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Complete the shown failures with all of their cases, and put the urgent ones first."""
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-        is_short = terminal is not None and terminal.verbosity <= 0
-        width = terminal._tw.fullwidth if is_short else None
+        width = None
+        if terminal is not None and terminal.verbosity <= 0:
+            width = terminal._tw.fullwidth
         for report, failures in self._shown:
             text = text_of(failures, self._cases, width)
             # pytest declares the types that it makes itself, and takes any with these methods.

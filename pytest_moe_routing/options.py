@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from importlib import util
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.targets.kept import Store
+
+#: The folder of answers in pytest's cache.
+_KEPT = "moe-routing"
 
 #: Option, ini type, what stands for its value, help. The ini twin of --moe-x is moe_x, and the
 #: command line wins.
@@ -43,6 +52,7 @@ OPTIONS = (
     ("min-verdicts", "string", "N", "fail unless N verdicts were given (as many as is known)"),
     ("known-failures", "paths", "FILE", "a YAML ledger of known failures; may be repeated"),
     ("write-known-failures", "string", "FILE", "write a ledger of every cause that fails"),
+    ("no-cache", "bool", "", "ask the target anew: read and keep no answers of other runs"),
     ("report", "paths", "FILE", "write a .html, .md, .json or .jsonl report; may be repeated"),
 )
 
@@ -69,8 +79,9 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
 
 def option(config: pytest.Config, name: str) -> Any:
     """Return an option's value: that of the command line, else that of the ini file."""
-    value = config.getoption(f"moe_{name}")
-    return config.getini(f"moe_{name}") if value is None else value
+    name = f"moe_{name}".replace("-", "_")
+    value = config.getoption(name)
+    return config.getini(name) if value is None else value
 
 
 def names(config: pytest.Config, name: str) -> list[str]:
@@ -85,6 +96,24 @@ def choosing_goldens(config: pytest.Config) -> list[str]:
     given = [("--moe-golden-dir", directory) for directory in option(config, "golden_dir") or []]
     given += [("-m", config.option.markexpr)] if config.option.markexpr else []
     return [str(word) for pair in given for word in pair]
+
+
+def store(config: pytest.Config) -> Store | None:
+    """Return where a target's answers are kept: beside what pytest keeps between runs, if it does.
+
+    Never where goldens are rewritten.
+    """
+    keeps = config.pluginmanager.has_plugin("cacheprovider")
+    if option(config, "no-cache") or config.getoption("update_snapshots", False) or not keeps:
+        return None
+    from pytest_moe_routing.targets.kept import Store
+
+    # pytest's own object for it does not exist yet when the header is written.
+    place = Path(os.path.expandvars(config.getini("cache_dir")))
+    folder = config.rootpath / place / "d" / _KEPT
+    if config.getoption("cacheclear", False):
+        shutil.rmtree(folder, ignore_errors=True)
+    return Store(folder, lambda: config.cache.mkdir(_KEPT))
 
 
 def check_choices(config: pytest.Config) -> None:

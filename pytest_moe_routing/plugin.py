@@ -6,6 +6,7 @@ This module is imported by every pytest run of an environment: it imports pytest
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ledgers=[Path(p) for p in option(config, "known_failures") or []],
     )
     options.check_choices(config)
+    session.store = partial(options.store, config)
     reports = [Path(p) for p in option(config, "report") or []]
     golden = bool(option(config, "golden"))
     try:

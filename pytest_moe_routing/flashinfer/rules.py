@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from importlib import metadata, resources
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 from packaging.version import Version
@@ -91,6 +93,11 @@ def _entry_point(release: str, scheme: str) -> EntryPoint | None:
 
 
 @cache
+def _is_since(since: str, release: str) -> bool:
+    return Version(since) <= Version(release)
+
+
+@cache
 def _honored(release: str, method: str) -> frozenset[str]:
     """Return the arguments that a method of a release honors."""
     row = METHODS.get(RoutingMethodType[method])
@@ -98,12 +105,21 @@ def _honored(release: str, method: str) -> frozenset[str]:
     return row.honors - ignored if row else frozenset()
 
 
+#: The arguments of a call that its recipe depends on, beside the rules.
+_BOUND = (
+    *("method", "top_k", "bias", "bias_dtype", "n_group", "topk_group"),
+    *("routed_scaling_factor", "weight_on", "scale_after"),
+)
+_arguments = attrgetter(*_BOUND)
+
+
 @lru_cache(maxsize=1 << 16)
-def _recipe(call: KernelCall, changes: tuple[_Change, ...]) -> Recipe:
-    """Return the recipe of a call's method, bound to its arguments and changed by rules."""
+def _recipe(arguments: tuple[Any, ...], changes: tuple[_Change, ...]) -> Recipe:
+    """Return the recipe of a call's method, bound to its `_BOUND` and changed by rules."""
+    call = SimpleNamespace(**dict(zip(_BOUND, arguments, strict=True)))
     row = METHODS[RoutingMethodType[call.method]]
     ignored = {name for ignores, _ in changes for name in ignores}
-    bound = replace(row, honors=row.honors - ignored).bind(
+    bound = (replace(row, honors=row.honors - ignored) if ignored else row).bind(
         top_k=call.top_k,
         bias=call.bias == "router",
         n_group=max(call.n_group, 1),
@@ -117,7 +133,8 @@ def _recipe(call: KernelCall, changes: tuple[_Change, ...]) -> Recipe:
         overrides["bias_dtype"] = call.bias_dtype
     for _, overridden in changes:
         overrides.update(overridden)
-    return replace(bound, **overrides)
+    overrides = {name: value for name, value in overrides.items() if getattr(bound, name) != value}
+    return replace(bound, **overrides) if overrides else bound
 
 
 @dataclass(frozen=True)
@@ -158,7 +175,7 @@ class FlashInfer:
         return timeline[max(past, key=Version)] if past else None
 
     def has(self, since: str) -> bool:
-        return Version(since) <= Version(self.judged_as)
+        return _is_since(since, self.judged_as)
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
@@ -180,7 +197,7 @@ class FlashInfer:
         """
         return method in self.methods and argument in _honored(self.judged_as, method)
 
-    @property
+    @cached_property
     def devices(self) -> tuple[int, ...]:
         """Major compute capabilities that the launchers accept."""
         return tuple(self._in_force(_data()["devices"]))
@@ -196,7 +213,8 @@ class FlashInfer:
     def recipe(self, call: KernelCall) -> Recipe:
         """Return what the kernel computes when called so; meaningful only without `violations`."""
         kernel = _kernel(self.judged_as, call.scheme, call.method)
-        return _recipe(call, tuple(change for rule, change in kernel.changes if rule.applies(call)))
+        changes = tuple(change for rule, change in kernel.changes if rule.applies(call))
+        return _recipe(_arguments(call), changes)
 
     def violations(self, call: KernelCall) -> list[Violation]:
         """Return the rules that the call violates, errors first."""

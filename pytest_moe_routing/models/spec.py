@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,7 @@ class ModelSpec(_Described):
         `router` and `experts` have all their keys. What only an imported config has, from
         `architectures` on, is there if it is not empty.
         """
-        data = asdict(self)
+        data = {**vars(self), **{name: _section(getattr(self, name)) for name in SECTIONS}}
         names = ("model", "hf_repo", "architecture", "router", "experts")
         if self.router.not_expressible is None:
             del data["router"]["not_expressible"]
@@ -301,6 +301,11 @@ class ModelSpec(_Described):
     def __str__(self) -> str:
         """Return the id, with the layers if it is a variant: `step-3.7-flash@43-44`."""
         return f"{self.id}@{self.variant.replace(' ', '')}" if self.variant else self.id
+
+
+def _section(section: Any) -> dict[str, Any]:
+    """Return the keys of a section, as `dataclasses.asdict` does; its values need no copies."""
+    return {f.name: getattr(section, f.name) for f in fields(section)}
 
 
 def _plain(value: Any) -> Any:

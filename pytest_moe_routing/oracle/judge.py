@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
-from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.calls import arguments_of
 from pytest_moe_routing.oracle.effects import mask_notes
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning
@@ -44,6 +44,8 @@ class Judgement:
         notes: Matters of precision in the kernel itself.
         site: The code that makes the kernel call.
         source: Its file and line, from the root of the target's package on.
+        reads: The router that the target's own code computes for the model without a fused kernel,
+            if that is what the kernel is compared with.
     """
 
     target: str
@@ -64,6 +66,12 @@ class Judgement:
     site: str = ""
     source: str = ""
     opt_in: tuple[str, ...] = ()
+    reads: RouterConfig | None = None
+
+    @cached_property
+    def meant(self) -> ModelSpec:
+        """The model with the router that a kernel has to compute."""
+        return self.model if self.reads is None else replace(self.model, router=self.reads)
 
     @cached_property
     def counterexample(self) -> Counterexample | None:
@@ -247,20 +255,55 @@ def _ignoring(
     return replace(base, verdict=Verdict.WRONG, got=recipe_of(router), findings=findings)
 
 
+def judge_swept(target: Target, model: ModelSpec, scheme: str, reads: RouterConfig) -> Judgement:
+    """Judge what a target makes of a config, by what its own router computes for it.
+
+    A kernel that computes what the config says is right as well, whatever else the target's own
+    router does. A rejected config counts as missed only if the method that the target chose
+    computes it.
+
+    Args:
+        reads: What the target's own router computes.
+
+    Raises:
+        Unsupported: The target cannot answer a question that the verdict needs.
+    """
+    classification = target.classify(model)
+    method = classification.method
+    gates = target.gates(model, scheme, method)
+    base = _asked(target, model, scheme, classification, gates, reads)
+    if not all(gate.ok for gate in gates):
+        exact = tuple(exact_calls(base.meant, scheme, target.flashinfer, (method,)))
+        return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
+    found = _judge_call(target, base, recorded_only=False)
+    reads_otherwise = reads != model.router and not any(model.router.problems())
+    if found.verdict is Verdict.WRONG and reads_otherwise:
+        as_stated = replace(base, wanted=recipe_of(model.router), reads=None)
+        literal = _judge_call(target, as_stated, recorded_only=False)
+        return literal if literal.verdict is Verdict.EXACT else found
+    return found
+
+
 def judge_behind_gates(
-    target: Target, model: ModelSpec, scheme: str, method: str, gates: tuple[Gate, ...]
+    target: Target,
+    model: ModelSpec,
+    scheme: str,
+    call: KernelCall,
+    gates: tuple[Gate, ...],
+    reads: RouterConfig | None = None,
 ) -> Judgement:
     """Judge the call that a target would make, whatever its classifier and gates say.
 
     Args:
-        method: The routing method that the call would be made with.
-        gates: The gates' answers for it, for the record.
+        call: A call that means the model's router; the target's is made with its method.
+        gates: The gates' answers for the method, for the record.
+        reads: What the target's own router computes, if that is what the model means to it.
 
     Raises:
         Unsupported: The target's calls are not recorded, or this one cannot be made.
     """
-    classification = Classification(method, ("if no gate stopped it",))
-    base = _asked(target, model, scheme, classification, gates)
+    classification = Classification(call.method, ("if no gate stopped it",))
+    base = _asked(target, model, scheme, classification, gates, reads)
     return _judge_call(target, base, recorded_only=True)
 
 
@@ -270,6 +313,7 @@ def _asked(
     scheme: str,
     classification: Classification,
     gates: tuple[Gate, ...],
+    reads: RouterConfig | None = None,
 ) -> Judgement:
     """Return what is known before the call: exact, unless more is found."""
     return Judgement(
@@ -281,8 +325,9 @@ def _asked(
         verdict=Verdict.EXACT,
         classification=classification,
         gates=gates,
-        wanted=recipe_of(model.router),
+        wanted=recipe_of(reads or model.router),
         opt_in=target.opt_in(model, scheme),
+        reads=reads,
     )
 
 
@@ -316,7 +361,7 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
     base = replace(base, call=call, findings=wrong, site=captured.site, source=captured.source)
 
     def bad(verdict: Verdict, *more: Finding) -> Judgement:
-        exact = tuple(exact_calls(model, scheme, flashinfer))
+        exact = tuple(exact_calls(base.meant, scheme, flashinfer))
         return replace(base, verdict=verdict, findings=(*wrong, *more), exact=exact)
 
     if call is None:

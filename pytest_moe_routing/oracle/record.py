@@ -192,8 +192,9 @@ class VerdictRecord(_Record):
     def cause(self) -> str:
         """A stable id of what is wrong, without the model and its numbers; empty if nothing is."""
         if self.verdict is Verdict.MISSED:
-            what = "+".join(self.rejected_by)
-            method = f":{self.method}" if "routing method" in self.rejected_by else ""
+            # Gates are asked in an order, and the first no is the target's reason.
+            what = next(iter(self.rejected_by), "")
+            method = f":{self.method}" if what == "routing method" else ""
             return f"missed:{what}{method}".replace(" ", "-")
         if self.verdict in (Verdict.WRONG, Verdict.CRASH):
             what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in self.findings))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
-from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
@@ -119,6 +119,35 @@ class Target:
     def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
         """Switches without which the target would not take its fused path for a model."""
         return ()
+
+    def capture_first(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
+        """Return the same call, on the first of several ways that `capture` takes."""
+        return self.capture(model, scheme, method)
+
+    def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:
+        """Ask ahead, in one go, what a judgement of each of these models will ask.
+
+        Args:
+            thorough: Whether that will be `capture` or `capture_first`.
+        """
+
+    def prepare_gates(
+        self, models: Sequence[ModelSpec], scheme: str, methods: Iterable[str]
+    ) -> None:
+        """Ask ahead, in one go, for the gates of each model before each method."""
+
+    def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
+        """Return what the target's own routers, which run without a fused kernel, compute.
+
+        For each model that is a router, or the reason why there is none. A target without routers
+        of its own reads a config as it is meant.
+        """
+        return [
+            Unsupported("no router has {}: found {}, expected {}".format(*problems[0]))
+            if (problems := list(router.problems()))
+            else router
+            for router in (model.router for model in models)
+        ]
 
     def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:
         """Return the routing arguments that reach the kernel.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -74,6 +75,15 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
     return finding.fact
 
 
+def short(finding: Finding) -> str:
+    """Return what is wrong in a few words, without its explanation: for lists."""
+    if finding.kind is Kind.LIMIT and finding.wanted not in (None, ""):
+        return f"{finding.field} is {value(finding.got)}, not {value(finding.wanted)}"
+    if finding.kind is Kind.RAISED:
+        return sentence(replace(finding, where=finding.where.rpartition("/")[2]))
+    return sentence(finding)
+
+
 def value(value: object) -> str:
     """Return a value of a model or a call as a reader sees it."""
     if isinstance(value, bool):
@@ -127,6 +137,29 @@ def story(record: VerdictRecord) -> list[str]:
             "  exact    no routing method of this release computes the router"
         ]
     return lines
+
+
+def short_story(record: VerdictRecord) -> Iterator[str]:
+    """Return what a person needs to see what is wrong: `story`, without what says little."""
+    title, _, *lines = story(record)
+    several = len(record.rejected_by) > 1
+    exact = 0
+    yield title
+    for line in lines:
+        what, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        # A gate that accepts says nothing, and the last gate is all of the others at once.
+        if what == "gate" and rest.startswith("all accept"):
+            continue
+        if what == "gate" and several and rest.startswith("is_supported_config"):
+            continue
+        if what in ("logits", "bias") and rest == "all 0":
+            continue
+        exact += what == "exact"
+        if exact > 1:
+            continue
+        more = len(record.exact) - 1 if what == "exact" else 0
+        yield f"{line} (or {more} more)" if more > 0 else line
 
 
 def consequences(record: VerdictRecord) -> Iterator[str]:

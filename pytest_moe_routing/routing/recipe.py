@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -150,6 +151,7 @@ class Recipe:
         return " -> ".join(steps)
 
 
+@lru_cache(maxsize=1 << 16)
 def recipe_of(router: RouterConfig) -> Recipe:
     """Return the recipe that a model's router is.
 

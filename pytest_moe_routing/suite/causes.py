@@ -35,11 +35,10 @@ def of_target(error: TargetError) -> Failure:
 
 def of_verdict(record: VerdictRecord) -> Failure:
     """Describe a model that a fused kernel computes wrongly, or that is lost."""
-    # A gate that accepts says nothing about what is wrong.
-    lines = [line for line in text.story(record) if not line.startswith("  gate     all accept")]
     rank = _RANKS.get(record.verdict, Rank.LOUD)
+    lines = tuple(text.short_story(record))
     case = f"{record.model} {record.scheme}"
-    return Failure(record.cause, rank, case, tuple(lines), record.source)
+    return Failure(record.cause, rank, case, lines, record.source)
 
 
 def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
@@ -108,21 +107,29 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
     return Failure(cause, Rank.SILENT, judgement.model.id, lines, source)
 
 
-def of_sweep(cause: Cause) -> Failure:
-    """Describe a cause of the config sweep: in one line if no model has such a router."""
+def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
+    """Describe a cause of the config sweep: as that of the models it concerns, or in one line.
+
+    Args:
+        behind_gates: Whether a gate keeps everybody from meeting it; then it is latent.
+    """
+    if cause.concerned and not behind_gates:
+        failures = [of_verdict(found.record()) for found in cause.concerned]
+        return list({failure.cause: failure for failure in reversed(failures)}.values())
     record = cause.example.record()
-    rejections = (f"{gate}: {reason}" for gate, reason in record.rejected_by.items())
-    what = "; ".join((*text.sentences(record.findings), *rejections))
-    routers = "1 router" if cause.count == 1 else f"{cause.count} routers"
+    configs = "1 config" if cause.count == 1 else f"{cause.count} configs"
     settings = ", ".join(f"{name}: {value}" for name, value in cause.settings.items())
-    line = (
-        f"{cause.verdict}: {cause.method} on {cause.scheme}: {what} ({routers}, such as {settings})"
+    if cause.verdict is Verdict.MISSED:
+        what = ": ".join(next(iter(record.rejected_by.items()), ()))
+    else:
+        what = "; ".join(dict.fromkeys(map(text.short, record.findings)))
+    place = " behind its gate" if behind_gates else ""
+    lines = (
+        f"{cause.verdict}{place}: {what}",
+        f"{', '.join(cause.methods)}; {configs}, such as {settings}",
     )
-    rank, case = Rank.LATENT, cause.scheme
-    if cause.models:
-        rank = _RANKS.get(cause.verdict, Rank.LOUD)
-        line += f"; concerns {', '.join(cause.models)}"
-    fields = "+".join(dict.fromkeys(f"{kind}-{field}" for kind, field, _ in cause.why))
-    return Failure(
-        _id("sweep", cause.verdict, cause.method, fields, record.site), rank, case, (line,)
-    )
+    fields = "+".join(f"{kind}-{field}" for kind, field in cause.fields)
+    # A method that is lost is a cause of its own; what is wrong or crashes is one for all methods.
+    lost = cause.methods[0] if cause.verdict is Verdict.MISSED else ""
+    name = "behind-gates" if behind_gates else "sweep"
+    return [Failure(_id(name, cause.verdict, lost, fields), Rank.LATENT, cause.scheme, lines)]

@@ -31,8 +31,10 @@ def check(
     moe_scheme: str,
     _moe_session: MoESession,
     _moe_property: Callable[[str, Any], None],
+    *,
+    behind_gates: bool = False,
 ) -> None:
-    """Fail for every cause that concerns no model: a model's own verdict tells the others."""
+    """Fail for every cause; one that concerns models is that of their verdicts."""
     from pytest_moe_routing.errors import Unsupported
     from pytest_moe_routing.suite.causes import of_sweep
 
@@ -42,7 +44,8 @@ def check(
         if not found.verdicts:
             nothing = [("no call of the config sweep is stopped by such a gate alone", 0)]
             raise Unsupported((found.unanswered.most_common(1) or nothing)[0][0])
-    fail(_moe_property, [of_sweep(cause) for cause in found.causes])
+    failures = [f for cause in found.causes for f in of_sweep(cause, behind_gates=behind_gates)]
+    fail(_moe_property, failures)
 
 
 def test_config_sweep(
@@ -67,4 +70,11 @@ def test_behind_gates(
     """No call that only a gate for the routing method stops would go wrong."""
     from pytest_moe_routing.oracle.config_sweep import sweep_behind_gates
 
-    check(sweep_behind_gates, cached_target, moe_scheme, _moe_session, _moe_property)
+    check(
+        sweep_behind_gates,
+        cached_target,
+        moe_scheme,
+        _moe_session,
+        _moe_property,
+        behind_gates=True,
+    )

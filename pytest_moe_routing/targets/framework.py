@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache, cached_property
 from importlib import resources
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +12,9 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.schemes import kernel_of
+from pytest_moe_routing.targets.kept import Store, key_of_sources
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
+from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.source import Source
 
 if TYPE_CHECKING:
@@ -47,6 +49,18 @@ class FrameworkTarget(Target):
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer)
         self.source = source
+
+    def probes(self) -> Iterable[Probe]:
+        """Return the children whose answers depend on nothing but what `targets.kept` knows."""
+        return ()
+
+    def keep_answers(self, store: Store) -> int:
+        """Take over the answers of earlier runs, and keep new ones; return how many there are."""
+        root = self.source.root
+        sources = key_of_sources(root, self.package, self.distributions)
+        if sources is None:
+            return 0
+        return sum(probe.keep(store, sources, root) for probe in self.probes())
 
     def version(self) -> str:
         return self.source.version

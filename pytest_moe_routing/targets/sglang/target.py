@@ -122,6 +122,9 @@ class SglangTarget(FrameworkTarget):
         self._answers: dict[str, dict[str, Any] | Unsupported] = {}
         self._runners: dict[str, str | None] = {}
 
+    def probes(self) -> Iterable[Probe]:
+        return (self._probe, *self._routers.probes)
+
     def close(self) -> None:
         self._probe.close()
         self._routers.close()

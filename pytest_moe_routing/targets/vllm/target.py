@@ -7,13 +7,15 @@ one of the Blackwell family (`targets/vllm/probe/main.py`).
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
+from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
-from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -30,6 +32,9 @@ from pytest_moe_routing.targets.stubs import source_of
 from pytest_moe_routing.targets.vllm.model_code import ModelCode
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.registry import registered
+
+_T = TypeVar("_T")
+_Answer = TypeVar("_Answer")
 
 
 class _Raised(TypedDict):
@@ -112,6 +117,9 @@ class VllmTarget(FrameworkTarget):
             self.routers,
         )
 
+    def probes(self) -> Iterable[Probe]:
+        return (self._probe, *self._routers.probes)
+
     def close(self) -> None:
         self._probe.close()
         self._model_code.close()
@@ -127,7 +135,7 @@ class VllmTarget(FrameworkTarget):
 
     def classify(self, model: ModelSpec) -> Classification:
         """Return the method of the router that vLLM's factory makes for this model."""
-        method, *path = self._probe.ask("classify", model=model.as_dict())
+        method, *path = self._probe.ask("classify", model=_without(model, _NOT_CLASSIFIED_BY))
         return Classification(method, tuple(path))
 
     def _require_served(self, scheme: str) -> None:
@@ -141,7 +149,7 @@ class VllmTarget(FrameworkTarget):
             Unsupported: The release has no such experts.
         """
         self._require_served(scheme)
-        rows = self._probe.ask("gates", model=model.as_dict(), scheme=scheme, method=method)
+        rows = self._probe.ask("gates", **_gates_question(model, scheme, method))
         return tuple(Gate(*row) for row in rows)
 
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
@@ -151,7 +159,7 @@ class VllmTarget(FrameworkTarget):
             Unsupported: The release has no such experts.
         """
         self._require_served(scheme)
-        asked = {"model": model.as_dict(), "scheme": scheme, "method": method}
+        asked = _gates_question(model, scheme, method)
         return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
@@ -177,8 +185,48 @@ class VllmTarget(FrameworkTarget):
         the scheme, without expert parallelism and as its rank 1 of 2. The call is that of the
         first; what the others do differently is a finding.
         """
+        return self._capture(model, scheme, method, thorough=True)
+
+    def capture_first(self, model: ModelSpec, scheme: str, method: str) -> Captured:
+        """Return the call on the first way, without expert parallelism."""
+        return self._capture(model, scheme, method, thorough=False)
+
+    def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:
+        """Ask about many models at once: each thing that a question looks at, once."""
+        if scheme not in SCHEMES:
+            return
+        self._probe.prepare(
+            "classify", ({"model": _without(model, _NOT_CLASSIFIED_BY)} for model in models)
+        )
+        methods = [(m, c.method) for m, c in _answered(models, self.classify)]
+        self._probe.prepare("gates", (_gates_question(m, scheme, n) for m, n in methods))
+        gates = _answered(methods, lambda case: self.gates(case[0], scheme, case[1]))
+        self._probe.prepare(
+            "capture",
+            (
+                _capture_question(*case, scheme, thorough=thorough)
+                for case, answers in gates
+                if all(gate.ok for gate in answers)
+            ),
+        )
+
+    def prepare_gates(
+        self, models: Sequence[ModelSpec], scheme: str, methods: Iterable[str]
+    ) -> None:
+        """Ask for the gates of many models at once."""
+        if scheme in SCHEMES:
+            chosen = list(methods)
+            asked = (_gates_question(model, scheme, name) for model in models for name in chosen)
+            self._probe.prepare("gates", asked)
+
+    def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
+        """Return what vLLM's router on CUDA computes for each model."""
+        return self._routers.read(models)
+
+    def _capture(self, model: ModelSpec, scheme: str, method: str, *, thorough: bool) -> Captured:
         self._require_served(scheme)
-        answer = self._probe.ask("capture", model=model.as_dict(), scheme=scheme, method=method)
+        question = _capture_question(model, method, scheme, thorough=thorough)
+        answer = self._probe.ask("capture", **question)
         calls = [(record, self._read(model, scheme, answer, record)) for record in answer["calls"]]
         first: KernelCall | None = calls[0][1].call
         findings = list(self._enum_mismatch(method))
@@ -224,6 +272,38 @@ class VllmTarget(FrameworkTarget):
             scale_after=model.router.routed_scaling_factor / answer["router_factor"],
         )
         return read(model, scheme, record, layer, self.flashinfer)
+
+
+#: Settings of the router that a question does not look at: it is asked without them, and so once.
+_NOT_CLASSIFIED_BY = ("logits_dtype", "weight_on")
+_GATED_BY = ("num_experts", "top_k", "logits_dtype")
+
+
+def _without(model: ModelSpec, names: Container[str]) -> dict[str, Any]:
+    """Return what the probe is told of a model, without some settings of its router."""
+    asked = model.as_dict()
+    return {**asked, "router": {n: v for n, v in asked["router"].items() if n not in names}}
+
+
+def _gates_question(model: ModelSpec, scheme: str, method: str) -> dict[str, Any]:
+    unseen = vars(model.router).keys() - set(_GATED_BY)
+    return {"model": _without(model, unseen), "scheme": scheme, "method": method}
+
+
+def _capture_question(
+    model: ModelSpec, method: str, scheme: str, *, thorough: bool
+) -> dict[str, Any]:
+    asked = {"model": model.as_dict(), "scheme": scheme, "method": method}
+    return asked if thorough else {**asked, "thorough": False}
+
+
+def _answered(about: Iterable[_T], ask: Callable[[_T], _Answer]) -> list[tuple[_T, _Answer]]:
+    """Return what has an answer, with it."""
+    found = []
+    for each in about:
+        with suppress(Unsupported, TargetError):
+            found.append((each, ask(each)))
+    return found
 
 
 def _raised(record: Mapping[str, Any]) -> Finding:

@@ -23,7 +23,7 @@ from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets.recorder import DoesNotBind, Reached, plain
 from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.vllm.probe import release as release
-from pytest_moe_routing.targets.vllm.probe.config import moe_config, quant_config
+from pytest_moe_routing.targets.vllm.probe.config import moe_config, quant_config, told_dtype
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES, ServedScheme
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.release import names
@@ -33,12 +33,17 @@ TOKENS, HIDDEN, INTERMEDIATE = 8, 512, 256
 _REFUSALS = (AssertionError, DoesNotBind, ImportError, KeyError, NotImplementedError, ValueError)
 
 
-def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any]:
+def capture(
+    model: Mapping[str, Any], scheme: str, method: str, thorough: bool = True
+) -> dict[str, Any]:
     """Record what reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
 
     Each of the `calls` is `by` whom, in how many `shards`, and either the `function` and its
     `arguments` or the exception that is `raised`. `router_factor` is the scaling factor that the
     layer's router has, `intermediate_size` that of its experts.
+
+    Args:
+        thorough: Take every way to the kernel, and not only the first one.
 
     Raises:
         Unsupported: The release has no such experts, or none that a layer calls.
@@ -49,6 +54,9 @@ def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any
     methods = _methods(row)
     if not methods:
         raise Unsupported(f"no layer of this release calls {experts.__name__}")
+    shards = _shards(model)
+    if not thorough:
+        methods, shards = methods[:1], shards[:1]
     calls = [
         {
             "by": caller.__qualname__.split(".")[0],
@@ -56,7 +64,7 @@ def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any
             **_one(experts, caller, _Layer(model, row, method, count, isinstance(experts, type))),
         }
         for caller in methods
-        for count in _shards(model)
+        for count in shards
     ]
     return {
         "calls": calls,
@@ -159,7 +167,8 @@ class _Layer:
         self.row = row
         self.model = model
         self.logits = torch.linspace(-3.3, 3.1, TOKENS * experts).reshape(TOKENS, experts)
-        self.logits = self.logits.to(getattr(torch, router["logits_dtype"]))
+        dtype = getattr(torch, model["dtype"])
+        self.logits = self.logits.to(told_dtype(model) or dtype)
         made = release.make_router(model)
         bias = None
         if router["correction_bias"] is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.oracle.swept_configs import UNTOLD
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
 from pytest_moe_routing.targets.vllm.probe.release import architecture_of, names, sources
 
@@ -65,6 +66,12 @@ def _activation(name: str) -> Any:
         raise NoActivation(f"this release has no activation {name}") from None
 
 
+def told_dtype(model: Mapping[str, Any]) -> torch.dtype | None:
+    """Return the dtype of the logits that the model's code tells the layer; None if none."""
+    name = model["router"]["logits_dtype"]
+    return None if name == UNTOLD else getattr(torch, name)
+
+
 def moe_config(
     model: Mapping[str, Any],
     method: str,
@@ -95,8 +102,8 @@ def moe_config(
         "device": "cpu",
         "routing_method": _method(method),
         "moe_parallel_config": parallel_config(shards),
-        "in_dtype": torch.bfloat16,
-        "router_logits_dtype": getattr(torch, router["logits_dtype"]),
+        "in_dtype": getattr(torch, model["dtype"]),
+        "router_logits_dtype": told_dtype(model),
         "max_num_tokens": 8192,
         "max_capture_size": 512,
         **_activation_arguments(model),

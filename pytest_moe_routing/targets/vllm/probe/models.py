@@ -47,6 +47,9 @@ class ModelSources:
         self._names, self._root = names, root
         self._layer, self._made = cache(self._find_layer), cache(self._find_made)
         self._tree = cache(lambda module: ast.parse(source_of(root, module)))
+        # Each reads whole modules, and is asked for every layer and router that is made.
+        for name in ("scales_output", "passes_limit", "routing_function"):
+            setattr(self, name, cache(getattr(self, name)))
 
     def has_architecture(self, architecture: str) -> bool:
         """Return whether the release has code for an architecture."""

@@ -22,13 +22,14 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import RouterConfig
+from pytest_moe_routing.oracle.own_router import reading_of
 from pytest_moe_routing.oracle.routers import Output
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm import operators
 from pytest_moe_routing.targets.vllm.probe import release
-from pytest_moe_routing.targets.vllm.probe.router_case import Case, SelectExperts, compare
+from pytest_moe_routing.targets.vllm.probe.router_case import Case, SelectExperts, compare, select
 from pytest_moe_routing.targets.vllm.probe.router_configs import cases
 
 #: Row of the contract for the switch between `grouped_topk`'s compiled and torch paths.
@@ -121,11 +122,7 @@ class Routers:
             recipe = replace(recipe, scale=1.0)
 
         def make(bias: Tensor | None) -> Any:
-            with patch.object(release, "routing_function_of", lambda _: function):
-                made = self._make(model)
-            if bias is not None:
-                made.e_score_correction_bias = bias
-            return made
+            return self._made(model, bias, function)
 
         made = make(None)
         key = type(made).__name__, recipe, router.num_experts, router.logits_dtype, function
@@ -138,6 +135,14 @@ class Routers:
                 for way, reach, switches, dtype in self._ways(made, router.logits_dtype)
             ]
         return [{**run, "subject": model["id"]} for run in self._compared[key]]
+
+    def _made(self, model: Mapping[str, Any], bias: Tensor | None, function: Any) -> Any:
+        """Return a model's router, with a bias of ours and the routing function of its code."""
+        with patch.object(release, "routing_function_of", lambda _: function):
+            made = self._make(model)
+        if bias is not None:
+            made.e_score_correction_bias = bias
+        return made
 
     def _make(self, model: Mapping[str, Any]) -> Any:
         """Return the router of a model's layer: an object, or a function of an older release."""
@@ -156,6 +161,20 @@ class Routers:
         if self.platform == "cpu" or not self.names.has("router-factory"):
             return []
         return [compare(case, self.output) for case in cases(self.names)]
+
+    def read(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the factory's router has otherwise than the config of a model.
+
+        Raises:
+            Unsupported: There is no such router, or it computes something else.
+        """
+        self._enter()
+        function = self._routing_function(model)
+
+        def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            return select(self._made(model, bias, function), logits)
+
+        return dict(reading_of(route, RouterConfig(**model["router"])))
 
     @property
     def output(self) -> Output:
@@ -208,7 +227,7 @@ def handlers(
 ) -> dict[str, Callable[..., Any]]:
     """Install a vLLM in this process, and return what answers questions about its routers."""
     routers = Routers(root, FlashInfer.of(flashinfer), version, platform)
-    return {"run": routers.run, "run_other": routers.run_other}
+    return {"run": routers.run, "run_other": routers.run_other, "read": routers.read}
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from pytest_moe_routing.oracle.swept_configs import (
 )
 from pytest_moe_routing.oracle.target import Captured, Target
 from pytest_moe_routing.oracle.verdict import Verdict
+from pytest_moe_routing.routing import same
 
 BAD = (Verdict.WRONG, Verdict.CRASH)
 #: Fields that are one cause: a router has groups, or it has none.
@@ -101,6 +102,7 @@ class CachedTarget(Target):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target.flashinfer)
+        self.name = target.name  # type: ignore[misc]
         self._target = target
         self._readings: dict[tuple[RouterConfig, str], RouterConfig | Unsupported] = {}
         self.version = cache(target.version)  # type: ignore[method-assign]
@@ -306,5 +308,17 @@ def cause_of(judgement: Judgement) -> tuple[tuple[str, str, str], ...]:
     if groups:
         facts = "; ".join(dict.fromkeys(fact for _, _, fact in groups if fact))
         rest = [cause for cause in causes if cause not in groups]
+        if _differ_by_groups_alone(judgement):
+            rest = [cause for cause in rest if cause[0] != Kind.RECIPE]
         causes = [(Kind.RECIPE.value, "groups", facts), *rest]
     return tuple(dict.fromkeys(causes))
+
+
+def _differ_by_groups_alone(judgement: Judgement) -> bool:
+    """Whether a kernel would be right if the router had no groups: the score then ranks nothing."""
+    if judgement.got is None:
+        return False
+    wanted, got = (
+        replace(recipe, n_group=1, topk_group=1) for recipe in (judgement.wanted, judgement.got)
+    )
+    return same(wanted, got, judgement.model.router.num_experts)

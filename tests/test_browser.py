@@ -86,11 +86,16 @@ def test_a_page_has_no_accessibility_violation(visit, name, size, scheme):
     assert len(found["passes"]) > 10
 
 
-def test_a_large_page_opens_in_a_second(visit, files):
+def test_a_large_page_opens_in_a_second(browser, files):
+    """Of the main thread's own time: other work on the machine does not count."""
     assert (files / "large.html").stat().st_size < 1_500_000
-    tab = visit()
-    timing = "const t = performance.getEntriesByType('navigation')[0]; t.domComplete - t.startTime"
-    assert tab.evaluate(f"(() => {{ {timing.replace('; t.', '; return t.')} }})()") < 1000
+    tab = browser.new_page()
+    session = tab.context.new_cdp_session(tab)
+    session.send("Performance.enable", {"timeDomain": "threadTicks"})
+    tab.goto((files / "large.html").as_uri())
+    metrics = {m["name"]: m["value"] for m in session.send("Performance.getMetrics")["metrics"]}
+    tab.close()
+    assert 0 < metrics["TaskDuration"] < 1
 
 
 def test_the_matrix_is_complete_without_a_script(visit):

@@ -29,7 +29,7 @@ def test_routing(moe_model: ModelSpec, _moe_golden: Callable[[str, dict[str, Any
     from pytest_moe_routing.suite import payloads
 
     if moe_model.router.not_expressible:
-        pytest.skip(f"no recipe computes this router: {moe_model.router.not_expressible}")
+        pytest.skip("no recipe computes this router")
     try:
         stored = goldens.read(goldens.golden_path(moe_model.folder, goldens.ROUTING))
     except MoERoutingError:

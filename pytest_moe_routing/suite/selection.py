@@ -69,8 +69,10 @@ def left_out(
 
 
 def skip_without_driver(item: pytest.Item, kernels: str | None) -> None:
-    """Skip a test of FlashInfer's kernels where there is no driver; `kernels` is the option."""
-    if not {"moe_gpu", "moe_kernels"}.intersection(getattr(item, "fixturenames", ())):
+    """Skip a test of kernels that need a GPU where there is no driver; `kernels` is the option."""
+    if not {"moe_gpu", "moe_kernels", "router_kernels"}.intersection(
+        getattr(item, "fixturenames", ())
+    ):
         return
     from pytest_moe_routing.kernels import gpu, library
 

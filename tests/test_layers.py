@@ -158,6 +158,19 @@ def groups(tmp_path, config):
     return [group.as_dict() for group in read(tmp_path, config).layers]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": -3}, "num_hidden_layers: found -3, expected a number of layers"),
+        ({"mlp_only_layers": [0, 1, 2, 3, 4, 5]}, "no experts: each of its 6 layers is dense"),
+        ({"decoder_sparse_step": 10**9}, "no experts: each of its 6 layers is dense"),
+    ],
+)
+def test_there_are_layers_with_experts(tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        read(tmp_path, {**QWEN, **change})
+
+
 def test_clamps_of_single_layers(tmp_path):
     spec = read(tmp_path, STEP)
     assert spec.experts.activation == "silu"

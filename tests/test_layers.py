@@ -91,7 +91,7 @@ MISTAKES = {
     "no mapping": (('{layers: "0", kind: dense}', "0"), ":14: layers[0]: found '0'"),
     "unknown key": (
         ("router: {top_k", "routers: {top_k"),
-        ":15: layers[1].routers: found an unknown",
+        ":15: layers[1].routers: unknown key",
     ),
     "unknown key within": (("{top_k", "{topk"), "router.topk: unknown key; did you mean top_k?"),
     "wrong value": (("top_k: 4", "top_k: x"), ":15: router.top_k: found 'x'"),

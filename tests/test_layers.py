@@ -91,7 +91,7 @@ MISTAKES = {
     "no mapping": (('{layers: "0", kind: dense}', "0"), ":14: layers[0]: found '0'"),
     "unknown key": (
         ("router: {top_k", "routers: {top_k"),
-        ":15: layers[1].routers: found an unknown",
+        ":15: layers[1].routers: unknown key",
     ),
     "unknown key within": (("{top_k", "{topk"), "router.topk: unknown key; did you mean top_k?"),
     "wrong value": (("top_k: 4", "top_k: x"), ":15: router.top_k: found 'x'"),
@@ -156,6 +156,19 @@ QWEN = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 6}
 
 def groups(tmp_path, config):
     return [group.as_dict() for group in read(tmp_path, config).layers]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": -3}, "num_hidden_layers: found -3, expected a number of layers"),
+        ({"mlp_only_layers": [0, 1, 2, 3, 4, 5]}, "no experts: each of its 6 layers is dense"),
+        ({"decoder_sparse_step": 10**9}, "no experts: each of its 6 layers is dense"),
+    ],
+)
+def test_there_are_layers_with_experts(tmp_path, change, message):
+    with pytest.raises(ModelError, match=message):
+        read(tmp_path, {**QWEN, **change})
 
 
 def test_clamps_of_single_layers(tmp_path):

@@ -94,7 +94,13 @@ def read_layers(text: Section) -> Layers:
     """Return the number of layers, and those that have no routed experts.
 
     A config without the number of layers has no layers by step; a note states the step.
+
+    Raises:
+        ModelError: There are fewer than no layers.
     """
+    for key in _COUNTS:
+        if (_integer(text, key) or 0) < 0:
+            text.fail(key, str(text.get(key)), "a number of layers")
     count = next((n for key in _COUNTS if (n := _integer(text, key))), None)
     if count is not None and count > MAX_LAYERS:
         count = None

@@ -59,11 +59,16 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
     named = family_of(levels, families)
     family = named.family
     layers = read_layers(text)
+    routed = layers.with_experts()
+    if not routed:
+        raise ModelError(
+            f"{text.file}: the model has no experts: each of its {layers.count} layers is dense"
+        )
     reading = Reading(text, family, families, layers)
     router, experts = reading.build(RouterConfig), reading.build(ExpertsConfig)
     router = reading.with_unread(router, levels[:-1])
     modules = Experts(router.num_experts, family.blocks or BLOCKS)
-    checkpoint = checkpoint_of(levels, _beside(file), layers.with_experts(), modules)
+    checkpoint = checkpoint_of(levels, _beside(file), routed, modules)
     dtype = _dtype(root, text)
     scheme, unknown = checkpoint.scheme, checkpoint.unknown
     if override is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import zipfile
 
 import pytest
@@ -177,6 +178,50 @@ def test_half_a_limit_is_none(file, line, unread, tmp_path):
     assert line in contents[file]
     contents[file] = contents[file].replace(line, "Moved = 1;")
     assert examine(Package.of(wheel(tmp_path / "a.whl", contents))).unread == (unread,)
+
+
+#: Sources in which a search begins at thousands of places, and ends at none.
+ENDLESS = {
+    "classes": (LAUNCHER, "class Fp8BlockScaleLauncher "),
+    "methods": (LAUNCHER, "class Fp8BlockScaleLauncher\n};RoutingMethodType::Renormalize "),
+    "comments": (LAUNCHER, "/* "),
+    "literals": (LAUNCHER, 'R"('),
+    "exports": (LAUNCHER, "TVM_FFI_DLL_EXPORT_TYPED_FUNC(f, g\n"),
+    "lambdas": (LAUNCHER, 'name == "run") { return Function::FromTyped([a](int b'),
+    "policies": (
+        f"{INCLUDE}RoutingCustomPolicy.cuh",
+        "struct PolicyTraits<SoftmaxPreprocess, NoOpPostprocess> { using Pairs = TierList<",
+    ),
+    "enums": (f"{INCLUDE}runner.h", "enum class RoutingMethodType "),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_hostile_sources_are_read_in_seconds(name, tmp_path):
+    file, text = ENDLESS[name]
+    contents = {**files(), file: text * (400_000 // len(text))}
+    started = time.process_time()
+    assert examine(Package.of(wheel(tmp_path / "a.whl", contents))).unread
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("digits", ["9" * 30, "0x" + "f" * 5_000])
+def test_a_number_that_no_enum_has_is_none(digits, tmp_path):
+    contents = files()
+    contents["tllm_enums.py"] = contents["tllm_enums.py"].replace(
+        "TopK = (5,)", f"TopK = ({digits},)"
+    )
+    found = drift(wheel(tmp_path / "a.whl", contents))
+    assert "RoutingMethodType.TopK: package None, our data 5" in found
+
+
+def test_a_difference_of_megabytes_is_shown_in_part(tmp_path):
+    contents = files()
+    many = ", ".join(f"a{n}" for n in range(20_000))
+    contents["fused_moe/core.py"] = f"def trtllm_bf16_moe({many}): pass\n"
+    found = examine(Package.of(wheel(tmp_path / "a.whl", contents)))
+    assert max(map(len, found.differences)) > 100_000
+    assert max(map(len, found.lines())) < 2_100
 
 
 def test_parameters_as_python_writes_them(tmp_path):

@@ -8,21 +8,23 @@ many arguments as the function has parameters (tvm-ffi, `function_details.h`, `u
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 _TOKENS = re.compile(
-    r'R"(?P<raw>[^()\s\\]{0,16})\(.*?\)(?P=raw)"'
+    r'R"(?P<raw>[^()\s\\]{0,16})\((?:.*?\)(?P=raw)"|.*\Z)'
     r'|"(?:\\.|[^"\\\n])*"'
     r"|'(?:\\.|[^'\\\n])'"
-    r"|(?P<comment>//(?:\\\n|[^\n])*|/\*.*?\*/)",
+    r"|(?P<comment>//(?:\\\n|[^\n])*|/\*.*?(?:\*/|\Z))",
     re.DOTALL,
 )
 _BRACKETS = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'|[()<>{}\[\],=]')
 _EXPORT = re.compile(r"^[ \t]*TVM_FFI_DLL_EXPORT_TYPED_FUNC\s*\(", re.MULTILINE)
 #: A method of a `tvm::ffi::Module`: `if (name == "run") { return Function::FromTyped([..](..)`.
 _METHOD = re.compile(r'\bname\s*==\s*"(\w+)"\s*\)\s*\{')
-_LAMBDA = re.compile(r"\s*return\s+(?:\w+::)*Function::FromTyped\s*\(\s*\[[^\]]*\]\s*\(")
+_LAMBDA = re.compile(r"\s*return\s+(?:\w+::)*Function::FromTyped\s*\(\s*\[[^\]]{0,1000}\]\s*\(")
 #: What may stand between the end of the statement before a function and the function's name.
 _TYPE = re.compile(r"[\w\s:<>,&*\[\]()]*[\w>&*\]]\s*(?:\w+\s*::\s*)*")
 _STATEMENTS = re.compile(r"\b(?:return|else|new|throw|case|delete|goto|if|while|for|switch)\b|=")
@@ -34,6 +36,8 @@ _TYPE_WORDS = {"bool", "char", "const", "double", "float", "int", "long", "short
 }
 #: The longest parameter list, or type before a name, in characters: a file may be hostile.
 _LONGEST = 20_000
+#: Seconds of CPU time for one source; real ones take milliseconds.
+_TIME = 2.0
 _PAIRS = {")": "(", ">": "<", "}": "{", "]": "["}
 
 
@@ -66,7 +70,11 @@ def operators(file: str, text: str) -> Mapping[str, Operator]:
     """
     code = _TOKENS.sub(_without_comment, text)
     found: dict[str, Operator] = {}
-    for operator in [*_exports(file, code), *_methods(file, code)]:
+    end = time.process_time() + _TIME
+    for operator in chain(_exports(file, code, end), _methods(file, code)):
+        if time.process_time() > end:
+            found[operator.name] = replace(operator, parameters=None, why="the file takes too long")
+            break
         other = found.get(operator.name, operator)
         if other.parameters != operator.parameters:
             why = f"another export at {other.where} has other parameters"
@@ -82,17 +90,21 @@ def _without_comment(token: re.Match[str]) -> str:
     return re.sub(r"[^\n]", " ", token[0])
 
 
-def _exports(file: str, code: str) -> Iterator[Operator]:
+def _exports(file: str, code: str, end: float) -> Iterator[Operator]:
     for export in _EXPORT.finditer(code):
         where = f"{file}:{_line(code, export.start())}"
-        parts = _split(_inside(code, export.end()))
+        try:
+            parts = _split(_inside(code, export.end()))
+        except _Unreadable as error:
+            yield Operator("?", None, where, str(error))
+            continue
         name = parts[0] if parts else "?"
         function = re.fullmatch(r"&?\s*((?:\w+::)*\w+)(?:<.*>)?", ",".join(parts[1:]), re.DOTALL)
         if function is None:
             yield Operator(name, None, where, f"its export names no function: {parts[1:]}")
             continue
         try:
-            parameters, start = _function(code, function[1].split("::")[-1])
+            parameters, start = _function(code, function[1].split("::")[-1], end)
         except _Unreadable as error:
             yield Operator(name, None, where, str(error))
         else:
@@ -112,7 +124,7 @@ def _methods(file: str, code: str) -> Iterator[Operator]:
             yield Operator(method[1], None, where, str(error))
 
 
-def _function(code: str, name: str) -> tuple[tuple[str, ...], int]:
+def _function(code: str, name: str, end: float) -> tuple[tuple[str, ...], int]:
     """Return the parameters of the one function of that name, and where it is.
 
     Raises:
@@ -122,6 +134,8 @@ def _function(code: str, name: str) -> tuple[tuple[str, ...], int]:
     declarations: list[tuple[str, int]] = []
     # Without a \\b before it, the name is a prefix that the search is fast for.
     for call in re.finditer(rf"{name}\s*\(", code):
+        if time.process_time() > end:
+            raise _Unreadable("the file takes too long")
         if code[call.start() - 1 : call.start()].isidentifier():
             continue
         try:
@@ -143,14 +157,15 @@ def _function(code: str, name: str) -> tuple[tuple[str, ...], int]:
 
 def _is_type(code: str, end: int) -> bool:
     """Return whether a type stands before a name: a declaration, and no call."""
-    start = max(code.rfind(mark, 0, end) for mark in ";{}")
+    least = max(0, end - _LONGEST - 1)
+    start = max(code.rfind(mark, least, end) for mark in ";{}")
+    if start < 0 < least:
+        return False
     before = code[start + 1 : end]
     # A preprocessor line ends the statement before it.
     lines = before.split("\n")
     directives = [place for place, line in enumerate(lines) if line.lstrip().startswith("#")]
     before = "\n".join(lines[directives[-1] + 1 :] if directives else lines)
-    if len(before) > _LONGEST:
-        return False
     return _TYPE.fullmatch(before) is not None and not _STATEMENTS.search(before)
 
 
@@ -161,7 +176,7 @@ def _inside(code: str, start: int) -> str:
         _Unreadable: It has none.
     """
     depth = 1
-    for mark in _BRACKETS.finditer(code, start):
+    for mark in _BRACKETS.finditer(code, start, start + _LONGEST + 1):
         depth += {"(": 1, ")": -1}.get(mark[0], 0)
         if depth == 0:
             return code[start : mark.start()]

@@ -18,6 +18,8 @@ from pytest_moe_routing.flashinfer.rules import FlashInfer, known_releases
 from pytest_moe_routing.inputs import parse_release
 
 _ENUM = "RoutingMethodType"
+#: Characters of a difference that are shown; a package may have a parameter list of megabytes.
+_LINE = 2_000
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Examination:
             f"flashinfer-python {self.package.release}{judged} ({self.package.path})",
             f"  methods   {numbered}",
             f"  compared  {self.entry_points} entry points, {self.calls} calls of operators",
-            *(f"  not read  {what}" for what in self.unread),
-            *(f"  drift     {what}" for what in self.differences),
+            *(f"  not read  {shorten(what, _LINE)}" for what in self.unread),
+            *(f"  drift     {shorten(what, _LINE)}" for what in self.differences),
             *([] if self.differences else ["  no drift"]),
         ]
 

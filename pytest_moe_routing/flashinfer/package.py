@@ -103,7 +103,7 @@ class Package:
     @cached_property
     def release(self) -> str:
         """The release that the package says it is."""
-        stated = re.search(r'__version__ = "([^"]+)"', self.read("_build_meta.py") or "")
+        stated = re.search(r'__version__ = "([^"\n]{1,1000})"', self.read("_build_meta.py") or "")
         if stated:
             return stated[1]
         checkout = self._text("version.txt")
@@ -159,8 +159,10 @@ def _members(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
             value: ast.expr = statement.value
             if isinstance(value, ast.Tuple) and len(value.elts) == 1:
                 value = value.elts[0]
-            if isinstance(value, ast.Constant) and type(value.value) is int:
-                yield statement.targets[0].id, value.value
+            number = value.value if isinstance(value, ast.Constant) else None
+            # Python does not print integers of thousands of digits.
+            if type(number) is int and number.bit_length() < 64:
+                yield statement.targets[0].id, number
 
 
 def _parameters(arguments: ast.arguments) -> Iterator[str]:

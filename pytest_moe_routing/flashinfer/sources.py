@@ -13,7 +13,9 @@ from pytest_moe_routing.flashinfer.package import Package
 _INCLUDE = "include/flashinfer/trtllm/fused_moe/"
 _BACKEND = "csrc/fused_moe/trtllm_backend/"
 _LAUNCHER = "csrc/trtllm_fused_moe_kernel_launcher.cu"
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+#: Sources may be hostile: a search that fails must not begin again at every place.
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
+_NUMBER = r"(\d{1,9})"
 
 #: (pre-process, post-process) of the methods that the `routingCustom` kernels serve.
 _POLICIES = {
@@ -43,10 +45,10 @@ Tiers = tuple[tuple[int, int], ...]
 
 def methods(package: Package) -> Mapping[str, int] | None:
     """Read the C++ twin of `RoutingMethodType`."""
-    body = re.search(
-        r"enum class RoutingMethodType[^{]*\{(.*?)\}", _code(package, _INCLUDE + "runner.h"), re.S
-    )
-    return {n: int(v) for n, v in re.findall(r"(\w+)\s*=\s*(\d+)", body[1])} if body else None
+    code = _code(package, _INCLUDE + "runner.h")
+    body = _between(_between(code, "enum class RoutingMethodType"), r"\{", r"\}")
+    members = re.findall(rf"\b(\w{{1,100}})\s*=\s*{_NUMBER}\b", body or "")
+    return {name: int(value) for name, value in members} or None
 
 
 def tiers(package: Package, method: str) -> Tiers | None:
@@ -54,13 +56,9 @@ def tiers(package: Package, method: str) -> Tiers | None:
     policies = _code(package, _INCLUDE + "RoutingCustomPolicy.cuh")
     if policies and method in _POLICIES:
         pre, post = _POLICIES[method]
-        found = re.search(
-            rf"struct PolicyTraits<{pre}Preprocess, {post}Postprocess>\s*\{{"
-            r"\s*using Pairs\s*=\s*TierList<(.*?)>\s*;",
-            policies,
-            re.S,
-        )
-        pairs = re.findall(r"Tier<(\d+),\s*(\d+)>", found[1]) if found else []
+        header = rf"struct PolicyTraits<{pre}Preprocess, {post}Postprocess>\s*\{{"
+        listed = _between(policies, rf"{header}\s*using Pairs\s*=\s*TierList<", r">\s*;")
+        pairs = re.findall(rf"Tier<{_NUMBER},\s*{_NUMBER}>", f"{listed}>" if listed else "")
         return tuple((int(experts), int(top_k)) for experts, top_k in pairs) or None
     for name in _KERNELS.get(method, ()):
         code = _code(package, _BACKEND + name) or _code(package, f"csrc/{name}")
@@ -89,22 +87,42 @@ def groups(package: Package) -> tuple[int, int] | None:
 
 def block_scale_top_k(package: Package) -> Mapping[str, Tiers]:
     """Read the block-scale launcher's own bounds on top_k, by method, as far as they are found."""
-    launcher = re.search(r"class Fp8BlockScaleLauncher\b.*?\n\};", _code(package, _LAUNCHER), re.S)
-    code = launcher[0] if launcher else ""
+    code = _between(_code(package, _LAUNCHER), r"class Fp8BlockScaleLauncher\b", r"\n\};") or ""
     found: dict[str, Tiers] = {}
-    plain = re.search(r"RoutingMethodType::Renormalize\b[^}]*?args->top_k <= (\d+)", code)
-    if plain:
-        found["Renormalize"] = ((512, int(plain[1])),)
-    by_size = re.search(
-        r"kNumKimiK2Experts = (\d+);.*?<= kNumKimiK2Experts \? (\d+) : (\d+);", code, re.S
-    )
-    flat = re.search(r"args->top_k <= (\d+)[^;]*?with groups", code)
-    if by_size:
-        edge, small, large = map(int, by_size.groups())
-        found["DeepSeekV3"] = ((edge, small), (512, large))
-    elif flat:
-        found["DeepSeekV3"] = ((256, int(flat[1])),)
+    for block in code.split("}"):
+        taken = re.search(
+            rf"args->top_k <= {_NUMBER}", _between(block, r"RoutingMethodType::Renormalize\b") or ""
+        )
+        if taken:
+            found["Renormalize"] = ((512, int(taken[1])),)
+            break
+    edge = re.search(rf"kNumKimiK2Experts = {_NUMBER};", code)
+    sizes = rf"<= kNumKimiK2Experts \? {_NUMBER} : {_NUMBER};"
+    by_size = re.compile(sizes).search(code, edge.end()) if edge else None
+    if edge and by_size:
+        small, large = map(int, by_size.groups())
+        found["DeepSeekV3"] = ((int(edge[1]), small), (512, large))
+        return found
+    for statement in code.split(";"):
+        flat = re.search(rf"args->top_k <= {_NUMBER}", statement)
+        if flat and "with groups" in statement[flat.end() :]:
+            found["DeepSeekV3"] = ((256, int(flat[1])),)
+            break
     return found
+
+
+def _between(code: str | None, start: str, end: str = "") -> str | None:
+    """Return what lies between the first match of a pattern and the next of another, or the end.
+
+    None where there is no such place, so that calls can be nested.
+    """
+    begin = re.search(start, code or "")
+    if code is None or begin is None:
+        return None
+    stop = re.compile(end).search(code, begin.end()) if end else None
+    if end and stop is None:
+        return None
+    return code[begin.end() : stop.start() if stop else len(code)]
 
 
 def _code(package: Package, name: str) -> str:
@@ -113,5 +131,5 @@ def _code(package: Package, name: str) -> str:
 
 
 def _constant(code: str, names: str) -> int | None:
-    found = re.search(rf"constexpr int (?:{names}) = (\d+);", code)
+    found = re.search(rf"constexpr int (?:{names}) = {_NUMBER};", code)
     return int(found[1]) if found else None

@@ -6,7 +6,7 @@ Releases are run from wheels, which MOE_WHEELS says where to find; rows without 
 from __future__ import annotations
 
 import pytest
-from known_bugs import DOCUMENT, HERE, STATUSES, bugs, node, options, page, run
+from known_bugs import DOCUMENT, HERE, LEAVES, STATUSES, bugs, node, options, page, run
 
 BUGS = bugs()
 CASES = [bug for bug in BUGS if bug.case]
@@ -41,6 +41,9 @@ def test_rows_are_whole():
         caught = bool(bug.test) != bool(bug.case and bug.in_ and bug.says)
         assert caught == (bug.status == "caught"), bug
         assert bool(bug.because) != caught, bug
+        assert bug.leaves in ("", *LEAVES), bug
+        assert not (bug.leaves and caught), bug
+        assert bug.leaves or bug.status != "not obtainable", bug
 
 
 def test_cases_and_tests_are_there(pytester):

@@ -11,6 +11,7 @@ from textwrap import dedent
 
 import pytest
 from packaging.version import Version
+from told import code_sentences
 from wheels import wheels_since
 
 from pytest_moe_routing.errors import Unsupported
@@ -18,11 +19,13 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.report.text import sentence, story
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 from pytest_moe_routing.targets.contract import Contract, Names
+from pytest_moe_routing.targets.sglang.model_code import request_of
 from pytest_moe_routing.targets.sglang.probe.main import verdict_on
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.target import SglangTarget, config_of
@@ -270,6 +273,70 @@ def test_release_history(target, model, scheme):
         pytest.skip(f"the verdict on {model} in {target} was not confirmed by reading")
     found = judge(target, MODELS[model], scheme)
     assert found.verdict == expected, "\n".join(story(found.record()))
+
+
+ROUNDED = [
+    "the float32 bias is downcast to bfloat16 before the call",
+    "the float32 router logits are downcast to bfloat16 before the call",
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "findings"),
+    [("deepseek-r1", []), ("qwen3-30b-a3b", []), ("kimi-linear-48b-a3b", ROUNDED)],
+)
+def test_release_asks_its_topk_for_the_models_router(target, model, findings):
+    """Kimi-Linear's gate and bias are made in the model's dtype (models/kimi_linear.py)."""
+    if Version(target.version()) < Version("0.5.18"):
+        pytest.skip("this was not confirmed by reading")
+    found = compare_request(MODELS[model], target.layer_request(MODELS[model]))
+    assert code_sentences(found) == findings
+
+
+#: What SGLang's code of DeepSeek-V3 asks of its TopK.
+R1 = {
+    "block": "a.Block",
+    "top_k": 8,
+    "use_grouped_topk": True,
+    "num_expert_group": 8,
+    "topk_group": 4,
+    "renormalize": True,
+    "scoring_func": "softmax",
+    "routed_scaling_factor": None,
+    "bias_dtype": "float32",
+    "logits_dtype": "float32",
+    "gate_dtypes": ["float32"],
+    "on_input": False,
+    "output_factor": 2.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({}, ""),
+        ({"output_factor": 2.5 * (1 + 2**-9)}, ""),
+        (
+            {"output_factor": 1.0},
+            "routed_scaling_factor: the model has 2.5, the model code asks for 1 (",
+        ),
+        (
+            {"routed_scaling_factor": 2.5},
+            "routed_scaling_factor: the model has 2.5, the model code asks for 6.25",
+        ),
+        ({"renormalize": False}, "renormalize: the model has sum, the model code asks for none"),
+        ({"num_expert_group": None}, "n_group: the model has 8, the model code asks for 1"),
+        ({"bias_dtype": None}, "correction bias: the model has yes, the model code asks for no"),
+        (
+            {"on_input": True},
+            "router weight on: the model has output, the model code asks for input",
+        ),
+    ],
+)
+def test_what_a_block_asks_of_its_topk_is_compared_with_the_router(changed, problem):
+    model = MODELS["deepseek-r1"]
+    found = code_sentences(compare_request(model, request_of({**R1, **changed}, model)))
+    assert any(text.startswith(problem) for text in found) if problem else found == []
 
 
 @pytest.mark.parametrize(

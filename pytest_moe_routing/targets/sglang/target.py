@@ -19,6 +19,7 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.targets.contract import Names
@@ -26,6 +27,7 @@ from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
+from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
 from pytest_moe_routing.targets.sglang.registry import registered
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
@@ -117,8 +119,11 @@ class SglangTarget(FrameworkTarget):
         arguments = str(source.root), flashinfer.release, source.version
         self._probe = Probe(name, module, *arguments, answers=_ANSWERS)
         module = "pytest_moe_routing.targets.sglang.probe.routers"
-        routers = Probe(name, module, *arguments, answers=ANSWERS)
-        self._routers = RouterProbes([routers], self.routers, lambda m: {"config": config_of(m)})
+        answers = {**ANSWERS, "layer_request": Asked}
+        self._torch = Probe(name, module, *arguments, answers=answers)
+        self._routers = RouterProbes(
+            [self._torch], self.routers, lambda m: {"config": config_of(m)}
+        )
         self._answers: dict[str, dict[str, Any] | Unsupported] = {}
         self._runners: dict[str, str | None] = {}
 
@@ -146,6 +151,14 @@ class SglangTarget(FrameworkTarget):
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
         """Return what the functions of `topk.py` compute, on CUDA and as plain torch."""
         return self._routers.runs(models)
+
+    def layer_request(self, model: ModelSpec) -> LayerRequest:
+        """Return what a model's MoE block asks of its TopK, when SGLang's own code builds it."""
+        if model.router.not_expressible is not None:
+            raise Unsupported(f"no recipe computes the router: {model.router.not_expressible}")
+        question = {"architecture": model.architecture, "config": config_of(model)}
+        reason = _configs()["rounds_logits"].get(model.architecture)
+        return request_of(self._torch.ask("layer_request", **question), model, reason)
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Return the gates that let the kernel route, given that the TRT-LLM runner is chosen."""

@@ -63,6 +63,10 @@ class _Seen:
     layers: list[tuple[Any, str]] = field(default_factory=list)
     topks: list[Any] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    #: dtypes in which gates give logits, where that is noted.
+    gates: set[str] = field(default_factory=set)
+    #: Whether the layer is told to weigh the experts' input.
+    on_input: bool = False
     #: Arguments of the kernel's call that the layer was not prepared for.
     unprepared: list[str] = field(default_factory=list)
 
@@ -284,6 +288,7 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         seen.layers.append((bound.arguments["routing_method_type"], _caller(models)))
+        seen.on_input = bool(bound.arguments.get("apply_router_weight_on_input"))
         make_layer(self, *args, **kwargs)
         seen.unprepared = stand_in_weights(names, self)
 

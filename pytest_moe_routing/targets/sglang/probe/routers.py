@@ -22,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -35,6 +35,7 @@ from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.router_case import HIDDEN, Case, compare
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
+from pytest_moe_routing.targets.sglang.probe.world import choose_runner
 from pytest_moe_routing.targets.stubs import source_of
 
 #: Rows of the contract for the kernels that run in torch.
@@ -91,17 +92,39 @@ class Routers(blocks.Blocks):
         router = RouterConfig(**model["router"])
         if router.not_expressible is not None:
             raise Unsupported(f"no recipe computes the router: {router.not_expressible}")
-        values = {**_FURTHER.get(model["architecture"], {}), **config}
-        values |= {
-            name: HIDDEN
-            for name, value in config.items()
-            if value == blocks._SIZE and "size" in name
-        }
+        values = _values(model["architecture"], config)
         # Models that share a block and a config share its runs.
         key = json.dumps([model["architecture"], router.logits_dtype, values], sort_keys=True)
         if key not in self._compared:
             self._compared[key] = list(self._routed(model["architecture"], values, router))
         return [{**run, "subject": model["id"]} for run in self._compared[key]]
+
+    def layer_request(self, architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a model's block asks of its TopK, and what goes around it.
+
+        Raises:
+            Unsupported: The release has no such architecture, or its block cannot be built here, or
+                a function of its own routes.
+        """
+        self._enter_torch()
+        seen = blocks._Seen()
+        topk, factor = self._built(architecture, _values(architecture, config), seen)
+        asked, bias = topk.topk_config, topk.topk_config.correction_bias
+        if asked.custom_routing_function is not None:
+            raise Unsupported("a function of the model's own routes, which test_router runs")
+        scaled = asked.apply_routed_scaling_factor_on_output
+        names = ("top_k", "use_grouped_topk", "num_expert_group", "topk_group", "renormalize")
+        return {
+            "block": seen.layers[0][1],
+            **{name: getattr(asked, name) for name in names},
+            "scoring_func": asked.scoring_func,
+            "routed_scaling_factor": asked.routed_scaling_factor if scaled else None,
+            "bias_dtype": None if bias is None else _dtype(bias),
+            "logits_dtype": _dtype(seen.logits[0]),
+            "gate_dtypes": sorted(seen.gates),
+            "on_input": seen.on_input,
+            "output_factor": factor,
+        }
 
     def run_other(self) -> list[dict[str, Any]]:
         """Route by functions that no model of the zoo reaches on CUDA.
@@ -154,19 +177,22 @@ class Routers(blocks.Blocks):
         count = self.names.spelling("router-shared-experts-count").path
         return f"{count}()" in self.sources.source(module)
 
-    def _built(self, architecture: str, config: Mapping[str, Any]) -> tuple[Any, float]:
+    def _built(
+        self, architecture: str, config: Mapping[str, Any], seen: blocks._Seen | None = None
+    ) -> tuple[Any, float]:
         """Return the TopK of a model's block, and the factor on the weights behind it."""
         module, name, given = self.sources.blocks(architecture)[0]
-        seen = blocks._Seen()
+        seen = seen or blocks._Seen()
         try:
             with (
                 patch.object(blocks, "_SIZE", HIDDEN),
                 blocks._watching(self.names, seen),
                 torch.no_grad(),
-                _experts_give_weights(self.names),
+                _experts_give_weights(self.names, seen),
             ):
                 block = blocks._build(self.names, module, name, given, config, None)
                 blocks._fill(block, seen, config)
+                _note_gates(block, seen, config["num_experts"])
                 output = blocks._forward(block, config["num_experts"])
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
@@ -179,6 +205,28 @@ class Routers(blocks.Blocks):
         return seen.topks[0], values[0]
 
 
+def _values(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a model's config, with the widths that routers are run with."""
+    widths = {n: HIDDEN for n, value in config.items() if value == blocks._SIZE and "size" in n}
+    return {**_FURTHER.get(architecture, {}), **config, **widths}
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _note_gates(block: nn.Module, seen: blocks._Seen, num_experts: int) -> None:
+    """Note the dtypes in which the block's modules give router logits, while it runs."""
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and first.shape[-1] == num_experts:
+            seen.gates.add(_dtype(first))
+
+    for module in block.modules():
+        module.register_forward_hook(note)
+
+
 def _rest(scale: float, factor: float) -> float:
     """Return the rest of a scale after a factor that was measured in bfloat16."""
     return 1.0 if math.isclose(scale, factor, rel_tol=2**-8) else scale / factor
@@ -186,12 +234,7 @@ def _rest(scale: float, factor: float) -> float:
 
 def _choose_triton(names: Names) -> None:
     """SGLang's own routing on CUDA, with the Triton runner, and nothing else."""
-    triton, getter = names.get("router-runner.TRITON"), names.spelling("runner")
-    # A package imports it from its own module.
-    for module in (getter.module, getter.module.rpartition(".")[0]):
-        setattr(import_module(module), getter.path, lambda: triton)
-    server = names.spelling("router-server")
-    getattr(import_module(server.module), server.path)().moe_runner_backend = "triton"
+    choose_runner(names.get("router-runner.TRITON").value)
 
 
 def stand_ins() -> dict[str, Any]:
@@ -231,7 +274,7 @@ def _function(root: str, spelling: Spelling) -> Any:
 
 
 @contextmanager
-def _experts_give_weights(names: Names) -> Iterator[None]:
+def _experts_give_weights(names: Names, seen: blocks._Seen) -> Iterator[None]:
     """Let TopK weigh all 1, and every MoE layer return that, times what its runner multiplies."""
 
     def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
@@ -239,7 +282,8 @@ def _experts_give_weights(names: Names) -> Iterator[None]:
         weight = float(topk_output.topk_weights.flatten()[0])
         return torch.full_like(hidden_states, weight * (1.0 if factor is None else factor)).float()
 
-    def route(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+    def route(self: Any, hidden_states: Tensor, router_logits: Any, *_: Any, **__: Any) -> Any:
+        seen.logits.append(router_logits)
         shape = len(hidden_states), self.topk_config.top_k
         ids, weights = torch.zeros(shape, dtype=torch.int32), torch.ones(shape)
         return names.get("router-output")(weights, ids, None)
@@ -270,7 +314,11 @@ def _shared_experts(names: Names, count: int) -> Iterator[None]:
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Return what answers questions about the routers of an SGLang."""
     routers = Routers(root, FlashInfer.of(flashinfer), version)
-    return {"run": routers.run, "run_other": routers.run_other}
+    return {
+        "run": routers.run,
+        "run_other": routers.run_other,
+        "layer_request": routers.layer_request,
+    }
 
 
 def main() -> None:

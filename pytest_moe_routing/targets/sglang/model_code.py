@@ -1,0 +1,104 @@
+"""What SGLang's model code asks of its TopK and its MoE layer, as a request of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isclose
+from typing import Any, TypedDict
+
+from pytest_moe_routing.errors import RecipeError
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.routing import Recipe, recipe_of
+
+
+class Asked(TypedDict):
+    """The arguments of a block's TopK, and what goes around it."""
+
+    block: str
+    top_k: int
+    use_grouped_topk: bool
+    num_expert_group: int | None
+    topk_group: int | None
+    renormalize: bool
+    scoring_func: str
+    routed_scaling_factor: float | None
+    bias_dtype: str | None
+    logits_dtype: str
+    gate_dtypes: list[str]
+    on_input: bool
+    output_factor: float
+
+
+#: Arguments behind each field of a recipe.
+_BEHIND: Mapping[str, tuple[str, ...]] = {
+    "score": ("scoring_func",),
+    "n_group": ("use_grouped_topk", "num_expert_group", "topk_group"),
+    "topk_group": ("use_grouped_topk", "num_expert_group", "topk_group"),
+    "top_k": ("top_k",),
+    "normalize": ("renormalize",),
+    "logits_dtype": ("logits_dtype",),
+}
+
+
+#: A factor is measured on bfloat16 outputs.
+_MEASURED = 2.0**-8
+
+
+def request_of(
+    answer: Mapping[str, Any], model: ModelSpec, rounds_logits: str | None = None
+) -> LayerRequest:
+    """Make a request of the arguments that SGLang's TopK is made with.
+
+    Groups count with `use_grouped_topk`; with a bias they are scored by the best two of them, and
+    all scores are sigmoid, whatever `scoring_func` is (`biased_grouped_topk` of topk.py). A scaling
+    factor is TopK's own where TopK is told to apply it; all else that multiplies is measured.
+
+    Args:
+        rounds_logits: Why logits of lesser precision than the model's are no defect.
+    """
+
+    def said(*names: str) -> str:
+        return ", ".join(f"{name}={answer[name]!r}" for name in names)
+
+    factor = answer["routed_scaling_factor"]
+    passed = {field: said(*names) for field, names in _BEHIND.items()} | {
+        "bias": f"correction_bias={'None' if answer['bias_dtype'] is None else '...'}",
+        "scale": f"{said('routed_scaling_factor')}, and x {answer['output_factor']:.4g} behind it",
+        "weight_on": f"apply_router_weight_on_input={answer['on_input']}",
+    }
+    wanted, output_factor = recipe_of(model.router), answer["output_factor"]
+    if isclose(output_factor, wanted.scale, rel_tol=_MEASURED):
+        output_factor = wanted.scale
+    is_grouped = bool(answer["use_grouped_topk"] and answer["num_expert_group"])
+    has_bias = answer["bias_dtype"] is not None
+    score = "sigmoid" if is_grouped and has_bias else answer["scoring_func"]
+    recipe, otherwise = wanted, None
+    try:
+        recipe = Recipe(
+            top_k=answer["top_k"],
+            score=score,
+            bias=has_bias,
+            n_group=answer["num_expert_group"] if is_grouped else 1,
+            topk_group=(answer["topk_group"] or 1) if is_grouped else 1,
+            group_score="top2_sum" if has_bias else "max",
+            normalize="sum" if answer["renormalize"] else "none",
+            scale=1.0 if factor is None else factor,
+            bias_dtype=answer["bias_dtype"] or "float32",
+        )
+    except RecipeError as error:
+        otherwise = f"the model code asks for what no router does: {error}"
+    return LayerRequest(
+        block=answer["block"],
+        num_experts=model.router.num_experts,
+        recipe=replace(recipe, weight_on="input" if answer["on_input"] else "output"),
+        passed=passed,
+        # TopK is not told a dtype: it takes what it is handed.
+        told_dtype=answer["logits_dtype"],
+        logits_dtype=answer["logits_dtype"],
+        gate_dtype="bfloat16" if "bfloat16" in answer["gate_dtypes"] else "float32",
+        output_factor=output_factor,
+        otherwise=otherwise,
+        rounds_logits=rounds_logits,
+    )

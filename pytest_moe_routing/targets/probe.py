@@ -158,7 +158,7 @@ class Probe:
         try:
             replies = json.loads(data)
         except (ValueError, RecursionError):
-            raise Failure("its answer is no JSON; its process was ended") from None
+            raise Failure("its answer is not JSON; its process was ended") from None
         if not isinstance(replies, list) or len(replies) != len(requests):
             raise Failure("its answer is of no known kind; its process was ended")
         pairs = zip(requests, replies, strict=True)

@@ -80,7 +80,7 @@ class Probe:
         """Take over the answers of earlier runs, and keep those of this one; return how many.
 
         Args:
-            sources: What the answers depend on beside the child's command line and environment.
+            sources: What the answers depend on besides the child's command line and environment.
             root: Where the sources are, which makes no difference.
         """
         command = [part for part in self._command if part != str(root)]

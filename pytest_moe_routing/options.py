@@ -52,7 +52,7 @@ OPTIONS = (
     ("min-verdicts", "string", "N", "fail unless N verdicts were given (as many as is known)"),
     ("known-failures", "paths", "FILE", "a YAML ledger of known failures; may be repeated"),
     ("write-known-failures", "string", "FILE", "write a ledger of every cause that fails"),
-    ("no-cache", "bool", "", "ask the target anew: read and keep no answers of other runs"),
+    ("no-cache", "bool", "", "ask the target again: read and keep no answers of other runs"),
     ("report", "paths", "FILE", "write a .html, .md, .json or .jsonl report; may be repeated"),
 )
 
@@ -99,7 +99,7 @@ def choosing_goldens(config: pytest.Config) -> list[str]:
 
 
 def store(config: pytest.Config) -> Store | None:
-    """Return where a target's answers are kept: beside what pytest keeps between runs, if it does.
+    """Return where a target's answers are kept: next to what pytest keeps between runs, if it does.
 
     Never where goldens are rewritten.
     """

@@ -124,7 +124,9 @@ def test_numbers_are_read_as_the_release_reads_them():
     assert older.method == "Unspecified"
     found = reading(routing_method_type=101)
     assert found.call is None
-    assert problems(found) == ["routing_method_type 101 is no routing method of this FlashInfer"]
+    assert problems(found) == [
+        "routing_method_type 101 is not a routing method of this FlashInfer release"
+    ]
 
 
 @pytest.mark.parametrize("name", ["top_k", "local_expert_offset", "routing_method_type"])

@@ -116,7 +116,7 @@ def _methods(file: str, code: str) -> Iterator[Operator]:
         where = f"{file}:{_line(code, method.start())}"
         typed = _LAMBDA.match(code, method.end())
         if typed is None:
-            yield Operator(method[1], None, where, "it is no Function::FromTyped of a lambda")
+            yield Operator(method[1], None, where, "it is not a Function::FromTyped of a lambda")
             continue
         try:
             yield Operator(method[1], _parameters(_inside(code, typed.end())), where)

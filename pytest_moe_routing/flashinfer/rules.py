@@ -105,7 +105,7 @@ def _honored(release: str, method: str) -> frozenset[str]:
     return row.honors - ignored if row else frozenset()
 
 
-#: The arguments of a call that its recipe depends on, beside the rules.
+#: The arguments of a call that its recipe depends on, besides the rules.
 _BOUND = (
     *("method", "top_k", "bias", "bias_dtype", "n_group", "topk_group"),
     *("routed_scaling_factor", "weight_on", "scale_after"),

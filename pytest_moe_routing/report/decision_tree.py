@@ -30,7 +30,7 @@ class Tree:
         return root
 
     def rows(self, path: Sequence[str]) -> list[tuple[int, str, bool]]:
-        """Return depth, answer, and whether it was taken, for each answer beside a path.
+        """Return depth, answer, and whether it was taken, for each answer next to a path.
 
         Answers that were not taken stand after the taken one, without what follows them.
         """

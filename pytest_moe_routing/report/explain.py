@@ -166,7 +166,7 @@ def _paragraphs(target: Target, answers: Sequence[Answer]) -> Iterator[list[str]
 
 
 def _why(target: Target, model: ModelSpec, record: VerdictRecord) -> Iterator[str]:
-    """Yield what is to be said of a verdict beside the call: other calls, gates, reasons."""
+    """Yield what explains a verdict besides the call: other calls, gates, reasons."""
     if not record.verdict.is_given:
         yield f"  because  {record.reason}"
         return

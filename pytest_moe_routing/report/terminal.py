@@ -1,4 +1,4 @@
-"""The verdicts of a run for a terminal: within its width, and coloured by verdict."""
+"""The verdicts of a run for a terminal: within its width, and colored by verdict."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MARKUP: Mapping[Verdict, Mapping[str, bool]] = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a line, in the colour of a verdict if it is about one."""
+    """A part of a line, in the color of a verdict if it is about one."""
 
     text: str
     verdict: Verdict | None = None
@@ -72,7 +72,7 @@ def summary(
 
 
 def wrapped(text: str, width: int, start: str = "", verdict: Verdict | None = None) -> list[Line]:
-    """Return a text as lines that fit, with a coloured start."""
+    """Return a text as lines that fit, with a colored start."""
     lines = textwrap.wrap(
         start + one_line(text), max(width, 40), subsequent_indent=_GAP, break_on_hyphens=False
     )

@@ -62,7 +62,7 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
         case Kind.LIMIT:
             return f"{field} is {got}, not {wanted}: {finding.fact}"
         case Kind.ENUM if field.isdecimal():
-            return f"routing_method_type {field} is no routing method of this FlashInfer"
+            return f"routing_method_type {field} is not a routing method of this FlashInfer release"
         case Kind.ENUM:
             number = "no number" if finding.wanted is None else wanted
             read_as = "no routing method" if finding.got is None else got

@@ -80,7 +80,7 @@ class Probe:
         """Take over the answers of earlier runs, and keep those of this one; return how many.
 
         Args:
-            sources: What the answers depend on beside the child's command line and environment.
+            sources: What the answers depend on besides the child's command line and environment.
             root: Where the sources are, which makes no difference.
         """
         command = [part for part in self._command if part != str(root)]
@@ -158,7 +158,7 @@ class Probe:
         try:
             replies = json.loads(data)
         except (ValueError, RecursionError):
-            raise Failure("its answer is no JSON; its process was ended") from None
+            raise Failure("its answer is not JSON; its process was ended") from None
         if not isinstance(replies, list) or len(replies) != len(requests):
             raise Failure("its answer is of no known kind; its process was ended")
         pairs = zip(requests, replies, strict=True)

@@ -176,7 +176,8 @@ class Blocks:
         if len(seen.layers) != 1 or len(seen.topks) != 1:
             if answer["refused"] or answer["failed"]:
                 raise Unsupported(answer["refused"] or answer["failed"])
-            raise Unsupported(f"it makes {len(seen.layers)} MoE layers, {len(seen.topks)} TopK")
+            made = f"{len(seen.layers)} MoE layers and {len(seen.topks)} TopK layers"
+            raise Unsupported(f"the block makes {made}, not one of each")
         ((declared, place),) = seen.layers
         answer |= {"place": place, "declared": None if declared is None else declared.name}
         if not (answer["refused"] or answer["failed"]):
@@ -188,7 +189,7 @@ class Blocks:
         if not self.calls:
             return {"refused": "no fused kernel is called"}
         if len(self.calls) > 1:
-            raise Unsupported(f"{len(self.calls)} kernels are called")
+            raise Unsupported(f"the block calls {len(self.calls)} kernels, not one")
         ((function, arguments),) = self.calls
         if "routing_logits" not in arguments:
             return {"refused": f"{function} is given experts and weights", "by_choice": True}

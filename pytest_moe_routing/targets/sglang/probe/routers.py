@@ -198,7 +198,7 @@ class Routers(blocks.Blocks):
             text = f"{type(error).__name__}: {error}"
             raise Unsupported(f"{name} is not built and run here: {text}") from error
         if len(seen.topks) != 1:
-            raise Unsupported(f"{name} makes {len(seen.topks)} TopK")
+            raise Unsupported(f"{name} makes {len(seen.topks)} TopK layers, not one")
         values = output.float().unique().tolist()
         if len(values) != 1:
             raise Unsupported(f"{name} does more than scale what its experts give")

@@ -205,7 +205,7 @@ class Routers:
         try:
             return attrgetter(name)(stubs.real_module(module))
         except AttributeError:
-            raise Unsupported(f"{module}.{name} is no function that can be run alone") from None
+            raise Unsupported(f"{module}.{name} cannot run on its own") from None
 
 
 def stand_ins(platform: str) -> dict[str, Any]:

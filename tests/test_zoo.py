@@ -159,7 +159,7 @@ def test_a_later_directory_can_complete_a_model(write, tmp_path):
             "num_expert: 8",
             ":4: router.num_expert: unknown key; did you mean num_experts?",
         ),
-        ("architecture: BaseForCausalLM\n", "", ":1: architecture: found nothing"),
+        ("architecture: BaseForCausalLM\n", "", ":1: architecture: found no such key"),
         ("incomplete:", "hf_repo: x\nincomplete:", ":3: hf_repo: found 'x', expected owner/name"),
     ],
 )

@@ -53,6 +53,8 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
             return f"{_FIELDS.get(field, field)}: {wanted_by} has {wanted}, {got_by} {got}"
         case Kind.ARGUMENT:
             return f"{field} arrives as {got}, the layer has {wanted}"
+        case Kind.APPLIED:
+            return f"{field} is applied {got}; the layer applies it {wanted}"
         case Kind.LIMIT if finding.wanted in (None, ""):
             return finding.fact
         case Kind.LIMIT:
@@ -83,7 +85,8 @@ def sentences(findings: Iterable[Finding]) -> Iterator[str]:
     """What is wrong, then what explains it, each once."""
     findings = tuple(findings)
     yield from dict.fromkeys(sentence(finding) for finding in findings)
-    facts = (f.fact for f in findings if f.kind is Kind.RECIPE and f.fact)
+    told = (Kind.RECIPE, Kind.APPLIED)
+    facts = (f.fact for f in findings if f.kind in told and f.fact)
     yield from dict.fromkeys(facts)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.failure import Failure, Rank
-from pytest_moe_routing.oracle.finding import Finding
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import text
@@ -76,7 +76,8 @@ def of_modular_call(
     )
     what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
     cause = _id("modular-call", what, findings[0].where.partition(",")[0])
-    return Failure(cause, Rank.SILENT, f"{model} {scheme}", lines)
+    rank = Rank.LOUD if all(f.kind is Kind.RAISED for f in findings) else Rank.SILENT
+    return Failure(cause, rank, f"{model} {scheme}", lines)
 
 
 def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:

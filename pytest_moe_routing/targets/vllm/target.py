@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cache, cached_property
 from importlib import resources
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict
 
 import yaml
 
@@ -20,6 +20,7 @@ from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.targets.framework import FrameworkTarget
@@ -49,12 +50,22 @@ class _Call(_End):
     shards: int
 
 
+class _ModularCall(_Call, total=False):
+    dispatched: Required[bool]
+    places: Required[dict[str, str]]
+    unusable: dict[str, str]
+    applied: dict[str, list[int] | None]
+    same: bool
+
+
 class _RoutedCalls(TypedDict):
-    calls: list[_Call]
+    calls: list[_ModularCall]
     intermediate_size: int
 
 
-class _Calls(_RoutedCalls):
+class _Calls(TypedDict):
+    calls: list[_Call]
+    intermediate_size: int
     router_factor: float
 
 
@@ -159,7 +170,7 @@ class VllmTarget(FrameworkTarget):
         return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
-        """What arrives wrongly at the kernel of the experts that are given ids and weights."""
+        """What is wrong on a way through the experts that are given ids and weights."""
         self._require_served(scheme)
         answer = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
         findings: list[Finding] = []
@@ -171,6 +182,7 @@ class VllmTarget(FrameworkTarget):
                 wrong: tuple[Finding, ...] = (_raised(record),)
             else:
                 wrong = read_routed(model, scheme, record, layer, self.flashinfer)
+                wrong = (*wrong, *misapplied(model, record, explained=bool(wrong)))
             findings += [_at(finding, record) for finding in wrong]
         return tuple(_distinct(findings))
 
@@ -243,6 +255,8 @@ def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
     if finding.kind is Kind.RAISED:
         return finding
     rank = ", rank 1 of 2" if record["shards"] > 1 else ""
+    if record.get("dispatched"):
+        rank += ", tokens gathered"
     return replace(finding, where=f"{_site(record)}{rank}")
 
 

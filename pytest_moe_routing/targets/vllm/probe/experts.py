@@ -16,6 +16,7 @@ class ServedScheme:
         modular: The experts that are given ids and weights; None where vLLM has none.
         keys: The quantization keys of weights and activations; None for unquantized ones.
         methods: The layer's methods that call the experts.
+        modular_methods: Those that call the modular experts.
         quantized: Activations as the experts get them: dtype, values a byte, values a scale (0: no
             scale), dtype of the scale.
         packed: Two weights a byte.
@@ -30,6 +31,7 @@ class ServedScheme:
     packed: bool = False
     quantization: tuple[str, str, tuple[int, int] | None] = ("", "", None)
     modular: str | None = None
+    modular_methods: tuple[str, ...] = ()
 
 
 SCHEMES: Mapping[str, ServedScheme] = {
@@ -40,6 +42,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("float8_e4m3fn", 1, 128, "float32"),
         quantization=("float8_e4m3fn", "", (128, 128)),
         modular="modular-fp8",
+        modular_methods=("hands-fp8", "hands-w8a8-fp8"),
     ),
     "fp8_per_tensor": ServedScheme(
         "experts-fp8",
@@ -48,6 +51,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("float8_e4m3fn", 1, 0, "float32"),
         quantization=("float8_e4m3fn", "", None),
         modular="modular-fp8",
+        modular_methods=("hands-modelopt-fp8", "hands-fp8", "hands-w8a8-fp8"),
     ),
     "mxfp8": ServedScheme(
         "experts-fp8",
@@ -56,6 +60,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("float8_e4m3fn", 1, 32, "uint8"),
         quantization=("mxfp8", "", (1, 32)),
         modular="modular-fp8",
+        modular_methods=("hands-modelopt-mxfp8", "hands-w8a8-mxfp8"),
     ),
     "nvfp4": ServedScheme(
         "experts-nvfp4",
@@ -65,6 +70,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         packed=True,
         quantization=("nvfp4", "", None),
         modular="modular-nvfp4",
+        modular_methods=("hands-modelopt-nvfp4", "hands-w4a4-nvfp4"),
     ),
     "bf16": ServedScheme(
         "experts-bf16",
@@ -72,6 +78,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("method-unquantized",),
         ("bfloat16", 1, 0, ""),
         modular="modular-bf16",
+        modular_methods=("hands-unquantized",),
     ),
     "mxfp4": ServedScheme(
         "experts-mxfp4",
@@ -81,6 +88,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         packed=True,
         quantization=("mxfp8", "mxfp4", None),
         modular="modular-mxfp4",
+        modular_methods=("hands-gpt-oss-mxfp4", "hands-mxfp4"),
     ),
     "mxint4": ServedScheme(
         "experts-mxint4",

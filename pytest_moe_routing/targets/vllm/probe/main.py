@@ -14,6 +14,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm.probe import capture as vllm_capture
 from pytest_moe_routing.targets.vllm.probe import gates as vllm_gates
+from pytest_moe_routing.targets.vllm.probe import modular as vllm_modular
 from pytest_moe_routing.targets.vllm.probe import release as release
 
 
@@ -25,7 +26,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "classify": release.classify,
         "gates": vllm_gates.gates,
         "capture": vllm_capture.capture,
-        "capture_modular": vllm_capture.capture_modular,
+        "capture_modular": vllm_modular.capture_modular,
     }
 
 

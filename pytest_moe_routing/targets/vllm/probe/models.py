@@ -43,6 +43,7 @@ class ModelSources:
         self._names, self._root = names, root
         self._layer = cache(self._find_layer)
         self._tree = cache(lambda module: ast.parse(source_of(root, module)))
+        self._passed = cache(_passed)
 
     def has_architecture(self, architecture: str) -> bool:
         """Return whether the release has code for an architecture."""
@@ -62,7 +63,7 @@ class ModelSources:
             return False
         told = layer.argument("apply_routed_scale_to_output")
         if isinstance(told, ast.Name):
-            told = _passed(layer.tree, told.id)
+            told = self._passed(layer.tree, told.id)
             if told is None:
                 raise self._unproven(layer, "whether the layer or its router applies the factor")
         if told is not None:

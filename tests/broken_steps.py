@@ -1,4 +1,4 @@
-"""Breaks the steps of vLLM's modular experts one at a time, and prints what is found, as JSON.
+"""Breaks steps of vLLM around its experts one at a time, and prints what is found, as JSON.
 
 `python tests/broken_steps.py ROOT FLASHINFER VERSION`, in a process of its own.
 """
@@ -16,6 +16,7 @@ from unittest.mock import patch
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.source import Source
@@ -102,6 +103,36 @@ def broken(cls, method, how):
         yield
 
 
+#: Models and schemes whose experts are chosen, and whether the modular ones are asked for.
+CHOSEN = (
+    ("deepseek-r1", "nvfp4", False),
+    ("kimi-k2.5", "mxint4", False),
+    ("olmoe-1b-7b", "nvfp4", False),
+    ("olmoe-1b-7b", "nvfp4", True),
+    ("llama-4-scout", "nvfp4", True),
+    ("llama-4-scout", "fp8_block", True),
+    ("deepseek-r1", "fp8_block", True),
+)
+
+
+def choices(target, models):
+    for model, scheme, modular in CHOSEN:
+        method = target.classify(models[model]).method
+        choice = target.choice(models[model], scheme, method, modular=modular)
+        yield f"{model} {scheme}{' modular' * modular}", [choice.switches, choice.instead]
+
+
+def contradictions(target, models):
+    """A selector that forgets the experts, and one that does not ask their gates."""
+    modular = release.names().get("modular-nvfp4")
+    selector = stubs.real_module(release.names().spelling("select-nvfp4").module)
+    with patch.object(selector, "backend_to_kernel_cls", lambda backend: [modular]):
+        yield "forgotten", judge(target, models["deepseek-r1"], "nvfp4").record()
+    monolithic = release.names().get("experts-nvfp4")
+    with patch.object(monolithic, "is_supported_config", staticmethod(lambda *_: (True, None))):
+        yield "not asked", judge(target, models["olmoe-1b-7b"], "nvfp4").record()
+
+
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
@@ -115,6 +146,9 @@ def main(root, flashinfer, version):
         cls = steps.MoEPrepareAndFinalizeNoDPEPModular if is_step else release.names().get(row)
         with broken(cls, method, how):
             found[name] = list(sentences(target.modular_findings(models[model], scheme)))
+    found["choices"] = dict(choices(target, models))
+    for name, record in contradictions(target, models):
+        found[name] = [record.verdict, record.rejected_by, list(sentences(record.findings))]
     print(json.dumps(found))
 
 

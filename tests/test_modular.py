@@ -212,3 +212,46 @@ def test_llama4_is_weighed_twice_by_modular_experts(broken):
         assert sentence.startswith("router weight is applied on the expert input and on the expert")
         assert f"{NO_DP}" in place
         assert "ExpertsModular.apply (on the output)" in place
+
+
+#: What has to be switched on, by vLLM's own selectors (`fused_moe/oracle`).
+SWITCHES = {
+    "deepseek-r1 nvfp4": [],
+    "kimi-k2.5 mxint4": ["VLLM_USE_FLASHINFER_MOE_INT4=1"],
+    # Its routing method is Default, which no monolithic experts take.
+    "olmoe-1b-7b nvfp4": None,
+    "olmoe-1b-7b nvfp4 modular": [],
+    # Monolithic experts take it, but not where tokens are dispatched.
+    "llama-4-scout nvfp4 modular": ["--enable-expert-parallel", "--data-parallel-size 2"],
+    "llama-4-scout fp8_block modular": [],
+    "deepseek-r1 fp8_block modular": [
+        "--enable-expert-parallel",
+        "--data-parallel-size 2",
+        "--all2all-backend flashinfer_nvlink_one_sided",
+    ],
+}
+
+
+@pytest.mark.parametrize("case", SWITCHES)
+def test_what_has_to_be_switched_on(broken, case):
+    switches, instead = broken["choices"][case]
+    assert switches == SWITCHES[case]
+    assert bool(instead) is (switches is None)
+
+
+def test_a_selector_of_vllm_that_forgets_its_experts(broken):
+    verdict, rejected_by, _ = broken["forgotten"]
+    assert verdict == "missed"
+    assert rejected_by == {
+        "backend selection": "select_nvfp4_moe_backend never takes experts whose gates accept: "
+        "TrtLlmNvFp4ExpertsModular"
+    }
+
+
+def test_a_selector_of_vllm_that_asks_no_gates(broken):
+    verdict, _, found = broken["not asked"]
+    assert verdict in ("wrong", "crash")
+    assert found[0] == (
+        "select_nvfp4_moe_backend takes the experts, although their gates reject the layer "
+        "(routing method)"
+    )

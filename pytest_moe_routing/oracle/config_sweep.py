@@ -249,7 +249,9 @@ def sweep(
         models: Those of which a cause says whether it concerns them.
         routers: Other routers than the sweep's, smallest first.
     """
-    return _sweep(lambda model: (judge(target, model, scheme),), scheme, models, routers)
+    return _sweep(
+        lambda model: (judge(target, model, scheme, chosen=False),), scheme, models, routers
+    )
 
 
 def sweep_behind_gates(

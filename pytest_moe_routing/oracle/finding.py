@@ -27,6 +27,8 @@ class Kind(StrEnum):
     RAISED = "raised"
     #: The layer applies `field` as `wanted` says, the target's steps as `got` says.
     APPLIED = "applied"
+    #: The selector `field` takes experts although their gates `got` reject the layer.
+    CHOICE = "choice"
     #: An argument is less precise (`got`) than the layer (`wanted`).
     DOWNCAST = "downcast"
     #: A matter of precision in the kernel itself, told by `fact`.

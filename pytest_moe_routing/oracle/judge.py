@@ -15,7 +15,7 @@ from pytest_moe_routing.oracle.effects import mask_notes
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
-from pytest_moe_routing.oracle.target import Captured, Classification, Target
+from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe, normal_form, recipe_of, same
 
@@ -40,6 +40,7 @@ class Judgement:
         downcasts: What the target makes less precise for a kernel that runs.
         notes: Matters of precision in the kernel itself.
         site: The code that makes the kernel call.
+        choice: What makes the target take the fused experts, if that is known.
     """
 
     target: str
@@ -58,7 +59,19 @@ class Judgement:
     downcasts: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
     site: str = ""
-    opt_in: tuple[str, ...] = ()
+    choice: Choice | None = None
+
+    @property
+    def opt_in(self) -> tuple[str, ...]:
+        """What has to be switched on for the target to take this path."""
+        if self.choice is None:
+            return ()
+        return self.choice.device if self.choice.switches is None else self.choice.switches
+
+    @property
+    def by_default(self) -> bool:
+        """Whether the target is known to take this path by default."""
+        return self.choice is not None and self.choice.switches == ()
 
     @cached_property
     def counterexample(self) -> Counterexample | None:
@@ -117,6 +130,7 @@ class Judgement:
             obstacles=self.obstacles,
             site=self.site,
             opt_in=self.opt_in,
+            by_default=self.by_default,
         )
 
 
@@ -148,12 +162,18 @@ def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> V
 
 
 def judge(
-    target: Target, model: ModelSpec, scheme: str, *, recorded_only: bool = False
+    target: Target,
+    model: ModelSpec,
+    scheme: str,
+    *,
+    recorded_only: bool = False,
+    chosen: bool = True,
 ) -> Judgement:
     """Judge what a target makes of a model in a scheme.
 
     Args:
         recorded_only: Do not take a call that is not recorded to be what the model says.
+        chosen: Ask as well whether the target takes the experts whose gates accept the model.
 
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
@@ -163,8 +183,19 @@ def judge(
         raise Unsupported(f"{model} is not judged: {'; '.join(questions)}")
     classification = target.classify(model)
     gates = target.gates(model, scheme, classification.method)
-    base = _asked(target, model, scheme, classification, gates)
-    if not all(gate.ok for gate in gates):
+    choice = target.choice(model, scheme, classification.method) if chosen else None
+    accepted = all(gate.ok for gate in gates)
+    if choice is not None and accepted != (choice.switches is not None):
+        if not accepted:
+            # What the gates were asked is not what decides.
+            names = ", ".join(gate.name for gate in gates if not gate.ok)
+            finding = Finding(Kind.CHOICE, choice.selector, None, names)
+            base = _asked(target, model, scheme, classification, gates)
+            return _judge_call(target, replace(base, choice=choice), contradiction=finding)
+        reason = f"{choice.selector} never takes experts whose gates accept: {choice.instead}"
+        gates, accepted = (*gates, Gate("backend selection", False, reason)), False
+    base = replace(_asked(target, model, scheme, classification, gates), choice=choice)
+    if not accepted:
         exact = tuple(exact_calls(model, scheme, target.flashinfer))
         return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
     return _judge_call(target, base, recorded_only=recorded_only)
@@ -232,7 +263,6 @@ def _asked(
         classification=classification,
         gates=gates,
         wanted=recipe_of(model.router),
-        opt_in=target.opt_in(scheme),
     )
 
 
@@ -248,8 +278,18 @@ def _assumed(target: Target, model: ModelSpec, scheme: str, method: str) -> Capt
     return Captured(call, wrong)
 
 
-def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judgement:
-    """Judge the call that follows a classification."""
+def _judge_call(
+    target: Target,
+    base: Judgement,
+    *,
+    recorded_only: bool = False,
+    contradiction: Finding | None = None,
+) -> Judgement:
+    """Judge the call that follows a classification.
+
+    Args:
+        contradiction: What is wrong already, as the call is made although gates reject it.
+    """
     model, scheme, flashinfer = base.model, base.scheme, base.flashinfer
     method = base.classification.method
     beyond = Unsupported(
@@ -263,6 +303,8 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
             raise beyond
         captured = _assumed(target, model, scheme, method)
     call, wrong = captured.call, captured.wrong
+    if contradiction is not None:
+        wrong = (contradiction, *wrong)
     base = replace(base, call=call, findings=wrong, site=captured.site)
 
     def bad(verdict: Verdict, *more: Finding) -> Judgement:

@@ -140,6 +140,7 @@ class VerdictRecord(_Record):
         reason: Why there is no verdict.
         site: The code that makes the kernel call.
         opt_in: Switches without which the target would not have taken this path.
+        by_default: Whether the target is known to take this path by default.
         outcome: The outcome of the test that gave the verdict.
     """
 
@@ -175,6 +176,7 @@ class VerdictRecord(_Record):
     reason: str = ""
     site: str = ""
     opt_in: tuple[str, ...] = ()
+    by_default: bool = False
     outcome: str = ""
     known: Known | None = None
 

@@ -27,6 +27,24 @@ class Classification:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What makes a target take its fused experts for a layer.
+
+    Attributes:
+        selector: The code that decides.
+        switches: What a user has to switch on; empty if it is the default, and None if nothing
+            makes the target take the experts.
+        instead: What the target takes otherwise, or why it takes none.
+        device: What has to be switched on for the experts to run on the device at all.
+    """
+
+    selector: str
+    switches: tuple[str, ...] | None
+    instead: str = ""
+    device: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Captured:
     """A call as a target's own code made it.
 
@@ -110,9 +128,15 @@ class Target:
         """The call that the target's own code makes; None when it is not recorded."""
         return None
 
-    def opt_in(self, scheme: str) -> tuple[str, ...]:
-        """Switches without which the target would not take its fused path for a scheme."""
-        return ()
+    def choice(
+        self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False
+    ) -> Choice | None:
+        """What makes the target take its fused experts for this layer; None if it is not known.
+
+        Args:
+            modular: The experts that are given ids and weights.
+        """
+        return None
 
     def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:
         """The routing arguments that reach the kernel.

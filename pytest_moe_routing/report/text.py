@@ -55,6 +55,8 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
             return f"{field} arrives as {got}, the layer has {wanted}"
         case Kind.APPLIED:
             return f"{field} is applied {got}; the layer applies it {wanted}"
+        case Kind.CHOICE:
+            return f"{field} takes the experts, although their gates reject the layer ({got})"
         case Kind.LIMIT if finding.wanted in (None, ""):
             return finding.fact
         case Kind.LIMIT:
@@ -111,7 +113,7 @@ def title(record: VerdictRecord) -> str:
 def story(record: VerdictRecord) -> list[str]:
     """Everything that led to a verdict, from the router to a token that a person can check."""
     lines = [title(record), f"  {MEANINGS[record.verdict]} ({flashinfer(record)})"]
-    if record.reach is not Reach.PUBLISHED:
+    if record.by_default or record.reach is not Reach.PUBLISHED:
         lines.append(f"  reach    {reach(record)}")
     if not record.verdict.is_given:
         return [*lines, f"  because  {record.reason}"]
@@ -142,8 +144,15 @@ def consequences(record: VerdictRecord) -> Iterator[str]:
 
 def reach(record: VerdictRecord) -> str:
     """Who can meet the verdict."""
-    switches = f": {', '.join(record.opt_in)}" if record.opt_in else ""
-    return f"{record.reach}{switches}"
+    return reached(record.reach, record.opt_in, by_default=record.by_default)
+
+
+def reached(reach: Reach, opt_in: Iterable[str], *, by_default: bool) -> str:
+    """Who can meet something, and what has to be switched on for that."""
+    switches = ", ".join(opt_in)
+    if switches:
+        return f"{reach}: {switches}"
+    return f"{reach}, by default" if by_default else str(reach)
 
 
 def token(example: Mapping[str, Any]) -> list[str]:

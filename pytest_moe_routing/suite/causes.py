@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.failure import Failure, Rank
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.record import VerdictRecord
+from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import text
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.judge import Judgement
     from pytest_moe_routing.oracle.model_code import CodeJudgement
     from pytest_moe_routing.oracle.modular import MethodRejection
-    from pytest_moe_routing.oracle.target import Target
+    from pytest_moe_routing.oracle.target import Choice, Target
 
 _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 
@@ -66,17 +66,31 @@ def of_rejection(target: Target, scheme: str, rejection: MethodRejection) -> Fai
 
 
 def of_modular_call(
-    target: Target, model: ModelSpec, scheme: str, findings: tuple[Finding, ...]
+    target: Target,
+    model: ModelSpec,
+    scheme: str,
+    findings: tuple[Finding, ...],
+    choice: Choice | None,
 ) -> Failure:
-    """Ids, weights or arguments that do not arrive at the kernel of modular experts."""
+    """Ids, weights or arguments that go wrong on the way through modular experts."""
+    from pytest_moe_routing.oracle.judge import reach_of
+
+    switches = () if choice is None else choice.switches
+    reach = Reach.NO_MODEL if switches is None else reach_of(model, scheme, switches)
+    is_default = choice is not None and switches == ()
     lines = (
         f"{model} on {scheme}, modular experts of {target}: the call is wrong",
+        f"  reach    {text.reached(reach, switches or (), by_default=is_default)}",
         *(f"  because  {line}" for line in text.sentences(findings)),
         f"  at       {findings[0].where}",
     )
     what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
     cause = _id("modular-call", what, findings[0].where.partition(",")[0])
     rank = Rank.LOUD if all(f.kind is Kind.RAISED for f in findings) else Rank.SILENT
+    if reach is Reach.NO_MODEL and choice is not None:
+        rank = Rank.LATENT
+        told = "; ".join(text.sentences(findings))
+        lines = (f"{model} on {scheme}: {told} (never taken: {choice.instead})",)
     return Failure(cause, rank, f"{model} {scheme}", lines)
 
 

@@ -93,5 +93,7 @@ def test_modular_call(
         if rejected:
             pytest.skip(f"modular experts do not run: {rejected[0].name}")
         findings = moe_framework.modular_findings(moe_model, moe_scheme)
-    if findings:
-        fail(moe_property, [of_modular_call(moe_framework, moe_model, moe_scheme, findings)])
+        if not findings:
+            return
+        choice = moe_framework.choice(moe_model, moe_scheme, method, modular=True)
+    fail(moe_property, [of_modular_call(moe_framework, moe_model, moe_scheme, findings, choice)])

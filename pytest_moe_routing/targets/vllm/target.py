@@ -22,7 +22,7 @@ from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Classification
+from pytest_moe_routing.oracle.target import Captured, Choice, Classification
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
@@ -69,11 +69,19 @@ class _Calls(TypedDict):
     router_factor: float
 
 
+class _Chosen(TypedDict):
+    selector: str
+    switches: list[str] | None
+    instead: str
+    device: list[str]
+
+
 #: The type of each answer of the child.
 _ANSWERS: Mapping[str, Any] = {
     "numbers": dict[str, int],
     "classify": list[str],
     "gates": list[tuple[str, bool, str] | tuple[str, bool, str, bool]],
+    "choose": _Chosen | None,
     "capture": _Calls,
     "capture_modular": _RoutedCalls,
 }
@@ -185,6 +193,26 @@ class VllmTarget(FrameworkTarget):
                 wrong = (*wrong, *misapplied(model, record, explained=bool(wrong)))
             findings += [_at(finding, record) for finding in wrong]
         return tuple(_distinct(findings))
+
+    def choice(
+        self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False
+    ) -> Choice | None:
+        """What makes the selector of this release take its experts on Blackwell.
+
+        None for releases that have no selector for the scheme.
+        """
+        self._require_served(scheme)
+        asked = {"model": model.as_dict(), "scheme": scheme, "method": method, "modular": modular}
+        answer = self._probe.ask("choose", **asked)
+        if answer is None:
+            return None
+        switches = answer["switches"]
+        return Choice(
+            answer["selector"],
+            None if switches is None else tuple(switches),
+            answer["instead"],
+            tuple(answer["device"]),
+        )
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """The call of vLLM's own code, from a layer of the model down to the kernel.

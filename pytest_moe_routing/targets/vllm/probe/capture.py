@@ -211,23 +211,24 @@ def recorded(
         raise Unsupported(
             f"not judged: vLLM {names().version} reads {error.name!r} of its "
             f"{'layer' if isinstance(error.obj, Layer) else 'quantization method'}, "
-            f"which the probe does not have ({_text(error)})"
+            f"which the probe does not have ({refusal(error)})"
         ) from error
     except Reached as reached:
         arguments = {name: plain(value, named) for name, value in reached.arguments.items()}
         return {"function": reached.function, "arguments": arguments}
     except _REFUSALS as error:
         if Stub.asked:
-            raise TargetError(f"{_text(error)}, after stubs: {', '.join(Stub.asked)}") from error
+            raise TargetError(f"{refusal(error)}, after stubs: {', '.join(Stub.asked)}") from error
         return {"raised": _raised(error)}
     raise TargetError(f"{what} called no kernel")
 
 
 @contextmanager
 def on_one_gpu() -> Iterator[None]:
-    """What vLLM's experts ask of their surroundings."""
+    """What vLLM's experts and selectors ask of their surroundings."""
     compilation = SimpleNamespace(max_cudagraph_capture_size=512)
-    vllm_config = SimpleNamespace(compilation_config=compilation)
+    model = SimpleNamespace(quantization_config=None, hf_text_config=None)
+    vllm_config = SimpleNamespace(compilation_config=compilation, model_config=model)
     config = names().spelling("vllm-config")
     with (
         patch.object(torch.accelerator, "current_device_index", lambda: "cpu"),
@@ -299,6 +300,7 @@ def _raised(error: BaseException) -> dict[str, str]:
     return {"type": type(error).__name__, "message": message, "where": where}
 
 
-def _text(error: BaseException) -> str:
+def refusal(error: BaseException) -> str:
+    """Return an exception in one line, with the line of vLLM that raised it."""
     raised = _raised(error)
     return f"{raised['where']}: {raised['type']}: {raised['message']}"

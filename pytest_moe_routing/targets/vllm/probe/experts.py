@@ -17,6 +17,7 @@ class ServedScheme:
         keys: The quantization keys of weights and activations; None for unquantized ones.
         methods: The layer's methods that call the experts.
         modular_methods: Those that call the modular experts.
+        selector: What chooses the experts of a layer.
         quantized: Activations as the experts get them: dtype, values a byte, values a scale (0: no
             scale), dtype of the scale.
         packed: Two weights a byte.
@@ -32,6 +33,7 @@ class ServedScheme:
     quantization: tuple[str, str, tuple[int, int] | None] = ("", "", None)
     modular: str | None = None
     modular_methods: tuple[str, ...] = ()
+    selector: str = ""
 
 
 SCHEMES: Mapping[str, ServedScheme] = {
@@ -43,6 +45,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         quantization=("float8_e4m3fn", "", (128, 128)),
         modular="modular-fp8",
         modular_methods=("hands-fp8", "hands-w8a8-fp8"),
+        selector="select-fp8",
     ),
     "fp8_per_tensor": ServedScheme(
         "experts-fp8",
@@ -52,6 +55,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         quantization=("float8_e4m3fn", "", None),
         modular="modular-fp8",
         modular_methods=("hands-modelopt-fp8", "hands-fp8", "hands-w8a8-fp8"),
+        selector="select-fp8",
     ),
     "mxfp8": ServedScheme(
         "experts-fp8",
@@ -61,6 +65,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         quantization=("mxfp8", "", (1, 32)),
         modular="modular-fp8",
         modular_methods=("hands-modelopt-mxfp8", "hands-w8a8-mxfp8"),
+        selector="select-mxfp8",
     ),
     "nvfp4": ServedScheme(
         "experts-nvfp4",
@@ -71,6 +76,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         quantization=("nvfp4", "", None),
         modular="modular-nvfp4",
         modular_methods=("hands-modelopt-nvfp4", "hands-w4a4-nvfp4"),
+        selector="select-nvfp4",
     ),
     "bf16": ServedScheme(
         "experts-bf16",
@@ -79,6 +85,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("bfloat16", 1, 0, ""),
         modular="modular-bf16",
         modular_methods=("hands-unquantized",),
+        selector="select-unquantized",
     ),
     "mxfp4": ServedScheme(
         "experts-mxfp4",
@@ -89,6 +96,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         quantization=("mxfp8", "mxfp4", None),
         modular="modular-mxfp4",
         modular_methods=("hands-gpt-oss-mxfp4", "hands-mxfp4"),
+        selector="select-mxfp4",
     ),
     "mxint4": ServedScheme(
         "experts-mxint4",
@@ -97,5 +105,6 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("bfloat16", 1, 0, ""),
         packed=True,
         quantization=("", "int4", (0, 32)),
+        selector="select-mxint4",
     ),
 }

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,16 @@ _names: Names | None = None
 _sources: ModelSources | None = None
 #: What comes of a call of FlashInfer; a caller may put another in its place for a while.
 answer = recorder.reached
+
+
+class _Capability(NamedTuple):
+    """The compute capability of a GPU."""
+
+    major: int
+    minor: int
+
+    def to_int(self) -> int:
+        return self.major * 10 + self.minor
 
 
 class _Blackwell:
@@ -54,6 +64,9 @@ class _Blackwell:
         return bool(
             (capability if isinstance(capability, tuple) else divmod(capability, 10)) <= (10, 0)
         )
+
+    def get_device_capability(self, *_: Any) -> _Capability:
+        return _Capability(10, 0)
 
     def fp8_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
@@ -171,6 +184,11 @@ def install(root: str, flashinfer: FlashInfer, version: str) -> None:
         if _names.is_there(key):
             spelling = _names.spelling(key)
             setattr(import_module(spelling.module), spelling.path, value)
+    if _names.is_there("humming-priority"):
+        # The package around the module that has it is a stub.
+        spelling = _names.spelling("humming-priority")
+        package = import_module(spelling.module.rpartition(".")[0])
+        setattr(package, spelling.path, _names.get("humming-priority"))
 
 
 def names() -> Names:

@@ -133,6 +133,31 @@ def contradictions(target, models):
         yield "not asked", judge(target, models["olmoe-1b-7b"], "nvfp4").record()
 
 
+def drop_replay(given):
+    given["routing_replay_out"] = None
+
+
+def requests(target, models):
+    """What becomes of requests besides routing, as vLLM is and with each broken."""
+
+    def asked():
+        found = target.around(models["deepseek-r1"], "nvfp4", "DeepSeekV3")
+        return {name: [response.answer, response.why] for name, response in found.items()}
+
+    experts = release.names().get("experts-nvfp4")
+    placement = release.names().spelling("placement")
+    yield "as it is", asked()
+    with broken(experts, "apply", drop_replay):
+        yield "capture dropped", asked()
+    with patch.object(experts, "supports_routing_replay_capture", lambda _: False):
+        yield "no capture", asked()
+    with patch.object(experts, "_supports_parallel_config", staticmethod(lambda _: True)):
+        yield "any parallel config", asked()
+    module = stubs.real_module(placement.module)
+    with patch.object(module, placement.path, lambda **_: "linear"):
+        yield "always linear", asked()
+
+
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
@@ -146,6 +171,7 @@ def main(root, flashinfer, version):
         cls = steps.MoEPrepareAndFinalizeNoDPEPModular if is_step else release.names().get(row)
         with broken(cls, method, how):
             found[name] = list(sentences(target.modular_findings(models[model], scheme)))
+    found["requests"] = dict(requests(target, models))
     found["choices"] = dict(choices(target, models))
     for name, record in contradictions(target, models):
         found[name] = [record.verdict, record.rejected_by, list(sentences(record.findings))]

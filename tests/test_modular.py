@@ -255,3 +255,29 @@ def test_a_selector_of_vllm_that_asks_no_gates(broken):
         "select_nvfp4_moe_backend takes the experts, although their gates reject the layer "
         "(routing method)"
     )
+
+
+PADDING, LOAD = "padding rows", "expert placement by load (EPLB)"
+ROBIN, CAPTURE = "round-robin expert placement", "captured expert ids"
+
+
+@pytest.mark.parametrize(
+    ("how", "changed"),
+    [
+        ("as it is", {}),
+        ("capture dropped", {CAPTURE: "ignored"}),
+        ("no capture", {CAPTURE: "rejected"}),
+        ("any parallel config", {PADDING: "ignored", LOAD: "ignored"}),
+        ("always linear", {ROBIN: "rejected"}),
+    ],
+)
+def test_what_becomes_of_requests_besides_routing(broken, how, changed):
+    """As vLLM is, the placement is a finding: docs/findings.md."""
+    usual = {PADDING: "rejected", LOAD: "rejected", ROBIN: "ignored", CAPTURE: "honored"}
+    found = broken["requests"][how]
+    assert {name: answer for name, (answer, _) in found.items()} == usual | changed
+
+
+def test_experts_that_are_placed_in_turn_are_taken_for_a_range(broken):
+    why = broken["requests"]["as it is"][ROBIN][1]
+    assert why == "the kernel is given experts 128 to 255"

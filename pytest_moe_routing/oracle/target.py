@@ -9,6 +9,7 @@ from typing import ClassVar
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
@@ -137,6 +138,10 @@ class Target:
             modular: The experts that are given ids and weights.
         """
         return None
+
+    def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
+        """What becomes of what a server asks of a scheme's fused experts besides routing."""
+        raise Unsupported(f"{self.name} is asked for nothing around its kernel calls")
 
     def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:
         """The routing arguments that reach the kernel.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.config_sweep import Cause
     from pytest_moe_routing.oracle.enum_numbers import EnumMismatch
+    from pytest_moe_routing.oracle.ignored import Ignored
     from pytest_moe_routing.oracle.judge import Judgement
     from pytest_moe_routing.oracle.model_code import CodeJudgement
     from pytest_moe_routing.oracle.modular import MethodRejection
@@ -92,6 +93,26 @@ def of_modular_call(
         told = "; ".join(text.sentences(findings))
         lines = (f"{model} on {scheme}: {told} (never taken: {choice.instead})",)
     return Failure(cause, rank, f"{model} {scheme}", lines)
+
+
+def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
+    """A request besides routing that fused experts ignore."""
+    from pytest_moe_routing.oracle.around import Request
+
+    request, response = ignored.request, ignored.response
+    reach = text.reached(Reach.OPT_IN, response.switches, by_default=False)
+    lines: tuple[str, ...] = (
+        f"{target}, experts for {scheme}: {request} ignored",
+        f"  reach    {reach}",
+        f"  because  {response.why}",
+        f"  models   {', '.join(ignored.models)}",
+    )
+    rank = Rank.SILENT
+    if request is Request.PADDING:
+        # What such rows compute is dropped: they cost time.
+        rank = Rank.LATENT
+        lines = (f"{scheme}: {request} ignored, as {response.why} ({reach})",)
+    return Failure(_id("ignored", request), rank, scheme, lines)
 
 
 def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:

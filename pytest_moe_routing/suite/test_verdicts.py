@@ -97,3 +97,21 @@ def test_modular_call(
             return
         choice = moe_framework.choice(moe_model, moe_scheme, method, modular=True)
     fail(moe_property, [of_modular_call(moe_framework, moe_model, moe_scheme, findings, choice)])
+
+
+def test_around_call(
+    moe_framework: Target,
+    moe_scheme: str,
+    moe_session: MoESession,
+    moe_property: Callable[[str, Any], None],
+) -> None:
+    """Experts that route ignore no padding, no placement of experts and nobody who captures ids."""
+    from pytest_moe_routing.oracle.ignored import ignored_requests
+    from pytest_moe_routing.suite.causes import of_ignored
+
+    models = [model for model, scheme in moe_session.cases if scheme == moe_scheme]
+    with unsupported_is_skipped():
+        ignored = ignored_requests(moe_framework, moe_scheme, models)
+    if ignored is None:
+        pytest.skip("the experts accept no chosen model")
+    fail(moe_property, [of_ignored(moe_framework, moe_scheme, each) for each in ignored])

@@ -14,9 +14,12 @@ from typing import Any, Required, TypedDict
 
 import yaml
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
+from pytest_moe_routing.oracle.around import Request, Response
+from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
@@ -69,6 +72,12 @@ class _Calls(TypedDict):
     router_factor: float
 
 
+class _Response(TypedDict):
+    answer: str
+    why: str
+    switches: list[str]
+
+
 class _Chosen(TypedDict):
     selector: str
     switches: list[str] | None
@@ -81,6 +90,7 @@ _ANSWERS: Mapping[str, Any] = {
     "numbers": dict[str, int],
     "classify": list[str],
     "gates": list[tuple[str, bool, str] | tuple[str, bool, str, bool]],
+    "around": dict[str, _Response],
     "choose": _Chosen | None,
     "capture": _Calls,
     "capture_modular": _RoutedCalls,
@@ -213,6 +223,18 @@ class VllmTarget(FrameworkTarget):
             answer["instead"],
             tuple(answer["device"]),
         )
+
+    def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
+        """What becomes of padding rows, placed experts and captured ids.
+
+        Raises:
+            Unsupported: The release has no classes of experts.
+        """
+        self._require_served(scheme)
+        answers = self._probe.ask("around", model=model.as_dict(), scheme=scheme, method=method)
+        if not answers:
+            raise Unsupported(f"not judged: vLLM {self.version()} has no experts to ask")
+        return read_responses(answers)
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """The call of vLLM's own code, from a layer of the model down to the kernel.

@@ -129,7 +129,7 @@ class Layer:
         self.apply_router_weight_on_input = router["weight_on"] == "input"
         self.intermediate_size_per_partition = intermediate_size(model)
         self.enable_eplb, self.eplb_state = False, None
-        self.routing_sink = None
+        self.routing_sink: Any = None
         self.hash_indices_table = None
         self.expert_map = None
         if shards > 1:
@@ -181,14 +181,15 @@ class Layer:
 
 def _one(experts: Any, method: Any, layer: Layer) -> dict[str, Any]:
     """Run a layer's method down to the kernel."""
+    return recorded(lambda: run_layer(experts, method, layer), layer.named(), method.__qualname__)
 
-    def call() -> None:
-        kernel = None
-        if isinstance(experts, type):
-            kernel = _kernel(made(experts, layer), layer)
-        method(Caller(kernel, layer.row), layer, layer.hidden, layer.logits)
 
-    return recorded(call, layer.named(), method.__qualname__)
+def run_layer(experts: Any, method: Any, layer: Layer) -> None:
+    """Run a layer's method that calls monolithic experts."""
+    kernel = None
+    if isinstance(experts, type):
+        kernel = _kernel(made(experts, layer), layer)
+    method(Caller(kernel, layer.row), layer, layer.hidden, layer.logits)
 
 
 def made(experts: Any, layer: Layer) -> Any:
@@ -276,6 +277,9 @@ class _Prepared:
         if defer_input_quant:
             return torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16), None, router_logits
         return self._layer.hidden, self._layer.scale, router_logits
+
+    def finalize(self, fused_expert_output: Tensor) -> Tensor:
+        return fused_expert_output
 
 
 def _kernel(experts: Any, layer: Layer) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.kernels.gpu import find_gpu
-from pytest_moe_routing.logits import bell, distinct, make
+from pytest_moe_routing.logits import bell, distinct, make_case
 from pytest_moe_routing.reference.moe import MoELayer, moe
 from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import GeneratedExperts
@@ -25,15 +25,15 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def deepseek(moe_session):
-    return next(m for m in moe_session.models if m.id == "deepseek-r1")
+def deepseek(_moe_session):
+    return next(m for m in _moe_session.models if m.id == "deepseek-r1")
 
 
 @pytest.fixture(params=[1, 64, 1024, 8192], ids="{} tokens".format)
 def case(request, deepseek):
     if find_gpu().missing:
         pytest.skip(find_gpu().missing)
-    case = make("plain", recipe_of(deepseek.router), num_tokens=request.param, num_experts=256)
+    case = make_case("plain", recipe_of(deepseek.router), num_tokens=request.param, num_experts=256)
     return case.logits.cuda(), case.bias.cuda()
 
 

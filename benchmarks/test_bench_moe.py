@@ -1,4 +1,4 @@
-"""The MoE reference beside what others would do, in one run: read the ratios, not the seconds.
+"""The MoE reference and naive implementations, in one run: read the ratios, not the seconds.
 
 pytest benchmarks/test_bench_moe.py --benchmark-only
 MOE_FULL=1 pytest benchmarks/test_bench_moe.py --benchmark-only -k full     # whole layers
@@ -66,7 +66,7 @@ def test_reference(benchmark, case):
 def test_bare_matrix_products(benchmark, case):
     """Only the products, of rows that are gathered already; nothing is activated or summed."""
     w1, w2 = case.tensors()
-    steps = slots_by_expert(case.routing, Shard.whole(len(w1)), torch.float32)
+    steps = slots_by_expert(case.routing, len(w1), Shard.whole(len(w1)), torch.float32)
     rows = [(e, case.x[tokens]) for e, tokens, _ in steps]
     half = w2.shape[2]
 

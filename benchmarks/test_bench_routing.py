@@ -1,4 +1,4 @@
-"""The routing reference beside others, in one run: read the ratios, not the seconds.
+"""The routing reference and others, in one run: read the ratios, not the seconds.
 
 pytest benchmarks/test_bench_routing.py --benchmark-only
 """

@@ -1,47 +1,157 @@
 """Finds wrong Mixture-of-Experts routing in seconds, most of it without a GPU.
 
-Names are loaded on first use: importing this package, as every pytest start does through the
-plugin's entry point, costs nothing and never imports torch.
+The names of `__all__` are the public API; docs/api.md describes them. Each is loaded on first use:
+importing this package, as every pytest start does through the plugin's entry point, costs nothing
+and never imports torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from pytest_moe_routing.compare import (
+        PRECISIONS,
+        Arithmetic,
+        MoEComparison,
+        Precision,
+        RoutingComparison,
+        assert_moe,
+        assert_routing,
+        compare_moe,
+        compare_routing,
+    )
+    from pytest_moe_routing.errors import MoERoutingError, Unsupported
+    from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
+    from pytest_moe_routing.logits import (
+        PATTERNS,
+        Pattern,
+        RoutingCase,
+        bell,
+        case_names,
+        loud,
+        make_case,
+    )
+    from pytest_moe_routing.models import (
+        ModelSpec,
+        RouterConfig,
+        dump_model,
+        load_model,
+        load_models,
+        read_config,
+    )
+    from pytest_moe_routing.oracle import Target, judge
+    from pytest_moe_routing.reference.moe import MoELayer, moe
+    from pytest_moe_routing.reference.problem import MoEProblem
+    from pytest_moe_routing.reference.quantization import Quantized, dequantize, quantize
+    from pytest_moe_routing.reference.routing import Routing, route
+    from pytest_moe_routing.reference.shard import Shard
+    from pytest_moe_routing.reference.weights import Expert, GeneratedExperts
+    from pytest_moe_routing.routing import Recipe, RoutingMethodType, recipe_of
+    from pytest_moe_routing.targets import load_target
+    from pytest_moe_routing.targets.builtin.classify import classify, get_routing_method_type
+
+    __version__: str
+
+__all__ = [
+    "PATTERNS",
+    "PRECISIONS",
+    "Arithmetic",
+    "Expert",
+    "FlashInfer",
+    "GeneratedExperts",
+    "KernelCall",
+    "MoEComparison",
+    "MoELayer",
+    "MoEProblem",
+    "MoERoutingError",
+    "ModelSpec",
+    "Pattern",
+    "Precision",
+    "Quantized",
+    "Recipe",
+    "RouterConfig",
+    "Routing",
+    "RoutingCase",
+    "RoutingComparison",
+    "RoutingMethodType",
+    "Shard",
+    "Target",
+    "Unsupported",
+    "__version__",
+    "assert_moe",
+    "assert_routing",
+    "bell",
+    "case_names",
+    "classify",
+    "compare_moe",
+    "compare_routing",
+    "dequantize",
+    "dump_model",
+    "get_routing_method_type",
+    "judge",
+    "load_model",
+    "load_models",
+    "load_target",
+    "loud",
+    "make_case",
+    "moe",
+    "quantize",
+    "read_config",
+    "recipe_of",
+    "route",
+]
+
+#: Where each name is defined. A test compares this table with the imports above.
 _WHERE = {
-    "ModelSpec": "models",
-    "RouterConfig": "models",
-    "load_model": "models",
-    "load_models": "models",
-    "read_config": "models",
-    "dump_model": "models",
-    "Recipe": "routing",
-    "RoutingMethodType": "routing",
-    "classify": "targets.builtin.classify",
-    "get_routing_method_type": "targets.builtin.classify",
-    "recipe_of": "routing",
-    "Routing": "reference.routing",
-    "route": "reference.routing",
-    "assert_routing": "compare",
-    "assert_moe": "compare",
-    "MoEProblem": "reference.problem",
-    "moe": "reference.moe",
-    "MoELayer": "reference.moe",
-    "FlashInfer": "flashinfer",
-    "KernelCall": "flashinfer",
-    "Target": "oracle",
-    "judge": "oracle",
-    "load_target": "targets",
+    "compare": (
+        "PRECISIONS",
+        "Arithmetic",
+        "MoEComparison",
+        "Precision",
+        "RoutingComparison",
+        "assert_moe",
+        "assert_routing",
+        "compare_moe",
+        "compare_routing",
+    ),
+    "errors": ("MoERoutingError", "Unsupported"),
+    "flashinfer": ("FlashInfer", "KernelCall"),
+    "logits": ("PATTERNS", "Pattern", "RoutingCase", "bell", "case_names", "loud", "make_case"),
+    "models": (
+        "ModelSpec",
+        "RouterConfig",
+        "dump_model",
+        "load_model",
+        "load_models",
+        "read_config",
+    ),
+    "oracle": ("Target", "judge"),
+    "reference.moe": ("MoELayer", "moe"),
+    "reference.problem": ("MoEProblem",),
+    "reference.quantization": ("Quantized", "dequantize", "quantize"),
+    "reference.routing": ("Routing", "route"),
+    "reference.shard": ("Shard",),
+    "reference.weights": ("Expert", "GeneratedExperts"),
+    "routing": ("Recipe", "RoutingMethodType", "recipe_of"),
+    "targets": ("load_target",),
+    "targets.builtin.classify": ("classify", "get_routing_method_type"),
 }
 
-__all__ = sorted(_WHERE)
+if not TYPE_CHECKING:
 
+    def __getattr__(name):
+        """Import a public name from the module that defines it."""
+        if name == "__version__":
+            from importlib.metadata import version
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+            return version("pytest-moe-routing")
+        from importlib import import_module
+
+        for module, names in _WHERE.items():
+            if name in names:
+                return getattr(import_module(f"{__name__}.{module}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -8,13 +8,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pytest_moe_routing import progress
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import printable
+
+
+class _Version(argparse.Action):
+    """Print the version; it is looked up only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        print(f"moe-routing {metadata.version('pytest-moe-routing')}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when it answered, 1 when the answer is bad, 2 for misuse."""
     parser = argparse.ArgumentParser(prog="moe-routing", description=__doc__)
+    parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser(
         "explain", help="what a model's router means, and what becomes of it on each scheme"
@@ -35,7 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = commands.add_parser("add", help="write a model folder from a Hugging Face config.json")
     add.add_argument("config", type=Path, help="the file, or the folder that holds it")
     add.add_argument("directory", type=Path, help="the golden directory to write into")
-    init = commands.add_parser("init", help="begin a golden directory, with one model to change")
+    check = commands.add_parser("check", help="validate the model folders of golden directories")
+    check.add_argument("directory", type=Path, nargs="+", metavar="DIR")
+    diff = commands.add_parser(
+        "diff", help="compare two reports or releases; exit code 1 if a failure is new"
+    )
+    side = "a .json or .jsonl report, or a release as NAME@PATH"
+    diff.add_argument("before", metavar="A", help=side)
+    diff.add_argument("after", metavar="B", help=side)
+    diff.add_argument("--models", default="", metavar="PATTERNS", help="of releases; default: all")
+    diff.add_argument("--schemes", default="", metavar="NAMES", help="of releases; default: all")
+    diff.add_argument("--flashinfer", metavar="RELEASE", help="default: what each is made for")
+    diff.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
+    diff.add_argument("--json", action="store_true", help="print the changes as JSON")
+    init = commands.add_parser(
+        "init", help="begin a golden directory: a model to change, a README, a CI step, a ledger"
+    )
     init.add_argument("directory", type=Path)
     init.add_argument(
         "--from", dest="model", default="deepseek-r1", metavar="MODEL", help="id of a known model"
@@ -113,7 +143,7 @@ def _add(arguments: argparse.Namespace) -> int:
     _say(f"{file}\nRead it, then write its goldens:")
     _say(
         f"  pytest --moe-golden --moe-golden-dir {arguments.directory} "
-        f"--moe-models {model.id} -m 'not gpu' --snapshot-update"
+        f"--moe-models {model.id} --snapshot-update"
     )
     return 0
 
@@ -125,12 +155,15 @@ def _write_new(file: Path, text: str) -> None:
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        raise MoERoutingError(f"{file}: there is one already; remove it to write it anew") from None
+        raise MoERoutingError(f"{file}: already exists; remove it first") from None
     except OSError as error:
         raise MoERoutingError(f"{file}: cannot be written: {error.strerror}") from error
 
 
 def _init(arguments: argparse.Namespace) -> int:
+    from importlib import resources
+
+    from pytest_moe_routing import starter
     from pytest_moe_routing.goldens import packaged_directory
     from pytest_moe_routing.models import dump_model, load_models
 
@@ -138,20 +171,59 @@ def _init(arguments: argparse.Namespace) -> int:
     if arguments.model not in models:
         raise MoERoutingError(f"no model {arguments.model!r}; models: {', '.join(models)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise MoERoutingError(f"{directory}: found something there, expected nothing yet")
+        raise MoERoutingError(f"{directory}: already exists and is not empty")
     model = models[arguments.model]
     source = model.folder / "model.yaml"
     # As it stands, with its comments, unless it is like a model that would not be there.
     text = source.read_text("utf-8") if model.like is None else dump_model(model)
-    _write_new(directory / model.id / "model.yaml", text)
+    files = {directory / model.id / "model.yaml": text}
+    for template in resources.files(starter.__name__).iterdir():
+        if not template.name.endswith((".py", ".pyc")) and template.is_file():
+            filled = template.read_text("utf-8")
+            for name, value in (("directory", str(directory)), ("model", model.id)):
+                filled = filled.replace(f"{{{name}}}", value)
+            files[directory / template.name] = filled
+    for file, text in files.items():
+        _write_new(file, text)
+        _say(str(file))
     _say(
-        f"{directory / model.id / 'model.yaml'}\n"
-        "Rename its folder and make it your model. Then write its goldens, and test:\n"
-        f"  pytest --moe-golden --moe-golden-dir {directory} --moe-models ID "
-        "-m 'not gpu' --snapshot-update\n"
-        f"  pytest --moe-golden --moe-golden-dir {directory} -m 'not gpu'"
+        f"Rename {directory / model.id} and make it your model. Then write its goldens, and test:\n"
+        f"  pytest --moe-golden --moe-golden-dir {directory} --moe-models ID --snapshot-update\n"
+        f"  pytest --moe-golden --moe-golden-dir {directory}\n"
+        f"{directory / 'README.md'} says the rest."
     )
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from pytest_moe_routing.report.folders import check
+
+    folders = [folder for directory in arguments.directory for folder in check(directory)]
+    for folder in folders:
+        _say(str(folder))
+    wrong = sum(bool(folder.problem) for folder in folders)
+    _say(f"{len(folders) - wrong} valid, {wrong} wrong")
+    return int(wrong > 0)
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from pytest_moe_routing.report import diff
+    from pytest_moe_routing.session import MoESession
+
+    sides = []
+    for name in (arguments.before, arguments.after):
+        session = MoESession(
+            target_name=name,
+            model_patterns=_names(arguments.models),
+            scheme_names=_names(arguments.schemes),
+            flashinfer_release=arguments.flashinfer,
+            golden_dirs=arguments.golden_dir,
+        )
+        sides.append(diff.side(name, session))
+    changes = diff.changes(*sides)
+    text = diff.as_json(changes) if arguments.json else "\n".join(diff.lines(changes)) + "\n"
+    _say(text, end="")
+    return int(diff.fails(changes))
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -213,7 +285,7 @@ def _faults(arguments: argparse.Namespace) -> int:
 def _drift(arguments: argparse.Namespace) -> int:
     examine = _examine_flashinfer if arguments.system == "flashinfer" else _examine_framework
     drifted = False
-    for path in arguments.path or [None]:
+    for path in progress.each(arguments.path or [None], "release"):
         lines, differs = examine(arguments.system, path)
         _say("\n".join(lines))
         drifted = drifted or differs
@@ -238,6 +310,8 @@ def _examine_framework(name: str, path: Path | None) -> tuple[list[str], bool]:
 _COMMANDS = {
     "explain": _explain,
     "add": _add,
+    "check": _check,
+    "diff": _diff,
     "init": _init,
     "report": _report,
     "history": _history,

@@ -34,23 +34,31 @@ class Failure:
         cause: A stable id, without models and their numbers: what a ledger names.
         case: The model and scheme, or whatever else of the test the cause concerns.
         lines: The explanation.
+        source: File and line of the target's code that is to blame, if they are known.
     """
 
     cause: str
     rank: Rank
     case: str
     lines: tuple[str, ...]
+    source: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"rank": int(self.rank), "lines": list(self.lines)}
 
-    def block(self, cases: Iterable[str] = ()) -> list[str]:
-        """The explanation in at most 15 lines, with the other cases and the id of the cause.
+    def block(self, cases: Iterable[str] = (), width: int | None = None) -> list[str]:
+        """Return the explanation in at most 15 lines, with the other cases and the cause's id.
 
         A latent cause is one line.
+
+        Args:
+            width: Characters of that line; as many as it takes if None.
         """
         if self.rank is Rank.LATENT:
-            return [f"{self.lines[0]}  [{self.cause}]"]
+            where = ", ".join(dict.fromkeys((self.case, *cases)))
+            line = f"{self.lines[0]} ({'; '.join((where, *self.lines[1:]))})  [{self.cause}]"
+            fits = width is None or len(line) <= width
+            return [line if fits else f"{line[: width - 3]}..."]  # type: ignore[operator]
         others = [case for case in dict.fromkeys(cases) if case != self.case]
         tail = [_listed(f"  also     {len(others)} more: ", others)] if others else []
         tail.append(f"  cause    {self.cause}")
@@ -70,9 +78,13 @@ def _listed(start: str, names: Sequence[str]) -> str:
     return text
 
 
-def text_of(failures: Iterable[Failure], cases: Mapping[str, Iterable[str]] | None = None) -> str:
-    """The message of a test that fails for these causes."""
-    blocks = (failure.block((cases or {}).get(failure.cause, ())) for failure in failures)
+def text_of(
+    failures: Iterable[Failure],
+    cases: Mapping[str, Iterable[str]] | None = None,
+    width: int | None = None,
+) -> str:
+    """Return the message of a test that fails for these causes; see `Failure.block`."""
+    blocks = (failure.block((cases or {}).get(failure.cause, ()), width) for failure in failures)
     # Latent causes are a list; the others are paragraphs.
     text = "".join(
         ("" if place == 0 else "\n" if len(block) == 1 else "\n\n") + "\n".join(block)
@@ -82,6 +94,9 @@ def text_of(failures: Iterable[Failure], cases: Mapping[str, Iterable[str]] | No
 
 
 def failures_of(properties: Iterable[tuple[str, Any]]) -> list[Failure]:
-    """The causes that a test stated in its user properties."""
+    """Return the causes that a test stated in its user properties."""
     stated = dict(properties).get(PROPERTY, [])
-    return [Failure(f["cause"], Rank(f["rank"]), f["case"], tuple(f["lines"])) for f in stated]
+    return [
+        Failure(f["cause"], Rank(f["rank"]), f["case"], tuple(f["lines"]), f["source"])
+        for f in stated
+    ]

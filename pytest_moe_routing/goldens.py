@@ -9,27 +9,39 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.inputs import parse_json, read_text
+from pytest_moe_routing.schemes import SERVED_SCHEMES
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.models import ModelSpec
 
 FORMAT = 1
 SUFFIX = ".golden.json"
+ROUTER = "router"
+ROUTING = "routing"
 #: How the name of a half-written file ends. One stays only if its process was killed.
 PARTIAL = ".partial"
 #: The largest golden has 12 kB.
 MAX_BYTES = 4_000_000
 DIGITS = 8
 _WIDTH = 100
+#: So many numbers that are scaled by one factor are told in one line.
+_FEW = 3
+#: What stands for a key that one side does not have.
+ABSENT = object()
 
 
 def packaged_directory() -> Path:
-    """The models that come with this package: in the wheel, or in the checkout it runs from."""
+    """Return the folder of the packaged models: in the wheel, or in the checkout."""
     package = Path(__file__).resolve().parent
     packaged = package / "_golden"
     return packaged if packaged.is_dir() else package.parent / "golden"
@@ -44,8 +56,14 @@ def golden_path(folder: Path, name: str) -> Path:
     return folder / f"{name}{SUFFIX}"
 
 
+def names_of(model: ModelSpec) -> set[str]:
+    """Return the name of every golden that a model has."""
+    routing = set() if model.router.not_expressible else {ROUTING}
+    return {ROUTER, *routing, *(name for name in model.checkpoints if name in SERVED_SCHEMES)}
+
+
 def serialize(data: dict[str, Any]) -> str:
-    """The text of a golden file."""
+    """Return the text of a golden file."""
     return _text({"format": FORMAT, **data}, 0) + "\n"
 
 
@@ -125,38 +143,93 @@ def left_by_killed_updates(folder: Path) -> list[Path]:
     ]
 
 
-def differences(golden: Any, now: Any, where: str = "") -> Iterator[str]:
-    """Every leaf in which a golden and the present disagree: `place: golden ..., now ...`."""
+@dataclass(frozen=True)
+class Difference:
+    """A leaf in which a golden and the present disagree; `ABSENT` stands for none."""
+
+    where: str
+    golden: Any
+    now: Any
+
+    def __str__(self) -> str:
+        golden = "has none" if self.golden is ABSENT else _brief(self.golden)
+        now = "absent" if self.now is ABSENT else _brief(self.now)
+        return f"{self.where}: golden {golden}, now {now}"
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times the golden the present is; None unless both are such numbers."""
+        both = (self.golden, self.now)
+        if not all(
+            type(value) in (int, float) and value and math.isfinite(value) for value in both
+        ):
+            return None
+        return float(self.now / self.golden)
+
+    @property
+    def name(self) -> str:
+        """The last key on the way to the leaf: `weights` of `patterns.x[0].weights[5]`."""
+        return re.sub(r"\[\d+\]", "", self.where).rpartition(".")[2]
+
+
+def differences(golden: Any, now: Any, where: str = "") -> Iterator[Difference]:
+    """Yield every leaf in which a golden and the present disagree."""
     if isinstance(golden, dict) and isinstance(now, dict):
         for key in [*golden, *(k for k in now if k not in golden)]:
             place = f"{where}.{key}" if where else key
-            if key not in now:
-                yield f"{place}: golden {_brief(golden[key])}, now absent"
-            elif key not in golden:
-                yield f"{place}: golden has none, now {_brief(now[key])}"
-            else:
+            if key in golden and key in now:
                 yield from differences(golden[key], now[key], place)
+            else:
+                yield Difference(place, golden.get(key, ABSENT), now.get(key, ABSENT))
     elif isinstance(golden, list) and isinstance(now, (list, tuple)) and len(golden) == len(now):
         for place, (old, new) in enumerate(zip(golden, now, strict=True)):
             yield from differences(old, new, f"{where}[{place}]")
     elif not _same(golden, now):
-        yield f"{where}: golden {_brief(golden)}, now {_brief(now)}"
+        yield Difference(where, golden, now)
 
 
-def disagreement(path: Path, found: Sequence[str], model: str) -> str:
-    """Return the message of a golden test that fails: where, and how to accept the change."""
+def _scaled(found: Sequence[Difference]) -> Iterator[tuple[str, set[int]]]:
+    """Yield each kind of numbers that are all scaled by one factor, in a sentence, and places."""
+    for name in dict.fromkeys(difference.name for difference in found):
+        places = {n for n, difference in enumerate(found) if difference.name == name}
+        ratios = [found[n].ratio for n in sorted(places)]
+        first = ratios[0]
+        if first is None or len(places) < _FEW:
+            continue
+        if all(r is not None and math.isclose(r, first, rel_tol=1e-5) for r in ratios):
+            example = found[min(places)]
+            yield f"{name} x {first:.6g} in all {len(places)} places, such as {example}", places
+
+
+def disagreement(path: Path, found: Sequence[Difference], command: str) -> str:
+    """Return the message of a golden test that fails: where, and how to accept the change.
+
+    Args:
+        command: What rewrites the golden, with the options of the run.
+    """
     places = "1 place" if len(found) == 1 else f"{len(found)} places"
-    shown = [f"  {line}" for line in found[:20]]
-    more = [f"  ... and {len(found) - 20} more"] if len(found) > 20 else []
+    scaled = list(_scaled(found))
+    told = set().union(*(those for _, those in scaled))
+    lines = [text for text, _ in scaled]
+    lines += [str(difference) for n, difference in enumerate(found) if n not in told]
+    more = [f"  ... and {len(lines) - 20} more"] if len(lines) > 20 else []
     return "\n".join(
         [
             f"{path} disagrees in {places}:",
-            *shown,
+            *(f"  {line}" for line in lines[:20]),
             *more,
-            "If the change is meant, review it and accept it with:",
-            f"  pytest --moe-golden --moe-models {model} --snapshot-update",
+            _accept(command),
         ]
     )
+
+
+def _accept(command: str) -> str:
+    return f"If the change is meant, review it and accept it with:\n  {command}"
+
+
+def unreadable(error: Exception, command: str) -> str:
+    """Return the message of a golden test whose golden cannot be read."""
+    return f"{error}\n{_accept(command)}"
 
 
 def _same(golden: Any, now: Any) -> bool:

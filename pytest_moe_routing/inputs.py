@@ -180,7 +180,7 @@ def parse_release(text: str) -> Version:
         ValueError: It is none, or longer than any.
     """
     if len(text) > _RELEASE_LENGTH:
-        raise ValueError(f"{shorten(text)} is no release")
+        raise ValueError(f"{shorten(text)} is not a release")
     return Version(text)
 
 

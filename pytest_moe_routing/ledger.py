@@ -111,7 +111,7 @@ def load_ledger(file: Path) -> list[KnownFailure]:
 def in_force(
     entries: Sequence[KnownFailure], *, target: str, release: Callable[[], str], flashinfer: str
 ) -> list[KnownFailure]:
-    """The entries about a target, by the name in its `TargetId`, and about these releases.
+    """Return the entries about a target, by the name in its `TargetId`, and these releases.
 
     The target's own release is asked for only when an entry depends on it.
 
@@ -281,14 +281,14 @@ class LedgerPlugin:
                 terminalreporter.write_line(f"  {entry.place}: {entry}", red=True)
         if not self.unmatched:
             return
-        colour = {"red": True} if self.whole_suite else {"yellow": True}
+        color = {"red": True} if self.whole_suite else {"yellow": True}
         remedy = "remove them" if self.whole_suite else "not all of the suite was chosen"
         terminalreporter.write_line(
-            f"moe-routing: known failures that match no case ({remedy}):", **colour
+            f"moe-routing: known failures that match no case ({remedy}):", **color
         )
         for entry in self.unmatched:
             terminalreporter.write_line(
-                f"  {entry.place}: {entry.test}[{entry.case}]: {entry}", **colour
+                f"  {entry.place}: {entry.test}[{entry.case}]: {entry}", **color
             )
 
 

@@ -41,7 +41,7 @@ def integers(*shape: int, seed: int, bits: int = 24) -> Tensor:
 def bell(*shape: int, seed: int) -> Tensor:
     """Bell-shaped float32 numbers, standard deviation 1.15, within +-4, in steps of 2**-15."""
     parts = integers(*shape, 2, seed=seed, bits=32)
-    # The sum of four 16-bit uniforms, centred.
+    # The sum of four 16-bit uniforms, centered.
     total = (parts & 0xFFFF).sum(-1) + (parts >> 16).sum(-1) - 2 * 0xFFFF
     return total.to(torch.float32) / 2**15
 
@@ -57,7 +57,7 @@ def loud(tokens: int, hidden: int, *, seed: int) -> Tensor:
 
 
 def distinct(rows: int, columns: int, *, seed: int) -> Tensor:
-    """A random permutation of `0..columns-1` in each row, int64."""
+    """Return a random permutation of `0..columns-1` in each row, int64."""
     return integers(rows, columns, seed=seed, bits=32).argsort(dim=1, stable=True)
 
 
@@ -78,23 +78,29 @@ class Shape:
         return bell(self.num_tokens, self.num_experts, seed=self.seed + salt)
 
     def bias(self, low: float, high: float) -> Tensor:
-        """A bias `[num_experts]` evenly random in [low, high], in steps of 2**-20 of the width."""
+        """Return a uniform bias `[num_experts]` in [low, high], in steps of 2**-20 of the width."""
         steps = integers(self.num_experts, seed=self.seed + 7919, bits=20).to(torch.float64)
         return (low + (high - low) * steps / 2**20).to(torch.float32)
 
 
 @dataclass(frozen=True)
-class Case:
-    """Inputs of one routing: float32 logits `[T, E]`, a float32 bias `[E]` or None, the recipe."""
+class RoutingCase:
+    """Inputs of one routing.
+
+    Attributes:
+        logits: float32 `[num_tokens, num_experts]`.
+        bias: float32 `[num_experts]`, or None where the recipe has no bias.
+        recipe: The router that they are for.
+    """
 
     logits: Tensor
     bias: Tensor | None
     recipe: Recipe
 
-    def to(self, device: torch.device | str) -> Case:
-        """The same inputs on a device."""
+    def to(self, device: torch.device | str) -> RoutingCase:
+        """Return the same inputs on a device."""
         bias = None if self.bias is None else self.bias.to(device)
-        return Case(self.logits.to(device), bias, self.recipe)
+        return RoutingCase(self.logits.to(device), bias, self.recipe)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,9 @@ class Pattern:
     """A way to make logits, and the defect that it shows.
 
     Attributes:
+        name: Its key in `PATTERNS`.
+        shows: The defect that it shows.
+        make: Make logits `[num_tokens, num_experts]` and a bias `[num_experts]`.
         needs: What a recipe must have for the pattern to show more than `plain` does: a `bias`,
             `groups`, or a stated result for `not-finite` logits, which no recipe states.
     """
@@ -137,7 +146,7 @@ def _saturated(s: Shape) -> tuple[Tensor, Tensor]:
 
 
 def _ties_at_k(s: Shape) -> tuple[Tensor, Tensor]:
-    """A few levels, so that ever more experts than fit tie around place k; no bias hides it."""
+    """Make a few levels, so that more experts than fit tie around place k; no bias hides it."""
     rank = distinct(s.num_tokens, s.num_experts, seed=s.seed)
     level = torch.clamp((rank - s.recipe.top_k // 2) // max(s.recipe.top_k, 2), max=3)
     return 2.0 - level.to(torch.float32), s.bias(0.0, 0.0)
@@ -200,13 +209,13 @@ PATTERNS: Mapping[str, Pattern] = {
         Pattern("plain", "the everyday case: a wrong method, scale, bias or group limit", _plain),
         Pattern(
             "all-negative",
-            "uninitialised slots beat negative logits (flashinfer issue 2822, <= 0.6.6)",
+            "uninitialized slots beat negative logits (flashinfer issue 2822, <= 0.6.6)",
             _all_negative,
         ),
         Pattern(
             "deep-negative-high-bias",
             "weight recovered as (score + bias) - bias (flashinfer PR 3875, 0.6.8-0.6.17); "
-            "a bias rounded on its way (sglang PR 31001)",
+            "a bias downcast before the kernel (sglang PR 31001)",
             _deep_negative_high_bias,
             needs="bias",
         ),
@@ -259,10 +268,18 @@ PATTERNS: Mapping[str, Pattern] = {
 }
 
 
-def make(name: str, recipe: Recipe, *, num_tokens: int, num_experts: int) -> Case:
+def make_case(name: str, recipe: Recipe, *, num_tokens: int, num_experts: int) -> RoutingCase:
     """Make a pattern's inputs for a recipe.
 
-    The bias is None exactly when the recipe has none, so the result fits `reference.routing.route`.
+    Args:
+        name: A key of `PATTERNS`.
+        recipe: The router that the inputs are for.
+        num_tokens: Rows of the logits.
+        num_experts: Columns of the logits.
+
+    Returns:
+        Float32 logits `[num_tokens, num_experts]` and a float32 bias `[num_experts]`; the bias is
+        None exactly when the recipe has none.
 
     Raises:
         RecipeError: No pattern has this name.
@@ -272,7 +289,7 @@ def make(name: str, recipe: Recipe, *, num_tokens: int, num_experts: int) -> Cas
     # crc32, as Python's own hash of a string differs from run to run.
     seed = zlib.crc32(name.encode())
     logits, bias = PATTERNS[name].make(Shape(num_tokens, num_experts, recipe, seed))
-    return Case(logits, bias if recipe.bias else None, recipe)
+    return RoutingCase(logits, bias if recipe.bias else None, recipe)
 
 
 #: Tokens of the cases of one recipe: on both sides of usual tile and launch-size limits.
@@ -281,6 +298,6 @@ _PER_PATTERN = 33
 
 
 def case_names(recipe: Recipe) -> list[tuple[str, int]]:
-    """Pattern and number of tokens of every case that an implementation of a recipe must pass."""
+    """Return the pattern and number of tokens of every case that an implementation must pass."""
     patterns = [pattern.name for pattern in PATTERNS.values() if pattern.suits(recipe)]
     return [("plain", tokens) for tokens in _TOKENS] + [(name, _PER_PATTERN) for name in patterns]

@@ -2,39 +2,69 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from importlib import util
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# option, ini type, help; the ini twin of --moe-x is moe_x, and the command line wins.
+if TYPE_CHECKING:
+    from pytest_moe_routing.targets.kept import Store
+
+#: The folder of answers in pytest's cache.
+_KEPT = "moe-routing"
+
+#: Option, ini type, what stands for its value, help. The ini twin of --moe-x is moe_x, and the
+#: command line wins.
 OPTIONS = (
-    ("golden", "bool", "run the golden suite: every model's routing, decisions and verdicts"),
-    ("target", "string", "what is judged: a target's name, or module:Class (default: builtin)"),
-    ("models", "args", "ids of models, as comma-separated shell patterns (default: all)"),
-    ("schemes", "args", "names of schemes, comma-separated (default: all)"),
-    ("flashinfer", "string", "FlashInfer release to judge against (default: installed, or newest)"),
-    ("golden-dir", "paths", "a golden directory over the packaged one; may be repeated"),
-    ("config", "paths", "a Hugging Face config.json, or its folder; may be repeated"),
-    ("kernels", "string", "flashinfer, simulator[:FAULT], vllm[@PATH], sglang[@PATH] (flashinfer)"),
-    ("scale", "string", "sizes of fused MoE tests: reduced or full (default: reduced)"),
-    ("require-gpu", "bool", "fail unless at least one GPU test ran"),
-    ("min-gpu-tests", "string", "fail unless at least that many GPU tests ran"),
-    ("min-verdicts", "string", "fail unless so many verdicts were given (default: as is known)"),
-    ("known-failures", "paths", "a YAML ledger of failures that are known; may be repeated"),
-    ("write-known-failures", "string", "write a ledger of every cause that fails; a new file"),
-    ("report", "paths", "write the verdicts as .html, .md, .json or .jsonl; may be repeated"),
+    ("golden", "bool", "", "run the golden suite: every model's routing, decisions and verdicts"),
+    (
+        "target",
+        "string",
+        "NAME[@PATH]",
+        "what is judged: builtin (default), vllm, sglang, flashinfer or another registered target, "
+        "with the PATH of a wheel, an unpacked wheel or a checkout if it is not installed; or "
+        "module:Class",
+    ),
+    ("models", "args", "PATTERNS", "ids of models, as comma-separated shell patterns (all)"),
+    ("schemes", "args", "NAMES", "quantization schemes, comma-separated, such as nvfp4 (all)"),
+    (
+        "flashinfer",
+        "string",
+        "RELEASE",
+        "FlashInfer release to judge against (installed, or newest)",
+    ),
+    ("golden-dir", "paths", "DIR", "a golden directory over the packaged one; may be repeated"),
+    ("config", "paths", "FILE", "a Hugging Face config.json, or its folder; may be repeated"),
+    (
+        "kernels",
+        "string",
+        "NAME[@PATH]",
+        "kernels of the GPU tests: flashinfer (default), simulator, simulator:FAULT, vllm[@PATH] "
+        "or sglang[@PATH]",
+    ),
+    ("scale", "string", "reduced|full", "sizes of fused MoE tests (reduced)"),
+    ("require-gpu", "bool", "", "fail unless at least one GPU test ran"),
+    ("min-gpu-tests", "string", "N", "fail unless at least N GPU tests ran"),
+    ("min-verdicts", "string", "N", "fail unless N verdicts were given (as many as is known)"),
+    ("known-failures", "paths", "FILE", "a YAML ledger of known failures; may be repeated"),
+    ("write-known-failures", "string", "FILE", "write a ledger of every cause that fails"),
+    ("no-cache", "bool", "", "ask the target anew: read and keep no answers of other runs"),
+    ("report", "paths", "FILE", "write a .html, .md, .json or .jsonl report; may be repeated"),
 )
 
 
 def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Add every option and its ini twin."""
     group = parser.getgroup("moe-routing", "Mixture-of-Experts routing")
-    for name, kind, text in OPTIONS:
+    for name, kind, metavar, text in OPTIONS:
         ini, dest = f"moe_{name}".replace("-", "_"), f"moe_{name}".replace("-", "_")
         action = {"bool": "store_true", "paths": "append"}.get(kind, "store")
-        group.addoption(f"--moe-{name}", dest=dest, action=action, default=None, help=text)
+        shown = {"metavar": metavar} if metavar else {}
+        group.addoption(f"--moe-{name}", dest=dest, action=action, default=None, help=text, **shown)
         parser.addini(ini, f"as --moe-{name}: {text}", type=kind, default=None)  # type: ignore[arg-type]
     if util.find_spec("syrupy") is None or pluginmanager.is_blocked("syrupy"):
         # syrupy's option, so that asking for it without syrupy gets an answer.
@@ -49,8 +79,9 @@ def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager
 
 def option(config: pytest.Config, name: str) -> Any:
     """Return an option's value: that of the command line, else that of the ini file."""
-    value = config.getoption(f"moe_{name}")
-    return config.getini(f"moe_{name}") if value is None else value
+    name = f"moe_{name}".replace("-", "_")
+    value = config.getoption(name)
+    return config.getini(name) if value is None else value
 
 
 def names(config: pytest.Config, name: str) -> list[str]:
@@ -58,6 +89,31 @@ def names(config: pytest.Config, name: str) -> list[str]:
     given = option(config, name) or []
     parts = given.split(",") if isinstance(given, str) else ",".join(given).split(",")
     return [part.strip() for part in parts if part.strip()]
+
+
+def choosing_goldens(config: pytest.Config) -> list[str]:
+    """Return the options of a run that choose which goldens are compared, models excepted."""
+    given = [("--moe-golden-dir", directory) for directory in option(config, "golden_dir") or []]
+    given += [("-m", config.option.markexpr)] if config.option.markexpr else []
+    return [str(word) for pair in given for word in pair]
+
+
+def store(config: pytest.Config) -> Store | None:
+    """Return where a target's answers are kept: beside what pytest keeps between runs, if it does.
+
+    Never where goldens are rewritten.
+    """
+    keeps = config.pluginmanager.has_plugin("cacheprovider")
+    if option(config, "no-cache") or config.getoption("update_snapshots", False) or not keeps:
+        return None
+    from pytest_moe_routing.targets.kept import Store
+
+    # pytest's own object for it does not exist yet when the header is written.
+    place = Path(os.path.expandvars(config.getini("cache_dir")))
+    folder = config.rootpath / place / "d" / _KEPT
+    if config.getoption("cacheclear", False):
+        shutil.rmtree(folder, ignore_errors=True)
+    return Store(folder, lambda: config.cache.mkdir(_KEPT))
 
 
 def check_choices(config: pytest.Config) -> None:

@@ -6,6 +6,7 @@ This module is imported by every pytest run of an environment: it imports pytest
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,9 @@ if TYPE_CHECKING:
     from pytest_moe_routing.flashinfer import FlashInfer
     from pytest_moe_routing.kernels.gpu import Gpu
     from pytest_moe_routing.kernels.library import Kernels
-    from pytest_moe_routing.logits import Case
+    from pytest_moe_routing.logits import RoutingCase
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
-
-SUITE = Path(__file__).resolve().parent / "suite"
 
 _SESSION = pytest.StashKey[MoESession]()
 _LEDGER = "moe-routing-ledger"
@@ -67,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ledgers=[Path(p) for p in option(config, "known_failures") or []],
     )
     options.check_choices(config)
+    session.store = partial(options.store, config)
     reports = [Path(p) for p in option(config, "report") or []]
     golden = bool(option(config, "golden"))
     try:
@@ -93,15 +93,47 @@ def pytest_configure(config: pytest.Config) -> None:
             config.pluginmanager.register(gpus, "moe-routing-gpus")
             config.pluginmanager.register(Reporter(session, paths=reports), "moe-routing-reporter")
             config.pluginmanager.register(Grouping(), "moe-routing-grouping")
+            slow = {"test_config_sweep"} if golden and not session.is_builtin else set()
+            slow |= {"test_gpu_moe"} if option(config, "scale") == "full" else set()
+            if slow:
+                from pytest_moe_routing.report.slow import SlowTests
+
+                config.pluginmanager.register(SlowTests(config, slow))
             if ledger := option(config, "write_known_failures"):
                 config.pluginmanager.register(LedgerWriter(session, Path(ledger)))
     except MoERoutingError as error:
         raise pytest.UsageError(str(error)) from None
-    if golden:
+    _choose_arguments(config, golden)
+
+
+def _choose_arguments(config: pytest.Config, golden: bool) -> None:
+    """Resolve pasted ids of the suite's tests; without any, `--moe-golden` is the whole suite."""
+    given = config.args_source is config.ArgsSource.ARGS
+    if not golden and not given:
+        return
+    from pytest_moe_routing.suite.selection import SUITE, resolve
+
+    resolved = [resolve(argument) for argument in config.args] if given else []
+    config.args = [argument for argument, _ in resolved]
+    if golden and not any(is_of_suite for _, is_of_suite in resolved):
         # Files, not their folder: the host's python_files must not decide what is collected.
-        suite = [str(path) for path in sorted(SUITE.glob("test_*.py"))]
-        given = config.args_source is config.ArgsSource.ARGS
-        config.args = config.args + suite if given else suite
+        config.args += [str(path) for path in sorted(SUITE.glob("test_*.py"))]
+
+
+def pytest_pycollect_makemodule(
+    module_path: Path, parent: pytest.Collector
+) -> pytest.Module | None:
+    """Give the suite's tests ids that are the same wherever the package is installed."""
+    if module_path.parent.name != "suite":
+        return None
+    from pytest_moe_routing.suite.selection import SUITE, module_id
+
+    if module_path.parent != SUITE:
+        return None
+    module: pytest.Module = pytest.Module.from_parent(
+        parent, path=module_path, nodeid=module_id(module_path)
+    )
+    return module
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -120,7 +152,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = session.select(
             with_schemes="moe_scheme" in names,
             with_patterns="moe_case" in names,
-            goldens="moe_golden" in metafunc.fixturenames,
+            goldens="_moe_golden" in metafunc.fixturenames,
             patterns=[mark.args for mark in marks if mark.args],
             distinct=any(mark.kwargs.get("distinct_routers") for mark in marks),
             distinct_layers=any(mark.kwargs.get("distinct_layers") for mark in marks),
@@ -141,20 +173,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Before anybody deselects: leave out what this run does not ask, and name our cases."""
-    from pytest_moe_routing.suite.selection import is_left_out
+    from pytest_moe_routing.suite.selection import left_out
 
     session = config.stash[_SESSION]
     gpu = any(option(config, name) for name in ("require_gpu", "min_gpu_tests", "kernels"))
     full = option(config, "scale") == "full"
-    left_out: list[pytest.Item] = []
-    asked: list[pytest.Item] = []
-    for item in items:
-        (
-            left_out if is_left_out(item, config, session, gpu=gpu, full_scale=full) else asked
-        ).append(item)
-    if left_out:
-        items[:] = asked
-        config.hook.pytest_deselected(items=left_out)
+    reasons = [left_out(item, config, session, gpu=gpu, full_scale=full) for item in items]
+    if any(reasons):
+        config.hook.pytest_deselected(
+            items=[item for item, reason in zip(items, reasons, strict=True) if reason]
+        )
+        items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
+        if reporter := config.pluginmanager.get_plugin("moe-routing-reporter"):
+            reporter.left_out.update(filter(None, reasons))
     ledger = config.pluginmanager.get_plugin(_LEDGER)
     for item in items:
         if isinstance(item, pytest.Function) and _FIXTURES & set(item.fixturenames):
@@ -165,23 +196,48 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 ledger.mark(item, item.originalname, case)
 
 
-@pytest.fixture(scope="session")
-def moe_session(pytestconfig: pytest.Config) -> MoESession:
-    """What this run is about."""
-    return pytestconfig.stash[_SESSION]
+# Public fixtures: docs/api.md describes them.
+
+
+@pytest.fixture
+def moe_model(request: pytest.FixtureRequest) -> ModelSpec:
+    """Run the test once with each chosen model.
+
+    `--moe-models` and `@pytest.mark.moe_models("deepseek-*")` choose.
+    """
+    model: ModelSpec = request.param
+    return model
+
+
+@pytest.fixture
+def moe_scheme(request: pytest.FixtureRequest) -> str:
+    """Run the test with each chosen scheme; with `moe_model`, those of the model's checkpoints."""
+    scheme: str = request.param
+    return scheme
+
+
+@pytest.fixture
+def moe_case(request: pytest.FixtureRequest, moe_model: ModelSpec) -> RoutingCase:
+    """Run the test with every routing case of each chosen model: logits, bias and recipe.
+
+    The cases are all `PATTERNS` that suit the model's router, and `plain` ones whose numbers of
+    tokens lie on both sides of usual tile limits.
+    """
+    from pytest_moe_routing.logits import make_case
+    from pytest_moe_routing.routing import recipe_of
+
+    pattern, _, tokens = request.param.rpartition("-")
+    experts = moe_model.router.num_experts
+    return make_case(
+        pattern, recipe_of(moe_model.router), num_tokens=int(tokens), num_experts=experts
+    )
 
 
 @pytest.fixture(scope="session")
-def moe_flashinfer(moe_session: MoESession) -> FlashInfer:
-    """The FlashInfer release that this run judges against."""
-    return moe_session.flashinfer
-
-
-@pytest.fixture(scope="session")
-def moe_target(moe_session: MoESession) -> Iterator[Target]:
-    """The target of this run; a target that cannot be used fails the test in one line."""
+def moe_target(_moe_session: MoESession) -> Iterator[Target]:
+    """Return the target of this run; a target that cannot be used fails the test in one line."""
     try:
-        target, message = moe_session.target, ""
+        target, message = _moe_session.target, ""
     except MoERoutingError as error:
         target, message = None, str(error)
     if target is None:
@@ -191,100 +247,14 @@ def moe_target(moe_session: MoESession) -> Iterator[Target]:
 
 
 @pytest.fixture(scope="session")
-def moe_framework(moe_target: Target) -> Target:
-    """The target of this run, for tests that are left out when it is the builtin one."""
-    return moe_target
-
-
-@pytest.fixture
-def moe_model(request: pytest.FixtureRequest) -> ModelSpec:
-    """A chosen model; the test runs once for each."""
-    model: ModelSpec = request.param
-    return model
-
-
-@pytest.fixture
-def moe_case(request: pytest.FixtureRequest, moe_model: ModelSpec) -> Case:
-    """Logits, bias and recipe of one routing: every pattern that suits the model's router."""
-    from pytest_moe_routing.logits import make
-    from pytest_moe_routing.routing import recipe_of
-
-    pattern, _, tokens = request.param.rpartition("-")
-    experts = moe_model.router.num_experts
-    return make(pattern, recipe_of(moe_model.router), num_tokens=int(tokens), num_experts=experts)
-
-
-@pytest.fixture
-def moe_scheme(request: pytest.FixtureRequest) -> str:
-    """A chosen quantization scheme; with `moe_model`, that of a checkpoint of the model."""
-    scheme: str = request.param
-    return scheme
-
-
-@pytest.fixture
-def moe_golden(
-    request: pytest.FixtureRequest, moe_model: ModelSpec
-) -> Callable[[str, dict[str, Any]], None]:
-    """`moe_golden(name, data)`: compare with the model's golden, or rewrite it when updating."""
-    from pytest_moe_routing.suite import golden
-
-    def check(name: str, data: dict[str, Any]) -> None:
-        __tracebackhide__ = True
-        if _is_updating(request.config):
-            golden.update(request, name, data, lambda: _check_update(request.config))
-        else:
-            golden.compare(moe_model, name, data)
-
-    return check
-
-
-@pytest.fixture
-def moe_property(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
-    """`moe_property(name, value)`, for reports; `record_property` warns under `--junitxml`."""
-    return lambda name, value: request.node.user_properties.append((name, value))
-
-
-@pytest.fixture(scope="session")
-def _moe_stderr(pytestconfig: pytest.Config) -> Iterator[int]:
-    """The real stderr: what is captured would be lost with a process that ends in a test."""
-    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        descriptor = os.dup(2)
-    yield descriptor
-    os.close(descriptor)
-
-
-@pytest.fixture
-def moe_gpu(
-    request: pytest.FixtureRequest,
-    moe_property: Callable[[str, Any], None],
-    _moe_stderr: int,
-) -> Iterator[Gpu]:
-    """A GPU that runs FlashInfer's routing kernels; the test is skipped with the reason without.
-
-    What `@pytest.mark.gpu(kernels=...)` names is built by now, and not in the test's own time.
-    """
-    from pytest_moe_routing.kernels import gpu
-
-    with gpu.watchdog(_moe_stderr):
-        found = gpu.find_gpu()
-    if found.missing:
-        moe_property("moe_gpu", {"missing": found.missing})
-        pytest.skip(found.missing)
-    from pytest_moe_routing.kernels import build
-
-    marker = request.node.get_closest_marker("gpu")
-    build.warm_up(found, marker.kwargs.get("kernels", "") if marker else "", _moe_stderr)
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "no xdist")
-    here = {"gpu": str(found), "uuid": found.uuid, "driver": found.driver, "worker": worker}
-    moe_property("moe_gpu", {**here, **build.software()})
-    with gpu.guarded(_moe_stderr):
-        yield found
+def moe_flashinfer(_moe_session: MoESession) -> FlashInfer:
+    """Return the FlashInfer release that this run judges against."""
+    return _moe_session.flashinfer
 
 
 @pytest.fixture
 def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> Kernels:
-    """The kernels under test: FlashInfer's on `moe_gpu`, or the simulated ones."""
+    """Return the kernels under test: FlashInfer's on `moe_gpu`, or those of `--moe-kernels`."""
     from pytest_moe_routing.kernels import library, routers
 
     name = option(request.config, "kernels") or library.FLASHINFER
@@ -300,8 +270,87 @@ def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> K
 
 
 @pytest.fixture
-def moe_full_scale(pytestconfig: pytest.Config) -> bool:
-    """Whether layers have their model's own sizes; tests that need it are left out if not."""
+def moe_gpu(
+    request: pytest.FixtureRequest,
+    _moe_property: Callable[[str, Any], None],
+    _moe_stderr: int,
+) -> Iterator[Gpu]:
+    """Return a GPU that runs FlashInfer's routing kernels, or skip the test with the reason.
+
+    The kernels that `@pytest.mark.gpu(kernels=...)` names have been built before the test starts.
+    """
+    from pytest_moe_routing.kernels import gpu
+
+    with gpu.watchdog(_moe_stderr):
+        found = gpu.find_gpu()
+    if found.missing:
+        _moe_property("moe_gpu", {"missing": found.missing})
+        pytest.skip(found.missing)
+    from pytest_moe_routing.kernels import build
+
+    marker = request.node.get_closest_marker("gpu")
+    build.warm_up(found, marker.kwargs.get("kernels", "") if marker else "", _moe_stderr)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "no xdist")
+    here = {"gpu": str(found), "uuid": found.uuid, "driver": found.driver, "worker": worker}
+    _moe_property("moe_gpu", {**here, **build.software()})
+    with gpu.guarded(_moe_stderr):
+        yield found
+
+
+# Private fixtures of the suite.
+
+
+@pytest.fixture(scope="session")
+def _moe_session(pytestconfig: pytest.Config) -> MoESession:
+    """Return the options of this run, resolved."""
+    return pytestconfig.stash[_SESSION]
+
+
+@pytest.fixture(scope="session")
+def _moe_framework(moe_target: Target) -> Target:
+    """Return the target of this run, for tests that the builtin target has no answers to."""
+    return moe_target
+
+
+@pytest.fixture
+def _moe_golden(
+    request: pytest.FixtureRequest, moe_model: ModelSpec
+) -> Callable[[str, dict[str, Any]], None]:
+    """Return a function of name and data: compare with the model's golden, or rewrite it."""
+    from pytest_moe_routing.suite import golden
+
+    def check(name: str, data: dict[str, Any]) -> None:
+        __tracebackhide__ = True
+        if _is_updating(request.config):
+            golden.update(request, name, data, lambda: _check_update(request.config))
+        else:
+            golden.compare(moe_model, name, data, options.choosing_goldens(request.config))
+
+    return check
+
+
+@pytest.fixture
+def _moe_property(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
+    """Return a function of name and value, for reports.
+
+    pytest's `record_property` warns under `--junitxml`.
+    """
+    return lambda name, value: request.node.user_properties.append((name, value))
+
+
+@pytest.fixture(scope="session")
+def _moe_stderr(pytestconfig: pytest.Config) -> Iterator[int]:
+    """Return the real stderr: captured text would be lost with a process that ends in a test."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        descriptor = os.dup(2)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def _moe_full_scale(pytestconfig: pytest.Config) -> bool:
+    """Return whether this run asks for layers of their model's own sizes."""
     return option(pytestconfig, "scale") == "full"
 
 

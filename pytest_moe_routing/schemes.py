@@ -111,7 +111,7 @@ class CheckpointNames:
         modelopt: ModelOpt's `quant_algo`.
         compressed_tensors: Type, bits, strategy and group size of the weights in a config group;
             None for any group size.
-        scale: Name of the scales beside `weight`; empty where there are none.
+        scale: Name of the scales next to `weight`; empty where there are none.
         global_scale: Name of the factor on top of them, where there is one.
     """
 

@@ -5,7 +5,7 @@ Built from the options on first use, and checked in one place: every mistake is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.ledger import KnownFailure
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
+    from pytest_moe_routing.targets.kept import Store
     from pytest_moe_routing.targets.registry import Located, TargetId
 
 
@@ -49,6 +50,10 @@ class MoESession:
     ledgers: list[Path] = field(default_factory=list)
     #: What `--moe-kernels` says.
     kernels: str = ""
+    #: Says where a target's answers are kept between runs; None to keep none, and to read none.
+    store: Callable[[], Store | None] = lambda: None
+    #: Answers of earlier runs, once the target is made.
+    kept: int = 0
 
     def check(self, *, ask: bool = False) -> None:
         """Raise `MoERoutingError` if any option cannot be met. Imports no torch here.
@@ -142,7 +147,7 @@ class MoESession:
         distinct_layers: bool = False,
         published: bool = False,
     ) -> list[tuple[ModelSpec, str]]:
-        """The cases of a test: models, each with a scheme, a logits pattern or an empty text.
+        """Return a test's cases: models, each with a scheme, a logits pattern or an empty text.
 
         Args:
             with_schemes: Every chosen scheme of a model.
@@ -210,7 +215,12 @@ class MoESession:
     @cached_property
     def target(self) -> Target:
         """The target, made now."""
-        return self.located.make(self.flashinfer)
+        from pytest_moe_routing.targets.framework import FrameworkTarget
+
+        target = self.located.make(self.flashinfer)
+        if isinstance(target, FrameworkTarget) and (store := self.store()) is not None:
+            self.kept = target.keep_answers(store)
+        return target
 
     @cached_property
     def router_kernels(self) -> RouterKernels | str:
@@ -268,15 +278,16 @@ class MoESession:
         return f" ({count} more known in part, not judged)" if count else ""
 
     def describe(self) -> str:
-        """The header line of a run."""
+        """Return the header line of a run."""
         origin = self._flashinfer_origin[1]
         folders = dict.fromkeys(str(model.folder.parent) for model in self.golden_models)
         return (
             f"moe-routing: target {self.target_id}, {self.flashinfer} ({origin}), "
             f"{len(self.models)} models{self._left_out()}, goldens in {', '.join(folders)}"
+            + (f", {self.kept} answers of earlier runs" if self.kept else "")
         )
 
 
 def variants_of(model: ModelSpec) -> list[ModelSpec]:
-    """A model, and what it is in the layers that are routed otherwise."""
+    """Return a model, and its variants in layers that are routed otherwise."""
     return [model, *(v for layers, v in model.variants().items() if layers)]

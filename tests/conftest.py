@@ -14,8 +14,18 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def _not_a_worker(monkeypatch):
-    """Inner pytest runs must not take themselves for workers of the outer one."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    """Inner pytest runs must not take themselves for workers of the outer one.
+
+    In CI pytest repeats whole messages in its short summary, which would be counted twice.
+    """
+    for name in (
+        "PYTEST_XDIST_WORKER",
+        "CI",
+        "BUILD_NUMBER",
+        "GITHUB_ACTIONS",
+        "GITHUB_STEP_SUMMARY",
+    ):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True, scope="session")

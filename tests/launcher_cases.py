@@ -303,4 +303,22 @@ def routing():
     )
 
 
-CASES = [*public(), *operators(), *entry_points(), *routing()]
+def shared_experts():
+    """Fused shared experts, in the routing kernels' runner and in DeepSeek's."""
+    one = put(num_fused_shared_experts=1)
+    for at, method in ((118, "MiniMax2"), (221, "Llama4"), (269, "Renormalize")):
+        top_k = {"top_k": 1} if method == "Llama4" else {}
+        bias = ones("routing_bias", 8) if method == "MiniMax2" else put()
+        change = both(put(num_fused_shared_experts=1, **top_k), bias)
+        yield Case(f"router:{at}", R, "routing", change, {"method": method})
+    for scheme in ("routing", "fp8_block"):
+        flat_groups = put(n_group=1, topk_group=1)
+        yield Case("router:70", R, scheme, both(one, flat_groups), DEEPSEEK)
+        yield Case("deepseek:549", R, scheme, put(num_fused_shared_experts=33), DEEPSEEK)
+        yield Case("deepseek:565", R, scheme, put(num_fused_shared_experts=31), DEEPSEEK)
+    logits = both(one, put(routing_logits=torch.zeros(5, 512)), ones("routing_bias", 512))
+    given = both(logits, put(local_num_experts=512))
+    yield Case("deepseek:558", R, "routing", given, DEEPSEEK)
+
+
+CASES = [*shared_experts(), *public(), *operators(), *entry_points(), *routing()]

@@ -130,11 +130,14 @@ def _row(gemm):
 
 
 def one_code_up(scales):
-    """The next larger scale; of float32, whose next is no different, the next that E4M3 has."""
+    """The next larger scale; where codes are finer than those of E4M3, a step that E4M3 has.
+
+    The next of a bfloat16 scale, 0.4 to 0.8 % larger, moves less than the rounding of the output.
+    """
     if scales.dtype == torch.float32:
         return scales * 1.125
     if scales.dtype == torch.bfloat16:
-        return (scales.view(torch.int16) + 1).view(torch.bfloat16)
+        return scales * 1.0625
     return (scales.view(torch.uint8) + 1).view(scales.dtype)
 
 

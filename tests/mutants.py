@@ -39,7 +39,7 @@ _SWAPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
 }
 
 
-def _replacements(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+def replacements(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     """What is done to a node, in words that hold whatever names the code has, and the new node."""
     if isinstance(node, ast.Compare):
         for i, op in enumerate(node.ops):
@@ -61,7 +61,12 @@ def _replacements(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             other = deepcopy(node)
             other.test = ast.Constant(value)
             yield f"{type(node).__name__} always {value}", other
-    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+
+
+def _replacements(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """The same, and what is done to the builtin target's own words."""
+    yield from replacements(node)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
         if node.value.id == "T":
             name = "Unspecified" if node.attr != "Unspecified" else "RenormalizeNaive"
             yield f"T.{node.attr} to {name}", ast.Attribute(node.value, name, node.ctx)

@@ -18,6 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: A module imports only what stands before its own package, and its own package.
 ORDER = [
     "escape",
+    "progress",
     "errors",
     "failure",
     "inputs",
@@ -36,6 +37,7 @@ ORDER = [
     "ledger",
     "session",
     "snapshot",
+    "starter",
     "report",
     "suite",
     "options",
@@ -65,6 +67,9 @@ WITHOUT_TORCH = [
     "kernels.gpu",
     "kernels.build",
     "report.collect",
+    "report.diff",
+    "report.explain",
+    "report.folders",
     "report.gpu",
 ]
 
@@ -173,6 +178,21 @@ def test_public_names_exist_and_are_loaded_lazily():
     assert set(pytest_moe_routing.__all__) <= set(dir(pytest_moe_routing))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = pytest_moe_routing.nothing
+
+
+def test_a_type_checker_sees_the_names_that_python_loads():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    [checked] = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test)[:3] != "not"]
+    seen = {
+        (node.module, alias.name)
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    loaded = pytest_moe_routing._WHERE.items()
+    assert seen == {(f"pytest_moe_routing.{m}", name) for m, names in loaded for name in names}
+    assert {name for _, name in seen} | {"__version__"} == set(pytest_moe_routing.__all__)
+    assert (PACKAGE / "py.typed").exists()
 
 
 PAGE = (PACKAGE.parent / "ARCHITECTURE.md").read_text("utf-8")

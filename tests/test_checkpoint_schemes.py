@@ -142,7 +142,7 @@ UNKNOWN = [
     (groups(block_structure=[64, 64], **FP8), "in other blocks than [128, 128]"),
     (groups(["re:.*down_proj"], **NVFP4), "cover the experts of layer 3, or parts"),
     (groups([r"re:.*experts\.0\..*"], **NVFP4), "cover the experts of layer 3, or parts"),
-    (groups(["re:("], **NVFP4), "is no regular expression"),
+    (groups(["re:("], **NVFP4), "is not a regular expression"),
     (groups(["re:(a*)*b"], **NVFP4), "is too complicated"),
     (groups(["re:(.*)(.*)(.*)(.*)(.*)(.*)x"], **NVFP4), "is too complicated"),
     (groups(["re:(x).*\\1"], **NVFP4), "is too complicated"),
@@ -263,7 +263,7 @@ def test_a_file_beside_the_config_that_contradicts_it(tmp_path):
     spec = read(tmp_path, R1, beside=beside)
     assert spec.checkpoints == ()
     assert spec.unknown_scheme == (
-        "quantization_config states fp8_block, and hf_quant_config.json beside it nvfp4"
+        "quantization_config states fp8_block, and hf_quant_config.json next to it states nvfp4"
     )
     agreeing = {**R1, "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
     assert read(tmp_path, agreeing, beside=beside).checkpoints == ("nvfp4",)

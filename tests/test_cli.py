@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +22,84 @@ def test_explain_tells_the_whole_story(capsys):
         "Step-3.7-Flash (stepfun-ai/Step-3.7-Flash, Step3p7ForConditionalGeneration)",
         "  router   sigmoid -> + bias to choose -> top 8 -> / sum -> x 3",
         "not routed_scaling_factor is 1 -> Unspecified",
+        "fp8_block                no    missed    Unspecified  a published checkpoint",
         "fp8_block: missed",
+        "  exact    as DeepSeekV3: routing_method_type=2,",
+        "           routed_scaling_factor=3.0, intermediate_size=1280, activation_type=3,",
         "  gate     routing method: no, fp8_block does not take Unspecified",
-        "  same     DeepSeekV3(n_group=1, topk_group=1, routed_scaling_factor=3)",
+        "  gates    6 of 7 accept",
+        "  router   alone would be exact as DeepSeekV3(n_group=1, topk_group=1, routed_scaling_factor=3)",
     ):
         assert line in text
+    # In the order in which an engineer decides.
+    order = ["scheme  ", "fp8_block: missed", "  exact  ", "  gate  ", "  gates  "]
+    assert [text.index(part) for part in order] == sorted(text.index(part) for part in order)
+
+
+def test_explain_says_what_to_pass(capsys):
+    """One call for all schemes that share it, each entry point with what only it takes."""
+    assert main(["explain", "deepseek-r1", "--schemes", "all", "--flashinfer", "0.7.0"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "call as DeepSeekV3: routing_method_type=2, routing_logits=float32[num_tokens, 256], "
+        in text
+    )
+    assert "routing_bias=float32[256], num_experts=256, top_k=8, n_group=8, topk_group=4, " in text
+    assert (
+        "to trtllm_fp8_block_scale_moe for mxfp8, with activation_type=3, fp8_quantization_type=2"
+        in text
+    )
+    assert text.count("gates 9 of 9 accept") == 1
+    assert main(["explain", "gpt-oss-120b"]) == 0
+    text = capsys.readouterr().out
+    assert "gemm1_alpha=1.702 (float32[local_num_experts])" in text
+    assert "gemm1_bias=float32[local_num_experts, 5760]" in text
+    assert "  same     also Renormalize()" in text
+
+
+def test_explain_as_json_says_what_is_assumed_and_what_to_pass(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(CONFIG.replace('"num_experts_per_tok": 4, ', ""))
+    assert main(["explain", str(tmp_path), "--schemes", "all", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["assumed"] == {"top_k": 8, "activation": "silu"}
+    # 64 rows of experts are no multiple of what most kernels take.
+    verdicts = {v["scheme"]: (v["verdict"], v["call"] is None) for v in found["verdicts"]}
+    assert verdicts["bf16"] == ("fallback", True)
+    assert all(none == (verdict == "fallback") for verdict, none in verdicts.values())
+    assert main(["explain", "swiglu/MiniMax-M2", "--json"]) == 2
+    assert "did you mean minimax-m2" in capsys.readouterr().err
+    assert main(["explain", "MINIMAXAI/minimax-m2", "--json"]) == 0
+    call = json.loads(capsys.readouterr().out)["verdicts"][0]["call"]
+    assert call["function"] == "trtllm_fp8_block_scale_moe"
+    assert call["arguments"]["routing_bias"] == {"dtype": "float32", "shape": [256]}
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # importing it raises
+from pytest_moe_routing.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("explain", "step-3.7-flash", "--schemes", "all", "--flashinfer", "0.6.12"),
+        ("diff", "builtin", "builtin", "--models", "deepseek-r1"),
+        ("check", str(packaged_directory())),
+        ("--version",),
+    ],
+    ids=lambda args: args[0],
+)
+def test_nothing_of_this_needs_torch(args):
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *args], capture_output=True, text=True, check=False
+    )
+    # Before 0.6.13 step-3.7-flash is lost: an answer that is bad.
+    assert result.returncode == (args[0] == "explain"), result.stderr
+    assert result.stdout
+    assert not result.stderr
 
 
 def test_explain_a_file(capsys):
@@ -42,7 +118,7 @@ def test_explain_for_another_target(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["explain", "nothing"], "'nothing' is no file and none of the "),
+        (["explain", "nothing"], "'nothing' is neither a file nor one of the "),
         (["explain", "deepseek-r1", "--flashinfer", "x"], "found 'x', expected a number"),
         (["explain", "deepseek-r1", "--target", "x"], "unknown target 'x'"),
         (["explain", "deepseek-r1", "--golden-dir", "nowhere"], "expected a golden directory"),
@@ -84,17 +160,17 @@ def test_explain_says_what_no_backend_serves(tmp_path, capsys):
     )
     (tmp_path / "config.json").write_text(quantized)
     assert main(["explain", str(tmp_path)]) == 0
-    assert "not judged: int4; schemes: fp8_block" in capsys.readouterr().out
+    assert "not judged: int4; the schemes that are judged are fp8_block" in capsys.readouterr().out
 
 
 def test_add_writes_what_is_then_read(tmp_path, capsys):
     (tmp_path / "config.json").write_text(CONFIG)
     assert main(["add", str(tmp_path / "config.json"), str(tmp_path / "golden")]) == 0
-    assert "--moe-models tiny-moe -m 'not gpu' --snapshot-update" in capsys.readouterr().out
+    assert "--moe-models tiny-moe --snapshot-update" in capsys.readouterr().out
     written = load_model(tmp_path / "golden" / "tiny-moe")
     assert replace(written, folder=Path()) == replace(read_config(tmp_path), folder=Path())
     assert main(["add", str(tmp_path), str(tmp_path / "golden")]) == 2
-    assert "there is one already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_add_of_a_broken_config_writes_nothing(tmp_path, capsys):

@@ -9,7 +9,7 @@ import torch
 from strategies import DEEPSEEK
 
 from pytest_moe_routing.compare import assert_routing, compare_routing
-from pytest_moe_routing.logits import make
+from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.reference import routing as reference
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing.recipe import Recipe
@@ -200,7 +200,7 @@ DIAGNOSES = {
 @pytest.mark.parametrize("name", DIAGNOSES)
 def test_what_explains_all_that_is_wrong_is_named(name):
     make_wrong, how, pattern, *wanted = DIAGNOSES[name]
-    case = make(pattern, DEEPSEEK, num_tokens=64, num_experts=256)
+    case = make_case(pattern, DEEPSEEK, num_tokens=64, num_experts=256)
     got = make_wrong(case.logits, DEEPSEEK, case.bias, **how)
     found = compare_routing(*got, case.logits, DEEPSEEK, case.bias)
     assert list(found.diagnosis) == wanted
@@ -211,7 +211,7 @@ def test_what_explains_all_that_is_wrong_is_named(name):
 
 def test_weights_that_are_normalized_and_should_not_be_are_named_for_any_two_experts():
     recipe = Recipe(top_k=2, score="softmax")
-    case = make("plain", recipe, num_tokens=8, num_experts=16)
+    case = make_case("plain", recipe, num_tokens=8, num_experts=16)
     got = routed(case.logits, recipe, None, normalize="sum")
     found = compare_routing(*got, case.logits, recipe)
     assert found.diagnosis == ("router weights are normalized, and should not be",)
@@ -219,7 +219,7 @@ def test_weights_that_are_normalized_and_should_not_be_are_named_for_any_two_exp
 
 def test_excluded_groups_with_0_for_their_keys_win_over_negative_keys_alone():
     """Of the kept experts some have positive keys, which another number than 0 would beat."""
-    case = make("all-negative", DEEPSEEK, num_tokens=16, num_experts=32)
+    case = make_case("all-negative", DEEPSEEK, num_tokens=16, num_experts=32)
     bias = case.bias - 0.125
     keys = case.logits.sigmoid() + bias
     best = reference.group_scores(keys, DEEPSEEK).topk(4).indices
@@ -233,7 +233,7 @@ def test_excluded_groups_with_0_for_their_keys_win_over_negative_keys_alone():
 
 
 def test_one_token_that_a_mistake_does_not_explain_rules_it_out():
-    case = make("plain", DEEPSEEK, num_tokens=64, num_experts=256)
+    case = make_case("plain", DEEPSEEK, num_tokens=64, num_experts=256)
     ids, weights = routed(case.logits, DEEPSEEK, case.bias, scale=1.0)
     weights[63] *= 2.5
     assert not compare_routing(ids, weights, case.logits, DEEPSEEK, case.bias).diagnosis
@@ -241,7 +241,7 @@ def test_one_token_that_a_mistake_does_not_explain_rules_it_out():
 
 def test_numbers_are_no_underflow():
     """Where the sum may be 0, without an epsilon any weight would be as right as NaN."""
-    case = make("below-minus-100", DEEPSEEK, num_tokens=8, num_experts=256)
+    case = make_case("below-minus-100", DEEPSEEK, num_tokens=8, num_experts=256)
     ids = route(case.logits, DEEPSEEK, case.bias).topk_ids
     found = compare_routing(ids, torch.full((8, 8), 0.3125), case.logits, DEEPSEEK, case.bias)
     assert len(found.differences) == 8
@@ -250,7 +250,7 @@ def test_numbers_are_no_underflow():
 
 def test_a_right_routing_needs_no_diagnosis(monkeypatch):
     monkeypatch.setattr("pytest_moe_routing.compare.routing.diagnose", None)
-    case = make("plain", DEEPSEEK, num_tokens=8, num_experts=256)
+    case = make_case("plain", DEEPSEEK, num_tokens=8, num_experts=256)
     got = route(case.logits, DEEPSEEK, case.bias)
     assert_routing(got.topk_ids, got.topk_weights, case.logits, DEEPSEEK, case.bias)
 
@@ -258,6 +258,6 @@ def test_a_right_routing_needs_no_diagnosis(monkeypatch):
 @pytest.mark.parametrize("pattern", ["deep-negative-high-bias", "below-minus-100"])
 def test_tiny_weights_are_told_apart(pattern):
     """float32's sigmoid has no absolute error, beside which biased weights would pass."""
-    case = make(pattern, UNGROUPED, num_tokens=16, num_experts=256)
+    case = make_case(pattern, UNGROUPED, num_tokens=16, num_experts=256)
     got = routed(case.logits, UNGROUPED, case.bias, weigh_by="selection")
     assert len(compare_routing(*got, case.logits, UNGROUPED, case.bias).differences) == 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from configs import R1, read
+from configs import R1, read, without
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -146,9 +146,21 @@ def test_a_misspelt_key_is_doubted(tmp_path, key, misspelt):
     assert not read(tmp_path, {**R1, misspelt: 1}).unproven  # the right key is there as well
 
 
-def test_a_method_that_frameworks_read_differently_is_doubted(tmp_path):
-    spec = read(tmp_path, {**R1, "topk_method": "greedy"})
-    assert 'topk_method is "greedy": vllm' in spec.unproven[0]
+@pytest.mark.parametrize(
+    ("config", "doubt"),
+    [
+        ({**R1, "topk_method": "greedy"}, 'topk_method is "greedy": transformers has a bias then'),
+        (without("topk_method"), "topk_method is null: transformers has a bias then, vllm"),
+        ({**R1, "topk_method": None}, "topk_method is null: transformers has a bias then, vllm"),
+        (without("scoring_func"), "scoring_func is null: transformers computes a sigmoid then"),
+    ],
+)
+def test_a_key_that_frameworks_read_differently_is_doubted(tmp_path, config, doubt):
+    """transformers saves DeepSeek-V3 without these keys, which vLLM and SGLang read."""
+    assert read(tmp_path, config).unproven[0].startswith(doubt)
+    assert not read(tmp_path, R1).unproven
+    glm = {**config, "architectures": ["Glm4MoeForCausalLM"]}
+    assert not any("scoring_func" in doubt for doubt in read(tmp_path, glm).unproven)
 
 
 # -- what the config states and the code of transformers does not read -------------------------------

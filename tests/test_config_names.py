@@ -7,7 +7,8 @@ from configs import R1, read, without
 
 from pytest_moe_routing.errors import ModelError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
-from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.judge import as_read_by, judge, open_questions
+from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.targets import load_target
 
 GROVE = {
@@ -25,14 +26,33 @@ def test_an_unknown_architecture_is_not_judged(tmp_path):
     """The numbers are shown as the model_type's family has them, and no verdict rests on them."""
     spec = read(tmp_path, GROVE)
     assert (spec.router.scoring_func, spec.router.top_k) == ("softmax", 8)
-    assert spec.unproven == (
-        "GroveMoeForCausalLM is not known; the config is read as that of its model_type qwen3_moe",
-    )
+    assert open_questions(spec) == [
+        "GroveMoeForCausalLM is not known; the config is read as that of Qwen3MoeForCausalLM"
+    ]
     target = load_target("builtin", FlashInfer.of(None))
     with pytest.raises(Unsupported, match="GroveMoeForCausalLM is not known"):
         judge(target, spec, "bf16")
     known = read(tmp_path, {**GROVE, "architectures": ["Qwen3MoeForCausalLM"]})
     assert judge(target, known, "bf16").verdict == "exact"
+
+
+class Registered(Target):
+    """A target that runs one unknown architecture by the code of a known one."""
+
+    name = "registered"
+
+    def __init__(self):
+        super().__init__(FlashInfer.of(None))
+
+    def runs_as(self, architecture, known):
+        return (architecture, *known) == ("GroveMoeForCausalLM", "Qwen3MoeForCausalLM")
+
+
+def test_a_target_that_runs_it_by_known_code_is_asked(tmp_path):
+    grove = read(tmp_path, GROVE)
+    other = read(tmp_path, {**GROVE, "architectures": ["OtherForCausalLM"]})
+    assert open_questions(as_read_by(Registered(), grove)) == []
+    assert open_questions(as_read_by(Registered(), other))
 
 
 @pytest.mark.parametrize(
@@ -46,27 +66,29 @@ def test_an_unknown_architecture_is_not_judged(tmp_path):
 )
 def test_another_head_has_the_same_experts(tmp_path, architecture):
     spec = read(tmp_path, {**GROVE, "architectures": [architecture]})
-    assert spec.unproven == ()
+    assert open_questions(spec) == []
     assert spec.architecture == architecture
     # The head names the family by itself.
-    assert not read(tmp_path, {**GROVE, "architectures": [architecture], "model_type": ""}).unproven
+    alone = {**GROVE, "architectures": [architecture], "model_type": ""}
+    assert not open_questions(read(tmp_path, alone))
 
 
 @pytest.mark.parametrize(
     "architecture", ["Qwen3MoeEagle3", "MyQwen3MoeForCausalLM", "Qwen3MoEForCausalLM2", "qwen3moe"]
 )
 def test_a_similar_name_is_not_the_same(tmp_path, architecture):
-    assert read(tmp_path, {**GROVE, "architectures": [architecture]}).unproven
+    assert open_questions(read(tmp_path, {**GROVE, "architectures": [architecture]}))
 
 
 def test_the_first_architecture_counts(tmp_path):
-    assert read(tmp_path, {**GROVE, "architectures": ["X", "Qwen3MoeForCausalLM"]}).unproven
-    assert not read(tmp_path, {**GROVE, "architectures": ["Qwen3MoeForCausalLM", "X"]}).unproven
+    known = "Qwen3MoeForCausalLM"
+    assert open_questions(read(tmp_path, {**GROVE, "architectures": ["X", known]}))
+    assert not open_questions(read(tmp_path, {**GROVE, "architectures": [known, "X"]}))
 
 
 def test_a_model_type_counts_where_there_is_no_architecture(tmp_path):
-    assert not read(tmp_path, {**GROVE, "architectures": None}).unproven
-    assert not read(tmp_path, {**GROVE, "architectures": []}).unproven
+    assert not open_questions(read(tmp_path, {**GROVE, "architectures": None}))
+    assert not open_questions(read(tmp_path, {**GROVE, "architectures": []}))
 
 
 def test_an_architecture_overrules_the_model_type(tmp_path):
@@ -94,7 +116,7 @@ KIMI = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kim
         (nested({}), None),
         (
             nested({"architectures": ["SomeForConditionalGeneration"]}),
-            "SomeForConditionalGeneration is not known to run its text model as deepseek_v3",
+            "SomeForConditionalGeneration is not known; the config is read as that of DeepseekV3",
         ),
         (
             nested({"model_type": "some_vl"}),
@@ -102,7 +124,7 @@ KIMI = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kim
         ),
         (
             nested(KIMI, {**R1, "architectures": ["SomeForCausalLM"]}),
-            "SomeForCausalLM is not known; the config is read as that of its model_type",
+            "SomeForCausalLM is not known; the config is read as that of DeepseekV3ForCausalLM or",
         ),
         # A wrapper is one of the families that it is known to wrap, and of no other.
         (nested(KIMI, {**GROVE, "architectures": None}), "KimiK25ForConditionalGeneration is not"),
@@ -128,8 +150,8 @@ KIMI = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kim
     ],
 )
 def test_outer_and_inner_names_follow_the_same_rule(tmp_path, config, unproven):
-    found = read(tmp_path, config).unproven
-    assert (found == ()) if unproven is None else found[0].startswith(unproven)
+    found = open_questions(read(tmp_path, config))
+    assert (found == []) if unproven is None else found[0].startswith(unproven)
 
 
 # -- models without experts -----------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from pytest_moe_routing import __version__
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
@@ -63,7 +64,7 @@ def test_the_message_counts_tokens_that_get_other_experts():
     bias = next(d for d in avoidable_downcasts(found) if d.field == "bias")
     text = "\n".join(of_downcast(found, bias).lines)
     assert text.startswith(
-        f"glm-5.2 on nvfp4, decided by rounds 0.1.0, FlashInfer {NEWEST}: less precise than the"
+        f"glm-5.2 on nvfp4, decided by rounds {__version__}, FlashInfer {NEWEST}: less precise than the"
     )
     assert "because  the float32 bias is downcast to bfloat16 before the call" in text
     assert "64.8% of the tokens of the logits pattern 'narrow-bias', which get other exp" in text
@@ -83,12 +84,12 @@ def test_the_suite_asks_recorded_calls_only(host):
     # Logits and bias are two causes; the other scheme has the same ones.
     assert (counts["failed"], counts["repeated"]) == (1, 1)
     result.stdout.fnmatch_lines(
-        ["minimax-m2 on nvfp4, decided by rounds 0.1.0, *: less precise than the kernel"]
+        [f"minimax-m2 on nvfp4, decided by rounds {__version__}, *: less precise than the kernel"]
     )
     result.stdout.fnmatch_lines(["  also     1 more: minimax-m2 mxfp8"])
     other = host.runpytest_subprocess(*run, "--moe-target", "miniatures:LosesScale")
     other.assert_outcomes(skipped=2, deselected=other.parseoutcomes()["deselected"])
-    other.stdout.fnmatch_lines(["SKIPPED*loses-scale 0.1.0: its calls are not recorded"])
+    other.stdout.fnmatch_lines([f"SKIPPED*loses-scale {__version__}: its calls are not recorded"])
     # Our own calls are what the model says: there is nothing to ask.
     result = host.runpytest_subprocess(*run)
     assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED

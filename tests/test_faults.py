@@ -8,8 +8,8 @@ import pytest
 from pytest_moe_routing.flashinfer import known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.plugin import SUITE
 from pytest_moe_routing.simulator.faults import FAULTS
+from pytest_moe_routing.suite.selection import SUITE
 
 
 def run(pytester, kernels, *tests):

@@ -238,7 +238,7 @@ def test_minimax2_honours_the_scale_from_0_6_13_on():
         r: FlashInfer.of(r).recipe(minimax).scale for r in ("0.6.8", "0.6.12", "0.6.13", "0.7.0")
     }
     assert list(scales.values()) == [1.0, 1.0, 2.5, 2.5]
-    assert not FlashInfer.of("0.6.7").honours("MiniMax2", "routed_scaling_factor")
+    assert not FlashInfer.of("0.6.7").honors("MiniMax2", "routed_scaling_factor")
 
 
 def test_only_the_grouped_kernel_rounds_the_bias():

@@ -41,9 +41,43 @@ def test_a_digit_in_a_model_fails_exactly_that_model(host, own_goldens):
         [
             "*router.golden.json disagrees in 1 place:",
             "  spec.experts.hidden_size: golden 3072, now 3584",
-            "  pytest --moe-golden --moe-models minimax-m2 --snapshot-update",
+            "  pytest --moe-golden --moe-golden-dir moe -m 'not gpu' --moe-models minimax-m2 "
+            "--snapshot-update",
         ]
     )
+
+
+def test_a_digit_that_moves_many_places_is_one_line(host, own_goldens):
+    """A scaling factor is in every weight; other differences are still listed."""
+    path = own_goldens / MODEL / "model.yaml"
+    path.write_text(
+        path.read_text().replace(
+            "renormalize: true", "renormalize: true\n  routed_scaling_factor: 1.04"
+        )
+    )
+    run = ("--moe-golden", "--moe-golden-dir", "moe", "-k", "test_routing")
+    result = host.runpytest_subprocess(*run, "--moe-models", MODEL)
+    text = re.sub(r"\d+ places", "N places", result.stdout.str())
+    assert "routing.golden.json disagrees in N places:" in text
+    assert "\n  weights x 1.04 in all N places, such as patterns." in text
+    assert text.count(": golden ") == 1
+    result.stdout.fnmatch_lines(
+        ["  pytest --moe-golden --moe-golden-dir moe --moe-models minimax-m2 --snapshot-update"]
+    )
+
+
+def test_numbers_of_several_factors_are_listed():
+    golden = {"weights": [0.5, 0.25, 0.125], "scale": [1.0, 2.0, 3.0]}
+    now = {"weights": [0.55, 0.25, 0.25], "scale": [2.0, 4.0, 6.0]}
+    found = list(goldens.differences(golden, now))
+    assert goldens.disagreement(Path("x"), found, "again").splitlines() == [
+        "x disagrees in 5 places:",
+        "  scale x 2 in all 3 places, such as scale[0]: golden 1.0, now 2.0",
+        "  weights[0]: golden 0.5, now 0.55",
+        "  weights[2]: golden 0.125, now 0.25",
+        "If the change is meant, review it and accept it with:",
+        "  again",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +225,7 @@ def test_goldens_hold_plain_data_only():
 def test_a_number_one_unit_off_in_its_last_digit_is_a_difference():
     assert list(goldens.differences({"x": 0.33333333}, {"x": 1 / 3})) == []
     assert list(goldens.differences({"x": 0.33333333}, {"x": 1 / 3 * (1 + 1e-13)})) == []
-    assert list(goldens.differences({"x": 0.33333334}, {"x": 1 / 3})) == [
+    assert list(map(str, goldens.differences({"x": 0.33333334}, {"x": 1 / 3}))) == [
         "x: golden 0.33333334, now 0.33333333"
     ]
     assert len(list(goldens.differences({"a": 1, "b": [1, 2]}, {"b": [1, 3], "c": 0}))) == 3

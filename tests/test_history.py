@@ -160,7 +160,7 @@ def test_init_begins_a_golden_directory(tmp_path, capsys, model):
     directory = tmp_path / "moe"
     original = load_model(packaged_directory() / model)
     assert main(["init", str(directory), "--from", model]) == 0
-    files = [path for path in directory.rglob("*") if path.is_file()]
+    files = list(directory.rglob("model.yaml"))
     assert files == [directory / model / "model.yaml"]
     copied = load_model(directory / model)
     assert (copied.router, copied.experts) == (original.router, original.experts)
@@ -172,7 +172,7 @@ def test_init_begins_a_golden_directory(tmp_path, capsys, model):
     assert all(f"--moe-golden-dir {directory}" in command for command in commands)
     (directory / model / "model.yaml").write_text("mine")
     assert main(["init", str(directory), "--from", model]) == 2
-    assert "found something there, expected nothing yet" in capsys.readouterr().err
+    assert "already exists and is not empty" in capsys.readouterr().err
     assert (directory / model / "model.yaml").read_text() == "mine"
 
 

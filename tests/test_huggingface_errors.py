@@ -43,8 +43,11 @@ ERRORS = {
         {"architectures": ["LlamaForCausalLM"], "num_experts": 8},
         "architectures: found LlamaForCausalLM, expected one of the",
     ),
-    "nameless": ({"hidden_size": 8}, "architectures: found nothing"),
-    "names that are no names": ({"architectures": [7, None]}, "architectures: found nothing"),
+    "nameless": ({"hidden_size": 8}, "architectures: found neither this key nor model_type"),
+    "names that are no names": (
+        {"architectures": [7, None]},
+        "architectures: found neither this key nor model_type",
+    ),
     "architectures that are no list": (
         {"architectures": "X"},
         'architectures: found "X", expected a list',
@@ -53,7 +56,7 @@ ERRORS = {
     "Grok-2": ({"architectures": ["Grok1ForCausalLM"]}, "soft-caps"),
     "missing": (
         {**without("n_routed_experts"), "architectures": ["NemotronHForCausalLM"]},
-        "n_routed_experts: found nothing: the key is missing, expected an integer >= 1",
+        "n_routed_experts: found no such key, expected an integer >= 1",
     ),
     "missing size": (
         {
@@ -63,7 +66,7 @@ ERRORS = {
             "norm_topk_prob": True,
             "moe_intermediate_size": 8,
         },
-        "hidden_size: found nothing",
+        "hidden_size: found no such key",
     ),
     "null": (
         {**R1, "n_routed_experts": None},
@@ -183,7 +186,7 @@ HOSTILE = {
     ),
     "many keys": (
         b"{" + b", ".join(b'"%d": 0' % i for i in range(100_000)) + b"}",
-        "found nothing",
+        "found neither this key",
     ),
     "100 MB": (b'{"a": "' + b"x" * 100_000_000 + b'"}', "expected at most 16000000"),
 }

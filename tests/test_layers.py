@@ -93,7 +93,7 @@ MISTAKES = {
         ("router: {top_k", "routers: {top_k"),
         ":15: layers[1].routers: found an unknown",
     ),
-    "unknown key within": (("{top_k", "{topk"), "router.topk: found an unknown key"),
+    "unknown key within": (("{top_k", "{topk"), "router.topk: unknown key; did you mean top_k?"),
     "wrong value": (("top_k: 4", "top_k: x"), ":15: router.top_k: found 'x'"),
     "wrong kind": (
         ("kind: dense", "kind: sparse"),

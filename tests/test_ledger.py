@@ -27,7 +27,7 @@ def ledger(path, *entries):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": None}, "target: found nothing: the key is missing, expected text"),
+        ({"target": None}, "target: found no such key, expected text"),
         ({"link": "JIRA-17"}, "link: found 'JIRA-17', expected https://..., where"),
         ({"reason": "''"}, "reason: found nothing, expected text"),
         ({"target": "vlm"}, "target: found 'vlm', expected one of builtin, "),
@@ -37,7 +37,7 @@ def ledger(path, *entries):
         ({"flashinfer_since": "1.0.0", "flashinfer_until": "0.9.0"}, "flashinfer_until: found '0.9.0'"),
         ({"cause": "' '"}, "cause: found nothing, expected the id of a cause"),
         ({"case": "' '"}, "case: found nothing, expected text"),
-        ({"cases": "x"}, "cases: found an unknown key, expected did you mean "),
+        ({"cases": "x"}, "cases: unknown key; did you mean case?"),
     ],
     ids=str,
 )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pytest_moe_routing.errors import RecipeError
-from pytest_moe_routing.logits import PATTERNS, bell, distinct, integers, make
+from pytest_moe_routing.logits import PATTERNS, bell, distinct, integers, make_case
 from pytest_moe_routing.reference.routing import group_scores, route
 from pytest_moe_routing.routing.recipe import Recipe
 
@@ -53,17 +53,17 @@ def test_distinct_rows_are_permutations():
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_fit_the_recipe_and_repeat_exactly(name):
-    one, two = (make(name, DEEPSEEK, num_tokens=10, num_experts=64) for _ in range(2))
+    one, two = (make_case(name, DEEPSEEK, num_tokens=10, num_experts=64) for _ in range(2))
     assert one.logits.shape == (10, 64)
     assert one.logits.dtype == one.bias.dtype == torch.float32
     assert torch.equal(one.logits.nan_to_num(99), two.logits.nan_to_num(99))
     assert torch.equal(one.bias, two.bias)
-    assert make(name, replace(DEEPSEEK, bias=False), num_tokens=2, num_experts=64).bias is None
+    assert make_case(name, replace(DEEPSEEK, bias=False), num_tokens=2, num_experts=64).bias is None
 
 
 def test_each_pattern_is_what_it_says():
     def case(name):
-        return make(name, DEEPSEEK, num_tokens=64, num_experts=256)
+        return make_case(name, DEEPSEEK, num_tokens=64, num_experts=256)
 
     assert case("all-negative").logits.max() < 0
     assert case("below-minus-100").logits.max() < -100
@@ -92,4 +92,4 @@ def test_each_pattern_is_what_it_says():
 
 def test_unknown_pattern():
     with pytest.raises(RecipeError, match="no logits pattern 'plane'; patterns: plain"):
-        make("plane", DEEPSEEK, num_tokens=1, num_experts=64)
+        make_case("plane", DEEPSEEK, num_tokens=1, num_experts=64)

@@ -202,7 +202,8 @@ def test_every_row_says_what_it_must():
     columns = {"module", "block", "config", "keys", "published", "arguments", "prepare"}
     columns |= {"rounds_logits", "own_factor"}
     router = {"num_experts", "top_k", "n_group", "topk_group", "renormalize", "scoring_func"}
-    values = router | {"routed_scaling_factor", "shared_experts", "latent_size"}
+    experts = {"shared_experts", "latent_size", "activation_limit"}
+    values = router | experts | {"routed_scaling_factor"}
     for architecture, row in blocks().items():
         assert {"module", "block", "config", "keys"} <= set(row) <= columns, architecture
         assert {"top_k", "num_experts"} <= set(row["keys"]) <= values, architecture

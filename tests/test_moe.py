@@ -335,7 +335,7 @@ def test_a_checkpoint_on_disk_is_opened_expert_by_expert(tmp_path, scheme, forma
         assert expert.intermediate_scale == 0.5 + e
         assert torch.equal(torch.cat(list(reference.real_rows(expert.gemm1, torch.float32))), both)
     with pytest.raises(
-        LayerError, match=r"no tensor model\.layers\.3\.mlp\.experts\.1\.w1\.weight"
+        LayerError, match=r"has no tensor model\.layers\.3\.mlp\.experts\.1\.w1\.weight"
     ):
         replace(experts, names=("w1", "w3", "w2"))[1]
     with pytest.raises(IndexError, match="expert 2 of 2"):

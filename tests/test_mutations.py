@@ -15,7 +15,7 @@ from functools import cache
 
 import mutants
 import pytest
-from kernel_table import OTHER_EXPERTS, outcomes, verdicts
+from kernel_table import OTHER_EXPERTS, ROUTERS, outcomes, verdicts
 from packaging.version import Version
 
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
@@ -24,8 +24,8 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle import exact
 from pytest_moe_routing.oracle import target as protocol
-from pytest_moe_routing.oracle.config_sweep import as_model, swept_routers
 from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.swept_configs import as_model
 from pytest_moe_routing.schemes import SCHEMES, SERVED_SCHEMES, kernel_of
 from pytest_moe_routing.targets.builtin import gates as experts
 from pytest_moe_routing.targets.builtin import target as builtin
@@ -49,7 +49,7 @@ def decided():
         for scheme in SERVED_SCHEMES:
             yield verdicts(target, scheme, OTHER_EXPERTS)
     for release, scheme in SWEPT:
-        yield verdicts(targets[release], scheme, map(as_model, swept_routers(1)))
+        yield verdicts(targets[release], scheme, map(as_model, ROUTERS))
 
 
 def golden(found):
@@ -135,7 +135,7 @@ FUNCTIONS: dict[str, tuple[Callable, tuple]] = {
     "tree": (classify_module.classify, (builtin,)),
     "before the tree": (BuiltinTarget.classify, (BuiltinTarget,)),
     "gates": (experts.support_gates, (experts, builtin)),
-    "kernel gates": (exact.kernel_gates, (exact, experts)),
+    "kernel gates": (exact._kernel_answers, (exact,)),
     "needs": (experts._lost, (experts,)),
     "call": (exact.kernel_call, (exact, experts, protocol)),
 }
@@ -147,6 +147,8 @@ def test_a_change_of_the_builtin_target_is_noticed(name, monkeypatch, frozen):
     survivors = []
     for mutant in mutants.of_function(function):
         with monkeypatch.context() as patch:
+            # Whose answers are remembered.
+            patch.setattr(exact, "_kernel_gates", exact._kernel_gates.__wrapped__)
             for place in places:
                 patch.setattr(place, function.__name__, mutant.value)
             if not is_noticed(frozen):
@@ -160,13 +162,13 @@ def test_a_scheme_that_takes_other_methods_or_dtypes_is_noticed(monkeypatch):
     survivors = []
     for scheme in SERVED_SCHEMES:
         row, accepts = SCHEMES[scheme], kernel_of(scheme)
-        was = verdicts(target, scheme, map(as_model, swept_routers(1)))
+        was = verdicts(target, scheme, map(as_model, ROUTERS))
         changed = {m: {"methods": accepts.methods - {m}} for m in sorted(accepts.methods)}
         changed |= {d: {"logits_dtypes": (d,)} for d in accepts.logits_dtypes}
         for name, change in changed.items():
             with monkeypatch.context() as patch:
                 patch.setitem(SCHEMES, scheme, replace(row, kernel=replace(accepts, **change)))
-                if verdicts(target, scheme, map(as_model, swept_routers(1))) == was:
+                if verdicts(target, scheme, map(as_model, ROUTERS)) == was:
                     survivors.append(f"{scheme}: {name}")
     assert survivors == list(SURVIVORS["schemes"])
 
@@ -235,8 +237,8 @@ def test_a_change_of_a_rule_is_noticed(monkeypatch):
 @contextmanager
 def fresh_rules():
     """Rules are compiled anew, inside and after."""
-    for compiled in (releases._kernel, releases._honoured):
+    for compiled in (releases._kernel, releases._honored):
         compiled.cache_clear()
     yield
-    for compiled in (releases._kernel, releases._honoured):
+    for compiled in (releases._kernel, releases._honored):
         compiled.cache_clear()

@@ -16,13 +16,31 @@ def no_case(text, scheme, change, how=None):
     return Case(text, NotSimulated, scheme, change, how or {})
 
 
+def one_more(a):
+    """The weights of one shared expert behind those of the eight."""
+    every = {k: v for k, v in a.items() if isinstance(v, torch.Tensor) and v.shape[0] == 8}
+    every = {k: torch.cat((v.view(U8), v[:1].view(U8))).view(v.dtype) for k, v in every.items()}
+    return {**every, "num_fused_shared_experts": 1}
+
+
 CASES = [
     no_case("padded by valid_hidden_size", "nvfp4", put(valid_hidden_size=250)),
     no_case("padded by valid_hidden_size", "mxint4", put(valid_intermediate_size=250)),
     no_case("gemm1_lora_delta", "bf16", ones("gemm1_lora_delta", 5, 2, 512, dtype=BF16), ROUTED),
     no_case("gemm1_lora_delta", "mxfp8", ones("gemm1_lora_delta", 5, 2, 512, dtype=BF16), ROUTED),
     no_case("per_token_scale", "nvfp4", ones("per_token_scale", 5)),
-    no_case("fused shared experts", "routing", put(num_fused_shared_experts=1)),
+    no_case(
+        "on a rank of expert parallelism",
+        "routing",
+        put(num_fused_shared_experts=1, local_num_experts=4),
+        {"method": "DeepSeekV3"},
+    ),
+    no_case(
+        "experts that the caller chose",
+        "mxfp4",
+        lambda a: {**one_more(a), "topk_ids": torch.zeros(5, 3, dtype=torch.int32)},
+        {"method": "DeepSeekV3", "routed": True},
+    ),
     no_case("activations other than Swiglu", "bf16", put(activation_type=10)),
     no_case("16 bits on FP8 weights", "fp8_per_tensor", cast("hidden_states", BF16)),
     no_case("launcher that are not FP8", "fp8_per_channel", cast("hidden_states", BF16)),

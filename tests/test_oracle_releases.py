@@ -24,7 +24,7 @@ from wheels import find_wheel
 from pytest_moe_routing.compare import assert_routing, mistakes
 from pytest_moe_routing.compare.mistakes import Mistake
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.logits import PATTERNS, make
+from pytest_moe_routing.logits import PATTERNS, make_case
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.routing import recipe_of
 
@@ -101,7 +101,7 @@ class Report:
         found = {}
         for name in PATTERNS:
             if name not in (BFLOAT16_TIES if self.dtype == torch.bfloat16 else TIES):
-                case = make(name, self.recipe, num_tokens=TOKENS, num_experts=self.num_experts)
+                case = make_case(name, self.recipe, num_tokens=TOKENS, num_experts=self.num_experts)
                 found[name] = case.logits.to(self.dtype), case.bias
         return found
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pytest_moe_routing.logits import bell, make
+from pytest_moe_routing.logits import bell, make_case
 from pytest_moe_routing.models import read_config
 from pytest_moe_routing.models.huggingface.families import table
 from pytest_moe_routing.reference import routing as reference
@@ -97,7 +97,7 @@ def fill(router, bias, gate):
 def run(case, router, recipe, pattern, dtype=torch.float32):
     """Feed one pattern to the router: (experts, weights, the logits it saw, the bias it added)."""
     name = "plain" if pattern == HIDDEN_STATES else pattern
-    inputs = make(name, recipe, num_tokens=TOKENS, num_experts=E)
+    inputs = make_case(name, recipe, num_tokens=TOKENS, num_experts=E)
     bias = None if inputs.bias is None else inputs.bias.to(dtype)
     gate = bell(E, E, seed=5) / 4 if pattern == HIDDEN_STATES else torch.eye(E)
     fill(router.to(dtype), bias, gate)

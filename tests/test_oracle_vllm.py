@@ -13,7 +13,7 @@ import torch
 
 from pytest_moe_routing.compare import assert_routing, compare_routing
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.logits import make
+from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.routing import recipe_of
 
@@ -98,7 +98,7 @@ def test_vllm_routes_as_the_reference(model, pattern):
     recipe = replace(recipe_of(model.router), epsilon=0.0)
     if leaves_scale:
         recipe = replace(recipe, scale=1.0)
-    case = make(pattern, recipe, num_tokens=48, num_experts=model.router.num_experts)
+    case = make_case(pattern, recipe, num_tokens=48, num_experts=model.router.num_experts)
     weights, ids = function(model.router, case.logits, case.bias)
     assert_routing(ids, weights, case.logits, recipe, case.bias)
 
@@ -107,7 +107,7 @@ def test_a_wrong_recipe_is_told_apart():
     """The comparison has teeth: vLLM's function does not route as DeepSeek-R1 without groups."""
     router = MODELS["deepseek-r1"].router
     recipe = replace(recipe_of(router), epsilon=0.0, n_group=1, topk_group=1)
-    case = make("plain", recipe, num_tokens=48, num_experts=256)
+    case = make_case("plain", recipe, num_tokens=48, num_experts=256)
     weights, ids = vllm_grouped(router, case.logits, case.bias)
     found = compare_routing(ids, weights, case.logits, recipe, case.bias)
     assert len(found.differences) > 24

@@ -161,6 +161,9 @@ def test_a_shard_outside_the_experts(offset, local):
         permute(ids(), num_experts=16, shard=Shard(offset, local))
 
 
-def test_ids_outside_the_experts():
-    with pytest.raises(RecipeError, match=r"outside 0\.\.7"):
-        permute(ids(), num_experts=8)
+@pytest.mark.parametrize("outside", [-1, 16, 17])
+def test_one_id_outside_the_experts(outside):
+    chosen = ids()
+    chosen[3, 1] = outside
+    with pytest.raises(RecipeError, match=r"outside 0\.\.15"):
+        permute(chosen, num_experts=16)

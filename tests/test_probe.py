@@ -300,6 +300,7 @@ def test_patches_of_what_answers_are_made_with_reach_no_answer(child):
 def test_its_environment_is_a_list_of_what_it_may_see(child, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "tok123")
     monkeypatch.setenv("PYTHONSTARTUP", "/nowhere")
+    monkeypatch.setenv("PYTHONHASHSEED", "5")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("MINE_SWITCH", "1")
     monkeypatch.chdir("/")
@@ -310,6 +311,8 @@ def test_its_environment_is_a_list_of_what_it_may_see(child, monkeypatch):
     assert not {"SECRET_TOKEN", "PYTHONSTARTUP"} & set(environment)
     assert {"PATH", "CUDA_VISIBLE_DEVICES", "MINE_SWITCH"} <= set(environment)
     assert environment["HOME"] == environment["TMPDIR"] == directory
+    # Sets in messages have the same order in every run.
+    assert environment["PYTHONHASHSEED"] == "0"
     assert directory not in (str(Path.cwd()), str(Path.home()))
     assert str(Path.cwd()) not in places
     probe.close()

@@ -260,3 +260,10 @@ def test_a_routing_function_of_the_models_own(tmp_path):
     assert code.routing_function("Asks") == (module, "Asks.route")
     assert code.routing_function("Router") is None
     assert code.routing_function("Unknown") is None
+
+
+def test_an_outer_architecture_leaves_the_layer_to_that_of_its_text_config(tmp_path):
+    code = sources(write(tmp_path, CODE))
+    assert code.maker(["Dense", "Tells"]) == "Tells"
+    assert code.maker(["Tells", "Router"]) == "Tells"
+    assert code.maker(["Unknown", "Dense"]) == "Unknown"

@@ -12,7 +12,7 @@ from oracles import route_all
 from strategies import inputs, recipes, seeds
 
 from pytest_moe_routing.errors import RecipeError
-from pytest_moe_routing.logits import PATTERNS, make
+from pytest_moe_routing.logits import PATTERNS, make_case
 from pytest_moe_routing.reference.routing import route, stable_topk
 from pytest_moe_routing.routing.recipe import Recipe
 
@@ -40,7 +40,7 @@ def test_equals_the_loop_oracle(recipe_and_experts, seed, coarse):
 
 @pytest.mark.parametrize("name", [n for n in PATTERNS if n != "not-finite"])
 def test_equals_the_loop_oracle_on_adversarial_logits(name):
-    case = make(name, GROUPED, num_tokens=32, num_experts=64)
+    case = make_case(name, GROUPED, num_tokens=32, num_experts=64)
     got = route(case.logits, GROUPED, case.bias, dtype=torch.float64)
     ids, _ = route_all(case.logits.double(), GROUPED, case.bias.double())
     assert got.topk_ids.tolist() == ids
@@ -104,7 +104,7 @@ def test_a_limit_by_best_expert_is_void_when_top_k_fits_the_groups(recipe_and_ex
 
 
 def test_softmax_then_top_k_then_sum_is_top_k_then_softmax():
-    logits = make("plain", PLAIN, num_tokens=64, num_experts=32).logits
+    logits = make_case("plain", PLAIN, num_tokens=64, num_experts=32).logits
     first = route(logits, replace(PLAIN, normalize="sum"), dtype=torch.float64)
     second = route(
         logits,
@@ -116,7 +116,7 @@ def test_softmax_then_top_k_then_sum_is_top_k_then_softmax():
 
 
 def test_top_1_normalized_by_sum_weighs_1():
-    case = make("plain", GROUPED, num_tokens=64, num_experts=32)
+    case = make_case("plain", GROUPED, num_tokens=64, num_experts=32)
     got = route(case.logits, replace(GROUPED, top_k=1, scale=1.0), case.bias)
     assert torch.equal(got.topk_weights, torch.ones(64, 1))
 
@@ -125,7 +125,7 @@ def test_top_1_normalized_by_sum_weighs_1():
     "recipe", [PLAIN, GROUPED, Recipe(top_k=4, score="identity", normalize="softmax")], ids=str
 )
 def test_rows_that_are_not_finite_give_distinct_experts_in_range(recipe):
-    case = make("not-finite", recipe, num_tokens=40, num_experts=32)
+    case = make_case("not-finite", recipe, num_tokens=40, num_experts=32)
     ids = route(case.logits, recipe, case.bias).topk_ids
     assert 0 <= int(ids.min()) <= int(ids.max()) < 32
     assert all(len(set(row)) == 4 for row in ids.tolist())
@@ -146,7 +146,7 @@ def test_excluded_groups_are_no_candidates_even_below_minus_infinity():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_logits_of_any_dtype_are_read_exactly(dtype):
-    logits = make("plain", PLAIN, num_tokens=16, num_experts=32).logits.to(dtype)
+    logits = make_case("plain", PLAIN, num_tokens=16, num_experts=32).logits.to(dtype)
     assert torch.equal(route(logits, PLAIN).topk_weights, route(logits.float(), PLAIN).topk_weights)
 
 
@@ -159,14 +159,14 @@ def test_weights_that_sum_to_zero_follow_ieee_and_an_epsilon_saves_them():
 
 
 def test_weights_are_rounded_to_their_dtype():
-    logits = make("plain", PLAIN, num_tokens=16, num_experts=32).logits
+    logits = make_case("plain", PLAIN, num_tokens=16, num_experts=32).logits
     rounded = route(logits, replace(PLAIN, weight_dtype="bfloat16")).topk_weights
     assert torch.equal(rounded, rounded.bfloat16().float())
     assert not torch.equal(rounded, route(logits, PLAIN).topk_weights)
 
 
 def test_a_bias_rounded_to_bfloat16_chooses_other_experts():
-    case = make("narrow-bias", GROUPED, num_tokens=64, num_experts=32)
+    case = make_case("narrow-bias", GROUPED, num_tokens=64, num_experts=32)
     rounded = route(case.logits, replace(GROUPED, bias_dtype="bfloat16"), case.bias)
     assert not torch.equal(rounded.topk_ids, route(case.logits, GROUPED, case.bias).topk_ids)
 

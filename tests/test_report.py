@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_moe_routing import __version__
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -21,7 +24,7 @@ from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.record import Known, TestRecord, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import files, records
-from pytest_moe_routing.report.collect import summary
+from pytest_moe_routing.report.terminal import plain, summary
 from pytest_moe_routing.targets import load_target
 
 HOSTILE = "<script>alert(1)</script>|`` ``` ````"
@@ -96,7 +99,8 @@ def test_runs_of_several_machines_merge(tmp_path, verdicts, capsys):
     assert sorted(t["outcome"] for t in data["tests"]) == ["failed", "passed", "skipped"]
     page = Document((tmp_path / "all.html").read_text())
     text = (tmp_path / "all.md").read_text()
-    for shown in (text, " ".join(page.text["td"])):
+    cells = " ".join(text for tag in ("th", "td", "a") for text in page.text[tag])
+    for shown in (text, cells):
         assert "step-3.7-flash" in shown
         assert "1 failed, 1 passed" in shown
     for shown in (text, "".join(page.text["pre"])):
@@ -155,13 +159,48 @@ def test_the_html_needs_nothing_and_lets_nothing_in(verdicts):
     known = Known(HOSTILE, "javascript:alert(1)")
     good = Known("known", 'https://example.com/?a=1&b="2"')
     records = [hostile(verdicts[0], known=known), replace(verdicts[1], known=good), gpu_test()]
-    document = Document(files.html.page(records))
-    assert not {"script", "link", "img", "iframe"} & set(document.tags)
+    text = files.html.page(records)
+    document = Document(text)
+    assert not {"link", "img", "iframe"} & set(document.tags)
+    # The one script is ours, and the browser runs no other.
+    assert document.tags.count("script") == 1
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert ("meta", "content", policy) in document.attributes
     assert not any(name in ("src", "onclick", "style") for _, name, _ in document.attributes)
     links = {value for _, name, value in document.attributes if name == "href"}
     assert {link for link in links if not link.startswith("#")} == {good.link}
-    anchors = {f"#{value}" for tag, name, value in document.attributes if name == "id"}
-    assert {link for link in links if link.startswith("#")} == anchors
+    anchors = [f"#{value}" for _, name, value in document.attributes if name == "id"]
+    assert len(anchors) == len(set(anchors))
+    assert {link for link in links if link.startswith("#")} <= set(anchors)
+
+
+def test_the_page_begins_with_what_fails(verdicts):
+    """Each cause once, with its other cases; then the matrix, then every model."""
+    passed = replace(verdicts[0], model="m", verdict=Verdict.EXACT, outcome="passed")
+    text = files.html.page([*verdicts[:2], passed, gpu_test(outcome="failed", message="assert 0")])
+    parts = [
+        '<h2 id="failures">Failures: 2</h2>',
+        "step-3.7-flash on fp8_block, decided by",
+        "  also     step-3.7-flash nvfp4",
+        "test_gpu_routing::test_model[plain-0]",
+        "assert 0",
+        '<h2 id="matrix">',
+        '<h2 id="models">',
+    ]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_markdown_fits_a_comment_and_says_what_does_not(verdicts):
+    many = [replace(verdicts[0], model=f"model-{n}", site=f"site-{n}") for n in range(200)]
+    text = files.markdown.page(many)
+    assert len(text) < 65_536
+    assert "## 200 causes fail" in text
+    assert re.search(r"\n\d+ more parts do not fit here; `--moe-report FILE.html` has them", text)
+    assert text.count("<details>") == text.count("</details>")
+    assert "do not fit" not in files.markdown.page(many[:3])
 
 
 def test_markdown_cannot_be_broken_out_of(verdicts):
@@ -185,11 +224,11 @@ def test_no_record_is_said(tmp_path):
 
 def test_several_deciders_are_told_apart(verdicts):
     """One row where they differ, and the totals of each: as short as that."""
-    lines = list(summary(verdicts))
+    lines = list(map(plain, summary(verdicts, width=150)))
     assert [line.split()[0] for line in lines] == ["model", *["step-3.7-flash"] * 2, "2", "2"]
     cells = re.split(r"  +", lines[1])
     assert cells == ["step-3.7-flash", "fp8_block", "missed (Unspecified)", "wrong (MiniMax2)"]
-    assert lines[-1] == "2 wrong; vllm-0.22-classifier 0.1.0, FlashInfer 0.6.12"
+    assert lines[-1] == f"2 wrong; vllm-0.22-classifier {__version__}, FlashInfer 0.6.12"
 
 
 def test_a_file_is_there_in_full_or_as_before(tmp_path, monkeypatch, verdicts):

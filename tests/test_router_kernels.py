@@ -21,7 +21,7 @@ from pytest_moe_routing.kernels.routers import (
 )
 from pytest_moe_routing.kernels.sglang import SglangKernels
 from pytest_moe_routing.kernels.vllm import VllmKernels
-from pytest_moe_routing.logits import make
+from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing import Recipe
@@ -90,7 +90,7 @@ def test_every_call_of_the_zoo_computes_its_recipe(adapter):
     for router in {model.router for model in EXPRESSIBLE}:
         for call in adapter.calls(router):
             called.add(call.kernel)
-            case = make("plain", call.recipe, num_tokens=5, num_experts=router.num_experts)
+            case = make_case("plain", call.recipe, num_tokens=5, num_experts=router.num_experts)
             weights, ids = call.run(case.logits, case.bias)
             found = compare_routing(ids, weights, case.logits, call.recipe, case.bias)
             assert found.ok, found.message()

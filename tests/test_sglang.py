@@ -10,6 +10,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from packaging.version import Version
 from wheels import wheels_since
 
 from pytest_moe_routing.errors import Unsupported
@@ -22,6 +23,7 @@ from pytest_moe_routing.report.text import sentence, story
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 from pytest_moe_routing.targets.contract import Contract, Names
+from pytest_moe_routing.targets.sglang.probe.main import verdict_on
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.target import SglangTarget, config_of
 from pytest_moe_routing.targets.source import Source
@@ -244,6 +246,15 @@ HISTORY = {
         "0.5.18": "wrong",
         "0.5.23": "missed",
     },
+    # The bf16 call has no clamp; that of FP8 is prepared while weights are loaded.
+    ("glm-5.3-flash", "bf16"): dict.fromkeys(["0.5.20", "0.5.22", "0.5.23"], "wrong"),
+    ("glm-5.3-flash", "fp8_block"): dict.fromkeys(["0.5.20", "0.5.22", "0.5.23"], "exact"),
+    ("glm-5.3-flash", "nvfp4"): dict.fromkeys(["0.5.20", "0.5.22", "0.5.23"], "exact"),
+    ("gpt-oss-20b", "nvfp4"): {"0.5.18": "wrong", "0.5.22": "wrong", "0.5.23": "missed"},
+    ("kimi-linear-48b-a3b", "bf16"): dict.fromkeys(["0.5.18", "0.5.22", "0.5.23"], "missed"),
+    # An assertion in the forward pass.
+    ("llama-4-scout", "bf16"): dict.fromkeys(["0.5.18", "0.5.22", "0.5.23"], "crash"),
+    ("longcat-flash", "bf16"): dict.fromkeys(["0.5.18", "0.5.22", "0.5.23"], "fallback"),
     ("nemotron-3-super", "nvfp4"): {"0.5.13": "exact", "0.5.18": "exact", "0.5.23": "exact"},
     ("qwen3-235b-a22b", "fp8_block"): dict.fromkeys(
         ["0.5.9", "0.5.13", "0.5.18", "0.5.23"], "exact"
@@ -259,6 +270,62 @@ def test_release_history(target, model, scheme):
         pytest.skip(f"the verdict on {model} in {target} was not confirmed by reading")
     found = judge(target, MODELS[model], scheme)
     assert found.verdict == expected, "\n".join(story(found.record()))
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "is_default"),
+    [
+        ("deepseek-r1", "fp8_block", True),
+        ("qwen3-30b-a3b", "nvfp4", True),
+        # SGLang names the runner that is given experts and weights.
+        ("minimax-m2", "nvfp4", False),
+        # It names none, and the layer chooses another one.
+        ("llama-4-scout", "fp8_block", False),
+        ("llama-4-scout", "nvfp4", False),
+        ("llama-4-scout", "fp8_per_tensor", True),
+    ],
+)
+def test_release_chooses_the_runner_or_has_to_be_told(target, model, scheme, is_default):
+    """Confirmed by reading arg_groups/overrides.py and model_overrides of 0.5.18 to 0.5.23."""
+    if Version(target.version()) < Version("0.5.18"):
+        pytest.skip("this release chooses runners in another way")
+    switch = () if is_default else ("--moe-runner-backend flashinfer_trtllm",)
+    record = judge(target, MODELS[model], scheme).record()
+    assert record.opt_in == switch
+    assert (record.reach == "only with an opt-in switch") is (not is_default)
+
+
+RAISING = """
+def refuse(value):
+    raise ValueError(f"no {value}")
+def check(value):
+    assert value is None, "not supported"
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "is_built", "verdict"),
+    [
+        ("refuse", 1, False, ("refused", "ValueError: no 1 (models/some.py:3)")),
+        ("check", 1, False, ("refused", "AssertionError: not supported (models/some.py:5)")),
+        ("refuse", 1, True, ("failed", "ValueError: no 1 (models/some.py:3)")),
+        ("check", 1, True, ("failed", "AssertionError: not supported (models/some.py:5)")),
+        ("check", stubs.Stub("option"), False, ("unknown", "it does not build and run on a CPU")),
+    ],
+)
+def test_what_raises_when_a_server_starts_is_a_refusal_and_later_a_crash(
+    tmp_path, function, value, is_built, verdict
+):
+    """Unless a stand-in of ours may be why it raised."""
+    file = tmp_path / "sglang/srt/models/some.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(RAISING)
+    names = {}
+    exec(compile(RAISING, str(file), "exec"), names)
+    with pytest.raises((ValueError, AssertionError)) as raised:
+        names[function](value)
+    kind, text = verdict_on(raised.value, is_built=is_built)
+    assert (kind, text[: len(verdict[1])]) == verdict
 
 
 class Records(BuiltinTarget):

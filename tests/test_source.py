@@ -58,9 +58,39 @@ def test_an_unpacked_wheel_says_the_same(tmp_path):
     assert (source.root, source.version, source.flashinfer) == (tmp_path / "x", "0.23.0", "0.6.12")
 
 
-@pytest.mark.parametrize(
-    ("version", "pin"), [("0.14.0", None), ("0.21.0", "0.6.8.post1"), ("0.29.0", "0.6.16.post3")]
-)
+#: What `pip install --dry-run --no-deps --report - vllm==RELEASE` shows that the GPU wheel requires.
+MADE_FOR = {
+    "0.15.0": "0.6.1",
+    "0.15.1": "0.6.1",
+    "0.16.0": "0.6.3",
+    "0.17.0": "0.6.4",
+    "0.17.1": "0.6.4",
+    "0.18.0": "0.6.6",
+    "0.18.1": "0.6.6",
+    "0.19.0": "0.6.6",
+    "0.19.1": "0.6.6",
+    "0.20.0": "0.6.8.post1",
+    "0.20.2": "0.6.8.post1",
+    "0.21.0": "0.6.8.post1",
+    "0.22.0": "0.6.11.post2",
+    "0.22.1": "0.6.11.post2",
+    "0.23.0": "0.6.12",
+    "0.24.0": "0.6.12",
+    "0.25.0": "0.6.13",
+    "0.25.1": "0.6.13",
+    "0.26.0": "0.6.14",
+    "0.27.0": "0.6.16.post3",
+    "0.27.1": "0.6.16.post3",
+    "0.28.0": "0.6.16.post3",
+    "0.29.0": "0.6.18",
+    "0.30.0": "0.6.18.post1",
+    "0.31.0": "0.7.0.post1",
+    "0.32.0": "0.7.0.post1",
+    "0.33.0": "0.7.2.post1",
+}
+
+
+@pytest.mark.parametrize(("version", "pin"), [("0.14.1", None), *MADE_FOR.items()])
 def test_a_wheel_without_a_pin_has_the_one_of_its_release(tmp_path, version, pin):
     source = Source.at("vllm", wheel(tmp_path / "a.whl", version, "Requires-Dist: torch"))
     assert source.flashinfer == pin

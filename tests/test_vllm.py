@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from packaging.version import Version
+from told import code_sentences
 from wheels import wheels_since
 
 from pytest_moe_routing.errors import TargetNotInstalled, Unsupported
@@ -15,11 +16,11 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.targets import TargetId, locate
 
 MODELS = load_models(packaged_directory())
-# The model's own class of a newer release names the class with the layers only by its config.
-STEP = replace(MODELS["step-3.7-flash"], architecture="Step3p5ForCausalLM")
+STEP = MODELS["step-3.7-flash"]
 
 
 def names():
@@ -170,6 +171,40 @@ def test_a_lost_factor_is_wrong_unless_the_layer_applies_it(target):
     assert judge(target, ours, "mxint4").verdict == "exact"
     other = replace(ours, architecture="Step3p5ForCausalLM")
     assert judge(target, other, "mxint4").verdict == "wrong"
+
+
+#: What the code of some models asks of its layer beside their routers, where it is anything, by the
+#: first release that does so. Confirmed on vLLM 0.32.0 with all of its dependencies installed.
+ROUNDS = "the float32 router logits are downcast to bfloat16 before the call"
+TELLS_NOTHING = (
+    "dtype of the router logits arrives as float32, the layer has bfloat16 "
+    "(router_logits_dtype=None)"
+)
+ASKED = {
+    "deepseek-r1": {"0.21": []},
+    "deepseek-v3.2": {"0.21": [ROUNDS]},
+    # The gate was bfloat16: vLLM PR 47970.
+    "glm-5": {"0.21": [ROUNDS], "0.30": []},
+    "hy4-preview": {"0.30": [TELLS_NOTHING]},
+    "laguna-s-2.1": {"0.21": [TELLS_NOTHING]},
+    "llama-4-scout": {"0.21": []},
+    "qwen3-next-80b-a3b": {"0.21": []},
+    "step-3.7-flash": {"0.21": []},
+}
+
+
+@pytest.mark.parametrize("model", ASKED)
+def test_what_the_code_of_a_wheel_asks_of_its_layer(target, model):
+    """The same as that of an installed vLLM (tests/test_vllm_models.py), without dependencies."""
+    release = Version(target.version())
+    known = [(Version(since), asked) for since, asked in ASKED[model].items()]
+    past = [asked for since, asked in known if since <= release]
+    if not past:
+        with pytest.raises(Unsupported):
+            target.layer_request(MODELS[model])
+        return
+    found = compare_request(MODELS[model], target.layer_request(MODELS[model]))
+    assert code_sentences(found) == past[-1]
 
 
 def test_modular_experts_are_given_what_the_layer_routes(target):

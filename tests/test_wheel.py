@@ -130,7 +130,7 @@ def test_every_form_of_a_package_is_read(tmp_path):
         ("fused_moe/core.py", "top_k, n_group", "n_group, top_k", "trtllm_bf16_moe: another order"),
         (f"{INCLUDE}runner.h", "TopK = 5", "TopK = 15", "runner.h RoutingMethodType.TopK: package 15, our data 5"),
         (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<256, 8>", "Tier<320, 8>", "Default: the kernel takes 320 experts with top_k 8, our data do not"),
-        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<1024, 32>", "Tier<512, 32>", "MiniMax2: our data take 516 experts with top_k 1, the kernel does not"),
+        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<1024, 32>", "Tier<512, 32>", "MiniMax2: our data take 513 experts with top_k 1, the kernel does not"),
         (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<2048, 32>", "Tier<2048, 22>", "Renormalize: our data take 2048 experts with top_k 23, the kernel does not"),
         (f"{KERNELS}llama4.cu", "128", "256", "Llama4: the kernel takes 256 experts with top_k 1, our data do not"),
         (f"{KERNELS}deepseek.cu", "Groups = 8", "Groups = 16", "DeepSeekV3: 16 groups of which 4 are kept"),
@@ -161,6 +161,22 @@ def test_what_cannot_be_read_is_said(file, unread, tmp_path, capsys):
     path = wheel(tmp_path / "a.whl", {n: t for n, t in files().items() if n != file})
     assert main(["drift", "flashinfer", str(path)]) == 0
     assert f"not read  {unread}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "unread"),
+    [
+        (f"{KERNELS}llama4.cu", "MaxNumTopExperts = 1;", "limits of the kernel of Llama4"),
+        (f"{KERNELS}llama4.cu", "MaxSupportedExperts = 128;", "limits of the kernel of Llama4"),
+        (f"{KERNELS}deepseek.cu", "MaxNumTopGroups = 4;", "groups of the DeepSeek kernel"),
+        (f"{KERNELS}deepseek.cu", "MaxNumGroups = 8;", "groups of the DeepSeek kernel"),
+    ],
+)
+def test_half_a_limit_is_none(file, line, unread, tmp_path):
+    contents = files()
+    assert line in contents[file]
+    contents[file] = contents[file].replace(line, "Moved = 1;")
+    assert examine(Package.of(wheel(tmp_path / "a.whl", contents))).unread == (unread,)
 
 
 def test_parameters_as_python_writes_them(tmp_path):
@@ -222,8 +238,8 @@ def broken(path):
         (lambda d: d / "nothing", "no such file"),
         (lambda d: unpacked(d / "x", {"a.py": ""}), "no flashinfer-python"),
         (lambda d: wheel(d / "a.whl", {"__init__.py": ""}), "no flashinfer-python"),
-        (lambda d: wheel(d / "a.whl", {"fused_moe/core.py": ""}), "does not say which release"),
-        (lambda d: wheel(d / "a.whl", {**files(), "_build_meta.py": '__version__ = "new"'}), "'new' is no release"),
+        (lambda d: wheel(d / "a.whl", {"fused_moe/core.py": ""}), "does not state its release"),
+        (lambda d: wheel(d / "a.whl", {**files(), "_build_meta.py": '__version__ = "new"'}), "'new' is not a release"),
         (lambda d: wheel(d / "a.whl", {**files(), "_build_meta.py": '__version__ = "0.1"'}), "older than the oldest"),
         (lambda d: wheel(d / "a.whl", {**files(), "fused_moe/core.py": "def ("}), "flashinfer/fused_moe/core.py: "),
         (lambda d: (d / "a.whl").write_text("text") and d / "a.whl", "found no wheel file (File is not a zip file)"),

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.kernels.routing import run_routing
-from pytest_moe_routing.logits import make
+from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.routing import Recipe
 
 BIASED = ("MiniMax2", "DeepSeekV3")
@@ -112,7 +112,7 @@ def bias_rounding():
             topk_group=topk_group,
             normalize="sum",
         )
-        case = make("narrow-bias", recipe, num_tokens=256, num_experts=256)
+        case = make_case("narrow-bias", recipe, num_tokens=256, num_experts=256)
         groups = {"n_group": n_group, "topk_group": topk_group}
         whole = run("DeepSeekV3", case.logits, case.bias, top_k=8, **groups).topk_ids
         rounded = case.bias.bfloat16().float()

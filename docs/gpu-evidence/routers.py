@@ -28,7 +28,7 @@ from pytest_moe_routing.compare.routing import compare_routing
 from pytest_moe_routing.kernels.routers import RouterCall
 from pytest_moe_routing.kernels.sglang import SglangKernels
 from pytest_moe_routing.kernels.vllm import VllmKernels
-from pytest_moe_routing.logits import PATTERNS, make
+from pytest_moe_routing.logits import PATTERNS, make_case
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.routing import Recipe
 
@@ -177,7 +177,7 @@ def inputs(routers, adapter):
     """A call, its key (kernel, model, pattern, dtype, tokens), logits and bias."""
     for router, models in routers.items():
         for call, pattern in product(adapter.calls(router), PATTERNS):
-            case = make(
+            case = make_case(
                 pattern, call.recipe, num_tokens=max(TOKENS), num_experts=router.num_experts
             )
             for dtype, tokens in product(DTYPES, TOKENS):

@@ -252,7 +252,7 @@ def _carried(v: Tensor, s: Slots, weight: Tensor, high: int) -> tuple[Tensor, Te
 
 
 def _first_gemm(s: Slots, weight: Tensor, d: Tensor, variance: Tensor) -> _Sums:
-    """Sums over the tokens of an expert, for each row of its first GEMM."""
+    """Return sums over the tokens of an expert, for each row of its first GEMM."""
     squares = weight.square()
     product, others, norm = (
         x.to(d.dtype)
@@ -270,7 +270,7 @@ def _first_gemm(s: Slots, weight: Tensor, d: Tensor, variance: Tensor) -> _Sums:
 
 
 def _rows(ordinal: str, parts: list[_Sums], high: int, experts: list[int]) -> Family:
-    """A family of rows, or of blocks of rows that share scales."""
+    """Return a family of rows, or of blocks of rows that share scales."""
     count = len(parts[0].product)
 
     def label(i: int) -> str:

@@ -93,7 +93,7 @@ def bounded_moe(
     shard: Shard | None = None,
     output: str = "bf16",
 ) -> Bounded:
-    """The output of `reference.moe.moe` in float64, with its error bars: two `[tokens, hidden]`.
+    """Run `reference.moe.moe` in float64 with error bars: two tensors `[tokens, hidden]`.
 
     Arguments as for `moe`; `output` is the format of the result.
     """
@@ -101,7 +101,7 @@ def bounded_moe(
     with torch.no_grad():
         x = real_input(hidden, layer, torch.float64)
         value, error, size = (torch.zeros_like(x) for _ in range(3))
-        for number, tokens, weight in slots_by_expert(routing, shard, torch.float64):
+        for number, tokens, weight in slots_by_expert(routing, len(experts), shard, torch.float64):
             rows = _expert(x[tokens], experts[number], layer, weight, arithmetic)
             if layer.weight_on == "output":
                 weight = weight.unsqueeze(1)
@@ -128,7 +128,7 @@ def _expert(
 def bounded_intermediate(
     x: Tensor, expert: Expert, layer: MoELayer, weight: Tensor, arithmetic: Arithmetic
 ) -> tuple[Stages, Bounded]:
-    """What the second GEMM reads, `[tokens, intermediate]`, and the stages of the exact reference.
+    """Return the second GEMM's input, `[tokens, intermediate]`, and the exact reference's stages.
 
     Args:
         x: Real hidden states of the expert's tokens, float64 `[tokens, hidden]`.
@@ -203,7 +203,7 @@ def _activation_error(
 def _store(
     x: Tensor, error: Tensor, format: str, scale: float | None, arithmetic: Arithmetic
 ) -> Bounded:
-    """What is read back after a number within `error` of `x` was stored in a format."""
+    """Bound what is read back after a number within `error` of `x` was stored in a format."""
     if format == "float32":
         return Bounded(x, error)
     value = stored(x, format, scale)
@@ -236,7 +236,7 @@ def _block_error(
     worst = torch.stack([(dequantize(end, x.dtype) - value).abs() for end in ends]).amax(0)
     if fmt.scale == "float32":
         # Such a scale moves with its block's largest element, and all elements with it: where one
-        # is rounded otherwise on the way, the scale may be that of any place between the ends.
+        # is rounded otherwise before that, the scale may be that of any place between the ends.
         low, high = (scale.to(x.dtype) for scale in scales)  # type: ignore[union-attr]
         moves = ((high - low) / low).repeat_interleave(x.shape[-1] // low.shape[-1], -1)
         codes = torch.stack([end.data.view(torch.uint8) for end in ends])

@@ -51,7 +51,7 @@ def admissible_routings(
 
 
 def _others(keys: Tensor, own: Tensor, recipe: Recipe, error: float) -> list[Tensor]:
-    """The other sets of experts, `[top_k]` each, that keys within `error` of these can lead to."""
+    """Yield other sets of experts, `[top_k]` each, to which keys within `error` can lead."""
     ambiguous = _ambiguous(keys, recipe, error)
     if len(ambiguous) > _MOST:
         raise RecipeError(
@@ -67,7 +67,7 @@ def _others(keys: Tensor, own: Tensor, recipe: Recipe, error: float) -> list[Ten
 
 
 def _ambiguous(keys: Tensor, recipe: Recipe, error: float) -> list[int]:
-    """The experts whose own error can change the choice, whatever the other keys' errors."""
+    """Return the experts whose own error can change the choice, whatever the other keys' errors."""
     nudge = 2 * error * torch.eye(len(keys), dtype=keys.dtype)
     # One expert as high and all others as low as they can be, and the reverse.
     apart = [choose(keys + side * (nudge - error), recipe).sort(1).values for side in (1, -1)]

@@ -120,7 +120,7 @@ def _activated(name: str) -> Callable[[MoEProblem], MoEProblem | None]:
 
 
 def _each(edit: Callable[[Expert], Expert | None]) -> Callable[[MoEProblem], MoEProblem | None]:
-    """A change of every expert; None of the first expert means that it does not apply."""
+    """Return a change of every expert, or None if it does not apply to the first expert."""
 
     def change(p: MoEProblem) -> MoEProblem | None:
         if edit(p.experts[0]) is None:
@@ -161,7 +161,7 @@ def _scale_row_off(gemm: str) -> Callable[[Expert], Expert | None]:
 
 
 def _transposed_scales(p: MoEProblem) -> MoEProblem | None:
-    """The input's scales `[tokens, blocks]` read as if they lay `[blocks, tokens]` in memory."""
+    """Read the input's scales `[tokens, blocks]` as if they lay `[blocks, tokens]` in memory."""
     scales = p.hidden.scales
     if scales is None or min(scales.shape) == 1:
         return None

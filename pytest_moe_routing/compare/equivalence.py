@@ -53,7 +53,7 @@ class Counterexample:
         return len(self.logits)
 
     def as_dict(self) -> dict[str, Any]:
-        """The token as JSON; `wanted` and `got` as pairs of an expert and its weight."""
+        """Return the token as JSON; `wanted` and `got` as pairs of an expert and its weight."""
         return {
             "logits": list(self.logits),
             "bias": list(self.bias),
@@ -64,7 +64,7 @@ class Counterexample:
 
 
 def counterexample(wanted: Recipe, got: Recipe, num_experts: int) -> Counterexample | None:
-    """A smallest token that both recipes route differently, or None when they mean the same.
+    """Return a smallest token that both recipes route differently; None if they mean the same.
 
     A recipe without bias is given none, which is the same as zeros. The token has at most
     `num_experts` experts, and is the same in every run.
@@ -180,7 +180,7 @@ def _cost(tokens: Tensor) -> Tensor:
 
 
 def _simplified(wanted: Recipe, got: Recipe, token: Tensor, visible: float) -> Tensor:
-    """The token `[2, E]`, moved towards zero by single values while the difference stays."""
+    """Return the token `[2, E]`, moved towards zero by single values while the difference stays."""
     while True:
         nearer = torch.stack(
             [

@@ -35,7 +35,7 @@ class Difference:
 
 
 def structural(rows: Rows, token: int, ids: Tensor) -> Difference:
-    """An expert that does not exist, or is chosen twice."""
+    """Describe an expert that does not exist or is chosen twice."""
     num_experts, chosen = rows.keys.shape[1], ids.tolist()
     outside = [e for e in chosen if not 0 <= e < num_experts]
     repeated = sorted({e for e in chosen if chosen.count(e) > 1})

@@ -51,7 +51,7 @@ class Element:
 
 @dataclass(frozen=True)
 class MoEComparison:
-    """What a comparison found.
+    """The differences between a fused MoE's output and the reference.
 
     Attributes:
         shape: `[tokens, hidden]` compared.
@@ -77,6 +77,7 @@ class MoEComparison:
 
     @property
     def ok(self) -> bool:
+        """Whether no element and no aggregate is wrong."""
         return not self.wrong_tokens and not self.aggregates
 
     def message(self) -> str:
@@ -101,10 +102,43 @@ class MoEComparison:
         return "\n".join([*lines, *(f"  {element}" for element in self.worst)])
 
 
-def assert_moe(output: Tensor, problem: MoEProblem, **how: object) -> MoEComparison:
-    """`compare_moe`, raising `AssertionError` with the whole message on any difference."""
+def assert_moe(
+    output: Tensor,
+    problem: MoEProblem,
+    *,
+    arithmetic: Arithmetic = FLASHINFER,
+    alternatives: Iterable[Routing] = (),
+    output_format: str = "bf16",
+    diagnose: bool = True,
+) -> MoEComparison:
+    """Assert that a fused MoE's output lies within the error budget of its scheme.
+
+    Args:
+        output: The kernel's output, floating `[num_tokens, hidden_size]`.
+        problem: Hidden states, experts, layer and routing that the kernel was given.
+        arithmetic: How the kernel computes; the default allows for FlashInfer's kernels.
+        alternatives: Other routings of all tokens that are as right as the problem's own; a token
+            may fit any of them.
+        output_format: `bf16`, or `float32` for an output that was not rounded.
+        diagnose: Whether to look for a known defect that explains what is wrong.
+
+    Returns:
+        The comparison, with the largest share of its budget that an element uses.
+
+    Raises:
+        AssertionError: An element lies beyond its budget, or an aggregate (the output as a whole, a
+            token, an expert, a block of columns) beyond its bound.
+        LayerError: Shapes do not fit, or a static scale is missing that the kernel must have had.
+    """
     __tracebackhide__ = True
-    result = compare_moe(output, problem, **how)  # type: ignore[arg-type]
+    result = compare_moe(
+        output,
+        problem,
+        arithmetic=arithmetic,
+        alternatives=alternatives,
+        output_format=output_format,
+        diagnose=diagnose,
+    )
     if not result.ok:
         raise AssertionError(result.message())
     return result
@@ -119,16 +153,19 @@ def compare_moe(
     output_format: str = "bf16",
     diagnose: bool = True,
 ) -> MoEComparison:
-    """Compare a fused MoE's output `[tokens, hidden]` with the reference.
+    """Compare a fused MoE's output with the reference.
 
     Args:
-        output: What the kernel returned, any floating dtype.
-        problem: What it was given.
-        arithmetic: How it computes; the default allows for what FlashInfer's kernels do.
+        output: The kernel's output, floating `[num_tokens, hidden_size]`.
+        problem: Hidden states, experts, layer and routing that the kernel was given.
+        arithmetic: How the kernel computes; the default allows for FlashInfer's kernels.
         alternatives: Other routings of all tokens that are as right as the problem's own, where
-            keys are too close to tell. A token may fit any of them.
+            selection scores are too close to tell. A token may fit any of them.
         output_format: `bf16`, or `float32` for an output that was not rounded.
-        diagnose: Look for a known defect that explains what is wrong.
+        diagnose: Whether to look for a known defect that explains what is wrong.
+
+    Returns:
+        What differs. Nothing is raised for a difference: see `MoEComparison.ok`.
 
     Raises:
         LayerError: Shapes do not fit, or a static scale is missing that the kernel must have had.
@@ -210,7 +247,7 @@ def _replaced(routing: Routing, other: Routing, tokens: Tensor) -> Routing:
 
 
 def _check_static(problem: MoEProblem) -> None:
-    """A scale over the whole intermediate cannot be the kernel's own: it would need two passes."""
+    """Raise `LayerError` if a static scale is missing: a kernel's own would need two passes."""
     fmt = find_format(problem.layer.storage.intermediate)
     static = fmt.scale == "e4m3" or (fmt.block == (0, 0) and fmt.scale != "none")
     if static and problem.experts[0].intermediate_scale is None:
@@ -263,7 +300,7 @@ def _element(
 def _diagnose(
     got: Tensor, problem: MoEProblem, tokens: Tensor, arithmetic: Arithmetic, output_format: str
 ) -> tuple[str, ...]:
-    """The defects under which these tokens, wrong ones and right ones, lie within their budget."""
+    """Return the defects under which these tokens, wrong and right, lie within their budget."""
     found = []
     for defect in DEFECTS:
         # The whole problem is changed, as scales of one token may come to stand at another.

@@ -22,8 +22,8 @@ _WORST = 8
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What a comparison found.
+class RoutingComparison:
+    """The differences between a routing and the reference.
 
     Attributes:
         num_tokens: Tokens compared.
@@ -44,10 +44,11 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
+        """Whether no token is wrong."""
         return not self.differences
 
     def message(self) -> str:
-        """n/N, the worst tokens with what was wanted and got, and what explains them."""
+        """Return n/N, the worst tokens with expected and actual values, and what explains them."""
         wrong, total = len(self.differences), self.num_tokens
         lines = [
             f"{wrong}/{total} tokens ({100 * wrong / max(total, 1):.1f} %) are routed wrongly",
@@ -70,8 +71,28 @@ def assert_routing(
     bias: Tensor | None = None,
     *,
     precision: str = "float32",
-) -> Comparison:
-    """`compare_routing`, raising `AssertionError` with the whole message on any difference."""
+) -> RoutingComparison:
+    """Assert that a routing is the reference's, up to choices that are proven ambiguous.
+
+    Args:
+        topk_ids: Chosen experts, integers `[num_tokens, top_k]`, in any order within a row.
+        topk_weights: Their weights, floating `[num_tokens, top_k]`; None compares experts alone.
+        logits: Router logits, floating `[num_tokens, num_experts]`, exactly as the kernel read
+            them, in their dtype.
+        recipe: What the kernel should compute.
+        bias: `e_score_correction_bias`, floating `[num_experts]`; required exactly when the recipe
+            has a bias.
+        precision: How the kernel computes, a key of `PRECISIONS`: it decides which choices are
+            ambiguous, and how far weights may be off.
+
+    Returns:
+        The comparison, with the number of tokens whose choice is ambiguous.
+
+    Raises:
+        AssertionError: A token is routed wrongly. The message shows the worst tokens, and names a
+            known mistake that explains all of them, if there is one.
+        RecipeError: Shapes or dtypes do not fit, which is misuse and not a difference.
+    """
     __tracebackhide__ = True
     result = compare_routing(topk_ids, topk_weights, logits, recipe, bias, precision=precision)
     if not result.ok:
@@ -88,22 +109,26 @@ def compare_routing(
     *,
     precision: str = "float32",
     lower_index: bool = True,
-) -> Comparison:
+) -> RoutingComparison:
     """Compare chosen experts and their weights with the reference, computed in float64.
 
     Args:
         topk_ids: Integers `[num_tokens, top_k]`, in any order within a row.
         topk_weights: Floating `[num_tokens, top_k]`, or None to compare experts alone.
-        logits: The router logits `[num_tokens, num_experts]` exactly as the implementation read
+        logits: Router logits, floating `[num_tokens, num_experts]`, exactly as the kernel read
             them, in their dtype.
-        recipe: What the implementation should compute.
-        bias: As for `reference.routing.route`.
-        precision: A key of `PRECISIONS`: how the implementation computes.
+        recipe: What the kernel should compute.
+        bias: `e_score_correction_bias`, floating `[num_experts]`; required exactly when the recipe
+            has a bias.
+        precision: How the kernel computes, a key of `PRECISIONS`.
         lower_index: Whether equal inputs must go to the lower index, as in FlashInfer's kernels;
-            False for what is built on `torch.topk`, which leaves their order open.
+            False for kernels built on `torch.topk`, which leaves their order open.
+
+    Returns:
+        What differs. Nothing is raised for a difference: see `RoutingComparison.ok`.
 
     Raises:
-        RecipeError: Shapes or dtypes do not fit; that is misuse, not a difference.
+        RecipeError: Shapes or dtypes do not fit, which is misuse and not a difference.
     """
     if precision not in PRECISIONS:
         raise RecipeError(f"precision: found {precision!r}, expected {', '.join(PRECISIONS)}")
@@ -150,7 +175,7 @@ def compare_routing(
             torch.tensor(worst),
             (other, misweighed),
         )
-    return Comparison(
+    return RoutingComparison(
         len(ids), ambiguous, int(unordered.sum()), tuple(found), recipe, precision, diagnosis
     )
 

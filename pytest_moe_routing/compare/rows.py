@@ -1,4 +1,4 @@
-"""Which experts and weights an honest implementation may give a token, in float64.
+"""Which experts and weights a correct implementation may give a token, in float64.
 
 An expert may differ from the reference's only where the reference itself proves the choice
 ambiguous: where keys lie closer than the errors of the implementation under test. Two experts of
@@ -209,7 +209,7 @@ class Rows:
                 yield tuple(sorted(kept))
 
     def group_inputs(self, token: int) -> list[list[list[float]]]:
-        """The inputs that make each group's score: equal inputs make equal scores."""
+        """Return the inputs of each group's score: equal inputs make equal scores."""
         recipe = self.recipe
         count = 2 if recipe.group_score == "top2_sum" else 1
         keys = self.keys[token].view(recipe.n_group, -1)

@@ -130,7 +130,9 @@ def spread_moe(problem: MoEProblem, arithmetic: Arithmetic, *, output: str = "bf
         value, variance, drift = (torch.zeros_like(x) for _ in range(3))
         slots = []
         parameters = {name: torch.zeros_like(x) for name in _parameters(problem.layer)}
-        for number, tokens, weight in slots_by_expert(problem.routing, shard, torch.float64):
+        for number, tokens, weight in slots_by_expert(
+            problem.routing, len(problem.experts), shard, torch.float64
+        ):
             expert = problem.experts[number]
             part = _slots(x[tokens], expert, weight, problem.layer, arithmetic)
             part = replace(part, expert=number, tokens=tokens)

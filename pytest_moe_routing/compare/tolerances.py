@@ -1,4 +1,4 @@
-"""How far an honest implementation may be off, by what it computes with. One table.
+"""How far a correct implementation may be off, by its arithmetic. One table.
 
 Each number has a derivation. None is a guess, and none is a share of elements that may be wrong.
 """

@@ -110,8 +110,8 @@ def _check_change(where: str, row: Mapping[str, Any]) -> None:
         method = METHODS.get(RoutingMethodType[name])
         if method is None:
             raise DataError(f"releases.yaml, {where}: {name} has no recipe to change")
-        if ignored - method.honours:
-            extra = ", ".join(sorted(ignored - method.honours))
+        if ignored - method.honors:
+            extra = ", ".join(sorted(ignored - method.honors))
             raise DataError(f"releases.yaml, {where}: {name} ignores {extra} in all releases")
         # A limit to some of one group means nothing.
         if len(ignored & {"n_group", "topk_group"}) == 1:

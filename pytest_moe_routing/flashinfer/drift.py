@@ -62,7 +62,7 @@ class Examination:
 
 
 def drift(path: Path) -> list[str]:
-    """The differences between a package and our data for its release.
+    """Return the differences between a package and our data for its release.
 
     Raises:
         ReleaseError: The path is no flashinfer-python, or one of a release that has no data.
@@ -80,7 +80,7 @@ def examine(package: Package) -> Examination:
         parse_release(package.release)
     except ValueError:
         raise ReleaseError(
-            f"{package.path}: {shorten(repr(package.release))} is no release"
+            f"{package.path}: {shorten(repr(package.release))} is not a release"
         ) from None
     flashinfer = FlashInfer.of(package.release)
     methods = package.enums.get(_ENUM, {})
@@ -158,7 +158,7 @@ def _source_differences(
 
 
 def _probe(flashinfer: FlashInfer, method: str) -> KernelCall:
-    """A small call that every release takes, by the launcher that adds least limits of its own."""
+    """Return a small call that every release takes, by the launcher with the fewest own limits."""
     return KernelCall(
         scheme="nvfp4",
         method=method,
@@ -167,7 +167,7 @@ def _probe(flashinfer: FlashInfer, method: str) -> KernelCall:
         logits_dtype="float32" if method == "DeepSeekV3" else "bfloat16",
         n_group=int(method == "DeepSeekV3"),
         topk_group=int(method == "DeepSeekV3"),
-        bias="router" if flashinfer.honours(method, "bias") else "none",
+        bias="router" if flashinfer.honors(method, "bias") else "none",
         bias_dtype="bfloat16",
     )
 
@@ -184,7 +184,7 @@ def _tier_differences(
     widest, deepest = max(e for e, _ in tiers), max(k for _, k in tiers)
     beyond = [(e, k + 1) for e, k in tiers if k == deepest]
     if who == "kernel":
-        beyond.append((widest + 4, 1))
+        beyond.append((widest + 1, 1))
     for experts, top_k in beyond:
         if not flashinfer.violations(replace(probe, num_experts=experts, top_k=top_k)):
             size = f"{experts} experts with top_k {top_k}"

@@ -49,7 +49,7 @@ class KernelCall:
         return max(self.topk_group, 1) * self.group_size
 
     def __str__(self) -> str:
-        """The method with the arguments that are not its defaults."""
+        """Write the method with the arguments that are not its defaults."""
         arguments = []
         if self.n_group:
             arguments += [f"n_group={self.n_group}", f"topk_group={self.topk_group}"]

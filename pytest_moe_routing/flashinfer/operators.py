@@ -91,7 +91,7 @@ def compare_operators(package: Package) -> Comparison:
 
 
 class _Side:
-    """One Python file beside the C++ sources of its operators."""
+    """One Python file and the C++ sources of its operators."""
 
     def __init__(self, file: str, sources: Mapping[str, Mapping[str, cpp.Operator] | None]) -> None:
         self.file, self.compared = file, 0

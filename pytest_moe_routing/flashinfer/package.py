@@ -64,7 +64,7 @@ class Package:
 
     @classmethod
     def installed(cls) -> Package:
-        """The flashinfer of this environment: found, not imported.
+        """Return the flashinfer of this environment: found, not imported.
 
         Raises:
             ReleaseError: There is none.
@@ -76,12 +76,12 @@ class Package:
         raise ReleaseError("flashinfer-python is not installed; name a wheel of it")
 
     def read(self, name: str) -> str | None:
-        """A file of the package, by its path below `flashinfer`; None when it has none."""
+        """Return a file of the package, by its path below `flashinfer`; None if it has none."""
         return self._text(f"flashinfer/{name}")
 
     def source(self, name: str) -> str | None:
-        """A file of the kernels' sources, by its path below the wheel's `data`."""
-        # A checkout has them beside the package.
+        """Return a file of the kernels' sources, by its path below the wheel's `data`."""
+        # A checkout has them next to the package.
         return self._text(f"flashinfer/data/{name}") or self._text(name)
 
     def _text(self, name: str) -> str | None:
@@ -108,7 +108,7 @@ class Package:
             return stated[1]
         checkout = self._text("version.txt")
         if checkout is None:
-            raise ReleaseError(f"{self.path}: does not say which release it is")
+            raise ReleaseError(f"{self.path}: does not state its release")
         return checkout.strip()
 
     def tree(self, name: str) -> ast.Module | None:
@@ -129,7 +129,7 @@ class Package:
 
     @cached_property
     def enums(self) -> Mapping[str, Mapping[str, int]]:
-        """Members and their numbers, of every plain enum beside the entry points."""
+        """The members of every plain enum next to the entry points, with their numbers."""
         found: dict[str, dict[str, int]] = {}
         for name in _ENUM_FILES:
             for node in self._tree(name).body:
@@ -164,7 +164,7 @@ def _members(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
 
 
 def _parameters(arguments: ast.arguments) -> Iterator[str]:
-    """The parameters without their annotations, written as in `signatures.yaml`."""
+    """Return the parameters without their annotations, written as in `signatures.yaml`."""
     starred = arguments.vararg is not None
     for name, default, by_name in each_parameter(arguments):
         if by_name and not starred:

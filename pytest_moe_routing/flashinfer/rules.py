@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from importlib import metadata, resources
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any
 
 from packaging.version import Version
@@ -40,12 +42,12 @@ def _data() -> dict[str, Any]:
 
 
 def known_releases() -> list[str]:
-    """The releases in the data, oldest first."""
+    """Return the releases in the data, oldest first."""
     return list(_data()["releases"])
 
 
 def installed_release() -> str | None:
-    """The installed flashinfer-python, without importing it."""
+    """Return the installed flashinfer-python, without importing it."""
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
@@ -66,7 +68,7 @@ class _Kernel:
 
 
 def _rules(release: str) -> Iterator[Rule]:
-    """The rules that hold in a release."""
+    """Return the rules that hold in a release."""
     return (rule for rule in _data()["rules"] if rule.in_force(Version(release)))
 
 
@@ -91,19 +93,33 @@ def _entry_point(release: str, scheme: str) -> EntryPoint | None:
 
 
 @cache
-def _honoured(release: str, method: str) -> frozenset[str]:
-    """The arguments that a method of a release heeds."""
+def _is_since(since: str, release: str) -> bool:
+    return Version(since) <= Version(release)
+
+
+@cache
+def _honored(release: str, method: str) -> frozenset[str]:
+    """Return the arguments that a method of a release honors."""
     row = METHODS.get(RoutingMethodType[method])
     ignored = {name for rule in _rules(release) if method in rule.methods for name in rule.ignores}
-    return row.honours - ignored if row else frozenset()
+    return row.honors - ignored if row else frozenset()
+
+
+#: The arguments of a call that its recipe depends on, beside the rules.
+_BOUND = (
+    *("method", "top_k", "bias", "bias_dtype", "n_group", "topk_group"),
+    *("routed_scaling_factor", "weight_on", "scale_after"),
+)
+_arguments = attrgetter(*_BOUND)
 
 
 @lru_cache(maxsize=1 << 16)
-def _recipe(call: KernelCall, changes: tuple[_Change, ...]) -> Recipe:
-    """Return the recipe of a call's method, bound to its arguments and changed by rules."""
+def _recipe(arguments: tuple[Any, ...], changes: tuple[_Change, ...]) -> Recipe:
+    """Return the recipe of a call's method, bound to its `_BOUND` and changed by rules."""
+    call = SimpleNamespace(**dict(zip(_BOUND, arguments, strict=True)))
     row = METHODS[RoutingMethodType[call.method]]
     ignored = {name for ignores, _ in changes for name in ignores}
-    bound = replace(row, honours=row.honours - ignored).bind(
+    bound = (replace(row, honors=row.honors - ignored) if ignored else row).bind(
         top_k=call.top_k,
         bias=call.bias == "router",
         n_group=max(call.n_group, 1),
@@ -117,7 +133,8 @@ def _recipe(call: KernelCall, changes: tuple[_Change, ...]) -> Recipe:
         overrides["bias_dtype"] = call.bias_dtype
     for _, overridden in changes:
         overrides.update(overridden)
-    return replace(bound, **overrides)
+    overrides = {name: value for name, value in overrides.items() if getattr(bound, name) != value}
+    return replace(bound, **overrides) if overrides else bound
 
 
 @dataclass(frozen=True)
@@ -153,12 +170,12 @@ class FlashInfer:
         return cls(release, known[place - 1])
 
     def _in_force(self, timeline: Mapping[str, Any]) -> Any:
-        """The newest value of a timeline that is not newer than this release; None before all."""
+        """Return the newest value of a timeline up to this release; None before all of them."""
         past = [r for r in timeline if Version(r) <= Version(self.judged_as)]
         return timeline[max(past, key=Version)] if past else None
 
     def has(self, since: str) -> bool:
-        return Version(since) <= Version(self.judged_as)
+        return _is_since(since, self.judged_as)
 
     @cached_property
     def methods(self) -> tuple[str, ...]:
@@ -166,40 +183,41 @@ class FlashInfer:
         return tuple(self._in_force(_data()["numbers"]))
 
     def number(self, method: str) -> int | None:
-        """The number of a method in this release; None when it has none."""
+        """Return the number of a method in this release; None if it has none."""
         return self.methods.index(method) if method in self.methods else None
 
     def method(self, number: int) -> str | None:
-        """The method that a number means in this release; None when it means none."""
+        """Return the method that a number means in this release; None if it means none."""
         return self.methods[number] if 0 <= number < len(self.methods) else None
 
-    def honours(self, method: str, argument: str) -> bool:
-        """Return whether a method of this release heeds an argument, by its name in `KernelCall`.
+    def honors(self, method: str, argument: str) -> bool:
+        """Return whether a method of this release honors an argument, by its name in `KernelCall`.
 
         Those are `bias`, `n_group`, `topk_group` and `routed_scaling_factor`.
         """
-        return method in self.methods and argument in _honoured(self.judged_as, method)
+        return method in self.methods and argument in _honored(self.judged_as, method)
 
-    @property
+    @cached_property
     def devices(self) -> tuple[int, ...]:
         """Major compute capabilities that the launchers accept."""
         return tuple(self._in_force(_data()["devices"]))
 
     def entry_point(self, scheme: str) -> EntryPoint | None:
-        """The entry point that serves a scheme; None when this release has none."""
+        """Return the entry point that serves a scheme; None if this release has none."""
         return _entry_point(self.judged_as, scheme)
 
     def signature(self, function: str) -> inspect.Signature | None:
-        """The signature of an entry point, enum members as numbers; None when there is none."""
+        """Return the signature of an entry point, enum members as numbers; None if it has none."""
         return signatures.signature(function, self.release)
 
     def recipe(self, call: KernelCall) -> Recipe:
         """Return what the kernel computes when called so; meaningful only without `violations`."""
         kernel = _kernel(self.judged_as, call.scheme, call.method)
-        return _recipe(call, tuple(change for rule, change in kernel.changes if rule.applies(call)))
+        changes = tuple(change for rule, change in kernel.changes if rule.applies(call))
+        return _recipe(_arguments(call), changes)
 
     def violations(self, call: KernelCall) -> list[Violation]:
-        """The rules that the call violates, errors first."""
+        """Return the rules that the call violates, errors first."""
         if self.number(call.method) is None or call.method == "Unspecified":
             fact = f"FlashInfer {self.judged_as} has no routing method {call.method}"
             return [Violation(Rule(fact, effect="error"))]
@@ -219,7 +237,7 @@ class FlashInfer:
         ]
 
     def notes(self, call: KernelCall) -> list[str]:
-        """What is a matter of precision in this call."""
+        """Return what is a matter of precision in this call."""
         kernel = _kernel(self.judged_as, call.scheme, call.method)
         return [rule.note for rule in kernel.noted if rule.applies(call)]
 

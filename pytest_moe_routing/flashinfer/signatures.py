@@ -24,7 +24,7 @@ def _data() -> dict[str, Any]:
 
 
 def functions(release: str) -> tuple[str, ...]:
-    """The entry points that a release has."""
+    """Return the entry points that a release has."""
     return tuple(name for name in _data()["functions"] if parameters(name, release) is not None)
 
 
@@ -44,7 +44,7 @@ def parameters(function: str, release: str) -> tuple[str, ...] | None:
 
 
 def edited(base: list[str], edits: Mapping[str, str], where: str) -> list[str]:
-    """A list of parameters after the edits of one release.
+    """Return a list of parameters after the edits of one release.
 
     Raises:
         DataError: An edit of another kind, or of a parameter that is not there.
@@ -69,7 +69,7 @@ def edited(base: list[str], edits: Mapping[str, str], where: str) -> list[str]:
 
 
 def enums() -> tuple[str, ...]:
-    """The enums that arguments are taken from, in any release."""
+    """Return the enums that arguments are taken from, in any release."""
     return tuple(_data()["enums"])
 
 
@@ -82,7 +82,7 @@ def enum(name: str, release: str) -> Mapping[str, int]:
 
 
 def signature(function: str, release: str) -> inspect.Signature | None:
-    """The signature of an entry point, defaults that are enum members as their numbers.
+    """Return the signature of an entry point, defaults that are enum members as their numbers.
 
     None when the release has no such entry point.
     """
@@ -127,7 +127,7 @@ def _place(found: list[str], name: str, where: str) -> int:
 
 
 def _value(default: ast.expr, release: str) -> object:
-    """A literal, or the number of a member written `Enum.Member` or `Enum.Member.value`."""
+    """Return a literal, or the number of a member `Enum.Member` or `Enum.Member.value`."""
     if isinstance(default, ast.Constant):
         return default.value
     name, member = ast.unparse(default).removesuffix(".value").split(".")

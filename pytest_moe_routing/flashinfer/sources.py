@@ -42,7 +42,7 @@ Tiers = tuple[tuple[int, int], ...]
 
 
 def methods(package: Package) -> Mapping[str, int] | None:
-    """The C++ twin of `RoutingMethodType`."""
+    """Read the C++ twin of `RoutingMethodType`."""
     body = re.search(
         r"enum class RoutingMethodType[^{]*\{(.*?)\}", _code(package, _INCLUDE + "runner.h"), re.S
     )
@@ -50,7 +50,7 @@ def methods(package: Package) -> Mapping[str, int] | None:
 
 
 def tiers(package: Package, method: str) -> Tiers | None:
-    """What a method's kernel is compiled for (DeepSeekV3's without groups)."""
+    """Read what a method's kernel is compiled for (DeepSeekV3's without groups)."""
     policies = _code(package, _INCLUDE + "RoutingCustomPolicy.cuh")
     if policies and method in _POLICIES:
         pre, post = _POLICIES[method]
@@ -88,7 +88,7 @@ def groups(package: Package) -> tuple[int, int] | None:
 
 
 def block_scale_top_k(package: Package) -> Mapping[str, Tiers]:
-    """The block-scale launcher's own bounds on top_k, by method; without what is not found."""
+    """Read the block-scale launcher's own bounds on top_k, by method, as far as they are found."""
     launcher = re.search(r"class Fp8BlockScaleLauncher\b.*?\n\};", _code(package, _LAUNCHER), re.S)
     code = launcher[0] if launcher else ""
     found: dict[str, Tiers] = {}
@@ -108,7 +108,7 @@ def block_scale_top_k(package: Package) -> Mapping[str, Tiers]:
 
 
 def _code(package: Package, name: str) -> str:
-    """A source without its comments; empty when the package has no such file."""
+    """Return a source without its comments; empty when the package has no such file."""
     return _COMMENT.sub("", package.source(name) or "")
 
 

@@ -93,6 +93,8 @@ def one_at_a_time(path: Path, what: str, stderr: int) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{worker} (process {os.getpid()}), which builds {what}")
         lock.flush()
+        if os.isatty(stderr):
+            os.write(stderr, f"\nmoe-routing: building {what}, which takes minutes\n".encode())
         yield
 
 

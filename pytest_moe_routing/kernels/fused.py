@@ -67,8 +67,9 @@ def fused_arguments(
     pair: bool = False,
     finalize: bool = True,
     replay: Tensor | None = None,
+    shared: int = 0,
 ) -> dict[str, Any]:
-    """The keyword arguments of an entry point, on the device of the weights. Pure torch.
+    """Return the keyword arguments of an entry point, on the device of the weights. Pure torch.
 
     Args:
         problem: Hidden states, layer, logits and bias; its experts are those of `prepared`.
@@ -79,6 +80,7 @@ def fused_arguments(
         pair: Give it as `(ids, weights)`, not packed.
         finalize: Whether the kernel sums over experts.
         replay: int16 `[num_tokens, top_k]`, for the ids that the kernel chooses.
+        shared: How many of the last weights are those of fused shared experts.
 
     Raises:
         Unsupported: The release has no such entry point, or it takes no such argument.
@@ -112,6 +114,9 @@ def fused_arguments(
         "do_finalize": finalize,
         "routing_replay_out": replay,
     }
+    if shared:
+        arguments["local_num_experts"] -= shared
+        arguments["num_fused_shared_experts"] = shared
     if call.weight_on == "input" or "use_routing_scales_on_input" in signature.parameters:
         arguments["use_routing_scales_on_input"] = call.weight_on == "input"
     if routed:
@@ -131,7 +136,7 @@ def fused_arguments(
 
 
 def _fitted(arguments: dict[str, Any], signature: inspect.Signature, what: str) -> dict[str, Any]:
-    """The arguments that must be given; None is left out where it is the default."""
+    """Return the arguments that must be given; None is left out where it is the default."""
     taken = signature.parameters
     unknown = [n for n, value in arguments.items() if value is not None and n not in taken]
     if unknown:
@@ -168,7 +173,7 @@ def _input(hidden: Quantized, kernel: KernelSpec, device: torch.device) -> dict[
 
 
 def _scalars(problem: MoEProblem, kernel: KernelSpec, prepared: Prepared) -> dict[str, Any]:
-    """What dequantizes accumulators, where block scales do not; and biases, in their units."""
+    """Return the factors that dequantize accumulators, and biases in the accumulators' units."""
     bias1, bias2 = prepared.bias1, prepared.bias2
     if (bias1 is not None or bias2 is not None) and not kernel.biases:
         raise Unsupported(f"{kernel.function()} takes no biases of experts")
@@ -192,14 +197,14 @@ def _scalars(problem: MoEProblem, kernel: KernelSpec, prepared: Prepared) -> dic
 def _units(
     problem: MoEProblem, kernel: KernelSpec, prepared: Prepared
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What 1 stands for in the accumulators of the gate, the up rows, and the second GEMM."""
+    """Return the real value of 1 in the accumulators of gate, up rows and second GEMM."""
     if not kernel.scalars:
         one = torch.ones_like(prepared.gate)
         return one, one, one
     hidden = problem.hidden
     factor = hidden.scales if hidden.format.block == WHOLE else hidden.global_scale
     if factor is None:
-        # Every scale reaches the kernel beside its numbers.
+        # Every scale reaches the kernel with its numbers.
         return prepared.gate, prepared.up, prepared.down * _static_scale(problem, prepared)
     x = factor.to(prepared.gate.device).flatten()[0]
     down = prepared.down * _static_scale(problem, prepared)
@@ -207,7 +212,7 @@ def _units(
 
 
 def _static_scale(problem: MoEProblem, prepared: Prepared) -> Tensor:
-    """The static scales of the intermediate; 1 where the kernel makes one for each token."""
+    """Return the static scales of the intermediate; 1 where the kernel makes one for each token."""
     is_static = static(problem.layer.storage.intermediate, 1.0)
     return prepared.intermediate if is_static else torch.ones_like(prepared.intermediate)
 
@@ -242,7 +247,7 @@ def _activation(
 
 
 def packed_or_pair(routing: Routing, device: torch.device, pair: bool) -> Any:
-    """A routing as the routed twins take it: ids and bfloat16 weights, in one int32 or in two."""
+    """Return ids and bfloat16 weights as the routed twins take them: in one int32 or in two."""
     ids = routing.topk_ids.to(device, torch.int32)
     weights = routing.topk_weights.to(device, torch.bfloat16)
     if pair:
@@ -268,7 +273,7 @@ def launch_fused(
 
 
 def rows_of(result: list[Tensor], num_tokens: int, top_k: int) -> Rows:
-    """What came back with `do_finalize=False`, by token and slot."""
+    """Arrange what a kernel returned with `do_finalize=False` by token and slot."""
     permuted, weights, place = result
     place = place.view(num_tokens, top_k).to(torch.int64)
     local = place >= 0
@@ -277,5 +282,5 @@ def rows_of(result: list[Tensor], num_tokens: int, top_k: int) -> Rows:
 
 
 def without_routing(problem: MoEProblem, routing: Routing) -> MoEProblem:
-    """The problem of a routed twin: it knows the routing, and not where it comes from."""
+    """Return the problem of a routed twin, which is given the routing and not the logits."""
     return replace(problem, routing=routing, recipe=None, logits=None, bias=None)

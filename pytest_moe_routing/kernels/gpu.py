@@ -1,8 +1,8 @@
 """The GPU of this process: is there one for the routing kernels, and how tests share it.
 
-A GPU test runs inside `guarded`: it waits for memory that a neighbour holds; a stuck kernel ends
-its process with the stack, and so does a device fault, as no later call in that process could be
-trusted. Under pytest-xdist the worker is replaced and the tests after it run; the failed test is
+A GPU test runs inside `guarded`: it waits for memory that another process holds; a stuck kernel
+ends its process with the stack, and so does a device fault, as no later call in that process could
+be trusted. Under pytest-xdist the worker is replaced and the tests after it run; the failed test is
 reported as the one that crashed the worker. What is built for the tests is built in `build.py`.
 """
 
@@ -30,7 +30,7 @@ HOPPER = 9
 #: Seconds after which a GPU test counts as stuck; a JIT build on few cores takes minutes.
 STUCK_AFTER = 1800.0
 #: Free bytes that a routing test wants, and seconds that a process waits for them, in all its tests
-#: together until they are there: each waiting anew would keep a full GPU's job for days.
+#: together until they are there: if each waited again, it would keep a full GPU's job for days.
 MEMORY = 2 * 2**30
 PATIENCE = 600.0
 
@@ -56,7 +56,7 @@ class Gpu:
 def place_worker(environ: MutableMapping[str, str], count: int) -> None:
     """Give an xdist worker one of `count` GPUs, or of those that a mask already allows.
 
-    Must run before CUDA is initialised in the process; changes nothing where there is one GPU.
+    Must run before CUDA is initialized in the process; changes nothing where there is one GPU.
     """
     worker = environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     mask = environ.get("CUDA_VISIBLE_DEVICES")
@@ -88,7 +88,7 @@ def has_driver() -> bool:
 
 @cache
 def find_gpu() -> Gpu:
-    """The GPU of this process. Cheap questions come first: no torch where there is no driver."""
+    """Return the GPU of this process. Without a driver, torch is not imported."""
     if not has_driver():
         return Gpu("no NVIDIA driver: libcuda.so.1 is not there")
     place_worker(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
@@ -114,7 +114,7 @@ def find_gpu() -> Gpu:
 
 
 def _driver() -> str:
-    """The driver's release, which torch does not tell."""
+    """Return the driver's release, which torch does not report."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

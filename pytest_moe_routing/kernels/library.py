@@ -54,7 +54,7 @@ def on_gpu(gpu: Gpu) -> Kernels:
 
 
 def simulated(name: str, flashinfer: FlashInfer) -> Kernels:
-    """A release's kernels on the CPU, with the fault that `simulator:FAULT` names, if any.
+    """Return a release's kernels on the CPU, with the fault of `simulator:FAULT`, if any.
 
     Raises:
         MoERoutingError: There is no such fault.

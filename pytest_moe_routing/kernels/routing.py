@@ -47,7 +47,7 @@ def routing_arguments(
     tile_tokens_dim: int,
     shard: Shard,
 ) -> dict[str, Any]:
-    """The keyword arguments of `trtllm_gen_routing`, but for the method, which is an enum there."""
+    """Return the keyword arguments of `trtllm_gen_routing`, except for the method, an enum."""
     if call.bias == "zeros":
         bias = torch.zeros(call.num_experts, dtype=torch.float32, device=logits.device)
     return {
@@ -139,7 +139,7 @@ class _Tiles:
         self._tokens = result.permuted_idx_to_token_idx[: self._padded].cpu().to(torch.int64)
 
     def broken(self, local_num_experts: int) -> str:
-        """What no permutation of a rank's experts can have; empty if there is nothing."""
+        """Return violations of the permutation's invariants; empty if there are none."""
         outside = ~((self._experts >= 0) & (self._experts < local_num_experts))
         if bool(outside.any()):
             place = int(outside.nonzero()[0])
@@ -152,7 +152,7 @@ class _Tiles:
         return ""
 
     def permutation(self, local_num_experts: int) -> Permutation:
-        """The same in the reference's terms."""
+        """Return the same permutation in the reference's terms."""
         tiles = torch.bincount(self._experts, minlength=local_num_experts)
         used = self._rows[self._rows >= 0]
         counts = torch.bincount(self._experts[used // self._tile], minlength=local_num_experts)

@@ -52,7 +52,7 @@ class Layout:
         return shuffle_rows(matrix, self.tile) if self.tile else matrix
 
     def elements(self, matrix: Tensor, gated: bool) -> Tensor:
-        """The stored elements of a weight, `[rows, columns]` or `[blocks, rows, width]`."""
+        """Return the stored elements of a weight, `[rows, columns]` or `[blocks, rows, width]`."""
         matrix = self.rows(matrix, gated)
         return block_major(matrix) if self.block_major else matrix.contiguous()
 
@@ -113,7 +113,7 @@ class Prepared:
     hidden_size: int
 
     def take(self, experts: Sequence[int], shard: Shard) -> Prepared:
-        """A shard whose experts are these of this one, by place; some may come several times."""
+        """Return a shard with these experts of this one, by index; an index may be repeated."""
         index = torch.tensor(experts, device=self.gate.device)
 
         def pick(tensor: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def _scales(scales: Tensor, kernel: KernelSpec, layout: Layout, gated: bool) -> 
 
 
 def _factors(matrix: Quantized) -> list[float]:
-    """The scale over a whole matrix: one, or those of its upper and of its lower half."""
+    """Return the scale over a whole matrix: one, or one each of its upper and lower half."""
     height, width = matrix.format.block
     # Halves that were stacked are blocks of many rows; scales of single rows are no factor.
     whole = width == 0 and height != 1 and matrix.scales is not None

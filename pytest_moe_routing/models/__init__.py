@@ -4,6 +4,7 @@ from pytest_moe_routing.models.huggingface import read_config
 from pytest_moe_routing.models.layer_groups import LayerGroup
 from pytest_moe_routing.models.loader import (
     find,
+    load_any,
     load_incomplete,
     load_model,
     load_models,
@@ -25,6 +26,7 @@ __all__ = [
     "RouterConfig",
     "dump_model",
     "find",
+    "load_any",
     "load_incomplete",
     "load_model",
     "load_models",

@@ -30,7 +30,7 @@ class Kind:
     empty: bool = False
 
     def problem(self, value: object) -> str | None:
-        """What is expected, if `value` is not valid; otherwise None."""
+        """Return what is expected if `value` is not valid, otherwise None."""
         if self.many:
             one = Kind(self.type, choices=self.choices)
             some = isinstance(value, list) and bool(value or self.empty)

@@ -62,7 +62,7 @@ class LayerGroup:
         return tuple(found)
 
     def as_dict(self) -> dict[str, Any]:
-        """What the group says, as plain data; nothing that is empty."""
+        """Return the group's keys as plain data, without those that are empty."""
         data: dict[str, Any] = {"layers": self.layers, "kind": self.kind}
         data |= {"scheme": self.scheme} if self.scheme else {}
         data |= {"router": dict(self.router)} if self.router else {}
@@ -80,7 +80,7 @@ class LayerGroup:
         return f"layer{'' if one else 's'} {layers} {'is' if one else 'are'} {what}"
 
     def problems(self) -> Iterator[Problem]:
-        """Combinations of valid values that no group can have."""
+        """Yield combinations of valid values that no group can have."""
         try:
             _ = self.indices
         except ValueError:
@@ -95,7 +95,7 @@ class LayerGroup:
 
 
 def ranges(layers: Iterable[int]) -> str:
-    """The text of `LayerGroup.layers` for ascending indices: `0-2, 43`."""
+    """Return the text of `LayerGroup.layers` for ascending indices: `0-2, 43`."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

@@ -25,13 +25,18 @@ def load_model(path: Path) -> ModelSpec:
             model is incomplete, and the message says what is missing.
     """
     file = path / FILE_NAME if path.is_dir() else path
-    model = _load(file)
+    model = load_any(file)
     if isinstance(model, IncompleteModel):
         raise ModelError(f"{file}: incomplete, so it cannot be judged: {model.incomplete}")
     return model
 
 
-def _load(file: Path) -> ModelSpec | IncompleteModel:
+def load_any(file: Path) -> ModelSpec | IncompleteModel:
+    """Read one `model.yaml`, be it complete or not.
+
+    Raises:
+        ModelError: As for `load_model`, an incomplete model excepted.
+    """
     root = _read(file)
     folder = file.resolve().parent
     if "incomplete" in root.entries:
@@ -42,7 +47,7 @@ def _load(file: Path) -> ModelSpec | IncompleteModel:
 
 
 def _read(file: Path, likes: tuple[Path, ...] = ()) -> Section:
-    """A file's keys, over those of the file that it is like."""
+    """Read a file's keys, over those of the file that it is like."""
     folder = file.resolve().parent
     if not _ID.fullmatch(folder.name):
         raise ModelError(
@@ -79,7 +84,7 @@ def load_models(*directories: Path) -> dict[str, ModelSpec]:
 
 
 def load_incomplete(*directories: Path) -> dict[str, IncompleteModel]:
-    """The models of the directories that say what is missing, by id. They cannot be judged.
+    """Return the models of the directories that say what is missing, by id. They cannot be judged.
 
     Raises:
         ModelError: as for `load_models`.
@@ -99,7 +104,7 @@ def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteMo
             raise ModelError(f"{directory}: found no */{FILE_NAME}, expected a golden directory")
         names: dict[str, Path] = {}
         for file in files:
-            model = _load(file)
+            model = load_any(file)
             if model.model in names:
                 raise ModelError(
                     f"{file}: model: found {model.model!r} again, "
@@ -132,16 +137,18 @@ def find(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
     near = dict.fromkeys(names[n] for n in get_close_matches(_last(wanted), names, n=3))
     hint = f"did you mean {' or '.join(near)}?" if near else "moe-routing models lists them"
     shown = name if len(name) <= 60 else f"{name[:57]}..."
-    raise ModelError(f"{shown!r} is no file and none of the {len(models)} known models; {hint}")
+    raise ModelError(
+        f"{shown!r} is neither a file nor one of the {len(models)} known models; {hint}"
+    )
 
 
 def _last(repository: str) -> str:
-    """A repository's own name, in lower case: `deepseek-r1` of `deepseek-ai/DeepSeek-R1`."""
+    """Return a repository's own name, in lower case: `deepseek-r1` of `deepseek-ai/DeepSeek-R1`."""
     return repository.rpartition("/")[2].lower()
 
 
 def select(models: dict[str, ModelSpec], patterns: Iterable[str]) -> list[ModelSpec]:
-    """The models whose id matches any of the shell patterns; all of them without patterns.
+    """Return the models whose id matches any of the shell patterns; all of them without patterns.
 
     Raises:
         ModelError: a pattern matches no model.

@@ -67,7 +67,7 @@ class Section:
         return f"{self.name}.{key}" if self.name else key
 
     def section(self, key: str) -> Section | None:
-        """The mapping under a key, over the same one of the file that this file is like."""
+        """Return the mapping under a key, over the same one of the file that this file is like."""
         under = self.like.section(key) if self.like else None
         entry = self.entries.get(key)
         return Section(entry.file, entry.node, key, entry.line, under) if entry else under
@@ -78,20 +78,21 @@ class Section:
         for key, item in schema(cls).items():
             if key not in values and is_required(item):
                 expected = item.metadata.get("kind", "a mapping of keys to values")
-                self.fail(key, "nothing: the key is missing", str(expected))
+                self.fail(key, "no such key", str(expected))
         built = cls(**values)
         for key, found, expected in built.problems():
             self.fail(key, found, expected)
         return built
 
     def values(self, cls: type, *, partial: bool = False) -> dict[str, Any]:
-        """The keys that are there, each checked; sections are built unless `partial`."""
+        """Return the keys that are there, each checked; sections are built unless `partial`."""
         keys = schema(cls)
         for key in self.entries:
             if key not in keys:
                 near = get_close_matches(key, keys, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(keys)}"
-                self.fail(key, "an unknown key", hint)
+                place, path = self.entries[key], shorten(self._path(key), 120)
+                raise ModelError(f"{place.file}:{place.line}: {path}: unknown key; {hint}")
         values: dict[str, Any] = {}
         for key, item in keys.items():
             if key in SECTIONS:
@@ -106,13 +107,13 @@ class Section:
         return values
 
     def _inherited(self, key: str) -> Entry | None:
-        """The entry of a key here, else in the file that this file is like."""
+        """Return the entry of a key here, else in the file that this file is like."""
         if key in self.entries or self.like is None:
             return self.entries.get(key)
         return self.like._inherited(key)
 
     def _list(self, key: str, entry: Entry) -> Iterator[Any]:
-        """The mappings of a list, each built."""
+        """Return the mappings of a list, each built."""
         if not isinstance(entry.node, yaml.SequenceNode):
             fail_at(entry.file, entry.line, key, show(entry.node), "a list of mappings")
         for i, node in enumerate(entry.node.value):
@@ -121,7 +122,7 @@ class Section:
             yield section.build(LISTS[key], partial=True)
 
     def value(self, key: str, kind: Any) -> Any:
-        """The value of a key that is there, checked.
+        """Return the value of a key that is there, checked.
 
         Raises:
             ModelError: It is not of this kind.

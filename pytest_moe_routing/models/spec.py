@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class RouterConfig:
     not_expressible: str | None = key(str, default=None, nullable=True)
 
     def problems(self) -> Iterator[Problem]:
-        """Combinations of valid values that no router can have."""
+        """Yield combinations of valid values that no router can have."""
         groups, kept = self.n_group or 1, self.topk_group or 1
         if self.top_k > self.num_experts:
             yield "top_k", str(self.top_k), f"at most num_experts ({self.num_experts})"
@@ -131,7 +131,7 @@ class ExpertsConfig:
     bias: bool = key(bool, default=False)
 
     def problems(self) -> Iterator[Problem]:
-        """Combinations of valid values that no experts can have."""
+        """Yield combinations of valid values that no experts can have."""
         if self.activation.startswith("swiglu") and not self.gated:
             yield "gated", "false", f"true for {self.activation}"
         needed = PARAMETERS.get(self.activation, ())
@@ -147,7 +147,7 @@ class ExpertsConfig:
             yield "activation_limit", f"{self.activation_limit:g}", "none without a gate"
 
 
-#: Names stand in tables, reports and links, and are to be read there as they are.
+#: Names appear in tables, reports and links, unquoted.
 _NAMES: Mapping[str, tuple[str, str]] = {
     "model": (
         r"\w[\w .,:+()/-]{0,99}",
@@ -206,7 +206,11 @@ class ModelSpec(_Described):
         defaulted: Keys of `router` and `experts` whose values the config does not state: they are
             the defaults of the config class.
         contradicted: What the config states for keys of `router` and `experts`, where transformers
-            computes what stands in those, whatever the config states. Some frameworks honor it.
+            computes their values, whatever the config states. Some frameworks honor it.
+        disputed: What code computes that ignores the config's keys for values of `router`, where
+            some frameworks honor them and others, transformers among them, do not.
+        unknown_architectures: Those of `architectures` that are not known.
+        read_as: Known architectures, whose code the unknown ones are taken to run.
         unproven: Why the model may compute something else than what stands here, in sentences. A
             model that has any is not judged.
     """
@@ -224,12 +228,15 @@ class ModelSpec(_Described):
     raw_config: Mapping[str, Any] = mapping()
     defaulted: tuple[str, ...] = key(str, many=True, default=())
     contradicted: Mapping[str, Any] = mapping()
+    disputed: Mapping[str, Any] = mapping()
+    unknown_architectures: tuple[str, ...] = key(str, many=True, default=())
+    read_as: tuple[str, ...] = key(str, many=True, default=())
     unproven: tuple[str, ...] = key(str, many=True, default=())
     #: The layers that this is about, if it is one of another model's `variants`.
     variant: str = ""
 
     def variants(self) -> dict[str, ModelSpec]:
-        """The model once for each kind of routed layer, by the layers as `0-2, 43`.
+        """Return the model once for each kind of routed layer, by the layers as `0-2, 43`.
 
         Each is the whole model with that group's router and experts and no groups. The layers that
         no group names come first, under the empty text. Dense layers and those routed by a table
@@ -249,10 +256,17 @@ class ModelSpec(_Described):
         return found
 
     def problems(self) -> Iterator[Problem]:
-        """Combinations of valid values that no model can have."""
+        """Yield combinations of valid values that no model can have."""
         yield from super().problems()
         if not self.checkpoints and self.unknown_scheme is None:
             yield "checkpoints", "an empty list", "a scheme, or unknown_scheme with the reason"
+        router, experts = schema(RouterConfig), schema(ExpertsConfig)
+        for name, kinds in (("contradicted", {**router, **experts}), ("disputed", router)):
+            for value, stated in getattr(self, name).items():
+                if value not in kinds:
+                    yield name, repr(value)[:60], f"keys of {', '.join(kinds)}"
+                elif expected := kinds[value].metadata["kind"].problem(stated):
+                    yield name, f"{value} {stated!r}"[:60], expected
         yield from overlaps(self.layers, self.num_layers)
         for layers, variant in self.variants().items():
             if layers:
@@ -261,18 +275,19 @@ class ModelSpec(_Described):
                         yield "layers", f"{name} {found} in layers {layers}", expected
 
     def as_dict(self) -> dict[str, Any]:
-        """What the model says, as plain data: everything but where it was read and sourced.
+        """Return what the model says, as plain data: everything but where it was read and sourced.
 
         `router` and `experts` have all their keys. What only an imported config has, from
         `architectures` on, is there if it is not empty.
         """
-        data = asdict(self)
+        data = {**vars(self), **{name: _section(getattr(self, name)) for name in SECTIONS}}
         names = ("model", "hf_repo", "architecture", "router", "experts")
         if self.router.not_expressible is None:
             del data["router"]["not_expressible"]
         imported = (
             *("unknown_scheme", "architectures", "model_types", "raw_config"),
-            *("defaulted", "contradicted", "unproven"),
+            *("defaulted", "contradicted", "disputed"),
+            *("unknown_architectures", "read_as", "unproven"),
         )
         return {
             **{name: data[name] for name in names},
@@ -284,8 +299,13 @@ class ModelSpec(_Described):
         }
 
     def __str__(self) -> str:
-        """The id, with the layers if it is a variant: `step-3.7-flash@43-44`."""
+        """Return the id, with the layers if it is a variant: `step-3.7-flash@43-44`."""
         return f"{self.id}@{self.variant.replace(' ', '')}" if self.variant else self.id
+
+
+def _section(section: Any) -> dict[str, Any]:
+    """Return the keys of a section, as `dataclasses.asdict` does; its values need no copies."""
+    return {f.name: getattr(section, f.name) for f in fields(section)}
 
 
 def _plain(value: Any) -> Any:
@@ -314,5 +334,5 @@ LISTS: Mapping[str, type] = {"layers": LayerGroup}
 
 
 def schema(cls: type) -> dict[str, Field[Any]]:
-    """The YAML keys of a section, by name."""
+    """Return the YAML keys of a section, by name."""
     return {f.name: f for f in fields(cls) if "kind" in f.metadata or f.name in (*SECTIONS, *LISTS)}

@@ -18,7 +18,7 @@ _PLAIN = re.compile(r"[A-Za-z][\w./-]*")
 
 
 def dump_model(spec: ModelSpec) -> str:
-    """The text of a model's `model.yaml`, defaults left out.
+    """Return the text of a model's `model.yaml`, defaults left out.
 
     Numbers are written in full, also where the model was read as `like` another.
     """

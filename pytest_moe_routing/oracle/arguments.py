@@ -19,29 +19,13 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.grammar import KernelCall
 from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
+from pytest_moe_routing.oracle.calls import ACTIVATIONS, PARAMETERS
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.schemes import kernel_of
 
 Arguments = Mapping[str, Any]
 
-#: FlashInfer's names of each activation; all kinds of Swiglu are one kernel, told apart by its
-#: parameters.
-_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
-    "silu": ("Swiglu",),
-    "swigluoai": ("Swiglu",),
-    "gelu": ("Geglu", "GegluTanh"),
-    "relu2": ("Relu2",),
-    "swiglustep": ("SwigluStep",),
-    "situ": ("Situ",),
-}
-#: Parameters of the gated kernels: the key of `ExpertsConfig`, and what the kernel computes with
-#: if it is given none.
-_PARAMETERS: Mapping[str, tuple[str, float]] = {
-    "gemm1_alpha": ("activation_alpha", 1.0),
-    "gemm1_beta": ("activation_beta", 0.0),
-    "gemm1_clamp_limit": ("activation_limit", float("inf")),
-}
 #: Integers that no launcher does without.
 _INTEGERS = (
     "num_experts",
@@ -141,7 +125,7 @@ def read_routed(
 
 
 def _received(name: str, value: Any) -> str:
-    """A value as the kernel receives it, shortened."""
+    """Show a value as the kernel receives it, shortened."""
     if isinstance(value, list):
         return " and ".join(_received(name, item) for item in value)
     if isinstance(value, Mapping) and "shape" in value:
@@ -222,7 +206,7 @@ def _wrong_activation(
 ) -> Iterator[Finding]:
     experts = model.experts
     numbers = enum("ActivationType", flashinfer.release)
-    names = _ACTIVATIONS[experts.activation]
+    names = ACTIVATIONS[experts.activation]
     known = {number: name for name, number in numbers.items()}
     # Entry points without the argument have Swiglu kernels only.
     number = arguments.get("activation_type", numbers.get("Swiglu"))
@@ -235,7 +219,7 @@ def _wrong_activation(
 
 def _wrong_parameters(experts: ExpertsConfig, arguments: Arguments) -> Iterator[Finding]:
     """Parameters of the activation: all kinds of Swiglu are one kernel, told apart by them."""
-    for name, (field, neutral) in _PARAMETERS.items():
+    for name, (field, neutral) in PARAMETERS.items():
         stated = getattr(experts, field)
         wanted = neutral if stated is None else float(stated)
         got = _each(arguments.get(name), neutral)
@@ -245,7 +229,7 @@ def _wrong_parameters(experts: ExpertsConfig, arguments: Arguments) -> Iterator[
 
 
 def _each(value: Any, absent: float) -> float | None:
-    """The value of a vector that has but one; None when it has several."""
+    """Return the single value of a vector; None if it has several."""
     if value is None:
         return absent
     found = value.get("all")

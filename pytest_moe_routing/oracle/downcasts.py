@@ -1,4 +1,4 @@
-"""What a target rounds on the way to a kernel that would have taken it as it is.
+"""What a target downcasts before a kernel that would have taken it as it is.
 
 Rounding is no other meaning, so a verdict does not change with it. But which experts are chosen may
 hang on it: a bias that lies in a narrow band far from 0 has hardly a handful of values in bfloat16.
@@ -10,14 +10,14 @@ from dataclasses import replace
 
 from pytest_moe_routing.oracle.effects import share_rerouted
 from pytest_moe_routing.oracle.finding import Finding
-from pytest_moe_routing.oracle.judge import Judgement
+from pytest_moe_routing.oracle.judgement import Judgement
 
 #: What shows the loss best: a pattern of `logits`.
 PATTERNS = {"logits": "near-ties", "gate": "near-ties", "bias": "narrow-bias"}
 
 
 def avoidable_downcasts(judgement: Judgement) -> list[Finding]:
-    """The downcasts of a judgement that this kernel would have computed with in float32.
+    """Return the downcasts of a judgement that this kernel would have accepted in float32.
 
     None if the launcher rejects float32 there, or the kernel itself rounds.
     """

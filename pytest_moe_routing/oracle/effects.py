@@ -23,10 +23,10 @@ def share_rerouted(mistake: Mistake, recipe: Recipe, pattern: str, num_experts: 
     import torch
 
     from pytest_moe_routing.compare.mistakes import Inputs
-    from pytest_moe_routing.logits import make
+    from pytest_moe_routing.logits import make_case
     from pytest_moe_routing.reference.routing import route
 
-    case = make(pattern, recipe, num_tokens=_TOKENS, num_experts=num_experts)
+    case = make_case(pattern, recipe, num_tokens=_TOKENS, num_experts=num_experts)
     inputs = Inputs(case.logits, recipe, case.bias)
     right, got = (
         route(x.logits, x.recipe, x.bias, dtype=torch.float64).topk_ids.sort(1).values

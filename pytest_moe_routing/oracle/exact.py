@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import inf
 
 from pytest_moe_routing.flashinfer.grammar import EntryPoint, KernelCall
 from pytest_moe_routing.flashinfer.rules import FlashInfer
-from pytest_moe_routing.models import ModelSpec, RouterConfig
+from pytest_moe_routing.models import ExpertsConfig, ModelSpec, RouterConfig
 from pytest_moe_routing.routing import Recipe, RoutingMethodType, recipe_of, same
 from pytest_moe_routing.schemes import kernel_of
 
@@ -37,7 +38,7 @@ class Gate:
 def kernel_call(
     router: RouterConfig, scheme: str, method: str, flashinfer: FlashInfer
 ) -> KernelCall:
-    """The routing arguments that a router needs, passed to a scheme's kernel.
+    """Return the routing arguments that a router needs, passed to a scheme's kernel.
 
     DeepSeekV3 takes groups, one of all experts when the router has none; a method that reads a
     bias gets zeros when the router has none, in bfloat16, which every launcher takes. The scaling
@@ -46,7 +47,7 @@ def kernel_call(
     grouped = method == RoutingMethodType.DeepSeekV3.name
     entry = flashinfer.entry_point(scheme)
     on_input = router.weight_on == "input" and entry is not None and "input" in entry.weight_on
-    unbiased = "zeros" if flashinfer.honours(method, "bias") else "none"
+    unbiased = "zeros" if flashinfer.honors(method, "bias") else "none"
     return KernelCall(
         scheme=scheme,
         method=method,
@@ -64,11 +65,36 @@ def kernel_call(
 
 def kernel_gates(
     model: ModelSpec, scheme: str, flashinfer: FlashInfer, device: int = BLACKWELL
+) -> tuple[Gate, ...]:
+    """Return what the kernels of a release can do for a model whatever the routing method."""
+    router = model.router
+    about = model.experts, router.weight_on, router.not_expressible
+    return _kernel_gates(*about, scheme, flashinfer, device)
+
+
+@lru_cache(maxsize=1 << 12)
+def _kernel_gates(
+    experts: ExpertsConfig,
+    weight_on: str,
+    not_expressible: str | None,
+    scheme: str,
+    flashinfer: FlashInfer,
+    device: int,
+) -> tuple[Gate, ...]:
+    return tuple(_kernel_answers(experts, weight_on, not_expressible, scheme, flashinfer, device))
+
+
+def _kernel_answers(
+    experts: ExpertsConfig,
+    weight_on: str,
+    not_expressible: str | None,
+    scheme: str,
+    flashinfer: FlashInfer,
+    device: int,
 ) -> Iterator[Gate]:
-    """What the kernels of a release can do for a model whatever the routing method."""
     entry = flashinfer.entry_point(scheme)
-    if model.router.not_expressible is not None:
-        yield Gate("router", False, model.router.not_expressible)
+    if not_expressible is not None:
+        yield Gate("router", False, not_expressible)
     yield Gate("quantization scheme", entry is not None, f"{flashinfer} has no kernel for {scheme}")
     majors = flashinfer.devices
     yield Gate(
@@ -78,7 +104,6 @@ def kernel_gates(
     )
     if entry is None:
         return
-    experts, router = model.experts, model.router
     function = kernel_of(scheme).function()
     gated_as_needed = experts.gated == (experts.activation != "relu2")
     since = entry.activations.get(experts.activation)
@@ -88,11 +113,11 @@ def kernel_gates(
         f"no {function} kernel for {experts.activation}, "
         f"{'gated' if experts.gated else 'not gated'}, in {flashinfer}",
     )
-    yield from _parameter_gates(model, entry, function, flashinfer)
+    yield from _parameter_gates(experts, entry, function, flashinfer)
     yield Gate(
         "router weight side",
-        router.weight_on in entry.weight_on,
-        f"{function} cannot apply the router weight on the expert {router.weight_on}",
+        weight_on in entry.weight_on,
+        f"{function} cannot apply the router weight on the expert {weight_on}",
     )
     sizes = {
         "hidden_size": experts.latent_size or experts.hidden_size,
@@ -103,10 +128,9 @@ def kernel_gates(
 
 
 def _parameter_gates(
-    model: ModelSpec, entry: EntryPoint, function: str, flashinfer: FlashInfer
+    experts: ExpertsConfig, entry: EntryPoint, function: str, flashinfer: FlashInfer
 ) -> Iterator[Gate]:
-    """Whether the entry point takes what the experts have beside their weights."""
-    experts = model.experts
+    """Whether the entry point takes what the experts have besides their weights."""
     if experts.activation_limit is not None and experts.gated:
         since = entry.activation_limit.get(experts.activation)
         yield Gate(
@@ -123,6 +147,7 @@ def _parameter_gates(
         )
 
 
+@lru_cache(maxsize=1 << 12)
 def meaning(got: Recipe) -> Recipe:
     """Return a kernel's recipe, less a mask that does nothing without a bias that is low enough.
 
@@ -131,19 +156,28 @@ def meaning(got: Recipe) -> Recipe:
     return replace(got, mask=-inf) if got.bias else got
 
 
-def exact_calls(model: ModelSpec, scheme: str, flashinfer: FlashInfer) -> list[KernelCall]:
-    """Every kernel call that means what the model's router means: computed, not classified."""
+def exact_calls(
+    model: ModelSpec, scheme: str, flashinfer: FlashInfer, methods: Iterable[str] | None = None
+) -> list[KernelCall]:
+    """Every kernel call that means what the model's router means: computed, not classified.
+
+    Args:
+        methods: Only the calls with these methods.
+    """
     if not all(gate.ok for gate in kernel_gates(model, scheme, flashinfer)):
         return []
-    return same_calls(model.router, scheme, flashinfer)
+    return same_calls(model.router, scheme, flashinfer, methods)
 
 
-def same_calls(router: RouterConfig, scheme: str, flashinfer: FlashInfer) -> list[KernelCall]:
+def same_calls(
+    router: RouterConfig, scheme: str, flashinfer: FlashInfer, methods: Iterable[str] | None = None
+) -> list[KernelCall]:
     """Every call of a scheme's kernel that means what a router means, whatever the experts are."""
     if router.not_expressible is not None:
         return []
     wanted = recipe_of(router)
-    calls = (kernel_call(router, scheme, method, flashinfer) for method in flashinfer.methods)
+    chosen = [m for m in flashinfer.methods if methods is None or m in methods]
+    calls = (kernel_call(router, scheme, method, flashinfer) for method in chosen)
     return [
         call
         for call in calls

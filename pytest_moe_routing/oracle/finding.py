@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from math import isfinite
@@ -33,6 +34,10 @@ class Kind(StrEnum):
     DOWNCAST = "downcast"
     #: A matter of precision in the kernel itself, told by `fact`.
     PRECISION = "precision"
+
+
+#: A file and a line as `Finding.where` has them, where it names both.
+_SOURCE = re.compile(r"[\w./-]+\.py:[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -74,3 +79,9 @@ class Finding:
             KeyError, ValueError, TypeError: The data is not a finding.
         """
         return cls(**{**data, "kind": Kind(data["kind"])})
+
+
+def source_of(findings: Iterable[Finding]) -> str:
+    """Return the first file and line that findings name; empty if none does."""
+    places = (match[0] for finding in findings if (match := _SOURCE.match(finding.where)))
+    return next(places, "")

@@ -2,147 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
-from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.escape import shorten
+from pytest_moe_routing.flashinfer import KernelCall
+from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.effects import mask_notes
-from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning
+from pytest_moe_routing.oracle.exact import Gate, exact_calls, meaning
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.record import Reach, VerdictRecord
-from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Target
+from pytest_moe_routing.oracle.judgement import Judgement, reach_of
+from pytest_moe_routing.oracle.record import VerdictRecord
+from pytest_moe_routing.oracle.target import Captured, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe, normal_form, recipe_of, same
 
 if TYPE_CHECKING:
-    from pytest_moe_routing.compare.equivalence import Counterexample
+    pass
 
-_GROUPS = ("n_group", "topk_group", "group_score")
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One verdict with everything that led to it.
-
-    Attributes:
-        classification: The target's routing method, and its path.
-        gates: All gates that were asked.
-        wanted: What the model's router computes.
-        call: What reaches the kernel (or would, had the gates accepted).
-        got: What the kernel computes then; None if the kernel does not run.
-        findings: What is wrong with a kernel call that the gates accept.
-        exact: The calls that would have computed the model's router.
-        downcasts: What the target makes less precise for a kernel that runs.
-        notes: Matters of precision in the kernel itself.
-        site: The code that makes the kernel call.
-        choice: What makes the target take the fused experts, if that is known.
-    """
-
-    target: str
-    release: str
-    model: ModelSpec
-    scheme: str
-    flashinfer: FlashInfer
-    verdict: Verdict
-    classification: Classification
-    gates: tuple[Gate, ...]
-    wanted: Recipe
-    call: KernelCall | None = None
-    got: Recipe | None = None
-    findings: tuple[Finding, ...] = ()
-    exact: tuple[KernelCall, ...] = ()
-    downcasts: tuple[Finding, ...] = ()
-    notes: tuple[Finding, ...] = ()
-    site: str = ""
-    choice: Choice | None = None
-
-    @property
-    def opt_in(self) -> tuple[str, ...]:
-        """What has to be switched on for the target to take this path."""
-        if self.choice is None:
-            return ()
-        return self.choice.device if self.choice.switches is None else self.choice.switches
-
-    @property
-    def by_default(self) -> bool:
-        """Whether the target is known to take this path by default."""
-        return self.choice is not None and self.choice.switches == ()
-
-    @cached_property
-    def counterexample(self) -> Counterexample | None:
-        """A smallest token if the recipe itself is wrong; searched for when first asked for.
-
-        Without torch there is none: what differs is known without it.
-        """
-        if self.verdict is not Verdict.WRONG or self.got is None or find_spec("torch") is None:
-            return None
-        from pytest_moe_routing.compare.equivalence import counterexample
-
-        return counterexample(self.wanted, meaning(self.got), self.model.router.num_experts)
-
-    @property
-    def rejections(self) -> tuple[Gate, ...]:
-        """The gates that said no."""
-        return tuple(gate for gate in self.gates if not gate.ok)
-
-    @property
-    def by_choice(self) -> bool:
-        """Whether the target rejects the model only to route by itself."""
-        return bool(self.rejections) and all(gate.by_choice for gate in self.rejections)
-
-    @property
-    def obstacles(self) -> tuple[str, ...]:
-        """Why no fused kernel runs the model; empty if one does."""
-        if self.verdict is not Verdict.FALLBACK:
-            return ()
-        gates = kernel_gates(self.model, self.scheme, self.flashinfer)
-        found = tuple(f"{gate.name}: {gate.reason}" for gate in gates if not gate.ok)
-        return found or ("no routing method of this release computes the router",)
-
-    def record(self) -> VerdictRecord:
-        """The judgement as plain data."""
-        example = self.counterexample
-        return VerdictRecord(
-            model=str(self.model),
-            scheme=self.scheme,
-            target=self.target,
-            release=self.release,
-            flashinfer=self.flashinfer.release,
-            judged_as=self.flashinfer.judged_as,
-            verdict=self.verdict,
-            reach=reach_of(self.model, self.scheme, self.opt_in),
-            router=self.model.router.not_expressible or str(self.wanted),
-            method=self.classification.method,
-            path=self.classification.path,
-            gates=tuple(gate.name for gate in self.gates),
-            rejected_by={gate.name: gate.reason for gate in self.rejections},
-            by_choice=self.by_choice,
-            kernel=None if self.got is None else str(self.got),
-            findings=self.findings,
-            notes=(*self.downcasts, *self.notes),
-            counterexample=None if example is None else example.as_dict(),
-            exact=tuple(map(str, self.exact)),
-            obstacles=self.obstacles,
-            site=self.site,
-            opt_in=self.opt_in,
-            by_default=self.by_default,
-        )
-
-
-def reach_of(model: ModelSpec, scheme: str, opt_in: Iterable[str] = ()) -> Reach:
-    """Who can run a model in a scheme."""
-    if tuple(opt_in):
-        return Reach.OPT_IN
-    return Reach.PUBLISHED if scheme in model.checkpoints else Reach.PRODUCIBLE
+#: Why a target computes what a config does not state.
+_IGNORED = "the code of the model does not read the config's key for it"
 
 
 def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> VerdictRecord:
-    """The record of a model that the target could not be asked about."""
+    """Return the record of a model that the target could not be asked about."""
     try:
         release = target.version()
     except Unsupported:
@@ -178,9 +63,12 @@ def judge(
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
     """
+    ignored = {n: v for n, v in model.disputed.items() if target.honors(model, n) is False}
     model = as_read_by(target, model)
     if questions := open_questions(model):
         raise Unsupported(f"{model} is not judged: {'; '.join(questions)}")
+    if ignored:
+        return _ignoring(target, model, scheme, ignored)
     classification = target.classify(model)
     gates = target.gates(model, scheme, classification.method)
     choice = target.choice(model, scheme, classification.method) if chosen else None
@@ -202,9 +90,10 @@ def judge(
 
 
 def as_read_by(target: Target, model: ModelSpec) -> ModelSpec:
-    """Return the model as the target reads its config, where transformers ignores a key.
+    """Return the model as the target reads its config.
 
-    What the target is not known to honor or to ignore stays in `contradicted`.
+    What the target is not known to honor or to ignore stays in `contradicted` and `disputed`, and
+    what it is not known to run in `unknown_architectures`.
     """
     honored = {name: target.honors(model, name) for name in model.contradicted}
     stated = {name: model.contradicted[name] for name, does in honored.items() if does}
@@ -216,32 +105,104 @@ def as_read_by(target: Target, model: ModelSpec) -> ModelSpec:
     if any(router.problems()) or any(experts.problems()):
         return model
     unknown = {name: v for name, v in model.contradicted.items() if honored[name] is None}
-    return replace(model, router=router, experts=experts, contradicted=unknown)
+    classes = [n for n in model.unknown_architectures if not target.runs_as(n, model.read_as)]
+    return replace(
+        model,
+        router=router,
+        experts=experts,
+        contradicted=unknown,
+        disputed={n: v for n, v in model.disputed.items() if target.honors(model, n) is None},
+        unknown_architectures=tuple(classes),
+    )
 
 
 def open_questions(model: ModelSpec) -> list[str]:
     """Why a verdict on the model would rest on a guess, in sentences; empty if it would not."""
     computed = {**vars(model.experts), **vars(model.router)}
-    return [*model.unproven] + [
-        f"{name} is {computed[name]} in transformers, and {stated} for who honors the config"
-        for name, stated in model.contradicted.items()
+    known = " or ".join(model.read_as[:2])
+    return [
+        *model.unproven,
+        *(
+            f"{shorten(name)} is not known; the config is read as that of {known}"
+            for name in model.unknown_architectures
+        ),
+        *(
+            f"{name} is {computed[name]} in transformers, and {stated} for who honors the config"
+            for name, stated in model.contradicted.items()
+        ),
+        *(
+            f"{name} is {computed[name]} for who honors the config, and {otherwise} in transformers"
+            for name, otherwise in model.disputed.items()
+        ),
     ]
 
 
+def _ignoring(
+    target: Target, model: ModelSpec, scheme: str, ignored: Mapping[str, Any]
+) -> Judgement:
+    """Judge a target whose code of the model ignores keys that decide what the model computes.
+
+    It computes another router then, whether in a kernel or by itself.
+    """
+    router = replace(model.router, **ignored)
+    classification = target.classify(replace(model, router=router))
+    base = _asked(target, model, scheme, classification, ())
+    findings = tuple(
+        Finding(Kind.RECIPE, name, getattr(model.router, name), value, fact=_IGNORED)
+        for name, value in ignored.items()
+    )
+    return replace(base, verdict=Verdict.WRONG, got=recipe_of(router), findings=findings)
+
+
+def judge_swept(target: Target, model: ModelSpec, scheme: str, reads: RouterConfig) -> Judgement:
+    """Judge what a target makes of a config, by what its own router computes for it.
+
+    A kernel that computes what the config says is right as well, whatever else the target's own
+    router does. A rejected config counts as missed only if the method that the target chose
+    computes it.
+
+    Args:
+        reads: What the target's own router computes.
+
+    Raises:
+        Unsupported: The target cannot answer a question that the verdict needs.
+    """
+    classification = target.classify(model)
+    method = classification.method
+    gates = target.gates(model, scheme, method)
+    base = _asked(target, model, scheme, classification, gates, reads)
+    if not all(gate.ok for gate in gates):
+        exact = tuple(exact_calls(base.meant, scheme, target.flashinfer, (method,)))
+        return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
+    found = _judge_call(target, base, recorded_only=False)
+    reads_otherwise = reads != model.router and not any(model.router.problems())
+    if found.verdict is Verdict.WRONG and reads_otherwise:
+        as_stated = replace(base, wanted=recipe_of(model.router), reads=None)
+        literal = _judge_call(target, as_stated, recorded_only=False)
+        return literal if literal.verdict is Verdict.EXACT else found
+    return found
+
+
 def judge_behind_gates(
-    target: Target, model: ModelSpec, scheme: str, method: str, gates: tuple[Gate, ...]
+    target: Target,
+    model: ModelSpec,
+    scheme: str,
+    call: KernelCall,
+    gates: tuple[Gate, ...],
+    reads: RouterConfig | None = None,
 ) -> Judgement:
     """Judge the call that a target would make, whatever its classifier and gates say.
 
     Args:
-        method: The routing method that the call would be made with.
-        gates: The gates' answers for it, for the record.
+        call: A call that means the model's router; the target's is made with its method.
+        gates: The gates' answers for the method, for the record.
+        reads: What the target's own router computes, if that is what the model means to it.
 
     Raises:
         Unsupported: The target's calls are not recorded, or this one cannot be made.
     """
-    classification = Classification(method, ("if no gate stopped it",))
-    base = _asked(target, model, scheme, classification, gates)
+    classification = Classification(call.method, ("if no gate stopped it",))
+    base = _asked(target, model, scheme, classification, gates, reads)
     return _judge_call(target, base, recorded_only=True)
 
 
@@ -251,8 +212,9 @@ def _asked(
     scheme: str,
     classification: Classification,
     gates: tuple[Gate, ...],
+    reads: RouterConfig | None = None,
 ) -> Judgement:
-    """What is known before the call: exact, unless more is found."""
+    """Return what is known before the call: exact, unless more is found."""
     return Judgement(
         target=target.name,
         release=target.version(),
@@ -262,12 +224,14 @@ def _asked(
         verdict=Verdict.EXACT,
         classification=classification,
         gates=gates,
-        wanted=recipe_of(model.router),
+        wanted=recipe_of(reads or model.router),
+        switches=target.opt_in(model, scheme),
+        reads=reads,
     )
 
 
 def _assumed(target: Target, model: ModelSpec, scheme: str, method: str) -> Captured:
-    """The call of a target whose own is not recorded, with its number for the method."""
+    """Return the call of a target whose own is not recorded, with its number for the method."""
     flashinfer = target.flashinfer
     number = target.method_numbers().get(method)
     read_as = None if number is None else flashinfer.method(number)
@@ -305,10 +269,10 @@ def _judge_call(
     call, wrong = captured.call, captured.wrong
     if contradiction is not None:
         wrong = (contradiction, *wrong)
-    base = replace(base, call=call, findings=wrong, site=captured.site)
+    base = replace(base, call=call, findings=wrong, site=captured.site, source=captured.source)
 
     def bad(verdict: Verdict, *more: Finding) -> Judgement:
-        exact = tuple(exact_calls(model, scheme, flashinfer))
+        exact = tuple(exact_calls(base.meant, scheme, flashinfer))
         return replace(base, verdict=verdict, findings=(*wrong, *more), exact=exact)
 
     if call is None:
@@ -337,7 +301,7 @@ def _judge_call(
 
 
 def _differences(base: Judgement, call: KernelCall, got: Recipe) -> Iterable[Finding]:
-    """The fields in which the kernel computes something else, and what explains each."""
+    """Return the fields in which the kernel computes something else, and what explains each."""
     experts = base.model.router.num_experts
     meant = normal_form(base.wanted, experts).differences(normal_form(got, experts))
     written = base.wanted.differences(got)

@@ -119,7 +119,7 @@ def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
 
 
 def _logits(wanted: str, request: LayerRequest) -> tuple[list[Finding], list[Finding]]:
-    """Findings and notes about the dtype of the router logits."""
+    """Return findings and notes about the dtype of the router logits."""
     findings, notes = [], []
     if request.told_dtype != request.logits_dtype:
         told = f"{request.told_dtype} ({request.passed['logits_dtype']})"

@@ -80,7 +80,7 @@ _FACTORS = ("router weight", "routed_scaling_factor")
 def misapplied(
     model: ModelSpec, record: Mapping[str, Any], *, explained: bool = False
 ) -> Iterator[Finding]:
-    """What the steps of modular experts did wrongly to marked tokens, experts and weights.
+    """Yield what the steps of modular experts did wrongly to marked tokens, experts and weights.
 
     Args:
         record: A call as a target recorded it. It has an argument that is `unusable` for the

@@ -47,7 +47,7 @@ class _Record:
         return (self.KIND, *(str(getattr(self, name)) for name in self.ABOUT))
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as JSON, its kind first."""
+        """Return the record as JSON, its kind first."""
         return {"kind": self.KIND} | {
             f.name: _plain(getattr(self, f.name))
             for f in fields(self)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ class _Record:
 
 
 def _plain(value: Any) -> Any:
-    """A field as JSON has it: neither tuples nor enums, which xdist does not carry."""
+    """Convert a field to JSON, without the tuples and enums that xdist does not carry."""
     if isinstance(value, Finding):
         return {name: _plain(part) for name, part in value.as_dict().items()}
     if isinstance(value, Known):
@@ -86,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parse(hint: Any, value: Any) -> Any:
-    """A value of JSON as the type that a field has.
+    """Convert a JSON value to the type of a field.
 
     Raises:
         TypeError, ValueError, KeyError: The value does not fit; the message is what would.
@@ -136,9 +136,12 @@ class VerdictRecord(_Record):
         notes: Matters of precision, for a kernel that runs.
         counterexample: A token that is routed otherwise, as `Counterexample.as_dict` has it.
         exact: The calls that would have computed the model's router.
+        call: The call that computes the model exactly, as `calls.arguments_of` has it: the target's
+            own, or the first that would have; None if no kernel of the release does.
         obstacles: Why no fused kernel of the release runs the model, for a fallback.
         reason: Why there is no verdict.
         site: The code that makes the kernel call.
+        source: File and line of the target's code that is to blame, if they are known.
         opt_in: Switches without which the target would not have taken this path.
         by_default: Whether the target is known to take this path by default.
         outcome: The outcome of the test that gave the verdict.
@@ -172,9 +175,11 @@ class VerdictRecord(_Record):
     notes: tuple[Finding, ...] = ()
     counterexample: dict[str, Any] | None = None
     exact: tuple[str, ...] = ()
+    call: dict[str, Any] | None = None
     obstacles: tuple[str, ...] = ()
     reason: str = ""
     site: str = ""
+    source: str = ""
     opt_in: tuple[str, ...] = ()
     by_default: bool = False
     outcome: str = ""
@@ -189,8 +194,9 @@ class VerdictRecord(_Record):
     def cause(self) -> str:
         """A stable id of what is wrong, without the model and its numbers; empty if nothing is."""
         if self.verdict is Verdict.MISSED:
-            what = "+".join(self.rejected_by)
-            method = f":{self.method}" if "routing method" in self.rejected_by else ""
+            # Gates are asked in an order, and the first no is the target's reason.
+            what = next(iter(self.rejected_by), "")
+            method = f":{self.method}" if what == "routing method" else ""
             return f"missed:{what}{method}".replace(" ", "-")
         if self.verdict in (Verdict.WRONG, Verdict.CRASH):
             what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in self.findings))
@@ -214,7 +220,8 @@ class TestRecord(_Record):
         flashinfer: The FlashInfer release in words.
         device: The GPU, or why there is none.
         case: File, name and parameters of the test.
-        cause: A stable id of what is wrong; empty if the test names none.
+        causes: Stable ids of what is wrong; none if the test names none.
+        source: File and line of the target's code that is to blame, if they are known.
     """
 
     KIND: ClassVar[str] = "test"
@@ -227,6 +234,8 @@ class TestRecord(_Record):
     outcome: str
     message: str
     known: Known | None = None
+    causes: tuple[str, ...] = ()
+    source: str = ""
 
 
 Record = VerdictRecord | TestRecord

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pytest_moe_routing.compare.routing import Comparison
+    from pytest_moe_routing.compare.routing import RoutingComparison
 
     #: (logits, bias) -> (weights, ids)
     Router = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -127,11 +127,11 @@ def compare_router(
     """
     import torch
 
-    from pytest_moe_routing.logits import PATTERNS, make
+    from pytest_moe_routing.logits import PATTERNS, make_case
 
     found: dict[str, Deviation] = {}
     for pattern in patterns or PATTERNS:
-        case = make(pattern, recipe, num_tokens=_TOKENS, num_experts=num_experts)
+        case = make_case(pattern, recipe, num_tokens=_TOKENS, num_experts=num_experts)
         logits = case.logits.to(logits_dtype)
         bias = None if case.bias is None else case.bias.to(getattr(torch, recipe.bias_dtype))
         try:
@@ -181,8 +181,8 @@ def _deviations(
         yield Deviation(kind, pattern, _short(comparison), cause)
 
 
-def _short(comparison: Comparison) -> str:
-    """What is wrong, with one token."""
+def _short(comparison: RoutingComparison) -> str:
+    """Describe what is wrong, with one token."""
     lines = comparison.message().splitlines()[:3]
     more = len(comparison.differences) - 1
     lines += comparison.differences[0].lines()
@@ -199,11 +199,11 @@ def _unfit(x: Tensor, dtypes: tuple[str, ...], contiguous: bool, name: str) -> I
 
 def _kind(
     weights: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, recipe: Recipe
-) -> tuple[str, Comparison, str]:
-    """The mildest kind of deviation that explains an answer, "" for none; and its cause."""
+) -> tuple[str, RoutingComparison, str]:
+    """Return the mildest kind of deviation that explains an answer, "" for none, and its cause."""
     from pytest_moe_routing.compare.routing import compare_routing
 
-    def compared(recipe: Recipe, precision: str) -> Comparison:
+    def compared(recipe: Recipe, precision: str) -> RoutingComparison:
         return compare_routing(
             ids, weights, logits, recipe, bias, precision=precision, lower_index=False
         )

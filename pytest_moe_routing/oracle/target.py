@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
-from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -55,12 +55,14 @@ class Captured:
         site: The code that makes the call, and the entry point, as far as they are known.
         unknown: What cannot be known of the call, as a sentence. It is not judged then, unless
             something else is wrong with it.
+        source: File and line of the target's code that makes the call, if they are known.
     """
 
     call: KernelCall | None
     findings: tuple[Finding, ...] = ()
     site: str = ""
     unknown: str = ""
+    source: str = ""
 
     @property
     def wrong(self) -> tuple[Finding, ...]:
@@ -91,7 +93,7 @@ class Target:
         """Let go of what the target holds, such as a process."""
 
     def version(self) -> str:
-        """The release of what is tested."""
+        """Return the release of what is tested."""
         raise Unsupported(f"{self.name} does not say its version")
 
     def drift(self) -> tuple[str, ...]:
@@ -105,34 +107,42 @@ class Target:
         """
         return None
 
+    def runs_as(self, architecture: str, known: Collection[str]) -> bool:
+        """Whether the target is known to run an architecture by the code of one of the known."""
+        return False
+
     def method_numbers(self) -> Mapping[str, int]:
-        """The number that the target passes to FlashInfer for each routing method, by name."""
+        """Return the number that the target passes to FlashInfer for each method, by name."""
         raise Unsupported(f"{self.name} has no routing method numbers")
 
     def classify(self, model: ModelSpec) -> Classification:
-        """The routing method that the target gives to a model's router."""
+        """Return the routing method that the target gives to a model's router."""
         raise Unsupported(f"{self.name} does not classify routers")
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
-        """The gates that a scheme's fused experts put before this method, with their answers."""
+        """Return the gates of a scheme's fused experts for this method, with their answers."""
         raise Unsupported(f"{self.name} has no gates for {scheme}")
 
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
-        """The gates of the fused experts that are given ids and weights, and do not route."""
+        """Return the gates of the fused experts that are given ids and weights."""
         raise Unsupported(f"{self.name} has no modular experts for {scheme}")
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
-        """What arrives wrongly at their kernel, when they are given experts and weights."""
+        """Return what arrives wrongly at the kernel of experts that are given ids and weights."""
         raise Unsupported(f"{self.name} records no calls of modular experts")
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
-        """The call that the target's own code makes; None when it is not recorded."""
+        """Return the call that the target's own code makes; None if it is not recorded."""
         return None
+
+    def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
+        """Switches without which the target would not take its fused path for a model."""
+        return ()
 
     def choice(
         self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False
     ) -> Choice | None:
-        """What makes the target take its fused experts for this layer; None if it is not known.
+        """Return what makes the target take its fused experts; None if it is not known.
 
         Args:
             modular: The experts that are given ids and weights.
@@ -140,22 +150,51 @@ class Target:
         return None
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
-        """What becomes of what a server asks of a scheme's fused experts besides routing."""
+        """Return what becomes of what a server asks of fused experts besides routing."""
         raise Unsupported(f"{self.name} is asked for nothing around its kernel calls")
 
+    def capture_first(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
+        """Return the same call, on the first of several ways that `capture` takes."""
+        return self.capture(model, scheme, method)
+
+    def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:
+        """Ask ahead, in one go, what a judgement of each of these models will ask.
+
+        Args:
+            thorough: Whether that will be `capture` or `capture_first`.
+        """
+
+    def prepare_gates(
+        self, models: Sequence[ModelSpec], scheme: str, methods: Iterable[str]
+    ) -> None:
+        """Ask ahead, in one go, for the gates of each model before each method."""
+
+    def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
+        """Return what the target's own routers, which run without a fused kernel, compute.
+
+        For each model that is a router, or the reason why there is none. A target without routers
+        of its own reads a config as it is meant.
+        """
+        return [
+            Unsupported("no router has {}: found {}, expected {}".format(*problems[0]))
+            if (problems := list(router.problems()))
+            else router
+            for router in (model.router for model in models)
+        ]
+
     def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:
-        """The routing arguments that reach the kernel.
+        """Return the routing arguments that reach the kernel.
 
         A target that does not record its real calls is taken to pass what the model says.
         """
         return kernel_call(model.router, scheme, method, self.flashinfer)
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
-        """What the target's own code of a model asks of its MoE layer."""
+        """Return what the target's own code of a model requests from its MoE layer."""
         raise Unsupported(f"{self.name} has no code of models")
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
-        """What the target's own routers compute for models, and for further configurations."""
+        """Return what the target's own routers compute for models and other configurations."""
         raise Unsupported(f"{self.name} has no routers of its own")
 
     def __str__(self) -> str:

@@ -55,7 +55,7 @@ class Activation:
         return self.apply(gate, sigmoid) * self.linear(up)
 
     def apply(self, gate: Tensor, sigmoid: Sigmoid = torch.sigmoid) -> Tensor:
-        """The nonlinear factor."""
+        """Compute the nonlinear factor."""
         if self.limit is not None and not self.clamp_after:
             gate = gate.clamp_max(self.limit)
         value = self._function(gate, sigmoid)
@@ -64,7 +64,7 @@ class Activation:
         return value
 
     def linear(self, up: Tensor) -> Tensor:
-        """The linear factor."""
+        """Compute the linear factor."""
         if self.limit is not None:
             up = up.clamp(-self.limit, self.limit)
         return up + self.beta if self.beta else up
@@ -95,7 +95,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 
 def activation(name: str, *, limit: float | None = None) -> Activation:
-    """The activation of this name; `limit` replaces its clamp.
+    """Return the activation of this name; `limit` replaces its clamp.
 
     Raises:
         LayerError: There is no activation of this name.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,9 +89,12 @@ class Stages:
 #: is four times faster than to write out the whole matrix and read it again.
 _CHUNK = 1 << 20
 
+#: Elements of the widest matrix that experts which are run together on a GPU may make.
+_BATCH = 1 << 24
+
 
 def real_rows(weight: Quantized, dtype: torch.dtype) -> Iterator[Tensor]:
-    """A weight `[rows, columns]` as real numbers, some rows at a time."""
+    """Yield a weight `[rows, columns]` as real numbers, some rows at a time."""
     if weight.data.dtype == dtype:
         yield weight.data
         return
@@ -103,39 +106,64 @@ def real_rows(weight: Quantized, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def linear(x: Tensor, weight: Quantized) -> Tensor:
-    """`x @ weight.T` in the dtype of `x`: `[tokens, columns]` to `[tokens, rows]`."""
+    """Return `x @ weight.T` in the dtype of `x`: `[tokens, columns]` to `[tokens, rows]`."""
     parts = [x @ rows.T for rows in real_rows(weight, x.dtype)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def run_expert(x: Tensor, expert: Expert, layer: MoELayer, weight: Tensor | None = None) -> Stages:
-    """Run one expert on its tokens.
+    """Run one expert on its tokens; arguments as for `run_experts`."""
+    return run_experts(x, [(expert, len(x))], layer, weight)
+
+
+def run_experts(
+    x: Tensor,
+    experts: Sequence[tuple[Expert, int]],
+    layer: MoELayer,
+    weight: Tensor | None = None,
+) -> Stages:
+    """Run some experts, each on its own tokens.
 
     Args:
-        x: Real hidden states `[tokens, hidden]`, in the computing dtype.
-        expert: Its weights.
+        x: Real hidden states `[tokens, hidden]`, in the computing dtype: those of the first
+            expert's tokens, then of the second's, and so on.
+        experts: Each expert and how many tokens it has; all have the same `intermediate_scale`.
         layer: Formats and activation.
         weight: Router weights `[tokens]`, where they go on the input.
     """
-    storage = layer.storage
-    gemm1 = linear(x, expert.gemm1)
+    storage, scale = layer.storage, experts[0][0].intermediate_scale
+    counts = [count for _, count in experts]
+    gemm1 = _linears(x, [expert.gemm1 for expert, _ in experts], counts)
     if weight is not None:
         gemm1 *= weight.unsqueeze(1)
-    if expert.bias1 is not None:
-        gemm1 += expert.bias1.to(x.dtype)
+    _add_biases(gemm1, [expert.bias1 for expert, _ in experts], counts)
     stored1 = stored(gemm1, storage.gemm1)
     activated = layer.activation(stored1)
-    intermediate = stored(
-        stored(activated, storage.activated), storage.intermediate, expert.intermediate_scale
-    )
-    gemm2 = linear(intermediate, expert.gemm2)
-    if expert.bias2 is not None:
-        gemm2 += expert.bias2.to(x.dtype)
+    intermediate = stored(stored(activated, storage.activated), storage.intermediate, scale)
+    gemm2 = _linears(intermediate, [expert.gemm2 for expert, _ in experts], counts)
+    _add_biases(gemm2, [expert.bias2 for expert, _ in experts], counts)
     return Stages(gemm1, stored1, activated, intermediate, gemm2, stored(gemm2, storage.gemm2))
 
 
+def _linears(x: Tensor, weights: Sequence[Quantized], counts: Sequence[int]) -> Tensor:
+    """Multiply the rows of each expert by its weight."""
+    if len(weights) == 1:
+        return linear(x, weights[0])
+    rows = x.split(counts)
+    return torch.cat([linear(mine, weight) for mine, weight in zip(rows, weights, strict=True)])
+
+
+def _add_biases(x: Tensor, biases: Sequence[Tensor | None], counts: Sequence[int]) -> None:
+    """Add the bias of each expert to its rows."""
+    if biases[0] is None:
+        return
+    for rows, bias in zip(x.split(counts), biases, strict=True):
+        assert bias is not None
+        rows += bias.to(x.dtype)
+
+
 def stored(x: Tensor, format: str, scale: float | None = None) -> Tensor:
-    """What is read back after `x` was stored in a format, with this static scale if it has one."""
+    """Store `x` in a format, with this static scale if it has one, and read it back."""
     if format == "float32":
         return x
     if format == "bf16":
@@ -145,7 +173,7 @@ def stored(x: Tensor, format: str, scale: float | None = None) -> Tensor:
 
 
 def static(format: str, scale: float | None) -> dict[str, Tensor]:
-    """The keywords of `quantize` that make it use a static scale."""
+    """Return the keywords of `quantize` that make it use a static scale."""
     fmt = find_format(format)
     if scale is None or (fmt.scale != "e4m3" and fmt.block != (0, 0)):
         return {}
@@ -155,24 +183,63 @@ def static(format: str, scale: float | None) -> dict[str, Tensor]:
 
 
 def real_input(hidden: Tensor | Quantized, layer: MoELayer, dtype: torch.dtype) -> Tensor:
-    """The numbers that the first GEMM reads: hidden states quantized as the scheme says."""
+    """Return the numbers that the first GEMM reads: hidden states quantized as in the scheme."""
     if isinstance(hidden, Quantized):
         return dequantize(hidden, dtype)
     return dequantize(quantize(hidden, layer.storage.input), dtype)
 
 
+@dataclass(frozen=True)
+class Slots:
+    """The slots of a routing, `(token, choice)`, in ascending order of their experts.
+
+    Attributes:
+        order: int64 `[num_tokens * top_k]`: the place of each in the routing, row by row.
+        tokens: int64, the token of each.
+        weights: The router weight of each, in the computing dtype.
+        bounds: Expert `e` has those from `bounds[e]` to `bounds[e + 1]`.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    weights: Tensor
+    bounds: list[int]
+
+    @classmethod
+    def of(cls, routing: Routing, num_experts: int, dtype: torch.dtype) -> Slots:
+        """Sort the slots of a routing.
+
+        Raises:
+            LayerError: An id is not one of the experts.
+        """
+        ids, order = routing.topk_ids.flatten().sort(stable=True)
+        edges = torch.arange(num_experts + 1, device=ids.device)
+        # The only transfer from a GPU.
+        bounds = torch.searchsorted(ids, edges).tolist()
+        if bounds[0] or bounds[-1] < len(ids):
+            raise LayerError(f"topk_ids: found ids outside 0..{num_experts - 1}")
+        weights = routing.topk_weights.flatten()[order].to(dtype)
+        return cls(order, order // routing.topk_ids.shape[1], weights, bounds)
+
+    def counts(self, shard: Shard) -> Iterator[tuple[int, int]]:
+        """Yield each expert of a shard that has slots, and how many."""
+        for expert in shard.experts:
+            if count := self.bounds[expert + 1] - self.bounds[expert]:
+                yield expert, count
+
+
 def slots_by_expert(
-    routing: Routing, shard: Shard, dtype: torch.dtype
+    routing: Routing, num_experts: int, shard: Shard, dtype: torch.dtype
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each expert of a shard that has tokens: it, its tokens `[n]`, and their weights `[n]`."""
-    flat = routing.topk_ids.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=shard.experts.stop).tolist()
-    tokens = torch.split(order // routing.topk_ids.shape[1], counts)
-    weights = torch.split(routing.topk_weights.flatten()[order].to(dtype), counts)
-    for expert in shard.experts:
-        if counts[expert]:
-            yield expert, tokens[expert], weights[expert]
+    """Yield each expert of a shard that has tokens, its tokens `[n]`, and their weights `[n]`.
+
+    Raises:
+        LayerError: An id is not one of the experts.
+    """
+    slots = Slots.of(routing, num_experts, dtype)
+    for expert, count in slots.counts(shard):
+        start = slots.bounds[expert]
+        yield expert, slots.tokens[start : start + count], slots.weights[start : start + count]
 
 
 def moe(
@@ -186,7 +253,7 @@ def moe(
     output_dtype: torch.dtype = torch.bfloat16,
     progress: bool | None = None,
 ) -> Tensor:
-    """The output of a fused MoE, `[tokens, hidden]`.
+    """Compute the output of a fused MoE, `[tokens, hidden]`.
 
     Weights become real numbers a few rows at a time, so memory is that of one stored expert and of
     the tokens, whatever the layer's size.
@@ -212,15 +279,51 @@ def moe(
     with torch.no_grad():
         x = real_input(hidden, layer, dtype)
         total = x.new_zeros(x.shape)
-        steps = slots_by_expert(routing, shard, dtype)
-        for expert, tokens, weight in _with_progress(steps, shard.local_num_experts, progress):
-            mine = x.index_select(0, tokens)
+        slots = Slots.of(routing, len(experts), dtype)
+        local = slots.counts(shard)
+        counts = _with_progress(local, shard.local_num_experts, progress)
+        start = slots.bounds[shard.local_expert_offset]
+        for batch in _batches(counts, experts, x.is_cuda):
+            stop = start + sum(count for _, count in batch)
+            mine, weight = slots.tokens[start:stop], slots.weights[start:stop]
+            rows = x.index_select(0, mine)
             if layer.weight_on == "input":
-                rows = run_expert(mine, experts[expert], layer, weight).output
+                rows = run_experts(rows, batch, layer, weight).output
             else:
-                rows = run_expert(mine, experts[expert], layer).output * weight.unsqueeze(1)
-            total.index_add_(0, tokens, rows)
+                rows = run_experts(rows, batch, layer).output * weight.unsqueeze(1)
+            if len(batch) == 1:
+                total.index_add_(0, mine, rows)
+            else:
+                # Unlike `index_add_` it adds on a GPU in the order of the rows.
+                total.index_put_((mine,), rows, accumulate=True)
+            start = stop
         return total.to(output_dtype)
+
+
+def _batches(
+    counts: Iterable[tuple[int, int]], experts: Experts, is_cuda: bool
+) -> Iterator[list[tuple[Expert, int]]]:
+    """Join experts that are run together: on a GPU many, on a CPU each is a batch of its own.
+
+    Between its products an expert needs a dozen launches, which cost a GPU more than their work.
+    """
+    batch: list[tuple[Expert, int]] = []
+    size = most = 0
+    for number, count in counts:
+        expert = experts[number]
+        if batch and (
+            not is_cuda
+            or size + count > most
+            or expert.intermediate_scale != batch[0][0].intermediate_scale
+        ):
+            yield batch
+            batch, size = [], 0
+        if not batch:
+            most = _BATCH // max(expert.gemm1.shape)
+        batch.append((expert, count))
+        size += count
+    if batch:
+        yield batch
 
 
 def check_inputs(
@@ -237,15 +340,13 @@ def check_inputs(
         raise LayerError(
             f"moe: found {hidden.shape[0]} hidden states, but {len(ids)} tokens are routed"
         )
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < len(experts):
-        raise LayerError(f"topk_ids: found ids outside 0..{len(experts) - 1}")
     if not shard.lies_within(len(experts)):
         raise LayerError(f"shard: found {shard}, expected experts within 0..{len(experts) - 1}")
 
 
 def _with_progress(
-    steps: Iterator[tuple[int, Tensor, Tensor]], count: int, show: bool | None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+    steps: Iterable[tuple[int, int]], count: int, show: bool | None
+) -> Iterator[tuple[int, int]]:
     """Pass steps on; after two seconds, show on the terminal how far they are."""
     started = time.monotonic()
     show = sys.stderr.isatty() if show is None else show

@@ -80,7 +80,7 @@ def permute(
 
 
 def check_permutation(got: Permutation, topk_ids: Tensor, wanted: Permutation) -> list[str]:
-    """What is wrong with a kernel's permutation; empty when it is one of the right ones."""
+    """Return what is wrong with a kernel's permutation; empty if nothing is."""
     problems = []
     for name in ("tokens_per_expert", "segment_starts"):
         problems += _unequal(name, getattr(got, name), getattr(wanted, name))
@@ -111,7 +111,7 @@ def check_permutation(got: Permutation, topk_ids: Tensor, wanted: Permutation) -
 
 
 def _unequal(name: str, got: Tensor, wanted: Tensor) -> list[str]:
-    """The first elements of a vector that are not as wanted, and how many others are not."""
+    """List the first elements of a vector that differ, and how many others do."""
     if got.shape != wanted.shape:
         return [f"{name} has {len(got)} elements, not {len(wanted)}"]
     places = (got != wanted).nonzero().flatten().tolist()

@@ -20,10 +20,10 @@ class MoEProblem:
     """Everything that determines a fused MoE's output.
 
     Attributes:
-        hidden: `[tokens, hidden]` in the scheme's input format.
-        experts: The weights.
-        layer: What is computed.
-        routing: Experts and weights of every token.
+        hidden: `[num_tokens, hidden_size]` in the scheme's input format.
+        experts: The weights of all experts, by index.
+        layer: Scheme, activation and the side of the router weights.
+        routing: Experts and weights of every token, `[num_tokens, top_k]`.
         recipe, logits, bias: Where the routing comes from, if it was not given to the kernel;
             defects of routing are looked for only then.
         shard: The experts of this rank.
@@ -51,10 +51,22 @@ class MoEProblem:
         bias: Tensor | None = None,
         shard: Shard | None = None,
     ) -> MoEProblem:
-        """A problem with a routing, or with the recipe and the logits that make it.
+        """Make a problem from a routing, or from the recipe and the logits that give one.
+
+        Args:
+            hidden: Hidden states `[num_tokens, hidden_size]`: floating, to be quantized as the
+                scheme does, or already in the scheme's input format.
+            experts: The weights of all experts, `[num_experts]` in the checkpoint's order.
+            layer: Scheme, activation and the side of the router weights.
+            routing: Experts and weights `[num_tokens, top_k]` that the kernel was given.
+            recipe: How the kernel routes by itself; it decides the side of the router weights.
+            logits: Router logits, floating `[num_tokens, num_experts]`.
+            bias: `e_score_correction_bias`, floating `[num_experts]`, if the recipe has a bias.
+            shard: The experts of this rank; by default all.
 
         Raises:
-            LayerError: There is neither.
+            LayerError: There is neither a routing nor a recipe with logits.
+            RecipeError: Logits or bias do not fit the recipe.
         """
         if isinstance(hidden, Tensor):
             hidden = quantize(hidden, layer.storage.input)
@@ -62,19 +74,21 @@ class MoEProblem:
             layer = replace(layer, weight_on=recipe.weight_on)
         if routing is None:
             if recipe is None or logits is None:
-                raise LayerError("found neither a routing nor a recipe with logits, expected one")
+                raise LayerError(
+                    "the problem has neither a routing nor a recipe with logits, and needs one"
+                )
             routing = route(logits, recipe, bias)
         return cls(hidden, experts, layer, routing, recipe, logits, bias, shard)
 
     def take(self, tokens: Tensor) -> MoEProblem:
-        """The same problem for some of its tokens."""
+        """Return the same problem for some of its tokens, integers `[n]`."""
         routing = Routing(self.routing.topk_ids[tokens], self.routing.topk_weights[tokens])
         logits = None if self.logits is None else self.logits[tokens]
         return replace(self, hidden=take_rows(self.hidden, tokens), routing=routing, logits=logits)
 
 
 def take_rows(hidden: Quantized, tokens: Tensor) -> Quantized:
-    """Some rows of quantized hidden states, whose blocks are one row high or the whole."""
+    """Return some rows of quantized hidden states, whose blocks are one row high or the whole."""
     scales = hidden.scales
     if scales is not None and hidden.format.block[0] == 1:
         scales = scales[tokens]

@@ -73,7 +73,7 @@ class Format:
         return _SCALE_DTYPES[self.scale]
 
     def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
-        """The shape of the scales of a matrix.
+        """Return the shape of the scales of a matrix.
 
         Raises:
             QuantizationError: the matrix is empty, or not made of whole blocks.
@@ -137,7 +137,7 @@ class Quantized:
         return torch.Size((*lead, columns * 2 if self.format.packed else columns))
 
     def rows(self, start: int, stop: int) -> Quantized:
-        """Some rows, from a multiple of the block's height on; nothing is copied.
+        """Return some rows, from a multiple of the block's height on; nothing is copied.
 
         Raises:
             QuantizationError: the rows would begin within a block.
@@ -158,7 +158,7 @@ class Quantized:
 
 
 def find_format(name: str) -> Format:
-    """The format of this name.
+    """Return the format of this name.
 
     Raises:
         QuantizationError: There is none.
@@ -218,7 +218,7 @@ def quantize(
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The real numbers that a quantized matrix stands for, `[..., rows, columns]`.
+    """Return the real numbers that a quantized matrix stands for, `[..., rows, columns]`.
 
     `dtype` is float32 or float64. Exact in float64; in float32 each is the rounded product of
     element and scale, which is exact too for power-of-two scales.
@@ -244,14 +244,14 @@ def fake_quantize(x: Tensor, format: str | Format, **how: object) -> Tensor:
 
 
 def real_scales(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The real scale of each block, `[..., block rows, block columns]`; one where there is none."""
+    """Return the real scale of each block, `[..., block rows, block columns]`; by default 1."""
     if q.scales is None:
         return torch.ones(*q.data.shape[:-2], 1, 1, dtype=dtype, device=q.data.device)
     return _real_scales(q.format, q.scales, q.global_scale, dtype)
 
 
 def _blocks(x: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A matrix as `[..., block rows, height, block columns, width]`; a view where it can be."""
+    """View or copy a matrix as `[..., block rows, height, block columns, width]`."""
     return unflatten(unflatten(x, -1, (shape[1], -1)), -3, (shape[0], -1))
 
 
@@ -295,7 +295,7 @@ def decode_ue8m0(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _ue8m0_ceil(x: Tensor) -> Tensor:
-    """The smallest power of two that is not below `x >= 0`, as `cvt.rp.satfinite.ue8m0x2.f32`."""
+    """Return the smallest power of two from `x >= 0` up, as `cvt.rp.satfinite.ue8m0x2.f32`."""
     bits = x.view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     # Byte 0 is 2**-127, a subnormal float32 with mantissa 2**22: up to there nothing is rounded up.
@@ -333,7 +333,7 @@ _ENCODE = {"e4m3": _encode_e4m3, "e2m1": _encode_e2m1, "int4": _encode_int4}
 
 
 def _pairs(element: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The two numbers that each byte stands for, as one complex number: `[256]`.
+    """Return the two numbers of each byte as one complex number: `[256]`.
 
     One look-up then moves both, six times faster than one for each element.
     """

@@ -34,6 +34,13 @@ class Routing:
         zeros = self.topk_weights.new_zeros(len(self.topk_ids), num_experts)
         return zeros.scatter(1, self.topk_ids, self.topk_weights)
 
+    def with_shared(self, num_experts: int, shared: int) -> Routing:
+        """Append slots of shared experts, which follow the routed ones and weigh 1."""
+        rows = len(self.topk_ids)
+        ids = num_experts + torch.arange(shared, device=self.topk_ids.device).expand(rows, -1)
+        ones = self.topk_weights.new_ones(rows, shared)
+        return Routing(torch.cat((self.topk_ids, ids), 1), torch.cat((self.topk_weights, ones), 1))
+
 
 def route(
     logits: Tensor,
@@ -122,10 +129,13 @@ def choosing_keys(scores: Tensor, recipe: Recipe, bias: Tensor | None) -> Tensor
 
 
 def group_scores(keys: Tensor, recipe: Recipe) -> Tensor:
-    """The score of each group, `[num_tokens, n_group]`."""
+    """Return the score of each group, `[num_tokens, n_group]`."""
     grouped = keys.unflatten(-1, (recipe.n_group, -1))
     if recipe.group_score == "max":
         return grouped.amax(-1)
+    if keys.is_cuda and grouped.shape[-1] > 1:
+        # One launch, where the tournament's many cost a GPU far more than their work.
+        return grouped.topk(2, sorted=False).values.sum(-1)
     # A tournament, half against half: many times faster than topk(2) over short rows.
     best, second = grouped, torch.full_like(grouped, -torch.inf)
     while best.shape[-1] > 1:
@@ -151,19 +161,20 @@ def choose(keys: Tensor, recipe: Recipe) -> Tensor:
         excluded = excluded.scatter(1, kept, False).repeat_interleave(size, 1)
         return stable_topk(keys.masked_fill(excluded, recipe.mask), recipe.top_k)
     # In ascending order, so that equal keys still go to the lower expert index.
-    kept = kept.sort(-1).values
-    candidates = keys.unflatten(-1, (recipe.n_group, size))
-    candidates = candidates.gather(1, kept.unsqueeze(-1).expand(-1, -1, size)).flatten(1)
-    place = stable_topk(candidates, recipe.top_k)
-    return kept.gather(1, place // size) * size + place % size
+    first = kept.sort(-1).values * size
+    ids = (first.unsqueeze(-1) + torch.arange(size, device=keys.device)).flatten(1)
+    return ids.gather(1, stable_topk(keys.gather(1, ids), recipe.top_k))
 
 
 def stable_topk(keys: Tensor, k: int) -> Tensor:
-    """Indices of the `k` largest keys per row, descending, equal keys in ascending index.
+    """Return indices of the `k` largest keys per row, descending; equal keys by index.
 
-    `torch.topk` is several times faster than a stable sort but leaves ties undefined, so only the
-    rows in which a tie (or a NaN) touches the first `k` keys are sorted.
+    On a CPU `torch.topk` is several times faster than a stable sort but leaves ties undefined, so
+    only the rows in which a tie (or a NaN) touches the first `k` keys are sorted. On a GPU, to ask
+    whether there are any takes longer than to sort all.
     """
+    if keys.is_cuda:
+        return keys.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     values, ids = keys.topk(min(k + 1, keys.shape[-1]))
     undecided = (values[:, 1:] >= values[:, :-1]).any(-1) | values.isnan().any(-1)
     ids = ids[:, :k]
@@ -208,7 +219,10 @@ def weigh(
 def _normalize(weights: Tensor, how: str, scale: float, epsilon: float) -> Tensor:
     """Normalize and scale weights in their own dtype."""
     if how == "sum":
-        return weights * scale / (weights.sum(-1, keepdim=True) + epsilon)
+        total = weights.sum(-1, keepdim=True)
+        if epsilon:
+            total = total + epsilon
+        return (weights if scale == 1.0 else weights * scale) / total
     if how == "softmax":
         weights = weights.softmax(-1)
     return weights if scale == 1.0 else weights * scale

@@ -125,7 +125,7 @@ class GeneratedExperts:
         return self._pool.repeat(-(-(start + count) // size))[start : start + count]
 
     def _matrix(self, rows: int, columns: int, draw: int) -> Quantized:
-        """A matrix with about the size that keeps activations near 1: elements of 1/sqrt(K)."""
+        """Make a matrix whose elements are about 1/sqrt(K), which keeps activations near 1."""
         fmt = find_format(self.format)
         shape = fmt.scale_shape(rows, columns)
         stored = columns // 2 if fmt.packed else columns
@@ -223,7 +223,7 @@ class SafetensorsExperts:
     def _get(self, name: str, *, required: bool = True) -> Any:
         if name not in self._where:
             if required:
-                raise LayerError(f"{self.folder}: no tensor {name}")
+                raise LayerError(f"{self.folder} has no tensor {name}")
             return None
         return self._where[name].get_tensor(name)
 

@@ -5,6 +5,8 @@ Imported by every pytest run of an environment: what makes reports is loaded whe
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,6 +17,7 @@ import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import excerpt, printable
+from pytest_moe_routing.failure import failures_of
 
 if TYPE_CHECKING:
     from pytest_moe_routing.oracle.record import Record, VerdictRecord
@@ -43,12 +46,23 @@ class Reporter:
                 check_suffix(path)
         self.session = session
         self.paths = [path.absolute() for path in paths]
+        #: Whether failures of the host's own tests are kept as well.
+        self.keeps_all = bool(paths)
         self.records: dict[tuple[str, ...], Record] = {}
         self.written: list[Path] = []
         self.problems: list[str] = []
+        #: Commands for GitHub Actions.
+        self.annotations: list[str] = []
+        #: How many tests the run does not ask, by reason.
+        self.left_out: Counter[str] = Counter()
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        record = self._record(report, dict(report.user_properties))
+        properties = dict(report.user_properties)
+        if report.when == "teardown":
+            # JUnit writes these, each as text: words that a CI can filter by.
+            report.user_properties = list(_words(properties))
+        record = self._record(report, properties)
         # A test that failed stays so, whatever its teardown says.
         if record is not None:
             before = self.records.get(record.key)
@@ -70,6 +84,7 @@ class Reporter:
             notes = (Finding(Kind.PRECISION, "known failures", fact=text) for text in gone)
             return replace(verdict, outcome=outcome, known=known, notes=(*verdict.notes, *notes))
         gpu: dict[str, str] = properties.get("moe_gpu", {})
+        causes = failures_of(properties.items())
         return TestRecord(
             flashinfer=self._flashinfer,
             device=gpu.get("gpu") or gpu.get("missing", ""),
@@ -77,15 +92,30 @@ class Reporter:
             outcome=outcome,
             message=_message(report),
             known=known,
+            causes=tuple(failure.cause for failure in causes),
+            source=next((failure.source for failure in causes if failure.source), ""),
         )
 
-    @staticmethod
-    def _is_told(report: pytest.TestReport, properties: dict[str, Any]) -> bool:
-        if "moe_gpu" in properties:
-            return report.when == "call" or not report.passed
-        # A test that took its worker down is reported by the controller, without its properties.
-        is_crash = report.when not in ("setup", "call", "teardown")
-        return report.failed and ("moe_case" in properties or is_crash)
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Keep what cannot be collected: its tests are missing from everything else."""
+        if report.failed and self.keeps_all:
+            from pytest_moe_routing.oracle.record import TestRecord
+
+            record = TestRecord(
+                flashinfer=self._flashinfer,
+                device="",
+                case=report.nodeid,
+                outcome="failed",
+                message=_message(report),
+            )
+            self.records[record.key] = record
+
+    def _is_told(self, report: pytest.TestReport, properties: dict[str, Any]) -> bool:
+        if "moe_gpu" in properties and report.when == "call":
+            return True
+        if "moe_case" in properties or self.keeps_all:
+            return report.failed or ("moe_gpu" in properties and report.skipped)
+        return False
 
     @cached_property
     def _flashinfer(self) -> str:
@@ -127,43 +157,61 @@ class Reporter:
                 self.problems.append(str(error))
             else:
                 self.written.append(path)
+        if self.records and os.environ.get("GITHUB_ACTIONS") == "true":
+            self._tell_github()
         return not self.problems
 
+    def _tell_github(self) -> None:
+        from pytest_moe_routing.report import github
+
+        records = list(self.records.values())
+        self.annotations = list(github.commands(records))
+        try:
+            github.append_summary(records)
+        except MoERoutingError as error:
+            self.problems.append(str(error))
+
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        write = terminalreporter.write_line
-        if self.records and self.verdicts and terminalreporter.verbosity >= 0:
-            terminalreporter.section("MoE routing verdicts")
-            every = terminalreporter.verbosity > 0
-            for line in summary(self.verdicts, every=every):
-                write(printable(line))
+        if (self.records or self.left_out) and terminalreporter.verbosity >= 0:
+            self._write_summary(terminalreporter)
         for path in self.written:
-            write(printable(f"moe-routing: report {path}"))
+            terminalreporter.write_line(printable(f"moe-routing: report {path}"))
+        for line in self.annotations:
+            terminalreporter.write_line(line)
         for problem in self.problems:
-            write(f"moe-routing: {problem}", red=True)
+            terminalreporter.write_line(f"moe-routing: {problem}", red=True)
+
+    def _write_summary(self, reporter: pytest.TerminalReporter) -> None:
+        from pytest_moe_routing.report import terminal
+
+        width = reporter._tw.fullwidth
+        reporter.ensure_newline()
+        lines: list[terminal.Line] = []
+        if self.verdicts:
+            reporter.section("MoE routing verdicts")
+            lines += terminal.summary(self.verdicts, every=reporter.verbosity > 0, width=width)
+        if self.left_out:
+            reasons = (f"{count} {why}" for why, count in self.left_out.most_common())
+            lines += terminal.wrapped(f"left out: {', '.join(reasons)}", width)
+        for line in lines:
+            for piece in line:
+                reporter.write(printable(piece.text), **piece.markup)
+            reporter.write_line("")
 
 
-def summary(verdicts: Sequence[VerdictRecord], *, every: bool = False) -> Iterator[str]:
-    """The verdicts of one decider, or where several differ; and the totals of each.
-
-    Args:
-        every: Show every verdict; otherwise how many there are by scheme.
-    """
-    from pytest_moe_routing.report import matrix
-
-    deciders = matrix.by_decider(verdicts)
-    if len(deciders) > 1:
-        table = matrix.decider_table(deciders, every=every)
-    else:
-        table = matrix.scheme_table(verdicts) if every else matrix.count_table(verdicts)
-    if table[1:]:
-        yield from matrix.aligned(table)
-    for name, found in deciders.items():
-        yield f"{matrix.totals(found)}; {name}"
-    if not every:
-        yield from matrix.why_unjudged(verdicts)
+def _words(properties: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the properties of a test, those with structure as several short ones."""
+    for name, value in properties.items():
+        if name == "moe_verdict":
+            for part in ("model", "scheme", "target", "release", "flashinfer", "verdict"):
+                yield f"moe_{part}", value[part]
+        elif name == "moe_failures":
+            yield "moe_cause", ", ".join(failure["cause"] for failure in value)
+        elif not (name.startswith("moe_") and isinstance(value, dict)):
+            yield name, value
 
 
-def _message(report: pytest.TestReport) -> str:
+def _message(report: pytest.CollectReport | pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
     return excerpt(report.longreprtext, _LINES)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import find, load_model, load_models, read_config
-from pytest_moe_routing.oracle.exact import exact_calls
+from pytest_moe_routing.oracle.exact import exact_calls, same_calls
 from pytest_moe_routing.oracle.judge import as_read_by, judge, open_questions, unjudged
 from pytest_moe_routing.oracle.record import VerdictRecord
-from pytest_moe_routing.report import text
+from pytest_moe_routing.oracle.verdict import Verdict
+from pytest_moe_routing.report import matrix, text
+from pytest_moe_routing.report.models import unserved
 from pytest_moe_routing.report.records import FORMAT
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.schemes import SERVED_SCHEMES, check_scheme
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
     from pytest_moe_routing.session import MoESession
+
+Answer = tuple["ModelSpec", VerdictRecord]
 
 
 def page(session: MoESession, name: str) -> tuple[str, bool]:
@@ -43,41 +47,47 @@ def page(session: MoESession, name: str) -> tuple[str, bool]:
         lines = list(_model(target, model))
         if not session.scheme_names:
             lines += _unserved(model)
-        records = _records(session, model)
-        for record in records:
-            lines += ["", *_scheme(target, model, record)]
+        answers = _answers(session, model)
+        if answers:
+            lines += ["", *_overview([record for _, record in answers])]
+        for paragraph in _paragraphs(target, answers):
+            lines += ["", *paragraph]
     finally:
         target.close()
-    return "\n".join(lines) + "\n", any(record.fails for record in records)
+    return "\n".join(lines) + "\n", any(record.fails for _, record in answers)
 
 
 def as_json(session: MoESession, name: str) -> tuple[str, bool]:
-    """The verdicts on a model as JSON, see `oracle.record.VerdictRecord`; otherwise as `page`."""
+    """Return the verdicts on a model as JSON, see `oracle.record.VerdictRecord`."""
     model = find_model(name, session.golden_dirs)
     try:
-        records = _records(session, model)
+        answers = _answers(session, model)
     finally:
         session.target.close()
-    data = {"format": FORMAT, "verdicts": [record.as_dict() for record in records]}
-    return json.dumps(data, indent=1) + "\n", any(record.fails for record in records)
+    data = {
+        "format": FORMAT,
+        "assumed": assumptions(model),
+        "verdicts": [record.as_dict() for _, record in answers],
+    }
+    return json.dumps(data, indent=1) + "\n", any(record.fails for _, record in answers)
 
 
-def _records(session: MoESession, model: ModelSpec) -> list[VerdictRecord]:
-    """The verdicts on a model and its variants in the schemes that are asked about."""
+def _answers(session: MoESession, model: ModelSpec) -> list[Answer]:
+    """Return the verdicts on a model and its variants in the schemes that are asked about."""
     if session.scheme_names == ["all"]:
         schemes = list(SERVED_SCHEMES)
     else:
         schemes = [check_scheme(scheme) for scheme in session.scheme_names]
         schemes = schemes or [scheme for scheme in model.checkpoints if scheme in SERVED_SCHEMES]
     return [
-        _judged(session.target, variant, scheme)
-        for scheme in schemes
+        (variant, _judged(session.target, variant, scheme))
         for variant in variants_of(model)
+        for scheme in schemes
     ]
 
 
 def find_model(name: str, golden_dirs: list[Path]) -> ModelSpec:
-    """The model of an id or a path.
+    """Return the model of an id or a path.
 
     Raises:
         MoERoutingError: There is none.
@@ -87,6 +97,12 @@ def find_model(name: str, golden_dirs: list[Path]) -> ModelSpec:
         is_model = path.suffix in (".yaml", ".yml") or (path / "model.yaml").is_file()
         return load_model(path) if is_model else read_config(path)
     return find(load_models(packaged_directory(), *golden_dirs), name)
+
+
+def assumptions(model: ModelSpec) -> dict[str, Any]:
+    """Return the values that the config does not state: the defaults of its config class."""
+    values = {**vars(model.experts), **vars(model.router)}
+    return {name: values[name] for name in model.defaulted}
 
 
 def _model(target: Target, model: ModelSpec) -> Iterator[str]:
@@ -107,13 +123,9 @@ def _model(target: Target, model: ModelSpec) -> Iterator[str]:
 
 
 def _unserved(model: ModelSpec) -> Iterator[str]:
-    if model.unknown_scheme:
+    for reason in unserved(model):
         yield ""
-        yield f"not judged: {model.unknown_scheme}; --schemes NAME judges it as that scheme"
-    unserved = [name for name in model.checkpoints if name not in SERVED_SCHEMES]
-    if unserved:
-        yield ""
-        yield f"not judged: {', '.join(unserved)}; schemes: {', '.join(SERVED_SCHEMES)}"
+        yield f"not judged: {reason}; --schemes NAME judges it as that scheme"
 
 
 def _judged(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:
@@ -123,16 +135,59 @@ def _judged(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:
         return unjudged(target, model, scheme, reason)
 
 
-def _scheme(target: Target, model: ModelSpec, record: VerdictRecord) -> Iterator[str]:
-    layers = f", layers {variant}" if (variant := record.model.partition("@")[2]) else ""
-    yield f"{record.scheme}{layers}: {record.verdict}"
-    yield f"  {text.MEANINGS[record.verdict]}"
+def _name(record: VerdictRecord) -> str:
+    layers = record.model.partition("@")[2]
+    return f"{record.scheme}, layers {layers}" if layers else record.scheme
+
+
+def _overview(records: Sequence[VerdictRecord]) -> list[str]:
+    """Return a row for each scheme: can it run, is it exact, as what."""
+    runs = {Verdict.EXACT: "yes", Verdict.WRONG: "yes"}
+    table = [["scheme", "runs", "verdict", "method", "who can meet it"]]
+    for record in records:
+        answer = runs.get(record.verdict, "no") if record.verdict.is_given else "unknown"
+        table.append(
+            [_name(record), answer, str(record.verdict), record.method or "-", text.reach(record)]
+        )
+    return matrix.aligned(table)
+
+
+def _paragraphs(target: Target, answers: Sequence[Answer]) -> Iterator[list[str]]:
+    """Yield the explanation of each verdict; schemes that share it are named together."""
+    groups: dict[tuple[object, ...], list[VerdictRecord]] = {}
+    for model, record in answers:
+        method = record.call["method"] if record.call else ""
+        key = (record.verdict, method, *_why(target, model, record))
+        groups.setdefault(key, []).append(record)
+    for (verdict, _, *lines), records in groups.items():
+        names = "; ".join(dict.fromkeys(_name(record) for record in records))
+        title = [f"{names}: {verdict}", f"  {text.MEANINGS[records[0].verdict]}"]
+        yield [*title, *text.calls(records), *map(str, lines)]
+
+
+def _why(target: Target, model: ModelSpec, record: VerdictRecord) -> Iterator[str]:
+    """Yield what is to be said of a verdict beside the call: other calls, gates, reasons."""
     if not record.verdict.is_given:
         yield f"  because  {record.reason}"
         return
-    for gate in record.gates:
-        reason = record.rejected_by.get(gate)
-        yield f"  gate     {gate}: " + ("yes" if reason is None else f"no, {reason}")
+    if record.kernel is not None and record.verdict is not Verdict.EXACT:
+        yield f"  kernel   {record.kernel}"
     calls = exact_calls(model, record.scheme, target.flashinfer)
-    yield f"  same     {', '.join(map(str, calls)) or 'none'}"
-    yield from text.consequences(record)
+    others = [str(c) for c in calls if record.call and c.method != record.call["method"]]
+    if others:
+        yield f"  same     also {', '.join(others)}"
+    yield from _gates(record)
+    if not calls and record.verdict is Verdict.FALLBACK:
+        alone = same_calls(model.router, record.scheme, target.flashinfer)
+        if alone:
+            yield f"  router   alone would be exact as {alone[0]}"
+    yield from text.reasons(record)
+
+
+def _gates(record: VerdictRecord) -> Iterator[str]:
+    """Yield the gates on one line, or those that reject on one line each."""
+    for gate, reason in record.rejected_by.items():
+        yield f"  gate     {gate}: no, {reason}"
+    count = len(record.gates) - len(record.rejected_by)
+    if record.gates:
+        yield f"  gates    {count} of {len(record.gates)} accept"

@@ -79,10 +79,14 @@ class Grouping:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Complete the shown failures with all of their cases, and put the urgent ones first."""
-        for report, failures in self._shown:
-            # pytest declares the types that it makes itself, and takes any with these methods.
-            report.longrepr = _Message(text_of(failures, self._cases))  # type: ignore[assignment]
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+        width = None
+        if terminal is not None and terminal.verbosity <= 0:
+            width = terminal._tw.fullwidth
+        for report, failures in self._shown:
+            text = text_of(failures, self._cases, width)
+            # pytest declares the types that it makes itself, and takes any with these methods.
+            report.longrepr = _Message(text)  # type: ignore[assignment]
         ranks = {id(report): failures[0].rank for report, failures in self._shown}
         if terminal is not None:
             failed = terminal.stats.get("failed", [])

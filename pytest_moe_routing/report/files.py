@@ -10,15 +10,15 @@ from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.goldens import write_in_one_step
 from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
 from pytest_moe_routing.report import html, markdown
-from pytest_moe_routing.report.records import FORMAT, dump
+from pytest_moe_routing.report.records import FORMAT, dump, ordered
 
 
 def _json(records: Sequence[Record]) -> str:
-    ordered = sorted(records, key=lambda record: record.key)
+    found = ordered(records)
     data = {
         "format": FORMAT,
-        "verdicts": [r.as_dict() for r in ordered if isinstance(r, VerdictRecord)],
-        "tests": [r.as_dict() for r in ordered if isinstance(r, TestRecord)],
+        "verdicts": [r.as_dict() for r in found if isinstance(r, VerdictRecord)],
+        "tests": [r.as_dict() for r in found if isinstance(r, TestRecord)],
     }
     return json.dumps(data, indent=1) + "\n"
 

@@ -76,6 +76,17 @@ class GpuReporter:
             if outcome == "skipped" and isinstance(report.longrepr, tuple):
                 test.reason = report.longrepr[2].removeprefix("Skipped: ")
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(
+        self, report: pytest.CollectReport | pytest.TestReport
+    ) -> tuple[str, str, str] | None:
+        """Show no letter for a test that there is no GPU for: they are counted in one line."""
+        if not isinstance(report, pytest.TestReport) or not report.skipped:
+            return None
+        machine = dict(report.user_properties).get("moe_gpu")
+        is_without = isinstance(machine, dict) and "missing" in machine
+        return ("skipped", "", "SKIPPED") if is_without else None
+
     @property
     def ran(self) -> int:
         """How many tests ran on a GPU."""
@@ -90,9 +101,11 @@ class GpuReporter:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.tests:
+        if self.tests and terminalreporter.verbosity >= 0:
+            terminalreporter.ensure_newline()
             terminalreporter.section("MoE routing on GPUs")
-            for line in lines(list(self.tests.values())):
+            every = terminalreporter.verbosity > 0
+            for line in lines(list(self.tests.values()), every=every):
                 terminalreporter.write_line(line)
         if self.ran < self.wanted:
             skipped = sum(test.outcome == "skipped" for test in self.tests.values())
@@ -113,8 +126,12 @@ def _outcome(report: pytest.TestReport) -> str:
     return report.outcome if report.outcome in OUTCOMES else "unfinished"  # a rerun, say
 
 
-def lines(tests: list[GpuTest]) -> list[str]:
-    """The software; each GPU with its outcomes by test function; reasons of skips, counted."""
+def lines(tests: list[GpuTest], *, every: bool = True) -> list[str]:
+    """Return the software, each GPU with its outcomes by test function, and reasons of skips.
+
+    Args:
+        every: Also show the test functions that had no GPU at all.
+    """
     shown = [
         f"{key} {', '.join(values)}"
         for key in dict.fromkeys(key for test in tests for key in test.machine)
@@ -123,7 +140,8 @@ def lines(tests: list[GpuTest]) -> list[str]:
     ]
     gpus: dict[str, list[GpuTest]] = {}
     for test in tests:
-        gpus.setdefault(_name(test.machine), []).append(test)
+        if every or "missing" not in test.machine:
+            gpus.setdefault(_name(test.machine), []).append(test)
     for name, those in sorted(gpus.items()):
         workers = {test.machine["worker"] for test in those if "worker" in test.machine}
         by_number = sorted(workers, key=lambda worker: (len(worker), worker))

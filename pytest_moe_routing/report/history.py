@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pytest_moe_routing import progress
 from pytest_moe_routing.errors import MoERoutingError, TargetImportError
 from pytest_moe_routing.escape import for_markdown, printable
 from pytest_moe_routing.models import ModelSpec
@@ -46,7 +47,7 @@ def survey(sessions: Iterable[MoESession]) -> list[Release]:
     cases: list[tuple[ModelSpec, str]] | None = None
     for session in sessions:
         cases = session.published_cases if cases is None else cases
-        found.append(_ask(session, cases))
+        found.append(ask(session, cases))
     names = [release.name for release in found]
     return sorted(
         (replace(r, name=f"{r.name} {r.path}") if names.count(r.name) > 1 else r for r in found),
@@ -54,7 +55,8 @@ def survey(sessions: Iterable[MoESession]) -> list[Release]:
     )
 
 
-def _ask(session: MoESession, cases: Sequence[tuple[ModelSpec, str]]) -> Release:
+def ask(session: MoESession, cases: Sequence[tuple[ModelSpec, str]]) -> Release:
+    """Judge cases with a session's target; what keeps it from that is the release's problem."""
     path = session.target_id.path or Path()
     release = Release(path.name, str(path), "")
     try:
@@ -64,7 +66,8 @@ def _ask(session: MoESession, cases: Sequence[tuple[ModelSpec, str]]) -> Release
         return replace(release, problem=matrix.brief(str(error)))
     try:
         release = replace(release, name=target.version())
-        records = tuple(_judge(target, *case) for case in cases)
+        judging = f"{target.name} {release.name}, case"
+        records = tuple(_judge(target, *case) for case in progress.each(cases, judging))
     except MoERoutingError as error:
         return replace(release, problem=matrix.brief(str(error)))
     finally:
@@ -85,7 +88,7 @@ def _judge(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:
 
 
 def _columns(releases: Sequence[Release]) -> dict[str, Sequence[VerdictRecord]]:
-    """The records of each release, under its name with the number of its footnote."""
+    """Return the records of each release, by its name with the number of its footnote."""
     numbers = iter(range(1, len(releases) + 1))
     return {f"{r.name} [{next(numbers)}]" if r.problem else r.name: r.records for r in releases}
 
@@ -96,7 +99,7 @@ def _footnotes(releases: Sequence[Release]) -> list[str]:
 
 
 def _totals(releases: Sequence[Release]) -> Iterator[tuple[str, list[str]]]:
-    """What each release comes to, and why some of it has no verdict."""
+    """Return each release's totals, and why some of it has no verdict."""
     for release in releases:
         if not release.problem:
             text = f"{release.name}, {release.flashinfer}: {matrix.totals(release.records)}"

@@ -12,42 +12,78 @@ from pytest_moe_routing.escape import (
     printable,
 )
 from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
-from pytest_moe_routing.report import matrix
+from pytest_moe_routing.report import groups, matrix
 from pytest_moe_routing.report.text import story, title
 
-
-def page(records: Sequence[Record]) -> str:
-    """Tables and totals; the whole story of each bad verdict and failed test, folded."""
-    return "\n".join(_lines(records)) + "\n"
+#: GitHub takes 65,536 characters; the rest of the comment needs some as well.
+LIMIT = 60_000
 
 
-def _lines(records: Sequence[Record]) -> Iterator[str]:
+def page(records: Sequence[Record], limit: int = LIMIT) -> str:
+    """Return the failures by cause, then counts; the matrix and other explanations, folded.
+
+    What does not fit is left out from the end on, and its number is said.
+
+    Args:
+        limit: Characters that the page may have.
+    """
+    blocks = [block for block in map("\n".join, _blocks(records)) if block]
+    kept, room = [], limit - 200
+    for block in blocks:
+        room -= len(block) + 2
+        if room < 0:
+            break
+        kept.append(block)
+    left = len(blocks) - len(kept)
+    if left:
+        kept.append(f"{left} more parts do not fit here; `--moe-report FILE.html` has them all.")
+    return "\n\n".join(kept) + "\n"
+
+
+def _blocks(records: Sequence[Record]) -> Iterator[list[str]]:
+    """Yield the parts of the page, the most important ones first."""
     deciders = matrix.by_decider(r for r in records if isinstance(r, VerdictRecord))
     tests = [r for r in records if isinstance(r, TestRecord)]
-    yield "# MoE routing"
+    yield ["# MoE routing"]
     if not records:
-        yield from ("", "Nothing was judged.")
-    for name, verdicts in deciders.items():
-        yield from ("", f"## {for_markdown(name)}", "", for_markdown(matrix.totals(verdicts)), "")
-        yield from matrix.markdown(matrix.scheme_table(verdicts))
+        yield ["Nothing was judged."]
+    yield [
+        f"- {for_markdown(name)}: {for_markdown(matrix.totals(verdicts))}"
+        for name, verdicts in deciders.items()
+    ]
+    found = groups.failed(records)
+    if found:
+        yield [f"## {len(found)} causes fail" if len(found) > 1 else "## 1 cause fails"]
+    for group in found:
+        others = [f"  also     {', '.join(group.others)}"] if group.others else []
+        yield [*_folded(group.title, [*group.lines, *others]), *_known(group.first)]
     if len(deciders) > 1:
         table = matrix.decider_table(deciders)
-        yield from ("", "## What differs", "")
-        yield from matrix.markdown(table) if table[1:] else ["Nothing."]
-    bad = [r for verdicts in deciders.values() for r in verdicts if not r.verdict.is_good]
-    if bad:
-        yield from ("", "## Why", "")
-    for record in bad:
-        yield from _folded(title(record), story(record))
-        yield from _known(record)
+        yield ["## What differs"]
+        yield matrix.markdown(table) if table[1:] else ["Nothing."]
+    for name, verdicts in deciders.items():
+        yield [f"## {for_markdown(name)}"]
+        yield matrix.markdown(matrix.count_table(verdicts))
+        yield [f"- {for_markdown(reason)}" for reason in matrix.why_unjudged(verdicts)]
     if tests:
-        yield from ("", "## Tests", "")
-        yield from matrix.markdown(matrix.test_table(tests))
-        yield ""
+        yield ["## Tests"]
+        yield matrix.markdown(matrix.test_table(tests))
+    for name, verdicts in deciders.items():
+        shown = matrix.markdown(matrix.scheme_table(verdicts))
+        yield [
+            f"<details><summary>{for_html(one_line(name))}</summary>",
+            "",
+            *shown,
+            "",
+            "</details>",
+        ]
+    for verdicts in deciders.values():
+        for record in verdicts:
+            if not record.verdict.is_good and record.outcome != "failed":
+                yield [*_folded(title(record), story(record)), *_known(record)]
     for test in tests:
-        if test.outcome in ("failed", "xfailed"):
-            yield from _folded(test.case, test.message.splitlines())
-            yield from _known(test)
+        if test.outcome == "xfailed":
+            yield [*_folded(test.case, test.message.splitlines()), *_known(test)]
 
 
 def _folded(title: str, lines: Sequence[str]) -> Iterator[str]:
@@ -65,11 +101,11 @@ def _folded(title: str, lines: Sequence[str]) -> Iterator[str]:
         fence,
         "",
     )
-    yield from ("</details>", "")
+    yield "</details>"
 
 
 def _known(record: Record) -> Iterator[str]:
     if record.known:
         link = record.known.link
         shown = f"<{link}>" if is_web_address(link) else for_markdown(link)
-        yield from (f"Known: {for_markdown(record.known.reason)} ({shown})", "")
+        yield from ("", f"Known: {for_markdown(record.known.reason)} ({shown})")

@@ -18,7 +18,7 @@ _NOTHING = "-"
 
 
 def by_decider(verdicts: Iterable[VerdictRecord]) -> dict[str, list[VerdictRecord]]:
-    """The verdicts of each target and release, older releases first."""
+    """Return the verdicts of each target and release, older releases first."""
     groups: dict[str, list[VerdictRecord]] = {}
     for record in sorted(verdicts, key=_release_order):
         groups.setdefault(decider(record), []).append(record)
@@ -31,7 +31,7 @@ def _release_order(record: VerdictRecord) -> tuple[object, ...]:
 
 
 def version_order(release: str) -> tuple[bool, Version, str]:
-    """A key that sorts releases by age, and what is no release after them."""
+    """Return a key that sorts releases by age, and other names after them."""
     try:
         return (False, parse_release(release), "")
     except ValueError:
@@ -39,7 +39,7 @@ def version_order(release: str) -> tuple[bool, Version, str]:
 
 
 def cell(record: VerdictRecord | None) -> str:
-    """A verdict, with the method that was decided for where a kernel was in question."""
+    """Return a verdict, with the chosen method where a kernel was in question."""
     if record is None:
         return _NOTHING
     text = str(record.verdict)
@@ -121,7 +121,7 @@ def totals(verdicts: Sequence[VerdictRecord]) -> str:
 
 
 def why_unjudged(verdicts: Sequence[VerdictRecord]) -> list[str]:
-    """The reasons for which there is no verdict, most frequent first, each with its count."""
+    """Return the reasons for no verdict, most frequent first, each with its count."""
     counts = Counter(brief(v.reason) for v in verdicts if not v.verdict.is_given)
     return [f"{count} x {reason}" for reason, count in counts.most_common()]
 
@@ -146,7 +146,7 @@ def test_table(tests: Sequence[TestRecord]) -> Table:
 
 
 def aligned(table: Table) -> list[str]:
-    """The lines of a table for a terminal."""
+    """Return the lines of a table for a terminal."""
     shown = [list(map(one_line, row)) for row in table]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return [
@@ -156,7 +156,7 @@ def aligned(table: Table) -> list[str]:
 
 
 def markdown(table: Table) -> list[str]:
-    """The lines of a table for Markdown."""
+    """Return the lines of a table for Markdown."""
 
     def line(row: Iterable[str]) -> str:
         return "| " + " | ".join(map(for_markdown, row)) + " |"

@@ -9,6 +9,7 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import ModelSpec, RouterConfig, load_incomplete, load_models
 from pytest_moe_routing.oracle.exact import same_calls
 from pytest_moe_routing.routing import recipe_of
+from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 _INTRODUCTION = """\
 # Models
@@ -23,7 +24,7 @@ and weighs the side it needs. Whether a scheme then serves the model also depend
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     models = load_models(packaged_directory())
     incomplete = load_incomplete(packaged_directory())
     lines = [_INTRODUCTION.format(newest=known_releases()[-1])]
@@ -38,10 +39,21 @@ def page() -> str:
         clamp = [f"the experts' gate and linear halves are clamped at {limit:g}"] if limit else []
         unusual = [*clamp, *model.notes, *map(str, model.layers)]
         lines += [f"- **{model.id}**: {'; '.join(unusual)}"] if unusual else []
+    lines += ["", "## Published in schemes that are not judged", ""]
+    lines += [f"- **{m.id}**: {reason}" for m in models.values() for reason in unserved(m)]
     if incomplete:
         lines += ["", "## Known in part, and not judged", ""]
         lines += [f"- **{m.id}**: {m.incomplete}" for m in incomplete.values()]
     return "\n".join(lines) + "\n"
+
+
+def unserved(model: ModelSpec) -> Iterator[str]:
+    """Why a published checkpoint of a model is not judged in its own scheme."""
+    if model.unknown_scheme:
+        yield model.unknown_scheme
+    names = [name for name in model.checkpoints if name not in SERVED_SCHEMES]
+    if names:
+        yield f"{', '.join(names)}; the schemes that are judged are {', '.join(SERVED_SCHEMES)}"
 
 
 def _router(model: ModelSpec) -> str:

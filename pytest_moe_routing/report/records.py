@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import shorten
@@ -17,10 +18,15 @@ MAX_BYTES = 30_000_000
 _MAX_LINE = 2_000_000
 
 
+def ordered(records: Iterable[Record]) -> list[Record]:
+    """Return records in the order of what they are about, those of failed tests first."""
+    return sorted(records, key=lambda record: (record.outcome != "failed", record.key))
+
+
 def dump(records: Iterable[Record]) -> str:
-    """Records as JSON lines, in the order of what they are about."""
-    ordered = sorted(records, key=lambda record: record.key)
-    return "".join(json.dumps({"format": FORMAT, **record.as_dict()}) + "\n" for record in ordered)
+    """Write records as JSON lines, failures first."""
+    lines = (json.dumps({"format": FORMAT, **record.as_dict()}) for record in ordered(records))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def load(file: Path) -> list[Record]:
@@ -33,14 +39,41 @@ def load(file: Path) -> list[Record]:
     return [_parse(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
 
 
+def load_document(file: Path) -> list[Record]:
+    """Read the JSON report of one run.
+
+    Raises:
+        MoERoutingError: The file cannot be read, or is no report.
+    """
+    data = parse_json(read_text(file, MAX_BYTES), str(file))
+    _check_format(data, str(file))
+    found: list[Record] = []
+    for name in ("verdicts", "tests"):
+        rows = data.get(name, [])
+        if not isinstance(rows, list):
+            raise MoERoutingError(f"{file}: {name}: found {_show(rows)}, expected a list")
+        found += [_record(row, f"{file}: {name}[{n}]") for n, row in enumerate(rows)]
+    return found
+
+
+def _check_format(data: Any, where: str) -> None:
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise MoERoutingError(f"{where}: format: found {_show(found)}, expected {FORMAT}")
+
+
 def _parse(line: str, where: str) -> Record:
     if len(line) > _MAX_LINE:
         size = f"{len(line)} characters"
         raise MoERoutingError(f"{where}: found {size}, expected at most {_MAX_LINE}")
     data = parse_json(line, where)
-    found = data.get("format") if isinstance(data, dict) else None
-    if found != FORMAT:
-        raise MoERoutingError(f"{where}: format: found {_show(found)}, expected {FORMAT}")
+    _check_format(data, where)
+    return _record(data, where)
+
+
+def _record(data: Any, where: str) -> Record:
+    if not isinstance(data, dict):
+        raise MoERoutingError(f"{where}: found {_show(data)}, expected a record")
     kind = KINDS.get(str(data.get("kind")))
     if kind is None:
         kinds = " or ".join(KINDS)
@@ -57,7 +90,7 @@ def _show(value: object) -> str:
 
 
 def merge(files: Iterable[Path]) -> list[Record]:
-    """The records of several runs; the same one twice is one.
+    """Return the records of several runs; the same one twice is one.
 
     Raises:
         MoERoutingError: A file cannot be read, or two of them disagree.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -12,6 +14,8 @@ from pytest_moe_routing.oracle.verdict import Verdict
 if TYPE_CHECKING:
     from pytest_moe_routing.oracle.model_code import CodeJudgement
 
+#: Stands for a space at which a line must not break.
+_GLUE = "\0"
 #: What each verdict means.
 MEANINGS: Mapping[Verdict, str] = {
     Verdict.EXACT: "the fused kernel runs and computes the model's router",
@@ -40,12 +44,12 @@ _FIELDS: Mapping[str, str] = {
 
 
 def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the kernel") -> str:
-    """What is wrong, without its explanation.
+    """Say what is wrong, without its explanation.
 
     Args:
         wanted_by, got_by: Who has the two values of a recipe's field.
     """
-    field, wanted, got = finding.field, _value(finding.wanted), _value(finding.got)
+    field, wanted, got = finding.field, value(finding.wanted), value(finding.got)
     match finding.kind:
         case Kind.RECIPE if finding.wanted is None and finding.got is None:
             return f"{field}: {finding.fact}"
@@ -75,7 +79,17 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
     return finding.fact
 
 
-def _value(value: object) -> str:
+def short(finding: Finding) -> str:
+    """Return what is wrong in a few words, without its explanation: for lists."""
+    if finding.kind is Kind.LIMIT and finding.wanted not in (None, ""):
+        return f"{finding.field} is {value(finding.got)}, not {value(finding.wanted)}"
+    if finding.kind is Kind.RAISED:
+        return sentence(replace(finding, where=finding.where.rpartition("/")[2]))
+    return sentence(finding)
+
+
+def value(value: object) -> str:
+    """Return a value of a model or a call as a reader sees it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
@@ -84,7 +98,7 @@ def _value(value: object) -> str:
 
 
 def sentences(findings: Iterable[Finding]) -> Iterator[str]:
-    """What is wrong, then what explains it, each once."""
+    """Say what is wrong, then what explains it, each once."""
     findings = tuple(findings)
     yield from dict.fromkeys(sentence(finding) for finding in findings)
     told = (Kind.RECIPE, Kind.APPLIED)
@@ -99,13 +113,13 @@ def decider(record: VerdictRecord) -> str:
 
 
 def flashinfer(record: VerdictRecord) -> str:
-    """The FlashInfer release, and whose facts were used if they are not its own."""
+    """Name the FlashInfer release, and whose facts were used if they are not its own."""
     known = record.flashinfer == record.judged_as
     return f"FlashInfer {record.flashinfer}" + ("" if known else f" (judged as {record.judged_as})")
 
 
 def title(record: VerdictRecord) -> str:
-    """The model, the scheme, who decided and the verdict."""
+    """Name the model, the scheme, who decided, and the verdict."""
     who = f"{record.target} {record.release}".rstrip()
     return f"{record.model} on {record.scheme}, decided by {who}: {record.verdict}"
 
@@ -130,16 +144,82 @@ def story(record: VerdictRecord) -> list[str]:
     return lines
 
 
+def short_story(record: VerdictRecord) -> Iterator[str]:
+    """Return what a person needs to see what is wrong: `story`, without what says little."""
+    title, _, *lines = story(record)
+    several = len(record.rejected_by) > 1
+    exact = 0
+    yield title
+    for line in lines:
+        what, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        # A gate that accepts says nothing, and the last gate is all of the others at once.
+        if what == "gate" and rest.startswith("all accept"):
+            continue
+        if what == "gate" and several and rest.startswith("is_supported_config"):
+            continue
+        if what in ("logits", "bias") and rest == "all 0":
+            continue
+        exact += what == "exact"
+        if exact > 1:
+            continue
+        more = len(record.exact) - 1 if what == "exact" else 0
+        yield f"{line} (or {more} more)" if more > 0 else line
+
+
 def consequences(record: VerdictRecord) -> Iterator[str]:
-    """What the kernel computes, what is wrong with it or in its way, and how precise it is."""
+    """Say what the kernel computes, what is wrong with it, and how precise it is."""
     if record.kernel is not None:
         yield f"  kernel   {record.kernel}"
-    for line in (*sentences(record.findings), *record.obstacles):
+    yield from reasons(record)
+
+
+def reasons(record: VerdictRecord) -> Iterator[str]:
+    """Yield what is wrong or in the kernel's way, with a token that shows it; then notes."""
+    said = {f"{gate}: {reason}" for gate, reason in record.rejected_by.items()}
+    for line in (*sentences(record.findings), *(o for o in record.obstacles if o not in said)):
         yield f"  because  {line}"
     if record.counterexample is not None:
         yield from (f"    {line}" for line in token(record.counterexample))
     for note in record.notes:
         yield f"  note     {sentence(note)}"
+
+
+def calls(records: Sequence[VerdictRecord]) -> list[str]:
+    """Return the lines of the exact calls: the arguments in common, then each entry point."""
+    made = [(record.scheme, record.call) for record in records if record.call is not None]
+    if not made:
+        return []
+    method, first = made[0][1]["method"], made[0][1]["arguments"]
+    common = {
+        name: value
+        for name, value in first.items()
+        if all(call["arguments"].get(name, ...) == value for _, call in made)
+    }
+    label = "call" if records[0].verdict is Verdict.EXACT else "exact"
+    shown = f"{label:8} as {method}: {_listed(common, glue=_GLUE)}"
+    lines = [
+        line.replace(_GLUE, " ") for line in textwrap.wrap(shown, 78, subsequent_indent=" " * 9)
+    ]
+    for scheme, call in made:
+        own = {n: v for n, v in call["arguments"].items() if n not in common}
+        extra = f", with {_listed(own)}" if own else ""
+        lines.append(f"         to {call['function']} for {scheme}{extra}")
+    return [f"  {line}" for line in lines]
+
+
+def _listed(arguments: Mapping[str, Any], glue: str = " ") -> str:
+    shown = (f"{name}={_argument(value)}" for name, value in arguments.items())
+    return ", ".join(text.replace(" ", glue) for text in shown)
+
+
+def _argument(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    text = f"{value['dtype']}[{', '.join(map(str, value['shape']))}]"
+    if "value" in value:
+        text = f"{value['value']:g} ({text})"
+    return text + (f" / {value['divided_by']}" if "divided_by" in value else "")
 
 
 def reach(record: VerdictRecord) -> str:
@@ -156,7 +236,7 @@ def reached(reach: Reach, opt_in: Iterable[str], *, by_default: bool) -> str:
 
 
 def token(example: Mapping[str, Any]) -> list[str]:
-    """A counterexample, as lines that a person can follow."""
+    """Write a counterexample as lines that a person can follow."""
     sides = [f"  on the expert {side}" for side in example["sides"]]
     if sides[0] == sides[1]:
         sides = ["", ""]

@@ -39,7 +39,7 @@ class RoutingMethodType(IntEnum):
     Simulated = 102
 
 
-#: The field of a recipe that each argument of a call sets, where its method honours it.
+#: The field of a recipe that each argument of a call sets, where its method honors it.
 FIELDS: Mapping[str, str] = {
     "bias": "bias",
     "n_group": "n_group",
@@ -54,11 +54,11 @@ class Method:
 
     Attributes:
         recipe: What it computes, but for these arguments.
-        honours: Keys of `FIELDS`.
+        honors: Keys of `FIELDS`.
     """
 
     recipe: Recipe
-    honours: frozenset[str] = frozenset()
+    honors: frozenset[str] = frozenset()
 
     def bind(
         self,
@@ -81,12 +81,12 @@ class Method:
             "topk_group": topk_group,
             "routed_scaling_factor": routed_scaling_factor,
         }
-        changes = {FIELDS[name]: arguments[name] for name in self.honours}
+        changes = {FIELDS[name]: arguments[name] for name in self.honors}
         return replace(self.recipe, top_k=top_k, weight_on=weight_on, **changes)
 
 
-def _method(*honours: str, **recipe: Any) -> Method:
-    return Method(Recipe(weight_dtype="bfloat16", **recipe), frozenset(honours))
+def _method(*honors: str, **recipe: Any) -> Method:
+    return Method(Recipe(weight_dtype="bfloat16", **recipe), frozenset(honors))
 
 
 _GROUPS = ("n_group", "topk_group")

@@ -58,7 +58,7 @@ def _choice(recipe: Recipe, num_experts: int, weighed: bool) -> dict[str, Any]:
     # Scores keep the order of logits, but neither that of sums nor that of biased scores.
     if recipe.bias or ranks_sums:
         return {"score": recipe.score, "bias": recipe.bias, **groups}
-    # What matters beside a mask is whether scores can lie below it.
+    # With a mask, what matters is whether scores can lie below it.
     unmasked = not grouped or mask == -inf or recipe.score == "identity"
     return {"score": "identity" if unmasked else "sigmoid", **groups}
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -150,8 +151,9 @@ class Recipe:
         return " -> ".join(steps)
 
 
+@lru_cache(maxsize=1 << 16)
 def recipe_of(router: RouterConfig) -> Recipe:
-    """The recipe that a model's router is.
+    """Return the recipe that a model's router is.
 
     A softmax taken after top-k is the same as one taken over all experts and divided by the sum
     of the chosen; it is written as the former, which needs no sum over experts.

@@ -53,7 +53,7 @@ class Epilogue:
         memory: Memory,
         weight: Tensor | None,
     ) -> Tensor:
-        """An expert's stored rows, bfloat16 `[tokens, hidden]`."""
+        """Return an expert's stored rows, bfloat16 `[tokens, hidden]`."""
         acc = x @ gemm1.T
         if weight is not None:
             acc = acc * weight.unsqueeze(1)
@@ -83,7 +83,7 @@ class Epilogue:
         return scale_c * (linear.clamp(-limit, limit) + beta) * gate
 
     def _store(self, x: Tensor) -> Tensor:
-        """The intermediate as the second GEMM reads it, in units of its static scale."""
+        """Return the intermediate as the second GEMM reads it, in units of its static scale."""
         format = self.storage.intermediate
         if "bf16" in (self.storage.activated, format):
             x = x.to(torch.bfloat16).to(torch.float32)

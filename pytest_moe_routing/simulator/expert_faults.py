@@ -56,7 +56,7 @@ def _unclamped(given: dict[str, Any], _: Context) -> dict[str, Any]:
 
 
 def _physical_limit(given: dict[str, Any], _: Context) -> dict[str, Any]:
-    """The limit is taken as one of dequantized numbers, though accumulators are compared."""
+    """Take the limit as one of dequantized numbers, though accumulators are compared."""
     limit, gate = given.get("gemm1_clamp_limit"), given.get("output1_scale_gate_scalar")
     if limit is None or gate is None:
         return given
@@ -95,7 +95,7 @@ def _unweighted(weights: Tensor, _: Context) -> Tensor:
 
 
 def _weighted_twice(weights: Tensor, c: Context) -> Tensor:
-    """The weight is on the input, and once more on the output."""
+    """Apply the weight on the input, and once more on the output."""
     assert c.routing is not None
     if not c.given.get("use_routing_scales_on_input"):
         return weights

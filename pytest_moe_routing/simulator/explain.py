@@ -44,7 +44,7 @@ def explain(run: Callable[[Any], Tensor], got: Tensor, flashinfer: FlashInfer) -
 
 
 def dense(topk_ids: Tensor, topk_weights: Tensor, num_experts: int) -> Tensor:
-    """A routing as weights by expert, and the number of slots that name no expert, by token."""
+    """Return a routing as weights by expert, and each token's number of slots without an expert."""
     ids = topk_ids.to(torch.int64)
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     found = torch.zeros(len(ids), num_experts + 1, dtype=torch.float64)

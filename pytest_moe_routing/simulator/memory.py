@@ -100,7 +100,7 @@ def check_memory(names: Mapping[str, Any], memory: Memory, scale_argument: str) 
 
 
 def raw(tensor: Tensor) -> Tensor:
-    """A tensor as a kernel sees it that takes its address and its shape, and no strides."""
+    """Return a tensor as a kernel sees it that takes its address and shape, and no strides."""
     strides, step = [], 1
     for size in reversed(tensor.shape):
         strides.append(step)
@@ -118,7 +118,7 @@ def stored_rows(rows: int, gated: bool, memory: Memory) -> Tensor:
         place = 2 * (place % half) + place // half
     if memory.shuffled:
         # FlashInfer's row map: 0, 8, 16, 24, 1, 9, ... in a block of 32; 0, 8, 1, 9, ... in one of
-        # 16. Eight rows apart lie neighbours.
+        # 16. Neighbors lie eight rows apart.
         within, each = place % memory.shuffled, memory.shuffled // 8
         place = place - within + within % each * 8 + within // each
     return place

@@ -50,14 +50,14 @@ def _higher_ties(x: Inputs, c: Context) -> Routing:
 
 
 def _nan_rows(x: Inputs, _: Context) -> Routing:
-    """A token with a NaN among its logits gets expert 0, top_k times."""
+    """Give a token with a NaN among its logits expert 0, top_k times."""
     found = route(x.logits, x.recipe, x.bias)
     broken = x.logits.isnan().any(1, keepdim=True)
     return Routing(found.topk_ids.masked_fill(broken, 0), found.topk_weights)
 
 
 def _nan_beyond(x: Inputs, c: Context) -> Routing | None:
-    """A token of bfloat16 NaN gets experts of the compiled tier that the router does not have."""
+    """Give a token of bfloat16 NaN experts that only the compiled tier has."""
     tier = max(128, 1 << (c.num_experts - 1).bit_length())
     if x.recipe.score != "identity" or x.logits.dtype != torch.bfloat16 or c.num_experts == tier:
         return None
@@ -67,7 +67,7 @@ def _nan_beyond(x: Inputs, c: Context) -> Routing | None:
 
 
 def _cancelled(x: Inputs, _: Context) -> Routing | None:
-    """The score is recovered from the key, by taking the bias away again."""
+    """Recover the score from the key, by subtracting the bias again."""
     r = x.recipe
     if x.bias is None:
         return None
@@ -88,7 +88,7 @@ def _bias_as_bfloat16(x: Inputs, _: Context) -> Inputs:
 def _logits_as_float32(x: Inputs, _: Context) -> Inputs:
     if x.logits.dtype != torch.bfloat16 or x.logits.shape[1] % 2:
         return x
-    # The second half of what is read is the neighbour's.
+    # The second half of what is read belongs to the next one.
     return replace(x, logits=x.logits.contiguous().view(torch.float32).repeat(1, 2))
 
 
@@ -96,6 +96,13 @@ def _first_256(x: Inputs, _: Context) -> Inputs:
     logits = x.logits.clone()
     logits[:, 256:] = -torch.inf
     return replace(x, logits=logits)
+
+
+def _shared_scaled(routing: Routing, c: Context) -> Routing:
+    """Shared slots get the factor that belongs to the routed ones."""
+    weights = routing.topk_weights.clone()
+    weights[:, c.top_k :] *= c.given["routed_scaling_factor"] or 1.0
+    return replace(routing, topk_weights=weights)
 
 
 def _no_tier(_: bool, c: Context) -> bool:
@@ -223,6 +230,14 @@ ROUTING_FAULTS = (
         "experts from 256 on are never chosen",
         "kekzl/imp PR 2056",
         "test_gpu_routing.py::test_model[kimi-k2-hot-expert-float32-float32]",
+    ),
+    Fault(
+        "shared-scaled",
+        Stage.SHARED,
+        _shared_scaled,
+        "fused shared experts are weighted by the routed scaling factor",
+        "MooreThreads/torchada PR 84",
+        "test_gpu_moe.py::test_fused_shared_experts[nvfp4]",
     ),
     Fault(
         "missing-tier",

@@ -89,7 +89,7 @@ class Simulator:
             self.tuning = before
 
     def _at(self, stage: Stage, value: Any, context: Context) -> Any:
-        """What becomes of a value at a stage: what the fault makes of it, if it is one of there."""
+        """Apply the injected fault to a value, if the fault belongs to this stage."""
         if self.fault is None or self.fault.stage != stage:
             return value
         return self.fault.change(value, context)
@@ -100,8 +100,10 @@ class Simulator:
         names = Names(name, given, self.flashinfer)
         check_call(names)
         experts, tile = names["num_experts"], given["tile_tokens_dim"]
-        shard = Shard(given["local_expert_offset"], names["local_num_experts"])
-        context = Context(given, "routing", names["method"], experts, given["top_k"], shard)
+        shared = names["shared"]
+        shard = Shard(given["local_expert_offset"], names["local_num_experts"] + shared)
+        method, top_k = names["method"], given["top_k"]
+        context = Context(given, "routing", method, experts, top_k, shard, shared=shared)
         routing = self._choose(context)
         shard = self._at(Stage.SHARD, shard, context)
         place = permute(routing.topk_ids, shard, tile)
@@ -155,7 +157,10 @@ class Simulator:
             routing = faulty
         else:
             routing = route(inputs.logits, inputs.recipe, inputs.bias)
-        return Routing(routing.topk_ids, routing.topk_weights.to(torch.bfloat16))
+        routing = Routing(routing.topk_ids, routing.topk_weights.to(torch.bfloat16))
+        if not context.shared:
+            return routing
+        return self._at(Stage.SHARED, routing.with_shared(experts, context.shared), context)
 
     # -- the fused MoE ------------------------------------------------------------------------
 
@@ -164,8 +169,18 @@ class Simulator:
         check_call(names)
         scheme = scheme_of(names)
         experts, top_k = given["num_experts"], given["top_k"]
-        shard = Shard(given["local_expert_offset"], given["local_num_experts"])
-        context = Context(given, scheme, names["method"], experts, top_k, shard, tuning=self.tuning)
+        shared = names["shared"]
+        shard = Shard(given["local_expert_offset"], given["local_num_experts"] + shared)
+        context = Context(
+            given,
+            scheme,
+            names["method"],
+            experts,
+            top_k,
+            shard,
+            tuning=self.tuning,
+            shared=shared,
+        )
         given = context.given = self._at(Stage.ARGUMENTS, given, context)
         memory = memory_of(scheme, layout_of(scheme, given))
         check_memory(names, memory, kernel_of(scheme).scale_argument)
@@ -175,7 +190,7 @@ class Simulator:
         hidden = self._hidden(given, scheme, context)
         replay = given.get("routing_replay_out")
         if replay is not None:
-            replay[: len(hidden)] = routing.topk_ids
+            replay[: len(hidden)] = routing.topk_ids[:, :top_k]
         rows = self._rows(hidden, routing, memory, layer, context)
         rows = self._at(Stage.ROWS, rows, context)
         if not given["do_finalize"]:
@@ -192,7 +207,7 @@ class Simulator:
             Stage.FINALIZE, weights, replace(context, routing=routing, routed=is_routed)
         )
         total = torch.zeros(len(hidden), rows.shape[-1])
-        for slot in range(top_k):
+        for slot in range(rows.shape[1]):
             total += weights[:, slot : slot + 1] * rows[:, slot].to(torch.float32)
         output = self._at(Stage.OUTPUT, total.to(torch.bfloat16), context)
         if given.get("output") is not None:
@@ -256,7 +271,7 @@ class Simulator:
     def _open(
         self, context: Context, expert: int, memory: Memory, layer: Epilogue
     ) -> tuple[Tensor, Tensor]:
-        """An expert's weights; kept if small, as tests call with the same ones many times."""
+        """Return an expert's weights; small ones are kept, as tests use the same many times."""
         given, scales = context.given, kernel_of(context.scheme).scale_argument
         key = (id(given["gemm1_weights"]), id(given["gemm2_weights"]), memory)
         if self._opened[0] is None or self._opened[0][0] != key:

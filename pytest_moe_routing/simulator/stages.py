@@ -20,6 +20,8 @@ class Stage(Enum):
     ROUTE = auto()
     #: bool: whether a kernel is launched that writes the routing.
     LAUNCHED = auto()
+    #: `Routing` with the slots of fused shared experts.
+    SHARED = auto()
     #: `Shard` that the permutation is made for.
     SHARD = auto()
     #: The entry point's arguments by name.
@@ -52,6 +54,7 @@ class Context:
         tuning: Whether tactics are being tried out.
         routing: Where the tokens went, once known.
         routed: Whether the caller chose the experts.
+        shared: How many fused shared experts follow the routed ones; the shard holds them too.
     """
 
     given: dict[str, Any]
@@ -63,6 +66,7 @@ class Context:
     tuning: bool = False
     routing: Routing | None = None
     routed: bool = False
+    shared: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.failure import Failure, Rank
-from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.finding import Finding, Kind, source_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import text
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.config_sweep import Cause
     from pytest_moe_routing.oracle.enum_numbers import EnumMismatch
     from pytest_moe_routing.oracle.ignored import Ignored
-    from pytest_moe_routing.oracle.judge import Judgement
+    from pytest_moe_routing.oracle.judgement import Judgement
     from pytest_moe_routing.oracle.model_code import CodeJudgement
     from pytest_moe_routing.oracle.modular import MethodRejection
     from pytest_moe_routing.oracle.target import Choice, Target
@@ -25,25 +25,25 @@ _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 
 
 def _id(*parts: str) -> str:
-    """A cause's id: stable, and one word."""
+    """Return a cause's id: stable, and one word."""
     return ":".join(part.replace(" ", "-") for part in parts if part)
 
 
 def of_target(error: TargetError) -> Failure:
-    """A target that failed when it was asked."""
+    """Describe a target that failed when it was asked."""
     return Failure(_id("target", error.cause), Rank.LOUD, "", tuple(str(error).splitlines()))
 
 
 def of_verdict(record: VerdictRecord) -> Failure:
-    """A model that a fused kernel computes wrongly, or that is lost."""
-    # A gate that accepts says nothing about what is wrong.
-    lines = [line for line in text.story(record) if not line.startswith("  gate     all accept")]
+    """Describe a model that a fused kernel computes wrongly, or that is lost."""
     rank = _RANKS.get(record.verdict, Rank.LOUD)
-    return Failure(record.cause, rank, f"{record.model} {record.scheme}", tuple(lines))
+    lines = tuple(text.short_story(record))
+    case = f"{record.model} {record.scheme}"
+    return Failure(record.cause, rank, case, lines, record.source)
 
 
 def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
-    """A routing method that travels under a number of another meaning."""
+    """Describe a routing method whose number means another one to FlashInfer."""
     finding = mismatch.finding
     cases = mismatch.cases
     shown = ", ".join(cases[:3]) + (f" and {len(cases) - 3} others" if len(cases) > 3 else "")
@@ -73,8 +73,8 @@ def of_modular_call(
     findings: tuple[Finding, ...],
     choice: Choice | None,
 ) -> Failure:
-    """Ids, weights or arguments that go wrong on the way through modular experts."""
-    from pytest_moe_routing.oracle.judge import reach_of
+    """Return the failure of a way through modular experts."""
+    from pytest_moe_routing.oracle.judgement import reach_of
 
     switches = () if choice is None else choice.switches
     reach = Reach.NO_MODEL if switches is None else reach_of(model, scheme, switches)
@@ -96,7 +96,7 @@ def of_modular_call(
 
 
 def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
-    """A request besides routing that fused experts ignore."""
+    """Return the failure of fused experts that ignore a request besides routing."""
     from pytest_moe_routing.oracle.around import Request
 
     request, response = ignored.request, ignored.response
@@ -116,7 +116,7 @@ def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
 
 
 def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
-    """A downcast that the kernel does not need."""
+    """Describe a downcast that the kernel does not need."""
     from pytest_moe_routing.oracle.downcasts import PATTERNS, share_of_tokens
 
     share = share_of_tokens(judgement, downcast.field)
@@ -130,7 +130,8 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
         "which get other experts",
     )
     cause = _id("downcast", downcast.field, judgement.site)
-    return Failure(cause, Rank.DOWNCAST, f"{record.model} {record.scheme}", lines)
+    case = f"{record.model} {record.scheme}"
+    return Failure(cause, Rank.DOWNCAST, case, lines, record.source)
 
 
 def of_model_code(judgement: CodeJudgement) -> Failure:
@@ -138,24 +139,33 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
     fields = "+".join(dict.fromkeys(finding.field for finding in judgement.findings))
     cause = _id("model-code", fields, judgement.request.block)
     lines = tuple(text.model_code(judgement))
-    return Failure(cause, Rank.SILENT, judgement.model.id, lines)
+    source = source_of(judgement.findings)
+    return Failure(cause, Rank.SILENT, judgement.model.id, lines, source)
 
 
-def of_sweep(cause: Cause) -> Failure:
-    """A cause of the config sweep: one line if no model has such a router."""
+def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
+    """Describe a cause of the config sweep: as that of the models it concerns, or in one line.
+
+    Args:
+        behind_gates: Whether a gate keeps everybody from meeting it; then it is latent.
+    """
+    if cause.concerned and not behind_gates:
+        failures = [of_verdict(found.record()) for found in cause.concerned]
+        return list({failure.cause: failure for failure in reversed(failures)}.values())
     record = cause.example.record()
-    rejections = (f"{gate}: {reason}" for gate, reason in record.rejected_by.items())
-    what = "; ".join((*text.sentences(record.findings), *rejections))
-    routers = "1 router" if cause.count == 1 else f"{cause.count} routers"
+    configs = "1 config" if cause.count == 1 else f"{cause.count} configs"
     settings = ", ".join(f"{name}: {value}" for name, value in cause.settings.items())
-    line = (
-        f"{cause.verdict}: {cause.method} on {cause.scheme}: {what} ({routers}, such as {settings})"
+    if cause.verdict is Verdict.MISSED:
+        what = ": ".join(next(iter(record.rejected_by.items()), ()))
+    else:
+        what = "; ".join(dict.fromkeys(map(text.short, record.findings)))
+    place = " behind its gate" if behind_gates else ""
+    lines = (
+        f"{cause.verdict}{place}: {what}",
+        f"{', '.join(cause.methods)}; {configs}, such as {settings}",
     )
-    rank, case = Rank.LATENT, cause.scheme
-    if cause.models:
-        rank = _RANKS.get(cause.verdict, Rank.LOUD)
-        line += f"; concerns {', '.join(cause.models)}"
-    fields = "+".join(dict.fromkeys(f"{kind}-{field}" for kind, field, _ in cause.why))
-    return Failure(
-        _id("sweep", cause.verdict, cause.method, fields, record.site), rank, case, (line,)
-    )
+    fields = "+".join(f"{kind}-{field}" for kind, field in cause.fields)
+    # A method that is lost is a cause of its own; what is wrong or crashes is one for all methods.
+    lost = cause.methods[0] if cause.verdict is Verdict.MISSED else ""
+    name = "behind-gates" if behind_gates else "sweep"
+    return [Failure(_id(name, cause.verdict, lost, fields), Rank.LATENT, cause.scheme, lines)]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: Lines that explain a wrong result, made when they are needed.
 Explain = Callable[[], list[str]]
-#: Experts that are different, where sizes are reduced; a prime, so that no shard begins anew.
+#: Experts that are different, where sizes are reduced; a prime, so that no shard repeats another.
 DISTINCT = 61
 
 
@@ -62,6 +62,7 @@ class Fused:
     biases: bool = False
     silent: int | None = None
     limit: float | None = None
+    shared: int = 0
 
     @cached_property
     def layer(self) -> MoELayer:
@@ -90,7 +91,7 @@ class Fused:
     def experts(self) -> GeneratedExperts | Cycled:
         from pytest_moe_routing.reference.weights import GeneratedExperts, static_scale
 
-        count = self.call.num_experts
+        count = self.call.num_experts + self.shared
         made = GeneratedExperts(
             count,
             *self.width,
@@ -132,7 +133,7 @@ class Fused:
         return ReachedExperts(padded, self.kernel, gated, self.kernels.device)
 
     def prepared(self, shard: Shard) -> Prepared:
-        """The weights of a shard, as the kernel wants them."""
+        """Return the weights of a shard in the kernel's layout."""
         count = len(self._prepared.gate)
         return self._prepared.take([e % count for e in shard.experts], shard)
 
@@ -142,15 +143,15 @@ class Fused:
 
         if self.sizes:
             return self.reached.prepared
-        return self.prepared(Shard.whole(self.call.num_experts))
+        return self.prepared(Shard.whole(self.call.num_experts + self.shared))
 
     def problem(self, num_tokens: int, pattern: str = "plain") -> MoEProblem:
-        """What the kernel is asked, routed by the reference."""
+        """Return the kernel's problem, routed by the reference."""
         from pytest_moe_routing import logits
         from pytest_moe_routing.reference.problem import MoEProblem
 
         recipe = self.flashinfer.recipe(self.call)
-        case = logits.make(
+        case = logits.make_case(
             pattern, recipe, num_tokens=num_tokens, num_experts=self.call.num_experts
         )
         bias = None if case.bias is None else case.bias.to(dtype(self.call.bias_dtype))
@@ -170,7 +171,12 @@ class Fused:
 
         with unsupported_is_skipped():
             return fused_arguments(
-                problem, self.call, prepared or self.whole, self.flashinfer, **how
+                problem,
+                self.call,
+                prepared or self.whole,
+                self.flashinfer,
+                shared=self.shared,
+                **how,
             )
 
     def launch(
@@ -190,7 +196,7 @@ class Fused:
     def output(
         self, problem: MoEProblem, *, tuned: bool = False, **how: Any
     ) -> tuple[Tensor, Explain]:
-        """The output, and what explains it if it is wrong."""
+        """Return the output, and what explains it if it is wrong."""
         arguments = self.arguments(problem, **how)
         (output,) = self.launch(arguments, routed=how.get("routed", False), tuned=tuned)
         return output, lambda: self.explained(arguments, output, how.get("routed", False), tuned)
@@ -211,7 +217,7 @@ class Fused:
         return explained(run, output, self.flashinfer)
 
     def rows(self, problem: MoEProblem, **how: Any) -> tuple[Tensor, Rows]:
-        """Chosen experts, and what was computed for each, as the kernel says itself."""
+        """Chosen experts, and the rows of them and of shared ones, as the kernel says itself."""
         import torch
 
         from pytest_moe_routing.kernels.fused import rows_of
@@ -222,7 +228,7 @@ class Fused:
             return self.located(problem), rows_of(result, tokens, top_k)
         replay = torch.full((tokens, top_k), -1, dtype=torch.int16, device=self.kernels.device)
         result = self.launch(self.arguments(problem, finalize=False, replay=replay, **how))
-        return replay.cpu().to(torch.int64), rows_of(result, tokens, top_k)
+        return replay.cpu().to(torch.int64), rows_of(result, tokens, top_k + self.shared)
 
     @cached_property
     def replays(self) -> bool:
@@ -272,12 +278,15 @@ class Fused:
             # The kernel chose other experts, which is judged next; their rows need their weights.
             ids, found = self.rows(problem)
         self.check_choice(problem, ids, found)
-        problem = replace(problem, routing=Routing(ids, found.weights))
+        chosen = Routing(ids, found.weights[:, : self.call.top_k])
+        chosen = chosen.with_shared(self.call.num_experts, self.shared)
+        problem = replace(problem, routing=chosen)
         output, why = self.output(problem)
         compared = compare_moe(output, problem)
         self.expect(compared.ok, num_tokens, compared.message, why)
         self.check_sum(output, output_of(found, self.call), found, "the sum of its rows", why)
-        for pair in pairs:
+        # No routed twin takes shared experts.
+        for pair in () if self.shared else pairs:
             given = without_routing(problem, problem.routing)
             twin, why = self.output(given, routed=True, pair=pair)
             self.check_sum(twin, output, found, "the routed twin", why)
@@ -293,9 +302,10 @@ class Fused:
         tokens, top_k = ids.shape
         assert problem.logits is not None
         assert problem.recipe is not None
+        weights = found.weights[:, :top_k]
         compared = compare_routing(
             ids,
-            found.weights,
+            weights,
             problem.logits,
             problem.recipe,
             problem.bias,
@@ -310,12 +320,13 @@ class Fused:
             replay = torch.full((tokens, top_k), -1, dtype=torch.int16) if self.replays else None
             result = launch(self.arguments(problem, finalize=False, replay=replay))
             chosen = self.located(problem, launch) if replay is None else replay
-            return dense(chosen, rows_of(result, tokens, top_k).weights, self.call.num_experts)
+            rows = rows_of(result, tokens, top_k + self.shared)
+            return dense(chosen, rows.weights[:, :top_k], self.call.num_experts)
 
         def why() -> list[str]:
             if self.sizes:
                 return self.explained({}, None, routed=False)
-            return explained(run, dense(ids, found.weights, self.call.num_experts), self.flashinfer)
+            return explained(run, dense(ids, weights, self.call.num_experts), self.flashinfer)
 
         self.expect(compared.ok, tokens, compared.message, why)
         labelled = found.weights.dtype == torch.bfloat16
@@ -349,7 +360,7 @@ def _on_cpu(value: Any) -> Any:
 
 
 def output_of(found: Rows, call: KernelCall) -> Tensor:
-    """The sum over experts of what a kernel returned without it."""
+    """Return the sum over experts of what a kernel returned without it."""
     weights = found.weights.double().unsqueeze(-1)
     if call.weight_on == "input":
         weights = weights.new_ones(weights.shape)
@@ -357,7 +368,7 @@ def output_of(found: Rows, call: KernelCall) -> Tensor:
 
 
 def silenced(expert: Expert) -> Expert:
-    """An expert whose every number is zero, block scales included."""
+    """Return an expert whose every number is zero, block scales included."""
     return replace(
         expert,
         gemm1=replace(expert.gemm1, data=expert.gemm1.data.clone().zero_()),
@@ -366,7 +377,7 @@ def silenced(expert: Expert) -> Expert:
 
 
 def moved(matrix: Quantized, device: str) -> Quantized:
-    """A matrix in its format, on a device."""
+    """Return a matrix in its format, on a device."""
     scales, overall = matrix.scales, matrix.global_scale
     return replace(
         matrix,

@@ -1,8 +1,9 @@
-"""What the fixture `moe_golden` does: compare with a golden, or rewrite it."""
+"""What the fixture `_moe_golden` does: compare with a golden, or rewrite it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,16 +13,23 @@ from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.models import ModelSpec
 
 
-def compare(model: ModelSpec, name: str, data: dict[str, Any]) -> None:
-    """Fail the test unless the data is what the model's golden says."""
+def compare(model: ModelSpec, name: str, data: dict[str, Any], options: Sequence[str]) -> None:
+    """Fail the test unless the data is what the model's golden says.
+
+    Args:
+        options: The options of the run that choose goldens; the message repeats them.
+    """
     __tracebackhide__ = True
     path = goldens.golden_path(model.folder, name)
+    words = ("pytest", "--moe-golden", *options, "--moe-models", str(model), "--snapshot-update")
+    command = shlex.join(words)
     try:
         found = list(goldens.differences(goldens.read(path), data))
+        message = goldens.disagreement(path, found, command) if found else ""
     except MoERoutingError as error:
-        found = [str(error)]
-    if found:
-        pytest.fail(goldens.disagreement(path, found, str(model)), pytrace=False)
+        message = goldens.unreadable(error, command)
+    if message:
+        pytest.fail(message, pytrace=False)
 
 
 def update(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def dtype(name: str) -> torch.dtype:
-    """The torch dtype of this name."""
+    """Return the torch dtype of this name."""
     import torch
 
     found: torch.dtype = getattr(torch, name)
@@ -32,7 +32,7 @@ def call_of(
     *,
     scheme: str = "",
 ) -> KernelCall:
-    """The call that serves a model, with the given dtypes, for one of its quantizations."""
+    """Return the call that serves a model, with these dtypes, in one of its quantizations."""
     method = BuiltinTarget(flashinfer).classify(model).method
     call = kernel_call(model.router, scheme or model.checkpoints[0], method, flashinfer)
     return replace(call, logits_dtype=logits_dtype, bias_dtype=bias_dtype or call.bias_dtype)

@@ -9,22 +9,20 @@ import torch
 
 from pytest_moe_routing.compare import compare_routing
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
-from pytest_moe_routing.logits import PATTERNS, make
+from pytest_moe_routing.logits import PATTERNS, make_case
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.reference.routing import route, weigh
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
-ROUTER = "router"
-ROUTING = "routing"
 _TOKENS = 2
 #: Rows of the pattern `not-finite` differ in kind: all kinds are frozen.
 _TOKENS_OF = {"not-finite": 5}
 
 
 def by_release(payload: Callable[[FlashInfer], Any]) -> dict[str, Any]:
-    """A payload for every known FlashInfer release, written where it changes: "from here on"."""
+    """Return a payload for every known FlashInfer release, written where it changes."""
     timeline: dict[str, Any] = {}
     last: Any = None
     for release in known_releases():
@@ -35,7 +33,7 @@ def by_release(payload: Callable[[FlashInfer], Any]) -> dict[str, Any]:
 
 
 def router_payload(model: ModelSpec) -> dict[str, Any]:
-    """What the model says, the recipe it is, and its classification from each release on."""
+    """Return the router, its recipe, and its classification from each release on."""
     return {
         "spec": model.as_dict(),
         "recipe": recipe_of(model.router).as_dict(),
@@ -47,7 +45,7 @@ def router_payload(model: ModelSpec) -> dict[str, Any]:
 
 
 def scheme_payload(model: ModelSpec, scheme: str) -> dict[str, Any]:
-    """The verdict on a scheme from each release on, with the refusing gates and the kernel."""
+    """Return the verdict on a scheme from each release on, with rejecting gates and the kernel."""
 
     def verdict(flashinfer: FlashInfer) -> dict[str, Any]:
         found = judge(BuiltinTarget(flashinfer), model, scheme)
@@ -85,7 +83,7 @@ def routing_payload(model: ModelSpec, golden: dict[str, Any] | None = None) -> d
     patterns: dict[str, Any] = {}
     for name in PATTERNS:
         tokens = _TOKENS_OF.get(name, _TOKENS)
-        case = make(name, recipe, num_tokens=tokens, num_experts=model.router.num_experts)
+        case = make_case(name, recipe, num_tokens=tokens, num_experts=model.router.num_experts)
         routing = route(case.logits, recipe, case.bias, dtype=torch.float64)
         ids, weights = routing.topk_ids, routing.topk_weights
         chosen = _golden_ids(golden, name, ids)
@@ -106,17 +104,9 @@ def routing_payload(model: ModelSpec, golden: dict[str, Any] | None = None) -> d
 def _golden_ids(
     golden: dict[str, Any] | None, name: str, like: torch.Tensor
 ) -> torch.Tensor | None:
-    """The experts that a golden has for a pattern; None unless they are of the same shape."""
+    """Return a golden's experts for a pattern; None unless they have the same shape."""
     try:
         ids = torch.tensor([token["experts"] for token in golden["patterns"][name]])  # type: ignore[index]
     except (KeyError, TypeError, ValueError):
         return None
     return ids if ids.shape == like.shape and ids.dtype == torch.int64 else None
-
-
-def golden_names(model: ModelSpec) -> set[str]:
-    """Every golden that a model has."""
-    from pytest_moe_routing.schemes import SERVED_SCHEMES
-
-    routing = set() if model.router.not_expressible else {ROUTING}
-    return {ROUTER, *routing, *(name for name in model.checkpoints if name in SERVED_SCHEMES)}

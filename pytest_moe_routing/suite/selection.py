@@ -10,13 +10,34 @@ import pytest
 if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
 
-_SUITE = Path(__file__).resolve().parent
+SUITE = Path(__file__).resolve().parent
+#: What ids of the suite's tests begin with, wherever the package is installed.
+_PREFIX = "pytest_moe_routing/suite/"
 
 
-def is_left_out(
+def module_id(path: Path) -> str:
+    """Return the id of a module of the suite: the same in a checkout and in site-packages."""
+    return f"{_PREFIX}{path.name}"
+
+
+def resolve(argument: str) -> tuple[str, bool]:
+    """Return an argument of the command line with its real path, and whether it is the suite's.
+
+    Ids of the suite's tests name a path that need not exist; pasted, they mean the suite.
+    """
+    path, colons, test = argument.partition("::")
+    before, prefix, name = path.replace("\\", "/").rpartition(_PREFIX)
+    is_pasted = bool(prefix) and not Path(path).exists() and (SUITE / name).is_file()
+    # What stands before it leads from the working directory to pytest's root directory.
+    if is_pasted and not before.strip("./"):
+        return f"{SUITE / name}{colons}{test}", True
+    return argument, Path(path).exists() and Path(path).resolve().is_relative_to(SUITE)
+
+
+def left_out(
     item: pytest.Item, config: pytest.Config, session: MoESession, *, gpu: bool, full_scale: bool
-) -> bool:
-    """Whether a run does not ask a test of the suite.
+) -> str:
+    """Return the kind of a test of the suite that a run does not ask; empty if it asks the test.
 
     Goldens are the builtin target's decisions: another target is judged, not compared. Only a
     framework has model code. GPU tests, and the config sweep of a run about some models, must be
@@ -26,21 +47,25 @@ def is_left_out(
         gpu: Whether an option asks for GPU tests.
         full_scale: Whether layers have their model's own sizes.
     """
-    not_for_this = {"moe_framework" if session.is_builtin else "moe_golden"}
-    if not full_scale:
-        not_for_this.add("moe_full_scale")
-    if not_for_this.intersection(getattr(item, "fixturenames", ())):
-        return True
-    if item.path.parent != _SUITE:
-        return False
+    fixtures = getattr(item, "fixturenames", ())
+    if session.is_builtin and "_moe_framework" in fixtures:
+        return "about frameworks (--moe-target)"
+    if not session.is_builtin and "_moe_golden" in fixtures:
+        return "goldens of the builtin target"
+    if not full_scale and "_moe_full_scale" in fixtures:
+        return "at full scale (--moe-scale full)"
+    if item.path.parent != SUITE:
+        return ""
     name = item.name.partition("[")[0]
     asked = f"{config.option.markexpr} {config.option.keyword}"
     by_name = name in asked or any(name in str(arg) for arg in config.invocation_params.args)
     if item.get_closest_marker("gpu"):
-        return not (gpu or by_name or "gpu" in asked)
+        return "" if gpu or by_name or "gpu" in asked else "GPU tests (-m gpu)"
     about_some = bool(session.model_patterns or session.configs)
     sweeps = item.get_closest_marker("sweep") is not None
-    return sweeps and about_some and not (by_name or "sweep" in asked)
+    if sweeps and about_some and not (by_name or "sweep" in asked):
+        return "about routers of no model (-m sweep)"
+    return ""
 
 
 def skip_without_driver(item: pytest.Item, kernels: str | None) -> None:

@@ -29,42 +29,52 @@ def check(
     sweep: Callable[..., Sweep],
     cached_target: CachedTarget,
     moe_scheme: str,
-    moe_session: MoESession,
-    moe_property: Callable[[str, Any], None],
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
+    *,
+    behind_gates: bool = False,
 ) -> None:
-    """Fail for every cause that concerns no model: a model's own verdict tells the others."""
+    """Fail for every cause; one that concerns models is that of their verdicts."""
     from pytest_moe_routing.errors import Unsupported
     from pytest_moe_routing.suite.causes import of_sweep
 
-    models = [model for model, scheme in moe_session.cases if scheme == moe_scheme]
+    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     with unsupported_is_skipped():
         found = sweep(cached_target, moe_scheme, models)
         if not found.verdicts:
             nothing = [("no call of the config sweep is stopped by such a gate alone", 0)]
             raise Unsupported((found.unanswered.most_common(1) or nothing)[0][0])
-    fail(moe_property, [of_sweep(cause) for cause in found.causes])
+    failures = [f for cause in found.causes for f in of_sweep(cause, behind_gates=behind_gates)]
+    fail(_moe_property, failures)
 
 
 def test_config_sweep(
     cached_target: CachedTarget,
     moe_scheme: str,
-    moe_session: MoESession,
-    moe_property: Callable[[str, Any], None],
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
 ) -> None:
     """No router of the config sweep passes all gates and goes wrong, or crashes."""
     from pytest_moe_routing.oracle.config_sweep import sweep
 
-    check(sweep, cached_target, moe_scheme, moe_session, moe_property)
+    check(sweep, cached_target, moe_scheme, _moe_session, _moe_property)
 
 
 def test_behind_gates(
-    moe_framework: Target,
+    _moe_framework: Target,
     cached_target: CachedTarget,
     moe_scheme: str,
-    moe_session: MoESession,
-    moe_property: Callable[[str, Any], None],
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
 ) -> None:
     """No call that only a gate for the routing method stops would go wrong."""
     from pytest_moe_routing.oracle.config_sweep import sweep_behind_gates
 
-    check(sweep_behind_gates, cached_target, moe_scheme, moe_session, moe_property)
+    check(
+        sweep_behind_gates,
+        cached_target,
+        moe_scheme,
+        _moe_session,
+        _moe_property,
+        behind_gates=True,
+    )

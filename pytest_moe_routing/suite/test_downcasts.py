@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def test_downcasts(
-    moe_framework: Target,
+    _moe_framework: Target,
     moe_model: ModelSpec,
     moe_scheme: str,
-    moe_property: Callable[[str, Any], None],
+    _moe_property: Callable[[str, Any], None],
 ) -> None:
     """Nothing is downcast before a kernel that would have taken it as it is."""
     from pytest_moe_routing.oracle.downcasts import avoidable_downcasts
@@ -27,7 +27,7 @@ def test_downcasts(
     from pytest_moe_routing.suite.causes import of_downcast
 
     with unsupported_is_skipped():
-        judgement = judge(moe_framework, moe_model, moe_scheme, recorded_only=True)
+        judgement = judge(_moe_framework, moe_model, moe_scheme, recorded_only=True)
     if judgement.got is None:
         pytest.skip(f"no kernel runs: {judgement.verdict}")
-    fail(moe_property, [of_downcast(judgement, d) for d in avoidable_downcasts(judgement)])
+    fail(_moe_property, [of_downcast(judgement, d) for d in avoidable_downcasts(judgement)])

@@ -14,44 +14,42 @@ if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
 
 # Goldens are the builtin target's: this fixture leaves the module out for any other.
-pytestmark = pytest.mark.usefixtures("moe_golden")
+pytestmark = pytest.mark.usefixtures("_moe_golden")
 
 
-def test_router(moe_model: ModelSpec, moe_golden: Callable[[str, dict[str, Any]], None]) -> None:
+def test_router(moe_model: ModelSpec, _moe_golden: Callable[[str, dict[str, Any]], None]) -> None:
     """What a model says of its router, and how it is classified in each FlashInfer release."""
     from pytest_moe_routing.suite import payloads
 
-    moe_golden(payloads.ROUTER, payloads.router_payload(moe_model))
+    _moe_golden(goldens.ROUTER, payloads.router_payload(moe_model))
 
 
-def test_routing(moe_model: ModelSpec, moe_golden: Callable[[str, dict[str, Any]], None]) -> None:
+def test_routing(moe_model: ModelSpec, _moe_golden: Callable[[str, dict[str, Any]], None]) -> None:
     """Which experts, with which weights, for named logits."""
     from pytest_moe_routing.suite import payloads
 
     if moe_model.router.not_expressible:
         pytest.skip(f"no recipe computes this router: {moe_model.router.not_expressible}")
     try:
-        stored = goldens.read(goldens.golden_path(moe_model.folder, payloads.ROUTING))
+        stored = goldens.read(goldens.golden_path(moe_model.folder, goldens.ROUTING))
     except MoERoutingError:
         stored = None
-    moe_golden(payloads.ROUTING, payloads.routing_payload(moe_model, stored))
+    _moe_golden(goldens.ROUTING, payloads.routing_payload(moe_model, stored))
 
 
 def test_scheme(
-    moe_model: ModelSpec, moe_scheme: str, moe_golden: Callable[[str, dict[str, Any]], None]
+    moe_model: ModelSpec, moe_scheme: str, _moe_golden: Callable[[str, dict[str, Any]], None]
 ) -> None:
     """Gates and verdict of a scheme in each FlashInfer release."""
     from pytest_moe_routing.suite import payloads
 
-    moe_golden(moe_scheme, payloads.scheme_payload(moe_model, moe_scheme))
+    _moe_golden(moe_scheme, payloads.scheme_payload(moe_model, moe_scheme))
 
 
 def test_no_stray_goldens(moe_model: ModelSpec) -> None:
     """A golden that no test reads would look like a decision and be none."""
-    from pytest_moe_routing.suite import payloads
-
     found = {path.name for path in moe_model.folder.glob(f"*{goldens.SUFFIX}")}
-    stray = found - {f"{name}{goldens.SUFFIX}" for name in payloads.golden_names(moe_model)}
+    stray = found - {f"{name}{goldens.SUFFIX}" for name in goldens.names_of(moe_model)}
     if stray:
         names = ", ".join(sorted(stray))
         pytest.fail(f"{moe_model.folder}: no test reads {names}; delete them", pytrace=False)

@@ -31,11 +31,14 @@ Make = Callable[..., Fused]
 #: One token, some, and more than a tile of them.
 TOKENS = (1, 5, 33)
 
+#: Schemes whose entry points take fused shared experts.
+SHARING = ("fp8_block", "mxfp8", "nvfp4", "mxfp4", "mxfp4_bf16")
+
 ACTIVATIONS = ("silu", "relu2", "gelu", "swigluoai", "swiglustep")
 
 
 def small_call(scheme: str, method: str = "DeepSeekV3", **fields: Any) -> KernelCall:
-    """A call with 16 experts, whether or not a model makes it."""
+    """Return a call with 16 experts, whether or not a model makes it."""
     from pytest_moe_routing.flashinfer import KernelCall
 
     bias = "router" if method == "DeepSeekV3" else "none"
@@ -73,7 +76,7 @@ def test_model(
 
 @pytest.mark.moe_models(distinct_layers=True, published=True)
 def test_full_size(
-    fused: Make, moe_model: ModelSpec, moe_scheme: str, moe_full_scale: bool
+    fused: Make, moe_model: ModelSpec, moe_scheme: str, _moe_full_scale: bool
 ) -> None:
     """A model's own sizes, padded as frameworks pad them; only with `--moe-scale full`."""
     from pytest_moe_routing.kernels.padding import misaligned
@@ -133,6 +136,14 @@ def test_method(fused: Make, method: str) -> None:
 def test_zero_expert(fused: Make, scheme: str) -> None:
     """An expert whose weights are all zero adds nothing, and no NaN."""
     fused(small_call(scheme), scheme, silent=3).check(17)
+
+
+@pytest.mark.parametrize("scheme", SHARING)
+def test_fused_shared_experts(fused: Make, scheme: str) -> None:
+    """Shared experts behind the routed ones: every token runs through them, with weight 1."""
+    layer = fused(small_call(scheme), scheme, shared=2)
+    for num_tokens in TOKENS:
+        layer.check(num_tokens)
 
 
 @pytest.mark.parametrize("scheme", KERNEL_SCHEMES)

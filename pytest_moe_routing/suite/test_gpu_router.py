@@ -36,12 +36,12 @@ TOKENS = (1, 7, 64, 515)
 
 @pytest.fixture
 def router_kernels(
-    moe_session: MoESession, record_property: Callable[[str, Any], None], _moe_stderr: int
+    _moe_session: MoESession, record_property: Callable[[str, Any], None], _moe_stderr: int
 ) -> Iterator[RouterKernels]:
-    """The compiled routers under test, on any NVIDIA GPU; the test is skipped without."""
+    """Return the compiled routers under test, or skip the test without an NVIDIA GPU."""
     from pytest_moe_routing.kernels import gpu
 
-    kernels = moe_session.router_kernels
+    kernels = _moe_session.router_kernels
     if isinstance(kernels, str):
         record_property("moe_gpu", {"missing": kernels})
         pytest.skip(kernels)
@@ -59,7 +59,7 @@ def test_router_kernel(
     import torch
 
     from pytest_moe_routing.compare import compare_routing
-    from pytest_moe_routing.logits import make
+    from pytest_moe_routing.logits import make_case
 
     router = moe_model.router
     calls = [] if router.not_expressible else list(router_kernels.calls(router))
@@ -67,7 +67,9 @@ def test_router_kernel(
         pytest.skip(f"{router_kernels.name} routes this in torch")
     problems = []
     for call in calls:
-        case = make(pattern, call.recipe, num_tokens=max(TOKENS), num_experts=router.num_experts)
+        case = make_case(
+            pattern, call.recipe, num_tokens=max(TOKENS), num_experts=router.num_experts
+        )
         logits = case.logits.to(getattr(torch, logits_dtype))
         bias = None if case.bias is None else case.bias.cuda()
         for tokens in TOKENS:

@@ -19,11 +19,11 @@ from pytest_moe_routing.suite.skips import unsupported_is_skipped
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pytest_moe_routing.compare.routing import Comparison
+    from pytest_moe_routing.compare.routing import RoutingComparison
     from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
     from pytest_moe_routing.kernels.library import Kernels
     from pytest_moe_routing.kernels.routing import KernelRouting
-    from pytest_moe_routing.logits import Case
+    from pytest_moe_routing.logits import RoutingCase
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.reference.permutation import Permutation
     from pytest_moe_routing.routing.recipe import Recipe
@@ -68,11 +68,11 @@ SHAPES = ((16, 1), (128, 8), (256, 8), (384, 8), (512, 22), (1024, 32), (2048, 3
 
 
 @lru_cache(maxsize=2)
-def made(pattern: str, recipe: Recipe, num_tokens: int, num_experts: int) -> Case:
-    """Inputs of a pattern."""
+def made(pattern: str, recipe: Recipe, num_tokens: int, num_experts: int) -> RoutingCase:
+    """Return the inputs of a pattern."""
     from pytest_moe_routing import logits
 
-    return logits.make(pattern, recipe, num_tokens=num_tokens, num_experts=num_experts)
+    return logits.make_case(pattern, recipe, num_tokens=num_tokens, num_experts=num_experts)
 
 
 class Routed:
@@ -124,8 +124,8 @@ class Routed:
         problems = misplaced(got, got.topk_ids, wanted)
         self.expect(num_tokens, [*problems, *([] if found.ok else [found.message()])], got)
 
-    def compared(self, got: KernelRouting, tokens: Tensor | slice) -> Comparison:
-        """Some of the tokens, compared with the reference."""
+    def compared(self, got: KernelRouting, tokens: Tensor | slice) -> RoutingComparison:
+        """Compare some of the tokens with the reference."""
         from pytest_moe_routing.compare import compare_routing
 
         return compare_routing(
@@ -138,7 +138,7 @@ class Routed:
         )
 
     def unlike_before(self, got: KernelRouting) -> Tensor:
-        """The tokens whose routing is not that of the last batch, which was right."""
+        """Return the tokens whose routing is not that of the last batch, which was right."""
         import torch
 
         new = torch.ones(len(got.topk_ids), dtype=torch.bool)
@@ -168,7 +168,7 @@ class Routed:
 
 
 def misplaced(got: KernelRouting, topk_ids: Tensor, wanted: Permutation) -> list[str]:
-    """What is wrong with where a kernel put the slots of these experts."""
+    """Return what is wrong with the kernel's placement of these experts' slots."""
     from pytest_moe_routing.reference.permutation import check_permutation
 
     if got.permutation is None:
@@ -220,7 +220,7 @@ def test_method(
         logits_dtype=logits_dtype,
         n_group=groups,
         topk_group=groups,
-        bias="router" if moe_flashinfer.honours(method, "bias") else "none",
+        bias="router" if moe_flashinfer.honors(method, "bias") else "none",
         routed_scaling_factor=2.5,
     )
     for pattern in ("plain", "all-negative", "ties-at-k", "not-finite"):
@@ -251,12 +251,12 @@ def test_large_bias(
 def test_reference(moe_kernels: Kernels, moe_model: ModelSpec, pattern: str) -> None:
     """The torch reference gives on the GPU what it gives on the CPU."""
     from pytest_moe_routing.compare import assert_routing
-    from pytest_moe_routing.logits import make
+    from pytest_moe_routing.logits import make_case
     from pytest_moe_routing.reference.routing import route
     from pytest_moe_routing.routing import recipe_of
 
     recipe = recipe_of(moe_model.router)
-    case = make(pattern, recipe, num_tokens=1024, num_experts=moe_model.router.num_experts)
+    case = make_case(pattern, recipe, num_tokens=1024, num_experts=moe_model.router.num_experts)
     device = moe_kernels.device
     bias = None if case.bias is None else case.bias.to(device)
     got = route(case.logits.to(device), recipe, bias)

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def test_model_code(
-    moe_framework: Target, moe_model: ModelSpec, moe_property: Callable[[str, Any], None]
+    _moe_framework: Target, moe_model: ModelSpec, _moe_property: Callable[[str, Any], None]
 ) -> None:
     """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once."""
     from pytest_moe_routing.oracle.model_code import compare_request
     from pytest_moe_routing.suite.causes import of_model_code
 
     with unsupported_is_skipped():
-        judgement = compare_request(moe_model, moe_framework.layer_request(moe_model))
+        judgement = compare_request(moe_model, _moe_framework.layer_request(moe_model))
     if judgement.findings:
-        fail(moe_property, [of_model_code(judgement)])
+        fail(_moe_property, [of_model_code(judgement)])

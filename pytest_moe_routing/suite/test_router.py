@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
 
 
-def test_router(moe_framework: Target, moe_router: str, moe_session: MoESession) -> None:
+def test_router(_moe_framework: Target, moe_router: str, _moe_session: MoESession) -> None:
     """Experts and weights are the model's, whichever function of the framework chose them."""
     from pytest_moe_routing.oracle.routers import WRONG
 
-    check(moe_framework, moe_router, moe_session, WRONG)
+    check(_moe_framework, moe_router, _moe_session, WRONG)
 
 
-def test_router_precision(moe_framework: Target, moe_router: str, moe_session: MoESession) -> None:
+def test_router_precision(
+    _moe_framework: Target, moe_router: str, _moe_session: MoESession
+) -> None:
     """Nothing is computed in bfloat16 that decides about experts, or more than rounds weights."""
     from pytest_moe_routing.oracle.routers import PRECISION
 
-    check(moe_framework, moe_router, moe_session, (PRECISION,))
+    check(_moe_framework, moe_router, _moe_session, (PRECISION,))
 
 
 def check(framework: Target, router: str, session: MoESession, kinds: Iterable[str]) -> None:

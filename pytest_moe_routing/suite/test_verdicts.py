@@ -20,8 +20,8 @@ def test_verdict(
     moe_target: Target,
     moe_model: ModelSpec,
     moe_scheme: str,
-    moe_property: Callable[[str, Any], None],
-    moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
+    _moe_session: MoESession,
 ) -> None:
     """A fused kernel runs exactly when it computes the model's router.
 
@@ -36,16 +36,16 @@ def test_verdict(
             record = judge(moe_target, moe_model, moe_scheme).record()
         except Unsupported as reason:
             no_verdict = unjudged(moe_target, moe_model, moe_scheme, reason)
-            moe_property("moe_verdict", no_verdict.as_dict())
+            _moe_property("moe_verdict", no_verdict.as_dict())
             raise
-    moe_property("moe_verdict", record.as_dict())
-    known_loss = moe_session.is_builtin and record.verdict == "missed"
+    _moe_property("moe_verdict", record.as_dict())
+    known_loss = _moe_session.is_builtin and record.verdict == "missed"
     if record.fails and not known_loss:
-        fail(moe_property, [of_verdict(record)])
+        fail(_moe_property, [of_verdict(record)])
 
 
 def test_method_numbers(
-    moe_target: Target, moe_session: MoESession, moe_property: Callable[[str, Any], None]
+    moe_target: Target, _moe_session: MoESession, _moe_property: Callable[[str, Any], None]
 ) -> None:
     """No gate accepts a method under a number that FlashInfer reads otherwise."""
     from pytest_moe_routing.oracle.enum_numbers import enum_mismatches
@@ -57,61 +57,61 @@ def test_method_numbers(
             "\n".join(("the bundled facts about this FlashInfer are wrong:", *drift)), pytrace=False
         )
     with unsupported_is_skipped():
-        mismatches = enum_mismatches(moe_target, moe_session.cases)
-    fail(moe_property, [of_enum(moe_target, mismatch) for mismatch in mismatches])
+        mismatches = enum_mismatches(moe_target, _moe_session.cases)
+    fail(_moe_property, [of_enum(moe_target, mismatch) for mismatch in mismatches])
 
 
 def test_modular(
-    moe_framework: Target,
+    _moe_framework: Target,
     moe_scheme: str,
-    moe_session: MoESession,
-    moe_property: Callable[[str, Any], None],
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
 ) -> None:
     """Experts that are given ids and weights do not reject a router for its method."""
     from pytest_moe_routing.oracle.modular import rejected_by_method
     from pytest_moe_routing.suite.causes import of_rejection
 
-    models = [model for model, scheme in moe_session.cases if scheme == moe_scheme]
+    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     with unsupported_is_skipped():
-        rejections = rejected_by_method(moe_framework, moe_scheme, models)
-    fail(moe_property, [of_rejection(moe_framework, moe_scheme, r) for r in rejections])
+        rejections = rejected_by_method(_moe_framework, moe_scheme, models)
+    fail(_moe_property, [of_rejection(_moe_framework, moe_scheme, r) for r in rejections])
 
 
 def test_modular_call(
-    moe_framework: Target,
+    _moe_framework: Target,
     moe_model: ModelSpec,
     moe_scheme: str,
-    moe_property: Callable[[str, Any], None],
+    _moe_property: Callable[[str, Any], None],
 ) -> None:
     """Experts and weights that a layer hands over arrive, with its shard and activation."""
     from pytest_moe_routing.suite.causes import of_modular_call
 
     with unsupported_is_skipped():
-        method = moe_framework.classify(moe_model).method
-        gates = moe_framework.modular_gates(moe_model, moe_scheme, method)
+        method = _moe_framework.classify(moe_model).method
+        gates = _moe_framework.modular_gates(moe_model, moe_scheme, method)
         rejected = [gate for gate in gates if not gate.ok]
         if rejected:
             pytest.skip(f"modular experts do not run: {rejected[0].name}")
-        findings = moe_framework.modular_findings(moe_model, moe_scheme)
+        findings = _moe_framework.modular_findings(moe_model, moe_scheme)
         if not findings:
             return
-        choice = moe_framework.choice(moe_model, moe_scheme, method, modular=True)
-    fail(moe_property, [of_modular_call(moe_framework, moe_model, moe_scheme, findings, choice)])
+        choice = _moe_framework.choice(moe_model, moe_scheme, method, modular=True)
+    fail(_moe_property, [of_modular_call(_moe_framework, moe_model, moe_scheme, findings, choice)])
 
 
 def test_around_call(
-    moe_framework: Target,
+    _moe_framework: Target,
     moe_scheme: str,
-    moe_session: MoESession,
-    moe_property: Callable[[str, Any], None],
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
 ) -> None:
     """Experts that route ignore no padding, no placement of experts and nobody who captures ids."""
     from pytest_moe_routing.oracle.ignored import ignored_requests
     from pytest_moe_routing.suite.causes import of_ignored
 
-    models = [model for model, scheme in moe_session.cases if scheme == moe_scheme]
+    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     with unsupported_is_skipped():
-        ignored = ignored_requests(moe_framework, moe_scheme, models)
+        ignored = ignored_requests(_moe_framework, moe_scheme, models)
     if ignored is None:
         pytest.skip("the experts accept no chosen model")
-    fail(moe_property, [of_ignored(moe_framework, moe_scheme, each) for each in ignored])
+    fail(_moe_property, [of_ignored(_moe_framework, moe_scheme, each) for each in ignored])

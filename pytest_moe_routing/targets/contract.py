@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from typing import Any
 
@@ -124,9 +124,18 @@ class Contract:
         file = resources.files(__package__).joinpath(package, "contract.yaml")
         return read(package, yaml.safe_load(file.read_text("utf-8")))
 
+    @cached_property
+    def _members(self) -> Mapping[str, list[Row]]:
+        """The rows of members, by the key of their row."""
+        members: dict[str, list[Row]] = {}
+        for key, row in self.rows.items():
+            for end in (place for place, sign in enumerate(key) if sign in ".("):
+                members.setdefault(key[:end], []).append(row)
+        return members
+
     def members(self, key: str) -> list[Row]:
         """Return the rows of a row's members."""
-        return [row for row in self.rows.values() if row.key.startswith((f"{key}.", f"{key}("))]
+        return list(self._members.get(key, ()))
 
 
 def read(package: str, data: Mapping[str, Any]) -> Contract:
@@ -247,6 +256,8 @@ class Names:
         self.contract, self.version, self._load = contract, version, load
         self._definitions, self._release = definitions, release_of(version)
         self._found: dict[str, Spelling | None] = {}
+        # The same few questions are asked for every model, and a release does not change.
+        self._lacking = cache(self._find_lacking)
 
     def _find(self, row: Row) -> Spelling | None:
         """Return the spelling that the release has: of the expected ones, else of all."""
@@ -265,13 +276,16 @@ class Names:
             question: Only the rows that this question needs.
             scheme: Only the rows that this scheme needs.
         """
-        return [
+        return list(self._lacking(question, scheme))
+
+    def _find_lacking(self, question: str | None, scheme: str | None) -> tuple[Row, ...]:
+        return tuple(
             row
             for row in self.contract.rows.values()
             if (question is None or row.concerns(question, scheme))
             and row.spellings_in(self._release)
             and self._find(row) is None
-        ]
+        )
 
     def require(self, question: str, scheme: str | None = None) -> None:
         """Check that the release has every name that a question needs.
@@ -320,9 +334,10 @@ class Names:
         Raises:
             Unsupported: The contract expects the release to have it, and it has not.
         """
-        if self.expects(key):
+        is_there = self.is_there(key)
+        if not is_there and self.expects(key):
             self.spelling(key)
-        return self.is_there(key)
+        return is_there
 
     def get(self, key: str) -> Any:
         """Import what a name stands for.

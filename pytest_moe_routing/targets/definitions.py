@@ -56,6 +56,14 @@ class Definitions:
             return bool(found)
         return any(parameter.rstrip(")") in self._parameters(*place) for place in found)
 
+    def node(self, module: str, path: str) -> ast.AST | None:
+        """Return the syntax tree of a definition in a module; None if there is none."""
+        return self._symbols(module).get(path)
+
+    def places(self, module: str, dotted: str) -> list[tuple[str, str]]:
+        """Return where an expression such as `mk.Base` in a module leads to, as (module, name)."""
+        return self._resolve(module, dotted, _DEPTH)
+
     def _parse(self, module: str) -> Mapping[str, ast.AST]:
         """Return what a module binds, by dotted name; see `_bindings`."""
         source = self._read(module)
@@ -79,7 +87,7 @@ class Definitions:
             return self._followed(module, full, node, depth)
         if not owner:
             for star in symbols.get("*", ast.Module([], [])).body:  # type: ignore[attr-defined]
-                found = self._members(self._source(module, star), "", name, depth=depth - 1)
+                found = self._members(self.source(module, star), "", name, depth=depth - 1)
                 if found:
                     return found
             below = f"{module}.{name}"
@@ -107,7 +115,7 @@ class Definitions:
         if not depth:
             return []
         if isinstance(node, ast.ImportFrom):
-            source = self._source(module, node)
+            source = self.source(module, node)
             if source.partition(".")[0] != self._package:
                 return [(module, full)]
             original = next(a.name for a in node.names if (a.asname or a.name) == name)
@@ -123,7 +131,7 @@ class Definitions:
             return self._members(module, "", aliased.id, depth=depth - 1) or [(module, full)]
         return [(module, full)]
 
-    def _source(self, module: str, node: ast.ImportFrom) -> str:
+    def source(self, module: str, node: ast.ImportFrom) -> str:
         """Return the full name of the module that an import takes names from."""
         if not node.level:
             return node.module or ""

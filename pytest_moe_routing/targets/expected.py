@@ -1,6 +1,6 @@
 """Which questions about the packaged models each release of a framework leaves open.
 
-`not_judged.yaml` beside a framework's contract lists them. Whatever is not in it must be judged: a
+`not_judged.yaml` next to a framework's contract lists them. Whatever is not in it must be judged: a
 run that asks fewer questions than it could is no pass.
 """
 

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache, cached_property
+from importlib import resources
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.schemes import kernel_of
+from pytest_moe_routing.targets.kept import Store, key_of_sources
+from pytest_moe_routing.targets.model_classes import ModelClasses, Place
+from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.source import Source
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.targets.contract import Names
+
+
+@cache
+def _config_reads(package: str) -> Mapping[str, Any]:
+    """Return the packaged table of a framework, cached: it is one file of the package."""
+    import yaml
+
+    text = resources.files(__package__).joinpath(package, "config_reads.yaml").read_text("utf-8")
+    table: Mapping[str, Any] = yaml.safe_load(text)
+    return table
 
 
 class FrameworkTarget(Target):
@@ -19,14 +39,28 @@ class FrameworkTarget(Target):
     Attributes:
         package: The framework's top-level package.
         distributions: The distributions that contain the package, in order of preference.
+        model_packages: The packages that hold the code of models.
     """
 
     package: ClassVar[str]
     distributions: ClassVar[tuple[str, ...]]
+    model_packages: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer)
         self.source = source
+
+    def probes(self) -> Iterable[Probe]:
+        """Return the children whose answers depend on nothing but what `targets.kept` knows."""
+        return ()
+
+    def keep_answers(self, store: Store) -> int:
+        """Take over the answers of earlier runs, and keep new ones; return how many there are."""
+        root = self.source.root
+        sources = key_of_sources(root, self.package, self.distributions)
+        if sources is None:
+            return 0
+        return sum(probe.keep(store, sources, root) for probe in self.probes())
 
     def version(self) -> str:
         return self.source.version
@@ -42,3 +76,46 @@ class FrameworkTarget(Target):
                 f"{self}: its code calls {function}, in a way that the adapter does not know"
             )
         return Unsupported(f"{self} serves no {scheme} through FlashInfer: it names no {function}")
+
+    @cached_property
+    def _classes(self) -> ModelClasses:
+        from pytest_moe_routing.targets.contract import Contract, Names
+        from pytest_moe_routing.targets.stubs import definitions
+
+        root = str(self.source.root)
+        found = definitions(self.package, root)
+        names = Names(Contract.of(self.package), self.source.version, found)
+        return ModelClasses(found, lambda: self.registered(names, root), self.model_packages)
+
+    def registered(self, names: Names, root: str) -> Mapping[str, Place]:
+        """Return the class of each architecture that the release has code for.
+
+        Raises:
+            Unsupported: The release has no registry that can be read.
+        """
+        raise Unsupported(f"{self.name} has no code of models")
+
+    def runs_as(self, architecture: str, known: Collection[str]) -> bool:
+        """Whether the release runs an architecture by the class of one of the known ones."""
+        try:
+            place = self._classes.runs(architecture)
+            return place is not None and place in map(self._classes.runs, known)
+        except Unsupported:
+            return False
+
+    def honors(self, model: ModelSpec, name: str) -> bool | None:
+        """Whether the release computes what a config states for a key that transformers ignores.
+
+        Its code ignores a key that it does not read. What it does with one that it reads is in
+        `config_reads.yaml`, for the releases whose code a person has read.
+        """
+        if not self.model_packages:
+            return None
+        rows = _config_reads(self.package)["releases"].get(self.version(), {})
+        known: bool | None = rows.get(model.architecture, {}).get(name)
+        if known is None:
+            try:
+                return False if self._classes.ignores(model.architecture, name) else None
+            except Unsupported:
+                return None
+        return known

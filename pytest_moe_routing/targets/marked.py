@@ -70,7 +70,7 @@ class Marked:
         return pack(self.ids, self.weights)
 
     def output(self, first: int, local: int, *, on_input: bool) -> Tensor:
-        """What the experts of one rank give, weighed once: float32, [tokens, columns]."""
+        """Return what the experts of one rank give, weighed once: float32, [tokens, columns]."""
         weights = torch.ones_like(self.weights) if on_input else self.weights
         hidden = self.hidden.float()
         if on_input:

@@ -1,4 +1,4 @@
-"""Stands in for FlashInfer: has the entry points of one release, and records instead of computing.
+"""Replaces FlashInfer: has the entry points of one release, and records instead of computing.
 
 A call with arguments that the release does not take is refused as Python would; any other one ends
 in `Reached`, which carries the arguments up through the framework's code, or in an answer.
@@ -108,7 +108,7 @@ def _recorded(
 
 
 def plain(value: Any, named: Mapping[str, Tensor | None]) -> Any:
-    """An argument as JSON can say it; see `oracle.arguments`.
+    """Describe an argument in JSON; see `oracle.arguments`.
 
     Args:
         named: The tensors that a kernel may be given, by the names that answers use.

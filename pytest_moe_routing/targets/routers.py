@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypedDict
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.targets.probe import Probe
 
@@ -31,9 +31,17 @@ class _Run(TypedDict):
 
 
 #: The type of each answer of a child.
-ANSWERS: Mapping[str, Any] = {"run": list[_Run], "run_other": list[_Run]}
+ANSWERS: Mapping[str, Any] = {"run": list[_Run], "run_other": list[_Run], "read": dict[str, Any]}
 #: The name under which runs of routers are gathered that a target does not list.
 OTHER = "other"
+
+
+def _asked(model: ModelSpec) -> dict[str, Any]:
+    """Return what a reading depends on: neither dtypes, nor the side of the weight."""
+    router = {**vars(model.router), "logits_dtype": "float32", "weight_on": "output"}
+    if router["correction_bias"] is not None:
+        router["correction_bias"] = "float32"
+    return {**model.as_dict(), "router": router}
 
 
 class RouterProbes:
@@ -51,7 +59,7 @@ class RouterProbes:
         routers: Sequence[str],
         more: Callable[[ModelSpec], Mapping[str, Any]] = lambda _: {},
     ) -> None:
-        self._probes, self._routers, self._more = probes, routers, more
+        self.probes, self._routers, self._more = probes, routers, more
         self._runs: dict[str, list[RouterRun]] = {}
         self._refusals: dict[str, str] = {}
 
@@ -60,19 +68,32 @@ class RouterProbes:
         chosen = list(models)
         new = [model for model in chosen if model.id not in self._runs]
         # Children are processes: they work side by side.
-        with ThreadPoolExecutor(len(self._probes)) as pool:
-            answers = list(pool.map(lambda probe: self._ask(probe, new), self._probes))
+        with ThreadPoolExecutor(len(self.probes)) as pool:
+            answers = list(pool.map(lambda probe: self._ask(probe, new), self.probes))
         for model_id in {key for answer in answers for key in answer}:
             rows = [row for answer in answers for row in answer[model_id]]
             self._runs[model_id] = [self._listed(RouterRun.of(row)) for row in rows]
         return [run for key in (*(model.id for model in chosen), "") for run in self._runs[key]]
+
+    def read(self, models: Sequence[ModelSpec]) -> list[RouterConfig | Unsupported]:
+        """Return how the first child's router reads each model's config, as `reading_of` does."""
+        probe = self.probes[0]
+        questions = [{"model": _asked(model)} for model in models]
+        probe.prepare("read", questions)
+        readings: list[RouterConfig | Unsupported] = []
+        for model, question in zip(models, questions, strict=True):
+            try:
+                readings.append(replace(model.router, **probe.ask("read", **question)))
+            except Unsupported as reason:
+                readings.append(reason)
+        return readings
 
     def refusals(self) -> dict[str, str]:
         """Return why models were not judged, by id, as far as `runs` asked about them."""
         return dict(self._refusals)
 
     def _ask(self, probe: Probe, models: Iterable[ModelSpec]) -> dict[str, list[dict[str, Any]]]:
-        """A child's answers by model id; under "" those for further configurations."""
+        """Return a child's answers by model id; "" has those for further configurations."""
         answers: dict[str, list[dict[str, Any]]] = {}
         for model in models:
             asked = {**model.as_dict(), "id": model.id}
@@ -90,5 +111,5 @@ class RouterProbes:
 
     def close(self) -> None:
         """End the children."""
-        for probe in self._probes:
+        for probe in self.probes:
             probe.close()

@@ -191,25 +191,26 @@ def _tasks(user: int) -> int:
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
-    """Answer `{"question": name, "arguments": {...}}` with `handlers[name](**arguments)`.
+    """Answer lists of `{"question": name, "arguments": {...}}` with `handlers[name](**arguments)`.
 
-    The answer is `{"answer": ...}`, `{"unsupported": reason}` or `{"error": {"type": ...,
+    A reply is `{"answer": ...}`, `{"unsupported": reason}` or `{"error": {"type": ...,
     "text": the end of its traceback}}`. Does not return.
     """
     assert _channel is not None
     decode, encode = JSONDecoder().decode, JSONEncoder().encode
     while True:
         number, data = _channel.next()
-        request = decode(data.decode("utf-8"))
-        try:
-            reply = {"answer": handlers[request["question"]](**request["arguments"])}
-            text = encode(reply)
-        except Unsupported as reason:
-            text = encode({"unsupported": excerpt(str(reason), _LINES, _WIDTH)})
-        except Exception as error:
-            # The framework's failure is an answer too.
-            text = encode({"error": {"type": type(error).__name__, "text": _told(error)}})
-        _channel.answer(number, text.encode("utf-8"))
+        replies = []
+        for request in decode(data.decode("utf-8")):
+            try:
+                reply = encode({"answer": handlers[request["question"]](**request["arguments"])})
+            except Unsupported as reason:
+                reply = encode({"unsupported": excerpt(str(reason), _LINES, _WIDTH)})
+            except Exception as error:
+                # The framework's failure is an answer too.
+                reply = encode({"error": {"type": type(error).__name__, "text": _told(error)}})
+            replies.append(reply)
+        _channel.answer(number, f"[{','.join(replies)}]".encode())
 
 
 def _told(error: Exception) -> str:

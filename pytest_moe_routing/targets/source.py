@@ -40,7 +40,7 @@ class Source:
 
     @classmethod
     def installed(cls, package: str, distributions: tuple[str, ...]) -> Source:
-        """The sources in this environment, without importing them.
+        """Return the sources in this environment, without importing them.
 
         Raises:
             TargetNotInstalled: None of the distributions is installed.
@@ -63,7 +63,7 @@ class Source:
 
     @classmethod
     def at(cls, package: str, path: Path, distributions: tuple[str, ...] = ()) -> Source:
-        """The sources in a wheel file, an unpacked wheel or a checkout.
+        """Return the sources in a wheel file, an unpacked wheel or a checkout.
 
         Args:
             distributions: Names of the distributions that contain the package, besides its own.
@@ -137,7 +137,7 @@ def _version(text: str) -> str | None:
 
 
 def _scm_version(package: Path) -> str | None:
-    """The version that setuptools-scm wrote, when it did."""
+    """Return the version that setuptools-scm wrote, if it did."""
     file = package / "_version.py"
     text = read_text(file, _MAX_BYTES, UnknownTarget) if file.exists() else ""
     found = re.search(
@@ -161,7 +161,7 @@ def _requirements_of_checkout(checkout: Path) -> Iterator[str]:
 
 
 def _pin(requirements: Iterable[str]) -> str | None:
-    """The one release that is required of FlashInfer."""
+    """Return the one FlashInfer release that is required."""
     for text in requirements:
         try:
             requirement = Requirement(text.partition("#")[0].strip())
@@ -176,7 +176,7 @@ def _pin(requirements: Iterable[str]) -> str | None:
 
 
 def _known_pin(package: str, version: str) -> str | None:
-    """The FlashInfer beside a release that does not say it; FlashInfer itself is its own."""
+    """Return the FlashInfer release for releases whose metadata do not pin one."""
     if package == "flashinfer":
         return version
     import yaml

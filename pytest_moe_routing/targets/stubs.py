@@ -1,4 +1,4 @@
-"""Imports some modules of a framework for real, and stands in for everything else they import.
+"""Imports some modules of a framework for real, and replaces everything else they import.
 
 A framework's routing code is plain Python on torch, but importing it the usual way pulls in its
 whole runtime: compiled extensions, GPU libraries, a hundred dependencies. Here the modules named
@@ -8,6 +8,7 @@ named third-party ones, is a `Stub`. For use in a process of its own.
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,7 +58,8 @@ class Stub:
         return False
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        return (StubBase,)
+        # One of its own, as a class may have several.
+        return (type(self.__name__.rpartition(".")[2], (StubBase,), {}),)
 
     def __or__(self, other: Any) -> Any:
         return Any
@@ -161,6 +163,19 @@ class _Finder(MetaPathFinder, Loader):
         """Nothing to run."""
 
 
+def known(name: str, **values: Any) -> Stub:
+    """Return a stub of which some attributes are known."""
+    stub = Stub(name)
+    for key, value in values.items():
+        setattr(stub, key, value)
+    return stub
+
+
+def stand_in(values: Mapping[str, Any]) -> None:
+    """From now on stub modules have these values under their names, in place of stubs."""
+    _stand_ins.update(values)
+
+
 def install(contract: Contract, root: str, stand_ins: Mapping[str, Any] | None = None) -> None:
     """From now on import a framework's modules from `root`, and stubs for those not run for real.
 
@@ -171,7 +186,7 @@ def install(contract: Contract, root: str, stand_ins: Mapping[str, Any] | None =
         root: The directory, or the wheel file, that holds the framework.
         stand_ins: What a stub module has under a name, in place of a stub.
     """
-    _stand_ins.update(stand_ins or {})
+    stand_in(stand_ins or {})
     sys.meta_path.insert(0, _Finder(contract, root))
 
 
@@ -251,7 +266,9 @@ def definitions(package: str, root: str) -> Definitions:
 def source_of(root: str, module: str) -> str:
     """Return the source text of a module in a tree or a wheel; "" when there is none."""
     folder = "/".join([root, *module.split(".")[:-1]])
-    spec = PathFinder.find_spec(module, [folder])
+    # PathFinder fails at a folder without __init__.py whose parent is not imported.
+    finder = pkgutil.get_importer(folder)
+    spec = None if finder is None else finder.find_spec(module)
     # A compiled module has a loader without source, and a folder without __init__.py has none.
     loader: Any = None if spec is None else spec.loader
     return "" if loader is None else loader.get_source(module) or ""

@@ -57,7 +57,7 @@ class Unread:
 
 @cache
 def key_rows() -> tuple[KeyRow, ...]:
-    """The packaged rows, in the order in which they are asked."""
+    """Return the packaged rows, in the order in which they are asked."""
     text = resources.files(__package__).joinpath("config_keys.yaml").read_text("utf-8")
     data = yaml.safe_load(text)
     return tuple(
@@ -68,7 +68,7 @@ def key_rows() -> tuple[KeyRow, ...]:
 
 
 def row_of(key: str) -> KeyRow | None:
-    """The first row that knows a key."""
+    """Return the first row that knows a key."""
     return next((row for row in key_rows() if row.pattern.fullmatch(key)), None)
 
 

@@ -26,14 +26,14 @@ class Section:
         self.file, self.values, self.name = file, values, name
 
     def path(self, key: str) -> str:
-        """The key's whole path in the file."""
+        """Return the key's whole path in the file."""
         return f"{self.name}.{key}" if self.name else key
 
     def fail(self, key: str, found: str, expected: str) -> NoReturn:
         raise ModelError(f"{self.file}: {self.path(key)}: found {found}, expected {expected}")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key; `default` when it, or an object on the way to it, is absent."""
+        """Return the value of a key; `default` if it, or an object around it, is absent."""
         value: Any = self.values
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
@@ -42,7 +42,7 @@ class Section:
         return value
 
     def section(self, key: str) -> Section | None:
-        """The object under a key, or None when it is absent or null.
+        """Return the object under a key, or None if it is absent or null.
 
         Raises:
             ModelError: Something else than an object is there.
@@ -55,7 +55,7 @@ class Section:
         return Section(self.file, value, self.path(key))
 
     def items(self, key: str) -> Iterator[Any]:
-        """The items of the list under a key; none when it is absent or null.
+        """Return the items of the list under a key; none when it is absent or null.
 
         Raises:
             ModelError: Something else than a list is there.
@@ -66,7 +66,7 @@ class Section:
         return iter(value or ())
 
     def pick(self, keys: Sequence[str]) -> tuple[str, Any]:
-        """The first of several spellings of one value that is there, and its value.
+        """Return the first spelling of a value that is present, and the value.
 
         Returns `ABSENT` as value, with the first spelling, when none is.
 
@@ -128,9 +128,9 @@ def shorten(text: str) -> str:
 
 
 def show(value: object) -> str:
-    """A JSON value for an error message: short, whatever it is."""
+    """Shorten a JSON value for an error message."""
     if value is ABSENT:
-        return "nothing: the key is missing"
+        return "no such key"
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     return shorten(json.dumps(value, ensure_ascii=True))

@@ -15,6 +15,8 @@ import yaml
 REFUSE = "refuse"
 #: In the fixed values of a case: what is read may not be what the model computes, for this reason.
 UNPROVEN = "unproven"
+#: In the fixed values of a case: some frameworks honor the key, and others ignore it.
+DISPUTED = "disputed"
 #: What follows a model's own name in the names of its classes. Another head has the same experts.
 _HEAD = re.compile(
     r"(Text)?(For(CausalLM|ConditionalGeneration|SequenceClassification|TokenClassification"
@@ -33,12 +35,16 @@ class Case:
     otherwise: Mapping[str, Any] | None
 
     def fixed(self, value: object) -> Mapping[str, Any] | None:
-        """What a value fixes; None when it is none of the valid ones."""
+        """Return what a value fixes; None if the value is not valid."""
         for valid, fixed in self.values:
             # True is 1 in Python, and neither is the other in a config.
             if valid == value and isinstance(valid, bool) == isinstance(value, bool):
                 return fixed
         return self.otherwise
+
+    def decides(self, name: str) -> bool:
+        """Whether any value of the key fixes a value of this name."""
+        return any(name in fixed for _, fixed in self.values) or name in (self.otherwise or {})
 
     def __str__(self) -> str:
         return "one of " + ", ".join("null" if v is None else str(v) for v, _ in self.values)
@@ -95,7 +101,7 @@ class Table:
 
 @cache
 def table() -> Table:
-    """The packaged table."""
+    """Return the packaged table."""
     text = resources.files(__package__).joinpath("families.yaml").read_text("utf-8")
     data = yaml.safe_load(text)
     families = {name: _family(name, row, data["routers"]) for name, row in data["families"].items()}
@@ -112,8 +118,19 @@ def table() -> Table:
     )
 
 
+@cache
+def keys_of(value: str) -> frozenset[str]:
+    """Every config key under which a family has a value, whose name is a field of the spec."""
+    families = table()
+    keys = set(families.spellings.get(value, ()))
+    for family in families.families.values():
+        keys.update(family.keys.get(value, ()))
+        keys.update(case.key for case in family.cases if case.decides(value))
+    return frozenset(key.rpartition(".")[2] for key in keys)
+
+
 def base_of(architecture: str) -> str:
-    """The model's own name in an architecture's: `Qwen3Moe` of `Qwen3MoeForCausalLM`."""
+    """Return the model's own name in an architecture's: `Qwen3Moe` of `Qwen3MoeForCausalLM`."""
     return _HEAD.sub("", architecture)
 
 

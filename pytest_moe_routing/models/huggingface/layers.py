@@ -64,14 +64,14 @@ class Layers:
                 self.own.setdefault(i, {})[name] = value
 
     def with_experts(self) -> list[int]:
-        """The layers with routed experts; one of them when their number is not known."""
+        """Return the layers with routed experts; one of them when their number is not known."""
         dense = {i for i, kind in self.kinds.items() if kind == "dense"}
         if self.count is None:
             return [max(dense, default=-1) + 1]
         return sorted(set(range(self.count)) - dense)
 
     def groups(self) -> tuple[LayerGroup, ...]:
-        """The groups, in the order of their first layers."""
+        """Return the groups, in the order of their first layers."""
         members: dict[str, tuple[list[int], str, dict[str, Any]]] = {}
         for i in sorted({*self.kinds, *self.own}):
             kind, own = self.kinds.get(i, "moe"), self.own.get(i, {})
@@ -91,7 +91,7 @@ class Layers:
 
 
 def read_layers(text: Section) -> Layers:
-    """The number of layers, and those that have no routed experts.
+    """Return the number of layers, and those that have no routed experts.
 
     A config without the number of layers has no layers by step; a note states the step.
     """
@@ -160,7 +160,7 @@ def _steps(text: Section) -> Iterator[str]:
 
 
 def _first(text: Section, key: str, count: int | None) -> int:
-    """A number of layers; 0 when it is absent or no such number."""
+    """Return a number of layers; 0 when it is absent or no such number."""
     value = _integer(text, key)
     if value is None or not 0 < value <= MAX_LAYERS:
         return 0

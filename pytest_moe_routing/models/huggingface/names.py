@@ -20,19 +20,22 @@ class Named:
     Attributes:
         architecture: The name of the whole model's class, else its `model_type`.
         family: What the config is read as.
-        unproven: Why its router may be another than this family's: nothing proves that the class
-            runs the family's code.
+        unproven: Why its router may be another than this family's.
+        unknown: Architectures that are not known; nothing proves that they run the family's code.
+        read_as: Known architectures, whose code the unknown ones are taken to run.
         notes: Names that were passed over.
     """
 
     architecture: str
     family: Family
     unproven: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    read_as: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def levels_of(root: Section, families: Table) -> list[Section]:
-    """The whole config, and the nested ones down to the text model's."""
+    """Return the whole config, and the nested ones down to the text model's."""
     levels = [root]
     for key in families.nested:
         inner = levels[-1].section(key)
@@ -71,7 +74,7 @@ def check_experts(text: Section) -> None:
 
 
 def family_of(levels: list[Section], families: Table) -> Named:
-    """The family of a config, by the names on each level.
+    """Return the family of a config, by the names on each level.
 
     A level's first architecture counts; its `model_type` counts where there is none. The names of
     outer levels must be of the same family, a known wrapper of it, or another head of it.
@@ -81,8 +84,9 @@ def family_of(levels: list[Section], families: Table) -> Named:
     """
     family: Family | None = None
     unproven: list[str] = []
+    unknown: list[str] = []
     notes: list[str] = []
-    unknown = ""  # the text model's own name, when it is not known
+    inner = ""  # the text model's own name, when it is not known
     for level in reversed(levels):
         architectures = [*texts([*level.items("architectures")])]
         model_type = next(texts(level.get("model_type")), "")
@@ -97,25 +101,42 @@ def family_of(levels: list[Section], families: Table) -> Named:
         if family is None:
             family = known or by_type
             if family is None:
-                unknown = unknown or name
+                inner = inner or name
                 continue
             if known is None:
-                unproven.append(_unknown(name, f"its model_type {model_type}"))
-            elif unknown and not (architectures and _is_type(unknown)):
-                unproven.append(_unknown(unknown, f"the text model of {name}"))
+                unknown.append(name)
+            elif inner and not _is_type(inner):
+                unknown.append(inner)
+            elif inner and not architectures:
+                unproven.append(
+                    f"{shorten(inner)} is not known; the config is read as that of the text model "
+                    f"of {name}"
+                )
         elif known is None and family.name not in families.wrappers.get(name, ()):
-            unproven.append(f"{shorten(name)} is not known to run its text model as {family.name}")
+            if architectures and name not in families.wrappers:
+                unknown.append(name)
+            else:
+                unproven.append(
+                    f"{shorten(name)} is not known to run its text model as {family.name}"
+                )
         elif known not in (None, family):
             unproven.append(f"{name} has another router than its text model, {family.name}")
         if known is not None and architectures and by_type not in (None, known):
             notes.append(f"model_type is {model_type}; the architecture {name} decides")
     if family is None:
         _fail(levels, families)
-    return Named(_names(levels)[0], family, tuple(unproven), tuple(notes))
-
-
-def _unknown(name: str, read_as: str) -> str:
-    return f"{shorten(name)} is not known; the config is read as that of {read_as}"
+    read_as = list(family.architectures)
+    if levels[1:]:
+        wrappers = (name for name, of in families.wrappers.items() if family.name in of)
+        read_as += [name for name in wrappers if not _is_type(name)]
+    return Named(
+        _names(levels)[0],
+        family,
+        tuple(unproven),
+        tuple(unknown),
+        tuple(read_as) if unknown else (),
+        tuple(notes),
+    )
 
 
 def _is_type(name: str) -> bool:
@@ -124,7 +145,7 @@ def _is_type(name: str) -> bool:
 
 
 def texts(value: object) -> Iterator[str]:
-    """The names in a value: text, or a list with text."""
+    """Return the names in a value: text, or a list with text."""
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, str) and item:
             yield item
@@ -144,7 +165,7 @@ def _names(levels: list[Section]) -> list[str]:
 def _fail(levels: list[Section], families: Table) -> NoReturn:
     root, names = levels[0], _names(levels)[:3]
     if not names:
-        root.fail("architectures", "nothing: neither it nor model_type is there", "a list of names")
+        root.fail("architectures", "neither this key nor model_type", "a list of names")
     stated = {key: value for level in levels for key, value in level.values.items() if value}
     if not any(map(about_routing, stated)):
         raise ModelError(

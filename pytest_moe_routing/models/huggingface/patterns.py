@@ -84,7 +84,7 @@ class Patterns:
         return max(found, key=lambda c: c.value, default=Covers.NONE)
 
     def first(self, layer: int) -> tuple[str | None, Covers]:
-        """The first pattern that covers experts of a layer, and how much of them."""
+        """Return the first pattern that covers experts of a layer, and how much of them."""
         for text, matcher in self._matchers:
             covers = self._covers(text, matcher, layer)
             if covers is not Covers.NONE:
@@ -147,7 +147,7 @@ def _compile(text: str) -> re.Pattern[str]:
         try:
             tree = parser.parse(expression)
         except (re.error, RecursionError, OverflowError) as error:
-            raise PatternError(f"the pattern {text[:40]!r} is no regular expression") from error
+            raise PatternError(f"the pattern {text[:40]!r} is not a regular expression") from error
         if sum(_repeats(tree)) > _MAX_REPEATS:
             raise PatternError(f"the pattern {text[:40]!r} is too complicated")
         return re.compile(expression)

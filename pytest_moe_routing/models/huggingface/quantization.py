@@ -11,7 +11,7 @@ A config may state the scheme in several places. The most specific one counts:
 They are read from `quantization_config`, else `compression_config`, else a file next to the config.
 Experts that an ignore list covers are not quantized, unless 1 names them.
 
-Places 1 to 4 and the file beside the config must not contradict each other about the weights; in
+Places 1 to 4 and the file next to the config must not contradict each other about the weights; in
 whether activations are quantized as well they may differ, and the more specific one counts. Place 5
 is about the rest of the model where one of 1 to 4 is about the experts.
 
@@ -45,7 +45,7 @@ from pytest_moe_routing.models.huggingface.weights import (
     group_scheme,
 )
 
-#: Files beside a config.json that may state a quantization, in the order in which they count.
+#: Files next to a config.json that may state a quantization, in the order in which they count.
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 MIXED = "MIXED_PRECISION"
 _MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_mixed", "modelopt_mxfp8")
@@ -70,7 +70,7 @@ class Checkpoint:
 
 def checkpoint_of(
     levels: list[Section],
-    beside: Mapping[str, Section],
+    files: Mapping[str, Section],
     layers: list[int],
     experts: Experts,
 ) -> Checkpoint:
@@ -78,7 +78,7 @@ def checkpoint_of(
 
     Args:
         levels: The config and those nested in it.
-        beside: The files beside the config that may state a quantization, by name.
+        files: The files next to the config that may state a quantization, by name.
         layers: The layers with routed experts, as far as they are known.
         experts: Where a layer has its routed experts.
 
@@ -86,13 +86,13 @@ def checkpoint_of(
         ModelError: Something else than an object or a list stands where one must.
     """
     try:
-        return _common(_schemes(levels, beside, layers, experts))
+        return _common(_schemes(levels, files, layers, experts))
     except (PatternError, UnknownWeights) as error:
         return Checkpoint(None, unknown=str(error))
 
 
 def _schemes(
-    levels: list[Section], beside: Mapping[str, Section], layers: list[int], experts: Experts
+    levels: list[Section], files: Mapping[str, Section], layers: list[int], experts: Experts
 ) -> dict[int, str]:
     root, text = levels[0], levels[-1]
     found = (
@@ -105,7 +105,7 @@ def _schemes(
         raise UnknownWeights("mlx (quantization)")
     read = {
         name: _Stated(section.section("quantization") or section, text, layers, experts)
-        for name, section in {**stated, **beside}.items()
+        for name, section in {**stated, **files}.items()
     }
     schemes = {name: stated.resolve() for name, stated in read.items()}
     if not schemes:
@@ -114,7 +114,7 @@ def _schemes(
     for name, other in others:
         if other != counting:
             ours, theirs = _common(counting).scheme, _common(other).scheme
-            raise UnknownWeights(f"{first} states {ours}, and {name} beside it {theirs}")
+            raise UnknownWeights(f"{first} states {ours}, and {name} next to it states {theirs}")
     return counting
 
 
@@ -136,7 +136,7 @@ class _Stated:
             found.fail("quant_method", show(self.method), "text")
 
     def resolve(self) -> dict[int, str]:
-        """The scheme of each layer's experts.
+        """Return the scheme of each layer's experts.
 
         Raises:
             UnknownWeights: It is not known.
@@ -169,7 +169,7 @@ class _Stated:
         }
 
     def _named(self) -> dict[int, str]:
-        """What `quantized_layers` states about experts, by layer."""
+        """Return what `quantized_layers` states about experts, by layer."""
         section = self.found.section("quantized_layers")
         by_layer: dict[int, set[str]] = {}
         for name, value in (section.values if section else {}).items():
@@ -201,7 +201,7 @@ class _Stated:
         return dict.fromkeys(self.layers, scheme)
 
     def _groups(self) -> dict[int, str]:
-        """What `config_groups` state about experts, by layer; only those with targets do."""
+        """Return what `config_groups` state about experts, by layer; only those with targets do."""
         groups = self.found.section("config_groups")
         sections = [s for key in groups.values if (s := groups.section(key))] if groups else []
         if self.method == "compressed-tensors" and not sections:
@@ -252,7 +252,7 @@ class _Stated:
         return dict.fromkeys(self.layers, scheme)
 
     def _excluded(self, named: Mapping[int, str]) -> set[int]:
-        """The layers whose experts an ignore list covers."""
+        """Return the layers whose experts an ignore list covers."""
         listed = [item for key in _IGNORE for item in self.found.items(key)]
         patterns = Patterns(listed, self.experts, self.deadline)
         excluded = set()
@@ -273,7 +273,7 @@ def _objects(section: Section | None) -> list[dict[str, Any]]:
 
 
 def _weights(scheme: str) -> str:
-    """The format of a scheme's weights, whether or not activations are quantized as well."""
+    """Return the format of a scheme's weights, whether or not activations are quantized as well."""
     return scheme.removeprefix("w4a16_")
 
 

@@ -30,7 +30,7 @@ _DTYPES = {
 
 
 def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
-    """What a model's `config.json` states about its router and experts.
+    """Return what a model's `config.json` states about its router and experts.
 
     A key that is absent has the default that the architecture's own config class has in
     transformers, and is listed in `defaulted`; nothing else is filled in. What cannot be proven,
@@ -96,6 +96,9 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
         raw_config=reading.raw_config(),
         defaulted=tuple(reading.defaulted),
         contradicted=reading.contradicted,
+        disputed=reading.disputed,
+        unknown_architectures=named.unknown,
+        read_as=named.read_as,
         unproven=(*named.unproven, *reading.unproven),
     )
     for key, found, expected in spec.problems():
@@ -104,7 +107,7 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
 
 
 def _beside(file: Path) -> dict[str, Section]:
-    """The files beside a config.json that may state a quantization."""
+    """Return the files next to a config.json that may state a quantization."""
     if file.name != CONFIG_NAME:
         return {}
     paths = (file.with_name(name) for name in QUANTIZATION_FILES)
@@ -112,7 +115,7 @@ def _beside(file: Path) -> dict[str, Section]:
 
 
 def _dtype(root: Section, text: Section) -> str:
-    """The dtype of the activations; configs that state none are of bfloat16 models."""
+    """Return the dtype of the activations; configs that state none are of bfloat16 models."""
     for section in (text, root):
         for key in ("dtype", "torch_dtype"):
             value = section.get(key)
@@ -126,12 +129,12 @@ def _dtype(root: Section, text: Section) -> str:
 
 
 def _names(levels: list[Section], key: str) -> tuple[str, ...]:
-    """What a config and those nested in it state under a key, without repetition."""
+    """Return the values that a config and those nested in it state for a key, each once."""
     return tuple(dict.fromkeys(name for level in levels for name in texts(level.get(key))))
 
 
 def _name_of(root: Section, file: Path) -> tuple[str, str]:
-    """The model's name and repository: what the config says of itself, else the folder's name."""
+    """Return the model's name and repository: those of the config, else the folder's name."""
     said = root.get("_name_or_path")
     if isinstance(said, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", said):
         return said.rpartition("/")[2], said
@@ -142,7 +145,7 @@ def _name_of(root: Section, file: Path) -> tuple[str, str]:
 
 
 def _slug(name: str) -> str:
-    """A model's id: lower-case letters, digits, dots and dashes."""
+    """Return a model's id: lower-case letters, digits, dots and dashes."""
     return re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-.") or "model"
 
 

@@ -14,7 +14,7 @@ from pytest_moe_routing.models.huggingface.config_keys import (
     unread,
 )
 from pytest_moe_routing.models.huggingface.document import ABSENT, Section, shorten, show
-from pytest_moe_routing.models.huggingface.families import REFUSE, UNPROVEN, Family, Table
+from pytest_moe_routing.models.huggingface.families import DISPUTED, REFUSE, UNPROVEN, Family, Table
 from pytest_moe_routing.models.huggingface.layers import Layers
 from pytest_moe_routing.models.kinds import Kind, is_required
 from pytest_moe_routing.models.spec import PARAMETERS, ExpertsConfig, RouterConfig, schema
@@ -32,6 +32,7 @@ class Reading:
     Attributes:
         defaulted: The values that the config does not state, by name.
         contradicted: What the config states where the family's code has a value of its own.
+        disputed: What code computes that ignores the key which a case is about.
         unproven: Why the model may compute something else than what was read.
         notes: What a reader should know.
     """
@@ -41,6 +42,7 @@ class Reading:
         self.fixed = dict(family.fixed)
         self.defaulted: dict[str, Any] = {}
         self.contradicted: dict[str, Any] = {}
+        self.disputed: dict[str, Any] = {}
         self.unproven: list[str] = []
         self.read: set[str] = {*family.limits, *family.reads}
         self.notes: list[str] = []
@@ -54,13 +56,15 @@ class Reading:
                 text.fail(case.key, show(value), f"another value: {fixed[REFUSE]}")
             self.read.add(case.key)
             fixed = dict(fixed)
+            if fixed.pop(DISPUTED, False):
+                self.disputed.update({name: self.fixed[name] for name in fixed})
             if UNPROVEN in fixed:
                 self.unproven.append(f"{case.key} is {show(value)}: {fixed.pop(UNPROVEN)}")
             self.fixed.update(fixed)
             self.origin.update(dict.fromkeys(fixed, case.key))
 
     def build(self, cls: type) -> Any:
-        """A section of the spec, each value checked as in `model.yaml`.
+        """Return a section of the spec, each value checked as in `model.yaml`.
 
         Raises:
             ModelError: A value that cannot be; it is named by the key of the config. Or the model
@@ -185,7 +189,7 @@ class Reading:
         )
 
     def with_unread(self, router: RouterConfig, outer: list[Section]) -> RouterConfig:
-        """The router, with what the keys that nothing read change about it; notes name the keys.
+        """Return the router, changed by the keys that nothing read; notes name these keys.
 
         Args:
             router: What was read.
@@ -232,7 +236,7 @@ class Reading:
         return self.family.keys.get(name) or self.table.spellings.get(name, ())
 
     def all_notes(self) -> list[str]:
-        """The notes, and what is a default of the class."""
+        """Return the notes, and the defaults of the class."""
         if not self.defaulted:
             return self.notes
         values = {name: show(value) for name, value in self.defaulted.items()}
@@ -240,7 +244,7 @@ class Reading:
         return [*self.notes, f"not in the config, and defaults of the class: {listed}"]
 
     def raw_config(self) -> dict[str, Any]:
-        """The keys that are about experts or routing or were read, as they stand."""
+        """Return the keys that are about experts or routing or were read, as they stand."""
         read = {key.partition(".")[0] for key in self.read}
         return {k: v for k, v in self.text.values.items() if k in read or about_experts(k)}
 

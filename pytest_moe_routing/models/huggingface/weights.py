@@ -30,7 +30,7 @@ _ACTIVATION_BITS: Mapping[str, tuple[int | None, ...]] = {
     "fp8_block": (8,),
     "fp8_per_tensor": (8,),
     "fp8_per_channel": (8,),
-    "mxfp8": (8,),
+    "mxfp8": (None, 8),  # vllm 0.33.0 has one method for both, which quantizes activations
     "mxfp4": (None, 4, 8),
     "nvfp4": (4,),
     "mxint4": (None,),
@@ -44,7 +44,7 @@ class UnknownWeights(Exception):
 
 
 def fp8(found: Section, text: Section) -> str:
-    """The scheme of `quant_method: fp8`.
+    """Return the scheme of `quant_method: fp8`.
 
     Raises:
         UnknownWeights: It has no name here.
@@ -64,7 +64,7 @@ def fp8(found: Section, text: Section) -> str:
 
 
 def auto_round(found: Section) -> str:
-    """The scheme of `quant_method: auto-round` (vllm 0.33.0 quantization/inc).
+    """Return the scheme of `quant_method: auto-round` (vllm 0.33.0 quantization/inc).
 
     Raises:
         UnknownWeights: It has no name here.
@@ -97,7 +97,7 @@ def auto_round(found: Section) -> str:
 
 
 def group_scheme(group: Section) -> str:
-    """The scheme of one of compressed-tensors' `config_groups`.
+    """Return the scheme of one of compressed-tensors' `config_groups`.
 
     Raises:
         UnknownWeights: It has no name here.

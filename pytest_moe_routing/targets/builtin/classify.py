@@ -20,13 +20,13 @@ def classify(
 
     Args:
         scoring_func: `softmax`, `sigmoid` or `sqrtsoftplus`; anything else is `Unspecified`.
-        top_k: Experts per token. No case depends on it: Llama4 is recognised by its own routing
+        top_k: Experts per token. No case depends on it: Llama4 is recognized by its own routing
             function, not by `top_k == 1`.
         renormalize: Whether the chosen weights are divided by their sum.
         num_expert_group: Groups of a group-limited router; None or 0 when it has none.
         has_e_score_bias: Whether the router has an `e_score_correction_bias`.
         routed_scaling_factor: None counts as 1.0.
-        minimax2_scales: Whether MiniMax2 honours the scaling factor (FlashInfer >= 0.6.13). Where
+        minimax2_scales: Whether MiniMax2 honors the scaling factor (FlashInfer >= 0.6.13). Where
             it does not, a scaled router without groups must not become MiniMax2.
     """
     path = [f"scoring_func is {scoring_func}"]
@@ -67,7 +67,7 @@ def get_routing_method_type(
     *,
     minimax2_scales: bool = False,
 ) -> T:
-    """The routing method of a router; arguments as for `classify`."""
+    """Return the routing method of a router; arguments as for `classify`."""
     return T[
         classify(
             scoring_func,

@@ -49,14 +49,14 @@ def support_gates(
 
 
 def _lost(router: RouterConfig, method: str, flashinfer: FlashInfer) -> Iterator[str]:
-    """What a router needs its kernel to heed, and this method does not."""
-    if router.correction_bias is not None and not flashinfer.honours(method, "bias"):
+    """Return the parameters that a router needs and this method ignores."""
+    if router.correction_bias is not None and not flashinfer.honors(method, "bias"):
         yield "bias"
     if (router.topk_group or 1) < (router.n_group or 1):
-        if not flashinfer.honours(method, "n_group"):
+        if not flashinfer.honors(method, "n_group"):
             yield "n_group"
         elif router.group_score != METHODS[RoutingMethodType[method]].recipe.group_score:
             yield f"group_score {router.group_score}"
-    scales = flashinfer.honours(method, "routed_scaling_factor")
+    scales = flashinfer.honors(method, "routed_scaling_factor")
     if router.routed_scaling_factor != 1.0 and not scales:
         yield "scale"

@@ -16,7 +16,7 @@ from pytest_moe_routing.targets.builtin.gates import support_gates
 
 @cache
 def _version() -> str:
-    """Looking it up takes longer than a verdict."""
+    """Look up the version once: it takes longer than a verdict."""
     return metadata.version("pytest-moe-routing")
 
 
@@ -28,6 +28,14 @@ class BuiltinTarget(Target):
     def version(self) -> str:
         return _version()
 
+    def honors(self, model: ModelSpec, name: str) -> bool | None:
+        """Whether a value that some frameworks do not compute is judged.
+
+        There is no code of models here that could ignore a key. What the code of transformers has
+        for itself is another model than the config's, and is not judged.
+        """
+        return True if name in model.disputed else None
+
     def method_numbers(self) -> Mapping[str, int]:
         return {method: number for number, method in enumerate(self.flashinfer.methods)}
 
@@ -37,7 +45,7 @@ class BuiltinTarget(Target):
             return Classification(RoutingMethodType.Custom.name, (router.not_expressible,))
         llama4 = router.topk_before_score and router.top_k == 1 and not router.renormalize
         if llama4 and router.scoring_func == "sigmoid":
-            # Frameworks recognise this routing function itself, before any tree.
+            # Frameworks recognize this routing function itself, before any tree.
             return Classification(RoutingMethodType.Llama4.name, ("top-1 on the logits, sigmoid",))
         return classify(
             scoring_func=router.scoring_func,
@@ -46,7 +54,7 @@ class BuiltinTarget(Target):
             num_expert_group=router.n_group,
             has_e_score_bias=router.correction_bias is not None,
             routed_scaling_factor=router.routed_scaling_factor,
-            minimax2_scales=self.flashinfer.honours("MiniMax2", "routed_scaling_factor"),
+            minimax2_scales=self.flashinfer.honors("MiniMax2", "routed_scaling_factor"),
         )
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib import resources
 from typing import Any, TypedDict
 
@@ -21,13 +21,15 @@ from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
+from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.framework import FrameworkTarget
+from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
+from pytest_moe_routing.targets.sglang.registry import registered
 from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.stubs import source_of
 
-#: Arguments that SGLang prepares while it loads weights; the probe has stand-ins for them.
-PREPARED = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
 #: The method of a model whose code names none: what its layer gets depends on the scheme.
 UNDECLARED = "undeclared"
 
@@ -49,8 +51,9 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
         for key, attributes in names.items():
             value = getattr(getattr(model, section), key)
             if value is not None:
-                values.update(dict.fromkeys(attributes, value))
-    return values
+                values.update(dict.fromkeys(attributes, data.get(key, value)))
+    pairs = data["twice"].get(model.architecture, ())
+    return {**values, **{name: [values[name]] * 2 for name in pairs}}
 
 
 class _Call(TypedDict, total=False):
@@ -60,6 +63,8 @@ class _Call(TypedDict, total=False):
     arguments: dict[str, Any]
     logits_dtype: str
     scale_after: float
+    #: Arguments whose values are not SGLang's own.
+    unprepared: list[str]
 
 
 class _Answer(_Call):
@@ -75,7 +80,10 @@ _ANSWERS: Mapping[str, Any] = {
     "method_numbers": dict[str, int],
     "accepted_quantizations": list[str | None] | None,
     "capture": _Answer,
+    "default_runner": str,
 }
+#: The runner that is judged, and what a layer chooses further from.
+_RUNNER, _AUTO = "flashinfer_trtllm", "auto"
 
 
 class SglangTarget(FrameworkTarget):
@@ -88,6 +96,7 @@ class SglangTarget(FrameworkTarget):
     name = "sglang"
     package = "sglang"
     distributions = ("sglang",)
+    model_packages = ("sglang.srt.models.",)
     routers = (
         "biased_grouped_topk_gpu",
         "biased_grouped_topk_impl",
@@ -111,16 +120,23 @@ class SglangTarget(FrameworkTarget):
         routers = Probe(name, module, *arguments, answers=ANSWERS)
         self._routers = RouterProbes([routers], self.routers, lambda m: {"config": config_of(m)})
         self._answers: dict[str, dict[str, Any] | Unsupported] = {}
+        self._runners: dict[str, str | None] = {}
+
+    def probes(self) -> Iterable[Probe]:
+        return (self._probe, *self._routers.probes)
 
     def close(self) -> None:
         self._probe.close()
         self._routers.close()
 
+    def registered(self, names: Names, root: str) -> Mapping[str, Place]:
+        return registered(root, names.spelling("models").module, partial(source_of, root))
+
     def method_numbers(self) -> Mapping[str, int]:
         return self._numbers
 
     def classify(self, model: ModelSpec) -> Classification:
-        """The method that the model's code declares, whatever the checkpoint."""
+        """Return the method that the model's code declares, whatever the checkpoint."""
         schemes = [name for name in model.checkpoints if name in _configs()["schemes"]]
         found = self._run(model, (schemes or ["fp8_block"])[0])
         method = found["declared"]
@@ -128,11 +144,11 @@ class SglangTarget(FrameworkTarget):
         return Classification(method or UNDECLARED, (f"{found['place']} {verb}",))
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
-        """What the functions of `topk.py` compute, on CUDA and as plain torch."""
+        """Return what the functions of `topk.py` compute, on CUDA and as plain torch."""
         return self._routers.runs(models)
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
-        """What lets the kernel route; the TRT-LLM runner is taken to be chosen."""
+        """Return the gates that let the kernel route, given that the TRT-LLM runner is chosen."""
         quantization, allowed = self._row(scheme)["quantization"], self._allowed
         accepted = Gate(
             "server arguments",
@@ -151,8 +167,44 @@ class SglangTarget(FrameworkTarget):
             ),
         )
 
+    def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
+        """Return the runner's switch, where SGLang does not choose the TRT-LLM runner.
+
+        Where the server leaves the choice to the layer, the block is run so as well.
+        """
+        runner = self._default_runner(model, scheme)
+        if runner in (None, _RUNNER):
+            return ()
+        if runner == _AUTO:
+            try:
+                if self._run(model, scheme, _AUTO) == self._run(model, scheme):
+                    return ()
+            except Unsupported:
+                # The layer chooses something that does not run here: not the TRT-LLM runner.
+                pass
+        return (f"--moe-runner-backend {_RUNNER}",)
+
+    def _default_runner(self, model: ModelSpec, scheme: str) -> str | None:
+        """Return the runner of a server to which none was named; None where that is not known."""
+        row = self._row(scheme)
+        in_checkpoint = row["in_checkpoint"]
+        is_said = in_checkpoint is not None and in_checkpoint["quant_method"] != row["quantization"]
+        question = {
+            "architecture": model.architecture,
+            "config": config_of(model),
+            "quantization": row["quantization"] if is_said else None,
+            "in_checkpoint": in_checkpoint,
+        }
+        key = json.dumps(question, sort_keys=True)
+        if key not in self._runners:
+            try:
+                self._runners[key] = self._probe.ask("default_runner", **question)
+            except Unsupported:
+                self._runners[key] = None
+        return self._runners[key]
+
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
-        """The call that the model's block ends in, on the second of two ranks."""
+        """Return the call that the model's block ends in, on the second of two ranks."""
         declared = self.classify(model).method
         if method != declared:
             raise Unsupported(f"{self}: the model's code has {declared}, not {method}")
@@ -163,12 +215,13 @@ class SglangTarget(FrameworkTarget):
         layer = RecordedLayer(1, 2, sizes["intermediate_size"], answer["scale_after"])
         captured = read(model, scheme, answer, layer, self.flashinfer)
         number = answer["arguments"]["routing_method_type"]
-        findings = [f for f in captured.findings if f.field not in PREPARED]
+        open_ = answer["unprepared"]
+        findings = [f for f in captured.findings if f.field not in open_]
         unknown = ""
         if len(findings) < len(captured.findings):
             unknown = (
-                f"{', '.join(PREPARED)} are prepared when weights are loaded, "
-                "which the probe does not do"
+                f"{', '.join(open_)} are prepared when weights are loaded, by code that does not "
+                "run on a CPU"
             )
         own = next((name for name, value in self._numbers.items() if value == number), None)
         if captured.call is not None and own not in (None, captured.call.method):
@@ -176,7 +229,9 @@ class SglangTarget(FrameworkTarget):
         arriving = None if captured.call is None else captured.call.logits_dtype
         if (answer["logits_dtype"], arriving) == ("bfloat16", "float32"):
             findings.append(Finding(Kind.DOWNCAST, "gate", "float32", "bfloat16"))
-        return Captured(captured.call, tuple(findings), answer["function"], unknown)
+        # The line of the model's code that makes the layer.
+        source = "" if answer["place"] == "?" else f"sglang/srt/{answer['place']}"
+        return Captured(captured.call, tuple(findings), answer["function"], unknown, source)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -189,19 +244,20 @@ class SglangTarget(FrameworkTarget):
         return allowed
 
     def _row(self, scheme: str) -> dict[str, Any]:
-        """What a checkpoint of a scheme is to SGLang."""
+        """Return SGLang's view of a checkpoint in a scheme."""
         rows: dict[str, dict[str, Any]] = _configs()["schemes"]
         if scheme not in rows:
             raise self.not_served(scheme)
         return rows[scheme]
 
-    def _run(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+    def _run(self, model: ModelSpec, scheme: str, runner: str = _RUNNER) -> dict[str, Any]:
         """One run of the model's block, remembered."""
         question = {
             "architecture": model.architecture,
             "config": config_of(model),
             "scheme": scheme,
             "quantization": self._row(scheme)["config"],
+            "runner": runner,
         }
         key = json.dumps(question, sort_keys=True)
         if key not in self._answers:

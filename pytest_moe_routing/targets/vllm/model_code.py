@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any, TypedDict
 import yaml
 
 from pytest_moe_routing.errors import RecipeError, Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.routing import Recipe, recipe_of
@@ -46,21 +48,22 @@ class _Asked(TypedDict):
 
 @cache
 def blocks() -> Mapping[str, Mapping[str, Any]]:
-    """The MoE block of each architecture; the columns are explained in `blocks.yaml`."""
+    """Return the MoE block of each architecture; the columns are explained in `blocks.yaml`."""
     text = resources.files(__package__).joinpath("blocks.yaml").read_text("utf-8")
     rows: Mapping[str, Mapping[str, Any]] = yaml.safe_load(text)["blocks"]
     return rows
 
 
 class ModelCode:
-    """The models of one vLLM, in a process that has imported all of it."""
+    """The models of one vLLM, in a process of their own: all of an installed one is imported."""
 
-    def __init__(self, source: Source) -> None:
-        arguments = str(source.root), source.version
+    def __init__(self, source: Source, flashinfer: FlashInfer) -> None:
+        place = "installed" if str(source.root) in sys.path else "apart"
+        arguments = str(source.root), flashinfer.release, source.version, place
         self._probe = Probe("vllm", _CHILD, *arguments, answers={"layer_request": _Asked})
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
-        """What a model's MoE block asks of its MoE layer.
+        """Return what a model's MoE block requests from its MoE layer.
 
         Raises:
             Unsupported: The block is not in the table, or not in this release, or cannot be built
@@ -86,7 +89,7 @@ class ModelCode:
 
 
 def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSpec) -> LayerRequest:
-    """A request, from the arguments that vLLM's layer is made with.
+    """Return a request, from the arguments that vLLM's layer is made with.
 
     As its routers read them: groups count with `use_grouped_topk`, and are scored by the best two
     of them when there is a bias; a routing function takes the place of all but the weights' side.

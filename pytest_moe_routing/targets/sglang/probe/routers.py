@@ -35,7 +35,6 @@ from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.router_case import HIDDEN, Case, compare
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
-from pytest_moe_routing.targets.sglang.probe.world import known
 from pytest_moe_routing.targets.stubs import source_of
 
 #: Rows of the contract for the kernels that run in torch.
@@ -156,7 +155,7 @@ class Routers(blocks.Blocks):
         return f"{count}()" in self.sources.source(module)
 
     def _built(self, architecture: str, config: Mapping[str, Any]) -> tuple[Any, float]:
-        """The TopK of a model's block, and the factor on the weights behind it."""
+        """Return the TopK of a model's block, and the factor on the weights behind it."""
         module, name, given = self.sources.blocks(architecture)[0]
         seen = blocks._Seen()
         try:
@@ -167,7 +166,7 @@ class Routers(blocks.Blocks):
                 _experts_give_weights(self.names),
             ):
                 block = blocks._build(self.names, module, name, given, config, None)
-                blocks._fill(block, seen)
+                blocks._fill(block, seen, config)
                 output = blocks._forward(block, config["num_experts"])
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
@@ -181,7 +180,7 @@ class Routers(blocks.Blocks):
 
 
 def _rest(scale: float, factor: float) -> float:
-    """What is left of a scale behind a factor, which was measured in bfloat16."""
+    """Return the rest of a scale after a factor that was measured in bfloat16."""
     return 1.0 if math.isclose(scale, factor, rel_tol=2**-8) else scale / factor
 
 
@@ -196,7 +195,7 @@ def _choose_triton(names: Names) -> None:
 
 
 def stand_ins() -> dict[str, Any]:
-    """Return what stands in for SGLang's own around its routers, by key of the contract."""
+    """Return replacements of SGLang's own functions around its routers, by key of the contract."""
     return {
         # No remapping of experts.
         "router-placement.topk_ids_logical_to_physical": lambda ids, *_: ids,
@@ -209,7 +208,7 @@ def stand_ins() -> dict[str, Any]:
 
 
 def _with_kernels(names: Names, root: str) -> ModuleType:
-    """The module of TopK, which the world has changed, with kernels that a CPU runs."""
+    """Return the module of TopK, which the world has changed, with kernels that a CPU runs."""
     for module, members in kernels.in_torch().items():
         vars(import_module(module)).update(members)
     for key, value in stand_ins().items():
@@ -222,7 +221,7 @@ def _with_kernels(names: Names, root: str) -> ModuleType:
 
 
 def _function(root: str, spelling: Spelling) -> Any:
-    """A function that needs nothing but torch, out of a module that is not imported."""
+    """Return a function that needs nothing but torch, out of a module that is not imported."""
     module, name = spelling.module, spelling.path
     tree = ast.parse(source_of(root, module))
     tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
@@ -257,7 +256,7 @@ def _shared_experts(names: Names, count: int) -> Iterator[None]:
     """Let models put so many shared experts among the routed ones."""
     shared = names.get("router-shared-experts")()
     shared.num_fused_shared_experts = count
-    model = known("model", shared_experts=shared)
+    model = stubs.known("model", shared_experts=shared)
     getter = names.spelling("stand-ins.context.get_model").path
     readers = [
         m for name, m in sys.modules.items() if name.startswith("sglang.") and getter in vars(m)

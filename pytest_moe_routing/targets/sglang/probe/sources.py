@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import pkgutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.registry import modules as list_modules
 from pytest_moe_routing.targets.stubs import source_of
 
 _RUNNER = "flashinfer_trtllm"
@@ -32,13 +33,6 @@ class Sources:
         """The package of models."""
         return self.names.spelling("models").module
 
-    def _modules(self, package: str) -> Iterator[str]:
-        for module in pkgutil.iter_modules(["/".join([self.root, *package.split(".")])]):
-            name = f"{package}.{module.name}"
-            yield name
-            if module.ispkg:
-                yield from self._modules(name)
-
     @cached_property
     def models(self) -> tuple[str, ...]:
         """Every module of models.
@@ -46,7 +40,7 @@ class Sources:
         Raises:
             Unsupported: There is none.
         """
-        found = tuple(self._modules(self.package))
+        found = tuple(list_modules(self.root, self.package))
         if not found:
             raise Unsupported(
                 f"not judged: {self.package} of SGLang {self.names.version} has no modules"
@@ -127,7 +121,7 @@ class Sources:
                         bases.add(there)
                 arguments[there] |= _constants(calls.get(id(expression)))
         if not found:
-            raise Unsupported(f"the code of {architecture} makes no FusedMoE layer")
+            raise Unsupported(f"the code of {architecture} makes no FusedMoE layer with TopK")
         return found
 
     def accepted_quantizations(self) -> list[str | None] | None:
@@ -138,9 +132,7 @@ class Sources:
         Raises:
             Unsupported: The assertion is not where the contract expects it.
         """
-        modules = [self.names.spelling("server-arguments").module]
-        if self.names.has("server-argument-groups"):
-            modules += self._modules(self.names.spelling("server-argument-groups").module)
+        modules = self._server_modules()
         for module in modules:
             if _RUNNER not in self.source(module):
                 continue
@@ -155,6 +147,33 @@ class Sources:
                 f"{self.names.version} assert nothing about the quantizations of {_RUNNER}"
             )
         return None
+
+    def server_defaults(self) -> dict[str, Any]:
+        """Return the constants that the fields of a server's arguments have if they are not given.
+
+        The lists of a server's choices are among them, by their own names.
+        """
+        found: dict[str, Any] = {}
+        for module in self._server_modules():
+            body = self.tree(module).body
+            classes = [node.body for node in body if isinstance(node, ast.ClassDef)]
+            for node in [*body, *(node for inner in classes for node in inner)]:
+                if isinstance(node, ast.AnnAssign):
+                    target: ast.expr = node.target
+                elif isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
+                    target = node.targets[0]
+                else:
+                    continue
+                if isinstance(target, ast.Name) and node.value is not None:
+                    with suppress(ValueError):
+                        found[target.id] = ast.literal_eval(node.value)
+        return found
+
+    def _server_modules(self) -> list[str]:
+        modules = [self.names.spelling("server-arguments").module]
+        if self.names.has("server-argument-groups"):
+            modules += list_modules(self.root, self.names.spelling("server-argument-groups").module)
+        return modules
 
     def _makes_experts(self, node: ast.stmt) -> bool:
         """Return whether a class has both a router and SGLang's MoE layer made."""

@@ -26,6 +26,16 @@ Call = tuple[str, dict[str, Any]]
 EP_SIZE, EP_RANK = 2, 1
 
 
+#: The runner that is named on the command line of a server, by its name there.
+TRTLLM = "flashinfer_trtllm"
+_chosen = [TRTLLM]
+
+
+def choose_runner(runner: str) -> None:
+    """Have SGLang told from now on that this runner was chosen."""
+    _chosen[0] = runner
+
+
 class RoutedOutside(Exception):
     """SGLang chooses the experts itself; no fused kernel routes."""
 
@@ -45,11 +55,12 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
         return mm(a, b, **options) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
 
     torch.mm = mm_on_a_cpu  # type: ignore[assignment]
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     stubs.install(names.contract, root, stand_ins(names))
 
     def answer(function: str, arguments: Mapping[str, Any]) -> Any:
-        """A kernel's output: ones, as the function returns it."""
+        """Return a kernel's output: ones, in the shape of the function's result."""
         calls.append((function, dict(arguments)))
         states, output = arguments["hidden_states"], arguments.get("output")
         if output is None:
@@ -63,7 +74,7 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
 
 
 def stand_ins(names: Names) -> dict[str, Any]:
-    """Return what stands in for SGLang's own, and for GPU libraries', by bare name.
+    """Return replacements of SGLang's own functions, and of GPU libraries', by bare name.
 
     By bare name, as such things are imported from different modules in different releases.
     """
@@ -74,14 +85,6 @@ def stand_ins(names: Names) -> dict[str, Any]:
         **_modules(),
         **_quantizers(),
     }
-
-
-def known(name: str, **values: Any) -> stubs.Stub:
-    """A stub of which some attributes are known."""
-    stub = stubs.Stub(name)
-    for key, value in values.items():
-        setattr(stub, key, value)
-    return stub
 
 
 class Options:
@@ -95,14 +98,25 @@ class Options:
             raise AttributeError(name)
 
 
+class _Server(Options):
+    """The options of a server to which nothing was said but the runner."""
+
+    @property
+    def moe_runner_backend(self) -> str:
+        return _chosen[0]
+
+
 def _utilities() -> dict[str, Any]:
     return {
         "add_prefix": lambda name, prefix: f"{prefix}.{name}" if prefix else name,
+        "copy_or_rebind_param": _keep,
         "ceil_div": lambda x, to: -(-x // to),
         "get_bool_env_var": lambda _, default="false": default.lower() in ("1", "true"),
+        "get_quantization_config": lambda c: (c.quantization_config or {}).get("quant_method"),
+        "has_fp8_weights_in_checkpoint": lambda *_: False,
         "get_device_capability": lambda *_: (10, 0),
         "get_device_sm": lambda *_: 100,
-        "get_platform": lambda: known("platform", is_blackwell=True, is_sm100=True),
+        "get_platform": lambda: stubs.known("platform", is_blackwell=True, is_sm100=True),
         "is_blackwell_supported": lambda *_: True,
         "is_cuda": lambda: True,
         "is_cuda_alike": lambda: True,
@@ -114,6 +128,12 @@ def _utilities() -> dict[str, Any]:
         "set_weight_attrs": lambda weight, attributes: None,
         "use_symmetric_memory": lambda *_, **__: nullcontext(),
     }
+
+
+def _keep(module: nn.Module, name: str, value: Tensor) -> None:
+    """Keep a value that a layer is prepared with, not as a parameter: those are zeroed."""
+    module._parameters.pop(name, None)
+    setattr(module, name, value)
 
 
 def _parallel() -> dict[str, Any]:
@@ -130,6 +150,8 @@ def _parallel() -> dict[str, Any]:
         "attn_tp_rank": 0,
         "dwdp_size": 1,
         "pp_size": 1,
+        "shared_experts_tp_size": None,
+        "enable_shared_experts_attn_tp": False,
     }
     functions = {
         "tensor_model_parallel_world_size": EP_SIZE,
@@ -144,29 +166,30 @@ def _parallel() -> dict[str, Any]:
     }
     reductions = ("tensor_model_parallel", "moe_tensor_model_parallel", "moe_expert_parallel")
     return {
-        "get_parallel": lambda: known("parallel", **sizes),
+        "get_parallel": lambda: stubs.known("parallel", **sizes),
         **{f"get_{name}": lambda value=value: value for name, value in functions.items()},
         **{f"{name}_all_reduce": lambda x, *_, **__: x for name in reductions},
     }
 
 
 def _options(names: Names) -> dict[str, Any]:
-    """A server to which nothing was said but the runner, and what follows from that."""
-    options = Options(
-        moe_runner_backend="flashinfer_trtllm",
+    """Make a server with the runner as its only argument, and what follows from it."""
+    options = _Server(
         disable_shared_experts_fusion=True,
         ep_num_redundant_experts=0,
     )
 
+    flags = stubs.known("flags", moe=Options(), disable_shared_experts_fusion=True)
+
     def model() -> Any:
-        return known("model", shared_experts=names.get("shared-experts")())
+        return stubs.known("model", shared_experts=names.get("shared-experts")())
 
     return {
         # No remapping of experts, which would need their ids.
-        "ExpertLocationDispatchInfo": known("placement", init_new=lambda *_, **__: None),
-        "get_exec": lambda: known("exec", moe=options),
-        "get_flags": lambda: known("flags", moe=Options(), disable_shared_experts_fusion=True),
-        "get_forward": lambda: known("forward", moe_output_buffer=None),
+        "ExpertLocationDispatchInfo": stubs.known("placement", init_new=lambda *_, **__: None),
+        "get_exec": lambda: stubs.known("exec", moe=options),
+        "get_flags": lambda: flags,
+        "get_forward": lambda: stubs.known("forward", moe_output_buffer=None),
         "get_global_server_args": lambda: options,
         "get_model": model,
         "get_server_args": lambda: options,
@@ -191,6 +214,7 @@ class _Linear(nn.Module):
         dtype = params_dtype or torch.get_default_dtype()
         self.weight = nn.Parameter(torch.zeros(size, input_size, dtype=dtype))
         self.quant_method = stubs.Stub("quant_method")
+        self.bias, self.skip_bias_add, self.reduce_results = None, False, False
         self.output_size_per_partition = size
         self.input_size_per_partition = input_size
 
@@ -231,6 +255,8 @@ def _modules() -> dict[str, Any]:
         "SiluAndMul": _GatedActivation,
         "GeluAndMul": _GatedActivation,
         "ReLU2": _Activation,
+        "RMSNorm": _Activation,
+        "silu_and_mul_clamp": lambda _, output, *__: output.zero_(),
         "linear_bf16_fp32": lambda x, y, *_, **__: functional.linear(x.float(), y.float()),
     }
 
@@ -267,15 +293,15 @@ def _quantizers() -> dict[str, Any]:
 
 
 def _choose_runner(names: Names) -> None:
-    """SGLang's own MoE package, told that the TRT-LLM runner was chosen, and nothing else."""
-    runner = names.get("runners.FLASHINFER_TRTLLM")
+    """SGLang's own MoE package, told that a runner was chosen, and nothing else."""
+    runners = names.get("runners")
     communication = names.get("communications.NONE")
 
     def select_experts(*_: Any, **__: Any) -> Any:
         raise RoutedOutside
 
     for key, function in (
-        ("runner", lambda: runner),
+        ("runner", lambda: runners(_chosen[0])),
         ("communication", lambda: communication),
         ("select-experts", select_experts),
     ):

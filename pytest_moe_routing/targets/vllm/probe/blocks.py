@@ -1,23 +1,18 @@
 """Builds a model's MoE block as vLLM's model code does, with a layer that records what it is asked.
 
-For a process of its own: vLLM is told that it runs on a CPU, a group of one process is made, and
-the models' modules are patched. It is run by `targets.server` with the arguments ROOT VERSION.
+For a process of its own, in which the models' modules are patched. It is run by `targets.server`
+with the arguments ROOT FLASHINFER VERSION PLACE; a vLLM whose place is `installed` runs whole, any
+other apart from its dependencies.
 """
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -26,12 +21,15 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.compare import compare_routing
 from pytest_moe_routing.errors import RecipeError, Unsupported
-from pytest_moe_routing.logits import make
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
-from pytest_moe_routing.targets import stubs
-from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.vllm.model_code import blocks
+from pytest_moe_routing.targets.vllm.probe import release
+from pytest_moe_routing.targets.vllm.probe.apart import Apart
+from pytest_moe_routing.targets.vllm.probe.world import Installed, World
 
 #: Rows of the contract for what the code of a model calls to make its layer.
 _LAYERS = ("code-layer", "code-shared-layer")
@@ -49,6 +47,8 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 64,
 }
 _LATENT = 32
 #: Logits without ties, as torch.topk does not say which of equals it chooses.
@@ -76,62 +76,41 @@ class _Recorder(nn.Module):
 
 
 # One release per process.
-_names: Names | None = None
+_world: World | None = None
 
 
-def names() -> Names:
-    """Return the contract's names in this release."""
-    assert _names is not None
-    return _names
+def world() -> World:
+    """Return what surrounds the code of models in this process."""
+    assert _world is not None
+    return _world
 
 
-def install(root: str, version: str) -> None:
-    """Make the vLLM in `root` the one that is imported, before any other that is installed."""
-    global _names
-    sys.path.insert(0, root)
-    definitions = stubs.definitions("vllm", root)
-    _names = Names(Contract.of("vllm"), version, definitions, import_module)
+def install(root: str, flashinfer: str, version: str, place: str) -> None:
+    """Import vLLM from `root` from now on, installed or apart from its dependencies."""
+    global _world
+    if place == "installed":
+        _world = Installed(root, version)
+    else:
+        release.install(root, FlashInfer.of(flashinfer), version)
+        modules = {_full(row["module"]) for row in blocks().values()}
+        prepares = {_prepares(row)[0] for row in blocks().values() if row.get("prepare")}
+        _world = Apart(release.names(), root, modules | prepares)
 
 
-@cache
-def _started() -> tuple[Any, str]:
-    """Start vLLM once: its config, or the reason why it does not run here."""
-    try:
-        return _vllm_config(), ""
-    except Exception as error:
-        return None, f"models' code needs a vllm that runs here: {type(error).__name__}: {error}"
+def _full(module: str) -> str:
+    return module if "." in module else f"{_MODELS}.{module}"
 
 
-def _vllm_config() -> Any:
-    """One config for all blocks; vLLM's groups, of this one process, are there from now on."""
-    import vllm.platforms
-    from vllm.platforms.cpu import CpuPlatform
-
-    # On a machine with GPUs too: what the model code asks of its layer is the same.
-    vllm.platforms.current_platform = CpuPlatform()
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel
-
-    config = VllmConfig()
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    store = Path(folder.name) / "store"
-    with set_current_vllm_config(config):
-        init_distributed_environment(
-            world_size=1,
-            rank=0,
-            local_rank=0,
-            distributed_init_method=store.as_uri(),
-            backend="gloo",
-        )
-        initialize_model_parallel(1)
-    return config
+def _prepares(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return module and name of the function that a model applies to its config first."""
+    place, _, function = row["prepare"].rpartition(".")
+    return f"{_full(row['module']).rpartition('.')[0]}.{place}", function
 
 
 def layer_request(
     row: Mapping[str, Any], values: Mapping[str, Any], router: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a block asks of its MoE layer.
+    """Return what a block requests from its MoE layer.
 
     Args:
         row: Of `blocks.yaml`.
@@ -141,25 +120,21 @@ def layer_request(
     Raises:
         Unsupported: The release does not have the block, or it cannot be built or run here.
     """
-    names().require("model_code")
-    vllm_config, failure = _started()
-    if failure:
-        raise Unsupported(failure)
-    from vllm.config import set_current_vllm_config
-
-    module = _import(row["module"])
+    world().names.require("model_code")
+    vllm_config = world().vllm_config
+    module = world().module(_full(row["module"]))
     name = f"{module.__name__}.{row['block']}"
     block_class = getattr(module, row["block"], None)
     if block_class is None:
         raise Unsupported(f"this release has no {name}")
     config = _config(row, values)
     if row.get("prepare"):
-        place, _, function = row["prepare"].rpartition(".")
-        config = getattr(import_module(f"{module.__package__}.{place}"), function)(config)
+        place, function = _prepares(row)
+        config = getattr(world().module(place), function)(config)
     recorders: list[_Recorder] = []
     try:
         with (
-            set_current_vllm_config(vllm_config),
+            world().current(vllm_config),
             _recording(block_class, recorders, config.hidden_size),
             _bfloat16(),
         ):
@@ -182,7 +157,7 @@ def layer_request(
 
 
 def _gate_dtypes(block: nn.Module, num_experts: int) -> set[str]:
-    """The dtypes in which the block's modules give router logits, filled while it runs."""
+    """Return the dtypes in which the block's modules give router logits, filled while it runs."""
     dtypes: set[str] = set()
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -236,7 +211,7 @@ def _custom_problem(
     # The layer applies no factor to what such a function returns, and weights the side it is told.
     recipe = replace(recipe_of(router), scale=1.0)
     for pattern in _PATTERNS:
-        case = make(pattern, recipe, num_tokens=_TOKENS, num_experts=router.num_experts)
+        case = make_case(pattern, recipe, num_tokens=_TOKENS, num_experts=router.num_experts)
         hidden = torch.zeros(_TOKENS, _HIDDEN)
         weights, ids = function(hidden, case.logits, asked["top_k"], asked["renormalize"])
         try:
@@ -252,44 +227,19 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _import(name: str) -> ModuleType:
-    full = name if "." in name else f"{_MODELS}.{name}"
-    # transformers looks once for what is installed, and must not see what follows.
-    import transformers  # noqa: F401
-
-    # Some models' modules import their vision part as well, which is not used here.
-    if find_spec("torchvision") is None:
-        for part in ("", ".transforms", ".transforms.v2", ".transforms.functional", ".ops"):
-            sys.modules.setdefault(f"torchvision{part}", MagicMock())
-    try:
-        return import_module(full)
-    except Exception as error:
-        raise Unsupported(
-            f"this release has no {full}, or it does not import: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for stub in [name for name, m in sys.modules.items() if isinstance(m, MagicMock)]:
-            del sys.modules[stub]
-
-
 def _config(row: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    """The config object as vLLM reads it from a config.json with these keys."""
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
-    from vllm.transformers_utils.config import _CONFIG_REGISTRY
-
+    """Return the config object as vLLM reads it from a config.json with these keys."""
     kind = row.get("config")
-    if kind is None:
-        cls = PreTrainedConfig
-    elif kind in _CONFIG_REGISTRY:
-        cls = _CONFIG_REGISTRY[kind]
-    elif kind in CONFIG_MAPPING:
-        cls = CONFIG_MAPPING[kind]
-    else:
-        raise Unsupported(f"neither vllm nor transformers has a config class {kind}")
     sizes = {**_SIZES, "model_type": kind} if kind else _SIZES
     latent = {key: _LATENT for name, key in row["keys"].items() if name == "latent_size"}
     latent = {key: size for key, size in latent.items() if values.get(key)}
-    return cls.from_dict({**sizes, **(row.get("published") or {}), **values, **latent})
+    return world().config(kind, {**sizes, **(row.get("published") or {}), **values, **latent})
+
+
+def _layers() -> Iterator[str]:
+    """Yield the names by which the code of models makes its layers."""
+    names = world().names
+    return (names.spelling(key).path for key in _LAYERS if names.has(key))
 
 
 @contextmanager
@@ -309,24 +259,14 @@ def _recording(block: type, layers: list[_Recorder], hidden_size: int) -> Iterat
 
     with ExitStack() as stack:
         for module in {sys.modules[cls.__module__] for cls in block.__mro__}:
-            for name in (names().spelling(key).path for key in _LAYERS if names().has(key)):
+            for name in _layers():
                 if hasattr(module, name):
                     recorder = recorder_of(getattr(module, name))
                     stack.enter_context(patch.object(module, name, recorder))
-        # A platform chooses its own way when weights are loaded, which they are not.
-        stack.enter_context(patch.object(_linear_method(), "apply", _linear))
+        stack.enter_context(world().linear_layers(block))
         # Streams and events of a GPU that is not here; the work is done in order.
         stack.enter_context(patch.multiple(torch.cuda, Event=MagicMock, Stream=MagicMock))
         yield
-
-
-def _linear_method() -> Any:
-    spelling = names().spelling("code-linear")
-    return getattr(import_module(spelling.module), spelling.path.partition(".")[0])
-
-
-def _linear(_method: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return nn.functional.linear(x, layer.weight, bias)
 
 
 @contextmanager
@@ -366,7 +306,7 @@ def _arguments(
 
 
 def _run(block: nn.Module, hidden_size: int) -> Tensor:
-    """The block's output, but for a factor that of its MoE layer: all else is zero."""
+    """Return the block's output, which is its MoE layer's up to a factor: all else is zero."""
     with torch.no_grad():
         for tensor in (*block.parameters(), *block.buffers()):
             tensor.zero_()

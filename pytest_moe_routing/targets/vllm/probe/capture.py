@@ -22,7 +22,7 @@ from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets.recorder import DoesNotBind, Reached, plain
 from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.vllm.probe import release as release
-from pytest_moe_routing.targets.vllm.probe.config import moe_config, quant_config
+from pytest_moe_routing.targets.vllm.probe.config import moe_config, quant_config, told_dtype
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES, ServedScheme
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.release import names
@@ -32,12 +32,17 @@ TOKENS, HIDDEN, INTERMEDIATE = 8, 512, 256
 _REFUSALS = (AssertionError, DoesNotBind, ImportError, KeyError, NotImplementedError, ValueError)
 
 
-def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any]:
-    """What reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
+def capture(
+    model: Mapping[str, Any], scheme: str, method: str, thorough: bool = True
+) -> dict[str, Any]:
+    """Record what reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
 
     Each of the `calls` is `by` whom, in how many `shards`, and either the `function` and its
     `arguments` or the exception that is `raised`. `router_factor` is the scaling factor that the
     layer's router has, `intermediate_size` that of its experts.
+
+    Args:
+        thorough: Take every way to the kernel, and not only the first one.
 
     Raises:
         Unsupported: The release has no such experts, or none that a layer calls.
@@ -48,6 +53,9 @@ def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any
     methods = methods_of(row.methods)
     if not methods:
         raise Unsupported(f"no layer of this release calls {experts.__name__}")
+    shards = counts_of_ranks(model)
+    if not thorough:
+        methods, shards = methods[:1], shards[:1]
     calls = [
         {
             "by": caller.__qualname__.split(".")[0],
@@ -55,7 +63,7 @@ def capture(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any
             **_one(experts, caller, Layer(model, row, method, count, isinstance(experts, type))),
         }
         for caller in methods
-        for count in counts_of_ranks(model)
+        for count in shards
     ]
     return {
         "calls": calls,
@@ -107,7 +115,8 @@ class Layer:
         self.row = row
         self.model = model
         self.logits = torch.linspace(-3.3, 3.1, TOKENS * experts).reshape(TOKENS, experts)
-        self.logits = self.logits.to(getattr(torch, router["logits_dtype"]))
+        dtype = getattr(torch, model["dtype"])
+        self.logits = self.logits.to(told_dtype(model) or dtype)
         made = release.make_router(model)
         bias = None
         if router["correction_bias"] is not None:
@@ -147,7 +156,7 @@ class Layer:
             self._before_classes(model)
 
     def _before_classes(self, model: Mapping[str, Any]) -> None:
-        """What the layer's methods read and quantize themselves, as there were no experts to."""
+        """Provide what the layer's methods read and quantize themselves, without experts."""
         self.hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
         self.renormalize = model["router"]["renormalize"]
         self.custom_routing_function = release.routing_function_of(model)
@@ -175,7 +184,7 @@ class Layer:
             self.scale = torch.zeros(shape, dtype=getattr(torch, scale_dtype))
 
     def named(self) -> dict[str, Tensor | None]:
-        """The tensors that a kernel may be given, by the names that answers use."""
+        """Return the tensors that a kernel may be given, by the names that answers use."""
         return {"router logits": self.logits, "bias": self.e_score_correction_bias}
 
 
@@ -193,14 +202,14 @@ def run_layer(experts: Any, method: Any, layer: Layer) -> None:
 
 
 def made(experts: Any, layer: Layer) -> Any:
-    """A layer's experts, of a class of vLLM."""
+    """Return a layer's experts, of a class of vLLM."""
     return experts(layer.config, quant_config(layer.row, layer.local_num_experts, layer.model))
 
 
 def recorded(
     call: Callable[[], None], named: Mapping[str, Tensor | None], what: str
 ) -> dict[str, Any]:
-    """The kernel's `function` and `arguments`, or the exception that vLLM's code `raised`."""
+    """Return the kernel's `function` and `arguments`, or what vLLM's code `raised`."""
     Stub.asked.clear()
     try:
         with on_one_gpu():
@@ -216,7 +225,7 @@ def recorded(
         ) from error
     except Reached as reached:
         arguments = {name: plain(value, named) for name, value in reached.arguments.items()}
-        return {"function": reached.function, "arguments": arguments}
+        return {"function": reached.function, "arguments": arguments, "at": _place(reached)}
     except _REFUSALS as error:
         if Stub.asked:
             raise TargetError(f"{refusal(error)}, after stubs: {', '.join(Stub.asked)}") from error
@@ -226,7 +235,7 @@ def recorded(
 
 @contextmanager
 def on_one_gpu() -> Iterator[None]:
-    """What vLLM's experts and selectors ask of their surroundings."""
+    """Provide what vLLM's experts and selectors need from their surroundings."""
     compilation = SimpleNamespace(max_cudagraph_capture_size=512)
     model = SimpleNamespace(quantization_config=None, hf_text_config=None)
     vllm_config = SimpleNamespace(compilation_config=compilation, model_config=model)
@@ -283,7 +292,7 @@ class _Prepared:
 
 
 def _kernel(experts: Any, layer: Layer) -> Any:
-    """The kernel object around the experts."""
+    """Return the kernel object around the experts."""
     kernel = object.__new__(names().get("kernel"))
     kernel.impl = names().get("kernel-impl")(_Prepared(layer), experts)
     return kernel
@@ -295,13 +304,30 @@ def vllm_path(file: str) -> str:
 
 
 def _raised(error: BaseException) -> dict[str, str]:
-    """An exception: its `type` and `message`, and the line of vLLM that raised it."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/vllm/" in f.filename]
-    message, where = " ".join(str(error).split())[:300], ""
-    if frames:
-        where = f"{vllm_path(frames[-1].filename)}:{frames[-1].lineno}"
+    """Describe an exception: `type`, `message`, and the line of vLLM that raised it."""
+    message = " ".join(str(error).split())[:300]
+    if frames := _frames(error):
         message = message or f"{frames[-1].line}"
-    return {"type": type(error).__name__, "message": message, "where": where}
+    return {"type": type(error).__name__, "message": message, "where": _place(error)}
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of vLLM's code that an exception came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # This package has a folder of the same name.
+    ours = "/pytest_moe_routing/"
+    return [f for f in frames if "/vllm/" in f.filename and ours not in f.filename]
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of vLLM's code that an exception came through, as `vllm/FILE:LINE`."""
+    frames = _frames(error)
+    if not frames:
+        return ""
+    if isinstance(error, Reached):
+        # Wrappers around FlashInfer's functions make every call.
+        frames = [frame for frame in frames if "/vllm/utils/" not in frame.filename] or frames
+    return f"{vllm_path(frames[-1].filename)}:{frames[-1].lineno}"
 
 
 def refusal(error: BaseException) -> str:

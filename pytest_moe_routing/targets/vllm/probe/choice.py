@@ -133,7 +133,7 @@ def _answer(
 
 @cache
 def _needs(experts: Any) -> tuple[str, ...]:
-    """The variables that experts need to run on the device at all."""
+    """Return the variables that experts need to run on the device at all."""
     for variables in _variables():
         with _environment(variables):
             if experts._supports_current_device():
@@ -149,12 +149,12 @@ def _variables() -> list[tuple[str, ...]]:
 
 
 def _parallels(modular: bool) -> list[tuple[str, ...]]:
-    """Flags of parallel configs to try. Those of experts that route are gates of their own."""
+    """Return flags of parallel configs to try; experts that route have a gate for them."""
     return [(), *_PARALLEL] if modular else [()]
 
 
 def _settings(modular: bool) -> list[_Setting]:
-    """Settings to try, from the default to everything."""
+    """Return settings to try, from the default to everything."""
     return [
         _Setting(variables, backend, parallel)
         for parallel in _parallels(modular)
@@ -179,7 +179,7 @@ def _environment(variables: Iterable[str]) -> Iterator[None]:
 
 
 def _taken(selector: Any, arguments: Mapping[str, Any], variables: tuple[str, ...]) -> Any:
-    """The class that a selector takes, or the text of its refusal."""
+    """Return the class that a selector takes, or the text of its refusal."""
     with _environment(variables):
         try:
             return selector(**arguments)[1]

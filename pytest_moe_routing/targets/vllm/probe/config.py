@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.oracle.swept_configs import UNTOLD
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
-from pytest_moe_routing.targets.vllm.probe.release import names, sources
+from pytest_moe_routing.targets.vllm.probe.release import architecture_of, names, sources
 
 
 class NoActivation(Unsupported):
@@ -18,7 +19,7 @@ class NoActivation(Unsupported):
 
 
 def activation_name(model: Mapping[str, Any]) -> str:
-    """What the model's code calls its activation."""
+    """Return the name that the model's code has for its activation."""
     name: str = model["experts"]["activation"]
     if not model["experts"]["gated"]:
         return f"{name}_no_mul"
@@ -58,7 +59,7 @@ def _activation_arguments(model: Mapping[str, Any]) -> dict[str, float | None]:
             "swiglu_beta": experts["activation_beta"],
             "swiglu_limit": experts["activation_limit"],
         }
-    if experts["activation_limit"] and sources().passes_limit(model["architecture"]):
+    if experts["activation_limit"] and sources().passes_limit(architecture_of(model)):
         return {"swiglu_limit": experts["activation_limit"]}
     return {}
 
@@ -73,6 +74,12 @@ def _activation(name: str) -> Any:
         raise NoActivation(f"this release has no activation {name}") from None
 
 
+def told_dtype(model: Mapping[str, Any]) -> torch.dtype | None:
+    """Return the dtype of the logits that the model's code tells the layer; None if none."""
+    name = model["router"]["logits_dtype"]
+    return None if name == UNTOLD else getattr(torch, name)
+
+
 def moe_config(
     model: Mapping[str, Any],
     method: str,
@@ -81,7 +88,7 @@ def moe_config(
     *,
     dispatched: bool = False,
 ) -> Any:
-    """The `FusedMoEConfig` of one layer of the model; `sizes` stand in for its real widths.
+    """Make the `FusedMoEConfig` of one layer of the model; `sizes` replace its real widths.
 
     Args:
         dispatched: See `parallel_config`.
@@ -108,8 +115,8 @@ def moe_config(
         "device": "cpu",
         "routing_method": _method(method),
         "moe_parallel_config": parallel_config(shards, dispatched=dispatched),
-        "in_dtype": torch.bfloat16,
-        "router_logits_dtype": getattr(torch, router["logits_dtype"]),
+        "in_dtype": getattr(torch, model["dtype"]),
+        "router_logits_dtype": told_dtype(model),
         "max_num_tokens": 8192,
         "max_capture_size": 512,
         **_activation_arguments(model),
@@ -118,7 +125,7 @@ def moe_config(
 
 
 def quant_config(row: ServedScheme, experts: int, model: Mapping[str, Any]) -> Any:
-    """The `FusedMoEQuantConfig` of a layer, with scales that are all 1."""
+    """Make the `FusedMoEQuantConfig` of a layer, with scales that are all 1."""
     activations, weights, block = row.quantization
     one = torch.ones(())
     each = torch.ones(experts)

@@ -12,7 +12,7 @@ class ServedScheme:
 
     Attributes:
         experts: The monolithic experts. In releases without such classes it is a function, all
-            gates at once, with the single ones beside it in its module.
+            gates at once, with the single ones next to it in its module.
         modular: The experts that are given ids and weights; None where vLLM has none.
         keys: The quantization keys of weights and activations; None for unquantized ones.
         methods: The layer's methods that call the experts.

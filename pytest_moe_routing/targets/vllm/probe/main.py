@@ -1,7 +1,7 @@
 """The child of the vLLM target.
 
 It is run by `targets.server` with the arguments ROOT FLASHINFER VERSION, and serves questions
-about the vLLM in ROOT, a directory or a wheel, beside that release of FlashInfer.
+about the vLLM in ROOT, a directory or a wheel, with that release of FlashInfer.
 """
 
 from __future__ import annotations

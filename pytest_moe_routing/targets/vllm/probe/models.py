@@ -1,24 +1,28 @@
 """What the code of a model in one release of vLLM gives to its MoE layer, read from its source.
 
-Only what no config says: who applies the scaling factor, and a routing function of its own.
+Only what no config says: who applies the scaling factor, groups that are constants, and a routing
+function of its own.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.stubs import source_of
+from pytest_moe_routing.targets.vllm.registry import MODELS, registered
 
-_MODELS = "vllm.model_executor.models"
-_OURS = ("vllm.models.", f"{_MODELS}.")
+_OURS = ("vllm.models.", f"{MODELS}.")
 _OTHER_DEVICES = {"amd", "cpu", "xpu"}
 #: Rows of the contract for what the code of a model calls to make its layer.
 _LAYERS = ("layer-factory", "shared-layer")
+#: Arguments of a layer that say which experts a token may choose from.
+_GROUPS = ("use_grouped_topk", "num_expert_group", "topk_group")
 #: How far a model's code is followed through the modules that it imports.
 _DEPTH = 3
 
@@ -41,13 +45,27 @@ class ModelSources:
 
     def __init__(self, names: Names, root: str) -> None:
         self._names, self._root = names, root
-        self._layer = cache(self._find_layer)
+        self._layer, self._made = cache(self._find_layer), cache(self._find_made)
         self._tree = cache(lambda module: ast.parse(source_of(root, module)))
-        self._passed = cache(_passed)
+        # Each reads whole modules, and is asked for every layer and router that is made.
+        for name in ("scales_output", "passes_limit", "routing_function"):
+            setattr(self, name, cache(getattr(self, name)))
 
     def has_architecture(self, architecture: str) -> bool:
         """Return whether the release has code for an architecture."""
         return architecture in self._registered
+
+    def maker(self, architectures: Sequence[str]) -> str:
+        """Return the architecture whose code makes the MoE layer, else the first.
+
+        The code of an outer architecture may leave its language model to the architecture that its
+        text config names.
+
+        Args:
+            architectures: Every architecture that a model's config states, outer config first.
+        """
+        made = (name for name in architectures if self._made(name) is not None)
+        return next(made, architectures[0])
 
     def scales_output(self, architecture: str) -> bool:
         """Return whether the factor is applied to the layer's output: its router then has none.
@@ -63,7 +81,7 @@ class ModelSources:
             return False
         told = layer.argument("apply_routed_scale_to_output")
         if isinstance(told, ast.Name):
-            told = self._passed(layer.tree, told.id)
+            told = _passed(layer.tree, told.id)
             if told is None:
                 raise self._unproven(layer, "whether the layer or its router applies the factor")
         if told is not None:
@@ -94,6 +112,16 @@ class ModelSources:
         if any(word.arg is None for word in layer.call.keywords):
             raise self._unproven(layer, "whether the layer is given the clamp limit")
         return False
+
+    def groups(self, architecture: str) -> dict[str, Any]:
+        """Return the arguments of groups that the model's code states as constants, all or none.
+
+        Some models without groups are made with one group of all experts.
+        """
+        layer = self._layer(architecture)
+        given = {name: layer and layer.argument(name) for name in _GROUPS}
+        stated = {n: value.value for n, value in given.items() if isinstance(value, ast.Constant)}
+        return stated if len(stated) == len(given) else {}
 
     def routing_function(self, architecture: str) -> tuple[str, str] | None:
         """Return module and name of the function that routes in the layer's stead, if there is one.
@@ -127,18 +155,31 @@ class ModelSources:
         Raises:
             Unsupported: There is, and it makes no layer that the contract has.
         """
+        if not self.has_architecture(architecture):
+            return None
+        layer = self._made(architecture)
+        if layer is None:
+            raise Unsupported(
+                f"not judged: the code of {architecture} in vLLM {self._names.version} "
+                f"({self._registered[architecture]}) makes no layer with "
+                f"{' or '.join(sorted(self._factories))}, so who scales and who routes is open"
+            )
+        return layer
+
+    def _find_made(self, architecture: str) -> _Layer | None:
+        """Return where an architecture's code makes its MoE layer; None if it makes none."""
         start = self._registered.get(architecture)
         if start is None:
             return None
-        factories = {self._names.spelling(key).path for key in _LAYERS if self._names.has(key)}
         for module, tree in self._modules(start):
             for call in _calls(tree):
-                if isinstance(call.func, ast.Name) and call.func.id in factories:
+                if isinstance(call.func, ast.Name) and call.func.id in self._factories:
                     return _Layer(module, tree, call)
-        raise Unsupported(
-            f"not judged: the code of {architecture} in vLLM {self._names.version} ({start}) makes "
-            f"no layer with {' or '.join(sorted(factories))}, so who scales and who routes is open"
-        )
+        return None
+
+    @cached_property
+    def _factories(self) -> set[str]:
+        return {self._names.spelling(key).path for key in _LAYERS if self._names.has(key)}
 
     @cached_property
     def _registered(self) -> dict[str, str]:
@@ -147,23 +188,8 @@ class ModelSources:
         Raises:
             Unsupported: No architecture can be read from the registry.
         """
-        registry = self._names.spelling("registry").module
-        found: dict[str, str] = {}
-        for node in ast.walk(self._tree(registry)):
-            if not isinstance(node, ast.Dict):
-                continue
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple):
-                    module = value.elts[0]
-                    if isinstance(module, ast.Constant) and isinstance(module.value, str):
-                        name = module.value
-                        found[str(key.value)] = name if "." in name else f"{_MODELS}.{name}"
-        if not found:
-            raise Unsupported(
-                f"not judged: {registry} of vLLM {self._names.version} lists no architecture in a "
-                f"form that the probe reads"
-            )
-        return found
+        tree = self._tree(self._names.spelling("registry").module)
+        return {name: module for name, (module, _) in registered(self._names, tree).items()}
 
     def _modules(self, module: str) -> Iterator[tuple[str, ast.Module]]:
         """Yield a module with its syntax tree, then those it leads to: its own package's first."""

@@ -43,7 +43,7 @@ _LISTS = ("trtllm_fp4", "trtllm_mxint4")
 
 
 def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
-    """What becomes of marked tokens, experts and weights on each way through the modular kernel.
+    """Return what becomes of marked tokens on each way through the modular kernel.
 
     The ways are those of `capture`, and as rank 1 of 2 whose tokens are gathered first, where the
     experts take that. Besides what `capture` says of a call, it has whether its tokens were
@@ -134,7 +134,7 @@ class _Run:
             raise self._reached
 
     def _prepare(self, fused: Any) -> Any:
-        """The step before and after the experts, as vLLM makes it for the parallel config."""
+        """Make the steps before and after the experts as vLLM makes it for the parallel config."""
         arguments = {
             "moe": self._layer.config,
             "quant_config": fused.quant_config,

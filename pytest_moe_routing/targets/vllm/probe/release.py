@@ -47,6 +47,7 @@ class _Blackwell:
 
     device_name = "Blackwell"
     device_type = "cuda"
+    dispatch_key = "CUDA"
     simple_compile_backend = "eager"
 
     def is_cuda(self) -> bool:
@@ -164,7 +165,7 @@ class _Workspaces:
 
 
 def install(root: str, flashinfer: FlashInfer, version: str) -> None:
-    """Make `vllm` importable from `root`, on a platform and beside a FlashInfer of our own."""
+    """Make `vllm` importable from `root`, on a platform and with a FlashInfer of our own."""
     global _names, _sources
     contract = Contract.of("vllm")
     definitions = stubs.definitions("vllm", root)
@@ -231,19 +232,30 @@ def numbers() -> dict[str, int]:
     return {member.name: int(member) for member in names().get("methods")}
 
 
+def architecture_of(model: Mapping[str, Any]) -> str:
+    """Return the architecture whose code makes the model's MoE layer."""
+    return sources().maker([model["architecture"], *model.get("architectures", ())])
+
+
 def router_factor(model: Mapping[str, Any]) -> float:
     """Return the scaling factor of the layer's router: 1 when the output is scaled elsewhere."""
     factor: float = model["router"]["routed_scaling_factor"]
-    return 1.0 if factor != 1.0 and sources().scales_output(model["architecture"]) else factor
+    return 1.0 if factor != 1.0 and sources().scales_output(architecture_of(model)) else factor
 
 
 def make_router(model: Mapping[str, Any]) -> Any:
     """Return what vLLM's factory makes of the arguments that the model's own code passes."""
+    arguments = router_arguments(model)
+    return names().get("router-factory")(**names().accepted("router-factory", arguments))
+
+
+def router_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the model's own code says of its router, in the words of vLLM."""
     router = model["router"]
     bias = None
     if router["correction_bias"] is not None:
         bias = torch.zeros(router["num_experts"], dtype=getattr(torch, router["correction_bias"]))
-    arguments = {
+    return {
         "top_k": router["top_k"],
         "global_num_experts": router["num_experts"],
         "renormalize": router["renormalize"],
@@ -255,8 +267,8 @@ def make_router(model: Mapping[str, Any]) -> Any:
         "e_score_correction_bias": bias,
         "custom_routing_function": routing_function_of(model),
         "eplb_state": None,
+        **sources().groups(architecture_of(model)),
     }
-    return names().get("router-factory")(**names().accepted("router-factory", arguments))
 
 
 def routing_function_of(model: Mapping[str, Any]) -> Any:
@@ -264,7 +276,7 @@ def routing_function_of(model: Mapping[str, Any]) -> Any:
 
     The router recognizes the function itself, as an attribute of its module, and never runs it.
     """
-    found = sources().routing_function(model["architecture"])
+    found = sources().routing_function(architecture_of(model))
     return found and attrgetter(found[1])(import_module(found[0]))
 
 

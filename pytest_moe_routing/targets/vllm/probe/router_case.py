@@ -18,6 +18,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.routers import NOT_JUDGED, Deviation, Output, compare_router
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.vllm.probe import release
 
 _HIDDEN = 64
 #: Functions that decide or prepare, and compute no routing.
@@ -27,7 +28,10 @@ _HELPERS = (
 )
 _BASES = ("BaseRouter.", "FusedMoERouter.")
 #: Frames below these name the function that computed a routing.
-_FILES = ("/fused_moe/router/", "/model_executor/models/", "/vllm/models/")
+_FILES = (
+    *("/fused_moe/router/", "/fused_moe/fused_moe.py", "/fused_moe/cpu_fused_moe.py"),
+    *("/model_executor/models/", "/vllm/models/"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,48 @@ class Case:
     switches: Mapping[str, str] = field(default_factory=dict)
     #: What a router with other outputs than the recipe's is judged by instead.
     judge: Callable[[Case], list[Deviation]] | None = None
+
+
+#: What such a function is told of a model's router, besides its bias.
+_SELECTION = (
+    *("top_k", "use_grouped_topk", "renormalize", "topk_group", "num_expert_group"),
+    *("custom_routing_function", "scoring_func", "routed_scaling_factor"),
+)
+
+
+class SelectExperts:
+    """A function of a release without routers, called with what a layer gives it.
+
+    Args:
+        key: Its row of the contract.
+        arguments: What the model's code says of its router.
+    """
+
+    def __init__(self, key: str, arguments: Mapping[str, Any]) -> None:
+        self._key, self._arguments = key, arguments
+        self.e_score_correction_bias = arguments["e_score_correction_bias"]
+
+    @property
+    def takes_dtype(self) -> bool:
+        """Whether it is told the dtype of the ids."""
+        row = f"{self._key}(indices_type)"
+        names = release.names()
+        return row in names.contract.rows and names.has(row)
+
+    def __call__(
+        self, hidden_states: Tensor, logits: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        arguments = {
+            **{name: self._arguments[name] for name in _SELECTION},
+            "hidden_states": hidden_states,
+            "router_logits": logits,
+            "e_score_correction_bias": self.e_score_correction_bias,
+            **({"indices_type": dtype} if self.takes_dtype else {}),
+        }
+        names = release.names()
+        # Some return as a third value what zero experts compute.
+        weights, ids, *_ = names.get(self._key)(**names.accepted(self._key, arguments))
+        return weights, ids
 
 
 def compare(case: Case, output: Output) -> dict[str, Any]:
@@ -86,13 +132,25 @@ def _deviations(case: Case, output: Output, called: dict[str, None]) -> list[Dev
 
 
 def select(router: Any, logits: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Return the weights and ids of a router that is asked for ids of a dtype."""
     hidden = torch.zeros(len(logits), _HIDDEN, dtype=torch.bfloat16)
-    answer: tuple[Tensor, Tensor] = router.select_experts(hidden, logits, dtype)
+    answer: tuple[Tensor, Tensor]
+    if isinstance(router, SelectExperts):
+        answer = router(hidden, logits, dtype)
+    elif release.names().has("router-call(topk_indices_dtype)"):
+        answer = router.select_experts(hidden, logits, dtype)
+    else:
+        release.names().spelling("router-base.indices_type_getter")
+        router.indices_type_getter = lambda: dtype
+        answer = router.select_experts(hidden, logits)
     return answer
 
 
 def _other_dtypes(case: Case) -> list[Deviation]:
     """Compare the ids' dtype with what fused experts ask for."""
+    router = case.make(None)
+    if isinstance(router, SelectExperts) and not router.takes_dtype:
+        return []
     found = []
     for dtype in (torch.int32, torch.int64):
 
@@ -131,7 +189,7 @@ def noting(called: dict[str, None]) -> Iterator[None]:
 
 
 def innermost(called: Mapping[str, None]) -> str:
-    """The last function that was called, helpers left out."""
+    """Return the last function that was called, helpers left out."""
     names = [
         name
         for name in called

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pytest_moe_routing.compare.routing import compare_routing
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.logits import PATTERNS, bell, make
+from pytest_moe_routing.logits import PATTERNS, bell, make_case
 from pytest_moe_routing.oracle.routers import NOT_FINITE, Deviation
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
@@ -133,7 +133,7 @@ def _judged(case: Case, problem_of: Callable[[Case, str], str | None]) -> list[D
 
 
 def _inputs(case: Case, pattern: str) -> tuple[Tensor, Tensor | None]:
-    made = make(pattern, case.recipe, num_tokens=_TOKENS, num_experts=case.num_experts)
+    made = make_case(pattern, case.recipe, num_tokens=_TOKENS, num_experts=case.num_experts)
     return made.logits, made.bias
 
 

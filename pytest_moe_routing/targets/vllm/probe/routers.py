@@ -22,13 +22,14 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import RouterConfig
+from pytest_moe_routing.oracle.own_router import reading_of
 from pytest_moe_routing.oracle.routers import Output
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm import operators
 from pytest_moe_routing.targets.vllm.probe import release
-from pytest_moe_routing.targets.vllm.probe.router_case import Case, compare
+from pytest_moe_routing.targets.vllm.probe.router_case import Case, SelectExperts, compare, select
 from pytest_moe_routing.targets.vllm.probe.router_configs import cases
 
 #: Row of the contract for the switch between `grouped_topk`'s compiled and torch paths.
@@ -41,6 +42,7 @@ class _Cpu:
     """The platform object of vLLM's CPU build."""
 
     device_name = device_type = "cpu"
+    dispatch_key = "CPU"
     simple_compile_backend = "eager"
 
     def is_cpu(self) -> bool:
@@ -91,16 +93,15 @@ class Routers:
             Unsupported: The release does not have a name that the routers' runs need.
         """
         self.names.require("routers")
-        # Older routers are called otherwise.
-        self.names.spelling("router-call(topk_indices_dtype)")
         models = [self.names.spelling(key).module for key in _MODELS if self.names.has(key)]
         stubs.extend(real=models, absent=["transformers"])
         for key, value in stand_ins(self.platform).items():
             if self.names.has(key):
                 spelling = self.names.spelling(key)
                 setattr(import_module(spelling.module), spelling.path, value)
-        triton = self.names.spelling("router-triton")
-        getattr(import_module(triton.module), triton.path).jit = _TritonKernel
+        if self.names.has("router-triton"):
+            triton = self.names.spelling("router-triton")
+            getattr(import_module(triton.module), triton.path).jit = _TritonKernel
 
     def run(self, model: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Route for a model, in every way that this platform has.
@@ -121,11 +122,7 @@ class Routers:
             recipe = replace(recipe, scale=1.0)
 
         def make(bias: Tensor | None) -> Any:
-            with patch.object(release, "routing_function_of", lambda _: function):
-                made = release.make_router(model)
-            if bias is not None:
-                made.e_score_correction_bias = bias
-            return made
+            return self._made(model, bias, function)
 
         made = make(None)
         key = type(made).__name__, recipe, router.num_experts, router.logits_dtype, function
@@ -139,6 +136,21 @@ class Routers:
             ]
         return [{**run, "subject": model["id"]} for run in self._compared[key]]
 
+    def _made(self, model: Mapping[str, Any], bias: Tensor | None, function: Any) -> Any:
+        """Return a model's router, with a bias of ours and the routing function of its code."""
+        with patch.object(release, "routing_function_of", lambda _: function):
+            made = self._make(model)
+        if bias is not None:
+            made.e_score_correction_bias = bias
+        return made
+
+    def _make(self, model: Mapping[str, Any]) -> Any:
+        """Return the router of a model's layer: an object, or a function of an older release."""
+        key = "router-function-cpu" if self.platform == "cpu" else "router-function"
+        if self.names.expects(key):
+            return SelectExperts(key, release.router_arguments(model))
+        return release.make_router(model)
+
     def run_other(self) -> list[dict[str, Any]]:
         """Route in every configuration that the factory takes and no model of the zoo has.
 
@@ -146,9 +158,23 @@ class Routers:
             Unsupported: The release does not have a name that the routers' runs need.
         """
         self._enter()
-        if self.platform == "cpu":
+        if self.platform == "cpu" or not self.names.has("router-factory"):
             return []
         return [compare(case, self.output) for case in cases(self.names)]
+
+    def read(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the factory's router has otherwise than the config of a model.
+
+        Raises:
+            Unsupported: There is no such router, or it computes something else.
+        """
+        self._enter()
+        function = self._routing_function(model)
+
+        def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            return select(self._made(model, bias, function), logits)
+
+        return dict(reading_of(route, RouterConfig(**model["router"])))
 
     @property
     def output(self) -> Output:
@@ -159,18 +185,20 @@ class Routers:
         self, router: Any, dtype: str
     ) -> Iterator[tuple[str, str, Mapping[str, str], torch.dtype]]:
         """Ways in which the factory's router may compute otherwise, and who goes them."""
-        switch = self.names.spelling(_FUSED_GROUPED).path
-        has_switch = isinstance(router, self.names.get("router-grouped"))
+        has_switch = not isinstance(router, SelectExperts) and isinstance(
+            router, self.names.get("router-grouped")
+        )
+        switch = self.names.spelling(_FUSED_GROUPED).path if has_switch else ""
         for value, suffix in (("1", ""), ("0", f", {switch}=0")) if has_switch else (("1", ""),):
-            way, switches = self.platform + suffix, {switch: value}
+            way, switches = self.platform + suffix, {switch: value} if has_switch else {}
             yield way, "opt-in" if suffix else "model", switches, getattr(torch, dtype)
             if dtype == "float32":
                 reach = "opt-in" if suffix else "bfloat16 logits"
                 yield f"{way}, handed bfloat16 logits", reach, switches, torch.bfloat16
 
     def _routing_function(self, model: Mapping[str, Any]) -> Any:
-        """The routing function that the model's code gives to its layer, itself."""
-        found = release.sources().routing_function(model["architecture"])
+        """Return the routing function that the model's code gives to its layer, itself."""
+        found = release.sources().routing_function(release.architecture_of(model))
         if found is None:
             return None
         module, name = found
@@ -181,13 +209,14 @@ class Routers:
 
 
 def stand_ins(platform: str) -> dict[str, Any]:
-    """Return what stands in for vLLM's own around its routers, by key of the contract."""
+    """Return replacements of vLLM's own functions around its routers, by key of the contract."""
     values: dict[str, Any] = {
         f"router-operators.{name}": f for name, f in operators.in_torch(platform).items()
     }
     values |= {
         "router-aiter": _Off(),
         "router-context": lambda: False,
+        "router-batches": lambda: False,
         "router-logger": lambda _: stubs.Stub("logger"),
     }
     return {**values, "current-platform": _Cpu()} if platform == "cpu" else values
@@ -198,7 +227,7 @@ def handlers(
 ) -> dict[str, Callable[..., Any]]:
     """Install a vLLM in this process, and return what answers questions about its routers."""
     routers = Routers(root, FlashInfer.of(flashinfer), version, platform)
-    return {"run": routers.run, "run_other": routers.run_other}
+    return {"run": routers.run, "run_other": routers.run_other, "read": routers.read}
 
 
 def main() -> None:

@@ -1,0 +1,80 @@
+"""The failures of a run by cause, worst first: what every report begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.verdict import Verdict
+from pytest_moe_routing.report import text
+
+_ORDER = (Verdict.WRONG, Verdict.CRASH, Verdict.ERROR, Verdict.MISSED)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """One cause of failures, with every record that it concerns.
+
+    Attributes:
+        cause: Its stable id; the name of the test for a failure that names no cause.
+    """
+
+    cause: str
+    records: tuple[Record, ...]
+
+    @property
+    def first(self) -> Record:
+        return self.records[0]
+
+    @property
+    def title(self) -> str:
+        if isinstance(self.first, VerdictRecord):
+            return text.title(self.first)
+        return self.first.case
+
+    @property
+    def lines(self) -> list[str]:
+        """The explanation, of the first case."""
+        if isinstance(self.first, VerdictRecord):
+            return text.story(self.first)
+        return self.first.message.splitlines()
+
+    @property
+    def others(self) -> list[str]:
+        """The other cases, by name."""
+        return [name_of(record) for record in self.records[1:]]
+
+    @property
+    def source(self) -> str:
+        """File and line of the target's code that is to blame; empty if they are not known."""
+        return next((record.source for record in self.records if record.source), "")
+
+
+def name_of(record: Record) -> str:
+    """Return what a record is about, in a word or two."""
+    if isinstance(record, VerdictRecord):
+        return f"{record.model} {record.scheme}"
+    return record.case
+
+
+def failed(records: Iterable[Record], outcome: str = "failed") -> list[Failed]:
+    """Return the failures of a run by cause: silent ones first, then those with most cases."""
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.key):
+        if record.outcome == outcome:
+            groups.setdefault(_cause(record), []).append(record)
+    found = [Failed(cause[-1], tuple(those)) for cause, those in groups.items()]
+    return sorted(found, key=lambda group: (_rank(group.first), -len(group.records)))
+
+
+def _cause(record: Record) -> tuple[str, ...]:
+    if isinstance(record, TestRecord):
+        return ("test", *(record.causes or (record.case,)))
+    return (text.decider(record), record.cause or f"{record.verdict} {record.reason[:200]}")
+
+
+def _rank(record: Record) -> int:
+    if isinstance(record, TestRecord):
+        return len(_ORDER)
+    return _ORDER.index(record.verdict) if record.verdict in _ORDER else len(_ORDER)

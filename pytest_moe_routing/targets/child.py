@@ -1,0 +1,260 @@
+"""The process of a probe: started, asked with a deadline, and ended with all that it started."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+from pytest_moe_routing.escape import excerpt
+from pytest_moe_routing.targets.server import HEADER, HOME, LOG, MARK, STACK
+
+#: What the child sees of the environment, besides the switches that its target names. Nothing of
+#: a CI job's secrets.
+_PASSED = (
+    *("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LANGUAGE", "TZ"),
+    *("PYTHONHOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+)
+_PASSED_PREFIXES = ("LC_", "CUDA_", "MOE_")
+#: Seconds for a child to end, or to write its stack after the deadline; and at most, where the
+#: machine is so busy that there is no stack yet.
+_GRACE, _LONG_GRACE = 1.0, 10.0
+_LOG_BYTES, _LOG_LINES, _STACK_LINES, _WIDTH = 20_000, 15, 25, 500
+
+
+ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a child may use.
+
+    Attributes:
+        seconds: For one question; the first includes the import of the framework.
+        memory: Bytes of data, where the system limits them.
+        answer: Bytes of one answer.
+    """
+
+    seconds: float = 300.0
+    memory: int = 16 << 30
+    answer: int = 16_000_000
+
+
+class Failure(Exception):
+    """Why there is no answer, and never will be another one."""
+
+
+class Request(NamedTuple):
+    """A question, and its arguments as JSON."""
+
+    question: str
+    arguments: str
+
+
+class Child:
+    """A running child process, in a session, a home and an environment of its own."""
+
+    def __init__(self, command: tuple[str, ...], switches: tuple[str, ...], limits: Limits) -> None:
+        self._limits = limits
+        self._folder = Path(tempfile.mkdtemp(prefix="moe-routing-"))
+        home = self._folder / HOME
+        home.mkdir()
+        settings = {
+            "seconds": limits.seconds,
+            "memory": limits.memory,
+            "folder": str(self._folder),
+        }
+        with (self._folder / LOG).open("ab") as log:
+            self._process = subprocess.Popen(
+                # Without the working directory among the places of modules.
+                [sys.executable, "-P", "-c", _bootstrap(), json.dumps(settings), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+                cwd=home,
+                env=environment_of(home, switches),
+                start_new_session=True,
+            )
+        #: Ends the child, at the latest when Python ends.
+        self.end: Callable[[], object] = weakref.finalize(self, _end, self._process, self._folder)
+
+    def exchange(self, number: int, requests: Sequence[Request]) -> bytes:
+        """Send requests and return the answer to them.
+
+        Raises:
+            Failure: There is none.
+        """
+        texts = (
+            f'{{"question":{ENCODER.encode(question)},"arguments":{arguments}}}'
+            for question, arguments in requests
+        )
+        data = f"[{','.join(texts)}]".encode()
+        message = HEADER.pack(MARK, number, len(data)) + data
+        done: SimpleQueue[bytes | Failure | None] = SimpleQueue()
+        # In a thread, as a pipe can be waited for with a deadline in no portable way.
+        arguments = (self._process, message, number, self._limits.answer, done)
+        threading.Thread(target=_exchange, args=arguments, daemon=True).start()
+        deadline = time.monotonic() + self._limits.seconds + _GRACE
+        is_over = False
+        while True:
+            try:
+                answer = done.get(timeout=0.2)
+            except Empty:
+                if is_over:
+                    # What it started may hold its end of the pipe open.
+                    raise Failure(self._last_words()) from None
+                is_over = self._process.poll() is not None
+                late = time.monotonic() - deadline
+                if late > _LONG_GRACE or (late > 0 and self._is_explained()):
+                    raise Failure(self._where_it_was()) from None
+                continue
+            if answer is None:
+                raise Failure(self._last_words())
+            if isinstance(answer, Failure):
+                raise answer
+            return answer
+
+    def _last_words(self) -> str:
+        try:
+            code: int | str = self._process.wait(timeout=_GRACE)
+        except subprocess.TimeoutExpired:
+            code = "no code, and closed its answers"
+        log = self._folder / LOG
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_BYTES))
+            text = file.read(_LOG_BYTES).decode("utf-8", "replace")
+        # A crash of the interpreter is told with its stack after it, anything else comes last.
+        _, crash, stack = text.rpartition("Fatal Python error")
+        lines = text.splitlines()[-_LOG_LINES:]
+        words = excerpt(crash + stack if crash else "\n".join(lines), _LOG_LINES, _WIDTH)
+        return f"its process ended with {code}; its last words:\n{words}"
+
+    def _is_explained(self) -> bool:
+        """Return whether it is known where the child is."""
+        return _is_stopped(self._process.pid) or "Timeout (" in self._stack()
+
+    def _stack(self) -> str:
+        path = self._folder / STACK
+        return path.read_text("utf-8", "replace") if path.exists() else ""
+
+    def _where_it_was(self) -> str:
+        late = f"no answer within {self._limits.seconds:g} s; its process was ended"
+        if _is_stopped(self._process.pid):
+            return f"{late}. It had stopped itself"
+        # Of the last dump, all threads but the one that listens to us.
+        dump = self._stack().rpartition("Timeout (")[2]
+        threads = [text for text in dump.split("\n\n") if "in _listen" not in text]
+        lines = [line for text in threads for line in text.splitlines() if line.startswith("  ")]
+        # The innermost frame comes first, our own last: as in a traceback, it is shown last.
+        ours = next((n for n, line in enumerate(lines) if "/targets/server.py" in line), len(lines))
+        shown = excerpt("\n".join(reversed(lines[:ours][:_STACK_LINES])), _STACK_LINES, _WIDTH)
+        return f"{late}. It was in:\n{shown}" if shown else f"{late}. Its stack is not known"
+
+
+def _bootstrap() -> str:
+    """Return the child's program, which finds this package and what this process finds.
+
+    The places of modules of this process come last: a module next to the tests takes the place of
+    none of the standard library or of an installed one. The working directory is left out.
+    """
+    here = os.path.realpath(os.curdir)
+    package = str(Path(__file__).resolve().parents[2])
+    places = [p for p in sys.path if Path(p).is_absolute() and os.path.realpath(p) != here]
+    return (
+        "import sys\n"
+        f"sys.path += [p for p in {[*places, package]!r} if p not in sys.path]\n"
+        "from pytest_moe_routing.targets import server\n"
+        "server.main()\n"
+    )
+
+
+def environment_of(home: Path, switches: tuple[str, ...]) -> dict[str, str]:
+    passed = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _PASSED or name in switches or name.startswith(_PASSED_PREFIXES)
+    }
+    homes = dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP"), str(home))
+    # The sources that are judged stay as they are, and sets in their messages have one order.
+    return {**passed, **homes, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+
+
+def _exchange(
+    process: subprocess.Popen[bytes],
+    message: bytes,
+    number: int,
+    limit: int,
+    done: SimpleQueue[bytes | Failure | None],
+) -> None:
+    """Put the answer to a message, a failure, or None when the child has closed its end."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        rest = memoryview(message)
+        while rest:
+            rest = rest[os.write(process.stdin.fileno(), rest) :]
+        header = _read(process, HEADER.size)
+        if header is None:
+            return done.put(None)
+        mark, answered, size = HEADER.unpack(header)
+        if (mark, answered) != (MARK, number):
+            return done.put(
+                Failure("found something else among its answers; its process was ended")
+            )
+        if size > limit:
+            text = f"its answer has {size} bytes, expected at most {limit}; its process was ended"
+            return done.put(Failure(text))
+        return done.put(_read(process, size))
+    except (OSError, ValueError):
+        # Its end, or ours, is closed.
+        return done.put(None)
+
+
+def _read(process: subprocess.Popen[bytes], size: int) -> bytes | None:
+    assert process.stdout is not None
+    data = bytearray()
+    while len(data) < size:
+        more = os.read(process.stdout.fileno(), min(size - len(data), 1 << 20))
+        if not more:
+            return None
+        data += more
+    return bytes(data)
+
+
+def _is_stopped(pid: int) -> bool:
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
+
+
+def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """End a child and all of its process group, and remove its folder."""
+    try:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    except (ProcessLookupError, PermissionError):
+        # There is none left.
+        pass
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    process.wait()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,195 @@
+"""Answers of a framework's code that are kept between runs.
+
+An answer holds as long as everything that it may depend on is as it was: the framework's sources,
+all of them, whether imported, read or only looked for; this package and its data; Python and every
+installed distribution, torch among them; the child's command line, with the FlashInfer release; and
+the environment that the child sees. All of that names the folder. A file in it is read with limits,
+and what it says is checked as an answer of the child is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.inputs import Archive, read_bytes
+
+#: The question, its arguments as JSON, and the kind of the reply with what it says.
+Row = tuple[str, str, str, Any]
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+#: Bytes of a file of answers, as it is stored and as it is read; files of a folder; folders.
+_STORED, _READ, _FILES, _FOLDERS = 64_000_000, 512_000_000, 64, 8
+#: The largest Python file seen, a generated one, has 1 MB.
+_SOURCE = 20_000_000
+_KINDS = ("answer", "unsupported")
+#: What the child sees of the environment, and what says nothing about its answers.
+_INDIFFERENT = ("PATH", "HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP")
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where answers are kept.
+
+    Attributes:
+        folder: The folder, which need not exist.
+        make: Makes it, and returns it.
+    """
+
+    folder: Path
+    make: Callable[[], Path]
+
+
+class Kept:
+    """The answers that one child gave in earlier runs.
+
+    Args:
+        key: What the answers depend on, as `key_of_child` makes it.
+        worker: The name of this process among those that run side by side; each has its own file.
+    """
+
+    def __init__(self, store: Store, key: str, worker: str) -> None:
+        self._store, self._key, self._name = store, key, f"{worker}.json.z"
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the answers; none from a file that is damaged, too large or no file of answers."""
+        folder = self._store.folder / self._key
+        try:
+            files = sorted(path for path in folder.iterdir() if path.name.endswith(".json.z"))
+        except OSError:
+            return
+        for path in files[:_FILES]:
+            try:
+                rows = _unpacked(read_bytes(path, _STORED))
+            except (MoERoutingError, ValueError, zlib.error, RecursionError):
+                continue
+            yield from filter(_is_row, rows if isinstance(rows, list) else ())
+
+    def write(self, rows: Iterable[Row]) -> None:
+        """Keep answers in this process's file; where that cannot be, none are kept."""
+        text = json.dumps([row for row in rows if row[2] in _KINDS], separators=(",", ":"))
+        data = zlib.compress(text.encode(), 3)
+        if len(data) > _STORED or len(text) > _READ:
+            return
+        with suppress(OSError):
+            folder = self._store.make()
+            (folder / self._key).mkdir(parents=True, exist_ok=True)
+            temporary = folder / self._key / f".{self._name}.{os.getpid()}"
+            temporary.write_bytes(data)
+            temporary.replace(folder / self._key / self._name)
+            _drop_oldest(folder)
+
+
+def _unpacked(data: bytes) -> Any:
+    unpacker = zlib.decompressobj()
+    text = unpacker.decompress(data, _READ)
+    if not unpacker.eof:
+        raise ValueError("more than is kept")
+    return json.loads(text)
+
+
+def _is_row(row: object) -> bool:
+    if not isinstance(row, list) or len(row) != 4:
+        return False
+    return all(isinstance(part, str) for part in row[:3]) and row[2] in _KINDS
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Leave the folders of the latest keys."""
+    folders = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in folders[_FOLDERS:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def key_of_sources(root: Path, package: str, distributions: Iterable[str]) -> str | None:
+    """Return what every answer of a framework's code depends on, in one word.
+
+    None if it cannot be told, as a file cannot be read.
+
+    Args:
+        root: The directory or the wheel that has the framework's package in it.
+        package: The framework's package.
+        distributions: Names of the distributions that contain the package.
+    """
+    try:
+        parts = [
+            _of_sources(root, package),
+            _of_sources(_PACKAGE.parent, _PACKAGE.name, all_files=True),
+            [_metadata(root, name) for name in distributions],
+            [sys.version, sys.platform, _installed()],
+        ]
+    except (OSError, MoERoutingError):
+        return None
+    return _digest(parts)
+
+
+def key_of_child(sources: str, command: Iterable[str], environment: Mapping[str, str]) -> str:
+    """Return what the answers of one child depend on, in one word.
+
+    Args:
+        sources: See `key_of_sources`.
+        command: The module that the child runs and its arguments, without the sources' place.
+        environment: What the child sees of it.
+    """
+    seen = {name: text for name, text in environment.items() if name not in _INDIFFERENT}
+    return _digest([sources, list(command), sorted(seen.items())])
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+@cache
+def _installed() -> list[str]:
+    """Name and release of every installed distribution."""
+    return sorted(f"{found.name} {found.version}" for found in metadata.distributions())
+
+
+def _metadata(root: Path, name: str) -> list[str]:
+    found = metadata.Distribution.discover(name=name, path=[str(root)])
+    return [each.read_text("METADATA") or "" for each in found]
+
+
+def _of_sources(root: Path, package: str, *, all_files: bool = False) -> str:
+    """Return a digest of a package: the names of all its files, and the text of its Python files.
+
+    Raises:
+        OSError, MoERoutingError: A file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, data in _members(root, package, all_files):
+        digest.update(f"{len(name)} {len(data)} {name}".encode("utf-8", "surrogateescape"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _members(root: Path, package: str, all_files: bool) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of a package by name; without their text if that says nothing."""
+    if root.is_file():
+        with Archive(root) as wheel:
+            for name in sorted(wheel.names):
+                if name.startswith(f"{package}/"):
+                    is_read = name.endswith(".py")
+                    yield name, wheel.read_bytes(name, _SOURCE) if is_read else b""
+        return
+    for folder, folders, files in os.walk(root / package, followlinks=True):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        for file in sorted(files):
+            path = Path(folder, file)
+            is_read = all_files or file.endswith(".py")
+            # What is no regular file, such as a pipe, is never read by an import either.
+            is_read = is_read and path.exists() and stat.S_ISREG(path.stat().st_mode)
+            yield str(path.relative_to(root)), read_bytes(path, _SOURCE) if is_read else b""

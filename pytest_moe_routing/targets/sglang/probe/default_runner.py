@@ -1,0 +1,104 @@
+"""The runner that SGLang chooses for a checkpoint when no `--moe-runner-backend` is given.
+
+SGLang's own code resolves the arguments of a server to which nothing was said but the quantization,
+where SGLang's documentation has it said. A layer may choose further when they leave it at `auto`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Names
+
+AUTO = "auto"
+_FIELD = "moe_runner_backend"
+
+
+class _Config:
+    """The config of a checkpoint; what is not in it, it does not have."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"SGLang's code reads {name!r} of the checkpoint's config")
+
+
+class _Server:
+    """Arguments of a server, their defaults where not given, and what was resolved of them."""
+
+    def __init__(
+        self,
+        defaults: Mapping[str, Any],
+        config: _Config,
+        quantization: str | None,
+        in_checkpoint: str | None,
+    ) -> None:
+        vars(self).update(defaults)
+        self._model_config = stubs.known(
+            "model_config", hf_config=config, quantization=quantization or in_checkpoint
+        )
+        self._model_config_built_from = None
+        self._quantization_explicitly_unset = False
+        self._resolved_overrides: list[tuple[str, Mapping[str, Any]]] = []
+        self.moe_runner_backend = AUTO
+        self.device = "cuda"
+        self.quantization = quantization
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        # No field, but a method that asks about other fields.
+        return stubs.Stub(name)
+
+    def get_model_config(self) -> Any:
+        return self._model_config
+
+    def take(self, source: str, declared: Mapping[str, Any]) -> None:
+        """Remember what SGLang's code declares."""
+        self._resolved_overrides.append((source, declared))
+        vars(self).update(declared)
+
+
+def default_runner(
+    names: Names,
+    defaults: Mapping[str, Any],
+    architecture: str,
+    values: Mapping[str, Any],
+    quantization: str | None,
+    in_checkpoint: Mapping[str, Any] | None,
+) -> str:
+    """Return the runner by its name on the command line.
+
+    Args:
+        defaults: Of the server's arguments, and its lists of choices.
+        quantization: `--quantization`, or None where it is not given.
+        in_checkpoint: `quantization_config` of the checkpoint's config.
+
+    Raises:
+        Unsupported: SGLang's code does not say it here.
+    """
+    said = {"architectures": [architecture], "model_type": "", "quantization_config": in_checkpoint}
+    config = _Config({**values, **said})
+    method = None if in_checkpoint is None else in_checkpoint.get("quant_method")
+    server = _Server(defaults, config, quantization, method)
+    choices = {name: value for name, value in defaults.items() if name.isupper()}
+    stubs.stand_in(choices)
+    try:
+        for source, declared in names.get("overrides-collect")(architecture, server, config):
+            server.take(source, declared)
+        for key in ("overrides-deepseek", "overrides-quantization"):
+            server.take(key, names.get(key)(server))
+    except Unsupported:
+        raise
+    except Exception as error:
+        raise Unsupported(
+            f"which runner {AUTO} is cannot be told: {type(error).__name__}: {error}"
+        ) from error
+    runner = getattr(server, _FIELD)
+    if not isinstance(runner, str):
+        raise Unsupported(f"which runner {AUTO} is cannot be told: it is {runner}")
+    return runner

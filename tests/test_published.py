@@ -1,0 +1,104 @@
+"""Values that model.yaml has no key for, which vLLM's and SGLang's MoE blocks read from a config.
+
+blocks.yaml and configs.yaml repeat them by architecture. They are compared with published configs,
+with transformers' config classes, and with each other: each was read in another framework's code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pytest_moe_routing
+from pytest_moe_routing.reference.quantization import find_format
+from pytest_moe_routing.schemes import storage_of
+
+TARGETS = Path(pytest_moe_routing.__file__).parent / "targets"
+FILES = {"vllm": TARGETS / "vllm" / "blocks.yaml", "sglang": TARGETS / "sglang" / "configs.yaml"}
+
+#: From config.json: deepseek-ai/DeepSeek-R1, DeepSeek-V2-Lite and DeepSeek-V4-Flash.
+PUBLISHED = {
+    "DeepseekV2ForCausalLM": {"topk_method": "greedy", "scoring_func": "softmax"},
+    "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "DeepseekV4ForCausalLM": {
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "swiglu_limit": 10.0,
+        "num_hash_layers": 3,
+    },
+}
+#: transformers' config classes, by architecture.
+CLASSES = {
+    "DeepseekV4ForCausalLM": "deepseek_v4",
+    "LagunaForCausalLM": "laguna",
+    "MiMoV2FlashForCausalLM": "mimo_v2_flash",
+    "MiniMaxM3ForCausalLM": "minimax_m3_vl_text",
+    "NemotronHForCausalLM": "nemotron_h",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3NextForCausalLM": "qwen3_next",
+}
+#: What is no value of a config: the name of an activation in vLLM, and sizes of what is built.
+OWN = {"hidden_act", "moe_shared_expert_intermediate_size"}
+
+
+def read(name):
+    return yaml.safe_load(FILES[name].read_text("utf-8"))
+
+
+def rows(name):
+    """What a file has of each architecture."""
+    data = read(name)
+    if name == "sglang":
+        return data["published"]
+    return {a: row["published"] for a, row in data["blocks"].items() if "published" in row}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("architecture", PUBLISHED)
+def test_values_are_those_of_published_configs(name, architecture):
+    row, config = rows(name)[architecture], PUBLISHED[architecture]
+    shared = row.keys() & config.keys()
+    assert shared
+    assert {key: row[key] for key in shared} == {key: config[key] for key in shared}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_values_are_those_of_config_classes(name):
+    transformers = pytest.importorskip("transformers")
+    compared = set()
+    for architecture, model_type in CLASSES.items():
+        made = transformers.CONFIG_MAPPING[model_type]()
+        for key, value in rows(name).get(architecture, {}).items():
+            if hasattr(made, key) and key not in OWN:
+                assert getattr(made, key) == value, (architecture, key)
+                compared.add((architecture, key))
+    expected = {
+        "vllm": {
+            ("MiniMaxM3ForCausalLM", "swiglu_alpha"),
+            ("NemotronHForCausalLM", "mlp_hidden_act"),
+        },
+        "sglang": {("MiMoV2FlashForCausalLM", "n_group"), ("NemotronHForCausalLM", "mlp_bias")},
+    }
+    assert expected[name] <= compared
+
+
+def test_both_frameworks_are_told_the_same():
+    vllm, sglang = rows("vllm"), rows("sglang")
+    compared = 0
+    for architecture in vllm.keys() & sglang.keys():
+        for key in vllm[architecture].keys() & sglang[architecture].keys() - OWN:
+            assert vllm[architecture][key] == sglang[architecture][key], (architecture, key)
+            compared += 1
+    assert compared > 6
+
+
+def test_blocks_of_scales_are_those_of_the_formats():
+    schemes = read("sglang")["schemes"]
+    blocks = {name: list(find_format(storage_of(name).weight).block) for name in schemes}
+    arguments = {n: row["config"]["arguments"] for n, row in schemes.items() if row["config"]}
+    assert arguments["fp8_block"]["weight_block_size"] == blocks["fp8_block"] == [128, 128]
+    assert arguments["mxfp8"]["weight_block_size"] == blocks["mxfp8"] == [1, 32]
+    assert arguments["nvfp4"]["group_size"] == blocks["nvfp4"][1] == 16
+    assert arguments["mxfp8"]["use_mxfp8"] is True

@@ -175,7 +175,10 @@ def _ask(package, handlers, model, scheme):
     method = handlers["classify"](said)[0]
     handlers["gates"](said, scheme, method)
     handlers["capture"](said, scheme, method)
+    handlers["choose"](said, scheme, method)
+    handlers["around"](said, scheme, method)
     handlers["gates"](said, scheme, method, modular=True)
+    handlers["choose"](said, scheme, method, modular=True)
     handlers["capture_modular"](said, scheme)
 
 

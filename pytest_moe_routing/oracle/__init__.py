@@ -2,7 +2,8 @@
 
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_call, same_calls
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.judge import Judgement, judge, unjudged
+from pytest_moe_routing.oracle.judge import judge, unjudged
+from pytest_moe_routing.oracle.judgement import Judgement
 from pytest_moe_routing.oracle.record import Reach, TestRecord, VerdictRecord
 from pytest_moe_routing.oracle.target import Captured, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict

@@ -17,7 +17,8 @@ from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.exact import Gate, exact_calls
 from pytest_moe_routing.oracle.finding import Kind
-from pytest_moe_routing.oracle.judge import Judgement, judge, judge_behind_gates, judge_swept
+from pytest_moe_routing.oracle.judge import judge, judge_behind_gates, judge_swept
+from pytest_moe_routing.oracle.judgement import Judgement
 from pytest_moe_routing.oracle.swept_configs import (
     UNTOLD,
     USUAL_EXPERTS,
@@ -168,7 +169,7 @@ def sweep(
 
     def judged(model: ModelSpec, reads: RouterConfig | None) -> Iterable[Judgement]:
         if reads is None:
-            return (judge(target, model, scheme),)
+            return (judge(target, model, scheme, chosen=False),)
         return (judge_swept(target, model, scheme, reads),)
 
     return _sweep(target, judged, scheme, models, candidates)

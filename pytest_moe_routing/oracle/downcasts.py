@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from pytest_moe_routing.oracle.effects import share_rerouted
 from pytest_moe_routing.oracle.finding import Finding
-from pytest_moe_routing.oracle.judge import Judgement
+from pytest_moe_routing.oracle.judgement import Judgement
 
 #: What shows the loss best: a pattern of `logits`.
 PATTERNS = {"logits": "near-ties", "gate": "near-ties", "bias": "narrow-bias"}

@@ -26,6 +26,10 @@ class Kind(StrEnum):
     ENUM = "enum"
     #: The target's code raised the exception `field` with the message `got`, at `where`.
     RAISED = "raised"
+    #: The layer applies `field` as `wanted` says, the target's steps as `got` says.
+    APPLIED = "applied"
+    #: The selector `field` takes experts although their gates `got` reject the layer.
+    CHOICE = "choice"
     #: An argument is less precise (`got`) than the layer (`wanted`).
     DOWNCAST = "downcast"
     #: A matter of precision in the kernel itself, told by `fact`.

@@ -3,145 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib.util import find_spec
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.escape import shorten
-from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
+from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
-from pytest_moe_routing.oracle.calls import arguments_of
 from pytest_moe_routing.oracle.effects import mask_notes
-from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning
-from pytest_moe_routing.oracle.finding import Finding, Kind, source_of
-from pytest_moe_routing.oracle.record import Reach, VerdictRecord
+from pytest_moe_routing.oracle.exact import Gate, exact_calls, meaning
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.judgement import Judgement, reach_of
+from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.target import Captured, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe, normal_form, recipe_of, same
 
 if TYPE_CHECKING:
-    from pytest_moe_routing.compare.equivalence import Counterexample
+    pass
 
 #: Why a target computes what a config does not state.
 _IGNORED = "the code of the model does not read the config's key for it"
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One verdict with everything that led to it.
-
-    Attributes:
-        classification: The target's routing method, and its path.
-        gates: All gates that were asked.
-        wanted: What the model's router computes.
-        call: What reaches the kernel (or would, had the gates accepted).
-        got: What the kernel computes then; None if the kernel does not run.
-        findings: What is wrong with a kernel call that the gates accept.
-        exact: The calls that would have computed the model's router.
-        downcasts: What the target makes less precise for a kernel that runs.
-        notes: Matters of precision in the kernel itself.
-        site: The code that makes the kernel call.
-        source: Its file and line, from the root of the target's package on.
-        reads: The router that the target's own code computes for the model without a fused kernel,
-            if that is what the kernel is compared with.
-    """
-
-    target: str
-    release: str
-    model: ModelSpec
-    scheme: str
-    flashinfer: FlashInfer
-    verdict: Verdict
-    classification: Classification
-    gates: tuple[Gate, ...]
-    wanted: Recipe
-    call: KernelCall | None = None
-    got: Recipe | None = None
-    findings: tuple[Finding, ...] = ()
-    exact: tuple[KernelCall, ...] = ()
-    downcasts: tuple[Finding, ...] = ()
-    notes: tuple[Finding, ...] = ()
-    site: str = ""
-    source: str = ""
-    opt_in: tuple[str, ...] = ()
-    reads: RouterConfig | None = None
-
-    @cached_property
-    def meant(self) -> ModelSpec:
-        """The model with the router that a kernel has to compute."""
-        return self.model if self.reads is None else replace(self.model, router=self.reads)
-
-    @cached_property
-    def counterexample(self) -> Counterexample | None:
-        """A smallest token if the recipe itself is wrong; searched for when first asked for.
-
-        Without torch there is none: what differs is known without it.
-        """
-        if self.verdict is not Verdict.WRONG or self.got is None or find_spec("torch") is None:
-            return None
-        from pytest_moe_routing.compare.equivalence import counterexample
-
-        return counterexample(self.wanted, meaning(self.got), self.model.router.num_experts)
-
-    @property
-    def rejections(self) -> tuple[Gate, ...]:
-        """The gates that said no."""
-        return tuple(gate for gate in self.gates if not gate.ok)
-
-    @property
-    def by_choice(self) -> bool:
-        """Whether the target rejects the model only to route by itself."""
-        return bool(self.rejections) and all(gate.by_choice for gate in self.rejections)
-
-    @property
-    def obstacles(self) -> tuple[str, ...]:
-        """Why no fused kernel runs the model; empty if one does."""
-        if self.verdict is not Verdict.FALLBACK:
-            return ()
-        gates = kernel_gates(self.model, self.scheme, self.flashinfer)
-        found = tuple(f"{gate.name}: {gate.reason}" for gate in gates if not gate.ok)
-        return found or ("no routing method of this release computes the router",)
-
-    def record(self) -> VerdictRecord:
-        """Return the judgement as plain data."""
-        example = self.counterexample
-        calls = (self.call,) if self.verdict is Verdict.EXACT else self.exact
-        call = next(filter(None, calls), None)
-        return VerdictRecord(
-            model=str(self.model),
-            scheme=self.scheme,
-            target=self.target,
-            release=self.release,
-            flashinfer=self.flashinfer.release,
-            judged_as=self.flashinfer.judged_as,
-            verdict=self.verdict,
-            reach=reach_of(self.model, self.scheme, self.opt_in),
-            router=self.model.router.not_expressible or str(self.wanted),
-            method=self.classification.method,
-            path=self.classification.path,
-            gates=tuple(gate.name for gate in self.gates),
-            rejected_by={gate.name: gate.reason for gate in self.rejections},
-            by_choice=self.by_choice,
-            kernel=None if self.got is None else str(self.got),
-            findings=self.findings,
-            notes=(*self.downcasts, *self.notes),
-            counterexample=None if example is None else example.as_dict(),
-            exact=tuple(map(str, self.exact)),
-            call=None if call is None else arguments_of(self.model, call, self.flashinfer),
-            obstacles=self.obstacles,
-            site=self.site,
-            source=self.source or source_of(self.findings),
-            opt_in=self.opt_in,
-        )
-
-
-def reach_of(model: ModelSpec, scheme: str, opt_in: Iterable[str] = ()) -> Reach:
-    """Who can run a model in a scheme."""
-    if tuple(opt_in):
-        return Reach.OPT_IN
-    return Reach.PUBLISHED if scheme in model.checkpoints else Reach.PRODUCIBLE
 
 
 def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> VerdictRecord:
@@ -165,12 +47,18 @@ def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> V
 
 
 def judge(
-    target: Target, model: ModelSpec, scheme: str, *, recorded_only: bool = False
+    target: Target,
+    model: ModelSpec,
+    scheme: str,
+    *,
+    recorded_only: bool = False,
+    chosen: bool = True,
 ) -> Judgement:
     """Judge what a target makes of a model in a scheme.
 
     Args:
         recorded_only: Do not take a call that is not recorded to be what the model says.
+        chosen: Ask as well whether the target takes the experts whose gates accept the model.
 
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
@@ -183,8 +71,19 @@ def judge(
         return _ignoring(target, model, scheme, ignored)
     classification = target.classify(model)
     gates = target.gates(model, scheme, classification.method)
-    base = _asked(target, model, scheme, classification, gates)
-    if not all(gate.ok for gate in gates):
+    choice = target.choice(model, scheme, classification.method) if chosen else None
+    accepted = all(gate.ok for gate in gates)
+    if choice is not None and accepted != (choice.switches is not None):
+        if not accepted:
+            # What the gates were asked is not what decides.
+            names = ", ".join(gate.name for gate in gates if not gate.ok)
+            finding = Finding(Kind.CHOICE, choice.selector, None, names)
+            base = _asked(target, model, scheme, classification, gates)
+            return _judge_call(target, replace(base, choice=choice), contradiction=finding)
+        reason = f"{choice.selector} never takes experts whose gates accept: {choice.instead}"
+        gates, accepted = (*gates, Gate("backend selection", False, reason)), False
+    base = replace(_asked(target, model, scheme, classification, gates), choice=choice)
+    if not accepted:
         exact = tuple(exact_calls(model, scheme, target.flashinfer))
         return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
     return _judge_call(target, base, recorded_only=recorded_only)
@@ -326,7 +225,7 @@ def _asked(
         classification=classification,
         gates=gates,
         wanted=recipe_of(reads or model.router),
-        opt_in=target.opt_in(model, scheme),
+        switches=target.opt_in(model, scheme),
         reads=reads,
     )
 
@@ -343,8 +242,18 @@ def _assumed(target: Target, model: ModelSpec, scheme: str, method: str) -> Capt
     return Captured(call, wrong)
 
 
-def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judgement:
-    """Judge the call that follows a classification."""
+def _judge_call(
+    target: Target,
+    base: Judgement,
+    *,
+    recorded_only: bool = False,
+    contradiction: Finding | None = None,
+) -> Judgement:
+    """Judge the call that follows a classification.
+
+    Args:
+        contradiction: What is wrong already, as the call is made although gates reject it.
+    """
     model, scheme, flashinfer = base.model, base.scheme, base.flashinfer
     method = base.classification.method
     beyond = Unsupported(
@@ -358,6 +267,8 @@ def _judge_call(target: Target, base: Judgement, *, recorded_only: bool) -> Judg
             raise beyond
         captured = _assumed(target, model, scheme, method)
     call, wrong = captured.call, captured.wrong
+    if contradiction is not None:
+        wrong = (contradiction, *wrong)
     base = replace(base, call=call, findings=wrong, site=captured.site, source=captured.source)
 
     def bad(verdict: Verdict, *more: Finding) -> Judgement:

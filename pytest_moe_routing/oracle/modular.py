@@ -2,15 +2,20 @@
 
 They serve what the monolithic ones cannot route. A gate that asks for the method there, as a shared
 base class may, leaves such a model without any fused kernel.
+
+Three steps can apply the router weight: what prepares the input, the experts' kernel, and what
+finalizes its output. Together they must apply it once, and on the side that the model has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.target import Target
 
 
@@ -60,3 +65,62 @@ def rejected_by_method(
     if not answered:
         raise reason or Unsupported(f"no model has a checkpoint for {scheme}")
     return [MethodRejection(*key, tuple(ids)) for key, ids in seen.items()]
+
+
+#: The steps of modular experts: on which side a factor of each lies.
+_STEPS: Mapping[str, str] = {"prepare": "input", "experts": "output", "finalize": "output"}
+_HANDED_ON: Mapping[str, str] = {
+    "prepare": "hidden_states",
+    "experts": "topk_weights",
+    "finalize": "output",
+}
+_FACTORS = ("router weight", "routed_scaling_factor")
+
+
+def misapplied(
+    model: ModelSpec, record: Mapping[str, Any], *, explained: bool = False
+) -> Iterator[Finding]:
+    """Yield what the steps of modular experts did wrongly to marked tokens, experts and weights.
+
+    Args:
+        record: A call as a target recorded it. It has an argument that is `unusable` for the
+            kernel, with what is `wanted` and what it `got`; or else, for each step, how often the
+            router weight and the scaling factor were `applied` (None if that does not explain what
+            the step handed on), the `places` of the steps in the code, and whether the output is
+            the `same` as the layer's.
+        explained: Whether an argument of the kernel is known to be wrong, which explains an output
+            of other values.
+    """
+    unusable = record.get("unusable")
+    if unusable is not None:
+        yield Finding(Kind.ARGUMENT, unusable["name"], unusable["wanted"], unusable["got"])
+    applied = record.get("applied")
+    if applied is None:
+        return
+    places, found = record["places"], False
+    for step, counts in applied.items():
+        if counts is None:
+            found = True
+            got = f"other values, from {places[step]}"
+            yield Finding(Kind.ARGUMENT, _HANDED_ON[step], "the layer's values", got)
+    if found:
+        return
+    side = model.router.weight_on
+    # The router's weights have the scaling factor already.
+    wanted = f"once, on the expert {side}", "in the router"
+    for place, factor in enumerate(_FACTORS):
+        times = {step: counts[place] for step, counts in applied.items() if counts[place]}
+        sides = [_STEPS[step] for step, count in times.items() for _ in range(count)]
+        if sides != ([side] if factor == "router weight" else []):
+            found = True
+            got = " and ".join(_counted(name, sides.count(name)) for name in dict.fromkeys(sides))
+            steps = " and ".join(f"{places[step]} (on the {_STEPS[step]})" for step in times)
+            yield Finding(Kind.APPLIED, factor, wanted[place], got or "nowhere", fact=steps)
+    if not (found or explained or record["same"]):
+        got = f"other values, from {places['finalize']}"
+        yield Finding(Kind.ARGUMENT, "output", "the sum of the layer's experts", got)
+
+
+def _counted(side: str, count: int) -> str:
+    times = {1: "", 2: "twice "}.get(count, f"{count} times ")
+    return f"{times}on the expert {side}"

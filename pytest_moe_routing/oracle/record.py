@@ -143,6 +143,7 @@ class VerdictRecord(_Record):
         site: The code that makes the kernel call.
         source: File and line of the target's code that is to blame, if they are known.
         opt_in: Switches without which the target would not have taken this path.
+        by_default: Whether the target is known to take this path by default.
         outcome: The outcome of the test that gave the verdict.
     """
 
@@ -180,6 +181,7 @@ class VerdictRecord(_Record):
     site: str = ""
     source: str = ""
     opt_in: tuple[str, ...] = ()
+    by_default: bool = False
     outcome: str = ""
     known: Known | None = None
 

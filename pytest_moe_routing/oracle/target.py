@@ -9,6 +9,7 @@ from typing import ClassVar
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
+from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
@@ -24,6 +25,24 @@ class Classification:
 
     def __str__(self) -> str:
         return " -> ".join((*self.path, self.method))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What makes a target take its fused experts for a layer.
+
+    Attributes:
+        selector: The code that decides.
+        switches: What a user has to switch on; empty if it is the default, and None if nothing
+            makes the target take the experts.
+        instead: What the target takes otherwise, or why it takes none.
+        device: What has to be switched on for the experts to run on the device at all.
+    """
+
+    selector: str
+    switches: tuple[str, ...] | None
+    instead: str = ""
+    device: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,20 @@ class Target:
     def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
         """Switches without which the target would not take its fused path for a model."""
         return ()
+
+    def choice(
+        self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False
+    ) -> Choice | None:
+        """Return what makes the target take its fused experts; None if it is not known.
+
+        Args:
+            modular: The experts that are given ids and weights.
+        """
+        return None
+
+    def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
+        """Return what becomes of what a server asks of fused experts besides routing."""
+        raise Unsupported(f"{self.name} is asked for nothing around its kernel calls")
 
     def capture_first(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
         """Return the same call, on the first of several ways that `capture` takes."""

@@ -57,6 +57,10 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
             return f"{_FIELDS.get(field, field)}: {wanted_by} has {wanted}, {got_by} {got}"
         case Kind.ARGUMENT:
             return f"{field} arrives as {got}, the layer has {wanted}"
+        case Kind.APPLIED:
+            return f"{field} is applied {got}; the layer applies it {wanted}"
+        case Kind.CHOICE:
+            return f"{field} takes the experts, although their gates reject the layer ({got})"
         case Kind.LIMIT if finding.wanted in (None, ""):
             return finding.fact
         case Kind.LIMIT:
@@ -97,7 +101,8 @@ def sentences(findings: Iterable[Finding]) -> Iterator[str]:
     """Say what is wrong, then what explains it, each once."""
     findings = tuple(findings)
     yield from dict.fromkeys(sentence(finding) for finding in findings)
-    facts = (f.fact for f in findings if f.kind is Kind.RECIPE and f.fact)
+    told = (Kind.RECIPE, Kind.APPLIED)
+    facts = (f.fact for f in findings if f.kind in told and f.fact)
     yield from dict.fromkeys(facts)
 
 
@@ -122,7 +127,7 @@ def title(record: VerdictRecord) -> str:
 def story(record: VerdictRecord) -> list[str]:
     """Everything that led to a verdict, from the router to a token that a person can check."""
     lines = [title(record), f"  {MEANINGS[record.verdict]} ({flashinfer(record)})"]
-    if record.reach is not Reach.PUBLISHED:
+    if record.by_default or record.reach is not Reach.PUBLISHED:
         lines.append(f"  reach    {reach(record)}")
     if not record.verdict.is_given:
         return [*lines, f"  because  {record.reason}"]
@@ -219,8 +224,15 @@ def _argument(value: object) -> str:
 
 def reach(record: VerdictRecord) -> str:
     """Who can meet the verdict."""
-    switches = f": {', '.join(record.opt_in)}" if record.opt_in else ""
-    return f"{record.reach}{switches}"
+    return reached(record.reach, record.opt_in, by_default=record.by_default)
+
+
+def reached(reach: Reach, opt_in: Iterable[str], *, by_default: bool) -> str:
+    """Who can meet something, and what has to be switched on for that."""
+    switches = ", ".join(opt_in)
+    if switches:
+        return f"{reach}: {switches}"
+    return f"{reach}, by default" if by_default else str(reach)
 
 
 def token(example: Mapping[str, Any]) -> list[str]:

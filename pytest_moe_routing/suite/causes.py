@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.failure import Failure, Rank
-from pytest_moe_routing.oracle.finding import Finding, source_of
-from pytest_moe_routing.oracle.record import VerdictRecord
+from pytest_moe_routing.oracle.finding import Finding, Kind, source_of
+from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import text
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.config_sweep import Cause
     from pytest_moe_routing.oracle.enum_numbers import EnumMismatch
-    from pytest_moe_routing.oracle.judge import Judgement
+    from pytest_moe_routing.oracle.ignored import Ignored
+    from pytest_moe_routing.oracle.judgement import Judgement
     from pytest_moe_routing.oracle.model_code import CodeJudgement
     from pytest_moe_routing.oracle.modular import MethodRejection
-    from pytest_moe_routing.oracle.target import Target
+    from pytest_moe_routing.oracle.target import Choice, Target
 
 _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 
@@ -66,17 +67,52 @@ def of_rejection(target: Target, scheme: str, rejection: MethodRejection) -> Fai
 
 
 def of_modular_call(
-    target: Target, model: ModelSpec, scheme: str, findings: tuple[Finding, ...]
+    target: Target,
+    model: ModelSpec,
+    scheme: str,
+    findings: tuple[Finding, ...],
+    choice: Choice | None,
 ) -> Failure:
-    """Ids, weights or arguments that do not arrive at the kernel of modular experts."""
+    """Return the failure of a way through modular experts."""
+    from pytest_moe_routing.oracle.judgement import reach_of
+
+    switches = () if choice is None else choice.switches
+    reach = Reach.NO_MODEL if switches is None else reach_of(model, scheme, switches)
+    is_default = choice is not None and switches == ()
     lines = (
         f"{model} on {scheme}, modular experts of {target}: the call is wrong",
+        f"  reach    {text.reached(reach, switches or (), by_default=is_default)}",
         *(f"  because  {line}" for line in text.sentences(findings)),
         f"  at       {findings[0].where}",
     )
     what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
     cause = _id("modular-call", what, findings[0].where.partition(",")[0])
-    return Failure(cause, Rank.SILENT, f"{model} {scheme}", lines)
+    rank = Rank.LOUD if all(f.kind is Kind.RAISED for f in findings) else Rank.SILENT
+    if reach is Reach.NO_MODEL and choice is not None:
+        rank = Rank.LATENT
+        told = "; ".join(text.sentences(findings))
+        lines = (f"{model} on {scheme}: {told} (never taken: {choice.instead})",)
+    return Failure(cause, rank, f"{model} {scheme}", lines)
+
+
+def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
+    """Return the failure of fused experts that ignore a request besides routing."""
+    from pytest_moe_routing.oracle.around import Request
+
+    request, response = ignored.request, ignored.response
+    reach = text.reached(Reach.OPT_IN, response.switches, by_default=False)
+    lines: tuple[str, ...] = (
+        f"{target}, experts for {scheme}: {request} ignored",
+        f"  reach    {reach}",
+        f"  because  {response.why}",
+        f"  models   {', '.join(ignored.models)}",
+    )
+    rank = Rank.SILENT
+    if request is Request.PADDING:
+        # What such rows compute is dropped: they cost time.
+        rank = Rank.LATENT
+        lines = (f"{scheme}: {request} ignored, as {response.why} ({reach})",)
+    return Failure(_id("ignored", request), rank, scheme, lines)
 
 
 def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:

@@ -93,5 +93,25 @@ def test_modular_call(
         if rejected:
             pytest.skip(f"modular experts do not run: {rejected[0].name}")
         findings = _moe_framework.modular_findings(moe_model, moe_scheme)
-    if findings:
-        fail(_moe_property, [of_modular_call(_moe_framework, moe_model, moe_scheme, findings)])
+        if not findings:
+            return
+        choice = _moe_framework.choice(moe_model, moe_scheme, method, modular=True)
+    fail(_moe_property, [of_modular_call(_moe_framework, moe_model, moe_scheme, findings, choice)])
+
+
+def test_around_call(
+    _moe_framework: Target,
+    moe_scheme: str,
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
+) -> None:
+    """Experts that route ignore no padding, no placement of experts and nobody who captures ids."""
+    from pytest_moe_routing.oracle.ignored import ignored_requests
+    from pytest_moe_routing.suite.causes import of_ignored
+
+    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    with unsupported_is_skipped():
+        ignored = ignored_requests(_moe_framework, moe_scheme, models)
+    if ignored is None:
+        pytest.skip("the experts accept no chosen model")
+    fail(_moe_property, [of_ignored(_moe_framework, moe_scheme, each) for each in ignored])

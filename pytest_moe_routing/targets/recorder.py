@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.signatures import enum, functions
+from pytest_moe_routing.targets import marked
 
 #: Where frameworks look for what is recorded.
 MODULES = (
@@ -40,12 +41,13 @@ class DoesNotBind(Exception):
     """A call that the release's entry point does not take."""
 
 
-def _reached(function: str, arguments: Mapping[str, Any]) -> Any:
+def reached(function: str, arguments: Mapping[str, Any]) -> Any:
+    """End a call in `Reached`."""
     raise Reached(function, arguments)
 
 
 def install(
-    flashinfer: FlashInfer, answer: Callable[[str, Mapping[str, Any]], Any] = _reached
+    flashinfer: FlashInfer, answer: Callable[[str, Mapping[str, Any]], Any] = reached
 ) -> None:
     """Give the stub modules of FlashInfer, already importable, what the release has.
 
@@ -71,9 +73,9 @@ def install(
 
 
 def _mxfp8_quantize(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    """Activations and their scales in the shape of FlashInfer's, whatever the values are."""
-    scales = torch.zeros(x.numel() // 32, dtype=torch.uint8, device=x.device)
-    return x.to(torch.float8_e4m3fn), scales
+    """Activations and their scales in the shape of FlashInfer's; marked ones keep their values."""
+    scales = marked.to_ue8m0(marked.block_scales(x.reshape(-1, x.shape[-1]), 32))
+    return torch.ones_like(x, dtype=torch.float8_e4m3fn), scales.flatten()
 
 
 def _without(base: type[ModuleType]) -> type[ModuleType]:

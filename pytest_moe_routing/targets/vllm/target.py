@@ -11,17 +11,20 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
+from pytest_moe_routing.oracle.around import Request, Response
+from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Classification
+from pytest_moe_routing.oracle.target import Captured, Choice, Classification
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
@@ -29,50 +32,13 @@ from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
+from pytest_moe_routing.targets.vllm.answers import ANSWERS as ANSWERS_OF_PROBE
 from pytest_moe_routing.targets.vllm.model_code import ModelCode
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.registry import registered
 
 _T = TypeVar("_T")
 _Answer = TypeVar("_Answer")
-
-
-class _Raised(TypedDict):
-    type: str
-    message: str
-    where: str
-
-
-class _End(TypedDict, total=False):
-    """A call ends in a kernel, or in an exception."""
-
-    function: str
-    arguments: dict[str, Any]
-    raised: _Raised
-
-
-class _Call(_End):
-    by: str
-    shards: int
-
-
-class _RoutedCalls(TypedDict):
-    calls: list[_Call]
-    intermediate_size: int
-
-
-class _Calls(_RoutedCalls):
-    router_factor: float
-
-
-#: The type of each answer of the child.
-_ANSWERS: Mapping[str, Any] = {
-    "numbers": dict[str, int],
-    "classify": list[str],
-    "gates": list[tuple[str, bool, str] | tuple[str, bool, str, bool]],
-    "capture": _Calls,
-    "capture_modular": _RoutedCalls,
-}
 
 
 #: Arguments that a downcast on the way changes.
@@ -106,7 +72,7 @@ class VllmTarget(FrameworkTarget):
         super().__init__(flashinfer, source)
         module = "pytest_moe_routing.targets.vllm.probe.main"
         arguments = str(source.root), flashinfer.release, source.version
-        self._probe = Probe(str(self), module, *arguments, answers=_ANSWERS)
+        self._probe = Probe(str(self), module, *arguments, answers=ANSWERS_OF_PROBE)
         self._model_code = ModelCode(source, flashinfer)
         module = "pytest_moe_routing.targets.vllm.probe.routers"
         self._routers = RouterProbes(
@@ -163,7 +129,7 @@ class VllmTarget(FrameworkTarget):
         return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
-        """Return what arrives wrongly at the kernel of experts that are given ids and weights."""
+        """Return what is wrong on a way through the experts that are given ids and weights."""
         self._require_served(scheme)
         answer = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
         findings: list[Finding] = []
@@ -175,8 +141,41 @@ class VllmTarget(FrameworkTarget):
                 wrong: tuple[Finding, ...] = (_raised(record),)
             else:
                 wrong = read_routed(model, scheme, record, layer, self.flashinfer)
+                wrong = (*wrong, *misapplied(model, record, explained=bool(wrong)))
             findings += [_at(finding, record) for finding in wrong]
         return tuple(_distinct(findings))
+
+    def choice(
+        self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False
+    ) -> Choice | None:
+        """Return what makes the selector of this release take its experts on Blackwell.
+
+        None for releases that have no selector for the scheme.
+        """
+        self._require_served(scheme)
+        asked = {"model": model.as_dict(), "scheme": scheme, "method": method, "modular": modular}
+        answer = self._probe.ask("choose", **asked)
+        if answer is None:
+            return None
+        switches = answer["switches"]
+        return Choice(
+            answer["selector"],
+            None if switches is None else tuple(switches),
+            answer["instead"],
+            tuple(answer["device"]),
+        )
+
+    def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
+        """Return what becomes of padding rows, placed experts and captured ids.
+
+        Raises:
+            Unsupported: The release has no classes of experts.
+        """
+        self._require_served(scheme)
+        answers = self._probe.ask("around", model=model.as_dict(), scheme=scheme, method=method)
+        if not answers:
+            raise Unsupported(f"not judged: vLLM {self.version()} has no experts to ask")
+        return read_responses(answers)
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """Return the call of vLLM's own code, from a layer of the model down to the kernel.
@@ -321,6 +320,8 @@ def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
     if finding.kind is Kind.RAISED:
         return finding
     rank = ", rank 1 of 2" if record["shards"] > 1 else ""
+    if record.get("dispatched"):
+        rank += ", tokens gathered"
     return replace(finding, where=f"{_site(record)}{rank}")
 
 

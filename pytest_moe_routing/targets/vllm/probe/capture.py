@@ -7,9 +7,8 @@ layer has the model's experts, top-k, groups and factors, and small widths.
 
 from __future__ import annotations
 
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from types import SimpleNamespace
@@ -51,17 +50,17 @@ def capture(
     names().require("verdicts", scheme)
     row = SCHEMES[scheme]
     experts = experts_of(row)
-    methods = _methods(row)
+    methods = methods_of(row.methods)
     if not methods:
         raise Unsupported(f"no layer of this release calls {experts.__name__}")
-    shards = _shards(model)
+    shards = counts_of_ranks(model)
     if not thorough:
         methods, shards = methods[:1], shards[:1]
     calls = [
         {
             "by": caller.__qualname__.split(".")[0],
             "shards": count,
-            **_one(experts, caller, _Layer(model, row, method, count, isinstance(experts, type))),
+            **_one(experts, caller, Layer(model, row, method, count, isinstance(experts, type))),
         }
         for caller in methods
         for count in shards
@@ -69,80 +68,26 @@ def capture(
     return {
         "calls": calls,
         "router_factor": release.router_factor(model),
-        "intermediate_size": _intermediate(model),
+        "intermediate_size": intermediate_size(model),
     }
 
 
-def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
-    """Record what reaches the kernel of experts that are given ids and weights; see `capture`.
-
-    Raises:
-        Unsupported: The release has no such experts.
-    """
-    names().require("modular", scheme)
-    row = SCHEMES[scheme]
-    experts = experts_of(row, modular=True)
-    method = release.classify(model)[0]
-    calls = []
-    for count in _shards(model):
-        layer = _Layer(model, row, method, count, True)
-        calls.append({"by": experts.__name__, "shards": count, **_given(experts, layer)})
-    return {"calls": calls, "intermediate_size": _intermediate(model)}
-
-
-def _shards(model: Mapping[str, Any]) -> list[int]:
+def counts_of_ranks(model: Mapping[str, Any]) -> list[int]:
     """Alone, and as one of two ranks where the experts can be shared out."""
     return [1, 2] if model["router"]["num_experts"] % 2 == 0 else [1]
 
 
-def _intermediate(model: Mapping[str, Any]) -> int:
+def intermediate_size(model: Mapping[str, Any]) -> int:
     """Other than the hidden size, where it is in the model: code may take one for the other."""
     experts = model["experts"]
     hidden = experts["latent_size"] or experts["hidden_size"]
     return HIDDEN if experts["intermediate_size"] == hidden else INTERMEDIATE
 
 
-def _given(experts: Any, layer: _Layer) -> dict[str, Any]:
-    """Hand ids and weights to modular experts."""
-    tokens, top_k = torch.arange(TOKENS).unsqueeze(1), torch.arange(layer.top_k)
-    ids = ((tokens + 3 * top_k) % layer.global_num_experts).to(torch.int32)
-    # Exact in bfloat16.
-    weights = (1 + (tokens + top_k) % 8) / 8
-    packed = (ids << 16) | weights.bfloat16().view(torch.int16).to(torch.int32)
-    given = {
-        "output": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16),
-        "hidden_states": layer.hidden,
-        "w1": layer.w13_weight,
-        "w2": layer.w2_weight,
-        "topk_weights": weights,
-        "topk_ids": ids,
-        "activation": layer.activation,
-        "global_num_experts": layer.global_num_experts,
-        "expert_map": layer.expert_map,
-        "a1q_scale": layer.scale,
-        "a2_scale": None,
-        "workspace13": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16),
-        "workspace2": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16),
-        "expert_tokens_meta": None,
-        "apply_router_weight_on_input": layer.apply_router_weight_on_input,
-    }
-
-    def call() -> None:
-        made = _made(experts, layer)
-        # Packing is a Triton kernel in some releases.
-        stand_ins = {}
-        if names().has("pack"):
-            stand_ins[names().spelling("pack").path] = lambda *_, **__: packed
-        with patch.dict(vars(sys.modules[experts.__module__]), stand_ins):
-            made.apply(**release.accepted(made.apply, given))
-
-    return _recorded(call, {"ids": ids, "weights": weights, "packed": packed}, experts.__name__)
-
-
-def _methods(row: ServedScheme) -> list[Any]:
-    """Return the layers' methods that call monolithic experts, as functions."""
+def methods_of(keys: Iterable[str]) -> list[Any]:
+    """Return the methods of layers that call experts, as functions."""
     found = []
-    for key in row.methods:
+    for key in keys:
         for member in names().contract.members(key):
             if names().has(member.key):
                 found.append(names().get(member.key))
@@ -150,7 +95,7 @@ def _methods(row: ServedScheme) -> list[Any]:
     return found
 
 
-class _Layer:
+class Layer:
     """The attributes of vLLM's layer that its methods read; there are no others."""
 
     def __init__(
@@ -160,10 +105,13 @@ class _Layer:
         method: str,
         shards: int,
         is_class: bool,
+        *,
+        dispatched: bool = False,
     ) -> None:
         router = model["router"]
         experts = router["num_experts"]
-        self.config = moe_config(model, method, shards, (HIDDEN, _intermediate(model)))
+        sizes = HIDDEN, intermediate_size(model)
+        self.config = moe_config(model, method, shards, sizes, dispatched=dispatched)
         self.row = row
         self.model = model
         self.logits = torch.linspace(-3.3, 3.1, TOKENS * experts).reshape(TOKENS, experts)
@@ -188,9 +136,9 @@ class _Layer:
         self.routed_scaling_factor = release.router_factor(model)
         self.routing_method_type = self.config.routing_method
         self.apply_router_weight_on_input = router["weight_on"] == "input"
-        self.intermediate_size_per_partition = _intermediate(model)
+        self.intermediate_size_per_partition = intermediate_size(model)
         self.enable_eplb, self.eplb_state = False, None
-        self.routing_sink = None
+        self.routing_sink: Any = None
         self.hash_indices_table = None
         self.expert_map = None
         if shards > 1:
@@ -240,55 +188,57 @@ class _Layer:
         return {"router logits": self.logits, "bias": self.e_score_correction_bias}
 
 
-def _one(experts: Any, method: Any, layer: _Layer) -> dict[str, Any]:
+def _one(experts: Any, method: Any, layer: Layer) -> dict[str, Any]:
     """Run a layer's method down to the kernel."""
-
-    def call() -> None:
-        kernel = None
-        if isinstance(experts, type):
-            kernel = _kernel(_made(experts, layer), layer)
-        method(_Caller(kernel, layer.row), layer, layer.hidden, layer.logits)
-
-    return _recorded(call, layer.named(), method.__qualname__)
+    return recorded(lambda: run_layer(experts, method, layer), layer.named(), method.__qualname__)
 
 
-def _made(experts: Any, layer: _Layer) -> Any:
+def run_layer(experts: Any, method: Any, layer: Layer) -> None:
+    """Run a layer's method that calls monolithic experts."""
+    kernel = None
+    if isinstance(experts, type):
+        kernel = _kernel(made(experts, layer), layer)
+    method(Caller(kernel, layer.row), layer, layer.hidden, layer.logits)
+
+
+def made(experts: Any, layer: Layer) -> Any:
     """Return a layer's experts, of a class of vLLM."""
     return experts(layer.config, quant_config(layer.row, layer.local_num_experts, layer.model))
 
 
-def _recorded(
+def recorded(
     call: Callable[[], None], named: Mapping[str, Tensor | None], what: str
 ) -> dict[str, Any]:
     """Return the kernel's `function` and `arguments`, or what vLLM's code `raised`."""
     Stub.asked.clear()
     try:
-        with _on_one_gpu():
+        with on_one_gpu():
             call()
     except AttributeError as error:
         # What vLLM reads of the probe's own objects and does not find there.
-        if not isinstance(error.obj, (_Layer, _Caller)):
+        if not isinstance(error.obj, (Layer, Caller)):
             raise
         raise Unsupported(
             f"not judged: vLLM {names().version} reads {error.name!r} of its "
-            f"{'layer' if isinstance(error.obj, _Layer) else 'quantization method'}, "
-            f"which the probe does not have ({_text(error)})"
+            f"{'layer' if isinstance(error.obj, Layer) else 'quantization method'}, "
+            f"which the probe does not have ({refusal(error)})"
         ) from error
     except Reached as reached:
         arguments = {name: plain(value, named) for name, value in reached.arguments.items()}
         return {"function": reached.function, "arguments": arguments, "at": _place(reached)}
     except _REFUSALS as error:
         if Stub.asked:
-            raise TargetError(f"{_text(error)}, after stubs: {', '.join(Stub.asked)}") from error
+            raise TargetError(f"{refusal(error)}, after stubs: {', '.join(Stub.asked)}") from error
         return {"raised": _raised(error)}
     raise TargetError(f"{what} called no kernel")
 
 
 @contextmanager
-def _on_one_gpu() -> Iterator[None]:
-    """Provide what vLLM's experts need from their surroundings."""
+def on_one_gpu() -> Iterator[None]:
+    """Provide what vLLM's experts and selectors need from their surroundings."""
     compilation = SimpleNamespace(max_cudagraph_capture_size=512)
-    vllm_config = SimpleNamespace(compilation_config=compilation)
+    model = SimpleNamespace(quantization_config=None, hf_text_config=None)
+    vllm_config = SimpleNamespace(compilation_config=compilation, model_config=model)
     config = names().spelling("vllm-config")
     with (
         patch.object(torch.accelerator, "current_device_index", lambda: "cpu"),
@@ -297,13 +247,12 @@ def _on_one_gpu() -> Iterator[None]:
         yield
 
 
-class _Caller:
-    """What the layer's method is a method of: whatever its monolithic half asks of itself."""
+class Caller:
+    """What the layer's method is a method of: whatever the method asks of itself."""
 
-    is_monolithic = True
-
-    def __init__(self, kernel: Any, row: ServedScheme) -> None:
+    def __init__(self, kernel: Any, row: ServedScheme, *, is_monolithic: bool = True) -> None:
         self.moe_kernel = kernel
+        self.is_monolithic = is_monolithic
         block = row.quantization[2]
         self.block_quant = block is not None
         self.weight_block_size = list(block) if block else None
@@ -328,7 +277,7 @@ class _Caller:
 class _Prepared:
     """Stands for the step before the experts: its activations are quantized already."""
 
-    def __init__(self, layer: _Layer) -> None:
+    def __init__(self, layer: Layer) -> None:
         self._layer = layer
 
     def prepare(
@@ -338,12 +287,20 @@ class _Prepared:
             return torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16), None, router_logits
         return self._layer.hidden, self._layer.scale, router_logits
 
+    def finalize(self, fused_expert_output: Tensor) -> Tensor:
+        return fused_expert_output
 
-def _kernel(experts: Any, layer: _Layer) -> Any:
+
+def _kernel(experts: Any, layer: Layer) -> Any:
     """Return the kernel object around the experts."""
     kernel = object.__new__(names().get("kernel"))
     kernel.impl = names().get("kernel-impl")(_Prepared(layer), experts)
     return kernel
+
+
+def vllm_path(file: str) -> str:
+    """Return the path of a file of vLLM from the package on."""
+    return f"vllm/{file.rpartition('/vllm/')[2]}"
 
 
 def _raised(error: BaseException) -> dict[str, str]:
@@ -370,9 +327,10 @@ def _place(error: BaseException) -> str:
     if isinstance(error, Reached):
         # Wrappers around FlashInfer's functions make every call.
         frames = [frame for frame in frames if "/vllm/utils/" not in frame.filename] or frames
-    return f"vllm/{frames[-1].filename.rpartition('/vllm/')[2]}:{frames[-1].lineno}"
+    return f"{vllm_path(frames[-1].filename)}:{frames[-1].lineno}"
 
 
-def _text(error: BaseException) -> str:
+def refusal(error: BaseException) -> str:
+    """Return an exception in one line, with the line of vLLM that raised it."""
     raised = _raised(error)
     return f"{raised['where']}: {raised['type']}: {raised['message']}"

@@ -29,12 +29,20 @@ def activation_name(model: Mapping[str, Any]) -> str:
     return name
 
 
-def parallel_config(shards: int = 1) -> Any:
-    """No parallelism, or the last rank of expert parallelism."""
+def parallel_config(shards: int = 1, *, dispatched: bool = False) -> Any:
+    """No parallelism, or the last rank of expert parallelism.
+
+    Args:
+        dispatched: Each rank has tokens of its own, which an all-gather brings to the others.
+    """
     alone = names().get("parallel-config.make_no_parallel")()
     if shards == 1:
         return alone
-    return replace(alone, ep_size=shards, ep_rank=shards - 1, use_ep=True)
+    config = replace(alone, ep_size=shards, ep_rank=shards - 1, use_ep=True)
+    if dispatched:
+        own = {"dp_size": shards, "dp_rank": shards - 1}
+        config = replace(config, **own, all2all_backend="allgather_reducescatter")
+    return config
 
 
 def _activation_arguments(model: Mapping[str, Any]) -> dict[str, float | None]:
@@ -77,8 +85,13 @@ def moe_config(
     method: str,
     shards: int = 1,
     sizes: tuple[int, int] | None = None,
+    *,
+    dispatched: bool = False,
 ) -> Any:
     """Make the `FusedMoEConfig` of one layer of the model; `sizes` replace its real widths.
+
+    Args:
+        dispatched: See `parallel_config`.
 
     Raises:
         NoActivation: The release does not know the activation.
@@ -101,7 +114,7 @@ def moe_config(
         "is_act_and_mul": widths["gated"],
         "device": "cpu",
         "routing_method": _method(method),
-        "moe_parallel_config": parallel_config(shards),
+        "moe_parallel_config": parallel_config(shards, dispatched=dispatched),
         "in_dtype": getattr(torch, model["dtype"]),
         "router_logits_dtype": told_dtype(model),
         "max_num_tokens": 8192,
@@ -123,11 +136,13 @@ def quant_config(row: ServedScheme, experts: int, model: Mapping[str, Any]) -> A
     }
     if activations or weights:
         scale = each.bfloat16() if weights == "int4" else each
-        arguments |= {"w1_scale": scale, "w2_scale": scale, "a1_scale": one, "a2_scale": one}
+        arguments |= {"w1_scale": scale, "w2_scale": scale}
+        # As the functions of `fused_moe/oracle` make it for these experts.
+        arguments |= {"is_scale_swizzled": False, "is_nvfp4_scale_swizzled": False}
+    if activations == "float8_e4m3fn" and block is None:
+        arguments |= {"a1_scale": one, "a2_scale": one}
     if activations == "nvfp4":
         arguments |= {
-            "a1_scale": None,
-            "a2_scale": None,
             "g1_alphas": each,
             "g2_alphas": each,
             "a1_gscale": each,

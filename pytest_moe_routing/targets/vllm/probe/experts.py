@@ -16,6 +16,8 @@ class ServedScheme:
         modular: The experts that are given ids and weights; None where vLLM has none.
         keys: The quantization keys of weights and activations; None for unquantized ones.
         methods: The layer's methods that call the experts.
+        modular_methods: Those that call the modular experts.
+        selector: What chooses the experts of a layer.
         quantized: Activations as the experts get them: dtype, values a byte, values a scale (0: no
             scale), dtype of the scale.
         packed: Two weights a byte.
@@ -30,6 +32,8 @@ class ServedScheme:
     packed: bool = False
     quantization: tuple[str, str, tuple[int, int] | None] = ("", "", None)
     modular: str | None = None
+    modular_methods: tuple[str, ...] = ()
+    selector: str = ""
 
 
 SCHEMES: Mapping[str, ServedScheme] = {
@@ -40,6 +44,8 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("float8_e4m3fn", 1, 128, "float32"),
         quantization=("float8_e4m3fn", "", (128, 128)),
         modular="modular-fp8",
+        modular_methods=("hands-fp8", "hands-w8a8-fp8"),
+        selector="select-fp8",
     ),
     "fp8_per_tensor": ServedScheme(
         "experts-fp8",
@@ -48,6 +54,8 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("float8_e4m3fn", 1, 0, "float32"),
         quantization=("float8_e4m3fn", "", None),
         modular="modular-fp8",
+        modular_methods=("hands-modelopt-fp8", "hands-fp8", "hands-w8a8-fp8"),
+        selector="select-fp8",
     ),
     "mxfp8": ServedScheme(
         "experts-fp8",
@@ -56,6 +64,8 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("float8_e4m3fn", 1, 32, "uint8"),
         quantization=("mxfp8", "", (1, 32)),
         modular="modular-fp8",
+        modular_methods=("hands-modelopt-mxfp8", "hands-w8a8-mxfp8"),
+        selector="select-mxfp8",
     ),
     "nvfp4": ServedScheme(
         "experts-nvfp4",
@@ -65,6 +75,8 @@ SCHEMES: Mapping[str, ServedScheme] = {
         packed=True,
         quantization=("nvfp4", "", None),
         modular="modular-nvfp4",
+        modular_methods=("hands-modelopt-nvfp4", "hands-w4a4-nvfp4"),
+        selector="select-nvfp4",
     ),
     "bf16": ServedScheme(
         "experts-bf16",
@@ -72,6 +84,8 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("method-unquantized",),
         ("bfloat16", 1, 0, ""),
         modular="modular-bf16",
+        modular_methods=("hands-unquantized",),
+        selector="select-unquantized",
     ),
     "mxfp4": ServedScheme(
         "experts-mxfp4",
@@ -81,6 +95,8 @@ SCHEMES: Mapping[str, ServedScheme] = {
         packed=True,
         quantization=("mxfp8", "mxfp4", None),
         modular="modular-mxfp4",
+        modular_methods=("hands-gpt-oss-mxfp4", "hands-mxfp4"),
+        selector="select-mxfp4",
     ),
     "mxint4": ServedScheme(
         "experts-mxint4",
@@ -89,5 +105,6 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("bfloat16", 1, 0, ""),
         packed=True,
         quantization=("", "int4", (0, 32)),
+        selector="select-mxint4",
     ),
 }

@@ -12,8 +12,11 @@ from typing import Any
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.vllm.probe import around as vllm_around
 from pytest_moe_routing.targets.vllm.probe import capture as vllm_capture
+from pytest_moe_routing.targets.vllm.probe import choice as vllm_choice
 from pytest_moe_routing.targets.vllm.probe import gates as vllm_gates
+from pytest_moe_routing.targets.vllm.probe import modular as vllm_modular
 from pytest_moe_routing.targets.vllm.probe import release as release
 
 
@@ -24,8 +27,10 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "numbers": release.numbers,
         "classify": release.classify,
         "gates": vllm_gates.gates,
+        "around": vllm_around.around,
+        "choose": vllm_choice.choose,
         "capture": vllm_capture.capture,
-        "capture_modular": vllm_capture.capture_modular,
+        "capture_modular": vllm_modular.capture_modular,
     }
 
 

@@ -12,20 +12,34 @@ import os
 from collections.abc import Mapping
 from importlib import import_module
 from operator import attrgetter
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
-from pytest_moe_routing.targets import recorder, stubs
+from pytest_moe_routing.reference.layouts import swizzle_scales
+from pytest_moe_routing.targets import marked, recorder, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.vllm.probe.models import ModelSources
 
 # One release per process: vLLM's modules are global as well.
 _names: Names | None = None
 _sources: ModelSources | None = None
+#: What comes of a call of FlashInfer; a caller may put another in its place for a while.
+answer = recorder.reached
+
+
+class _Capability(NamedTuple):
+    """The compute capability of a GPU."""
+
+    major: int
+    minor: int
+
+    def to_int(self) -> int:
+        return self.major * 10 + self.minor
 
 
 class _Blackwell:
@@ -52,6 +66,9 @@ class _Blackwell:
             (capability if isinstance(capability, tuple) else divmod(capability, 10)) <= (10, 0)
         )
 
+    def get_device_capability(self, *_: Any) -> _Capability:
+        return _Capability(10, 0)
+
     def fp8_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
 
@@ -65,21 +82,33 @@ def _fp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return x.to(torch.float8_e4m3fn), torch.ones(len(x), 1)
 
 
-def _fp4(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    tokens, size = x.shape
-    scales = torch.zeros(tokens, size // 16, dtype=torch.uint8)
-    return torch.zeros(tokens, size // 2, dtype=torch.uint8), scales
+def _fp8_groups(
+    x: Tensor, group_size: int, *_: Any, column_major_scales: bool = False, **__: Any
+) -> tuple[Tensor, Tensor]:
+    scales = marked.block_scales(x, group_size)
+    if column_major_scales:
+        scales = scales.t().contiguous().t()
+    return torch.ones_like(x, dtype=torch.float8_e4m3fn), scales
+
+
+def _fp4(
+    x: Tensor, *_: Any, is_sf_swizzled_layout: bool = True, **__: Any
+) -> tuple[Tensor, Tensor]:
+    scales = marked.block_scales(x, 16).to(torch.float8_e4m3fn).view(torch.uint8)
+    if is_sf_swizzled_layout:
+        scales = swizzle_scales(scales)
+    return marked.ones_e2m1(*x.shape), scales
 
 
 def _mxfp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    scales = torch.zeros(len(x), x.shape[1] // 32, dtype=torch.uint8)
-    return x.to(torch.float8_e4m3fn), scales
+    ones = torch.ones_like(x, dtype=torch.float8_e4m3fn)
+    return ones, marked.to_ue8m0(marked.block_scales(x, 32))
 
 
-#: Quantization of activations, as to shape and dtype: it needs a GPU, and its values do not matter.
-#: By key of the contract.
+#: Quantization of activations, which needs a GPU: right as to shape and dtype, and as to the values
+#: of marked ones. By key of the contract.
 _QUANTIZERS = {
-    "quantizers-groups": _fp8,
+    "quantizers-groups": _fp8_groups,
     "quantizers-mxfp8": _mxfp8,
     "quantizers.scaled_fp8_quant": _fp8,
     "quantizers.scaled_fp4_quant": _fp4,
@@ -91,6 +120,50 @@ def _register(op_name: str, op_func: Any, *_: Any, **__: Any) -> None:
     setattr(torch.ops.vllm, op_name, op_func)
 
 
+class _Group:
+    """The group of two ranks of expert parallelism, of which this is the second.
+
+    The first has the tokens of this one in reverse, and adds nothing to the output.
+    """
+
+    world_size = 2
+    device_communicator = SimpleNamespace(all2all_manager=SimpleNamespace(world_size=2))
+
+    def dispatch(
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[Tensor] | None = None,
+    ) -> tuple[Any, ...]:
+        given = (hidden_states, topk_weights, topk_ids)
+        gathered = tuple(marked.in_reverse(x) for x in given)
+        if extra_tensors is None:
+            return gathered
+        return *gathered, [marked.in_reverse(x) for x in extra_tensors]
+
+    def allocate_combine_input(
+        self, shape: Any, dtype: torch.dtype, device: Any, is_sequence_parallel: bool = False
+    ) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def combine(self, hidden_states: Tensor, is_sequence_parallel: bool = False) -> Tensor:
+        return hidden_states[len(hidden_states) // 2 :]
+
+    def combine_into_output(
+        self, hidden_states: Tensor, output: Tensor, is_sequence_parallel: bool = False
+    ) -> None:
+        output.copy_(self.combine(hidden_states))
+
+
+class _Workspaces:
+    """Memory for a kernel."""
+
+    def get_simultaneous(self, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+        return [torch.empty(shape, dtype=dtype) for shape, dtype in wanted]
+
+
 def install(root: str, flashinfer: FlashInfer, version: str) -> None:
     """Make `vllm` importable from `root`, on a platform and with a FlashInfer of our own."""
     global _names, _sources
@@ -100,15 +173,23 @@ def install(root: str, flashinfer: FlashInfer, version: str) -> None:
     _sources = ModelSources(_names, root)
     os.environ.update({row.key.rpartition(".")[2]: "1" for row in contract.members("switches")})
     stubs.install(contract, root)
-    recorder.install(flashinfer)
+    recorder.install(flashinfer, lambda *call: answer(*call))
     for key, value in (
         ("current-platform", _Blackwell()),
         ("custom-operators", _register),
+        ("ep-group", lambda: _Group()),
+        ("workspaces", lambda: _Workspaces()),
+        ("two-batches", lambda: False),
         *_QUANTIZERS.items(),
     ):
         if _names.is_there(key):
             spelling = _names.spelling(key)
             setattr(import_module(spelling.module), spelling.path, value)
+    if _names.is_there("humming-priority"):
+        # The package around the module that has it is a stub.
+        spelling = _names.spelling("humming-priority")
+        package = import_module(spelling.module.rpartition(".")[0])
+        setattr(package, spelling.path, _names.get("humming-priority"))
 
 
 def names() -> Names:

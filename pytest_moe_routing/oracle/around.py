@@ -1,0 +1,52 @@
+"""What happens around a call of a kernel that routes: what a server can ask of it besides routing.
+
+Rows that pad a batch must not be routed, experts that do not lie in order must be found where they
+lie, and the ids that the kernel chooses must be told to whoever captures them. A target honors such
+a request, rejects it (other experts serve the layer then), or ignores it, which is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Request(StrEnum):
+    """What a server asks of the experts besides routing."""
+
+    PADDING = "padding rows"
+    BALANCING = "expert placement by load (EPLB)"
+    ROUND_ROBIN = "round-robin expert placement"
+    CAPTURE = "captured expert ids"
+
+
+class Answer(StrEnum):
+    """What a target does with a request."""
+
+    HONORED = "honored"
+    REJECTED = "rejected"
+    IGNORED = "ignored"
+
+
+@dataclass(frozen=True)
+class Response:
+    """A target's answer to one request, for one model.
+
+    Attributes:
+        why: The code that decides, or what the kernel receives.
+        switches: What a user has to switch on to make the request.
+    """
+
+    answer: Answer
+    why: str
+    switches: tuple[str, ...] = ()
+
+
+def read(answers: Mapping[str, Mapping[str, Any]]) -> dict[Request, Response]:
+    """Read the answers of a child process."""
+    return {
+        Request(name): Response(Answer(given["answer"]), given["why"], tuple(given["switches"]))
+        for name, given in answers.items()
+    }

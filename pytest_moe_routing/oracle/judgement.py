@@ -1,0 +1,153 @@
+"""A judgement: one verdict with everything that led to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
+from pytest_moe_routing.models import ModelSpec, RouterConfig
+from pytest_moe_routing.oracle.calls import arguments_of
+from pytest_moe_routing.oracle.exact import Gate, kernel_gates, meaning
+from pytest_moe_routing.oracle.finding import Finding, source_of
+from pytest_moe_routing.oracle.record import Reach, VerdictRecord
+from pytest_moe_routing.oracle.target import Choice, Classification
+from pytest_moe_routing.oracle.verdict import Verdict
+from pytest_moe_routing.routing import Recipe
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.compare.equivalence import Counterexample
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One verdict with everything that led to it.
+
+    Attributes:
+        classification: The target's routing method, and its path.
+        gates: All gates that were asked.
+        wanted: What the model's router computes.
+        call: What reaches the kernel (or would, had the gates accepted).
+        got: What the kernel computes then; None if the kernel does not run.
+        findings: What is wrong with a kernel call that the gates accept.
+        exact: The calls that would have computed the model's router.
+        downcasts: What the target makes less precise for a kernel that runs.
+        notes: Matters of precision in the kernel itself.
+        site: The code that makes the kernel call.
+        choice: What makes the target take the fused experts, if that is known.
+        source: Its file and line, from the root of the target's package on.
+        reads: The router that the target's own code computes for the model without a fused kernel,
+            if that is what the kernel is compared with.
+    """
+
+    target: str
+    release: str
+    model: ModelSpec
+    scheme: str
+    flashinfer: FlashInfer
+    verdict: Verdict
+    classification: Classification
+    gates: tuple[Gate, ...]
+    wanted: Recipe
+    call: KernelCall | None = None
+    got: Recipe | None = None
+    findings: tuple[Finding, ...] = ()
+    exact: tuple[KernelCall, ...] = ()
+    downcasts: tuple[Finding, ...] = ()
+    notes: tuple[Finding, ...] = ()
+    site: str = ""
+    source: str = ""
+    switches: tuple[str, ...] = ()
+    reads: RouterConfig | None = None
+    choice: Choice | None = None
+
+    @property
+    def opt_in(self) -> tuple[str, ...]:
+        """What has to be switched on for the target to take this path."""
+        if self.choice is None:
+            return self.switches
+        return self.choice.device if self.choice.switches is None else self.choice.switches
+
+    @property
+    def by_default(self) -> bool:
+        """Whether the target is known to take this path by default."""
+        return self.choice is not None and self.choice.switches == ()
+
+    @cached_property
+    def meant(self) -> ModelSpec:
+        """The model with the router that a kernel has to compute."""
+        return self.model if self.reads is None else replace(self.model, router=self.reads)
+
+    @cached_property
+    def counterexample(self) -> Counterexample | None:
+        """A smallest token if the recipe itself is wrong; searched for when first asked for.
+
+        Without torch there is none: what differs is known without it.
+        """
+        if self.verdict is not Verdict.WRONG or self.got is None or find_spec("torch") is None:
+            return None
+        from pytest_moe_routing.compare.equivalence import counterexample
+
+        return counterexample(self.wanted, meaning(self.got), self.model.router.num_experts)
+
+    @property
+    def rejections(self) -> tuple[Gate, ...]:
+        """The gates that said no."""
+        return tuple(gate for gate in self.gates if not gate.ok)
+
+    @property
+    def by_choice(self) -> bool:
+        """Whether the target rejects the model only to route by itself."""
+        return bool(self.rejections) and all(gate.by_choice for gate in self.rejections)
+
+    @property
+    def obstacles(self) -> tuple[str, ...]:
+        """Why no fused kernel runs the model; empty if one does."""
+        if self.verdict is not Verdict.FALLBACK:
+            return ()
+        gates = kernel_gates(self.model, self.scheme, self.flashinfer)
+        found = tuple(f"{gate.name}: {gate.reason}" for gate in gates if not gate.ok)
+        return found or ("no routing method of this release computes the router",)
+
+    def record(self) -> VerdictRecord:
+        """Return the judgement as plain data."""
+        example = self.counterexample
+        calls = (self.call,) if self.verdict is Verdict.EXACT else self.exact
+        call = next(filter(None, calls), None)
+        return VerdictRecord(
+            model=str(self.model),
+            scheme=self.scheme,
+            target=self.target,
+            release=self.release,
+            flashinfer=self.flashinfer.release,
+            judged_as=self.flashinfer.judged_as,
+            verdict=self.verdict,
+            reach=reach_of(self.model, self.scheme, self.opt_in),
+            router=self.model.router.not_expressible or str(self.wanted),
+            method=self.classification.method,
+            path=self.classification.path,
+            gates=tuple(gate.name for gate in self.gates),
+            rejected_by={gate.name: gate.reason for gate in self.rejections},
+            by_choice=self.by_choice,
+            kernel=None if self.got is None else str(self.got),
+            findings=self.findings,
+            notes=(*self.downcasts, *self.notes),
+            counterexample=None if example is None else example.as_dict(),
+            exact=tuple(map(str, self.exact)),
+            call=None if call is None else arguments_of(self.model, call, self.flashinfer),
+            obstacles=self.obstacles,
+            site=self.site,
+            source=self.source or source_of(self.findings),
+            opt_in=self.opt_in,
+            by_default=self.by_default,
+        )
+
+
+def reach_of(model: ModelSpec, scheme: str, opt_in: Iterable[str] = ()) -> Reach:
+    """Who can run a model in a scheme."""
+    if tuple(opt_in):
+        return Reach.OPT_IN
+    return Reach.PUBLISHED if scheme in model.checkpoints else Reach.PRODUCIBLE

@@ -1,0 +1,225 @@
+"""Marked activations, experts and weights, and a kernel whose output shows which it was given.
+
+An activation is a power of two by its token and its block of columns, a weight one by its token and
+its slot, so that both stay exact in every number format, however often a weight is applied. An
+expert adds the bits of its number, each to columns of its own: a weight on the input and one on the
+output differ, and so do any two experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Columns of one activation that are equal: no block that shares a scale is larger.
+BLOCK = 128
+#: Numbers of experts have no more bits.
+_BITS = 16
+#: The code of 1 in both halves of a byte of e2m1.
+_ONE_E2M1 = 0x22
+_UE8M0_BIAS = 127
+#: How often a factor may be applied, for all that is told apart.
+_TIMES = (0, 1, 2)
+
+
+class UnusableArgumentError(Exception):
+    """An argument that a kernel cannot compute with."""
+
+    def __init__(self, name: str, wanted: str, got: str) -> None:
+        super().__init__(f"{name} is {got}, not {wanted}")
+        self.name, self.wanted, self.got = name, wanted, got
+
+
+@dataclass(frozen=True)
+class Marked:
+    """What a layer hands to its experts.
+
+    Attributes:
+        hidden: bfloat16, [tokens, columns].
+        ids: int32, [tokens, top_k].
+        weights: float32, [tokens, top_k].
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    @classmethod
+    def make(cls, tokens: int, columns: int, experts: int, top_k: int) -> Marked:
+        """Mark so many tokens, whose experts lie on every rank."""
+        token, slot = torch.arange(tokens).unsqueeze(1), torch.arange(top_k)
+        block = torch.arange(columns) // BLOCK
+        stride = experts // tokens + 1
+        return cls(
+            hidden=torch.exp2((token + block) % 4).bfloat16(),
+            ids=((token * stride + slot * (experts // top_k)) % experts).int(),
+            weights=torch.exp2(-1.0 - (token + slot) % 4),
+        )
+
+    def gathered(self) -> Marked:
+        """Return it behind the tokens of another rank, which are the same in reverse."""
+        return Marked(*(in_reverse(x) for x in (self.hidden, self.ids, self.weights)))
+
+    def packed(self) -> Tensor:
+        """Ids and bfloat16 weights in one int32."""
+        return pack(self.ids, self.weights)
+
+    def output(self, first: int, local: int, *, on_input: bool) -> Tensor:
+        """Return what the experts of one rank give, weighed once: float32, [tokens, columns]."""
+        weights = torch.ones_like(self.weights) if on_input else self.weights
+        hidden = self.hidden.float()
+        if on_input:
+            hidden = hidden * self.weights
+        return _experts(hidden, self.ids, weights, first, local)
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a kernel was given, and what it computed with that: float32, ids int64."""
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+    output: Tensor
+
+
+def in_reverse(x: Tensor) -> Tensor:
+    """Return the rows of another rank, which are these in reverse, and then these."""
+    order = [*reversed(range(len(x))), *range(len(x))]
+    if x.dtype.itemsize == 1:
+        return x.view(torch.uint8)[order].view(x.dtype)
+    return x[order]
+
+
+def pack(ids: Tensor, weights: Tensor) -> Tensor:
+    """Pack ids and weights as FlashInfer takes them in one int32."""
+    bits = weights.bfloat16().view(torch.int16).to(torch.int32) & 0xFFFF
+    return (ids.to(torch.int32) << 16) | bits
+
+
+def block_scales(x: Tensor, block: int) -> Tensor:
+    """Return the magnitudes that blocks of columns share, as their scale: every element is 1.
+
+    Returns:
+        float32, [tokens, columns / block].
+    """
+    return x.float().unflatten(1, (-1, block)).abs().amax(2)
+
+
+def ones_e2m1(tokens: int, columns: int) -> Tensor:
+    """Return elements that are 1, two a byte."""
+    return torch.full((tokens, columns // 2), _ONE_E2M1, dtype=torch.uint8)
+
+
+def to_ue8m0(scales: Tensor) -> Tensor:
+    """Return scales that are powers of two, or 0, as uint8."""
+    exponents = torch.where(scales > 0, scales.log2() + _UE8M0_BIAS, 0.0)
+    return exponents.to(torch.uint8)
+
+
+def times(got: Tensor, base: Tensor, *factors: Tensor | float) -> list[int] | None:
+    """Return how often each factor is in what is `base` without them; None if that is not so.
+
+    A factor that is 1 everywhere is not in anything.
+    """
+    if got.shape != base.shape:
+        return None
+    for counts in product(_TIMES, repeat=len(factors)):
+        wanted = base
+        for factor, count in zip(factors, counts, strict=True):
+            wanted = wanted * factor**count
+        # A factor that is no power of two is rounded on the way.
+        if torch.allclose(got, wanted, rtol=2**-7, atol=0):
+            return list(counts)
+    return None
+
+
+def routed(arguments: Mapping[str, Any]) -> Received:
+    """Compute what an entry point that is given experts and weights computes.
+
+    Experts of other ranks are left out; the weights are applied on the output, and no scaling
+    factor is, as FlashInfer ignores it where experts are given.
+
+    Raises:
+        UnusableArgumentError: An argument does not have the shape or dtype that kernels read.
+    """
+    ids, weights = _chosen(arguments["topk_ids"])
+    hidden = _activations(arguments["hidden_states"], arguments.get("hidden_states_scale"))
+    if len(hidden) != len(ids):
+        raise UnusableArgumentError("hidden_states", f"{len(ids)} tokens", f"{len(hidden)} tokens")
+    place = {name: arguments[name] for name in ("local_expert_offset", "local_num_experts")}
+    for name, value in place.items():
+        if not isinstance(value, int):
+            raise UnusableArgumentError(name, "an integer", str(value))
+    output = _experts(hidden, ids, weights, *place.values())
+    return Received(hidden, ids, weights, output)
+
+
+def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, first: int, local: int) -> Tensor:
+    columns = hidden.shape[1]
+    here = (ids >= first) & (ids < first + local)
+    bits = ((ids.long().unsqueeze(2) + 1) >> (torch.arange(columns) % _BITS)) & 1
+    each = hidden.unsqueeze(1) + bits
+    return ((weights * here).unsqueeze(2) * each).sum(1)
+
+
+def _chosen(topk_ids: Any) -> tuple[Tensor, Tensor]:
+    """Ids and weights, which come as two tensors or packed in one."""
+    if isinstance(topk_ids, Tensor):
+        _require("topk_ids", topk_ids, torch.int32)
+        weights = (topk_ids & 0xFFFF).to(torch.int16).view(torch.bfloat16)
+        return (topk_ids >> 16).long(), weights.float()
+    ids, weights = topk_ids
+    _require("topk_ids", ids, torch.int32)
+    _require("topk_weights", weights, torch.float32, torch.bfloat16)
+    if ids.shape != weights.shape:
+        raise UnusableArgumentError("topk_weights", _shape(ids), _shape(weights))
+    return ids.long(), weights.float()
+
+
+def _activations(hidden: Tensor, scale: Tensor | None) -> Tensor:
+    """Activations as the kernels read them: dtypes and shapes of FlashInfer's launchers."""
+    if hidden.dtype == torch.bfloat16:
+        return hidden.float()
+    tokens = len(hidden)
+    if hidden.dtype == torch.uint8:
+        block, elements = 16, (hidden == _ONE_E2M1).float().repeat_interleave(2, 1)
+    else:
+        _require("hidden_states", hidden, torch.float8_e4m3fn)
+        elements = hidden.float()
+        block = BLOCK if scale is not None and scale.dtype == torch.float32 else 32
+    if scale is None:
+        raise UnusableArgumentError("hidden_states_scale", "a tensor", "none")
+    wanted = (tokens, elements.shape[1] // block)
+    if block == BLOCK:
+        # Scales of 128 columns lie with the tokens last.
+        wanted = wanted[::-1]
+    if tuple(scale.shape) != wanted and not (
+        block != BLOCK and scale.ndim == 1 and scale.numel() == wanted[0] * wanted[1]
+    ):
+        raise UnusableArgumentError(
+            "hidden_states_scale", "x".join(map(str, wanted)), _shape(scale)
+        )
+    values = scale.reshape(wanted)
+    if block == BLOCK:
+        values = values.t()
+    elif block == 16:
+        values = values.view(torch.float8_e4m3fn).float()
+    else:
+        values = torch.exp2(values.view(torch.uint8).float() - _UE8M0_BIAS)
+    return elements * values.repeat_interleave(block, 1)
+
+
+def _require(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise UnusableArgumentError(name, wanted, str(tensor.dtype).removeprefix("torch."))
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))

@@ -1,0 +1,69 @@
+"""The types of the answers that vLLM's child process gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Required, TypedDict
+
+
+class _Raised(TypedDict):
+    type: str
+    message: str
+    where: str
+
+
+class _End(TypedDict, total=False):
+    """A call ends in a kernel, or in an exception."""
+
+    function: str
+    arguments: dict[str, Any]
+    raised: _Raised
+
+
+class _Call(_End):
+    by: str
+    shards: int
+
+
+class _ModularCall(_Call, total=False):
+    dispatched: Required[bool]
+    places: Required[dict[str, str]]
+    unusable: dict[str, str]
+    applied: dict[str, list[int] | None]
+    same: bool
+
+
+class _RoutedCalls(TypedDict):
+    calls: list[_ModularCall]
+    intermediate_size: int
+
+
+class _Calls(TypedDict):
+    calls: list[_Call]
+    intermediate_size: int
+    router_factor: float
+
+
+class _Response(TypedDict):
+    answer: str
+    why: str
+    switches: list[str]
+
+
+class _Chosen(TypedDict):
+    selector: str
+    switches: list[str] | None
+    instead: str
+    device: list[str]
+
+
+#: The type of each answer of the child.
+ANSWERS: Mapping[str, Any] = {
+    "numbers": dict[str, int],
+    "classify": list[str],
+    "gates": list[tuple[str, bool, str] | tuple[str, bool, str, bool]],
+    "around": dict[str, _Response],
+    "choose": _Chosen | None,
+    "capture": _Calls,
+    "capture_modular": _RoutedCalls,
+}

@@ -1,0 +1,142 @@
+"""Asks the monolithic experts of a release for what lies around routing, on a layer of a model.
+
+A request is rejected when the gate for the parallel config, the placement of experts or the code on
+the way says no. When the kernel is called all the same, its arguments show whether the request got
+there: FlashInfer's kernels take a range of experts, and every row that they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from pytest_moe_routing.targets.recorder import Reached
+from pytest_moe_routing.targets.vllm.probe import release as release
+from pytest_moe_routing.targets.vllm.probe.capture import (
+    HIDDEN,
+    TOKENS,
+    Layer,
+    methods_of,
+    recorded,
+    run_layer,
+)
+from pytest_moe_routing.targets.vllm.probe.config import parallel_config
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.gates import experts_of
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+_EXPERT_PARALLEL = "--enable-expert-parallel"
+#: What no kernel writes.
+_UNWRITTEN = -7
+
+
+def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict[str, Any]]:
+    """Return what becomes of each request that this release knows.
+
+    Each has an `answer`, `why`, and the `switches` with which a user makes the request. Experts of
+    releases without classes are not asked.
+    """
+    row = SCHEMES[scheme]
+    experts = experts_of(row)
+    found: dict[str, dict[str, Any]] = {}
+    if not isinstance(experts, type):
+        return found
+    caller = methods_of(row.methods)[0]
+    is_whole = model["router"]["num_experts"] % 2 == 0
+
+    def layer(shards: int = 1) -> Layer:
+        return Layer(model, row, method, shards, True)
+
+    if is_whole and names().has("parallel-config.sp_size"):
+        parallel = replace(parallel_config(2), sp_size=2, all2all_backend="allgather_reducescatter")
+        padding = _by_gate(experts, parallel, "the kernel is given every row")
+        found["padding rows"] = {
+            **padding,
+            "switches": [_EXPERT_PARALLEL, "--data-parallel-size 2", "--tensor-parallel-size 2"],
+        }
+    if is_whole:
+        balanced = replace(parallel_config(2), enable_eplb=True)
+        placement = _by_gate(experts, balanced, "the kernel is given logical experts")
+        switches = [_EXPERT_PARALLEL, "--enable-eplb"]
+        found["expert placement by load (EPLB)"] = {**placement, "switches": switches}
+        if names().has("placement"):
+            found["round-robin expert placement"] = {
+                **_round_robin(experts, caller, layer(2), model),
+                "switches": [_EXPERT_PARALLEL, "--expert-placement-strategy round_robin"],
+            }
+    if names().has("layer.routing_sink"):
+        found["captured expert ids"] = {
+            **_captured(experts, caller, layer()),
+            "switches": ["--enable-return-routed-experts"],
+        }
+    return found
+
+
+def _by_gate(experts: Any, parallel: Any, why: str) -> dict[str, str]:
+    if experts._supports_parallel_config(parallel):
+        return {"answer": "ignored", "why": why}
+    return {"answer": "rejected", "why": f"{experts.__name__}._supports_parallel_config"}
+
+
+def _round_robin(
+    experts: Any, caller: Any, layer: Layer, model: Mapping[str, Any]
+) -> dict[str, str]:
+    """Experts of rank 1 of 2 are every second one, if vLLM places them so for this model."""
+    name = "round_robin"
+    arguments = {
+        "expert_placement_strategy": name,
+        "moe_parallel_config": parallel_config(2),
+        "num_expert_group": model["router"]["n_group"],
+        "num_redundant_experts": 0,
+        "enable_eplb": False,
+    }
+    placed = names().get("placement")(**names().accepted("placement", arguments))
+    if placed != name:
+        return {"answer": "rejected", "why": f"{names().spelling('placement').path}: {placed}"}
+    layer.expert_map = torch.full((layer.global_num_experts,), -1, dtype=torch.int32)
+    layer.expert_map[1::2] = torch.arange(layer.local_num_experts, dtype=torch.int32)
+    record = recorded(lambda: run_layer(experts, caller, layer), {}, caller.__qualname__)
+    if "raised" in record:
+        return {"answer": "rejected", "why": record["raised"]["where"]}
+    given = record["arguments"]
+    first, local = given["local_expert_offset"], given["local_num_experts"]
+    why = f"the kernel is given experts {first} to {first + local - 1}"
+    return {"answer": "ignored", "why": why}
+
+
+def _captured(experts: Any, caller: Any, layer: Layer) -> dict[str, str]:
+    """Whether ids that the kernel writes get to whoever captures them."""
+    handed_on: list[torch.Tensor] = []
+    buffer = torch.full((2 * TOKENS, layer.top_k), _UNWRITTEN, dtype=torch.int16)
+    layer.routing_sink = SimpleNamespace(buffer=buffer, capture_fn=handed_on.append)
+    reached: list[Reached] = []
+
+    def kernel(function: str, arguments: Mapping[str, Any]) -> Any:
+        reached.append(Reached(function, arguments))
+        into = arguments.get("routing_replay_out")
+        if into is not None:
+            into.copy_(torch.arange(TOKENS * layer.top_k).reshape(TOKENS, -1))
+        output = arguments.get("output")
+        if output is None:
+            output = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+        return [output]
+
+    def call() -> None:
+        with patch.object(release, "answer", kernel):
+            run_layer(experts, caller, layer)
+        raise reached[0]
+
+    record = recorded(call, {}, caller.__qualname__)
+    if "raised" in record:
+        return {"answer": "rejected", "why": record["raised"]["where"]}
+    written = torch.arange(TOKENS * layer.top_k).reshape(TOKENS, -1).to(torch.int16)
+    if any(torch.equal(ids.to(torch.int16), written) for ids in handed_on):
+        return {"answer": "honored", "why": "routing_replay_out"}
+    got = record["arguments"].get("routing_replay_out")
+    why = "the kernel is given no routing_replay_out" if got is None else "nobody is told its ids"
+    return {"answer": "ignored", "why": why}

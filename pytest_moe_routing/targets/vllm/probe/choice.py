@@ -1,0 +1,196 @@
+"""Asks the selectors of a release which experts a server on Blackwell takes for a layer.
+
+A selector is asked with its defaults, and then with each thing that a user may switch on: the
+opt-in variables of the contract, `--moe-backend`, and parallel configs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import _lru_cache_wrapper, cache
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from pytest_moe_routing.targets.vllm.probe import release as release
+from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, refusal
+from pytest_moe_routing.targets.vllm.probe.config import NoActivation, moe_config, parallel_config
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.gates import experts_of, quant_keys
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+_DEFAULT, _REQUESTED = "auto", "flashinfer_trtllm"
+#: What a selector raises when it will not go on.
+_REFUSALS = (AssertionError, KeyError, NotImplementedError, ValueError)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What a user switches on.
+
+    Attributes:
+        variables: Names of environment variables.
+        backend: The value of `--moe-backend`.
+        parallel: Attributes of the parallel config, by the flags that set them.
+    """
+
+    variables: tuple[str, ...] = ()
+    backend: str = _DEFAULT
+    parallel: tuple[str, ...] = ()
+
+    @property
+    def switches(self) -> list[str]:
+        """As the user writes them."""
+        flags = [f"--moe-backend {self.backend}"] if self.backend != _DEFAULT else []
+        return [*(f"{name}=1" for name in self.variables), *flags, *self.parallel]
+
+
+#: Parallel configs with which other experts are taken, by the flags that make them.
+_PARALLEL: Mapping[tuple[str, ...], Mapping[str, Any]] = {
+    ("--enable-expert-parallel", "--data-parallel-size 2"): {
+        "all2all_backend": "allgather_reducescatter",
+        "dp_size": 2,
+        "dp_rank": 1,
+    },
+    ("--enable-expert-parallel", "--enable-eplb"): {"enable_eplb": True},
+    (
+        "--enable-expert-parallel",
+        "--data-parallel-size 2",
+        "--all2all-backend flashinfer_nvlink_one_sided",
+    ): {"all2all_backend": "flashinfer_nvlink_one_sided", "dp_size": 2, "dp_rank": 1},
+}
+
+
+def choose(
+    model: Mapping[str, Any], scheme: str, method: str, modular: bool = False
+) -> dict[str, Any] | None:
+    """Return what has to be switched on for the TRT-LLM experts to be taken.
+
+    The answer has the `selector`, the `switches` (None if the selector never takes the experts),
+    what it takes `instead` of them when everything is switched on, and what the `device` needs to
+    be switched on whatever the layer is. None if the release has no selector for the scheme.
+
+    Args:
+        modular: Those that are given ids and weights, instead of those that route themselves.
+    """
+    row = SCHEMES[scheme]
+    experts = experts_of(row, modular=modular)
+    key = row.selector
+    if scheme == "mxfp4" and model["architecture"].startswith("GptOss"):
+        # Their checkpoints have a quantization method of their own.
+        key = "select-gpt-oss-mxfp4"
+    if not isinstance(experts, type) or not names().has(key):
+        return None
+    selector = names().get(key)
+    weight, activation = quant_keys(row)
+    arguments = {
+        "weight_key": weight,
+        # None is what the checkpoints of MXFP4 declare.
+        **({} if scheme == "mxfp4" else {"activation_key": activation}),
+        "quant_config": SimpleNamespace(group_size=32, desc_act=False),
+        "may_have_zp": False,
+        "may_have_bias": False,
+    }
+    try:
+        config = moe_config(model, method)
+    except NoActivation as unknown:
+        return _answer(selector, None, str(unknown), experts)
+    names().spelling("selectable")
+
+    def taken(setting: _Setting) -> Any:
+        asked = replace(config, moe_backend=setting.backend)
+        if setting.parallel:
+            parallel = replace(parallel_config(2), **_PARALLEL[setting.parallel])
+            asked = replace(asked, moe_parallel_config=parallel)
+        given = {**arguments, "config": asked, "moe_config": asked}
+        return _taken(selector, release.accepted(selector, given), setting.variables)
+
+    everything = [_Setting(_variables()[-1], _REQUESTED, flags) for flags in _parallels(modular)]
+    refusals = []
+    for setting in everything:
+        refusals.append(taken(setting))
+        if refusals[-1] is experts:
+            found = next(each for each in _settings(modular) if taken(each) is experts)
+            return _answer(selector, found.switches, "", experts)
+    instead = refusals[0] if isinstance(refusals[0], str) else refusals[0].__name__
+    return _answer(selector, None, instead, experts)
+
+
+def _answer(
+    selector: Any, switches: list[str] | None, instead: str, experts: Any
+) -> dict[str, Any]:
+    return {
+        "selector": selector.__name__,
+        "switches": switches,
+        "instead": instead,
+        "device": list(_needs(experts)),
+    }
+
+
+@cache
+def _needs(experts: Any) -> tuple[str, ...]:
+    """Return the variables that experts need to run on the device at all."""
+    for variables in _variables():
+        with _environment(variables):
+            if experts._supports_current_device():
+                return tuple(f"{name}=1" for name in variables)
+    return ()
+
+
+def _variables() -> list[tuple[str, ...]]:
+    """Variables to set: none first, all last."""
+    rows = names().contract.members("switches")
+    known = tuple(row.key.rpartition(".")[2] for row in rows if names().is_there(row.key))
+    return list(dict.fromkeys([(), *((name,) for name in known), known]))
+
+
+def _parallels(modular: bool) -> list[tuple[str, ...]]:
+    """Return flags of parallel configs to try; experts that route have a gate for them."""
+    return [(), *_PARALLEL] if modular else [()]
+
+
+def _settings(modular: bool) -> list[_Setting]:
+    """Return settings to try, from the default to everything."""
+    return [
+        _Setting(variables, backend, parallel)
+        for parallel in _parallels(modular)
+        for backend in (_DEFAULT, _REQUESTED)
+        for variables in _variables()
+    ]
+
+
+@contextmanager
+def _environment(variables: Iterable[str]) -> Iterator[None]:
+    """Set these opt-in variables, and no others; functions of vLLM may have cached others."""
+    switches = {row.key.rpartition(".")[2] for row in names().contract.members("switches")}
+    environment = {name: value for name, value in os.environ.items() if name not in switches}
+    environment |= dict.fromkeys(variables, "1")
+    is_new = environment != dict(os.environ)
+    with on_one_gpu(), patch.dict(os.environ, environment, clear=True):
+        if is_new:
+            _forget()
+        yield
+    if is_new:
+        _forget()
+
+
+def _taken(selector: Any, arguments: Mapping[str, Any], variables: tuple[str, ...]) -> Any:
+    """Return the class that a selector takes, or the text of its refusal."""
+    with _environment(variables):
+        try:
+            return selector(**arguments)[1]
+        except _REFUSALS as error:
+            return refusal(error)
+
+
+def _forget() -> None:
+    """Clear what functions of vLLM have cached: some read a variable once and for all."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm."):
+            for value in list(vars(module).values()):
+                if isinstance(value, _lru_cache_wrapper):
+                    value.cache_clear()

@@ -1,0 +1,190 @@
+"""Runs vLLM's modular experts on marked tokens: prepare, experts, finalize, and a kernel between.
+
+Everything but the kernel, the collectives and the quantization of activations is vLLM's own: the
+layer's quantization method, the modular kernel, the step before the experts that vLLM makes for the
+parallel config, the experts, and what is done with their output.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets import marked
+from pytest_moe_routing.targets.marked import Marked, Received, UnusableArgumentError
+from pytest_moe_routing.targets.recorder import Reached
+from pytest_moe_routing.targets.vllm.probe import release as release
+from pytest_moe_routing.targets.vllm.probe.capture import (
+    HIDDEN,
+    TOKENS,
+    Caller,
+    Layer,
+    counts_of_ranks,
+    intermediate_size,
+    made,
+    methods_of,
+    recorded,
+    vllm_path,
+)
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.gates import experts_of
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+#: Entry points that return a list, of which the first is the output.
+_LISTS = ("trtllm_fp4", "trtllm_mxint4")
+
+
+def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
+    """Return what becomes of marked tokens on each way through the modular kernel.
+
+    The ways are those of `capture`, and as rank 1 of 2 whose tokens are gathered first, where the
+    experts take that. Besides what `capture` says of a call, it has whether its tokens were
+    `dispatched`, and what `oracle.modular.misapplied` reads.
+
+    Raises:
+        Unsupported: The release has no such experts, or none that a layer calls.
+    """
+    names().require("modular", scheme)
+    row = SCHEMES[scheme]
+    experts = experts_of(row, modular=True)
+    callers = methods_of(row.modular_methods)
+    if not callers:
+        raise Unsupported(f"no layer of this release calls {experts.__name__}")
+    method = release.classify(model)[0]
+    ways = [(count, False) for count in counts_of_ranks(model)]
+    if len(ways) > 1:
+        ways.append((2, True))
+    calls = []
+    for count, dispatched in ways:
+        layer = Layer(model, row, method, count, True, dispatched=dispatched)
+        if not experts._supports_parallel_config(layer.config.moe_parallel_config):
+            continue
+        for caller in callers:
+            way = {
+                "by": caller.__qualname__.split(".")[0],
+                "shards": count,
+                "dispatched": dispatched,
+            }
+            calls.append({**way, **_Run(experts, caller, layer, dispatched).answer()})
+    return {"calls": calls, "intermediate_size": intermediate_size(model)}
+
+
+class _Run:
+    """One call of a layer's method."""
+
+    def __init__(self, experts: Any, caller: Any, layer: Layer, dispatched: bool) -> None:
+        self._caller, self._layer, self._dispatched = caller, layer, dispatched
+        self._experts = experts
+        self._given = Marked.make(TOKENS, HIDDEN, layer.global_num_experts, layer.top_k)
+        self._at_kernel = self._given.gathered() if dispatched else self._given
+        self._reached: Reached | None = None
+        self._received: Received | None = None
+        self._unusable: UnusableArgumentError | None = None
+        self._output: Tensor | None = None
+        self._places: dict[str, str] = {}
+
+    def answer(self) -> dict[str, Any]:
+        """Run it, and say what came of it."""
+        at = self._at_kernel
+        named = {"ids": at.ids, "weights": at.weights, "packed": at.packed()}
+        found = recorded(self._call, named, self._experts.__name__)
+        if self._unusable is not None:
+            found["unusable"] = vars(self._unusable)
+        if self._received is not None and self._output is not None:
+            found |= self._applied(self._received, self._output)
+        return {**found, "places": self._places}
+
+    def _call(self) -> None:
+        """Run the layer's method; always ends in an exception, if the kernel is called."""
+        layer, given = self._layer, self._given
+        fused = made(self._experts, layer)
+        prepare = self._prepare(fused)
+        kernel = names().get("kernel")(prepare, fused)
+        self._places = {
+            "prepare": _place(type(prepare).prepare),
+            "experts": _place(type(fused).apply),
+            "finalize": _place(type(prepare).finalize),
+        }
+        arguments = {
+            "layer": layer,
+            "x": given.hidden.clone(),
+            "topk_weights": given.weights.clone(),
+            "topk_ids": given.ids.clone(),
+            "shared_experts": None,
+            "shared_experts_input": None,
+        }
+        stand_ins = {}
+        if names().has("pack"):
+            # A Triton kernel in some releases.
+            stand_ins[names().spelling("pack").path] = marked.pack
+        module = vars(sys.modules[self._experts.__module__])
+        with patch.object(release, "answer", self._kernel), patch.dict(module, stand_ins):
+            apply = MethodType(self._caller, Caller(kernel, layer.row, is_monolithic=False))
+            output = apply(**release.accepted(apply, arguments))
+        if self._reached is not None:
+            self._output = output
+            raise self._reached
+
+    def _prepare(self, fused: Any) -> Any:
+        """Make the steps before and after the experts as vLLM makes it for the parallel config."""
+        arguments = {
+            "moe": self._layer.config,
+            "quant_config": fused.quant_config,
+            "allow_new_interface": True,
+            "use_monolithic": False,
+        }
+        return names().get("prepare-factory")(**names().accepted("prepare-factory", arguments))
+
+    def _kernel(self, function: str, arguments: Mapping[str, Any]) -> Any:
+        """Compute what FlashInfer's entry point computes, as far as it can be told."""
+        self._reached = Reached(function, arguments)
+        if "topk_ids" not in arguments:
+            raise self._reached
+        if arguments.get("do_finalize") is False:
+            raise Unsupported(f"not judged: {function} leaves the sum of the experts to others")
+        try:
+            self._received = marked.routed(arguments)
+        except UnusableArgumentError as error:
+            self._unusable = error
+            raise self._reached from None
+        into = arguments.get("output")
+        output = self._received.output.bfloat16()
+        if into is not None:
+            into.copy_(output)
+            output = into
+        return [output] if function.startswith(_LISTS) else output
+
+    def _applied(self, received: Received, output: Tensor) -> dict[str, Any]:
+        """How often the weight was applied before, in and after the kernel, and what came out."""
+        layer, at, given = self._layer, self._at_kernel, self._given
+        on_input = layer.apply_router_weight_on_input
+        first, local = layer.ep_rank * layer.local_num_experts, layer.local_num_experts
+        wanted = given.output(first, local, on_input=on_input)
+        # Of several experts a token has no one weight.
+        is_one = layer.top_k == 1
+        per_token = given.weights if is_one else 1.0
+        at_token = at.weights if is_one else 1.0
+        ones, mine = torch.ones_like(at.weights), received.output[-len(given.hidden) :]
+        factor = layer.routed_scaling_factor
+        return {
+            "applied": {
+                "prepare": marked.times(received.hidden, at.hidden.float(), at_token, factor),
+                "experts": marked.times(received.weights, ones, at.weights, factor),
+                "finalize": marked.times(output.float(), mine, per_token, factor),
+            },
+            "same": marked.times(output.float(), wanted) is not None,
+        }
+
+
+def _place(function: Any) -> str:
+    """Where a function of vLLM begins, and its name."""
+    code = inspect.unwrap(function).__code__
+    return f"{vllm_path(code.co_filename)}:{code.co_firstlineno} {function.__qualname__}"

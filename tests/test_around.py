@@ -1,0 +1,87 @@
+"""What a server asks of fused experts besides routing, and who hears of a request that is ignored."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.failure import Rank
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.around import Answer, Request, Response, read
+from pytest_moe_routing.oracle.exact import Gate
+from pytest_moe_routing.oracle.ignored import Ignored, ignored_requests
+from pytest_moe_routing.suite.causes import of_ignored
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
+
+MODELS = load_models(packaged_directory())
+LOST = Response(Answer.IGNORED, "the kernel is given logical experts", ("--enable-eplb",))
+KEPT = Response(Answer.HONORED, "routing_replay_out")
+
+
+class Requested(BuiltinTarget):
+    """Accepts all but Llama 4, and ignores the placement for DeepSeek alone."""
+
+    name = "requested"
+
+    def gates(self, model, scheme, method):
+        return (Gate("model", not model.id.startswith("llama"), "Llama"),)
+
+    def around(self, model, scheme, method):
+        if model.id == "minimax-m2":
+            raise Unsupported("not this model")
+        placed = LOST if model.id.startswith("deepseek") else Response(Answer.REJECTED, "a gate")
+        return {Request.BALANCING: placed, Request.CAPTURE: KEPT}
+
+
+TARGET = Requested(FlashInfer.of("0.7.0"))
+
+
+def ignored(*ids):
+    return ignored_requests(TARGET, "fp8_block", [MODELS[name] for name in ids])
+
+
+def test_what_is_ignored_is_told_once_with_its_models():
+    found = ignored("deepseek-r1", "glm-5", "llama-4-scout", "deepseek-v3", "minimax-m2")
+    assert found == [Ignored(Request.BALANCING, LOST, ("deepseek-r1", "deepseek-v3"))]
+    assert ignored("glm-5") == []
+
+
+def test_experts_that_accept_no_model_are_not_asked():
+    assert ignored("llama-4-scout") is None
+
+
+def test_a_target_that_cannot_be_asked():
+    with pytest.raises(Unsupported, match="not this model"):
+        ignored("minimax-m2", "llama-4-scout")
+    with pytest.raises(Unsupported, match="builtin is asked for nothing around its kernel calls"):
+        ignored_requests(BuiltinTarget(FlashInfer.of("0.7.0")), "fp8_block", [MODELS["glm-5"]])
+
+
+def test_the_failure_names_who_asks():
+    failure = of_ignored(TARGET, "nvfp4", Ignored(Request.BALANCING, LOST, ("deepseek-r1",)))
+    assert failure.rank is Rank.SILENT
+    assert failure.cause == "ignored:expert-placement-by-load-(EPLB)"
+    assert failure.lines[1:] == (
+        "  reach    only with an opt-in switch: --enable-eplb",
+        "  because  the kernel is given logical experts",
+        "  models   deepseek-r1",
+    )
+
+
+def test_padding_rows_that_are_routed_are_one_line():
+    rows = Response(Answer.IGNORED, "the kernel is given every row", ("--flag",))
+    failure = of_ignored(TARGET, "bf16", Ignored(Request.PADDING, rows, ("glm-4.5",)))
+    assert failure.rank is Rank.LATENT
+    assert failure.lines == (
+        "bf16: padding rows ignored, as the kernel is given every row (only with an opt-in switch: "
+        "--flag)",
+    )
+
+
+def test_answers_of_a_child():
+    given = {"captured expert ids": {"answer": "rejected", "why": "a.py:1", "switches": ["--f"]}}
+    assert read(given) == {Request.CAPTURE: Response(Answer.REJECTED, "a.py:1", ("--f",))}
+    with pytest.raises(ValueError, match="guessed"):
+        read({"captured expert ids": {"answer": "guessed", "why": "", "switches": []}})

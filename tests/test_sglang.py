@@ -26,7 +26,6 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.model_code import request_of
-from pytest_moe_routing.targets.sglang.probe.main import verdict_on
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.target import SglangTarget, config_of
 from pytest_moe_routing.targets.source import Source
@@ -360,39 +359,6 @@ def test_release_chooses_the_runner_or_has_to_be_told(target, model, scheme, is_
     record = judge(target, MODELS[model], scheme).record()
     assert record.opt_in == switch
     assert (record.reach == "only with an opt-in switch") is (not is_default)
-
-
-RAISING = """
-def refuse(value):
-    raise ValueError(f"no {value}")
-def check(value):
-    assert value is None, "not supported"
-"""
-
-
-@pytest.mark.parametrize(
-    ("function", "value", "is_built", "verdict"),
-    [
-        ("refuse", 1, False, ("refused", "ValueError: no 1 (models/some.py:3)")),
-        ("check", 1, False, ("refused", "AssertionError: not supported (models/some.py:5)")),
-        ("refuse", 1, True, ("failed", "ValueError: no 1 (models/some.py:3)")),
-        ("check", 1, True, ("failed", "AssertionError: not supported (models/some.py:5)")),
-        ("check", stubs.Stub("option"), False, ("unknown", "it does not build and run on a CPU")),
-    ],
-)
-def test_what_raises_when_a_server_starts_is_a_refusal_and_later_a_crash(
-    tmp_path, function, value, is_built, verdict
-):
-    """Unless a stand-in of ours may be why it raised."""
-    file = tmp_path / "sglang/srt/models/some.py"
-    file.parent.mkdir(parents=True)
-    file.write_text(RAISING)
-    names = {}
-    exec(compile(RAISING, str(file), "exec"), names)
-    with pytest.raises((ValueError, AssertionError)) as raised:
-        names[function](value)
-    kind, text = verdict_on(raised.value, is_built=is_built)
-    assert (kind, text[: len(verdict[1])]) == verdict
 
 
 class Records(BuiltinTarget):

@@ -1,0 +1,40 @@
+"""What SGLang's code raises: a refusal, a crash of the server, or nothing that can be judged."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.sglang.probe.main import verdict_on
+
+RAISING = """
+def refuse(value):
+    raise ValueError(f"no {value}")
+def check(value):
+    assert value is None, "not supported"
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "is_built", "verdict"),
+    [
+        ("refuse", 1, False, ("refused", "ValueError: no 1 (models/some.py:3)")),
+        ("check", 1, False, ("refused", "AssertionError: not supported (models/some.py:5)")),
+        ("refuse", 1, True, ("failed", "ValueError: no 1 (models/some.py:3)")),
+        ("check", 1, True, ("failed", "AssertionError: not supported (models/some.py:5)")),
+        ("check", stubs.Stub("option"), False, ("unknown", "it does not build and run on a CPU")),
+    ],
+)
+def test_what_raises_when_a_server_starts_is_a_refusal_and_later_a_crash(
+    tmp_path, function, value, is_built, verdict
+):
+    """Unless a stand-in of ours may be why it raised."""
+    file = tmp_path / "sglang/srt/models/some.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(RAISING)
+    names = {}
+    exec(compile(RAISING, str(file), "exec"), names)
+    with pytest.raises((ValueError, AssertionError)) as raised:
+        names[function](value)
+    kind, text = verdict_on(raised.value, is_built=is_built)
+    assert (kind, text[: len(verdict[1])]) == verdict

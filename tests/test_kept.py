@@ -108,7 +108,8 @@ def test_an_edit_of_any_imported_file_invalidates(probe, tree):
     assert imported == sorted(set(FILES) - {"mini/models.py"})
     one.close()
     # And of what was only read, or looked for.
-    for name in (*imported, "mini/models.py", "mini/new.py", "mini/_C.so"):
+    (tree / "mini/table.json").write_text("{}")
+    for name in (*imported, "mini/models.py", "mini/table.json", "mini/new.py", "mini/_C.so"):
         before = key_of_sources(tree, "mini", ["mini"])
         with (tree / name).open("a") as file:
             file.write("\n# edited\n")

@@ -1,10 +1,10 @@
 """Answers of a framework's code that are kept between runs.
 
-An answer holds as long as everything that it may depend on is as it was: the framework's sources,
-all of them, whether imported, read or only looked for; this package and its data; Python and every
+An answer holds as long as everything that it may depend on is unchanged: the framework's code and
+data files, whether imported, read or only looked for; this package and its data; Python and every
 installed distribution, torch among them; the child's command line, with the FlashInfer release; and
-the environment that the child sees. All of that names the folder. A file in it is read with limits,
-and what it says is checked as an answer of the child is.
+the environment that the child sees. A digest of all this names the folder. A file in it is read with
+limits, and its rows are checked like answers of the child.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _STORED, _READ, _FILES, _FOLDERS = 64_000_000, 512_000_000, 64, 8
 #: The largest Python file seen, a generated one, has 1 MB.
 _SOURCE = 20_000_000
+#: Code, and files from which code takes values.
+_TEXTS = (".py", ".json", ".yaml", ".yml", ".toml")
 _KINDS = ("answer", "unsupported")
 #: What the child sees of the environment, and what says nothing about its answers.
 _INDIFFERENT = ("PATH", "HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP")
@@ -164,7 +166,7 @@ def _metadata(root: Path, name: str) -> list[str]:
 
 
 def _of_sources(root: Path, package: str, *, all_files: bool = False) -> str:
-    """Return a digest of a package: the names of all its files, and the text of its Python files.
+    """Return a digest of a package: the names of all its files, and the text of code and data.
 
     Raises:
         OSError, MoERoutingError: A file cannot be read.
@@ -182,14 +184,14 @@ def _members(root: Path, package: str, all_files: bool) -> Iterator[tuple[str, b
         with Archive(root) as wheel:
             for name in sorted(wheel.names):
                 if name.startswith(f"{package}/"):
-                    is_read = name.endswith(".py")
+                    is_read = name.endswith(_TEXTS)
                     yield name, wheel.read_bytes(name, _SOURCE) if is_read else b""
         return
     for folder, folders, files in os.walk(root / package, followlinks=True):
         folders[:] = sorted(name for name in folders if name != "__pycache__")
         for file in sorted(files):
             path = Path(folder, file)
-            is_read = all_files or file.endswith(".py")
+            is_read = all_files or file.endswith(_TEXTS)
             # What is no regular file, such as a pipe, is never read by an import either.
             is_read = is_read and path.exists() and stat.S_ISREG(path.stat().st_mode)
             yield str(path.relative_to(root)), read_bytes(path, _SOURCE) if is_read else b""

@@ -2,9 +2,9 @@
 
 An answer holds as long as everything that it may depend on is unchanged: the framework's code and
 data files, whether imported, read or only looked for; this package and its data; Python and every
-installed distribution, torch among them; the child's command line, with the FlashInfer release; and
-the environment that the child sees. A digest of all this names the folder. A file in it is read with
-limits, and its rows are checked like answers of the child.
+installed distribution, torch among them; the child's command line, with the FlashInfer release;
+and the environment that the child sees. A digest of all this names the folder. A file in it is read
+with limits, and its rows are checked like answers of the child.
 """
 
 from __future__ import annotations

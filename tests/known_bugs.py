@@ -1,6 +1,6 @@
 """The public defects of `known_bugs.yaml`: their table in docs/, and the runs that catch them.
 
-`python tests/known_bugs.py > docs/known-bugs.md` writes the table anew.
+`python tests/known_bugs.py > docs/known-bugs.md` regenerates the table.
 """
 
 from __future__ import annotations

@@ -122,6 +122,9 @@ SURVIVORS: dict[str, dict[str, str]] = {
             "the FP4 launcher takes top_k up to 8 before 0.5.0 [0.2.10-0.5.0 nvfp4 mxfp4]: garbage",
             "the block-scale launcher takes top_k up to 10 before 0.6.7 [0.5.0-0.6.7 fp8_block mxfp8]: dropped",
             "the block-scale launcher takes top_k up to 10 before 0.6.7 [0.5.0-0.6.7 fp8_block mxfp8]: garbage",
+            # In the releases that are asked here; tests/test_limits.py asks another.
+            "the block-scale launcher takes top_k up to 32 [0.6.7- fp8_block mxfp8]: dropped",
+            "the block-scale launcher takes top_k up to 32 [0.6.7- fp8_block mxfp8]: garbage",
             "the DeepSeek kernel takes 256 experts and top_k 8 before 0.4.1 [0-0.4.1 ]: require without topk_group",
             "the DeepSeek kernel takes 384 experts and top_k 8 before 0.6.3 [0.4.1-0.6.3 ]: require without topk_group",
             "the DeepSeek kernel takes 512 experts and top_k 22 before 0.6.8 [0.6.3-0.6.8 ]: require without topk_group",

@@ -133,7 +133,7 @@ def times(got: Tensor, base: Tensor, *factors: Tensor | float) -> list[int] | No
         wanted = base
         for factor, count in zip(factors, counts, strict=True):
             wanted = wanted * factor**count
-        # A factor that is no power of two is downcast.
+        # A product with a factor that is no power of two is rounded.
         if torch.allclose(got, wanted, rtol=2**-7, atol=0):
             return list(counts)
     return None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from configs import R1
 
 from pytest_moe_routing.cli import main
 
@@ -37,7 +40,8 @@ def test_a_framework_that_is_not_judged_is_red(pytester, empty_vllm, xdist):
     result.assert_outcomes(skipped=2)
     result.stdout.fnmatch_lines(
         [
-            "moe-routing: 2 questions have no answer, and had one in this release*",
+            "moe-routing: 2 questions have no answer, although this release * fails the run; "
+            "--moe-min-verdicts 0 accepts it",
             "  test_verdict[[]deepseek-r1-*: vllm 99.0: not judged: vLLM 99.0 has no "
             "vllm.model_executor.layers.fused_moe.config:RoutingMethodType *contract row 'methods'*",
         ]
@@ -45,9 +49,16 @@ def test_a_framework_that_is_not_judged_is_red(pytester, empty_vllm, xdist):
 
 
 def test_a_release_older_than_all_known_ones_is_held_to_nothing(pytester, empty_vllm):
-    result = pytester.runpytest_subprocess(*RUN, "--moe-target", empty_vllm("0.1.0"))
+    options = (*RUN, "--moe-target", empty_vllm("0.1.0"))
+    result = pytester.runpytest_subprocess(*options, "--moe-min-verdicts", "0")
     assert result.ret == 0
     result.assert_outcomes(skipped=2)
+    # But a run that gives no verdict at all is no pass.
+    result = pytester.runpytest_subprocess(*options)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["moe-routing: no verdict was given, 2 cases are not judged: this fails the run; *"]
+    )
 
 
 def test_a_model_of_the_users_own_may_be_left_open(pytester, empty_vllm):
@@ -56,8 +67,22 @@ def test_a_model_of_the_users_own_may_be_left_open(pytester, empty_vllm):
     (folder / "deepseek-r1").rename(folder / "mine")
     options = ("--moe-golden-dir", str(folder), "--moe-models", "mine", *RUN[:-2])
     result = pytester.runpytest_subprocess(*options, "--moe-target", empty_vllm("99.0"))
-    assert result.ret == 0
+    # It is not held to what is known of packaged models, but no verdict at all is no pass.
     result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(["moe-routing: no verdict was given, 2 cases are not judged: *"])
+    result.stdout.no_fnmatch_line("*questions have no answer*")
+    assert result.ret == 1
+
+
+def test_a_config_that_is_not_judged_is_no_pass(pytester):
+    """A misspelt key leaves the model open, in a run about it alone."""
+    config = {key: value for key, value in R1.items() if key != "norm_topk_prob"}
+    (pytester.path / "mine").mkdir()
+    (pytester.path / "mine/config.json").write_text(json.dumps({**config, "norm_topk_porb": True}))
+    options = ("--moe-config", "mine/config.json", "--moe-models", "mine", *RUN[:5])
+    result = pytester.runpytest_subprocess(*options)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["moe-routing: no verdict was given, *"])
 
 
 @pytest.mark.parametrize(("wanted", "ret"), [("0", 0), ("2", 0), ("3", 1)])

@@ -52,6 +52,8 @@ class JudgedReporter:
     def __init__(self, wanted: int | None) -> None:
         self.wanted = wanted
         self.verdicts: set[str] = set()
+        #: Cases whose verdict was asked for, and which are not judged.
+        self.unjudged: set[str] = set()
         self.missing: dict[str, dict[str, Any]] = {}
 
     @classmethod
@@ -80,6 +82,8 @@ class JudgedReporter:
         properties: dict[str, Any] = dict(report.user_properties)
         if report.when != "call":
             return
+        if "moe_verdict" in properties and report.skipped:
+            self.unjudged.add(report.nodeid)
         if "moe_not_judged" in properties:
             self._note(report.nodeid, properties["moe_not_judged"])
         elif "moe_verdict" in properties and not report.skipped:
@@ -97,7 +101,7 @@ class JudgedReporter:
         """Whether the run judged too little."""
         if self.wanted is not None:
             return len(self.verdicts) < self.wanted
-        return bool(self.missing)
+        return bool(self.missing or (self.unjudged and not self.verdicts))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -116,9 +120,15 @@ class JudgedReporter:
                 f"{len(self.verdicts) or 'no'} verdicts were given"
             )
             return
+        accept = "this fails the run; --moe-min-verdicts 0 accepts it"
+        if not self.missing:
+            cases = "1 case is" if len(self.unjudged) == 1 else f"{len(self.unjudged)} cases are"
+            yield f"moe-routing: no verdict was given, {cases} not judged: {accept}"
+            return
+        what = "1 question has" if len(self.missing) == 1 else f"{len(self.missing)} questions have"
         yield (
-            f"moe-routing: {len(self.missing)} questions have no answer, and had one in this "
-            "release of the framework, or in the known one before it:"
+            f"moe-routing: {what} no answer, although this release of the framework, or the newest "
+            f"known one before it, is known to answer: {accept}"
         )
         reasons: dict[str, list[str]] = {}
         for asked in self.missing.values():

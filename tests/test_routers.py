@@ -17,6 +17,7 @@ from packaging.version import Version
 from wheels import wheels_since
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.routers import (
@@ -31,6 +32,7 @@ from pytest_moe_routing.oracle.routers import (
 )
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.suite.causes import of_router
 from pytest_moe_routing.targets.contract import Contract
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.target import SglangTarget
@@ -156,10 +158,17 @@ def test_one_cause_is_told_once_with_everyone_who_meets_it():
     (cause,) = causes([*runs, RouterRun("Router", "g", "cuda", "three", "model")], WRONG)
     text = "\n".join(cause.lines())
     assert text.startswith("f (cuda): weights differ from the model's router\n")
-    assert "cause    the routed scaling factor is missing\n" in text
+    assert "because  the routed scaling factor is missing\n" in text
     assert "reach    model: one, two\n" in text
     assert "token" in text
     assert causes(runs, [PRECISION]) == []
+    failure = of_router(cause)
+    assert failure.cause == "router:weights:f:the-routed-scaling-factor-is-missing"
+    assert failure.rank is Rank.SILENT
+    (opt_in,) = causes(runs[:1], WRONG)
+    # What nobody meets by default is one line of the run.
+    assert of_router(opt_in).rank is Rank.LATENT
+    assert of_router(opt_in).cause == failure.cause
 
 
 # -- whole releases --------------------------------------------------------------------------------

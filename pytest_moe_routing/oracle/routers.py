@@ -250,10 +250,14 @@ class Cause:
     first: Deviation
     runs: tuple[RouterRun, ...]
 
+    @property
+    def reach(self) -> str:
+        """Who can reach it, of all that it was seen in the most."""
+        reaches = {run.reach for run in self.runs}
+        return next(word for word in REACHES if word in reaches)
+
     def lines(self) -> list[str]:
         """Return the cause, who can reach it, and the first example."""
-        reach = {run.reach for run in self.runs}
-        who = next(word for word in REACHES if word in reach)
         ways = ", ".join(dict.fromkeys(run.way for run in self.runs))
         subjects = ", ".join(dict.fromkeys(run.subject for run in self.runs))
         head = {
@@ -266,8 +270,8 @@ class Cause:
             what = "chooses or weighs in bfloat16 what the model has in float32"
         return [
             f"{self.function} ({ways}): {what}",
-            *([f"  cause    {self.first.cause}"] if self.first.cause else []),
-            f"  reach    {who}: {subjects}",
+            *([f"  because  {self.first.cause}"] if self.first.cause else []),
+            f"  reach    {self.reach}: {subjects}",
             f"  example  {self.runs[0].subject}, logits pattern {self.first.pattern!r}",
             *(f"  {line}" for line in self.first.text.splitlines()),
         ]

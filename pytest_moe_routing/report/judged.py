@@ -122,8 +122,9 @@ class JudgedReporter:
             return
         accept = "this fails the run; --moe-min-verdicts 0 accepts it"
         if not self.missing:
-            cases = "1 case is" if len(self.unjudged) == 1 else f"{len(self.unjudged)} cases are"
-            yield f"moe-routing: no verdict was given, {cases} not judged: {accept}"
+            count = len(self.unjudged)
+            are = "1 case is" if count == 1 else f"{count} cases are"
+            yield f"moe-routing: no verdict was given, {are} not judged: {accept}"
             return
         what = "1 question has" if len(self.missing) == 1 else f"{len(self.missing)} questions have"
         yield (

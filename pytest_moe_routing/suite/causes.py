@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.judgement import Judgement
     from pytest_moe_routing.oracle.model_code import CodeJudgement
     from pytest_moe_routing.oracle.modular import MethodRejection
+    from pytest_moe_routing.oracle.routers import Cause as RouterCause
     from pytest_moe_routing.oracle.target import Choice, Target
 
 _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
@@ -52,6 +54,22 @@ def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
         f"  gate     all accept {finding.field} for {shown}",
     )
     return Failure(_id("enum", finding.field), Rank.SILENT, finding.field, lines)
+
+
+def of_router(cause: RouterCause) -> Failure:
+    """Return the failure of a function of the framework that routes otherwise than the model."""
+    from pytest_moe_routing.oracle.routers import PRECISION, REACHES
+
+    is_latent = cause.reach in REACHES[2:]
+    rank = Rank.LATENT if is_latent else Rank.LOUD if cause.kind == "crash" else Rank.SILENT
+    if cause.kind == PRECISION and not is_latent:
+        rank = Rank.DOWNCAST
+    # A number in it is that of an example.
+    why = re.sub(r"[^a-z]+", "-", cause.first.cause.lower()).strip("-")
+    function = cause.function.replace("?", "")
+    return Failure(
+        _id("router", cause.kind, function, why), rank, cause.runs[0].subject, tuple(cause.lines())
+    )
 
 
 def of_rejection(target: Target, scheme: str, rejection: MethodRejection) -> Failure:

@@ -5,11 +5,14 @@ One case for each router; a failure lists each cause once, by function and field
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_moe_routing.failure import Failure
+from pytest_moe_routing.report.failures import fail
+from pytest_moe_routing.suite.causes import of_router
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -17,34 +20,44 @@ if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
 
 
-def test_router(_moe_framework: Target, moe_router: str, _moe_session: MoESession) -> None:
+def test_router(
+    _moe_framework: Target,
+    moe_router: str,
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
+) -> None:
     """Experts and weights are the model's, whichever function of the framework chose them."""
     from pytest_moe_routing.oracle.routers import WRONG
 
-    check(_moe_framework, moe_router, _moe_session, WRONG)
+    fail(_moe_property, find(_moe_framework, moe_router, _moe_session, WRONG))
 
 
 def test_router_precision(
-    _moe_framework: Target, moe_router: str, _moe_session: MoESession
+    _moe_framework: Target,
+    moe_router: str,
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
 ) -> None:
     """Nothing is computed in bfloat16 that decides about experts, or more than rounds weights."""
     from pytest_moe_routing.oracle.routers import PRECISION
 
-    check(_moe_framework, moe_router, _moe_session, (PRECISION,))
+    fail(_moe_property, find(_moe_framework, moe_router, _moe_session, (PRECISION,)))
 
 
-def check(framework: Target, router: str, session: MoESession, kinds: Iterable[str]) -> None:
-    """Fail with the causes of these kinds; skip where nothing was judged."""
+def find(
+    framework: Target, router: str, session: MoESession, kinds: Iterable[str]
+) -> list[Failure]:
+    """Return the failures of these kinds, one for each cause; skip where nothing was judged."""
     from pytest_moe_routing.oracle.routers import NOT_JUDGED, causes
 
     with unsupported_is_skipped():
         runs = [run for run in framework.router_runs(session.models) if run.router == router]
     if not runs:
         pytest.skip(f"{framework}: no chosen model and no configuration reaches {router}")
-    found = causes(runs, kinds)
-    if found:
-        pytest.fail("\n\n".join("\n".join(cause.lines()) for cause in found), pytrace=False)
+    found = sorted(map(of_router, causes(runs, kinds)), key=lambda failure: failure.rank)
     judged = [run for run in runs if not any(d.kind == NOT_JUDGED for d in run.deviations)]
     if not judged:
         reasons = dict.fromkeys(d.text for run in runs for d in run.deviations)
         pytest.skip("; ".join(reasons))
+    # Of those with one id, the most urgent.
+    return list({failure.cause: failure for failure in reversed(found)}.values())

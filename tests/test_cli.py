@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from configs import R1
 
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.goldens import packaged_directory
@@ -171,6 +172,17 @@ def test_add_writes_what_is_then_read(tmp_path, capsys):
     assert replace(written, folder=Path()) == replace(read_config(tmp_path), folder=Path())
     assert main(["add", str(tmp_path), str(tmp_path / "golden")]) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_a_model_with_open_questions_is_not_called_valid(tmp_path, capsys):
+    config = {key: value for key, value in R1.items() if key != "norm_topk_prob"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "norm_topk_porb": True}))
+    assert main(["add", str(tmp_path / "config.json"), str(tmp_path / "golden")]) == 0
+    shown = capsys.readouterr().out
+    assert "did you mean norm_topk_prob?" in shown
+    assert "--snapshot-update" not in shown
+    assert main(["check", str(tmp_path / "golden")]) == 0
+    assert ": not judged: norm_topk_porb is not read (did you mean" in capsys.readouterr().out
 
 
 def test_add_of_a_broken_config_writes_nothing(tmp_path, capsys):

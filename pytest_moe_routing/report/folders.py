@@ -65,6 +65,8 @@ def _check(file: Path) -> Folder:
         return Folder(folder.name, str(error))
     if stray := sorted(present - wanted):
         return Folder(folder.name, f"no test reads {', '.join(stray)}; delete them")
+    if model.unproven:
+        return Folder(folder.name, note=f"not judged: {'; '.join(model.unproven)}")
     if missing := sorted(wanted - present):
         command = (
             f"pytest --moe-golden --moe-golden-dir {folder.parent} --moe-models {folder.name} "

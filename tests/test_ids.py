@@ -7,6 +7,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from pytest_moe_routing import __version__
+
 RUN = ("--moe-golden", "--moe-models", "minimax-m2", "--moe-schemes", "nvfp4")
 VERDICT = "pytest_moe_routing/suite/test_verdicts.py::test_verdict[minimax-m2-nvfp4]"
 BAD = ("--moe-target", "miniatures:LosesScale", "--moe-models", "deepseek-r1")
@@ -78,7 +80,7 @@ def test_junit_names_the_classes_and_properties(host):
         "moe_model": "deepseek-r1",
         "moe_scheme": "nvfp4",
         "moe_target": "loses-scale",
-        "moe_release": "0.1.0",
+        "moe_release": __version__,
         "moe_flashinfer": "0.7.2.post1",
         "moe_verdict": "wrong",
         "moe_cause": "wrong:recipe-scale",

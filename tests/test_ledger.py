@@ -187,11 +187,10 @@ def sweep_causes(text):
     return re.findall(r"(?:^  cause    |\[)(\w+:[^\]\s]+)\]?$", "\n".join(lines), re.M)
 
 
-@pytest.mark.parametrize("workers", [("-n", "2"), ("-p", "no:xdist")], ids=["n2", "serial"])
-def test_a_known_cause_of_a_test_leaves_the_others(host, workers):
+def test_a_known_cause_of_a_test_leaves_the_others(host):
     """The config sweep of a scheme has many causes: one known one silences itself alone."""
     # Latent causes are told with their ids only where a line may be long.
-    args = (*RUN, *TWO, "-v", "--moe-schemes", "nvfp4", "-k", "test_config_sweep", *workers)
+    args = (*RUN, *TWO, "-v", "--moe-schemes", "nvfp4", "-k", "test_config_sweep", "-n", "2")
     text = host.runpytest_subprocess(*args).stdout.str()
     causes = sweep_causes(text)
     assert len(set(causes)) == len(causes) > 2

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         MoEComparison,
         Precision,
         RoutingComparison,
+        admissible_routings,
         assert_moe,
         assert_routing,
         compare_moe,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.reference.quantization import Quantized, dequantize, quantize
     from pytest_moe_routing.reference.routing import Routing, route
     from pytest_moe_routing.reference.shard import Shard
-    from pytest_moe_routing.reference.weights import Expert, GeneratedExperts
+    from pytest_moe_routing.reference.weights import Expert, GeneratedExperts, SafetensorsExperts
     from pytest_moe_routing.routing import Recipe, RoutingMethodType, recipe_of
     from pytest_moe_routing.targets import load_target
     from pytest_moe_routing.targets.builtin.classify import classify, get_routing_method_type
@@ -75,10 +76,12 @@ __all__ = [
     "RoutingCase",
     "RoutingComparison",
     "RoutingMethodType",
+    "SafetensorsExperts",
     "Shard",
     "Target",
     "Unsupported",
     "__version__",
+    "admissible_routings",
     "assert_moe",
     "assert_routing",
     "bell",
@@ -110,6 +113,7 @@ _WHERE = {
         "MoEComparison",
         "Precision",
         "RoutingComparison",
+        "admissible_routings",
         "assert_moe",
         "assert_routing",
         "compare_moe",
@@ -132,7 +136,7 @@ _WHERE = {
     "reference.quantization": ("Quantized", "dequantize", "quantize"),
     "reference.routing": ("Routing", "route"),
     "reference.shard": ("Shard",),
-    "reference.weights": ("Expert", "GeneratedExperts"),
+    "reference.weights": ("Expert", "GeneratedExperts", "SafetensorsExperts"),
     "routing": ("Recipe", "RoutingMethodType", "recipe_of"),
     "targets": ("load_target",),
     "targets.builtin.classify": ("classify", "get_routing_method_type"),

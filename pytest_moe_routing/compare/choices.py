@@ -26,10 +26,11 @@ _MOST = 8
 def admissible_routings(
     logits: Tensor, recipe: Recipe, bias: Tensor | None = None, *, error: float = 2.5e-4
 ) -> Iterator[Routing]:
-    """Routings of all tokens that a kernel may choose whose keys are off by up to `error` each.
+    """Yield routings that are correct for a kernel whose keys are off by up to `error` each.
 
-    The n-th routing has the n-th other choice of each token, and the reference's own where a token
-    has no more. Nothing is yielded where no token is ambiguous. Made for `compare_moe`.
+    The n-th routing has the n-th other choice of each token, and the reference's own choice for a
+    token that has no more. Nothing is yielded if no token is ambiguous. Pass them to `compare_moe`
+    as `alternatives`.
 
     Args:
         logits, recipe, bias: As for `reference.routing.route`.
@@ -51,7 +52,7 @@ def admissible_routings(
 
 
 def _others(keys: Tensor, own: Tensor, recipe: Recipe, error: float) -> list[Tensor]:
-    """Yield other sets of experts, `[top_k]` each, to which keys within `error` can lead."""
+    """Return other sets of experts, `[top_k]` each, to which keys within `error` can lead."""
     ambiguous = _ambiguous(keys, recipe, error)
     if len(ambiguous) > _MOST:
         raise RecipeError(

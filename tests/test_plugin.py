@@ -215,8 +215,9 @@ def test_a_target_that_cannot_answer(host, target, message):
         host, "--moe-golden", "-m", "not gpu", "--moe-target", f"miniatures:{target}", "-rs"
     )
     result.stdout.fnmatch_lines([f"*{message}*"])
+    result.stdout.fnmatch_lines(["moe-routing: no verdict was given, *"])
     assert "Traceback" not in result.stdout.str()
-    assert result.ret == 0
+    assert result.ret == 1
 
 
 def test_fixtures_and_marker_for_tests_of_the_host(host):

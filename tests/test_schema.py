@@ -14,11 +14,13 @@ import pytest
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.calls import arguments_of
+from pytest_moe_routing.oracle.exact import kernel_call
 from pytest_moe_routing.oracle.finding import Kind
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.record import Reach, TestRecord, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
-from pytest_moe_routing.report import files, records
+from pytest_moe_routing.report import files, records, text
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.session import variants_of
 from pytest_moe_routing.targets import load_target
@@ -95,3 +97,15 @@ def test_what_is_no_record_is_rejected(validate, change):
     line = {"format": records.FORMAT, **replace(record).as_dict()}
     assert validate(line) == []
     assert validate({**line, **change})
+
+
+def test_a_factor_on_the_output_is_said_after_the_call(validate, tmp_path):
+    [model] = [model for model in load_models(packaged_directory()).values() if model.id == "glm-5"]
+    flashinfer = FlashInfer.of("0.6.12")
+    record = judge(load_target("builtin", flashinfer), model, "fp8_block").record()
+    call = kernel_call(model.router, "fp8_block", "DeepSeekV3", flashinfer)
+    later = replace(call, routed_scaling_factor=1.0, scale_after=2.5)
+    record = replace(record, call=arguments_of(model, later, flashinfer))
+    files.write_report(tmp_path / "r.jsonl", [record])
+    assert validate(json.loads((tmp_path / "r.jsonl").read_text())) == []
+    assert "           and the framework multiplies the output by 2.5" in text.calls([record])

@@ -31,7 +31,8 @@ PARAMETERS: Mapping[str, tuple[str, float]] = {
 def arguments_of(model: ModelSpec, call: KernelCall, flashinfer: FlashInfer) -> dict[str, Any]:
     """Return the entry point of a call, and the arguments that the model decides.
 
-    The keys are `function`, `method` and `arguments`. A tensor among the arguments is a mapping of
+    The keys are `function`, `method`, `arguments` and, if the framework multiplies the kernel's
+    output by a factor, `scale_after`. A tensor among the arguments is a mapping of
     its `dtype`, its `shape`, and its `value` if all of its elements are one number. What the
     checkpoint, the batch or the shard decides (weights, scales, hidden states, local experts) is
     left out.
@@ -57,7 +58,8 @@ def arguments_of(model: ModelSpec, call: KernelCall, flashinfer: FlashInfer) -> 
         **kernel_of(call.scheme).arguments,
     }
     arguments = {name: value for name, value in values.items() if name in names}
-    return {"function": function, "method": call.method, "arguments": arguments}
+    later = {} if call.scale_after == 1.0 else {"scale_after": call.scale_after}
+    return {"function": function, "method": call.method, "arguments": arguments, **later}
 
 
 def _activation(model: ModelSpec, scheme: str, flashinfer: FlashInfer) -> dict[str, Any]:

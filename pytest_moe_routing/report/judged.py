@@ -82,11 +82,13 @@ class JudgedReporter:
         properties: dict[str, Any] = dict(report.user_properties)
         if report.when != "call":
             return
-        if "moe_verdict" in properties and report.skipped:
+        # A known failure is a verdict, though pytest counts it among what was skipped.
+        is_judged = not report.skipped or hasattr(report, "wasxfail")
+        if "moe_verdict" in properties and not is_judged:
             self.unjudged.add(report.nodeid)
         if "moe_not_judged" in properties:
             self._note(report.nodeid, properties["moe_not_judged"])
-        elif "moe_verdict" in properties and not report.skipped:
+        elif "moe_verdict" in properties and is_judged:
             self.verdicts.add(report.nodeid)
 
     def _note(self, nodeid: str, asked: dict[str, Any]) -> None:

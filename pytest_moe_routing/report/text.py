@@ -205,6 +205,9 @@ def calls(records: Sequence[VerdictRecord]) -> list[str]:
         own = {n: v for n, v in call["arguments"].items() if n not in common}
         extra = f", with {_listed(own)}" if own else ""
         lines.append(f"         to {call['function']} for {scheme}{extra}")
+        if "scale_after" in call:
+            factor = call["scale_after"]
+            lines.append(f"         and the framework multiplies the output by {factor:g}")
     return [f"  {line}" for line in lines]
 
 

@@ -43,8 +43,8 @@ CONFIG = {
 
 
 def test_golden_runs_only_the_suite_and_ends_with_the_table(host, monkeypatch):
-    cases = [(m, c) for m in MODELS for c in m.checkpoints if c in SERVED_SCHEMES]
     """And it fits a screen: no GPU test runs unless it is asked for."""
+    cases = [(m, c) for m in MODELS for c in m.checkpoints if c in SERVED_SCHEMES]
     monkeypatch.setenv("COLUMNS", "80")
     result = host.runpytest_subprocess("--moe-golden")
     judged = sum(len(variants_of(model)) for model in MODELS)
@@ -66,6 +66,7 @@ def test_golden_runs_only_the_suite_and_ends_with_the_table(host, monkeypatch):
             "scheme * exact * fallback",
             "fp8_block *",
             "* exact, * fallback; builtin *",
+            "config sweep: * configs are not judged; -v lists the reasons",
             "left out: * GPU tests (-m gpu), *",
         ]
     )

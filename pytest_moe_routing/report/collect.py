@@ -55,10 +55,14 @@ class Reporter:
         self.annotations: list[str] = []
         #: How many tests the run does not ask, by reason.
         self.left_out: Counter[str] = Counter()
+        #: How many configs of the sweep are not judged, by reason, over all schemes.
+        self.unanswered: Counter[str] = Counter()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        properties = dict(report.user_properties)
+        properties: dict[str, Any] = dict(report.user_properties)
+        if report.when == "call" and "moe_unanswered" in properties:
+            self.unanswered.update(properties["moe_unanswered"])
         if report.when == "teardown":
             # JUnit writes these, each as text: words that a CI can filter by.
             report.user_properties = list(_words(properties))
@@ -172,7 +176,7 @@ class Reporter:
             self.problems.append(str(error))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if (self.records or self.left_out) and terminalreporter.verbosity >= 0:
+        if (self.records or self.left_out or self.unanswered) and terminalreporter.verbosity >= 0:
             self._write_summary(terminalreporter)
         for path in self.written:
             terminalreporter.write_line(printable(f"moe-routing: report {path}"))
@@ -186,10 +190,17 @@ class Reporter:
 
         width = reporter._tw.fullwidth
         reporter.ensure_newline()
+        every = reporter.verbosity > 0
         lines: list[terminal.Line] = []
         if self.verdicts:
             reporter.section("MoE routing verdicts")
-            lines += terminal.summary(self.verdicts, every=reporter.verbosity > 0, width=width)
+            lines += terminal.summary(self.verdicts, every=every, width=width)
+        if self.unanswered:
+            total, hint = self.unanswered.total(), "" if every else "; -v lists the reasons"
+            text = f"config sweep: {total} configs are not judged{hint}"
+            lines += terminal.wrapped(text, width)
+            for reason, count in self.unanswered.most_common() if every else ():
+                lines += terminal.wrapped(f"  {count} x {reason}", width)
         if self.left_out:
             reasons = (f"{count} {why}" for why, count in self.left_out.most_common())
             lines += terminal.wrapped(f"left out: {', '.join(reasons)}", width)

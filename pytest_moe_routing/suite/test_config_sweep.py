@@ -41,6 +41,7 @@ def check(
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     with unsupported_is_skipped():
         found = sweep(cached_target, moe_scheme, models)
+        _moe_property("moe_unanswered", dict(found.unanswered))
         if not found.verdicts:
             nothing = [("no call of the config sweep is stopped by such a gate alone", 0)]
             raise Unsupported((found.unanswered.most_common(1) or nothing)[0][0])

@@ -140,26 +140,19 @@ OTHERS = {
     "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
     "auto-round-int4": auto_round(bits=4, group_size=128, data_type="int"),
     "auto-round-int8": auto_round(bits=8, group_size=128, data_type="int"),
-    "auto-round-mxfp4": auto_round(
-        bits=4,
-        group_size=32,
-        data_type="mx_fp",
-        act_bits=4,
-        act_data_type="mx_fp",
-        act_group_size=32,
-        act_dynamic=True,
-        packing_format="auto_round:llm_compressor",
-    ),
-    "auto-round-mxfp8": auto_round(
-        bits=8,
-        group_size=32,
-        data_type="mx_fp",
-        act_bits=8,
-        act_data_type="mx_fp",
-        act_group_size=32,
-        act_dynamic=True,
-        packing_format="auto_round:llm_compressor",
-    ),
+    **{
+        f"auto-round-mxfp{bits}": auto_round(
+            bits=bits,
+            group_size=32,
+            data_type="mx_fp",
+            act_bits=bits,
+            act_data_type="mx_fp",
+            act_group_size=32,
+            act_dynamic=True,
+            packing_format="auto_round:llm_compressor",
+        )
+        for bits in (4, 8)
+    },
     "gptq-4": {
         "quant_method": "gptq",
         "bits": 4,

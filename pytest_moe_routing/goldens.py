@@ -227,9 +227,9 @@ def _accept(command: str) -> str:
     return f"If the change is meant, review it and accept it with:\n  {command}"
 
 
-def unreadable(error: Exception, command: str) -> str:
-    """Return the message of a golden test whose golden cannot be read."""
-    return f"{error}\n{_accept(command)}"
+def unreadable(path: Path, error: Exception, command: str) -> str:
+    """Return the message of a golden test whose golden is missing or cannot be read."""
+    return f"{error}\n" + (_accept(command) if path.exists() else f"Write it with:\n  {command}")
 
 
 def _same(golden: Any, now: Any) -> bool:

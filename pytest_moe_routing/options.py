@@ -81,7 +81,12 @@ def option(config: pytest.Config, name: str) -> Any:
     """Return an option's value: that of the command line, else that of the ini file."""
     name = f"moe_{name}".replace("-", "_")
     value = config.getoption(name)
-    return config.getini(name) if value is None else value
+    if value is not None:
+        return value
+    try:
+        return config.getini(name)
+    except (ValueError, pytest.UsageError) as error:
+        raise pytest.UsageError(f"ini option {name}: {error}") from None
 
 
 def names(config: pytest.Config, name: str) -> list[str]:
@@ -121,14 +126,14 @@ def check_choices(config: pytest.Config) -> None:
     if option(config, "kernels"):
         from pytest_moe_routing.kernels.routers import kernel_choices
 
-        _check(config, "kernels", kernel_choices())
-    _check(config, "scale", "reduced|full")
+        _check(config, "kernels", *kernel_choices())
+    _check(config, "scale", "reduced|full", "reduced or full")
 
 
-def _check(config: pytest.Config, name: str, values: str) -> None:
+def _check(config: pytest.Config, name: str, values: str, told: str) -> None:
     value = option(config, name)
     if value and not re.fullmatch(values, value):
-        raise pytest.UsageError(f"--moe-{name}: found {value!r}, expected {values}")
+        raise pytest.UsageError(f"--moe-{name}: found {value!r}, expected {told}")
 
 
 def add_markers(config: pytest.Config) -> None:

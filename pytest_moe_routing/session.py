@@ -283,7 +283,8 @@ class MoESession:
         folders = dict.fromkeys(str(model.folder.parent) for model in self.golden_models)
         return (
             f"moe-routing: target {self.target_id}, {self.flashinfer} ({origin}), "
-            f"{len(self.models)} models{self._left_out()}, goldens in {', '.join(folders)}"
+            f"{len(self.models)} model{'s' * (len(self.models) != 1)}{self._left_out()}"
+            + (f", goldens in {', '.join(folders)}" if folders else ", which have no goldens")
             + (f", {self.kept} answers of earlier runs" if self.kept else "")
         )
 

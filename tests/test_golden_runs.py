@@ -119,7 +119,8 @@ def test_a_golden_that_cannot_be_read(host, own_goldens, text, message):
     result = run(
         host, "--moe-golden", "-m", "not gpu", "--moe-golden-dir", "moe", "-k", "test_router"
     )
-    result.stdout.fnmatch_lines([f"*{message}*", "*--snapshot-update"])
+    advice = "Write it with:" if text is None else "If the change is meant, *"
+    result.stdout.fnmatch_lines([f"*{message}*", f"*{advice}", "*--snapshot-update"])
     assert result.ret == 1
 
 

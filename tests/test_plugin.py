@@ -107,6 +107,15 @@ def test_ini_twins(host):
     )
 
 
+def test_an_unknown_flashinfer_release_is_a_stated_assumption(host):
+    result = run(host, "--moe-golden", "--moe-flashinfer", "99.0")
+    result.stdout.fnmatch_lines(
+        ["assumption: the kernels of FlashInfer 99.0, which this package does not know,"]
+    )
+    known = run(host, "--moe-golden", "--moe-flashinfer", "0.6.12+cu130")
+    known.stdout.no_fnmatch_line("assumption: *")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -117,6 +126,15 @@ def test_ini_twins(host):
             "unknown target 'vlm'; targets: builtin, flashinfer, sglang, vllm, or module:Class",
         ),
         (("--moe-flashinfer", "0.1"), "FlashInfer 0.1 is older than the oldest known, 0.2.9"),
+        (
+            ("-o", "moe_require_gpu=maybe"),
+            "ini option moe_require_gpu: invalid truth value 'maybe'",
+        ),
+        (
+            ("--moe-kernels", "my kernels"),
+            "--moe-kernels: found 'my kernels', expected flashinfer, simulator, simulator:FAULT, "
+            "sglang[@PATH] or vllm[@PATH]",
+        ),
         (("--moe-golden-dir", "nowhere"), "nowhere: found no */model.yaml"),
         (
             ("--moe-target", "miniatures:LosesScale", "--snapshot-update"),

@@ -85,9 +85,12 @@ def kernel_names() -> list[str]:
     return sorted({entry.name for entry in metadata.entry_points(group=GROUP)})
 
 
-def kernel_choices() -> str:
-    """Return a regular expression of what `--moe-kernels` may be."""
-    return rf"flashinfer|simulator(:[\w-]+)?|({'|'.join(kernel_names())})(@.+)?"
+def kernel_choices() -> tuple[str, str]:
+    """Return what `--moe-kernels` may be, as a regular expression and in words."""
+    names = kernel_names()
+    words = ["flashinfer", "simulator", "simulator:FAULT", *(f"{name}[@PATH]" for name in names)]
+    pattern = rf"flashinfer|simulator(:[\w-]+)?|({'|'.join(names)})(@.+)?"
+    return pattern, f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def load_kernels(name: str) -> RouterKernels:

@@ -126,6 +126,17 @@ def why_unjudged(verdicts: Sequence[VerdictRecord]) -> list[str]:
     return [f"{count} x {reason}" for reason, count in counts.most_common()]
 
 
+def assumed_releases(verdicts: Sequence[VerdictRecord]) -> list[str]:
+    """Return a sentence for each FlashInfer release that was judged by the facts of another."""
+    pairs = dict.fromkeys((v.flashinfer, v.judged_as) for v in verdicts)
+    return [
+        f"assumption: the kernels of FlashInfer {release}, which this package does not know, are "
+        f"those of {known}; check with: moe-routing drift flashinfer PATH"
+        for release, known in pairs
+        if release.partition("+")[0] != known  # a local build is the release it is built from
+    ]
+
+
 def brief(reason: str) -> str:
     """First and last line of a reason, which may contain a traceback."""
     first, *more = reason.strip().splitlines() or [""]

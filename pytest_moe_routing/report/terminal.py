@@ -67,6 +67,8 @@ def summary(
         yield from _fitted(_counts(verdicts), 1, width)
     for name, found in deciders.items():
         yield from wrapped(f"{matrix.totals(found)}; {name}", width)
+    for assumption in matrix.assumed_releases(verdicts):
+        yield from wrapped(assumption, width)
     for reason in matrix.why_unjudged(verdicts):
         yield from wrapped(reason, width)
 

@@ -27,7 +27,7 @@ def compare(model: ModelSpec, name: str, data: dict[str, Any], options: Sequence
         found = list(goldens.differences(goldens.read(path), data))
         message = goldens.disagreement(path, found, command) if found else ""
     except MoERoutingError as error:
-        message = goldens.unreadable(error, command)
+        message = goldens.unreadable(path, error, command)
     if message:
         pytest.fail(message, pytrace=False)
 

@@ -54,7 +54,8 @@ class Source:
             pin = _pin(found.requires or ()) or _known_pin(package, found.version)
             return cls(root, found.version, pin)
         raise TargetNotInstalled(
-            f"target {package}: {package} is not installed: pip install {package}"
+            f"target {package}: {package} is not installed; install it, or name a wheel, an "
+            f"unpacked wheel or a checkout: {package}@PATH"
         )
 
     def names(self, package: str, word: str) -> bool:

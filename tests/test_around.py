@@ -55,7 +55,9 @@ def test_experts_that_accept_no_model_are_not_asked():
 def test_a_target_that_cannot_be_asked():
     with pytest.raises(Unsupported, match="not this model"):
         ignored("minimax-m2", "llama-4-scout")
-    with pytest.raises(Unsupported, match="builtin is asked for nothing around its kernel calls"):
+    with pytest.raises(
+        Unsupported, match="builtin answers no questions about requests besides routing"
+    ):
         ignored_requests(BuiltinTarget(FlashInfer.of("0.7.0")), "fp8_block", [MODELS["glm-5"]])
 
 

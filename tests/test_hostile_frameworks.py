@@ -43,7 +43,7 @@ FRAMEWORKS = {
     ),
     "writes to what it has open": (
         "write_to_pipes(); time.sleep(1000)",
-        "found something else among its answers",
+        "its output holds something other than answers",
     ),
     "patches": (
         "import json; json.dumps = json.loads = None; raise RuntimeError('patched')",

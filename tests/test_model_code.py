@@ -132,7 +132,11 @@ def test_what_means_the_same_is_no_problem(name, changes):
         ),
         ("glm-5", {"bias_dtype": "bfloat16"}, "the float32 bias is downcast to bfloat16"),
         ("glm-5", {"scoring_func": "softmax"}, "scoring function: the model has sigmoid"),
-        ("glm-5", {"scoring_func": "tanh"}, "what no router does: Recipe.score: found 'tanh'"),
+        (
+            "glm-5",
+            {"scoring_func": "tanh"},
+            "a routing that no router computes: Recipe.score: found 'tanh'",
+        ),
         ("glm-5", {"renormalize": False}, "renormalize: the model has sum"),
         ("glm-5", {"top_k": 6}, "top_k: the model has 8"),
         ("glm-5", {"num_experts": 257}, "num_experts: the model has 256"),

@@ -164,7 +164,7 @@ DIES = {
     "signal": ("os.kill(os.getpid(), signal.SIGKILL)", "ended with -9"),
     "crash": ("import ctypes; ctypes.string_at(0)", "(?s)ended with -11.*Segmentation fault"),
     "flood": ("print('x' * 1000_000, flush=True); os._exit(1)", "ended with 1"),
-    "closed": ("os.closerange(0, 100); time.sleep(1000)", "no code, and closed its answers"),
+    "closed": ("os.closerange(0, 100); time.sleep(1000)", "no exit code, after closing its output"),
     "no such module": (None, "(?s)ended with 1.*ModuleNotFoundError"),
 }
 

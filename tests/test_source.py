@@ -129,7 +129,7 @@ def test_what_has_no_sources_is_one_line(tmp_path):
         with pytest.raises(UnknownTarget, match=message) as caught:
             Source.at("vllm", path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(TargetNotInstalled, match="pip install nothing"):
+    with pytest.raises(TargetNotInstalled, match="nothing is not installed; install it"):
         Source.installed("nothing", ("nothing-at-all",))
 
 
@@ -181,7 +181,7 @@ HARMFUL = {
         ],
         "requirements-cuda.txt: found a directory, expected a regular file",
     ),
-    "two": (two, "found 2 dist-info folders of it, expected one"),
+    "two": (two, "found 2 dist-info folders of the framework, expected one"),
 }
 
 

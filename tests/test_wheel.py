@@ -48,7 +48,7 @@ def python_enum(name, members):
 
 
 def files(release="0.7.0"):
-    """A package that says what our data say, in as few lines as possible."""
+    """A package that says what the bundled facts say, in as few lines as possible."""
     numbers = {m: n for n, m in enumerate(FlashInfer.of(release).methods)}
     # Both ways of writing a member are in use: `Default = (0,)` and `Unspecified = 6`.
     enums = [python_enum("RoutingMethodType", {m: f"({n},)" for m, n in numbers.items()})]
@@ -123,21 +123,21 @@ def test_every_form_of_a_package_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("file", "old", "new", "difference"),
     [
-        ("tllm_enums.py", "MiniMax2 = (7,)", "MiniMax3 = (7,)", "RoutingMethodType.MiniMax3: package 7, our data None"),
-        ("tllm_enums.py", "Situ = 10", "Situ = 12", "ActivationType.Situ: package 12, our data 10"),
-        ("fused_moe/core.py", "def trtllm_bf16_moe", "def trtllm_bf32_moe", "trtllm_bf16_moe: only our data has it"),
+        ("tllm_enums.py", "MiniMax2 = (7,)", "MiniMax3 = (7,)", "RoutingMethodType.MiniMax3: package 7, bundled facts None"),
+        ("tllm_enums.py", "Situ = 10", "Situ = 12", "ActivationType.Situ: package 12, bundled facts 10"),
+        ("fused_moe/core.py", "def trtllm_bf16_moe", "def trtllm_bf32_moe", "trtllm_bf16_moe: only the bundled facts have it"),
         ("fused_moe/core.py", "def trtllm_bf16_moe", "def trtllm_bf32_moe", "trtllm_bf32_moe: only the package has it"),
         ("fused_moe/core.py", "norm_topk_prob=True", "norm_topk_prob=False", "trtllm_bf16_moe: + norm_topk_prob=False, - norm_topk_prob=True"),
         ("fused_moe/core.py", "top_k, n_group", "n_group, top_k", "trtllm_bf16_moe: another order"),
-        (f"{INCLUDE}runner.h", "TopK = 5", "TopK = 15", "runner.h RoutingMethodType.TopK: package 15, our data 5"),
-        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<256, 8>", "Tier<320, 8>", "Default: the kernel takes 320 experts with top_k 8, our data do not"),
-        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<1024, 32>", "Tier<512, 32>", "MiniMax2: our data take 513 experts with top_k 1, the kernel does not"),
-        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<2048, 32>", "Tier<2048, 22>", "Renormalize: our data take 2048 experts with top_k 23, the kernel does not"),
-        (f"{KERNELS}llama4.cu", "128", "256", "Llama4: the kernel takes 256 experts with top_k 1, our data do not"),
+        (f"{INCLUDE}runner.h", "TopK = 5", "TopK = 15", "runner.h RoutingMethodType.TopK: package 15, bundled facts 5"),
+        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<256, 8>", "Tier<320, 8>", "Default: the kernel takes 320 experts with top_k 8, the bundled facts do not"),
+        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<1024, 32>", "Tier<512, 32>", "MiniMax2: the bundled facts take 513 experts with top_k 1, the kernel does not"),
+        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<2048, 32>", "Tier<2048, 22>", "Renormalize: the bundled facts take 2048 experts with top_k 23, the kernel does not"),
+        (f"{KERNELS}llama4.cu", "128", "256", "Llama4: the kernel takes 256 experts with top_k 1, the bundled facts do not"),
         (f"{KERNELS}deepseek.cu", "Groups = 8", "Groups = 16", "DeepSeekV3: 16 groups of which 4 are kept"),
         (f"{KERNELS}deepseek.cu", "Groups = 4", "Groups = 3", "DeepSeekV3: 8 groups of which 4 are kept"),
-        (LAUNCHER, "top_k <= 32", "top_k <= 16", "Renormalize: our data take 512 experts with top_k 17, the block-scale launcher does not"),
-        (LAUNCHER, "8 : 22", "8 : 24", "DeepSeekV3: the block-scale launcher takes 512 experts with top_k 24, our data do not"),
+        (LAUNCHER, "top_k <= 32", "top_k <= 16", "Renormalize: the bundled facts take 512 experts with top_k 17, the block-scale launcher does not"),
+        (LAUNCHER, "8 : 22", "8 : 24", "DeepSeekV3: the block-scale launcher takes 512 experts with top_k 24, the bundled facts do not"),
     ],
 )  # fmt: skip
 def test_drift_is_named(file, old, new, difference, tmp_path):
@@ -212,7 +212,7 @@ def test_a_number_that_no_enum_has_is_none(digits, tmp_path):
         "TopK = (5,)", f"TopK = ({digits},)"
     )
     found = drift(wheel(tmp_path / "a.whl", contents))
-    assert "RoutingMethodType.TopK: package None, our data 5" in found
+    assert "RoutingMethodType.TopK: package None, bundled facts 5" in found
 
 
 def test_a_difference_of_megabytes_is_shown_in_part(tmp_path):
@@ -249,7 +249,7 @@ def test_the_command_says_what_it_found(tmp_path, capsys):
     assert main(["drift", "flashinfer", str(good), str(bad)]) == 1
     text = capsys.readouterr().out
     assert text.count("no drift") == 1
-    assert "  drift     RoutingMethodType.TopKSigmoid: package None, our data 9\n" in text
+    assert "  drift     RoutingMethodType.TopKSigmoid: package None, bundled facts 9\n" in text
 
 
 @pytest.mark.parametrize(
@@ -281,8 +281,8 @@ def broken(path):
     ("make", "message"),
     [
         (lambda d: d / "nothing", "no such file"),
-        (lambda d: unpacked(d / "x", {"a.py": ""}), "no flashinfer-python"),
-        (lambda d: wheel(d / "a.whl", {"__init__.py": ""}), "no flashinfer-python"),
+        (lambda d: unpacked(d / "x", {"a.py": ""}), "found no flashinfer/fused_moe/core.py, expected a flashinfer-python package"),
+        (lambda d: wheel(d / "a.whl", {"__init__.py": ""}), "found no flashinfer/fused_moe/core.py, expected a flashinfer-python package"),
         (lambda d: wheel(d / "a.whl", {"fused_moe/core.py": ""}), "does not state its release"),
         (lambda d: wheel(d / "a.whl", {**files(), "_build_meta.py": '__version__ = "new"'}), "'new' is not a release"),
         (lambda d: wheel(d / "a.whl", {**files(), "_build_meta.py": '__version__ = "0.1"'}), "older than the oldest"),
@@ -300,7 +300,7 @@ def test_what_is_no_flashinfer_is_one_line(make, message, tmp_path, capsys):
 
 def test_the_installed_package_says_what_we_say():
     if importlib.util.find_spec("flashinfer") is None:
-        with pytest.raises(ReleaseError, match="is not installed; name a wheel"):
+        with pytest.raises(ReleaseError, match="is not installed; install it, or name a wheel"):
             Package.installed()
         pytest.skip("flashinfer-python is not installed")
     found = examine(Package.installed())

@@ -64,7 +64,7 @@ class Examination:
 
 
 def drift(path: Path) -> list[str]:
-    """Return the differences between a package and our data for its release.
+    """Return the differences between a package and the bundled facts for its release.
 
     Raises:
         ReleaseError: The path is no flashinfer-python, or one of a release that has no data.
@@ -73,7 +73,7 @@ def drift(path: Path) -> list[str]:
 
 
 def examine(package: Package) -> Examination:
-    """Compare a package with our data for its release.
+    """Compare a package with the bundled facts for its release.
 
     Raises:
         ReleaseError: The package cannot be read, or its release has no data.
@@ -110,7 +110,7 @@ def _enum_differences(
 ) -> Iterator[str]:
     for member in sorted({*found, *known}, key=lambda m: (found.get(m, known.get(m, 0)), m)):
         if found.get(member) != known.get(member):
-            yield f"{name}.{member}: package {found.get(member)}, our data {known.get(member)}"
+            yield f"{name}.{member}: package {found.get(member)}, bundled facts {known.get(member)}"
 
 
 def _python_differences(package: Package) -> Iterator[str]:
@@ -122,7 +122,8 @@ def _python_differences(package: Package) -> Iterator[str]:
         found = package.signatures.get(function)
         known = signatures.parameters(function, release)
         if found is None or known is None:
-            yield f"{function}: only {'our data' if found is None else 'the package'} has it"
+            holder = "the bundled facts have" if found is None else "the package has"
+            yield f"{function}: only {holder} it"
         elif found != known:
             new = [p for p in found if p not in known]
             gone = [p for p in known if p not in found]
@@ -182,7 +183,7 @@ def _tier_differences(
         call = replace(probe, num_experts=experts, top_k=top_k)
         size = f"{experts} experts with top_k {top_k}"
         for why in flashinfer.violations(call):
-            yield f"{probe.method}: the {who} takes {size}, our data do not: {why}"
+            yield f"{probe.method}: the {who} takes {size}, the bundled facts do not: {why}"
     widest, deepest = max(e for e, _ in tiers), max(k for _, k in tiers)
     beyond = [(e, k + 1) for e, k in tiers if k == deepest]
     if who == "kernel":
@@ -190,7 +191,7 @@ def _tier_differences(
     for experts, top_k in beyond:
         if not flashinfer.violations(replace(probe, num_experts=experts, top_k=top_k)):
             size = f"{experts} experts with top_k {top_k}"
-            yield f"{probe.method}: our data take {size}, the {who} does not"
+            yield f"{probe.method}: the bundled facts take {size}, the {who} does not"
 
 
 def _group_differences(flashinfer: FlashInfer, n_group: int, topk_group: int) -> Iterator[str]:
@@ -207,5 +208,5 @@ def _group_differences(flashinfer: FlashInfer, n_group: int, topk_group: int) ->
         if ours != theirs:
             yield (
                 f"DeepSeekV3: {groups} groups of which {kept} are kept: "
-                f"the kernel {'takes' if theirs else 'refuses'} them, our data do not"
+                f"the kernel {'takes' if theirs else 'rejects'} them, the bundled facts do not"
             )

@@ -59,7 +59,7 @@ class Package:
             if package.read("fused_moe/core.py") is not None:
                 return package
         raise ReleaseError(
-            f"{path}: no flashinfer-python: flashinfer/fused_moe/core.py is not in it"
+            f"{path}: found no flashinfer/fused_moe/core.py, expected a flashinfer-python package"
         )
 
     @classmethod
@@ -73,7 +73,7 @@ class Package:
         places = [] if spec is None else spec.submodule_search_locations or []
         for place in places:
             return cls.of(Path(place))
-        raise ReleaseError("flashinfer-python is not installed; name a wheel of it")
+        raise ReleaseError("flashinfer-python is not installed; install it, or name a wheel of it")
 
     def read(self, name: str) -> str | None:
         """Return a file of the package, by its path below `flashinfer`; None if it has none."""

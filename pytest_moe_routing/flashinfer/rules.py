@@ -211,7 +211,7 @@ class FlashInfer:
         return signatures.signature(function, self.release)
 
     def recipe(self, call: KernelCall) -> Recipe:
-        """Return what the kernel computes when called so; meaningful only without `violations`."""
+        """Return what the kernel computes for this call; meaningful only without `violations`."""
         kernel = _kernel(self.judged_as, call.scheme, call.method)
         changes = tuple(change for rule, change in kernel.changes if rule.applies(call))
         return _recipe(_arguments(call), changes)
@@ -228,7 +228,7 @@ class FlashInfer:
         return sorted((v for v in found if v), key=lambda violation: not violation.is_error)
 
     def facts(self, call: KernelCall, about: Collection[str] | None = None) -> list[str]:
-        """Why fields of `recipe`, all or these, are not those of the method's row."""
+        """Return why fields of `recipe`, all or these, differ from the method's row."""
         kernel = _kernel(self.judged_as, call.scheme, call.method)
         return [
             rule.fact

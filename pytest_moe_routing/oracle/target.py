@@ -97,7 +97,7 @@ class Target:
         raise Unsupported(f"{self.name} does not say its version")
 
     def drift(self) -> tuple[str, ...]:
-        """Where a FlashInfer that the target brings contradicts our data; most bring none."""
+        """Return where a FlashInfer that the target bundles contradicts the bundled facts."""
         return ()
 
     def honors(self, model: ModelSpec, name: str) -> bool | None:
@@ -108,7 +108,7 @@ class Target:
         return None
 
     def runs_as(self, architecture: str, known: Collection[str]) -> bool:
-        """Whether the target is known to run an architecture by the code of one of the known."""
+        """Return whether the target runs an architecture by the code of one of `known`."""
         return False
 
     def method_numbers(self) -> Mapping[str, int]:
@@ -150,8 +150,8 @@ class Target:
         return None
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
-        """Return what becomes of what a server asks of fused experts besides routing."""
-        raise Unsupported(f"{self.name} is asked for nothing around its kernel calls")
+        """Return how the fused experts handle each request of a server besides routing."""
+        raise Unsupported(f"{self.name} answers no questions about requests besides routing")
 
     def capture_first(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
         """Return the same call, on the first of several ways that `capture` takes."""
@@ -176,7 +176,7 @@ class Target:
         of its own reads a config as it is meant.
         """
         return [
-            Unsupported("no router has {}: found {}, expected {}".format(*problems[0]))
+            Unsupported("this router cannot exist: {}: found {}, expected {}".format(*problems[0]))
             if (problems := list(router.problems()))
             else router
             for router in (model.router for model in models)
@@ -191,7 +191,7 @@ class Target:
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """Return what the target's own code of a model requests from its MoE layer."""
-        raise Unsupported(f"{self.name} has no code of models")
+        raise Unsupported(f"{self.name} has no model code")
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
         """Return what the target's own routers compute for models and other configurations."""

@@ -75,7 +75,7 @@ def of_router(cause: RouterCause) -> Failure:
 def of_rejection(target: Target, scheme: str, rejection: MethodRejection) -> Failure:
     """Modular experts that reject a model because of its routing method."""
     lines = (
-        f"{target}, modular experts for {scheme}: they are given experts and weights, and reject "
+        f"{target}, modular experts for {scheme}: they are given experts and weights, yet reject "
         f"{', '.join(rejection.methods)} at the gate {', '.join(rejection.gates)}",
         f"  accepted {', '.join(rejection.accepted)}",
         f"  models   {', '.join(rejection.models)}",
@@ -141,9 +141,9 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
     record = judgement.record()
     lines = (
         f"{record.model} on {record.scheme}, decided by {text.decider(record)}: less precise than "
-        "the kernel",
+        "the kernel allows",
         f"  because  {text.sentence(downcast)}",
-        f"  kernel   {record.method} computes with it in float32",
+        f"  kernel   {record.method} takes float32 without loss",
         f"  shown by {share:.1%} of the tokens of the logits pattern '{PATTERNS[downcast.field]}', "
         "which get other experts",
     )
@@ -177,7 +177,7 @@ def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
         what = ": ".join(next(iter(record.rejected_by.items()), ()))
     else:
         what = "; ".join(dict.fromkeys(map(text.short, record.findings)))
-    place = " behind its gate" if behind_gates else ""
+    place = " if its gate did not reject it" if behind_gates else ""
     lines = (
         f"{cause.verdict}{place}: {what}",
         f"{', '.join(cause.methods)}; {configs}, such as {settings}",

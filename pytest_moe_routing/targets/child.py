@@ -131,7 +131,7 @@ class Child:
         try:
             code: int | str = self._process.wait(timeout=_GRACE)
         except subprocess.TimeoutExpired:
-            code = "no code, and closed its answers"
+            code = "no exit code, after closing its output"
         log = self._folder / LOG
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _LOG_BYTES))
@@ -212,7 +212,7 @@ def _exchange(
         mark, answered, size = HEADER.unpack(header)
         if (mark, answered) != (MARK, number):
             return done.put(
-                Failure("found something else among its answers; its process was ended")
+                Failure("its output holds something other than answers; its process was ended")
             )
         if size > limit:
             text = f"its answer has {size} bytes, expected at most {limit}; its process was ended"

@@ -93,7 +93,7 @@ class FrameworkTarget(Target):
         Raises:
             Unsupported: The release has no registry that can be read.
         """
-        raise Unsupported(f"{self.name} has no code of models")
+        raise Unsupported(f"{self.name} has no model code")
 
     def runs_as(self, architecture: str, known: Collection[str]) -> bool:
         """Whether the release runs an architecture by the class of one of the known ones."""

@@ -128,7 +128,9 @@ def _one_of(names: list[str], known: Iterable[str], where: str) -> str | None:
         distributions = {canonicalize_name(name) for name in known}
         names = [n for n in names if canonicalize_name(n.partition("-")[0]) in distributions]
     if len(names) > 1:
-        raise UnknownTarget(f"{where}: found {len(names)} dist-info folders of it, expected one")
+        raise UnknownTarget(
+            f"{where}: found {len(names)} dist-info folders of the framework, expected one"
+        )
     return names[0] if names else None
 
 

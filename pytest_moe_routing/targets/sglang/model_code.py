@@ -88,7 +88,7 @@ def request_of(
             bias_dtype=answer["bias_dtype"] or "float32",
         )
     except RecipeError as error:
-        otherwise = f"the model code asks for what no router does: {error}"
+        otherwise = f"the model code requests a routing that no router computes: {error}"
     return LayerRequest(
         block=answer["block"],
         num_experts=model.router.num_experts,

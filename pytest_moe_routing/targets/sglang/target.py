@@ -166,7 +166,7 @@ class SglangTarget(FrameworkTarget):
         accepted = Gate(
             "server arguments",
             allowed is None or quantization in allowed,
-            f"--moe-runner-backend flashinfer_trtllm does not go with {quantization}",
+            f"--moe-runner-backend flashinfer_trtllm does not support {quantization}",
         )
         if not accepted.ok:
             return (accepted,)

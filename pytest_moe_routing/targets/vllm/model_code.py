@@ -134,7 +134,7 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
                 bias_dtype=answer["bias_dtype"] or "float32",
             )
     except RecipeError as error:
-        otherwise = f"the model code asks for what no router does: {error}"
+        otherwise = f"the model code requests a routing that no router computes: {error}"
     side = "input" if answer["apply_router_weight_on_input"] else "output"
     has_shared = model.experts.shared_experts > 0
     return LayerRequest(

@@ -92,7 +92,7 @@ def _softplus_sqrt(
     from pytest_moe_routing.errors import Unsupported
 
     if hash_indices_table is not None:
-        raise Unsupported("experts come out of a table, not from logits")
+        raise Unsupported("experts are looked up in a table, not chosen by logits")
     _flat("topk_hash_softplus_sqrt")(
         topk_weights,
         topk_indices,

@@ -96,9 +96,9 @@ def default_runner(
         raise
     except Exception as error:
         raise Unsupported(
-            f"which runner {AUTO} is cannot be told: {type(error).__name__}: {error}"
+            f"cannot determine which runner {AUTO} selects: {type(error).__name__}: {error}"
         ) from error
     runner = getattr(server, _FIELD)
     if not isinstance(runner, str):
-        raise Unsupported(f"which runner {AUTO} is cannot be told: it is {runner}")
+        raise Unsupported(f"cannot determine which runner {AUTO} selects: found {runner}")
     return runner

@@ -195,9 +195,9 @@ class Blocks:
             return {"refused": f"{function} is given experts and weights", "by_choice": True}
         first = output.flatten()[0] if isinstance(output, Tensor) else 0.0
         if not first or not bool((output == first).all()):
-            raise Unsupported("what becomes of the kernel's output cannot be followed")
+            raise Unsupported("the kernel's output cannot be traced through the block")
         if len(seen.logits) != 1 or not isinstance(arguments["routing_logits"], Tensor):
-            raise Unsupported("the logits that reach the kernel cannot be followed")
+            raise Unsupported("the logits that reach the kernel cannot be traced to the router")
         bias = seen.topks[0].topk_config.correction_bias
         named = {"router logits": seen.logits[0], "bias": bias}
         return {

@@ -77,7 +77,10 @@ class Routers(blocks.Blocks):
             self.names.spelling(key)
         combine = self.names.spelling("router-combine").module
         if "moe_runner_config.routed_scaling_factor" not in source_of(self.root, combine):
-            raise Unsupported("what this release's Triton runner multiplies is not known")
+            raise Unsupported(
+                "the factor by which this release's Triton runner multiplies its output "
+                "is not known"
+            )
         self._enter()
         _choose_triton(self.names)
         importlib.reload(_with_kernels(self.names, self.root))
@@ -111,7 +114,7 @@ class Routers(blocks.Blocks):
         topk, factor = self._built(architecture, _values(architecture, config), seen)
         asked, bias = topk.topk_config, topk.topk_config.correction_bias
         if asked.custom_routing_function is not None:
-            raise Unsupported("a function of the model's own routes, which test_router runs")
+            raise Unsupported("the model has its own routing function, which test_router covers")
         scaled = asked.apply_routed_scaling_factor_on_output
         names = ("top_k", "use_grouped_topk", "num_expert_group", "topk_group", "renormalize")
         return {
@@ -196,7 +199,7 @@ class Routers(blocks.Blocks):
                 output = blocks._forward(block, config["num_experts"])
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            raise Unsupported(f"{name} is not built and run here: {text}") from error
+            raise Unsupported(f"{name} cannot be built and run here: {text}") from error
         if len(seen.topks) != 1:
             raise Unsupported(f"{name} makes {len(seen.topks)} TopK layers, not one")
         values = output.float().unique().tolist()

@@ -138,5 +138,9 @@ def _captured(experts: Any, caller: Any, layer: Layer) -> dict[str, str]:
     if any(torch.equal(ids.to(torch.int16), written) for ids in handed_on):
         return {"answer": "honored", "why": "routing_replay_out"}
     got = record["arguments"].get("routing_replay_out")
-    why = "the kernel is given no routing_replay_out" if got is None else "nobody is told its ids"
+    why = (
+        "the kernel is given no routing_replay_out"
+        if got is None
+        else "the ids that it writes reach no consumer"
+    )
     return {"answer": "ignored", "why": why}

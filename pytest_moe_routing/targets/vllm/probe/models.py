@@ -162,7 +162,8 @@ class ModelSources:
             raise Unsupported(
                 f"not judged: the code of {architecture} in vLLM {self._names.version} "
                 f"({self._registered[architecture]}) makes no layer with "
-                f"{' or '.join(sorted(self._factories))}, so who scales and who routes is open"
+                f"{' or '.join(sorted(self._factories))}, so it is not "
+                "known what scales and what routes"
             )
         return layer
 

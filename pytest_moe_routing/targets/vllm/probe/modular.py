@@ -149,7 +149,9 @@ class _Run:
         if "topk_ids" not in arguments:
             raise self._reached
         if arguments.get("do_finalize") is False:
-            raise Unsupported(f"not judged: {function} leaves the sum of the experts to others")
+            raise Unsupported(
+                f"not judged: {function} leaves the sum over the experts to its caller"
+            )
         try:
             self._received = marked.routed(arguments)
         except UnusableArgumentError as error:

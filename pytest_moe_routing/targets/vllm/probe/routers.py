@@ -71,7 +71,7 @@ class _TritonKernel:
         self._name = function.__name__
 
     def __getitem__(self, grid: Any) -> Any:
-        raise Unsupported(f"{self._name} is a Triton kernel, which runs on a GPU alone")
+        raise Unsupported(f"{self._name} is a Triton kernel, which runs only on a GPU")
 
 
 class Routers:

@@ -62,7 +62,7 @@ class KnownFailure:
         if self.cause is not None and not self.cause.strip():
             yield "cause", "nothing", "the id of a cause"
         if self.link is not None and not is_web_address(self.link):
-            yield "link", repr(self.link), "https://..., where the failure is written about"
+            yield "link", repr(self.link), "https://..., where the failure is tracked"
         if ":" not in self.target and self.target not in target_names():
             names = ", ".join(target_names())
             yield "target", repr(self.target), f"one of {names}, or module:Class"
@@ -76,7 +76,7 @@ class KnownFailure:
                 except ValueError:
                     yield name, shorten(repr(text)), "a release such as 0.30.0"
             if len(bounds) == 2 and bounds[0] >= bounds[1]:
-                yield f"{prefix}until", repr(text), "a release after the one it is known since"
+                yield f"{prefix}until", repr(text), "a release after 'since'"
 
     def matches(self, test: str, case: str) -> bool:
         return test == self.test and fnmatchcase(case, self.case)
@@ -126,7 +126,7 @@ def in_force(
             return False
         if entry.since is None and entry.until is None:
             return True
-        where = f"{entry.place}: an entry with a range of releases of {target}"
+        where = f"{entry.place}: 'since' and 'until' need the release of {target}"
         try:
             found = release()
             return _is_between(parse_release(found), entry.since, entry.until)
@@ -134,7 +134,7 @@ def in_force(
             raise MoERoutingError(f"{where}, but {error}") from None
         except ValueError:
             raise MoERoutingError(
-                f"{where}, which says only that it is {shorten(repr(found))}"
+                f"{where}: found {shorten(repr(found))}, expected a number"
             ) from None
 
     return [entry for entry in entries if concerns(entry)]
@@ -211,8 +211,8 @@ class LedgerPlugin:
         report.user_properties = [*properties, *stated]
         for entry in entries:
             if entry.cause is None and causes and unknown:
-                text = f"{entry.place} names no cause, and this test states its causes"
-                report.sections.append(("known failures", text))
+                text = "names no cause, but this test states its causes; add 'cause: ID'"
+                report.sections.append(("known failures", f"{entry.place} {text}"))
 
     def _apply_without_cause(
         self, report: pytest.TestReport, entries: Sequence[KnownFailure]
@@ -282,7 +282,7 @@ class LedgerPlugin:
         if not self.unmatched:
             return
         color = {"red": True} if self.whole_suite else {"yellow": True}
-        remedy = "remove them" if self.whole_suite else "not all of the suite was chosen"
+        remedy = "remove them" if self.whole_suite else "only part of the suite was chosen"
         terminalreporter.write_line(
             f"moe-routing: known failures that match no case ({remedy}):", **color
         )

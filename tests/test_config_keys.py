@@ -149,10 +149,19 @@ def test_a_misspelt_key_is_doubted(tmp_path, key, misspelt):
 @pytest.mark.parametrize(
     ("config", "doubt"),
     [
-        ({**R1, "topk_method": "greedy"}, 'topk_method is "greedy": transformers has a bias then'),
-        (without("topk_method"), "topk_method is null: transformers has a bias then, vllm"),
-        ({**R1, "topk_method": None}, "topk_method is null: transformers has a bias then, vllm"),
-        (without("scoring_func"), "scoring_func is null: transformers computes a sigmoid then"),
+        ({**R1, "topk_method": "greedy"}, 'topk_method is "greedy": transformers has a bias with'),
+        (
+            without("topk_method"),
+            "topk_method is null: transformers has a bias with this value, vllm",
+        ),
+        (
+            {**R1, "topk_method": None},
+            "topk_method is null: transformers has a bias with this value, vllm",
+        ),
+        (
+            without("scoring_func"),
+            "scoring_func is null: transformers computes a sigmoid with this",
+        ),
     ],
 )
 def test_a_key_that_frameworks_read_differently_is_doubted(tmp_path, config, doubt):

@@ -55,7 +55,9 @@ def test_what_is_not_known_is_not_judged(tmp_path):
     spec = read(tmp_path, V2)
     assert as_read_by(Honoring(None), spec) == spec
     target = load_target("builtin", FlashInfer.of(None))
-    with pytest.raises(Unsupported, match="renormalize is False in transformers, and True for"):
+    with pytest.raises(
+        Unsupported, match="renormalize is False in transformers, and True in frameworks"
+    ):
         judge(target, spec, "bf16")
 
 
@@ -107,7 +109,9 @@ def test_a_disputed_key_that_is_ignored_is_wrong(tmp_path):
         "sigmoid",
     )
     assert record.counterexample is not None
-    with pytest.raises(Unsupported, match="sqrtsoftplus for who honors the config, and sigmoid in"):
+    with pytest.raises(
+        Unsupported, match="sqrtsoftplus in frameworks that honor the config, and sigmoid in"
+    ):
         judge(Answering(None), spec, "bf16")
     builtin = load_target("builtin", FlashInfer.of(None))
     honored = judge(Answering(True), spec, "bf16")

@@ -95,7 +95,7 @@ def test_a_key_that_the_code_ignores_is_noted(tmp_path):
     spec = read(tmp_path, {**R1, "scoring_func": "noaux_tc"})
     assert spec.router.scoring_func == "sigmoid"
     assert (
-        'scoring_func is "noaux_tc"; transformers computes sigmoid whatever it is, and another '
+        'scoring_func is "noaux_tc"; transformers ignores this and computes sigmoid, and another '
         "framework may read it" in spec.notes
     )
     assert not any("scoring_func" in note for note in read(tmp_path, R1).notes)
@@ -120,7 +120,7 @@ def test_the_text_experts_of_ernie_vl_come_first(tmp_path):
     config = {"architectures": ["Ernie4_5_VLMoeForConditionalGeneration"]}
     spec = read(tmp_path, {**config, "moe_num_experts": [64, 64]})
     assert (spec.router.num_experts, spec.experts.intermediate_size) == (64, 1536)
-    assert any("taken is the first" in note for note in spec.notes)
+    assert any("the first value, the text model's, is used" in note for note in spec.notes)
 
 
 # -- the table itself -----------------------------------------------------------------------------

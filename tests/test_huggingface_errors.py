@@ -56,7 +56,7 @@ ERRORS = {
     "Grok-2": ({"architectures": ["Grok1ForCausalLM"]}, "soft-caps"),
     "missing": (
         {**without("n_routed_experts"), "architectures": ["NemotronHForCausalLM"]},
-        "n_routed_experts: found no such key, expected an integer >= 1",
+        "n_routed_experts: found no key of this name, expected an integer >= 1",
     ),
     "missing size": (
         {
@@ -66,11 +66,11 @@ ERRORS = {
             "norm_topk_prob": True,
             "moe_intermediate_size": 8,
         },
-        "hidden_size: found no such key",
+        "hidden_size: found no key of this name",
     ),
     "null": (
         {**R1, "n_routed_experts": None},
-        "n_routed_experts: found null, expected experts: the model has no experts",
+        "n_routed_experts: found null, expected at least 1: the model has no experts",
     ),
     "text for a number": (
         {**R1, "num_experts_per_tok": "8"},

@@ -27,7 +27,7 @@ def ledger(path, *entries):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": None}, "target: found no such key, expected text"),
+        ({"target": None}, "target: found no key of this name, expected text"),
         ({"link": "JIRA-17"}, "link: found 'JIRA-17', expected https://..., where"),
         ({"reason": "''"}, "reason: found nothing, expected text"),
         ({"target": "vlm"}, "target: found 'vlm', expected one of builtin, "),
@@ -173,7 +173,7 @@ def test_an_entry_silences_one_cause(host, workers):
     )
     assert gone == ["known.yaml:3", "known.yaml:4"]
     assert unmatched == ["known.yaml:5"]
-    assert "match no case (not all of the suite was chosen):" in text
+    assert "match no case (only part of the suite was chosen):" in text
     found = {(r.model, r.scheme): r for r in records.load(host.path / "r.jsonl")}
     known = found["step-3.7-flash", "fp8_block"]
     assert (known.known.reason, known.known.link) == (OLD["reason"], LINK)
@@ -206,7 +206,7 @@ def test_a_known_cause_of_a_test_leaves_the_others(host):
     ledger(host.path / "none.yaml", {**OLD, "test": "test_config_sweep"})
     result = host.runpytest_subprocess(*args, "--moe-known-failures", "none.yaml")
     assert result.parseoutcomes()["failed"] == 1
-    assert "names no cause, and this test states its causes" in result.stdout.str()
+    assert "names no cause, but this test states its causes; add 'cause: ID'" in result.stdout.str()
 
 
 @pytest.mark.parametrize("workers", [("-n", "2"), ("-p", "no:xdist")], ids=["n2", "serial"])
@@ -225,7 +225,7 @@ def test_an_entry_without_a_case_fails_a_run_of_the_whole_suite(host, workers):
         chosen = host.runpytest_subprocess(*RUN, "-k", "test_method_numbers", *workers)
         chosen.assert_outcomes(failed=1, deselected=chosen.parseoutcomes()["deselected"])
         assert "known failure is gone" in chosen.stdout.str()
-        assert "(not all of the suite was chosen)" in chosen.stdout.str()
+        assert "(only part of the suite was chosen)" in chosen.stdout.str()
 
 
 def test_what_is_not_the_case_itself_stays_an_error(host):

@@ -41,7 +41,7 @@ def test_models_are_found_by_any_of_their_names(name, id_):
     [
         ("deepseek-r2", "did you mean deepseek-"),
         ("someone/DeepSeek-R11", "did you mean deepseek-r1"),
-        ("xxxxxx", "moe-routing models lists them"),
+        ("xxxxxx", "'moe-routing models' lists them"),
         ("x" * 5000, "xxx...' is neither a file nor one of the"),
     ],
 )

@@ -75,7 +75,7 @@ MISTAKES = {
         edit("  top_k: 2\n", ""),
         4,
         "router.top_k",
-        "no such key",
+        "no key of this name",
         "an integer >= 1",
     ),
     "missing section": (

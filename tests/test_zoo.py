@@ -104,8 +104,14 @@ def test_like_one_that_is_like_another(write):
         ("nobody", "found 'nobody', expected the id of a model in"),
         ("..", "found '..', expected the id of a model in"),
         ("../tmp/base", "expected the id of a model in"),
-        ("like", "found 'like', expected a model that is not, by way of others, like this one"),
-        ("circle", "found 'like', expected a model that is not, by way of others, like this one"),
+        (
+            "like",
+            "found 'like', expected a model that does not inherit, directly or indirectly, from this one",
+        ),
+        (
+            "circle",
+            "found 'like', expected a model that does not inherit, directly or indirectly, from this one",
+        ),
     ],
 )
 def test_like_what_cannot_be(write, other, expected):
@@ -159,7 +165,7 @@ def test_a_later_directory_can_complete_a_model(write, tmp_path):
             "num_expert: 8",
             ":4: router.num_expert: unknown key; did you mean num_experts?",
         ),
-        ("architecture: BaseForCausalLM\n", "", ":1: architecture: found no such key"),
+        ("architecture: BaseForCausalLM\n", "", ":1: architecture: found no key of this name"),
         ("incomplete:", "hf_repo: x\nincomplete:", ":3: hf_repo: found 'x', expected owner/name"),
     ],
 )

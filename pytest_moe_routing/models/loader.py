@@ -64,7 +64,11 @@ def _read(file: Path, likes: tuple[Path, ...] = ()) -> Section:
         if not _ID.fullmatch(like) or not other.is_file():
             section.fail("like", repr(like), f"the id of a model in {folder.parent}")
         if other in (*likes, folder / FILE_NAME):
-            section.fail("like", repr(like), "a model that is not, by way of others, like this one")
+            section.fail(
+                "like",
+                repr(like),
+                "a model that does not inherit, directly or indirectly, from this one",
+            )
         section.like = _read(other, (*likes, folder / FILE_NAME))
     return section
 
@@ -132,10 +136,12 @@ def find(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
         return (exact or found)[0]
     if found:
         several = ", ".join(spec.id for spec in found)
-        raise ModelError(f"{name!r} is the name of several models: {several}")
+        raise ModelError(
+            f"{name!r} is the name of several models: {several}; give one of these ids"
+        )
     names = {key: spec.id for spec in models.values() for key in (spec.id, _last(spec.hf_repo))}
     near = dict.fromkeys(names[n] for n in get_close_matches(_last(wanted), names, n=3))
-    hint = f"did you mean {' or '.join(near)}?" if near else "moe-routing models lists them"
+    hint = f"did you mean {' or '.join(near)}?" if near else "'moe-routing models' lists them"
     shown = name if len(name) <= 60 else f"{name[:57]}..."
     raise ModelError(
         f"{shown!r} is neither a file nor one of the {len(models)} known models; {hint}"
@@ -157,7 +163,9 @@ def select(models: dict[str, ModelSpec], patterns: Iterable[str]) -> list[ModelS
     for pattern in patterns:
         if not any(fnmatchcase(model, pattern) for model in models):
             near = get_close_matches(pattern.strip("*?"), models, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "moe-routing models lists them"
+            hint = (
+                f"did you mean {' or '.join(near)}?" if near else "'moe-routing models' lists them"
+            )
             raise ModelError(f"no model matches {pattern!r}, of {len(models)}; {hint}")
     return [
         spec

@@ -78,7 +78,7 @@ class Section:
         for key, item in schema(cls).items():
             if key not in values and is_required(item):
                 expected = item.metadata.get("kind", "a mapping of keys to values")
-                self.fail(key, "no such key", str(expected))
+                self.fail(key, "no key of this name", str(expected))
         built = cls(**values)
         for key, found, expected in built.problems():
             self.fail(key, found, expected)

@@ -205,10 +205,10 @@ class ModelSpec(_Described):
             transformers computes, and a target resolves the rest from here.
         defaulted: Keys of `router` and `experts` whose values the config does not state: they are
             the defaults of the config class.
-        contradicted: What the config states for keys of `router` and `experts`, where transformers
-            computes their values, whatever the config states. Some frameworks honor it.
-        disputed: What code computes that ignores the config's keys for values of `router`, where
-            some frameworks honor them and others, transformers among them, do not.
+        contradicted: The config's values for keys of `router` and `experts` that transformers
+            ignores in favor of its own. Some frameworks honor them.
+        disputed: Values of `router` as computed by code that ignores the config's keys for them.
+            Some frameworks honor these keys; others, transformers among them, do not.
         unknown_architectures: Those of `architectures` that are not known.
         read_as: Known architectures, whose code the unknown ones are taken to run.
         unproven: Why the model may compute something else than what stands here, in sentences. A

@@ -57,8 +57,9 @@ def judge(
     """Judge what a target makes of a model in a scheme.
 
     Args:
-        recorded_only: Do not take a call that is not recorded to be what the model says.
-        chosen: Ask as well whether the target takes the experts whose gates accept the model.
+        recorded_only: Raise `Unsupported` if the target's call is not recorded, instead of
+            assuming that it passes what the model says.
+        chosen: Also ask whether the target selects the experts whose gates accept the model.
 
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
@@ -127,11 +128,13 @@ def open_questions(model: ModelSpec) -> list[str]:
             for name in model.unknown_architectures
         ),
         *(
-            f"{name} is {computed[name]} in transformers, and {stated} for who honors the config"
+            f"{name} is {computed[name]} in transformers, and {stated} in frameworks "
+            "that honor the config"
             for name, stated in model.contradicted.items()
         ),
         *(
-            f"{name} is {computed[name]} for who honors the config, and {otherwise} in transformers"
+            f"{name} is {computed[name]} in frameworks that honor the config, and "
+            f"{otherwise} in transformers"
             for name, otherwise in model.disputed.items()
         ),
     ]

@@ -130,7 +130,7 @@ def shorten(text: str) -> str:
 def show(value: object) -> str:
     """Shorten a JSON value for an error message."""
     if value is ABSENT:
-        return "no such key"
+        return "no key of this name"
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     return shorten(json.dumps(value, ensure_ascii=True))

@@ -70,7 +70,7 @@ def check_experts(text: Section) -> None:
     names = ("num_experts", "n_routed_experts", "num_local_experts")
     counts = [key for key in names if key in text.values]
     if counts and not any(key in stated for key in counts):
-        text.fail(counts[0], show(text.get(counts[0])), "experts: the model has no experts")
+        text.fail(counts[0], show(text.get(counts[0])), "at least 1: the model has no experts")
 
 
 def family_of(levels: list[Section], families: Table) -> Named:
@@ -95,7 +95,12 @@ def family_of(levels: list[Section], families: Table) -> Named:
             continue
         if name in families.refused:
             key = "architectures" if architectures else "model_type"
-            level.fail(key, shorten(name), f"another: {families.refused[name]}")
+            level.fail(
+                key,
+                shorten(name),
+                "a family that can be judged; this one cannot be, because "
+                f"{families.refused[name]}",
+            )
         known = families.by_name.get(name) or _other_head(name, families)
         by_type = families.by_name.get(model_type)
         if family is None:
@@ -177,5 +182,9 @@ def _fail(levels: list[Section], families: Table) -> NoReturn:
         "architectures",
         " and ".join(map(shorten, names)),
         f"one of the {len(families.families)} known families; "
-        + (f"near it are {', '.join(dict.fromkeys(near))}" if near else "none has such a name"),
+        + (
+            f"did you mean {' or '.join(dict.fromkeys(near))}?"
+            if near
+            else "none has a similar name"
+        ),
     )

@@ -102,7 +102,7 @@ def _schemes(
     )
     stated = {found.name: found} if found else {}
     if found is None and root.section("quantization") is not None:
-        raise UnknownWeights("mlx (quantization)")
+        raise UnknownWeights("the mlx format (key quantization)")
     read = {
         name: _Stated(section.section("quantization") or section, text, layers, experts)
         for name, section in {**stated, **files}.items()
@@ -217,7 +217,7 @@ class _Stated:
             ]
             if any(c is Covers.SOME for _, c in covering) or len(covering) > 1:
                 raise UnknownWeights(
-                    f"several config_groups cover the experts of layer {layer}, or parts"
+                    f"several config_groups cover the experts of layer {layer}, or parts of them"
                 )
             by_class = [s for s, t in zip(sections, targets, strict=True) if "Linear" in t]
             group = covering[0][0] if covering else next(iter(by_class), None)

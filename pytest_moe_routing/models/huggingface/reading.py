@@ -71,7 +71,7 @@ class Reading:
                 has no experts.
         """
         if not any(self._states(name) for name in ("num_experts", "top_k")):
-            raise ModelError(f"{self.text.file}: the model has no experts: no key is their number")
+            raise ModelError(f"{self.text.file}: the model has no experts: no key states how many")
         values = {f.name: v for f in fields(cls) if (v := self._value(f.name, cls)) is not ABSENT}
         if cls is RouterConfig:
             # What has no meaning without its condition is not said at all.
@@ -124,7 +124,9 @@ class Reading:
             return value
         if name in self.family.first:
             if any(v != value[0] for v in value):
-                self.notes.append(f"{key} is {shorten(str(value))}; taken is the first, the text's")
+                self.notes.append(
+                    f"{key} is {shorten(str(value))}; the first value, the text model's, is used"
+                )
             return value[0]
         return self._per_layer(name, key, value, kind)
 
@@ -184,7 +186,7 @@ class Reading:
             self.contradicted[name] = value
         does = {None: "none", True: "true", False: "false"}.get(does, does)
         self.notes.append(
-            f"{key} is {show(value)}; transformers computes {does} whatever it is, and another "
+            f"{key} is {show(value)}; transformers ignores this and computes {does}, and another "
             "framework may read it"
         )
 

@@ -1,4 +1,4 @@
-"""`moe-routing`: what can be asked, and begun, without running tests."""
+"""`moe-routing`: explain, check, compare and set up models without running tests."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser(
-        "explain", help="what a model's router means, and what becomes of it on each scheme"
+        "explain", help="show what a model's router computes, and the verdict in each scheme"
     )
     explain.add_argument(
         "model", help="id of a known model, or path of a model.yaml or config.json"
     )
     explain.add_argument("--flashinfer", metavar="RELEASE", help="default: installed, or newest")
-    explain.add_argument("--target", default="builtin", help="who decides (default: builtin)")
+    explain.add_argument(
+        "--target", default="builtin", help="target whose decision is judged (default: builtin)"
+    )
     explain.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
     explain.add_argument(
         "--schemes",
@@ -58,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     side = "a .json or .jsonl report, or a release as NAME@PATH"
     diff.add_argument("before", metavar="A", help=side)
     diff.add_argument("after", metavar="B", help=side)
-    diff.add_argument("--models", default="", metavar="PATTERNS", help="of releases; default: all")
-    diff.add_argument("--schemes", default="", metavar="NAMES", help="of releases; default: all")
-    diff.add_argument("--flashinfer", metavar="RELEASE", help="default: what each is made for")
+    diff.add_argument("--models", default="", metavar="PATTERNS", help="default: all")
+    diff.add_argument("--schemes", default="", metavar="NAMES", help="default: all")
+    diff.add_argument("--flashinfer", metavar="RELEASE", help="default: what each one pins")
     diff.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
     diff.add_argument("--json", action="store_true", help="print the changes as JSON")
     init = commands.add_parser(
-        "init", help="begin a golden directory: a model to change, a README, a CI step, a ledger"
+        "init", help="create a golden directory: a model to edit, a README, a CI step, a ledger"
     )
     init.add_argument("directory", type=Path)
     init.add_argument(
@@ -75,24 +77,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
     history = commands.add_parser("history", help="when verdicts changed, release by release")
     history.add_argument("target", help="a target's name, such as vllm")
-    history.add_argument("paths", nargs="+", metavar="PATH", help="a wheel or its sources")
+    history.add_argument(
+        "paths", nargs="+", metavar="PATH", help="a wheel, an unpacked wheel or a checkout"
+    )
     history.add_argument("--models", default="", metavar="PATTERNS", help="default: all")
     history.add_argument("--schemes", default="", metavar="NAMES", help="default: all")
-    history.add_argument("--flashinfer", metavar="RELEASE", help="default: what each is made for")
+    history.add_argument("--flashinfer", metavar="RELEASE", help="default: what each one pins")
     history.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
-    history.add_argument("--all", action="store_true", help="also what never changed")
-    history.add_argument("-o", dest="out", type=Path, metavar="FILE", help="a .md or .json file")
+    history.add_argument("--all", action="store_true", help="also list cases that never changed")
+    history.add_argument(
+        "-o", dest="out", type=Path, metavar="FILE", help="write a .md or .json file"
+    )
     commands.add_parser("models", help="print docs/models.md: every known model's router")
     commands.add_parser("faults", help="print docs/gpu-faults.md: which GPU test catches what")
     drift = commands.add_parser(
-        "drift", help="compare a release with what this package relies on; runs none of its code"
+        "drift", help="compare a release with the bundled facts, without running its code"
     )
     drift.add_argument("system", choices=("vllm", "sglang", "flashinfer"))
     drift.add_argument(
         "path",
         type=Path,
         nargs="*",
-        help="a wheel, an unpacked one or a checkout (default: the installed package)",
+        help="a wheel, an unpacked wheel or a checkout (default: the installed package)",
     )
     arguments = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -141,7 +147,7 @@ def _add(arguments: argparse.Namespace) -> int:
     file = arguments.directory / model.id / "model.yaml"
     _write_new(file, dump_model(model))
     if model.unproven:
-        _say(f"{file}\nThe model is not judged until its 'unproven' can be removed:")
+        _say(f"{file}\nThe model is not judged yet. Settle these points, then remove 'unproven':")
         for reason in model.unproven:
             _say(f"  {reason}")
         return 0
@@ -176,7 +182,9 @@ def _init(arguments: argparse.Namespace) -> int:
     if arguments.model not in models:
         raise MoERoutingError(f"no model {arguments.model!r}; models: {', '.join(models)}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise MoERoutingError(f"{directory}: already exists and is not empty")
+        raise MoERoutingError(
+            f"{directory}: already exists and is not empty; name a new or an empty directory"
+        )
     model = models[arguments.model]
     source = model.folder / "model.yaml"
     # As it stands, with its comments, unless it is like a model that would not be there.
@@ -192,10 +200,11 @@ def _init(arguments: argparse.Namespace) -> int:
         _write_new(file, text)
         _say(str(file))
     _say(
-        f"Rename {directory / model.id} and make it your model. Then write its goldens, and test:\n"
+        f"Rename {directory / model.id} and edit its model.yaml. Then write its "
+        "goldens, and test:\n"
         f"  pytest --moe-golden --moe-golden-dir {directory} --moe-models ID --snapshot-update\n"
         f"  pytest --moe-golden --moe-golden-dir {directory}\n"
-        f"{directory / 'README.md'} says the rest."
+        f"See {directory / 'README.md'} for the rest."
     )
     return 0
 

@@ -39,7 +39,7 @@ def integers(*shape: int, seed: int, bits: int = 24) -> Tensor:
 
 
 def bell(*shape: int, seed: int) -> Tensor:
-    """Bell-shaped float32 numbers, standard deviation 1.15, within +-4, in steps of 2**-15."""
+    """Return bell-shaped float32 numbers within +-4, standard deviation 1.15, steps of 2**-15."""
     parts = integers(*shape, 2, seed=seed, bits=32)
     # The sum of four 16-bit uniforms, centered.
     total = (parts & 0xFFFF).sum(-1) + (parts >> 16).sum(-1) - 2 * 0xFFFF

@@ -29,15 +29,32 @@ OPTIONS = (
         "with the PATH of a wheel, an unpacked wheel or a checkout if it is not installed; or "
         "module:Class",
     ),
-    ("models", "args", "PATTERNS", "ids of models, as comma-separated shell patterns (all)"),
-    ("schemes", "args", "NAMES", "quantization schemes, comma-separated, such as nvfp4 (all)"),
+    (
+        "models",
+        "args",
+        "PATTERNS",
+        "ids of models, as comma-separated shell patterns (default: all)",
+    ),
+    (
+        "schemes",
+        "args",
+        "NAMES",
+        "quantization schemes, comma-separated, such as nvfp4 (default: all)",
+    ),
     (
         "flashinfer",
         "string",
         "RELEASE",
-        "FlashInfer release to judge against (installed, or newest)",
+        "FlashInfer release to judge against (default: the installed one; with a PATH, the one "
+        "that the target pins; otherwise the newest known)",
     ),
-    ("golden-dir", "paths", "DIR", "a golden directory over the packaged one; may be repeated"),
+    (
+        "golden-dir",
+        "paths",
+        "DIR",
+        "a directory of further models, which replace packaged ones of the same id; may be "
+        "repeated",
+    ),
     ("config", "paths", "FILE", "a Hugging Face config.json, or its folder; may be repeated"),
     (
         "kernels",
@@ -46,13 +63,28 @@ OPTIONS = (
         "kernels of the GPU tests: flashinfer (default), simulator, simulator:FAULT, vllm[@PATH] "
         "or sglang[@PATH]",
     ),
-    ("scale", "string", "reduced|full", "sizes of fused MoE tests (reduced)"),
+    ("scale", "string", "reduced|full", "layer sizes in the fused MoE tests (default: reduced)"),
     ("require-gpu", "bool", "", "fail unless at least one GPU test ran"),
     ("min-gpu-tests", "string", "N", "fail unless at least N GPU tests ran"),
-    ("min-verdicts", "string", "N", "fail unless N verdicts were given (as many as is known)"),
+    (
+        "min-verdicts",
+        "string",
+        "N",
+        "fail unless at least N verdicts were given (default: as many as are known to be possible)",
+    ),
     ("known-failures", "paths", "FILE", "a YAML ledger of known failures; may be repeated"),
-    ("write-known-failures", "string", "FILE", "write a ledger of every cause that fails"),
-    ("no-cache", "bool", "", "ask the target again: read and keep no answers of other runs"),
+    (
+        "write-known-failures",
+        "string",
+        "FILE",
+        "write a ledger of every cause of failure to a new FILE",
+    ),
+    (
+        "no-cache",
+        "bool",
+        "",
+        "ask the target again: reuse no answers of earlier runs, and keep none",
+    ),
     ("report", "paths", "FILE", "write a .html, .md, .json or .jsonl report; may be repeated"),
 )
 
@@ -140,11 +172,11 @@ def add_markers(config: pytest.Config) -> None:
     """Register the markers."""
     config.addinivalue_line(
         "markers",
-        "gpu(kernels=None): needs an NVIDIA GPU and FlashInfer, and is skipped without; kernels "
-        "('routing', 'fused') are built before the test",
+        "gpu(kernels=None): needs an NVIDIA GPU and FlashInfer, and is skipped without them; "
+        "kernels ('routing', 'fused') are built before the test",
     )
     config.addinivalue_line(
-        "markers", "sweep: about routers that no model has; left out of runs about some models"
+        "markers", "sweep: tests of routers that no model has; left out of runs of chosen models"
     )
     config.addinivalue_line(
         "markers",

@@ -211,7 +211,7 @@ def moe_model(request: pytest.FixtureRequest) -> ModelSpec:
 
 @pytest.fixture
 def moe_scheme(request: pytest.FixtureRequest) -> str:
-    """Run the test with each chosen scheme; with `moe_model`, those of the model's checkpoints."""
+    """Run the test with each chosen scheme; with `moe_model`, with each model in each scheme."""
     scheme: str = request.param
     return scheme
 
@@ -261,7 +261,7 @@ def moe_kernels(request: pytest.FixtureRequest, moe_flashinfer: FlashInfer) -> K
     if name == library.FLASHINFER:
         return library.on_gpu(request.getfixturevalue("moe_gpu"))
     if name.partition("@")[0] in routers.kernel_names():
-        pytest.skip(f"--moe-kernels {name}: only test_gpu_router.py is about compiled routers")
+        pytest.skip(f"--moe-kernels {name}: only test_gpu_router.py tests compiled routers")
     try:
         return library.simulated(name, moe_flashinfer)
     except MoERoutingError as error:

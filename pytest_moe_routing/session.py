@@ -204,12 +204,12 @@ class MoESession:
         from pytest_moe_routing.flashinfer import installed_release
 
         if self.flashinfer_release:
-            return self.flashinfer_release, "as asked for"
+            return self.flashinfer_release, "as requested"
         if installed_release() and self.target_id.path is None:
             return installed_release(), "installed"
         pin = self.located.pinned_flashinfer
         if pin:
-            return pin, "what the target is made for"
+            return pin, "pinned by the target"
         return None, "newest known, none installed"
 
     @cached_property
@@ -259,10 +259,13 @@ class MoESession:
             )
         if not self.is_builtin:
             raise MoERoutingError(
-                f"--snapshot-update: goldens are the builtin target's, not {self.target_id}'s"
+                "--snapshot-update: goldens are the builtin target's; run without "
+                f"--moe-target {self.target_id}"
             )
         if forked:
-            raise MoERoutingError("--snapshot-update: --forked loses what is written; run without")
+            raise MoERoutingError(
+                "--snapshot-update: --forked loses what is written; run without it"
+            )
         for model in self.golden_models:
             if not goldens.is_checkout(model.folder.parent):
                 raise MoERoutingError(
@@ -275,7 +278,7 @@ class MoESession:
         from pytest_moe_routing.models import load_incomplete
 
         count = len(load_incomplete(goldens.packaged_directory(), *self.golden_dirs))
-        return f" ({count} more known in part, not judged)" if count else ""
+        return f" ({count} more incomplete, not judged)" if count else ""
 
     def describe(self) -> str:
         """Return the header line of a run."""
@@ -285,7 +288,7 @@ class MoESession:
             f"moe-routing: target {self.target_id}, {self.flashinfer} ({origin}), "
             f"{len(self.models)} model{'s' * (len(self.models) != 1)}{self._left_out()}"
             + (f", goldens in {', '.join(folders)}" if folders else ", which have no goldens")
-            + (f", {self.kept} answers of earlier runs" if self.kept else "")
+            + (f", {self.kept} answers reused from earlier runs" if self.kept else "")
         )
 
 

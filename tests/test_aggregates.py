@@ -98,9 +98,13 @@ def test_the_message_names_what_is_off_by_how_much_and_what_is_allowed():
     with pytest.raises(AssertionError) as error:
         assert_moe(output, problem, diagnose=False)
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("33 tokens are wrong together: every element lies within its budget")
+    assert lines[0].startswith(
+        "the output of 33 tokens is wrong as a whole: every element lies within "
+    )
     first = next(line for line in lines if line.startswith("  aggregate"))
-    found = r"  aggregate  the whole output: (1\.0\d|1|0\.99\d?) % too large; a right kernel stays "
+    found = (
+        r"  aggregate  the whole output: (1\.0\d|1|0\.99\d?) % too large; a correct kernel stays "
+    )
     assert re.match(found, first), first
 
 
@@ -143,7 +147,7 @@ def test_what_is_added_everywhere_is_a_mean():
     found = compare_moe(output.to(torch.bfloat16), problem, diagnose=False)
     (worst,) = [a for a in found.aggregates if a.kind == "mean" and a.family == "output"]
     assert worst.found == pytest.approx(0.02, rel=0.02)
-    assert "% of the output's size above; a right kernel stays within" in str(worst)
+    assert "% of the output's size; a correct kernel stays within" in str(worst)
 
 
 def test_tokens_keep_their_numbers_beside_one_that_is_nan():

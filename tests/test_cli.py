@@ -55,7 +55,7 @@ def test_explain_says_what_to_pass(capsys):
     text = capsys.readouterr().out
     assert "gemm1_alpha=1.702 (float32[local_num_experts])" in text
     assert "gemm1_bias=float32[local_num_experts, 5760]" in text
-    assert "  same     also Renormalize()" in text
+    assert "  exact    other calls: Renormalize()" in text
 
 
 def test_explain_as_json_says_what_is_assumed_and_what_to_pass(tmp_path, capsys):

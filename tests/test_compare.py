@@ -158,7 +158,7 @@ def test_a_mask_gives_no_right_to_experts_below_it():
     for ids, ok in (([0, 2], True), ([0, 3], True), ([0, 1], False), ([2, 3], False)):
         assert compare_routing(torch.tensor([ids]), None, logits, recipe).ok == ok
     text = compare_routing(torch.tensor([[0, 1]]), None, logits, recipe).message()
-    assert "1 is chosen over 2, whose key is 1 higher" in text
+    assert "1 is chosen over 2, whose selection score is 1 higher" in text
 
 
 @pytest.mark.parametrize("pattern", ["ties-at-k", "saturated", "ties-at-groups"])

@@ -27,31 +27,33 @@ EIGHT = Recipe(top_k=3, score="identity", n_group=4, topk_group=2, group_score="
             [3, 0, 2, 2],
             [0],
             "experts [0] instead of [2]",
-            "experts 0 lie in group 0, which is not kept: kept are 1 (scores 4), group 0 has 3; "
-            "their keys are higher, which counts in kept groups alone",
+            "experts 0 lie in group 0, which is not kept; the kept group is 1 (scores 4), and group 0 has "
+            "3; their selection scores are higher, but count only within kept groups",
         ),
         (
             TWO_GROUPS,
             [-2, -2, -3, -9],
             [2],
             "experts [2] instead of [0]",
-            "experts 2 lie in group 1, which is not kept: kept are 0 (scores -4), group 1 has -12",
+            "experts 2 lie in group 1, which is not kept; the kept group is 0 (scores -4), and group 1 has "
+            "-12",
         ),
         (
             EIGHT,
             [3, 4, 1, 8, 5, 0, 9, 2],
             [6, 0, 4],
             "experts [0, 4] instead of [3, 7]",
-            "experts 0 4 lie in groups 0 2, which are not kept: kept are 1 3 (scores 8 9), "
-            "groups 0 2 have 4 5; their keys are higher, which counts in kept groups alone",
+            "experts 0 4 lie in groups 0 2, which are not kept; the kept groups are 1 3 (scores 8 9), and "
+            "groups 0 2 have 4 5; their selection scores are higher, but count only within kept "
+            "groups",
         ),
         (
             TWO_GROUPS,
             [1, 2, 2, 1],
             [2],
             "experts [2] instead of [1]",
-            "experts 2 lie in group 1, which is not kept: kept are 0 (scores 3), group 1 has 3; "
-            "0 and 1 are scored by the same inputs: the lower must win",
+            "experts 2 lie in group 1, which is not kept; the kept group is 0 (scores 3), and group 1 has "
+            "3; groups 0 and 1 have the same inputs: the lower index must win",
         ),
         (
             Recipe(top_k=2, score="identity"),
@@ -72,7 +74,7 @@ EIGHT = Recipe(top_k=3, score="identity", n_group=4, topk_group=2, group_score="
             [0, 0.5, 1, 0],
             [1],
             "experts [1] instead of [2]",
-            "1 is chosen over 2, whose key is 0.109 higher; errors explain 3e-06",
+            "1 is chosen over 2, whose selection score is 0.109 higher; rounding explains at most 3e-06",
         ),
     ],
 )

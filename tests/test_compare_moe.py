@@ -183,7 +183,7 @@ def test_a_message_says_what_where_and_why():
         assert_moe(output, problem)
     text = str(error.value)
     assert text.startswith("6/6 tokens are wrong: ")
-    assert "/768 elements lie beyond their budget, up to " in text
+    assert "/768 elements exceed their error budget, by a factor of up to " in text
     assert "diagnosis  the routed scaling factor is missing" in text
     assert "token 0, element " in text
     first = ", ".join(map(str, problem.routing.topk_ids[0].tolist()))

@@ -90,5 +90,5 @@ def test_a_run_with_a_renamed_name_is_red(drilled, way, pytester, monkeypatch):
         result = pytester.runpytest_subprocess(*options, *chosen)
     assert result.ret == 1
     result.stdout.fnmatch_lines(
-        ["moe-routing: * questions have no answer, although this release*", f"*{key}*"]
+        ["moe-routing: * not judged, although this framework release*", f"*{key}*"]
     )

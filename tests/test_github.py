@@ -61,7 +61,7 @@ def test_a_job_gets_annotations_and_a_summary(host, actions):
     result.stdout.fnmatch_lines(["::error title=deepseek-r1 on nvfp4*wrong::*"])
     text = actions.read_text()
     assert text.startswith("before\n# MoE routing\n")
-    assert "## 1 cause fails" in text
+    assert "## 1 cause of failure" in text
     host.runpytest_subprocess("test_host.py")
     assert actions.read_text() == text
 

@@ -42,7 +42,7 @@ def test_a_gpu_job_that_ran_nothing_fails_if_required(host, option, workers):
     result.stdout.fnmatch_lines(
         [
             "6 skipped: no NVIDIA driver: *",
-            f"moe-routing: {option}, but no GPU tests ran; 6 were skipped",
+            f"moe-routing: {option}: 0 GPU tests ran, expected at least *; 6 were skipped",
         ]
     )
 
@@ -50,7 +50,9 @@ def test_a_gpu_job_that_ran_nothing_fails_if_required(host, option, workers):
 def test_a_gpu_job_that_selected_nothing_fails_if_required(host):
     result = host.runpytest_subprocess("--moe-golden", "-k", "nothing", "--moe-require-gpu")
     assert result.ret == 1
-    result.stdout.fnmatch_lines(["moe-routing: *, but no GPU tests ran; 0 were skipped"])
+    result.stdout.fnmatch_lines(
+        ["moe-routing: *: 0 GPU tests ran, expected at least 1; 0 were skipped"]
+    )
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["serial", "n2"])
@@ -58,7 +60,7 @@ def test_simulated_kernels_run_gpu_tests_and_are_no_gpu(host, workers):
     args = ("--moe-golden", "-m", "gpu", *SHARD, "--moe-kernels", "simulator", *workers)
     result = host.runpytest_subprocess(*args, "--moe-require-gpu")
     assert result.ret == 1
-    result.stdout.fnmatch_lines(["*--moe-require-gpu, but no GPU tests ran*", "* 6 passed*"])
+    result.stdout.fnmatch_lines(["*--moe-require-gpu: 0 GPU tests ran*", "* 6 passed*"])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_a_minimum_of_gpu_tests(host, wanted, ran):
     result = host.runpytest_subprocess("-n", "2")
     result.assert_outcomes(passed=8, skipped=1)
     assert result.ret == (0 if ran else 1)
-    message = "moe-routing: --moe-min-gpu-tests 9, but 8 GPU tests ran; 1 were skipped"
+    message = "--moe-min-gpu-tests 9: 8 GPU tests ran, expected at least 9; 1 were skipped"
     assert (message in result.stdout.str()) is not ran
 
 

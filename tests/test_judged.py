@@ -40,7 +40,7 @@ def test_a_framework_that_is_not_judged_is_red(pytester, empty_vllm, xdist):
     result.assert_outcomes(skipped=2)
     result.stdout.fnmatch_lines(
         [
-            "moe-routing: 2 questions have no answer, although this release * fails the run; "
+            "moe-routing: 2 cases are not judged, although this framework release* fails the run; "
             "--moe-min-verdicts 0 accepts it",
             "  test_verdict[[]deepseek-r1-*: vllm 99.0: not judged: vLLM 99.0 has no "
             "vllm.model_executor.layers.fused_moe.config:RoutingMethodType *contract row 'methods'*",
@@ -90,7 +90,7 @@ def test_a_number_of_verdicts(pytester, wanted, ret):
     result = pytester.runpytest_subprocess(*RUN, "--moe-min-verdicts", wanted)
     assert result.ret == ret
     if ret:
-        message = f"moe-routing: --moe-min-verdicts {wanted}, but 2 verdicts were given"
+        message = f"moe-routing: --moe-min-verdicts: found 2 verdicts, expected at least {wanted}"
         result.stdout.fnmatch_lines([message])
 
 
@@ -99,7 +99,9 @@ def test_a_number_takes_the_place_of_what_is_known(pytester, empty_vllm):
     assert pytester.runpytest_subprocess(*RUN, *target, "--moe-min-verdicts", "0").ret == 0
     result = pytester.runpytest_subprocess(*RUN, *target, "--moe-min-verdicts", "1")
     assert result.ret == 1
-    result.stdout.fnmatch_lines(["moe-routing: --moe-min-verdicts 1, but no verdicts were given"])
+    result.stdout.fnmatch_lines(
+        ["moe-routing: --moe-min-verdicts: found 0 verdicts, expected at least 1"]
+    )
 
 
 def test_no_number(pytester):

@@ -109,20 +109,20 @@ class Report:
 NUMBERS = r"[-\d.e]+(?: [-\d.e]+)*"
 EXPERTS = (
     r"experts \[.+\] instead of \[.+\]\n"
-    rf" +because experts {NUMBERS} lie in groups? {NUMBERS}, which (?:is|are) not kept: "
-    rf"kept are {NUMBERS} \(scores {NUMBERS}\), groups? {NUMBERS} (?:has|have) {NUMBERS}"
+    rf" +because experts {NUMBERS} lie in groups? {NUMBERS}, which (?:is|are) not kept; "
+    rf"the kept groups? (?:is|are) {NUMBERS} \(scores {NUMBERS}\), and groups? {NUMBERS} (?:has|have) {NUMBERS}"
 )
-HIGHER = "; their keys are higher, which counts in kept groups alone"
+HIGHER = "; their selection scores are higher, but count only within kept groups"
 WEIGHT = r"expert \d+ weighs \S+, allowed \d\S* to \d\S*"
 
 #: All that remains has negative keys, so 0 wins.
 MASK_ZERO = Fault(
-    mistakes.MASKED_WITH_0, {"bias-below-minus-1"}, says(EXPERTS, "key", wanted=r"-\S+")
+    mistakes.MASKED_WITH_0, {"bias-below-minus-1"}, says(EXPERTS, "selection score", wanted=r"-\S+")
 )
 MAX = Fault(
     mistakes.RANKED_BY_MAX_AND_MASKED,
     {*BIAS, "near-ties"},
-    says(f"{EXPERTS}({HIGHER})?", "key"),
+    says(f"{EXPERTS}({HIGHER})?", "selection score"),
     also=(mistakes.RANKED_BY_MAX.name,),
 )
 BIASED = Fault(mistakes.BIASED_WEIGHTS, {*BIAS, "below-minus-100"}, says(WEIGHT, "weight"))

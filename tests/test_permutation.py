@@ -116,7 +116,7 @@ NOT_BACK = "the permuted buffer does not lead back to the slots' own tokens"
 @pytest.mark.parametrize(
     ("broken", "alike", "problems"),
     [
-        (one_slot_lost, ONE_TOKEN, ["1 slots are local that should not be, or the reverse"]),
+        (one_slot_lost, ONE_TOKEN, ["1 slots are local and should not be, or the reverse"]),
         (one_shared_row, ONE_EXPERT, [SHARED, NOT_BACK]),
         (one_shared_row, ONE_TOKEN, [SHARED, "1 slots lie in another expert's segment"]),
         # Both rows lead back to the token, but the experts' weights would meet each other's rows.

@@ -103,7 +103,7 @@ def test_ini_twins(host):
     )
     result = host.runpytest_subprocess("-m", "not gpu")
     result.stdout.fnmatch_lines(
-        ["moe-routing: *FlashInfer 0.6.12 (as asked for), 2 models*", "2 exact; *"]
+        ["moe-routing: *FlashInfer 0.6.12 (as requested), 2 models*", "2 exact; *"]
     )
 
 

@@ -197,7 +197,7 @@ def test_markdown_fits_a_comment_and_says_what_does_not(verdicts):
     many = [replace(verdicts[0], model=f"model-{n}", site=f"site-{n}") for n in range(200)]
     text = files.markdown.page(many)
     assert len(text) < 65_536
-    assert "## 200 causes fail" in text
+    assert "## 200 causes of failure" in text
     assert re.search(r"\n\d+ more parts do not fit here; `--moe-report FILE.html` has them", text)
     assert text.count("<details>") == text.count("</details>")
     assert "do not fit" not in files.markdown.page(many[:3])
@@ -320,5 +320,7 @@ def test_a_report_that_cannot_be_written_fails_the_run(host):
     for disaster, args in [("raise KeyboardInterrupt", ()), ("assert 0", ("-x",))]:
         host.makeconftest(f"def pytest_runtest_call(item): {disaster}")
         result = host.runpytest_subprocess(*passing, "--moe-report", "r.md", *args)
-        result.stdout.fnmatch_lines(["moe-routing: report */r.md: not written: the run broke off"])
+        result.stdout.fnmatch_lines(
+            ["moe-routing: report */r.md: not written, because the run stopped early"]
+        )
         assert not (host.path / "r.md").exists()

@@ -54,10 +54,12 @@ class Aggregate:
 
     def __str__(self) -> str:
         percent = f"{abs(100 * self.found):.3g} %"
-        limit = f"a right kernel stays within {100 * self.bound:.2g} %"
+        limit = f"a correct kernel stays within {100 * self.bound:.2g} %"
         if self.kind == "mean":
-            side = "above" if self.found > 0 else "below"
-            return f"the mean of {self.name} is {percent} of the output's size {side}; {limit}"
+            side = "high" if self.found > 0 else "low"
+            return (
+                f"the mean of {self.name} is too {side} by {percent} of the output's size; {limit}"
+            )
         return f"{self.name}: {percent} too {'large' if self.found > 0 else 'small'}; {limit}"
 
 

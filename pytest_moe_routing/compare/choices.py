@@ -56,8 +56,8 @@ def _others(keys: Tensor, own: Tensor, recipe: Recipe, error: float) -> list[Ten
     ambiguous = _ambiguous(keys, recipe, error)
     if len(ambiguous) > _MOST:
         raise RecipeError(
-            f"keys: found {len(ambiguous)} experts of one token within {error:g} of the limit, "
-            f"expected at most {_MOST}"
+            f"selection scores: found {len(ambiguous)} experts of one token within "
+            f"{error:g} of the threshold, expected at most {_MOST}"
         )
     signs = torch.tensor(list(product((-1.0, 1.0), repeat=len(ambiguous))), dtype=keys.dtype)
     moved = keys.repeat(len(signs), 1)

@@ -59,8 +59,8 @@ def wrong_experts(rows: Rows, token: int, ids: Tensor, beaten: Beaten) -> Differ
     return Difference(
         token,
         f"experts {extra} instead of {lacking}",
-        _show(wanted, keys[wanted], "key"),
-        _show(got, keys[got], "key"),
+        _show(wanted, keys[wanted], "selection score"),
+        _show(got, keys[got], "selection score"),
         beaten.excess,
         because,
     )
@@ -74,8 +74,8 @@ def _beaten(rows: Rows, token: int, beaten: Beaten) -> str:
             f"{expert} is chosen over {better}, which has the same {what}: the lower index must win"
         )
     return (
-        f"{expert} is chosen over {better}, whose key is {beaten.gap:.3g} higher; "
-        f"errors explain {max(beaten.gap - beaten.excess, 0.0):.1g}"
+        f"{expert} is chosen over {better}, whose selection score is {beaten.gap:.3g} higher; "
+        f"rounding explains at most {max(beaten.gap - beaten.excess, 0.0):.1g}"
     )
 
 
@@ -87,17 +87,18 @@ def _beyond_groups(rows: Rows, token: int, extra: list[int], lacking: list[int])
     astray = [e for e in extra if e // size not in kept]
     away = sorted({e // size for e in astray})
     group, are, have = ("groups", "are", "have") if len(away) > 1 else ("group", "is", "has")
+    those = "groups are" if len(kept) > 1 else "group is"
     text = (
-        f"experts {_list(astray)} lie in {group} {_list(away)}, which {are} not kept: "
-        f"kept are {_list(kept)} (scores {_list(scores[0, kept])}), "
+        f"experts {_list(astray)} lie in {group} {_list(away)}, which {are} not kept; the kept "
+        f"{those} {_list(kept)} (scores {_list(scores[0, kept])}), and "
         f"{group} {_list(away)} {have} {_list(scores[0, away])}"
     )
     made_of = rows.group_inputs(token)
     ties = [(k, g) for g in away for k in kept if k < g and made_of[k] == made_of[g]]
     if ties:
-        text += "; {} and {} are scored by the same inputs: the lower must win".format(*ties[0])
+        text += "; groups {} and {} have the same inputs: the lower index must win".format(*ties[0])
     elif keys[astray].max() - keys[lacking].min() > 2 * rows.errors[token].max():
-        text += "; their keys are higher, which counts in kept groups alone"
+        text += "; their selection scores are higher, but count only within kept groups"
     return text
 
 

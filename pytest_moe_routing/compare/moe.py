@@ -85,10 +85,12 @@ class MoEComparison:
         tokens, hidden = self.shape
         lines = [
             f"{self.wrong_tokens}/{tokens} tokens are wrong: {self.wrong_elements}/"
-            f"{tokens * hidden} elements lie beyond their budget, up to {self.use:.3g} times"
+            f"{tokens * hidden} elements exceed their error budget, by a factor of up to "
+            f"{self.use:.3g}"
             if self.wrong_tokens
-            else f"{tokens} tokens are wrong together: every element lies within its budget, but "
-            f"aggregates lie beyond their bounds, up to {self.aggregates[0].use:.3g} times"
+            else f"the output of {tokens} tokens is wrong as a whole: every element lies within "
+            "its budget, but aggregates exceed their bounds, by a factor of up to "
+            f"{self.aggregates[0].use:.3g}"
             if self.aggregates
             else f"{tokens} tokens are right",
             f"  budget     median {100 * self.tightness:.2g} % of the output's size; "

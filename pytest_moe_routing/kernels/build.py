@@ -84,10 +84,12 @@ def one_at_a_time(path: Path, what: str, stderr: int) -> Iterator[None]:
             now = time.monotonic()
             holder = f"{path}, held by {path.read_text() or 'another process'}"
             if now - started > PATIENCE:
-                raise MoERoutingError(f"waited {PATIENCE:.0f} s to build {what}: {holder}")
+                raise MoERoutingError(
+                    f"waited {PATIENCE:.0f} s to build {what}: the build lock is {holder}"
+                )
             if now - said > SAY_EVERY:
                 said = now
-                text = f"moe-routing: {worker} waits to build {what}: {holder}\n"
+                text = f"moe-routing: {worker} waits to build {what}: the build lock is {holder}\n"
                 os.write(stderr, text.encode())
             time.sleep(0.2)
         lock.truncate(0)

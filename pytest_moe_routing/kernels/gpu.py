@@ -104,11 +104,14 @@ def find_gpu() -> Gpu:
         return Gpu(f"{name}: flashinfer-python is not installed")
     flashinfer = FlashInfer.of(release)
     if not flashinfer.has(NEEDS_FLASHINFER):
-        return Gpu(f"{name}: trtllm_gen_routing needs FlashInfer {NEEDS_FLASHINFER}, not {release}")
+        return Gpu(
+            f"{name}: trtllm_gen_routing needs FlashInfer {NEEDS_FLASHINFER} or newer, found "
+            f"{release}"
+        )
     devices = (*flashinfer.devices, HOPPER)
     if major not in devices:
         majors = ", ".join(f"{m}.x" for m in sorted(devices))
-        return Gpu(f"{name}: compute capability {major}.{minor}, but routing kernels want {majors}")
+        return Gpu(f"{name}: compute capability {major}.{minor}, but routing kernels need {majors}")
     uuid = getattr(torch.cuda.get_device_properties(0), "uuid", "")
     return Gpu("", name, (major, minor), f"GPU-{uuid}" if uuid else "", _driver())
 

@@ -107,14 +107,14 @@ def load_kernels(name: str) -> RouterKernels:
             return adapter
     known = ", ".join(kernel_names())
     raise MoERoutingError(
-        f"unknown kernels {registered!r}; kernels: {known}, each with @PATH or not"
+        f"unknown kernels {registered!r}; kernels: {known}, each optionally with @PATH"
     )
 
 
 def find_kernels(name: str) -> RouterKernels | str:
     """Load the adapter of this name on a GPU, or return why there is none here."""
     if name.partition("@")[0] not in kernel_names():
-        return f"--moe-kernels names no compiled routers ({', '.join(kernel_names())})"
+        return f"compiled routers need --moe-kernels {' or '.join(kernel_names())}"
     import torch
 
     if not torch.cuda.is_available():

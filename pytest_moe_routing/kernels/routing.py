@@ -78,7 +78,7 @@ def launch(
     arguments["routing_method"] = fused_moe.RoutingMethodType[call.method]
     operator = getattr(fused_moe, "trtllm_gen_routing", None)
     if operator is None:
-        raise Unsupported(f"trtllm_gen_routing needs FlashInfer {NEEDS_FLASHINFER}")
+        raise Unsupported(f"trtllm_gen_routing needs FlashInfer {NEEDS_FLASHINFER} or newer")
     takes = inspect.signature(operator).parameters
     unknown = [name for name in arguments if name not in takes]
     if unknown:

@@ -101,4 +101,6 @@ def reading_of(router: Router, config: RouterConfig) -> Mapping[str, Any]:
             wanted.topk_weights.gather(1, order), weights, rtol=_TOLERANCE, atol=1e-7
         ):
             return changes
-    raise Unsupported("it computes something else than the config, with no change known here")
+    raise Unsupported(
+        "its router computes neither what the config states nor any known variation of it"
+    )

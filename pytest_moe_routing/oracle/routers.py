@@ -262,12 +262,13 @@ class Cause:
         subjects = ", ".join(dict.fromkeys(run.subject for run in self.runs))
         head = {
             "crash": "fails",
-            "structure": "gives experts that do not exist or repeat, or a slot that is another's",
-            "output": "returns what its consumer does not take",
+            "structure": "returns experts that do not exist or repeat, or a wrong "
+            "shared-expert slot",
+            "output": "returns a dtype or layout that its consumer does not accept",
         }
         what = head.get(self.kind, f"{self.kind} differ from the model's router")
         if self.kind == PRECISION:
-            what = "chooses or weighs in bfloat16 what the model has in float32"
+            what = "selects experts or computes weights in bfloat16 where the model uses float32"
         return [
             f"{self.function} ({ways}): {what}",
             *([f"  because  {self.first.cause}"] if self.first.cause else []),

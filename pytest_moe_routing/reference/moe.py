@@ -267,7 +267,7 @@ def moe(
         shard: The experts of this rank; slots of other experts add nothing. Default: all.
         dtype: Accumulate in float32, or in float64 for the exact result.
         output_dtype: What the sum over experts is rounded to.
-        progress: Say on stderr how far it is; default: on a terminal, when it takes long.
+        progress: Report progress on stderr; default: on a terminal, if it takes long.
 
     Raises:
         LayerError: Shapes, formats or ids do not fit together.

@@ -88,7 +88,7 @@ def check_permutation(got: Permutation, topk_ids: Tensor, wanted: Permutation) -
     local = wanted.expanded_idx_to_permuted_idx >= 0
     if not torch.equal(rows >= 0, local):
         wrong = int(((rows >= 0) != local).sum())
-        problems.append(f"{wrong} slots are local that should not be, or the reverse")
+        problems.append(f"{wrong} slots are local and should not be, or the reverse")
         return problems
     used = rows[local]
     if used.numel() != used.unique().numel():

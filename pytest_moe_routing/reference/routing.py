@@ -22,7 +22,7 @@ class Routing:
     """The routing of a batch of tokens.
 
     Attributes:
-        topk_ids: int64 `[num_tokens, top_k]`, distinct in each row, best choosing score first.
+        topk_ids: int64 `[num_tokens, top_k]`, distinct in each row, best selection score first.
         topk_weights: `[num_tokens, top_k]` in the computing dtype, weight of each of `topk_ids`.
     """
 
@@ -57,7 +57,7 @@ def route(
         bias: `e_score_correction_bias` `[num_experts]`; required exactly when `recipe.bias`.
         dtype: float32, or float64 for an exact answer to rounding questions.
 
-    Not finite logits have a defined result, always with distinct expert indices in range: NaN
+    Non-finite logits have a defined result, always with distinct expert indices in range: NaN
     counts as the largest score (so NaN experts are chosen first, as by the kernels' sigmoid and
     softmax methods); +inf and -inf are ordinary extremes; where every remaining score is -inf, or
     all scores are equal, the lowest indices are chosen. Weights follow IEEE arithmetic.

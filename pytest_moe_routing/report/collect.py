@@ -149,7 +149,7 @@ class Reporter:
         ended = session.exitstatus in (*_PASSED, pytest.ExitCode.TESTS_FAILED)
         if not ended or session.shouldfail or session.shouldstop:
             self.problems = [
-                f"report {path}: not written: the run broke off" for path in self.paths
+                f"report {path}: not written, because the run stopped early" for path in self.paths
             ]
             return False
         if self.paths:

@@ -119,7 +119,7 @@ def _model(target: Target, model: ModelSpec) -> Iterator[str]:
         yield f"  decided  not judged: {reason}"
     yield f"  judged   by {target} against {target.flashinfer}"
     if find_spec("torch") is None:
-        yield "  note     without torch, wrong verdicts come without a token to check by hand"
+        yield "  note     install torch to see a token that proves each wrong verdict"
 
 
 def _unserved(model: ModelSpec) -> Iterator[str]:
@@ -143,7 +143,7 @@ def _name(record: VerdictRecord) -> str:
 def _overview(records: Sequence[VerdictRecord]) -> list[str]:
     """Return a row for each scheme: can it run, is it exact, as what."""
     runs = {Verdict.EXACT: "yes", Verdict.WRONG: "yes"}
-    table = [["scheme", "runs", "verdict", "method", "who can meet it"]]
+    table = [["scheme", "runs", "verdict", "method", "who is affected"]]
     for record in records:
         answer = runs.get(record.verdict, "no") if record.verdict.is_given else "unknown"
         table.append(
@@ -175,7 +175,7 @@ def _why(target: Target, model: ModelSpec, record: VerdictRecord) -> Iterator[st
     calls = exact_calls(model, record.scheme, target.flashinfer)
     others = [str(c) for c in calls if record.call and c.method != record.call["method"]]
     if others:
-        yield f"  same     also {', '.join(others)}"
+        yield f"  exact    other calls: {', '.join(others)}"
     yield from _gates(record)
     if not calls and record.verdict is Verdict.FALLBACK:
         alone = same_calls(model.router, record.scheme, target.flashinfer)

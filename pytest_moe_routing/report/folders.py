@@ -56,7 +56,7 @@ def _check(file: Path) -> Folder:
     try:
         model = load_any(file)
         if isinstance(model, IncompleteModel):
-            return Folder(folder.name, note=f"known in part, and not judged: {model.incomplete}")
+            return Folder(folder.name, note=f"incomplete, and not judged: {model.incomplete}")
         wanted = {f"{name}{goldens.SUFFIX}" for name in goldens.names_of(model)}
         present = {path.name for path in folder.glob(f"*{goldens.SUFFIX}")}
         for path in sorted(folder.glob(f"*{goldens.SUFFIX}")):

@@ -110,8 +110,8 @@ class GpuReporter:
         if self.ran < self.wanted:
             skipped = sum(test.outcome == "skipped" for test in self.tests.values())
             terminalreporter.write_line(
-                f"moe-routing: {self.option}, but {self.ran or 'no'} GPU tests ran; "
-                f"{skipped} were skipped",
+                f"moe-routing: {self.option}: {self.ran} GPU tests ran, expected at least "
+                f"{self.wanted}; {skipped} were skipped",
                 red=True,
             )
 

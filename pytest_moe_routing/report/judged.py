@@ -118,8 +118,8 @@ class JudgedReporter:
     def _lines(self) -> Iterator[str]:
         if self.wanted is not None:
             yield (
-                f"moe-routing: --moe-min-verdicts {self.wanted}, but "
-                f"{len(self.verdicts) or 'no'} verdicts were given"
+                f"moe-routing: --moe-min-verdicts: found {len(self.verdicts)} verdicts, expected "
+                f"at least {self.wanted}"
             )
             return
         accept = "this fails the run; --moe-min-verdicts 0 accepts it"
@@ -128,10 +128,10 @@ class JudgedReporter:
             are = "1 case is" if count == 1 else f"{count} cases are"
             yield f"moe-routing: no verdict was given, {are} not judged: {accept}"
             return
-        what = "1 question has" if len(self.missing) == 1 else f"{len(self.missing)} questions have"
+        what = "1 case is" if len(self.missing) == 1 else f"{len(self.missing)} cases are"
         yield (
-            f"moe-routing: {what} no answer, although this release of the framework, or the newest "
-            f"known one before it, is known to answer: {accept}"
+            f"moe-routing: {what} not judged, although this framework release, or the newest known "
+            f"release before it, is known to answer: {accept}"
         )
         reasons: dict[str, list[str]] = {}
         for asked in self.missing.values():

@@ -32,7 +32,8 @@ class LedgerWriter:
     def __init__(self, session: MoESession, path: Path) -> None:
         if path.exists():
             raise MoERoutingError(
-                f"--moe-write-known-failures: {path} already exists; delete it first to write it"
+                f"--moe-write-known-failures: {path} already exists; delete it, or "
+                "name another file"
             )
         self.session = session
         self.path = path.absolute()

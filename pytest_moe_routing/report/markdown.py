@@ -53,7 +53,7 @@ def _blocks(records: Sequence[Record]) -> Iterator[list[str]]:
     ]
     found = groups.failed(records)
     if found:
-        yield [f"## {len(found)} causes fail" if len(found) > 1 else "## 1 cause fails"]
+        yield [f"## {len(found)} causes of failure" if len(found) > 1 else "## 1 cause of failure"]
     for group in found:
         others = [f"  also     {', '.join(group.others)}"] if group.others else []
         yield [*_folded(group.title, [*group.lines, *others]), *_known(group.first)]

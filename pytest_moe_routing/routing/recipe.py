@@ -44,7 +44,7 @@ class Recipe:
     """What is computed for each token, from its router logits.
 
     Attributes:
-        top_k: Experts per token: the largest choosing scores, ties to the lower expert index.
+        top_k: Experts per token: the largest selection scores, ties to the lower expert index.
         score: Applied to the logits of all experts, to choose by.
         weigh_by: Score gathered at the chosen experts as their weight; defaults to `score`.
             Llama4 chooses by `identity` and weighs by `sigmoid`. `selection` weighs by the score
@@ -52,8 +52,8 @@ class Recipe:
         bias: An `e_score_correction_bias` is added to the score, for choosing only.
         n_group, topk_group: Experts lie in `n_group` equal groups; all but the best `topk_group`
             are excluded.
-        group_score: A group's rank: the sum of its two best choosing scores, or the best one.
-        mask: Choosing score given to the experts of excluded groups, at most 0. Any number but
+        group_score: A group's rank: the sum of its two best selection scores, or the best one.
+        mask: Selection score given to the experts of excluded groups, at most 0. Any number but
             -inf lets them win over kept experts whose biased score is lower.
         normalize: `sum` divides the weights by their sum plus `epsilon`; `softmax` is taken over
             the chosen weights.
@@ -153,7 +153,7 @@ class Recipe:
 
 @lru_cache(maxsize=1 << 16)
 def recipe_of(router: RouterConfig) -> Recipe:
-    """Return the recipe that a model's router is.
+    """Return the recipe that a model's router computes.
 
     A softmax taken after top-k is the same as one taken over all experts and divided by the sum
     of the chosen; it is written as the former, which needs no sum over experts.

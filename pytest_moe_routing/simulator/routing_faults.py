@@ -153,7 +153,8 @@ ROUTING_FAULTS = (
         "nan-beyond",
         Stage.ROUTE,
         _nan_beyond,
-        "a token of bfloat16 NaN gets experts that do not exist, below the compiled tier",
+        "a token whose bfloat16 logits are NaN gets experts that do not exist, below the "
+        "compiled tier",
         "flashinfer 0.7.2.post1, docs/findings.md",
         "test_gpu_routing.py::test_model[gpt-oss-20b-not-finite-bfloat16-float32]",
     ),
@@ -243,7 +244,7 @@ ROUTING_FAULTS = (
         "missing-tier",
         Stage.LAUNCHED,
         _no_tier,
-        "no compiled tier is large enough, a warning, and buffers are left unwritten",
+        "no compiled tier is large enough: a warning is printed, and buffers are left unwritten",
         "flashinfer 0.6.8 to 0.6.15",
         "test_gpu_routing.py::test_model[nemotron-3-super-plain-float32-float32]",
     ),

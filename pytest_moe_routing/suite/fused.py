@@ -207,7 +207,7 @@ class Fused:
         from pytest_moe_routing.kernels.fused import launch_fused
 
         if self.sizes:
-            return ["no diagnosis of a layer in its full size: the known faults would take hours"]
+            return ["no diagnosis at full size: simulating the known faults would take hours"]
         given = {name: _on_cpu(value) for name, value in arguments.items()}
 
         def run(fused_moe: Any) -> Tensor:
@@ -330,7 +330,7 @@ class Fused:
 
         self.expect(compared.ok, tokens, compared.message, why)
         labelled = found.weights.dtype == torch.bfloat16
-        self.expect(labelled, tokens, lambda: f"weights are labelled {found.weights.dtype}", why)
+        self.expect(labelled, tokens, lambda: f"topk_weights have dtype {found.weights.dtype}", why)
 
     def check_sum(self, one: Tensor, other: Tensor, found: Rows, what: str, why: Explain) -> None:
         """Two sums of the same rows: each row and the result may be off by a step of bfloat16."""
@@ -342,7 +342,9 @@ class Fused:
         self.expect(
             worst <= 1e-30,
             len(one),
-            lambda: f"the output differs from {what}, by up to {worst:.3g} more than rounding does",
+            lambda: (
+                f"the output differs from {what} by up to {worst:.3g} more than rounding explains"
+            ),
             why,
         )
 

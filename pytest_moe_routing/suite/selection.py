@@ -49,11 +49,11 @@ def left_out(
     """
     fixtures = getattr(item, "fixturenames", ())
     if session.is_builtin and "_moe_framework" in fixtures:
-        return "about frameworks (--moe-target)"
+        return "framework tests (--moe-target)"
     if not session.is_builtin and "_moe_golden" in fixtures:
-        return "goldens of the builtin target"
+        return "golden tests of the builtin target"
     if not full_scale and "_moe_full_scale" in fixtures:
-        return "at full scale (--moe-scale full)"
+        return "full-scale tests (--moe-scale full)"
     if item.path.parent != SUITE:
         return ""
     name = item.name.partition("[")[0]
@@ -64,7 +64,7 @@ def left_out(
     about_some = bool(session.model_patterns or session.configs)
     sweeps = item.get_closest_marker("sweep") is not None
     if sweeps and about_some and not (by_name or "sweep" in asked):
-        return "about routers of no model (-m sweep)"
+        return "config sweep tests (-m sweep)"
     return ""
 
 

@@ -43,7 +43,9 @@ def check(
         found = sweep(cached_target, moe_scheme, models)
         _moe_property("moe_unanswered", dict(found.unanswered))
         if not found.verdicts:
-            nothing = [("no call of the config sweep is stopped by such a gate alone", 0)]
+            nothing = [
+                ("no call of the config sweep is stopped only by a gate for the routing method", 0)
+            ]
             raise Unsupported((found.unanswered.most_common(1) or nothing)[0][0])
     failures = [f for cause in found.causes for f in of_sweep(cause, behind_gates=behind_gates)]
     fail(_moe_property, failures)

@@ -295,7 +295,10 @@ def test_expert_parallel_shard(
         )
         problems = misplaced(got, whole.topk_ids, wanted)
         if not torch.equal(got.topk_ids, torch.where(is_local, whole.topk_ids, -1)):
-            problems.append("experts are not those of the whole that are local")
+            problems.append(
+                "topk_ids are not the local experts of the unsharded routing, with -1 for the "
+                "other slots"
+            )
         if not torch.equal(got.topk_weights, whole.topk_weights):
-            problems.append("weights are not those of the whole")
+            problems.append("topk_weights differ from those of the unsharded routing")
         routed.expect(num_tokens, problems, got, **how)

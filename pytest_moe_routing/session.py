@@ -19,7 +19,7 @@ from pytest_moe_routing.errors import MoERoutingError, Unsupported
 
 if TYPE_CHECKING:
     from pytest_moe_routing.flashinfer import FlashInfer
-    from pytest_moe_routing.kernels.routers import RouterKernels
+    from pytest_moe_routing.kernels.process import RouterProcess
     from pytest_moe_routing.ledger import KnownFailure
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
@@ -223,11 +223,11 @@ class MoESession:
         return target
 
     @cached_property
-    def router_kernels(self) -> RouterKernels | str:
+    def router_kernels(self) -> RouterProcess | str:
         """The compiled routers that `--moe-kernels` names, loaded now; or why there are none."""
-        from pytest_moe_routing.kernels.routers import find_kernels
+        from pytest_moe_routing.kernels import process
 
-        return find_kernels(self.kernels)
+        return process.find(self.kernels)
 
     @property
     def routers(self) -> tuple[str, ...]:

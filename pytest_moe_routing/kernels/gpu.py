@@ -65,6 +65,11 @@ def place_worker(environ: MutableMapping[str, str], count: int) -> None:
         environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker) % len(devices)]
 
 
+def device_count() -> int:
+    """Count the NVIDIA GPUs of this machine."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def share_cores() -> None:
     """Give an xdist worker its part of the cores: torch takes them all, and all workers then wait.
 
@@ -91,7 +96,7 @@ def find_gpu() -> Gpu:
     """Return the GPU of this process. Without a driver, torch is not imported."""
     if not has_driver():
         return Gpu("no NVIDIA driver: libcuda.so.1 is not there")
-    place_worker(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    place_worker(os.environ, device_count())
     import torch
 
     if not torch.cuda.is_available():

@@ -51,9 +51,14 @@ class RouterKernels:
 
     Raises:
         Unsupported: The library does not load here, with the reason.
+
+    Attributes:
+        name: The name under which it is registered.
+        device: Where tensors must lie.
     """
 
     name: ClassVar[str]
+    device: ClassVar[str] = "cuda"
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -62,9 +67,15 @@ class RouterKernels:
         return self.name if self.path is None else f"{self.name}@{self.path}"
 
     def environment(self) -> dict[str, Any]:
-        """Describe the GPU of this process and what runs on it, for reports."""
+        """Describe the GPU of this process and what runs on it, for reports.
+
+        Raises:
+            Unsupported: torch finds no GPU.
+        """
         import torch
 
+        if not torch.cuda.is_available():
+            raise Unsupported(f"torch {torch.__version__} finds no CUDA device")
         major, minor = torch.cuda.get_device_capability()
         return {
             "gpu": f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})",
@@ -109,20 +120,6 @@ def load_kernels(name: str) -> RouterKernels:
     raise MoERoutingError(
         f"unknown kernels {registered!r}; kernels: {known}, each optionally with @PATH"
     )
-
-
-def find_kernels(name: str) -> RouterKernels | str:
-    """Load the adapter of this name on a GPU, or return why there is none here."""
-    if name.partition("@")[0] not in kernel_names():
-        return f"compiled routers need --moe-kernels {' or '.join(kernel_names())}"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    try:
-        return load_kernels(name)
-    except Unsupported as reason:
-        return f"--moe-kernels {name}: not judged: {reason}"
 
 
 def load_library(path: Path | None, package: str, member: str, folder: Path) -> Path:

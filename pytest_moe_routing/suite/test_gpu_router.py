@@ -1,7 +1,7 @@
 """Compiled routers of vLLM and SGLang compute what they are for, on any NVIDIA GPU.
 
 `--moe-kernels vllm[@WHEEL]` or `sglang[@WHEEL]`: each kernel as its framework drives it, for every
-distinct router of the models.
+distinct router of the models. The kernels run in a process of their own.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_moe_routing.errors import TargetError
+from pytest_moe_routing.suite.skips import unsupported_is_skipped
+
 if TYPE_CHECKING:
-    from pytest_moe_routing.kernels.routers import RouterKernels
+    from pytest_moe_routing.kernels.process import RouterProcess
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.session import MoESession
 
@@ -30,67 +33,47 @@ PATTERNS = (
     "bias-below-minus-1",
     "narrow-bias",
 )
-#: On both sides of a warp, of a block and of the kernels' own switches.
-TOKENS = (1, 7, 64, 515)
+
+
+@pytest.fixture(scope="session")
+def _router_process(_moe_session: MoESession) -> Iterator[RouterProcess | str]:
+    """Return the process of the compiled routers, or why there is none; end it with the run."""
+    kernels = _moe_session.router_kernels
+    yield kernels
+    if not isinstance(kernels, str):
+        kernels.close()
 
 
 @pytest.fixture
 def router_kernels(
-    _moe_session: MoESession, record_property: Callable[[str, Any], None], _moe_stderr: int
-) -> Iterator[RouterKernels]:
+    _router_process: RouterProcess | str, record_property: Callable[[str, Any], None]
+) -> RouterProcess:
     """Return the compiled routers under test, or skip the test without an NVIDIA GPU."""
-    from pytest_moe_routing.kernels import gpu
-
-    kernels = _moe_session.router_kernels
-    if isinstance(kernels, str):
-        record_property("moe_gpu", {"missing": kernels})
-        pytest.skip(kernels)
-    record_property("moe_gpu", kernels.environment())
-    with gpu.guarded(_moe_stderr):
-        yield kernels
+    if isinstance(_router_process, str):
+        record_property("moe_gpu", {"missing": _router_process})
+        pytest.skip(_router_process)
+    record_property("moe_gpu", _router_process.environment)
+    return _router_process
 
 
 @pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_router_kernel(
-    router_kernels: RouterKernels, moe_model: ModelSpec, pattern: str, logits_dtype: str
+    router_kernels: RouterProcess, moe_model: ModelSpec, pattern: str, logits_dtype: str
 ) -> None:
     """Experts and weights are right; two calls give the same; every row is written."""
-    import torch
-
-    from pytest_moe_routing.compare import compare_routing
-    from pytest_moe_routing.logits import make_case
-
     router = moe_model.router
-    calls = [] if router.not_expressible else list(router_kernels.calls(router))
-    if not calls:
+    if router.not_expressible:
+        pytest.skip(f"no recipe computes the router: {router.not_expressible}")
+    message = ""
+    try:
+        with unsupported_is_skipped():
+            found = router_kernels.compare(router, pattern, logits_dtype)
+    except TargetError as error:
+        message = str(error)
+    if message:
+        pytest.fail(message, pytrace=False)
+    if not found["kernels"]:
         pytest.skip(f"{router_kernels.name} has no compiled kernel for this router")
-    problems = []
-    for call in calls:
-        case = make_case(
-            pattern, call.recipe, num_tokens=max(TOKENS), num_experts=router.num_experts
-        )
-        logits = case.logits.to(getattr(torch, logits_dtype))
-        bias = None if case.bias is None else case.bias.cuda()
-        for tokens in TOKENS:
-            some = logits[:tokens]
-            weights, ids = (x.cpu() for x in call.run(some.cuda(), bias))
-            found = compare_routing(
-                ids,
-                weights,
-                some,
-                call.recipe,
-                case.bias,
-                precision=call.precision,
-                lower_index=False,
-            )
-            if not found.ok:
-                problems.append(f"{call.kernel}, {tokens} tokens: {found.message()}")
-                break
-            again = [x.cpu() for x in call.run(some.cuda(), bias)]
-            if not (torch.equal(again[1], ids) and torch.equal(again[0], weights)):
-                problems.append(
-                    f"{call.kernel}, {tokens} tokens: a second call gives different results"
-                )
-    if problems:
-        pytest.fail("\n".join(problems), pytrace=False)
+    if found["problems"]:
+        pytest.fail("\n".join(found["problems"]), pytrace=False)

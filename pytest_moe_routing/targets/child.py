@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -66,7 +66,13 @@ class Request(NamedTuple):
 class Child:
     """A running child process, in a session, a home and an environment of its own."""
 
-    def __init__(self, command: tuple[str, ...], switches: tuple[str, ...], limits: Limits) -> None:
+    def __init__(
+        self,
+        command: tuple[str, ...],
+        switches: tuple[str, ...],
+        limits: Limits,
+        variables: Mapping[str, str],
+    ) -> None:
         self._limits = limits
         self._folder = Path(tempfile.mkdtemp(prefix="moe-routing-"))
         home = self._folder / HOME
@@ -85,7 +91,7 @@ class Child:
                 stderr=log,
                 bufsize=0,
                 cwd=home,
-                env=environment_of(home, switches),
+                env={**environment_of(home, switches), **variables},
                 start_new_session=True,
             )
         #: Ends the child, at the latest when Python ends.

@@ -52,6 +52,7 @@ class Probe:
         arguments: Its command line.
         answers: The type of each question's answer, as `targets.answers` reads it.
         switches: Names of further environment variables that the child sees.
+        variables: Environment variables that are set for the child alone.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class Probe:
         *arguments: str,
         answers: Mapping[str, Any] | None = None,
         switches: tuple[str, ...] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self._target = target
         self._command = (module, *arguments)
         self._answers = answers or {}
         self._switches = switches
+        self._variables = variables or {}
         self._limits = LIMITS
         self._child: Child | None = None
         self._number = 0
@@ -84,7 +87,8 @@ class Probe:
             root: Where the sources are, which makes no difference.
         """
         command = [part for part in self._command if part != str(root)]
-        key = key_of_child(sources, command, environment_of(Path(), self._switches))
+        environment = {**environment_of(Path(), self._switches), **self._variables}
+        key = key_of_child(sources, command, environment)
         self._kept = Kept(store, key, os.environ.get("PYTEST_XDIST_WORKER", "main"))
         for question, arguments, kind, value in self._kept.rows():
             self._earlier[Request(question, arguments)] = kind, value
@@ -138,7 +142,9 @@ class Probe:
 
     def _exchange(self, requests: Sequence[Request]) -> None:
         """Have the child reply to requests."""
-        self._child = self._child or Child(self._command, self._switches, self._limits)
+        self._child = self._child or Child(
+            self._command, self._switches, self._limits, self._variables
+        )
         self._number += 1
         question = requests[0].question
         try:

@@ -12,6 +12,7 @@ import torch
 
 from pytest_moe_routing.compare import compare_routing
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
+from pytest_moe_routing.kernels import sglang_jit
 from pytest_moe_routing.kernels.routers import (
     RouterKernels,
     call_operator,
@@ -19,7 +20,8 @@ from pytest_moe_routing.kernels.routers import (
     load_kernels,
     load_library,
 )
-from pytest_moe_routing.kernels.sglang import SglangKernels
+from pytest_moe_routing.kernels.sglang import SglangKernels, place_of_sources
+from pytest_moe_routing.kernels.sglang_jit import MEMBER, JitRouters
 from pytest_moe_routing.kernels.vllm import VllmKernels
 from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.models import load_models
@@ -170,6 +172,25 @@ def test_a_library_that_torch_does_not_load_is_not_judged(tmp_path):
     (tmp_path / "x.so").write_bytes(b"no library")
     with pytest.raises(Unsupported, match="does not load"):
         load_library(tmp_path / "x.so", "vllm", "vllm/_x.so", tmp_path)
+
+
+def test_sources_of_kernels_are_told_from_a_library(tmp_path):
+    """A wheel of `sglang` has sources that are built; one of `sglang-kernel` has a library."""
+    for wheel, member in (("sources", MEMBER), ("library", "sgl_kernel/sm90/common_ops.abi3.so")):
+        with zipfile.ZipFile(tmp_path / f"{wheel}.whl", "w") as file:
+            file.writestr(member, "")
+    tree = tmp_path / "checkout" / "python"
+    (tree / MEMBER).parent.mkdir(parents=True)
+    (tree / MEMBER).touch()
+    assert place_of_sources(tmp_path / "sources.whl") == tmp_path / "sources.whl"
+    assert place_of_sources(tmp_path / "library.whl") is None
+    assert place_of_sources(tree) == place_of_sources(tree.parent) == tree
+
+
+def test_what_building_kernels_needs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sglang_jit, "find_spec", lambda name: None if name == "tvm_ffi" else name)
+    with pytest.raises(Unsupported, match=r"kernels need apache-tvm-ffi, not installed here"):
+        JitRouters(tmp_path, tmp_path)
 
 
 def test_an_adapter_of_others_needs_a_name_and_calls():

@@ -19,6 +19,7 @@ from wheels import wheels_since
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.kernels import sglang_jit
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.routers import (
     NOT_JUDGED,
@@ -263,6 +264,21 @@ def test_most_of_the_zoo_is_judged(wheel, runs_of):
     runs = [run for run in runs_of(wheel) if run.subject in MODELS]
     judged = {r.subject for r in runs if all(d.kind != NOT_JUDGED for d in r.deviations)}
     assert len(judged) >= 48
+
+
+@pytest.mark.parametrize("wheel", SGLANG[-1:], ids=name)
+def test_on_a_gpu_the_functions_are_called_that_sglang_chooses(wheel, runs_of):
+    """The CPU runs SGLang's own choice; its kernels are run on a GPU by the same functions."""
+    kernels = {"fused_topk", "biased_grouped_topk_gpu", "biased_topk_jit_kernel_impl"}
+    chosen = [run for run in runs_of(wheel) if run.subject in MODELS and run.way == "cuda"]
+    assert {run.router for run in chosen} >= kernels
+    for run in chosen:
+        router = MODELS[run.subject].router
+        ways = [function for function, *_ in sglang_jit.ways(router)]
+        # A softmax router's bias reaches no kernel: it is a finding, and needs no GPU.
+        loses_bias = router.scoring_func == "softmax" and router.correction_bias is not None
+        wanted = [run.router] if run.router in kernels and not loses_bias else []
+        assert set(wanted) <= set(ways), run.subject
 
 
 # -- names of the contract -------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Compare compiled and Triton routers of vLLM and SGLang with the reference, on a GPU.
 
-    python routers.py NAME@PATH...
+    python routers.py GOLDEN NAME@PATH...
 
-NAME is `vllm`, `sglang` (adapters of `pytest_moe_routing.kernels`), `vllm-triton` (PATH:
-fused_moe/router/dsv4_topk.py) or `sglang-triton` (PATH: kernels/ops/moe/moe_fused_gate.py). Each
-distinct router of the zoo x 12 logits patterns x 4 token counts x 2 logits dtypes. Two calls must
-agree bit by bit; what deviates is printed once for each kernel and kind, with one token.
+NAME is `vllm`, `sglang` (adapters of `pytest_moe_routing.kernels`) or `vllm-triton` (PATH:
+fused_moe/router/dsv4_topk.py). Each distinct router of the zoo x 12 logits patterns x 4 token counts
+x 2 logits dtypes. Two calls must agree bit by bit; what deviates is printed once for each kernel and
+kind, with one token.
 """
 
 from __future__ import annotations
@@ -76,72 +76,10 @@ class VllmTriton:
             )
 
 
-class SglangTriton:
-    """SGLang's unified router, a Triton kernel."""
-
-    def __init__(self, path):
-        nothing = types.SimpleNamespace(get=lambda: False)
-        stand_in(
-            "sglang.srt.environ",
-            envs=types.SimpleNamespace(SGLANG_OPT_SM120_MTP_ROUTER_TOP22=nothing),
-        )
-        text = Path(path).read_text()
-        tree = __import__("ast").parse(text)
-        import ast
-
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang."):
-                if node.module == "sglang.srt.environ":
-                    continue
-                for alias in node.names:
-                    value = {
-                        "is_arch_support_pdl": lambda *_: False,
-                        "debug_kernel_api": lambda f: f,
-                        "moe_route_radix": types.SimpleNamespace(covered=lambda *_: False),
-                    }.get(alias.name, lambda *_, **__: None)
-                    stand_in(node.module, **{alias.name: value})
-        self.module = module_of(path, "moe_fused_gate")
-
-    def calls(self, router):
-        bias = router.correction_bias is not None
-        if router.scoring_func == "softmax" and (bias or (router.n_group or 1) > 1):
-            return
-        if router.topk_before_score and router.scoring_func != "softmax":
-            return
-        groups = router.n_group or 1, router.topk_group or 1
-        scale = router.routed_scaling_factor
-        recipe = Recipe(
-            router.top_k,
-            router.scoring_func,
-            bias=bias or router.scoring_func != "softmax",
-            n_group=groups[0],
-            topk_group=groups[1],
-            normalize="sum" if router.renormalize else "none",
-            epsilon=1e-20 * router.renormalize,
-            scale=scale,
-        )
-        yield RouterCall(
-            "moe_fused_gate",
-            recipe,
-            lambda logits, b: self.module.moe_fused_gate(
-                logits,
-                b,
-                router.top_k,
-                scoring_func=router.scoring_func,
-                renormalize=router.renormalize,
-                routed_scaling_factor=scale,
-                apply_routed_scaling_factor_on_output=True,
-                num_expert_group=groups[0],
-                topk_group=groups[1],
-            ),
-        )
-
-
 ADAPTERS = {
     "vllm": VllmKernels,
     "sglang": SglangKernels,
     "vllm-triton": VllmTriton,
-    "sglang-triton": SglangTriton,
 }
 
 

@@ -1,14 +1,17 @@
-"""SGLang's compiled routers, `torch.ops.sgl_kernel`, as `sgl_kernel/moe.py` calls them.
+"""SGLang's routers on CUDA: compiled ones of `sglang-kernel`, and those that `sglang` builds.
 
-The library is `sgl_kernel/sm90/common_ops.abi3.so` of an `sglang-kernel` wheel; it needs the torch
-that the wheel's description names (0.4.2 to 0.4.6: 2.11).
+The library is `sgl_kernel/sm90/common_ops.abi3.so` of an `sglang-kernel` wheel, whose operators are
+called as `sgl_kernel/moe.py` calls them; it needs the torch that the wheel's description names
+(0.4.2 to 0.4.6: 2.11). What `sglang` has itself is in `sglang_jit`.
 """
 
 from __future__ import annotations
 
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,18 +21,22 @@ from pytest_moe_routing.kernels.routers import (
     call_operator,
     load_library,
 )
+from pytest_moe_routing.kernels.sglang_jit import (
+    MEMBER,
+    JitRouters,
+    flat_kernel,
+    recipe_of_kernel,
+)
 from pytest_moe_routing.models import RouterConfig
-from pytest_moe_routing.routing import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _LIBRARY = "sgl_kernel/{folder}/common_ops.abi3.so"
-_FLAT = {"softmax": "topk_softmax", "sigmoid": "topk_sigmoid"}
 
 
 class SglangKernels(RouterKernels):
-    """The operators of one sglang-kernel.
+    """The kernels of one `sglang-kernel` or of one `sglang`, whichever the path leads to.
 
     Args:
         operators: In the place of `torch.ops.sgl_kernel`, for tests.
@@ -39,33 +46,29 @@ class SglangKernels(RouterKernels):
 
     def __init__(self, path: Path | None = None, operators: Any = None) -> None:
         super().__init__(path)
+        self._folder = tempfile.TemporaryDirectory()
+        self._built: JitRouters | None = None
         if operators is None:
             import torch
 
-            folder = "sm100" if torch.cuda.get_device_capability()[0] >= 10 else "sm90"
-            self._folder = tempfile.TemporaryDirectory()
-            member = _LIBRARY.format(folder=folder)
-            load_library(path, "sglang-kernel", member, Path(self._folder.name))
+            folder = Path(self._folder.name)
+            if (place := place_of_sources(path)) is not None:
+                self._built = JitRouters(place, folder)
+                return
+            sm = "sm100" if torch.cuda.get_device_capability()[0] >= 10 else "sm90"
+            load_library(path, "sglang-kernel", _LIBRARY.format(folder=sm), folder)
             operators = torch.ops.sgl_kernel
         self._operators = operators
 
     def calls(self, router: RouterConfig) -> Iterator[RouterCall]:
-        """Yield the operator that scores and chooses among all experts; others are not compiled."""
-        if router.topk_before_score and router.scoring_func != "softmax":
-            # Llama 4's own function in torch.
+        """Yield the kernels that score and choose; where there is none, SGLang routes in torch."""
+        if self._built is not None:
+            yield from self._built.calls(router)
             return
-        operator = _FLAT.get(router.scoring_func)
-        bias = router.correction_bias is not None
-        grouped = router.n_group is not None and (bias or router.n_group > 1)
-        # SGLang passes no bias to topk_softmax, which would add it to the logits.
-        if operator is None or grouped or (bias and operator == "topk_softmax"):
+        operator = flat_kernel(router)
+        if operator is None:
             return
-        recipe = Recipe(
-            top_k=router.top_k,
-            score=router.scoring_func,
-            bias=bias,
-            normalize="sum" if router.renormalize else "none",
-        )
+        recipe = recipe_of_kernel(router)
         yield RouterCall(operator, recipe, partial(self._flat, operator=operator, router=router))
 
     def _flat(
@@ -87,3 +90,16 @@ class SglangKernels(RouterKernels):
         }
         call_operator(getattr(self._operators, operator), arguments)
         return weights, ids
+
+
+def place_of_sources(path: Path | None) -> Path | None:
+    """Return the wheel or directory that has the sources of kernels; None for a library's."""
+    if path is None:
+        try:
+            path = Path(str(metadata.distribution("sglang").locate_file("")))
+        except metadata.PackageNotFoundError:
+            return None
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            return path if MEMBER in wheel.namelist() else None
+    return next((p for p in (path, path / "python") if (p / MEMBER).is_file()), None)

@@ -39,11 +39,7 @@ def test_old_functions_are_run_and_have_their_defects(wheel):
         target.close()
     judged = [run for run in runs if all(d.kind != NOT_JUDGED for d in run.deviations)]
     platforms = {run.way.split(",")[0] for run in judged if run.subject == "mixtral-8x7b"}
-    # From 0.12 to 0.14 CUDA's was a method of the layer, which the probe does not call.
-    wanted = {"cpu"} if release >= Version("0.10") else set()
-    if not Version("0.12") <= release < Version("0.15"):
-        wanted |= {"cuda"}
-    assert platforms == wanted
+    assert platforms == ({"cpu", "cuda"} if release >= Version("0.10") else {"cuda"})
     found = {
         (run.subject, run.way.split(",")[0], cause.kind): cause.first.cause
         for cause in causes(judged, WRONG)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -57,6 +57,13 @@ _SELECTION = (
 )
 
 
+#: What is told of it to an object that chooses among groups.
+_GROUPED = (
+    *("renormalize", "topk_group", "num_expert_group"),
+    *("scoring_func", "routed_scaling_factor"),
+)
+
+
 class SelectExperts:
     """A function of a release without routers, called with what a layer gives it.
 
@@ -89,6 +96,47 @@ class SelectExperts:
         names = release.names()
         # Some return as a third value what zero experts compute.
         weights, ids, *_ = names.get(self._key)(**names.accepted(self._key, arguments))
+        return weights, ids
+
+
+class LayerMethod(SelectExperts):
+    """A layer's method that routes, called with a stand-in for the layer.
+
+    Raises:
+        Unsupported: The layer refuses such a router, which is then not reached.
+    """
+
+    takes_dtype = True
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        super().__init__("router-method", arguments)
+        # vllm/model_executor/layers/fused_moe/layer.py of 0.12.0 and 0.14.1, FusedMoE.__init__.
+        is_flat = not arguments["use_grouped_topk"] and arguments["custom_routing_function"] is None
+        if is_flat and arguments["scoring_func"] != "softmax":
+            raise Unsupported("the layer takes no scoring function but softmax without groups")
+
+    def __call__(
+        self, hidden_states: Tensor, logits: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        names = release.names()
+        asked = {name: self._arguments[name] for name in _SELECTION}
+        grouped = None
+        if asked["use_grouped_topk"] and names.has("router-method-grouped"):
+            words = {name: asked[name] for name in _GROUPED}
+            grouped = names.get("router-method-grouped")(topk=asked["top_k"], **words).forward_cuda
+        layer = SimpleNamespace(
+            **asked,
+            global_num_experts=logits.shape[1],
+            e_score_correction_bias=self.e_score_correction_bias,
+            quant_method=SimpleNamespace(topk_indices_dtype=dtype),
+            enable_eplb=False,
+            zero_expert_num=None,
+            zero_expert_type=None,
+            vllm_config=SimpleNamespace(model_config=None),
+            _grouped_topk_impl=grouped,
+        )
+        # The third value, of some releases, is what zero experts compute.
+        weights, ids, *_ = names.get("router-method")(layer, hidden_states, logits)
         return weights, ids
 
 

@@ -29,7 +29,13 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm import operators
 from pytest_moe_routing.targets.vllm.probe import release
-from pytest_moe_routing.targets.vllm.probe.router_case import Case, SelectExperts, compare, select
+from pytest_moe_routing.targets.vllm.probe.router_case import (
+    Case,
+    LayerMethod,
+    SelectExperts,
+    compare,
+    select,
+)
 from pytest_moe_routing.targets.vllm.probe.router_configs import cases
 
 #: Row of the contract for the switch between `grouped_topk`'s compiled and torch paths.
@@ -149,6 +155,8 @@ class Routers:
         key = "router-function-cpu" if self.platform == "cpu" else "router-function"
         if self.names.expects(key):
             return SelectExperts(key, release.router_arguments(model))
+        if self.platform == "cuda" and self.names.expects("router-method"):
+            return LayerMethod(release.router_arguments(model))
         return release.make_router(model)
 
     def run_other(self) -> list[dict[str, Any]]:

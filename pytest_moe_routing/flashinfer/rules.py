@@ -166,7 +166,10 @@ class FlashInfer:
                 f"FlashInfer release: found {found}, expected a number such as {known[-1]}"
             ) from None
         if not place:
-            raise ReleaseError(f"FlashInfer {release} is older than the oldest known, {known[0]}")
+            raise ReleaseError(
+                f"FlashInfer {release} is older than the oldest known, {known[0]}; "
+                "--moe-flashinfer names another"
+            )
         return cls(release, known[place - 1])
 
     def _in_force(self, timeline: Mapping[str, Any]) -> Any:

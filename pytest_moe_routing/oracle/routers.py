@@ -148,8 +148,10 @@ def compare_router(
         for deviation in _deviations(weights, ids, logits, bias, recipe, pattern, output):
             if deviation.kind in ("experts", "weights") and logits_dtype != torch.float32:
                 weights, ids = router(logits.float(), bias)
-                if _kind(weights, ids, logits, bias, recipe)[0] in ("", "epsilon"):
+                kind, _, why = _kind(weights, ids, logits, bias, recipe)
+                if kind in ("", "epsilon"):
                     why = f"right for the same logits in float32, which were {logits.dtype}"
+                if kind in ("", "epsilon", PRECISION):
                     deviation = replace(deviation, kind=PRECISION, cause=why)
             found.setdefault(deviation.kind, deviation)
         if {"structure", "experts", "weights"} & found.keys():

@@ -147,3 +147,45 @@ def in_torch() -> Mapping[str, Mapping[str, Callable[..., Any]]]:
         _OPS: {"topk_softmax": _flat("softmax")},
         f"{_OPS}.moe_topk_sigmoid": {"topk_sigmoid": _flat("sigmoid")},
     }
+
+
+def old_in_torch() -> Mapping[str, Callable[..., Any]]:
+    """Return torch functions for the kernels of releases before 0.5.18, by bare name.
+
+    From `sgl_kernel/moe.py` and the kernels' sources: `moe_fused_gate` always normalizes.
+    """
+    softmax = _flat("softmax")
+
+    def topk_softmax(topk_weights: Tensor, topk_ids: Tensor, *more: Any, **options: Any) -> None:
+        # Before 0.4.7 the logits came after a buffer, and nothing was normalized.
+        is_old = len(more) == 2 and not isinstance(more[1], bool)
+        softmax(topk_weights, topk_ids, *(more[1:] if is_old else more), **options)
+
+    def moe_fused_gate(
+        scores: Tensor, bias: Tensor, *more: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if "scoring_func" in options or len(more) < 3:
+            # The Triton kernel of later releases has the name as well.
+            return _moe_fused_gate(scores, bias, *more, **options)
+        groups, kept, top_k, *further = more
+        shared, scale, on_output = [*further, *(0, None, False)[len(further) :]][:3]
+        return _moe_fused_gate(
+            scores,
+            bias,
+            top_k,
+            num_fused_shared_experts=options.get("num_fused_shared_experts", shared),
+            routed_scaling_factor=options.get("routed_scaling_factor", scale),
+            apply_routed_scaling_factor_on_output=options.get(
+                "apply_routed_scaling_factor_on_output", on_output
+            ),
+            num_expert_group=groups,
+            topk_group=kept,
+        )
+
+    return {
+        "topk_softmax": topk_softmax,
+        "topk_sigmoid": _flat("sigmoid"),
+        "moe_fused_gate": moe_fused_gate,
+        "kimi_k2_moe_fused_gate": _moe_fused_gate,
+        "fused_topk_deepseek": _fused_topk_deepseek,
+    }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -22,6 +24,8 @@ from pytest_moe_routing.oracle.routers import (
 )
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.sglang.probe import main as blocks
+from pytest_moe_routing.targets.stubs import source_of
 
 #: Small, and other than any number of experts.
 HIDDEN = 32
@@ -34,6 +38,22 @@ _NOT_ROUTING = (
     *("TopK.", "TopKConfig.", "select_experts", "resolve_routing_inputs", "fused_shared_expert"),
     *("_", "is_", "capture_", "routing_", "has_"),
 )
+
+
+#: Attributes of configs that blocks read besides, and that do not matter to routing.
+_FURTHER: Mapping[str, Mapping[str, Any]] = {
+    "GptOssForCausalLM": {"swiglu_limit": None, "dtype": None},
+    "KimiK3ForConditionalGeneration": {
+        "routed_expert_hidden_size": None,
+        "latent_moe_use_norm": False,
+        "topk_method": "noaux_tc",
+    },
+    "KimiLinearForCausalLM": {
+        "routed_expert_hidden_size": None,
+        "activation_situ_beta": 1.0,
+        "activation_situ_linear_beta": 1.0,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -129,3 +149,23 @@ def noting(called: dict[str, None]) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(None)
+
+
+def values_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a model's config, with the widths that routers are run with."""
+    widths = {n: HIDDEN for n, value in config.items() if value == blocks._SIZE and "size" in n}
+    return {**_FURTHER.get(architecture, {}), **config, **widths}
+
+
+def rest(scale: float, factor: float) -> float:
+    """Return the rest of a scale after a factor that was measured in bfloat16."""
+    return 1.0 if math.isclose(scale, factor, rel_tol=2**-8) else scale / factor
+
+
+def function_of(root: str, module: str, name: str) -> Any:
+    """Return a function that needs nothing but torch, out of a module that is not imported."""
+    tree = ast.parse(source_of(root, module))
+    tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
+    space: dict[str, Any] = {"torch": torch}
+    exec(compile(tree, module, "exec"), space)
+    return space.get(name, stubs.Stub(name))

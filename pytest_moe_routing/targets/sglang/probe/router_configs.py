@@ -62,6 +62,8 @@ def cases(names: Names) -> Iterator[Case]:
             continue
         function = names.get(key)
         parameters = inspect.signature(function).parameters
+        if row.bias and "correction_bias" not in parameters:
+            continue
         scaling = (
             (False, True) if "apply_routed_scaling_factor_on_output" in parameters else (False,)
         )

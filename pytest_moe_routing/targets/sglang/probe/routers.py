@@ -7,10 +7,8 @@ place of a compiled or Triton kernel runs what it is for (`targets.sglang.kernel
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,31 +27,25 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
-from pytest_moe_routing.targets.contract import Names, Spelling
+from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
-from pytest_moe_routing.targets.sglang.probe.router_case import HIDDEN, Case, compare
+from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
+from pytest_moe_routing.targets.sglang.probe.router_case import (
+    HIDDEN,
+    Case,
+    compare,
+    function_of,
+    rest,
+    values_of,
+)
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
 from pytest_moe_routing.targets.sglang.probe.world import choose_runner
 from pytest_moe_routing.targets.stubs import source_of
 
 #: Rows of the contract for the kernels that run in torch.
 _KERNELS = ("router-kernels-gate", "router-kernels-softmax", "router-kernels-sigmoid")
-#: Attributes of configs that blocks read besides, and that do not matter to routing.
-_FURTHER: Mapping[str, Mapping[str, Any]] = {
-    "GptOssForCausalLM": {"swiglu_limit": None, "dtype": None},
-    "KimiK3ForConditionalGeneration": {
-        "routed_expert_hidden_size": None,
-        "latent_moe_use_norm": False,
-        "topk_method": "noaux_tc",
-    },
-    "KimiLinearForCausalLM": {
-        "routed_expert_hidden_size": None,
-        "activation_situ_beta": 1.0,
-        "activation_situ_linear_beta": 1.0,
-    },
-}
 
 
 class Routers(blocks.Blocks):
@@ -95,7 +87,7 @@ class Routers(blocks.Blocks):
         router = RouterConfig(**model["router"])
         if router.not_expressible is not None:
             raise Unsupported(f"no recipe computes the router: {router.not_expressible}")
-        values = _values(model["architecture"], config)
+        values = values_of(model["architecture"], config)
         # Models that share a block and a config share its runs.
         key = json.dumps([model["architecture"], router.logits_dtype, values], sort_keys=True)
         if key not in self._compared:
@@ -111,7 +103,7 @@ class Routers(blocks.Blocks):
         """
         self._enter_torch()
         seen = blocks._Seen()
-        topk, factor = self._built(architecture, _values(architecture, config), seen)
+        topk, factor = self._built(architecture, values_of(architecture, config), seen)
         asked, bias = topk.topk_config, topk.topk_config.correction_bias
         if asked.custom_routing_function is not None:
             raise Unsupported("the model has its own routing function, which test_router covers")
@@ -144,7 +136,7 @@ class Routers(blocks.Blocks):
         recipe = replace(recipe_of(router), weight_on="output")
         dtype = getattr(torch, router.logits_dtype)
         topk, factor = self._built(architecture, values)
-        recipe = replace(recipe, scale=_rest(recipe.scale, factor))
+        recipe = replace(recipe, scale=rest(recipe.scale, factor))
         case = Case(topk.forward_cuda, topk.topk_config, recipe, router.num_experts, dtype)
         yield compare(case)
         if router.logits_dtype == "float32":
@@ -160,7 +152,7 @@ class Routers(blocks.Blocks):
                 case = Case(
                     topk.forward_cuda,
                     topk.topk_config,
-                    replace(recipe, scale=_rest(recipe.scale, factor)),
+                    replace(recipe, scale=rest(recipe.scale, factor)),
                     router.num_experts,
                     dtype,
                     way="cuda, shared experts fused",
@@ -208,12 +200,6 @@ class Routers(blocks.Blocks):
         return seen.topks[0], values[0]
 
 
-def _values(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a model's config, with the widths that routers are run with."""
-    widths = {n: HIDDEN for n, value in config.items() if value == blocks._SIZE and "size" in n}
-    return {**_FURTHER.get(architecture, {}), **config, **widths}
-
-
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -228,11 +214,6 @@ def _note_gates(block: nn.Module, seen: blocks._Seen, num_experts: int) -> None:
 
     for module in block.modules():
         module.register_forward_hook(note)
-
-
-def _rest(scale: float, factor: float) -> float:
-    """Return the rest of a scale after a factor that was measured in bfloat16."""
-    return 1.0 if math.isclose(scale, factor, rel_tol=2**-8) else scale / factor
 
 
 def _choose_triton(names: Names) -> None:
@@ -262,18 +243,8 @@ def _with_kernels(names: Names, root: str) -> ModuleType:
         setattr(import_module(spelling.module), spelling.path, value)
     fast = names.spelling("router-fast-topk")
     for module in (fast.module, fast.module.rpartition(".")[0]):
-        setattr(import_module(module), fast.path, _function(root, fast))
+        setattr(import_module(module), fast.path, function_of(root, fast.module, fast.path))
     return stubs.real_module(names.spelling("topk").module)
-
-
-def _function(root: str, spelling: Spelling) -> Any:
-    """Return a function that needs nothing but torch, out of a module that is not imported."""
-    module, name = spelling.module, spelling.path
-    tree = ast.parse(source_of(root, module))
-    tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
-    space: dict[str, Any] = {"torch": torch}
-    exec(compile(tree, module, "exec"), space)
-    return space.get(name, stubs.Stub(name))
 
 
 @contextmanager
@@ -317,9 +288,11 @@ def _shared_experts(names: Names, count: int) -> Iterator[None]:
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Return what answers questions about the routers of an SGLang."""
     routers = Routers(root, FlashInfer.of(flashinfer), version)
+    is_old = not routers.names.expects("router-kernels-gate")
+    runs = OldRouters(root, version) if is_old else routers
     return {
-        "run": routers.run,
-        "run_other": routers.run_other,
+        "run": runs.run,
+        "run_other": runs.run_other,
         "layer_request": routers.layer_request,
     }
 

@@ -91,6 +91,18 @@ class Sources:
                 assert isinstance(expression, ast.expr)
                 yield there, expression
 
+    def place(self, architecture: str) -> str:
+        """Return the module of an architecture's class.
+
+        Raises:
+            Unsupported: This release has no such architecture.
+        """
+        start = f"class {architecture}("
+        found = next((module for module in self.models if start in self.source(module)), None)
+        if found is None:
+            raise Unsupported(f"this release has no {architecture}")
+        return found
+
     def blocks(self, architecture: str) -> list[tuple[str, str, dict[str, Any]]]:
         """Each class that makes an architecture's MoE layer: module, name, and constant arguments.
 
@@ -99,11 +111,7 @@ class Sources:
         Raises:
             Unsupported: This release has no such architecture, or it makes no MoE layer.
         """
-        start = f"class {architecture}("
-        place = next((module for module in self.models if start in self.source(module)), None)
-        if place is None:
-            raise Unsupported(f"this release has no {architecture}")
-        queue, found = [(place, architecture)], []
+        queue, found = [(self.place(architecture), architecture)], []
         arguments: dict[Place, dict[str, Any]] = {queue[0]: {}}
         bases: set[Place] = set()
         while queue:

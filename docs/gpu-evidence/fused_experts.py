@@ -15,9 +15,9 @@ Each case is then run with mistakes, all of which the comparison must catch.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
+import traceback
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -37,9 +37,9 @@ from pytest_moe_routing.schemes import SCHEMES, Scheme, Storage
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda"
 EXPERTS, HIDDEN, INNER, TOP_K = 16, 512, 256, 4
-TOKENS = (1, 7, 64, 300) if DEVICE == "cuda" else (1, 7)
+TOKENS = (1, 7, 64, 300)
 
 LAYERS, UTILS = "vllm.model_executor.layers.", "vllm.model_executor.layers.quantization.utils."
 MOE = LAYERS + "fused_moe."
@@ -126,37 +126,13 @@ def load(root, library):
     for name in ("VLLM_BATCH_INVARIANT", "VLLM_USE_DEEP_GEMM", "VLLM_TRITON_USE_TD"):
         setattr(envs, name, False)
     envs.VLLM_TUNED_CONFIG_FOLDER = None
-    if DEVICE == "cuda":
-        torch.ops.load_library(library)
-    else:
-        pretend()
+    torch.ops.load_library(library)
     torch.ops._C.silu_and_mul = silu_and_mul
     torch.ops._C.static_scaled_fp8_quant = static_scaled_fp8_quant
     torch.ops._C.per_token_group_fp8_quant = per_token_group_fp8_quant
     for name in REAL:
         stubs.real_module(name)
     import_module(UTILS + "fp8_utils").is_deep_gemm_e8m0_used = lambda: False
-
-
-def pretend():
-    """The compiled operators in torch, to try this script with Triton's interpreter."""
-
-    def align(ids, experts, block, rows, owners, padded, expert_map=None, scatter=None):
-        rows.fill_(ids.numel())
-        at = 0
-        for expert in range(experts):
-            if expert_map is not None and expert_map[expert] < 0:
-                continue
-            mine = (ids.flatten() == expert).nonzero().flatten()
-            rows[at : at + len(mine)] = mine
-            tiles = -(-len(mine) // block)
-            local = expert if expert_map is None else int(expert_map[expert])
-            owners[at // block : at // block + tiles] = local
-            at += tiles * block
-        padded.fill_(at)
-
-    torch.ops._moe_C.moe_align_block_size = align
-    torch.ops._moe_C.moe_sum = lambda x, out, *_: out.copy_(x.float().sum(1))
 
 
 #: What these kernels store: both GEMMs' rows in bfloat16, the second's after its router weight. The
@@ -245,12 +221,21 @@ def biases_of(experts, name):
     return torch.stack([getattr(e, name) for e in experts]).to(DEVICE, torch.bfloat16)
 
 
+def parallel(case):
+    """Which experts a rank has, and the arguments that say so."""
+    shard = case.shard or Shard.whole(EXPERTS)
+    if not case.shard:
+        return shard.experts, {}
+    local = torch.full((EXPERTS,), -1, dtype=torch.int32)
+    local[list(shard.experts)] = torch.arange(len(shard.experts), dtype=torch.int32)
+    return shard.experts, {"expert_map": local.to(DEVICE), "global_num_experts": EXPERTS}
+
+
 def triton_call(case, hidden, routing, experts, mistake=None):
     run = import_module(MOE + "fused_moe").fused_experts_impl
-    shard = case.shard or Shard.whole(EXPERTS)
-    mine = [experts[e] for e in shard.experts]
+    own, arguments = parallel(case)
+    mine = [experts[e] for e in own]
     fmt = find_format(case.storage.weight)
-    arguments = {}
     w1, w2 = stacked(mine, "gemm1").to(DEVICE), stacked(mine, "gemm2").to(DEVICE)
     if fmt.scale != "none":
         scales = [
@@ -266,10 +251,6 @@ def triton_call(case, hidden, routing, experts, mistake=None):
         else:
             arguments["block_shape"] = [128, 128]
         arguments |= {"use_fp8_w8a8": True, "w1_scale": scales[0], "w2_scale": scales[1]}
-    if case.shard:
-        local = torch.full((EXPERTS,), -1, dtype=torch.int32)
-        local[list(shard.experts)] = torch.arange(len(mine), dtype=torch.int32)
-        arguments |= {"expert_map": local.to(DEVICE), "global_num_experts": EXPERTS}
     arguments |= {"w1_bias": biases_of(mine, "bias1"), "w2_bias": biases_of(mine, "bias2")}
     arguments["apply_router_weight_on_input"] = case.weight_on == "input"
     given = {
@@ -287,11 +268,10 @@ def triton_call(case, hidden, routing, experts, mistake=None):
 
 def marlin_call(case, hidden, routing, experts, mistake=None):
     marlin = import_module(MOE + "experts.marlin_moe").fused_marlin_moe
-    shard = case.shard or Shard.whole(EXPERTS)
-    mine = [experts[e] for e in shard.experts]
+    own, given = parallel(case)
+    mine = [experts[e] for e in own]
     types = import_module("vllm.scalar_type").scalar_types
     integer = case.storage.weight == "mxint4"
-    given = {}
     for number, name in ((1, "gemm1"), (2, "gemm2")):
         weights = [getattr(e, name) for e in mine]
         packed, scales, overall = zip(*(marlin_weight(w) for w in weights), strict=True)
@@ -302,10 +282,6 @@ def marlin_call(case, hidden, routing, experts, mistake=None):
         bias = biases_of(mine, f"bias{number}")
         permute = import_module(UTILS + "marlin_utils").marlin_permute_bias
         given[f"bias{number}"] = None if bias is None else torch.stack([permute(b) for b in bias])
-    if case.shard:
-        local = torch.full((EXPERTS,), -1, dtype=torch.int32)
-        local[list(shard.experts)] = torch.arange(len(mine), dtype=torch.int32)
-        given |= {"expert_map": local.to(DEVICE), "global_num_experts": EXPERTS}
     given |= {
         "hidden_states": hidden,
         "topk_weights": routing.topk_weights.float().to(DEVICE),
@@ -440,19 +416,15 @@ def main():
     load(root, library)
     import triton
 
-    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU, Triton's interpreter"
+    gpu = torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, triton {triton.__version__}, {gpu}", flush=True)
     bad = []
     for case in WHOLE:
         if names and case.name not in names:
             continue
-        if case.kernel == "marlin" and DEVICE == "cpu":
-            continue
         try:
             good = check(case)
         except Exception as error:
-            import traceback
-
             traceback.print_exc()
             good = False
             print(f"{case.kernel} {case.name}: {type(error).__name__}: {error}"[:300], flush=True)
@@ -463,5 +435,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TRITON_CACHE_DIR", "/tmp/triton-cache")
     main()

@@ -1,4 +1,7 @@
-"""How exactly compiled and Triton routers score, and where they break; arguments of routers.py."""
+"""How exactly compiled and Triton routers score, and where they break.
+
+python measure_routers.py NAME@PATH...      # as routers.py has them
+"""
 
 import sys
 from pathlib import Path
@@ -82,7 +85,7 @@ def tie(adapter):
     config = router(
         "sigmoid", 8, 2, n_group=2, topk_group=1, group_score="top2_sum", renormalize=True
     )
-    call = call_of(adapter, config, "moe_fused_gate")
+    call = call_of(adapter, config, "biased_grouped_topk_gpu")
     if call is None:
         return
     logits = torch.tensor([[2.0, 2.0, -4, -4, 1.5, 1.5 - 2**-10, -4, -4]])
@@ -90,7 +93,7 @@ def tie(adapter):
     weights, ids = call.run(logits.cuda(), bias.cuda())
     top = logits.sigmoid().view(2, 4).topk(2).values
     print(
-        f"moe_fused_gate: group scores {[round(x, 4) for x in top.sum(1).tolist()]}, "
+        f"biased_grouped_topk_gpu: group scores {[round(x, 4) for x in top.sum(1).tolist()]}, "
         f"so experts 0 and 1; got {ids.tolist()} {weights.tolist()}"
     )
 
@@ -108,13 +111,12 @@ def main():
             router("sigmoid", n_group=1, topk_group=1, group_score="top2_sum"),
         )
         scores(adapter, "topk_softplus_sqrt", router("sqrtsoftplus", top_k=6))
-        scores(adapter, "moe_fused_gate", router("sigmoid"))
-        scores(adapter, "moe_fused_gate", router("sqrtsoftplus"))
-        low_keys(
-            adapter,
-            "topk_sigmoid",
-            (8, 16, 60, 64, 128, 160, 192, 256, 288, 320, 384, 512, 576, 896),
-        )
+        scores(adapter, "moe_topk_sigmoid", router("sigmoid"))
+        scores(adapter, "biased_topk_jit_kernel_impl", router("sigmoid"))
+        scores(adapter, "biased_topk_jit_kernel_impl", router("sqrtsoftplus"))
+        counts = (8, 16, 60, 64, 128, 160, 192, 256, 288, 320, 384, 512, 576, 896)
+        low_keys(adapter, "topk_sigmoid", counts)
+        low_keys(adapter, "moe_topk_sigmoid", counts)
         tie(adapter)
 
 

@@ -45,8 +45,27 @@ def cast(name, dtype):
     return lambda a: {name: torch.zeros(a[name].shape, dtype=dtype)}
 
 
-def flat(name):
-    return lambda a: {name: a[name].flatten()}
+def deep(*names):
+    """One dimension more, of one element: all other sizes are right."""
+    return lambda a: {name: a[name].unsqueeze(-1) for name in names}
+
+
+def grown(a, *, by=1, but=()):
+    """Weights, scales and scalars of some experts more, except of some names."""
+    found = {}
+    for name, value in a.items():
+        per_expert = name.startswith(("gemm", "output1", "output2"))
+        if per_expert and isinstance(value, torch.Tensor) and name not in but:
+            raw = value.contiguous().view(U8).view(len(value), -1)
+            more = raw[:1].expand(by, -1)
+            found[name] = torch.cat((raw, more)).view(value.dtype).view(-1, *value.shape[1:])
+    return found
+
+
+def sharing(*changes, by=1, **values):
+    """A call with fused shared experts, and their weights."""
+    given = {"num_fused_shared_experts": by, **values}
+    return both(lambda a: grown(a, by=by), put(**given), *changes)
 
 
 def cut(name, dim):
@@ -72,6 +91,11 @@ def pair(ids=None, weights=None):
     return change
 
 
+def blocks(*names):
+    """Weights in blocks of 128 columns, `[experts, K / 128, M, 128]`."""
+    return lambda a: {name: a[name].unflatten(2, (-1, 128)).transpose(1, 2) for name in names}
+
+
 def strided(*shape, dtype=F32):
     """Ones that are not contiguous."""
     return torch.ones((*shape[:-1], 2 * shape[-1]), dtype=dtype)[..., ::2]
@@ -91,14 +115,15 @@ R, V, A, T, N = RuntimeError, ValueError, AssertionError, TypeError, NotImplemen
 
 def public():
     """The functions of core.py."""
+    # Without one of the routed experts: the shared one makes as many weights as before.
     yield Case(
-        "core:4737", V, "fp8_block", put(num_fused_shared_experts=1, local_num_experts=4), DEEPSEEK
+        "core:4737", V, "fp8_block", put(num_fused_shared_experts=1, local_num_experts=7), DEEPSEEK
     )
-    yield Case("core:4745", V, "nvfp4", put(num_fused_shared_experts=1))
+    yield Case("core:4745", V, "nvfp4", sharing())
     replay = "routing_replay_out"
     for scheme in ("bf16", "fp8_per_tensor", "fp8_block", "nvfp4", "mxint4"):
         yield Case("core:4705", V, scheme, ones(replay, 5, 2, dtype=I32))
-        yield Case("core:4709", V, scheme, ones(replay, 10, dtype=I16))
+        yield Case("core:4709", V, scheme, ones(replay, 5, 2, 1, dtype=I16))
         yield Case("core:4713", V, scheme, ones(replay, 5, 3, dtype=I16))
         yield Case("core:4717", V, scheme, ones(replay, 4, 2, dtype=I16))
         yield Case("core:4722", V, scheme, put(**{replay: strided(5, 2, dtype=I16)}))
@@ -175,7 +200,7 @@ def entry_points():
     for how, lines in (({}, (5564, 5566, 5568)), (ROUTED, (5684, 5686, 5688))):
         for at, name in zip(lines, scalars, strict=True):
             yield Case(f"launcher:{at}", R, "fp8_per_tensor", cast(name, BF16), how)
-    yield Case("launcher:5671", R, "fp8_per_tensor", flat("topk_ids"), ROUTED)
+    yield Case("launcher:5671", R, "fp8_per_tensor", deep("topk_ids"), ROUTED)
     yield Case("launcher:5673", R, "fp8_per_tensor", cut("topk_ids", 0), ROUTED)
     yield Case("launcher:5675", R, "fp8_per_tensor", ones("topk_ids", 5, 3, dtype=I32), ROUTED)
     yield Case("launcher:5676", R, "fp8_per_tensor", put(topk_ids=strided(5, 2, dtype=I32)), ROUTED)
@@ -198,13 +223,9 @@ def entry_points():
         yield Case(f"launcher:{square}", R, "fp8_block", cast(f"{name}_weights_scale", BF16))
         yield Case(f"launcher:{block}", R, "mxfp8", cast(f"{name}_weights_scale", F32))
     yield Case("launcher:5888", R, "mxfp8", put(use_shuffled_weight=False))
-    yield Case("launcher:5889", R, "mxfp8", put(weight_layout=2))
-    yield Case(
-        "launcher:6051",
-        R,
-        "nvfp4",
-        lambda a: {"gemm1_weights_scale": a["gemm1_weights_scale"][:, :128]},
-    )
+    in_blocks = both(put(weight_layout=2), blocks("gemm1_weights", "gemm2_weights"))
+    yield Case("launcher:5889", R, "mxfp8", in_blocks)
+    yield Case("launcher:6051", R, "nvfp4", cut("gemm1_weights_scale", 1))
     bias = "routing_bias"
     for scheme, dtype, rank, size in (
         ("nvfp4", 6060, 6062, 6064),
@@ -217,7 +238,13 @@ def entry_points():
     yield Case("launcher:6073", R, "nvfp4", cast("gemm2_weights", FP8))
     yield Case("launcher:6082", R, "nvfp4", cast("hidden_states_scale", F32))
     yield Case("launcher:6088", N, "nvfp4", ones("hidden_states_scale", 5, 4, dtype=FP8))
-    yield Case("launcher:6095", N, "mxfp4", ones("hidden_states_scale", 5, 16, dtype=FP8))
+    scalars = ("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar")
+    yield Case(
+        "launcher:6095",
+        N,
+        "mxfp4",
+        both(ones("hidden_states_scale", 5, 16, dtype=FP8), *(ones(name, 8) for name in scalars)),
+    )
     yield Case(
         "launcher:6214",
         R,
@@ -225,7 +252,7 @@ def entry_points():
         lambda a: {"gemm1_weights_scale": a["gemm1_weights_scale"][:, :, :4]},
     )
     yield Case("launcher:6219", R, "mxint4", cast("routing_logits", F16))
-    yield Case("launcher:6220", R, "mxint4", flat("routing_logits"))
+    yield Case("launcher:6220", R, "mxint4", deep("routing_logits"))
     yield Case("launcher:6222", R, "mxint4", cut("routing_logits", 1))
     yield Case("launcher:6239", R, "mxint4", cast("gemm1_weights", FP8))
     yield Case("launcher:6240", R, "mxint4", cast("hidden_states", F16))
@@ -239,7 +266,7 @@ def routing():
         ("fp8_block", 4211, 4213, 4215),
         ("bf16", 1778, 1780, 1782),
     ):
-        yield Case(f"launcher:{rank}", R, scheme, flat("topk_ids"), ROUTED)
+        yield Case(f"launcher:{rank}", R, scheme, deep("topk_ids"), ROUTED)
         yield Case(f"launcher:{tokens}", R, scheme, cut("topk_ids", 0), ROUTED)
         yield Case(f"launcher:{slots}", R, scheme, ones("topk_ids", 5, 3, dtype=I32), ROUTED)
     yield Case("launcher:1783", R, "bf16", cast("topk_ids", I64), ROUTED)
@@ -250,7 +277,7 @@ def routing():
     )
     for scheme, dtype, rank, tokens, slots in pairs:
         yield Case(f"launcher:{dtype}", R, scheme, pair(weights=lambda w: w.to(F16)), PAIR)
-        yield Case(f"launcher:{rank}", R, scheme, pair(weights=lambda w: w.flatten()), PAIR)
+        yield Case(f"launcher:{rank}", R, scheme, pair(weights=lambda w: w.unsqueeze(-1)), PAIR)
         yield Case(f"launcher:{tokens}", R, scheme, pair(weights=lambda w: w[1:]), PAIR)
         yield Case(f"launcher:{slots}", R, scheme, pair(weights=lambda w: w[:, 1:]), PAIR)
     yield Case("launcher:5045", R, "nvfp4", pair(weights=lambda w: w.to(F16)), PAIR)
@@ -259,15 +286,16 @@ def routing():
         if scheme != "mxint4":
             # There the count of scales is checked first.
             yield Case("launcher:1397", R, scheme, put(local_num_experts=9))
+            yield Case("launcher:1397", R, scheme, put(local_num_experts=0))
         yield Case("launcher:1400", R, scheme, put(local_expert_offset=1))
         yield Case("launcher:1243", R, scheme, cut("routing_logits", 0))
-    yield Case("launcher:1241", R, "fp8_block", flat("routing_logits"))
+    yield Case("launcher:1241", R, "fp8_block", deep("routing_logits"))
     yield Case("launcher:1245", R, "nvfp4", cut("routing_logits", 1))
     yield Case("launcher:1250", R, "fp8_per_tensor", cast("routing_logits", F16))
     yield Case("launcher:4235", R, "fp8_block", put(n_group=4))
     yield Case("launcher:4237", R, "mxfp8", put(topk_group=2))
     for how in (DEEPSEEK, DEEPSEEK | ROUTED):
-        yield Case("launcher:4241", R, "fp8_block", put(n_group=None), how)
+        yield Case("launcher:4241", R, "fp8_block", put(n_group=0), how)
         yield Case("launcher:4242", R, "fp8_block", put(topk_group=0), how)
         yield Case("launcher:4244", R, "fp8_block", put(n_group=3), how)
         yield Case("launcher:4255", R, "fp8_block", put(n_group=8, topk_group=5), how)
@@ -286,21 +314,12 @@ def routing():
     yield Case("launcher:4786", R, "mxint4", cut("topk_ids", 0), ROUTED)
     yield Case("launcher:4788", R, "mxint4", ones("topk_ids", 5, 3, dtype=I32), ROUTED)
     yield Case("launcher:4789", R, "mxint4", cast("topk_ids", I64), ROUTED)
-    shared = put(num_fused_shared_experts=1)
-    yield Case("launcher:5052", R, "nvfp4", shared, DEEPSEEK | ROUTED)
-    three = both(shared, lambda a: {"topk_ids": (torch.zeros(5, 3, dtype=I32), a["topk_ids"][1])})
+    yield Case("launcher:5052", R, "nvfp4", sharing(), DEEPSEEK | ROUTED)
+    three = sharing(lambda a: {"topk_ids": (torch.zeros(5, 3, dtype=I32), a["topk_ids"][1])})
     yield Case("launcher:5055", R, "nvfp4", three, DEEPSEEK | PAIR)
-    yield Case(
-        "deepseek:558",
-        R,
-        "fp8_block",
-        both(
-            put(num_fused_shared_experts=1, local_num_experts=512),
-            wide(2, 512),
-            ones("routing_bias", 512),
-        ),
-        DEEPSEEK,
-    )
+    many = both(wide(2, 512), put(local_num_experts=512), ones("routing_bias", 512))
+    many = both(many, lambda a: grown(a, by=505), put(num_fused_shared_experts=1))
+    yield Case("deepseek:558", R, "fp8_block", many, DEEPSEEK)
 
 
 def shared_experts():
@@ -313,9 +332,9 @@ def shared_experts():
         yield Case(f"router:{at}", R, "routing", change, {"method": method})
     for scheme in ("routing", "fp8_block"):
         flat_groups = put(n_group=1, topk_group=1)
-        yield Case("router:70", R, scheme, both(one, flat_groups), DEEPSEEK)
-        yield Case("deepseek:549", R, scheme, put(num_fused_shared_experts=33), DEEPSEEK)
-        yield Case("deepseek:565", R, scheme, put(num_fused_shared_experts=31), DEEPSEEK)
+        yield Case("router:70", R, scheme, sharing(flat_groups), DEEPSEEK)
+        yield Case("deepseek:549", R, scheme, sharing(by=33), DEEPSEEK)
+        yield Case("deepseek:565", R, scheme, sharing(by=31), DEEPSEEK)
     logits = both(one, put(routing_logits=torch.zeros(5, 512)), ones("routing_bias", 512))
     given = both(logits, put(local_num_experts=512))
     yield Case("deepseek:558", R, "routing", given, DEEPSEEK)

@@ -15,7 +15,8 @@ from launcher_cases import (
     both,
     cast,
     cut,
-    flat,
+    deep,
+    grown,
     ones,
     put,
     strided,
@@ -30,25 +31,31 @@ def weights():
     yield Case("launcher:1846", R, "bf16", put(weight_layout=0))
     yield Case("launcher:4340", R, "fp8_block", cast("hidden_states", F16))
     scales = "hidden_states_scale"
-    yield Case("launcher:4344", R, "fp8_block", flat(scales))
+    yield Case("launcher:4344", R, "fp8_block", deep(scales))
     yield Case("launcher:4346", R, "fp8_block", cut(scales, 0))
     yield Case("launcher:4348", R, "fp8_block", cut(scales, 1))
     lines = {"gemm1": (4370, 4372, 4377, 4379), "gemm2": (4391, 4393, 4395, 4397)}
     for name, (rank, *sizes) in lines.items():
-        yield Case(f"launcher:{rank}", R, "fp8_block", flat(f"{name}_weights_scale"))
+        yield Case(f"launcher:{rank}", R, "fp8_block", deep(f"{name}_weights_scale"))
         for dim, at in enumerate(sizes):
             yield Case(f"launcher:{at}", R, "fp8_block", cut(f"{name}_weights_scale", dim))
-    yield Case("launcher:4374", R, "fp8_block", put(intermediate_size=192))
+    yield Case(
+        "launcher:4374",
+        R,
+        "fp8_block",
+        lambda a: {
+            "intermediate_size": 192,
+            "gemm1_weights": a["gemm1_weights"][:, :384],
+            "gemm1_weights_scale": a["gemm1_weights_scale"][:, :3],
+            "gemm2_weights": a["gemm2_weights"][:, :, :192],
+            "gemm2_weights_scale": a["gemm2_weights_scale"][:, :, :1],
+        },
+    )
     for name in ("gemm1_weights", "gemm2_weights"):
-        yield Case("launcher:1329", R, "mxfp8", flat(name))
-        yield Case("launcher:1335", R, "bf16", flat(name))
-        yield Case(
-            "launcher:1369",
-            R,
-            "fp8_block",
-            both(put(num_fused_shared_experts=1), more_scales, only(name)),
-            DEEPSEEK,
-        )
+        yield Case("launcher:1329", R, "mxfp8", in_one_block(name))
+        yield Case("launcher:1335", R, "bf16", whole_rows(name))
+        less = both(put(num_fused_shared_experts=1), without_one_more(name))
+        yield Case("launcher:1369", R, "fp8_block", less, DEEPSEEK)
     yield Case("launcher:1341", N, "fp8_block", put(weight_layout=1))
     yield Case("launcher:1347", R, "mxfp8", cut("gemm1_weights", 1))
     yield Case(
@@ -72,7 +79,7 @@ def weights():
         ("gemm2_bias", 256, 4421, 4423, 4425, 4427),
     ):
         yield Case(f"launcher:{dtype}", R, "mxfp8", ones(name, 8, rows, dtype=BF16))
-        yield Case(f"launcher:{rank}", R, "mxfp8", ones(name, 8 * rows))
+        yield Case(f"launcher:{rank}", R, "mxfp8", ones(name, 8, rows, 1))
         yield Case(f"launcher:{experts}", R, "mxfp8", ones(name, 7, rows))
         yield Case(f"launcher:{size}", R, "mxfp8", ones(name, 8, rows - 1))
     for name, rank, size in (
@@ -129,37 +136,27 @@ def weights():
     yield Case("gemm:606", R, "mxfp4", put(intermediate_size=192))
 
 
-def more_scales(a):
-    """Block scales of one expert more."""
-    return {n: torch.cat((a[n], a[n][:1])) for n in ("gemm1_weights_scale", "gemm2_weights_scale")}
+def in_one_block(name):
+    """Weights `[experts, 1, M, K]`, which have the rows and columns of `[experts, M, K]`."""
+    return lambda a: {name: a[name].unsqueeze(1)}
 
 
-def only(name):
-    """Weights of one expert more, but for this tensor."""
-    names = {"gemm1_weights", "gemm2_weights"} - {name}
-    return lambda a: {
-        n: torch.cat([a[n].view(U8), a[n][:1].view(U8)]).view(a[n].dtype) for n in names
-    }
+def whole_rows(name):
+    """Weights `[experts, M, K]`, which have the rows and columns of those in blocks."""
+    return lambda a: {name: a[name].transpose(1, 2).flatten(2)}
+
+
+def without_one_more(*names):
+    """Weights of one expert more, but not these."""
+    return lambda a: grown(a, but=names)
 
 
 def shared_experts():
     """FP4 with a fused shared expert: every tensor holds one expert more."""
 
-    def grown(a, *, but=(), **values):
-        found = {}
-        for name, value in a.items():
-            per_expert = name.startswith(("gemm", "output1", "output2")) and isinstance(
-                value, torch.Tensor
-            )
-            if per_expert and name not in but:
-                raw = value.contiguous().view(U8).view(len(value), -1)
-                found[name] = torch.cat((raw, raw[:1])).view(value.dtype).view(-1, *value.shape[1:])
-        return found | {"num_fused_shared_experts": 1} | values
-
-    def case(at, **how):
-        return Case(
-            at, R, "nvfp4", lambda a: grown(a, **how), DEEPSEEK | {"activated": "swigluoai"}
-        )
+    def case(at, *, but=(), **values):
+        change = both(without_one_more(*but), put(num_fused_shared_experts=1, **values))
+        return Case(at, R, "nvfp4", change, DEEPSEEK | {"activated": "swigluoai"})
 
     yield case("launcher:5131", but=("gemm1_weights",))
     yield case("launcher:5133", but=("gemm2_weights",))
@@ -167,7 +164,7 @@ def shared_experts():
         yield case("launcher:5141", **{name: torch.ones(9, 1)})
         yield case("launcher:5143", but=(name,))
     for name, size in (("gemm1_bias", 512), ("gemm2_bias", 256)):
-        yield case("launcher:5141", **{name: torch.ones(9)})
+        yield case("launcher:5141", **{name: torch.ones(9, size, 1)})
         yield case("launcher:5143", **{name: torch.ones(8, size)})
     for name in CONSTANTS:
         yield case("launcher:1389", **{name: torch.ones(8)})
@@ -188,8 +185,8 @@ def operator():
         yield Case(f"operator:{at}", raises, "routing", change)
     for at, change in (
         (77, put(routing_logits=torch.zeros(0, 8))),
-        (79, put(num_fused_shared_experts=-1)),
         (81, put(local_num_experts=9)),
+        (81, put(local_num_experts=0)),
         (83, put(local_expert_offset=5, local_num_experts=4)),
         (114, put(n_group=2)),
         (116, put(topk_group=2)),
@@ -197,6 +194,7 @@ def operator():
     ):
         yield Case(f"binding:{at}", R, "routing", change)
     for at, change in (
+        (79, put(num_fused_shared_experts=-1)),
         (96, put(n_group=0)),
         (97, put(topk_group=0)),
         (98, put(n_group=3)),

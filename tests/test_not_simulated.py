@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from good_calls import FLASHINFER, bound, changed, good_call
-from launcher_cases import BF16, F16, PAIR, ROUTED, Case, cast, ones, put
+from good_calls import FLASHINFER, changed, good_call
+from launcher_cases import BF16, F16, PAIR, ROUTED, Case, cast, ones, put, sharing
 
 from pytest_moe_routing.errors import NotSimulated
-from pytest_moe_routing.simulator.checks import Names, broken, checks
+from pytest_moe_routing.simulator.checks import Names
 from pytest_moe_routing.simulator.simulator import Simulator
 
 U8 = torch.uint8
@@ -14,13 +14,6 @@ U8 = torch.uint8
 
 def no_case(text, scheme, change, how=None):
     return Case(text, NotSimulated, scheme, change, how or {})
-
-
-def one_more(a):
-    """The weights of one shared expert behind those of the eight."""
-    every = {k: v for k, v in a.items() if isinstance(v, torch.Tensor) and v.shape[0] == 8}
-    every = {k: torch.cat((v.view(U8), v[:1].view(U8))).view(v.dtype) for k, v in every.items()}
-    return {**every, "num_fused_shared_experts": 1}
 
 
 CASES = [
@@ -38,7 +31,7 @@ CASES = [
     no_case(
         "experts that the caller chose",
         "mxfp4",
-        lambda a: {**one_more(a), "topk_ids": torch.zeros(5, 3, dtype=torch.int32)},
+        sharing(lambda a: {"topk_ids": torch.zeros(5, 3, dtype=torch.int32)}),
         {"method": "DeepSeekV3", "routed": True},
     ),
     no_case("activations other than Swiglu", "bf16", put(activation_type=10)),
@@ -133,11 +126,6 @@ def test_not_simulated_is_named(case):
     function, given = changed(case)
     with pytest.raises(NotSimulated, match=case.at):
         getattr(Simulator(FLASHINFER), function)(**given)
-
-
-def test_every_row_has_a_case():
-    made = {broken(bound(*changed(case))) for case in CASES}
-    assert [check.text for check in checks() if not check.at and check not in made] == []
 
 
 def test_entry_points_that_are_not_simulated():

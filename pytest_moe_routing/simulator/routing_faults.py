@@ -99,9 +99,9 @@ def _first_256(x: Inputs, _: Context) -> Inputs:
 
 
 def _shared_scaled(routing: Routing, c: Context) -> Routing:
-    """Shared slots get the factor that belongs to the routed ones."""
+    """Shared slots are divided by the factor, as if it multiplied the whole output later."""
     weights = routing.topk_weights.clone()
-    weights[:, c.top_k :] *= c.given["routed_scaling_factor"] or 1.0
+    weights[:, c.top_k :] /= c.given["routed_scaling_factor"] or 1.0
     return replace(routing, topk_weights=weights)
 
 
@@ -236,8 +236,8 @@ ROUTING_FAULTS = (
         "shared-scaled",
         Stage.SHARED,
         _shared_scaled,
-        "fused shared experts are weighted by the routed scaling factor",
-        "MooreThreads/torchada PR 84",
+        "fused shared experts weigh 1 divided by the routed scaling factor",
+        "sglang PR 35163",
         "test_gpu_moe.py::test_fused_shared_experts[nvfp4]",
     ),
     Fault(

@@ -111,7 +111,7 @@ class Simulator:
         used = place.expanded >= 0
         tiles = place.expanded[used] // tile
         ids[used] = place.expert_of_tile[tiles] + shard.local_expert_offset
-        return SimpleNamespace(
+        result = SimpleNamespace(
             topk_ids=ids.to(torch.int32),
             topk_weights=routing.topk_weights,
             total_num_padded_tokens=torch.tensor([len(place.tokens)], dtype=torch.int32),
@@ -120,6 +120,7 @@ class Simulator:
             cta_idx_xy_to_batch_idx=place.expert_of_tile.to(torch.int32),
             num_non_exiting_ctas=torch.tensor([len(place.expert_of_tile)], dtype=torch.int32),
         )
+        return self._at(Stage.RESULT, result, context)
 
     def _choose(self, context: Context) -> Routing:
         """From logits to experts and bfloat16 weights."""

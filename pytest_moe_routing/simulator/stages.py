@@ -24,6 +24,8 @@ class Stage(Enum):
     SHARED = auto()
     #: `Shard` that the permutation is made for.
     SHARD = auto()
+    #: What the standalone routing operator returns, a namespace.
+    RESULT = auto()
     #: The entry point's arguments by name.
     ARGUMENTS = auto()
     #: `Memory`: how weights lie in memory.

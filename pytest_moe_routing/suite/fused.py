@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.schemes import kernel_of
-from pytest_moe_routing.suite.gpu import dtype, explained
+from pytest_moe_routing.suite.gpu import Compared, dtype, explained
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -283,13 +283,13 @@ class Fused:
         problem = replace(problem, routing=chosen)
         output, why = self.output(problem)
         compared = compare_moe(output, problem)
-        self.expect(compared.ok, num_tokens, compared.message, why)
-        self.check_sum(output, output_of(found, self.call), found, "the sum of its rows", why)
+        self.expect(Compared.OUTPUT, compared.ok, num_tokens, compared.message, why)
+        self.check_sum(Compared.SUM, output, output_of(found, self.call), found, why)
         # No routed twin takes shared experts.
         for pair in () if self.shared else pairs:
             given = without_routing(problem, problem.routing)
             twin, why = self.output(given, routed=True, pair=pair)
-            self.check_sum(twin, output, found, "the routed twin", why)
+            self.check_sum(Compared.TWIN, twin, output, found, why)
 
     def check_choice(self, problem: MoEProblem, ids: Tensor, found: Rows) -> None:
         """Experts by margin; weights within what bfloat16 and the kernel's sigmoid allow."""
@@ -328,27 +328,36 @@ class Fused:
                 return self.explained({}, None, routed=False)
             return explained(run, dense(ids, weights, self.call.num_experts), self.flashinfer)
 
-        self.expect(compared.ok, tokens, compared.message, why)
-        labelled = found.weights.dtype == torch.bfloat16
-        self.expect(labelled, tokens, lambda: f"topk_weights have dtype {found.weights.dtype}", why)
+        self.expect(Compared.CHOICE, compared.ok, tokens, compared.message, why)
+        label = found.weights.dtype
+        ok = label == torch.bfloat16
+        self.expect(Compared.LABEL, ok, tokens, lambda: f"topk_weights have dtype {label}", why)
 
-    def check_sum(self, one: Tensor, other: Tensor, found: Rows, what: str, why: Explain) -> None:
+    def check_sum(
+        self, other_side: Compared, one: Tensor, other: Tensor, found: Rows, why: Explain
+    ) -> None:
         """Two sums of the same rows: each row and the result may be off by a step of bfloat16."""
         size = (found.weights.double().abs().unsqueeze(-1) * found.rows.double().abs()).sum(1)
         if self.call.weight_on == "input":
             size = found.rows.double().abs().sum(1)
         off = (one.double() - other.double()).abs() - 2**-7 * size
         worst = float(off.nan_to_num(1e30).max())
-        self.expect(
-            worst <= 1e-30,
-            len(one),
-            lambda: (
-                f"the output differs from {what} by up to {worst:.3g} more than rounding explains"
-            ),
-            why,
-        )
 
-    def expect(self, ok: bool, num_tokens: int, message: Callable[[], str], why: Explain) -> None:
+        def message() -> str:
+            far = f"by up to {worst:.3g} more than rounding explains"
+            return f"the output differs from {other_side.value} {far}"
+
+        self.expect(other_side, worst <= 1e-30, len(one), message, why)
+
+    def expect(
+        self,
+        compared: Compared,
+        ok: bool,
+        num_tokens: int,
+        message: Callable[[], str],
+        why: Explain,
+    ) -> None:
+        """Fail unless a comparison is right, with what is wrong and what explains it."""
         if not ok:
             case = f"{self.scheme}, {self.activated}, {num_tokens} tokens"
             text = "\n".join([message(), *why()])

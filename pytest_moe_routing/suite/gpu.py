@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
@@ -14,6 +15,20 @@ from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 if TYPE_CHECKING:
     import torch
+
+
+class Compared(Enum):
+    """One of the comparisons of a call, in words where a message names the other side."""
+
+    CHOICE = "the experts and weights of the reference"
+    LABEL = "bfloat16"
+    PERMUTATION = "a permutation of the chosen experts"
+    LOCAL_EXPERTS = "the experts of the whole that are local"
+    LOCAL_WEIGHTS = "the weights of the whole"
+    OUTPUT = "the output of the reference"
+    SUM = "the sum of its rows"
+    TWIN = "the routed twin"
+    TACTIC = "that of the first tactic"
 
 
 def dtype(name: str) -> torch.dtype:

@@ -16,7 +16,7 @@ import pytest
 
 from pytest_moe_routing.schemes import COMPUTED_SCHEMES, KERNEL_SCHEMES, kernel_of
 from pytest_moe_routing.suite.fused import Fused, moved
-from pytest_moe_routing.suite.gpu import call_of, require
+from pytest_moe_routing.suite.gpu import Compared, call_of, require
 
 if TYPE_CHECKING:
     from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
@@ -155,7 +155,7 @@ def test_autotuned(fused: Make, scheme: str) -> None:
     layer.check_choice(problem, ids, found)
     first, _ = layer.output(problem)
     tuned, why = layer.output(problem, tuned=True)
-    layer.check_sum(tuned, first, found, "that of the first tactic", why)
+    layer.check_sum(Compared.TACTIC, tuned, first, found, why)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
@@ -176,7 +176,7 @@ def test_expert_parallel_shard(fused: Make, scheme: str, rank: int) -> None:
         problem = replace(problem, routing=Routing(ids, found.weights), shard=shard)
         output, why = layer.output(problem, prepared=prepared)
         compared = compare_moe(output, problem)
-        layer.expect(compared.ok, num_tokens, compared.message, why)
+        layer.expect(Compared.OUTPUT, compared.ok, num_tokens, compared.message, why)
 
 
 @pytest.mark.parametrize("scheme", COMPUTED_SCHEMES)

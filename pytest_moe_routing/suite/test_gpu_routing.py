@@ -6,14 +6,15 @@ and epsilon included), within the kernel's documented arithmetic error and not b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_moe_routing.suite.gpu import call_of, dtype, explained, require
+from pytest_moe_routing.suite.gpu import Compared, call_of, dtype, explained, require
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -121,8 +122,11 @@ class Routed:
             found = self.compared(got, slice(None))
         self.right = got
         wanted = permute(got.topk_ids.clamp(0), num_experts=self.call.num_experts)
-        problems = misplaced(got, got.topk_ids, wanted)
-        self.expect(num_tokens, [*problems, *([] if found.ok else [found.message()])], got)
+        problems = {
+            Compared.PERMUTATION: misplaced(got, got.topk_ids, wanted),
+            Compared.CHOICE: [] if found.ok else [found.message()],
+        }
+        self.expect(num_tokens, problems, got)
 
     def compared(self, got: KernelRouting, tokens: Tensor | slice) -> RoutingComparison:
         """Compare some of the tokens with the reference."""
@@ -150,7 +154,11 @@ class Routed:
         return new
 
     def expect(
-        self, num_tokens: int, problems: Sequence[str], got: KernelRouting, **shard: Any
+        self,
+        num_tokens: int,
+        problems: Mapping[Compared, Sequence[str]],
+        got: KernelRouting,
+        **shard: Any,
     ) -> None:
         """Fail with what is wrong, and with the known faults that explain it."""
         from pytest_moe_routing.simulator.explain import dense
@@ -161,8 +169,8 @@ class Routed:
         def run(fused_moe: Any) -> Tensor:
             return weights(self.run(num_tokens, fused_moe, "cpu", **shard))
 
-        if problems:
-            lines = [*problems, *explained(run, weights(got), self.flashinfer)]
+        if any(problems.values()):
+            lines = [*chain(*problems.values()), *explained(run, weights(got), self.flashinfer)]
             text = "\n".join(lines)
             pytest.fail(f"{self.call}\nwith {num_tokens} tokens: {text}", pytrace=False)
 
@@ -293,12 +301,14 @@ def test_expert_parallel_shard(
             tile_tokens_dim=tile_tokens_dim,
             shard=shard,
         )
-        problems = misplaced(got, whole.topk_ids, wanted)
+        problems = {Compared.PERMUTATION: misplaced(got, whole.topk_ids, wanted)}
         if not torch.equal(got.topk_ids, torch.where(is_local, whole.topk_ids, -1)):
-            problems.append(
+            problems[Compared.LOCAL_EXPERTS] = [
                 "topk_ids are not the local experts of the unsharded routing, with -1 for the "
                 "other slots"
-            )
+            ]
         if not torch.equal(got.topk_weights, whole.topk_weights):
-            problems.append("topk_weights differ from those of the unsharded routing")
+            problems[Compared.LOCAL_WEIGHTS] = [
+                "topk_weights differ from those of the unsharded routing"
+            ]
         routed.expect(num_tokens, problems, got, **how)

@@ -15,10 +15,11 @@ import torch
 
 from pytest_moe_routing.compare.budget import bounded_moe
 from pytest_moe_routing.logits import bell, distinct
-from pytest_moe_routing.reference.moe import MoELayer, moe, slots_by_expert
+from pytest_moe_routing.reference.moe import MoELayer, moe
 from pytest_moe_routing.reference.quantization import dequantize
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.shard import Shard
+from pytest_moe_routing.reference.slots import slots_by_expert
 from pytest_moe_routing.reference.weights import GeneratedExperts
 from pytest_moe_routing.schemes import COMPUTED_SCHEMES, storage_of
 

@@ -13,10 +13,11 @@ from pytest_moe_routing.reference.weights import GeneratedExperts, static_scale
 from pytest_moe_routing.schemes import storage_of
 
 
+@pytest.mark.parametrize("stacked", [0, 1 << 27], ids=["apart", "stacked"])
 @pytest.mark.parametrize("scheme", ["nvfp4", "bf16"])
-def test_experts_that_are_run_together_give_what_each_gives(scheme, monkeypatch):
+def test_experts_that_are_run_together_give_what_each_gives(scheme, stacked, monkeypatch):
     # A GPU runs as many experts at once as fit; a CPU one at a time. Biases, weights on the input
-    # and ranks must stay with their experts.
+    # and ranks must stay with their experts, and experts get rows of padding.
     storage = storage_of(scheme)
     experts = GeneratedExperts(
         8,
@@ -28,22 +29,27 @@ def test_experts_that_are_run_together_give_what_each_gives(scheme, monkeypatch)
     )
     ids = distinct(9, 8, seed=2)[:, :4].contiguous()
     routing = Routing(ids, bell(9, 4, seed=4))
-    batches, joined = reference._batches, []
+    hidden = bell(9, 128, seed=1)
+    joined, run = [], reference.run_experts
 
-    def on_gpu(counts, made, is_cuda):
-        for batch in batches(counts, made, True):
-            joined.append(len(batch))
-            yield batch
+    def noted(x, batch, *rest):
+        joined.append((len(batch), len({count for _, count in batch})))
+        return run(x, batch, *rest)
 
+    monkeypatch.setattr(reference, "_STACKED", stacked)
     for weight_on in ("output", "input"):
         layer = reference.MoELayer.of(scheme, "swigluoai", weight_on)
         for shard in (None, Shard(2, 4)):
-            monkeypatch.setattr(reference, "_batches", batches)
-            alone = reference.moe(bell(9, 128, seed=1), experts, routing, layer, shard=shard)
-            monkeypatch.setattr(reference, "_batches", on_gpu)
-            together = reference.moe(bell(9, 128, seed=1), experts, routing, layer, shard=shard)
-            assert torch.equal(together, alone)
-    assert joined == [8, 4, 8, 4]
+            alone = reference.moe(hidden, experts, routing, layer, shard=shard)
+            with monkeypatch.context() as gpu:
+                gpu.setattr(reference, "_launches_cost", lambda x: True)
+                gpu.setattr(reference, "run_experts", noted)
+                together = reference.moe(hidden, experts, routing, layer, shard=shard)
+            # The sum over experts has another order.
+            torch.testing.assert_close(together, alone, rtol=2**-7, atol=1e-3)
+            assert (together == alone).float().mean() > 0.95
+    assert [count for count, _ in joined] == [8, 4, 8, 4]
+    assert all((sizes == 1) == bool(stacked) for _, sizes in joined)
 
 
 def test_batches_keep_to_their_size_and_to_one_intermediate_scale(monkeypatch):

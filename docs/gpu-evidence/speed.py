@@ -20,7 +20,7 @@ from pytest_moe_routing.reference.routing import Routing, route
 from pytest_moe_routing.reference.weights import Expert
 from pytest_moe_routing.routing.recipe import Recipe
 
-TOKENS = (1, 64, 1024, 8192)
+TOKENS = (1, 2, 4, 8, 64, 1024, 8192)
 
 
 def timed(call, times, *arguments):

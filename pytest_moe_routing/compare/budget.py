@@ -21,13 +21,13 @@ from pytest_moe_routing.reference.moe import (
     real_input,
     real_rows,
     run_expert,
-    slots_by_expert,
     static,
     stored,
 )
 from pytest_moe_routing.reference.quantization import Quantized, dequantize, find_format, quantize
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.shard import Shard
+from pytest_moe_routing.reference.slots import slots_by_expert
 from pytest_moe_routing.reference.weights import Expert, Experts
 
 

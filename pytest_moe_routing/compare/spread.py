@@ -20,11 +20,11 @@ from pytest_moe_routing.reference.moe import (
     linear,
     real_input,
     real_rows,
-    slots_by_expert,
     stored,
 )
 from pytest_moe_routing.reference.problem import MoEProblem
 from pytest_moe_routing.reference.shard import Shard
+from pytest_moe_routing.reference.slots import slots_by_expert
 from pytest_moe_routing.reference.weights import Expert
 
 #: Relative step of a numerical derivative in float64.

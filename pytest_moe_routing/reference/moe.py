@@ -29,6 +29,7 @@ from pytest_moe_routing.reference.quantization import (
 )
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.shard import Shard
+from pytest_moe_routing.reference.slots import FEW, SortedSlots
 from pytest_moe_routing.reference.weights import Expert, Experts
 from pytest_moe_routing.schemes import Storage, storage_of
 
@@ -92,6 +93,10 @@ _CHUNK = 1 << 20
 #: Elements of the widest matrix that experts which are run together on a GPU may make.
 _BATCH = 1 << 24
 
+#: Elements of the weights that one product on a GPU may multiply by, where there are few slots:
+#: fewer launches save more than the copy of the weights costs.
+_STACKED = 1 << 27
+
 
 def real_rows(weight: Quantized, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield a weight `[rows, columns]` as real numbers, some rows at a time."""
@@ -145,12 +150,25 @@ def run_experts(
     return Stages(gemm1, stored1, activated, intermediate, gemm2, stored(gemm2, storage.gemm2))
 
 
+def _launches_cost(x: Tensor) -> bool:
+    """Whether the number of operations takes the time, not their size: on a GPU."""
+    return x.is_cuda
+
+
 def _linears(x: Tensor, weights: Sequence[Quantized], counts: Sequence[int]) -> Tensor:
     """Multiply the rows of each expert by its weight."""
     if len(weights) == 1:
         return linear(x, weights[0])
+    if len(x) <= FEW and len(set(counts)) == 1 and _stackable(weights, x):
+        real = torch.stack([dequantize(weight, x.dtype) for weight in weights])
+        return torch.bmm(x.unflatten(0, (len(weights), -1)), real.mT).flatten(0, 1)
     rows = x.split(counts)
     return torch.cat([linear(mine, weight) for mine, weight in zip(rows, weights, strict=True)])
+
+
+def _stackable(weights: Sequence[Quantized], x: Tensor) -> bool:
+    rows, columns = weights[0].shape
+    return _launches_cost(x) and len(weights) * rows * columns <= _STACKED
 
 
 def _add_biases(x: Tensor, biases: Sequence[Tensor | None], counts: Sequence[int]) -> None:
@@ -189,59 +207,6 @@ def real_input(hidden: Tensor | Quantized, layer: MoELayer, dtype: torch.dtype) 
     return dequantize(quantize(hidden, layer.storage.input), dtype)
 
 
-@dataclass(frozen=True)
-class Slots:
-    """The slots of a routing, `(token, choice)`, in ascending order of their experts.
-
-    Attributes:
-        order: int64 `[num_tokens * top_k]`: the place of each in the routing, row by row.
-        tokens: int64, the token of each.
-        weights: The router weight of each, in the computing dtype.
-        bounds: Expert `e` has those from `bounds[e]` to `bounds[e + 1]`.
-    """
-
-    order: Tensor
-    tokens: Tensor
-    weights: Tensor
-    bounds: list[int]
-
-    @classmethod
-    def of(cls, routing: Routing, num_experts: int, dtype: torch.dtype) -> Slots:
-        """Sort the slots of a routing.
-
-        Raises:
-            LayerError: An id is not one of the experts.
-        """
-        ids, order = routing.topk_ids.flatten().sort(stable=True)
-        edges = torch.arange(num_experts + 1, device=ids.device)
-        # The only transfer from a GPU.
-        bounds = torch.searchsorted(ids, edges).tolist()
-        if bounds[0] or bounds[-1] < len(ids):
-            raise LayerError(f"topk_ids: found ids outside 0..{num_experts - 1}")
-        weights = routing.topk_weights.flatten()[order].to(dtype)
-        return cls(order, order // routing.topk_ids.shape[1], weights, bounds)
-
-    def counts(self, shard: Shard) -> Iterator[tuple[int, int]]:
-        """Yield each expert of a shard that has slots, and how many."""
-        for expert in shard.experts:
-            if count := self.bounds[expert + 1] - self.bounds[expert]:
-                yield expert, count
-
-
-def slots_by_expert(
-    routing: Routing, num_experts: int, shard: Shard, dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each expert of a shard that has tokens, its tokens `[n]`, and their weights `[n]`.
-
-    Raises:
-        LayerError: An id is not one of the experts.
-    """
-    slots = Slots.of(routing, num_experts, dtype)
-    for expert, count in slots.counts(shard):
-        start = slots.bounds[expert]
-        yield expert, slots.tokens[start : start + count], slots.weights[start : start + count]
-
-
 def moe(
     hidden: Tensor | Quantized,
     experts: Experts,
@@ -278,30 +243,57 @@ def moe(
         return torch.zeros(hidden.shape, dtype=output_dtype)
     with torch.no_grad():
         x = real_input(hidden, layer, dtype)
-        total = x.new_zeros(x.shape)
-        slots = Slots.of(routing, len(experts), dtype)
+        slots = SortedSlots.of(routing, len(experts), dtype)
+        # Sums of a GPU have no certain order, so there rows are kept until they are summed.
+        by_slot = _launches_cost(x)
+        total = x.new_zeros(len(slots.order) if by_slot else len(x), x.shape[1])
         local = slots.counts(shard)
         counts = _with_progress(local, shard.local_num_experts, progress)
         start = slots.bounds[shard.local_expert_offset]
-        for batch in _batches(counts, experts, x.is_cuda):
+        for batch in _batches(counts, experts, _launches_cost(x)):
             stop = start + sum(count for _, count in batch)
             mine, weight = slots.tokens[start:stop], slots.weights[start:stop]
-            rows = x.index_select(0, mine)
-            if layer.weight_on == "input":
-                rows = run_experts(rows, batch, layer, weight).output
+            rows = _outputs(x.index_select(0, mine), batch, layer, weight)
+            if by_slot:
+                total.index_copy_(0, slots.order[start:stop], rows)
             else:
-                rows = run_experts(rows, batch, layer).output * weight.unsqueeze(1)
-            if len(batch) == 1:
                 total.index_add_(0, mine, rows)
-            else:
-                # Unlike `index_add_` it adds on a GPU in the order of the rows.
-                total.index_put_((mine,), rows, accumulate=True)
             start = stop
+        if by_slot:
+            total = total.view(*routing.topk_ids.shape, -1).sum(1)
         return total.to(output_dtype)
 
 
+def _outputs(
+    x: Tensor, batch: Sequence[tuple[Expert, int]], layer: MoELayer, weight: Tensor
+) -> Tensor:
+    """Run some experts, each on its own tokens, and weight what they return."""
+    if layer.weight_on != "input":
+        return _run_together(x, batch, layer, None) * weight.unsqueeze(1)
+    return _run_together(x, batch, layer, weight)
+
+
+def _run_together(
+    x: Tensor, batch: Sequence[tuple[Expert, int]], layer: MoELayer, weight: Tensor | None
+) -> Tensor:
+    """Run experts with as many rows each, where one product for all of them is faster."""
+    counts = [count for _, count in batch]
+    most = max(counts)
+    weights = [expert.gemm1 for expert, _ in batch]
+    few = most * len(batch) <= FEW and _stackable(weights, x)
+    if not few or min(counts) == most:
+        return run_experts(x, batch, layer, weight).output
+    places = [expert * most + row for expert, count in enumerate(counts) for row in range(count)]
+    place = torch.tensor(places, device=x.device)
+    padded = x.new_zeros(len(batch) * most, x.shape[1]).index_copy_(0, place, x)
+    if weight is not None:
+        weight = weight.new_zeros(len(padded)).index_copy_(0, place, weight)
+    evened = [(expert, most) for expert, _ in batch]
+    return run_experts(padded, evened, layer, weight).output.index_select(0, place)
+
+
 def _batches(
-    counts: Iterable[tuple[int, int]], experts: Experts, is_cuda: bool
+    counts: Iterable[tuple[int, int]], experts: Experts, together: bool
 ) -> Iterator[list[tuple[Expert, int]]]:
     """Join experts that are run together: on a GPU many, on a CPU each is a batch of its own.
 
@@ -312,7 +304,7 @@ def _batches(
     for number, count in counts:
         expert = experts[number]
         if batch and (
-            not is_cuda
+            not together
             or size + count > most
             or expert.intermediate_scale != batch[0][0].intermediate_scale
         ):

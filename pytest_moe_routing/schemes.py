@@ -75,6 +75,8 @@ class KernelSpec:
         scale_dtype: What block scales of weights and input are labelled as.
         input_scales: Whether the input's scales lie by `token`, or by `block` (transposed); empty
             where there are none.
+        token_argument: The argument for the scale of each token over its block scales; empty where
+            there is none.
         scalars: How the dequantization scalars are spelled: `scale` or `scales`; empty for none.
         biases: Whether experts may have biases.
         pairs_since: The release from which the routed twin takes `(ids, weights)` unpacked.
@@ -92,6 +94,7 @@ class KernelSpec:
     scale_argument: str = "weights_scale"
     scale_dtype: str = "uint8"
     input_scales: str = ""
+    token_argument: str = ""
     scalars: str = ""
     biases: bool = False
     pairs_since: str = ""
@@ -229,6 +232,19 @@ SCHEMES: Mapping[str, Scheme] = {
             ),
         ),
         Scheme(
+            "nvfp4_per_token",
+            Storage("nvfp4", "nvfp4_token", "nvfp4_token", activated="bf16"),
+            KernelSpec(
+                # In flashinfer-cubin 0.6.13 all kernels with scales of tokens are SwiGLU's, and no
+                # document gives the units of biases and limits next to them.
+                activations=("silu",),
+                input_scales="token",
+                scalars="scale",
+                token_argument="per_token_scale",
+                **{**_FP4, "biases": False},
+            ),
+        ),
+        Scheme(
             "mxfp4",
             Storage("mxfp4", "mxfp8", "mxfp8"),
             KernelSpec(
@@ -313,7 +329,8 @@ SCHEMES: Mapping[str, Scheme] = {
 
 #: Schemes that the reference computes.
 COMPUTED_SCHEMES = tuple(name for name, row in SCHEMES.items() if row.storage)
-#: Schemes that a fused kernel serves, `mxfp4_bf16` among them: MXFP4 with an unquantized input.
+#: Schemes that a fused kernel serves, among them two that no checkpoint has: `mxfp4_bf16` (MXFP4
+#: with an unquantized input) and `nvfp4_per_token` (NVFP4 whose tokens have scales of their own).
 KERNEL_SCHEMES = tuple(name for name, row in SCHEMES.items() if row.kernel)
 #: Schemes that checkpoints have.
 CHECKPOINT_SCHEMES = tuple(name for name, row in SCHEMES.items() if row.checkpoint)

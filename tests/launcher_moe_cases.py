@@ -119,6 +119,7 @@ def weights():
         yield Case(f"launcher:{nvfp4}", R, "nvfp4", put(**{name: None}))
         rest = {other: torch.ones(8) for other in names if other != name}
         yield Case(f"launcher:{fp8}", R, "mxfp4", put(hidden_states_scale=None, **rest))
+    yield Case("launcher:5221", R, "mxfp4", ones("per_token_scale", 5))
     for at, name in ((5118, "gemm1_weights_scale"), (5121, "gemm2_weights_scale")):
         yield Case(f"launcher:{at}", R, "nvfp4", cast(name, U8))
     step = {"activated": "swiglustep"}

@@ -109,7 +109,7 @@ def test_pairs_of_ids_and_weights(release, scheme):
     """Told apart by the annotation of `topk_ids`: a tuple from the releases given on."""
     if lacks(release, kernel_of(scheme).function(True), "silu"):
         return
-    takes = {"0.6.12": {"nvfp4", "mxfp4", "mxfp4_bf16"}}.get(
+    takes = {"0.6.12": {"nvfp4", "nvfp4_per_token", "mxfp4", "mxfp4_bf16"}}.get(
         release, set(KERNEL_SCHEMES) - {"fp8_per_channel", "mxint4"}
     )
     if scheme in takes:

@@ -21,7 +21,11 @@ CASES = [
     no_case("padded by valid_hidden_size", "mxint4", put(valid_intermediate_size=250)),
     no_case("gemm1_lora_delta", "bf16", ones("gemm1_lora_delta", 5, 2, 512, dtype=BF16), ROUTED),
     no_case("gemm1_lora_delta", "mxfp8", ones("gemm1_lora_delta", 5, 2, 512, dtype=BF16), ROUTED),
-    no_case("per_token_scale", "nvfp4", ones("per_token_scale", 5)),
+    no_case("per_token_scale that is not float32", "nvfp4", ones("per_token_scale", 5, 1)),
+    no_case("per_token_scale that is not float32", "nvfp4", ones("per_token_scale", 5, dtype=BF16)),
+    no_case("and biases, with per_token_scale", "nvfp4_per_token", ones("gemm1_alpha", 8)),
+    no_case("and biases, with per_token_scale", "nvfp4_per_token", ones("gemm2_bias", 8, 256)),
+    no_case("and biases, with per_token_scale", "nvfp4_per_token", put(activation_type=4)),
     no_case(
         "on a rank of expert parallelism",
         "routing",

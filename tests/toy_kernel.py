@@ -19,6 +19,7 @@ STORED = {
     "fp8_block": ("fp8_1x128", "fp8_1x128"),
     "mxfp8": ("mxfp8", None),
     "nvfp4": ("nvfp4", None),
+    "nvfp4_per_token": ("nvfp4_token", None),
     "mxfp4": ("mxfp8", None),
     "mxfp4_bf16": ("bf16", None),
     "mxint4": ("bf16", None),
@@ -106,7 +107,7 @@ class Toy:
         if after:
             y = fake_quantize(y.unsqueeze(0), after)[0]
         h = self.activate(y)
-        if "bf16" in self.rounding or self.scheme == "fp8_per_channel":
+        if "bf16" in self.rounding or between in ("fp8_token", "nvfp4_token"):
             h = h.to(torch.bfloat16).float()
         static = {}
         if between == "fp8":

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pytest_moe_routing.reference.layouts import unpack_nibbles
 from pytest_moe_routing.reference.moe import (
     MoELayer,
     Stages,
@@ -223,23 +224,32 @@ def _block_error(
 ) -> Tensor:
     """Deviation where a block's scale follows from the block, and may itself come out otherwise."""
     fmt = find_format(format)
-    if fmt.scale == "e4m3" and not given:
-        given = {"global_scale": _overall(x, format)}
     # Blocks that are all as small, and all as large, as they can be: the ends of their scales.
-    small = (x.abs() - error).clamp_min(0)
-    scales = [quantize(end, fmt, **given).scales for end in (small, x.abs() + error)]  # type: ignore[arg-type]
+    small, large = (x.abs() - error).clamp_min(0), x.abs() + error
+    overalls = [given.get("global_scale")]
+    if fmt.by_row:
+        overalls = [_overall(end, format) for end in (small, large)]
+    elif fmt.scale == "e4m3" and not given:
+        overalls = [_overall(x, format)]
+    scales = [
+        quantize(end, fmt, global_scale=overall).scales
+        for end, overall in zip((small, large), (overalls[-1], overalls[0]), strict=True)
+    ]
     ends = [
-        quantize(x + side * error, fmt, scales=scale, **given)  # type: ignore[arg-type]
+        quantize(x + side * error, fmt, scales=scale, global_scale=overall)
         for side in (-1, 1)
         for scale in scales
+        for overall in overalls
     ]
     worst = torch.stack([(dequantize(end, x.dtype) - value).abs() for end in ends]).amax(0)
-    if fmt.scale == "float32":
+    if fmt.scale == "float32" or fmt.by_row:
         # Such a scale moves with its block's largest element, and all elements with it: where one
         # is rounded otherwise before that, the scale may be that of any place between the ends.
-        low, high = (scale.to(x.dtype) for scale in scales)  # type: ignore[union-attr]
+        continuous = overalls if fmt.by_row else scales
+        low, high = (scale.to(x.dtype) for scale in continuous)  # type: ignore[union-attr]
         moves = ((high - low) / low).repeat_interleave(x.shape[-1] // low.shape[-1], -1)
         codes = torch.stack([end.data.view(torch.uint8) for end in ends])
+        codes = unpack_nibbles(codes) if fmt.packed else codes
         worst = worst + moves * value.abs() * (codes != codes[0]).any(0)
     return worst
 

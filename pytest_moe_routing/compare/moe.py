@@ -251,8 +251,7 @@ def _replaced(routing: Routing, other: Routing, tokens: Tensor) -> Routing:
 def _check_static(problem: MoEProblem) -> None:
     """Raise `LayerError` if a static scale is missing: a kernel's own would need two passes."""
     fmt = find_format(problem.layer.storage.intermediate)
-    static = fmt.scale == "e4m3" or (fmt.block == (0, 0) and fmt.scale != "none")
-    if static and problem.experts[0].intermediate_scale is None:
+    if fmt.is_static and problem.experts[0].intermediate_scale is None:
         raise LayerError(
             f"{problem.layer.scheme}: found no intermediate_scale, expected the static scale "
             "that the kernel was given"

@@ -169,6 +169,9 @@ def _input(hidden: Quantized, kernel: KernelSpec, device: torch.device) -> dict[
         scales = hidden.scales.to(device)
         scales = scales.T.contiguous() if kernel.input_scales == "block" else scales
         found["hidden_states_scale"] = scales.view(getattr(torch, kernel.scale_dtype))
+    if kernel.token_argument:
+        assert hidden.global_scale is not None
+        found[kernel.token_argument] = hidden.global_scale.to(device).flatten()
     return found
 
 
@@ -203,7 +206,7 @@ def _units(
         return one, one, one
     hidden = problem.hidden
     factor = hidden.scales if hidden.format.block == WHOLE else hidden.global_scale
-    if factor is None:
+    if factor is None or hidden.format.by_row:
         # Every scale reaches the kernel with its numbers.
         return prepared.gate, prepared.up, prepared.down * _static_scale(problem, prepared)
     x = factor.to(prepared.gate.device).flatten()[0]
@@ -236,6 +239,10 @@ def _activation(
         if since is None or not flashinfer.has(since):
             what = f"{kernel.function()} of FlashInfer {flashinfer.release}"
             raise Unsupported(f"{what} takes no clamp of {act.name}")
+    if act.limit is not None and kernel.token_argument:
+        raise Unsupported(
+            f"the units of a clamp next to {kernel.token_argument} are not documented"
+        )
     gate, _, _ = _units(problem, kernel, prepared)
     one = torch.ones_like(gate)
     return {

@@ -193,7 +193,7 @@ def stored(x: Tensor, format: str, scale: float | None = None) -> Tensor:
 def static(format: str, scale: float | None) -> dict[str, Tensor]:
     """Return the keywords of `quantize` that make it use a static scale."""
     fmt = find_format(format)
-    if scale is None or (fmt.scale != "e4m3" and fmt.block != (0, 0)):
+    if scale is None or not fmt.is_static:
         return {}
     if fmt.scale == "e4m3":
         return {"global_scale": torch.tensor(scale)}

@@ -89,7 +89,9 @@ class MoEProblem:
 
 def take_rows(hidden: Quantized, tokens: Tensor) -> Quantized:
     """Return some rows of quantized hidden states, whose blocks are one row high or the whole."""
-    scales = hidden.scales
+    scales, overall = hidden.scales, hidden.global_scale
     if scales is not None and hidden.format.block[0] == 1:
         scales = scales[tokens]
-    return replace(hidden, data=hidden.data[tokens], scales=scales)
+    if overall is not None and hidden.format.by_row:
+        overall = overall[tokens]
+    return replace(hidden, data=hidden.data[tokens], scales=scales, global_scale=overall)

@@ -44,6 +44,7 @@ class Format:
             scale over the whole matrix on top), or `ue8m0` (a power of two: uint8, 127 is 1).
         least: The largest magnitude of a block is taken to be no smaller, which keeps a block of
             tiny numbers from having a tiny scale.
+        by_row: Whether the float32 scale on top is one of each row, made from its numbers.
     """
 
     name: str
@@ -51,6 +52,14 @@ class Format:
     block: tuple[int, int] = WHOLE
     scale: str = "none"
     least: float = 0.0
+    by_row: bool = False
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a kernel is given a scale over the whole matrix, which it could not make."""
+        if self.scale == "e4m3":
+            return not self.by_row
+        return self.block == WHOLE and self.scale != "none"
 
     @property
     def packed(self) -> bool:
@@ -108,6 +117,7 @@ FORMATS: Mapping[str, Format] = {
         Format("fp8_token", "e4m3", (1, 0), "float32", least=2.0**-9),
         Format("mxfp8", "e4m3", (1, 32), "ue8m0"),
         Format("nvfp4", "e2m1", (1, 16), "e4m3"),
+        Format("nvfp4_token", "e2m1", (1, 16), "e4m3", by_row=True),
         Format("mxfp4", "e2m1", (1, 32), "ue8m0"),
         Format("mxint4", "int4", (1, 32), "bf16"),
     )
@@ -122,7 +132,8 @@ class Quantized:
         format: Which one.
         data: `[..., rows, columns]`, or `[..., rows, columns / 2]` bytes of packed elements.
         scales: `[..., block rows, block columns]` as stored; None where the format has none.
-        global_scale: float32 factor on top of all scales (NVFP4's second level); None is 1.
+        global_scale: float32 factor on top of all scales (NVFP4's second level), or of those of
+            each row, `[..., rows, 1]`; None is 1.
     """
 
     format: Format
@@ -182,7 +193,8 @@ def quantize(
         x: What to quantize. Rounded to float32 first, which is what a kernel's epilogue holds.
         format: A format or its name.
         scales: Take these scales, as stored, instead of the block's own: static quantization.
-        global_scale: NVFP4's factor on top (`amax / (448 * 6)`); default: from this matrix.
+        global_scale: NVFP4's factor on top (`amax / (448 * 6)`), of the matrix or `[..., rows, 1]`;
+            default: from these numbers.
         ue8m0: How a power-of-two scale follows from the largest magnitude: `ceil`, so that it never
             saturates (NVIDIA's kernels), or `floor`, OCP's rule, which may.
 
@@ -273,7 +285,8 @@ def _scales(blocks: Tensor, fmt: Format, overall: Tensor | None, ue8m0: str) -> 
 
 
 def _global_scale(x: Tensor, fmt: Format) -> Tensor:
-    amax = x.abs().amax().clamp(_TINY, torch.finfo(torch.float32).max)
+    amax = x.abs().amax(-1, keepdim=True) if fmt.by_row else x.abs().amax()
+    amax = amax.clamp(_TINY, torch.finfo(torch.float32).max)
     return (amax / (ELEMENT_MAX["e4m3"] * ELEMENT_MAX[fmt.element])).clamp_min(_TINY)
 
 

@@ -19,7 +19,6 @@ from pytest_moe_routing.errors import LayerError
 from pytest_moe_routing.logits import integers
 from pytest_moe_routing.reference.quantization import (
     ELEMENT_MAX,
-    WHOLE,
     Quantized,
     find_format,
 )
@@ -57,7 +56,7 @@ def static_scale(format: str) -> float | None:
     None for formats whose scales follow from the numbers at hand.
     """
     fmt = find_format(format)
-    if fmt.scale == "none" or (fmt.block != WHOLE and fmt.scale != "e4m3"):
+    if not fmt.is_static:
         return None
     scales = ELEMENT_MAX["e4m3"] if fmt.scale == "e4m3" else 1.0
     return _LARGEST / (ELEMENT_MAX[fmt.element] * scales)

@@ -19,7 +19,7 @@ def scheme_of(names: Mapping[str, Any]) -> str:
         entry: str = names["entry"]
         return entry
     if names["act"] == "E2m1":
-        return "nvfp4"
+        return "nvfp4" if names["per_token_scale"] is None else "nvfp4_per_token"
     return "mxfp4_bf16" if names["act"] == "Bfloat16" else "mxfp4"
 
 

@@ -249,6 +249,8 @@ class Simulator:
         real = decode_scale(raw(scales), stored.scale)
         if transposed:
             real = real.T
+        if kernel.token_argument:
+            real = real * raw(given[kernel.token_argument]).unsqueeze(1)
         real = self._at(Stage.INPUT_SCALES, real, context)
         return (values.view(tokens, -1, block) * real.unsqueeze(2)).view(tokens, size)
 

@@ -32,7 +32,7 @@ Make = Callable[..., Fused]
 TOKENS = (1, 5, 33)
 
 #: Schemes whose entry points take fused shared experts.
-SHARING = ("fp8_block", "mxfp8", "nvfp4", "mxfp4", "mxfp4_bf16")
+SHARING = ("fp8_block", "mxfp8", "nvfp4", "nvfp4_per_token", "mxfp4", "mxfp4_bf16")
 
 ACTIVATIONS = ("silu", "relu2", "gelu", "swigluoai", "swiglustep")
 

@@ -6,60 +6,117 @@ an integer is as well), `tuple[str, bool, str]` (a list of exactly these), a `Ty
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
 
 from pytest_moe_routing.escape import shorten
 
+#: Returns what is wrong with a value, without its place; None if it is of the type.
+_Check = Callable[[Any], str | None]
+
 
 def problem(hint: Any, value: object, where: str = "the answer") -> str | None:
     """Return what is wrong with a value that JSON had; None if it is of the type."""
+    found = _check(hint)(value)
+    return None if found is None else where + found
+
+
+@cache
+def _check(hint: Any) -> _Check:
+    """Return the check of a type, which is made once: a run checks ten thousands of answers."""
+    if hint is Any:
+        return _accept
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if any(_is_kind(option, value) for option in options):
-        fitting = [option for option in options if _is_kind(option, value)]
-        found = [_problem_within(option, value, where) for option in fitting]
-        return None if None in found else found[0]
+    checks = [(_kinds(option), _check_within(option)) for option in options]
     expected = " or ".join(map(_name, options))
-    return f"{where} is {shorten(repr(value))}, expected {expected}"
+
+    def check(value: Any) -> str | None:
+        first = None
+        for kinds, check_within in checks:
+            if type(value) in kinds:
+                found = check_within(value)
+                if found is None:
+                    return None
+                first = first or found
+        return first or f" is {shorten(repr(value))}, expected {expected}"
+
+    return check
 
 
-def _is_kind(hint: Any, value: object) -> bool:
-    kind = dict if is_typeddict(hint) else get_origin(hint) or hint
-    if kind is Any:
-        return True
-    if kind is tuple:
-        kind = list
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+def _accept(_value: Any) -> None:
+    """Find nothing wrong."""
 
 
-def _problem_within(hint: Any, value: Any, where: str) -> str | None:
+def _kind(hint: Any) -> Any:
+    return dict if is_typeddict(hint) else get_origin(hint) or hint
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """Return the types that JSON has for a type, a bool being no integer."""
+    kind = _kind(hint)
+    return {tuple: (list,), float: (float, int), None: (NoneType,)}.get(kind, (kind,))
+
+
+def _check_within(hint: Any) -> _Check:
+    """Return the check of what a value of the right kind contains."""
+    of = get_args(hint)
     if is_typeddict(hint):
+        return _check_keys(hint)
+    if get_origin(hint) is dict:
+        return _check_values(_check(of[1]))
+    if get_origin(hint) is list:
+        return _check_items(_check(of[0]))
+    if get_origin(hint) is tuple:
+        return _check_places([_check(kind) for kind in of])
+    return _accept
+
+
+def _check_keys(hint: Any) -> _Check:
+    checks = {key: _check(of) for key, of in get_type_hints(hint).items()}
+
+    def check(value: Any) -> str | None:
         if missing := hint.__required_keys__ - value.keys():
-            return f"{where} has no {', '.join(sorted(missing))}"
-        hints = get_type_hints(hint)
-        parts = [
-            (hints[key], item, f"{where}.{key}") for key, item in value.items() if key in hints
-        ]
-    elif get_origin(hint) is dict:
-        of = get_args(hint)[1]
-        parts = [(of, item, f"{where}.{shorten(key)}") for key, item in value.items()]
-    elif get_origin(hint) is list:
-        of = get_args(hint)[0]
-        parts = [(of, item, f"{where}[{place}]") for place, item in enumerate(value)]
-    elif get_origin(hint) is tuple:
-        kinds = get_args(hint)
-        if len(kinds) != len(value):
-            return f"{where} has {len(value)} items, expected {len(kinds)}"
-        parts = [
-            (kind, item, f"{where}[{n}]")
-            for n, (kind, item) in enumerate(zip(kinds, value, strict=True))
-        ]
-    else:
+            return f" has no {', '.join(sorted(missing))}"
+        for key, item in value.items():
+            if key in checks and (found := checks[key](item)) is not None:
+                return f".{key}{found}"
         return None
-    found = (problem(*part) for part in parts)
-    return next((text for text in found if text is not None), None)
+
+    return check
+
+
+def _check_values(check_one: _Check) -> _Check:
+    def check(value: Any) -> str | None:
+        for key, item in value.items():
+            if (found := check_one(item)) is not None:
+                return f".{shorten(key)}{found}"
+        return None
+
+    return check
+
+
+def _check_items(check_one: _Check) -> _Check:
+    def check(value: Any) -> str | None:
+        for place, item in enumerate(value):
+            if (found := check_one(item)) is not None:
+                return f"[{place}]{found}"
+        return None
+
+    return check
+
+
+def _check_places(checks: Sequence[_Check]) -> _Check:
+    def check(value: Any) -> str | None:
+        if len(checks) != len(value):
+            return f" has {len(value)} items, expected {len(checks)}"
+        for place, (check_one, item) in enumerate(zip(checks, value, strict=True)):
+            if (found := check_one(item)) is not None:
+                return f"[{place}]{found}"
+        return None
+
+    return check
 
 
 _NAMES = {
@@ -76,4 +133,4 @@ _NAMES = {
 
 
 def _name(hint: Any) -> str:
-    return _NAMES.get(dict if is_typeddict(hint) else get_origin(hint) or hint, str(hint))
+    return _NAMES.get(_kind(hint), str(hint))

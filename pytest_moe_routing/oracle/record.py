@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import StrEnum
-from functools import cached_property
+from functools import cache, cached_property
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
@@ -60,7 +60,7 @@ class _Record:
         Raises:
             ValueError: A key is missing, or has a value of another type; names the key.
         """
-        hints, values = get_type_hints(cls), {}
+        hints, values = _hints(cls), {}
         for f in fields(cls):  # type: ignore[arg-type]
             if f.name not in data:
                 if f.default is MISSING and f.default_factory is MISSING:
@@ -72,6 +72,10 @@ class _Record:
                 found = shorten(repr(data[f.name]))
                 raise ValueError(f"{f.name}: found {found}, expected {error}") from None
         return cls(**values)
+
+
+#: The types of a record's fields: every record of a run is read with them.
+_hints = cache(get_type_hints)
 
 
 def _plain(value: Any) -> Any:

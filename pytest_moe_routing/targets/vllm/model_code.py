@@ -58,9 +58,11 @@ class ModelCode:
     """The models of one vLLM, in a process of their own: all of an installed one is imported."""
 
     def __init__(self, source: Source, flashinfer: FlashInfer) -> None:
-        place = "installed" if str(source.root) in sys.path else "apart"
+        #: Whether vLLM's dependencies are not imported: answers then depend on vLLM alone.
+        self.is_apart = str(source.root) not in sys.path
+        place = "apart" if self.is_apart else "installed"
         arguments = str(source.root), flashinfer.release, source.version, place
-        self._probe = Probe("vllm", _CHILD, *arguments, answers={"layer_request": _Asked})
+        self.probe = Probe("vllm", _CHILD, *arguments, answers={"layer_request": _Asked})
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """Return what a model's MoE block requests from its MoE layer.
@@ -81,11 +83,11 @@ class ModelCode:
         router = asdict(model.router)
         said = {**router, **asdict(model.experts)}
         values = {key: said[name] for name, key in row["keys"].items() if said[name] is not None}
-        answer = self._probe.ask("layer_request", row=row, values=values, router=router)
+        answer = self.probe.ask("layer_request", row=row, values=values, router=router)
         return request_of(answer, row, model)
 
     def close(self) -> None:
-        self._probe.close()
+        self.probe.close()
 
 
 def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSpec) -> LayerRequest:

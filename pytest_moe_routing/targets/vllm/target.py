@@ -84,7 +84,8 @@ class VllmTarget(FrameworkTarget):
         )
 
     def probes(self) -> Iterable[Probe]:
-        return (self._probe, *self._routers.probes)
+        apart = [self._model_code.probe] if self._model_code.is_apart else []
+        return (self._probe, *self._routers.probes, *apart)
 
     def close(self) -> None:
         self._probe.close()

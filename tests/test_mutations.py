@@ -240,8 +240,8 @@ def test_a_change_of_a_rule_is_noticed(monkeypatch):
 @contextmanager
 def fresh_rules():
     """Rules are compiled anew, inside and after."""
-    for compiled in (releases._kernel, releases._honored):
+    for compiled in (releases._rules, releases._kernel, releases._honored):
         compiled.cache_clear()
     yield
-    for compiled in (releases._kernel, releases._honored):
+    for compiled in (releases._rules, releases._kernel, releases._honored):
         compiled.cache_clear()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from importlib import metadata, resources
@@ -67,9 +67,10 @@ class _Kernel:
     noted: tuple[Rule, ...]
 
 
-def _rules(release: str) -> Iterator[Rule]:
+@cache
+def _rules(release: str) -> tuple[Rule, ...]:
     """Return the rules that hold in a release."""
-    return (rule for rule in _data()["rules"] if rule.in_force(Version(release)))
+    return tuple(rule for rule in _data()["rules"] if rule.in_force(Version(release)))
 
 
 @cache
@@ -156,21 +157,7 @@ class FlashInfer:
         Raises:
             ReleaseError: Not a release number, or older than the oldest known release.
         """
-        known = known_releases()
-        release = release or installed_release() or known[-1]
-        try:
-            place = bisect_right([Version(r) for r in known], parse_release(release))
-        except ValueError:
-            found = shorten(repr(release))
-            raise ReleaseError(
-                f"FlashInfer release: found {found}, expected a number such as {known[-1]}"
-            ) from None
-        if not place:
-            raise ReleaseError(
-                f"FlashInfer {release} is older than the oldest known, {known[0]}; "
-                "--moe-flashinfer names another"
-            )
-        return cls(release, known[place - 1])
+        return _of(release or installed_release() or known_releases()[-1])
 
     def _in_force(self, timeline: Mapping[str, Any]) -> Any:
         """Return the newest value of a timeline up to this release; None before all of them."""
@@ -247,3 +234,22 @@ class FlashInfer:
     def __str__(self) -> str:
         as_ = "" if self.release == self.judged_as else f" (judged as {self.judged_as})"
         return f"FlashInfer {self.release}{as_}"
+
+
+@cache
+def _of(release: str) -> FlashInfer:
+    """Look a release up once: what it has is looked up once then as well."""
+    known = known_releases()
+    try:
+        place = bisect_right([Version(r) for r in known], parse_release(release))
+    except ValueError:
+        found = shorten(repr(release))
+        raise ReleaseError(
+            f"FlashInfer release: found {found}, expected a number such as {known[-1]}"
+        ) from None
+    if not place:
+        raise ReleaseError(
+            f"FlashInfer {release} is older than the oldest known, {known[0]}; "
+            "--moe-flashinfer names another"
+        )
+    return FlashInfer(release, known[place - 1])

@@ -73,6 +73,7 @@ def enums() -> tuple[str, ...]:
     return tuple(_data()["enums"])
 
 
+@cache
 def enum(name: str, release: str) -> Mapping[str, int]:
     """Members and numbers of an enum that arguments are taken from; empty before its time."""
     timeline = _data()["enums"].get(name, {})
@@ -81,6 +82,7 @@ def enum(name: str, release: str) -> Mapping[str, int]:
     return {member: number for number, member in enumerate(members)}
 
 
+@cache
 def signature(function: str, release: str) -> inspect.Signature | None:
     """Return the signature of an entry point, defaults that are enum members as their numbers.
 

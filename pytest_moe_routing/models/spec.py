@@ -305,7 +305,7 @@ class ModelSpec(_Described):
 
 def _section(section: Any) -> dict[str, Any]:
     """Return the keys of a section, as `dataclasses.asdict` does; its values need no copies."""
-    return {f.name: getattr(section, f.name) for f in fields(section)}
+    return dict(vars(section))
 
 
 def _plain(value: Any) -> Any:

@@ -60,7 +60,7 @@ class _Record:
         Raises:
             ValueError: A key is missing, or has a value of another type; names the key.
         """
-        hints, values = _hints(cls), {}
+        hints, values = _hints(cls), {}  # type: ignore[arg-type]
         for f in fields(cls):  # type: ignore[arg-type]
             if f.name not in data:
                 if f.default is MISSING and f.default_factory is MISSING:
@@ -74,8 +74,10 @@ class _Record:
         return cls(**values)
 
 
-#: The types of a record's fields: every record of a run is read with them.
-_hints = cache(get_type_hints)
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Return the types of a kind's fields, cached: a run reads thousands of records."""
+    return get_type_hints(cls)
 
 
 def _plain(value: Any) -> Any:

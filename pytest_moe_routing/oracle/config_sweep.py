@@ -128,9 +128,14 @@ class CachedTarget(Target):
             self._target.prepare(chosen, scheme, thorough=not far)
 
     def prepare_gates(
-        self, models: Sequence[ModelSpec], scheme: str, methods: Iterable[str]
+        self,
+        models: Sequence[ModelSpec],
+        scheme: str,
+        methods: Iterable[str],
+        *,
+        modular: bool = False,
     ) -> None:
-        self._target.prepare_gates(models, scheme, methods)
+        self._target.prepare_gates(models, scheme, methods, modular=modular)
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
         keys = [(model.router, model.architecture) for model in models]

@@ -39,10 +39,12 @@ def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
         Unsupported: The target has no numbers, or there is a mismatch and no case has an answer.
     """
     flashinfer, found = target.flashinfer, []
-    for method, number in target.method_numbers().items():
-        read_as = flashinfer.method(number)
-        if read_as == method:
-            continue
+    read = {name: flashinfer.method(number) for name, number in target.method_numbers().items()}
+    misread = [method for method, read_as in read.items() if read_as != method]
+    for scheme in dict.fromkeys(scheme for _, scheme in cases):
+        target.prepare_gates([m for m, named in cases if named == scheme], scheme, misread)
+    for method in misread:
+        number, read_as = target.method_numbers()[method], read[method]
         passes, unanswered = [], Counter[str]()
         for model, scheme in cases:
             try:

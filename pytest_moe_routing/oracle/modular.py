@@ -9,7 +9,8 @@ finalizes its output. Together they must apply it once, and on the side that the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class MethodRejection:
 
 
 def rejected_by_method(
-    target: Target, scheme: str, models: Iterable[ModelSpec]
+    target: Target, scheme: str, models: Sequence[ModelSpec]
 ) -> list[MethodRejection]:
     """Return each set of methods that a scheme's modular experts reject, and accept others.
 
@@ -46,6 +47,8 @@ def rejected_by_method(
     seen: dict[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]], list[str]] = {}
     reason: Unsupported | None = None
     answered = False
+    with suppress(Unsupported):
+        target.prepare_gates(models, scheme, target.method_numbers(), modular=True)
     for model in models:
         rejected: dict[tuple[str, ...], list[str]] = {}
         accepted: list[str] = []

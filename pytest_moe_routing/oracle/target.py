@@ -165,9 +165,14 @@ class Target:
         """
 
     def prepare_gates(
-        self, models: Sequence[ModelSpec], scheme: str, methods: Iterable[str]
+        self,
+        models: Sequence[ModelSpec],
+        scheme: str,
+        methods: Iterable[str],
+        *,
+        modular: bool = False,
     ) -> None:
-        """Ask ahead, in one go, for the gates of each model before each method."""
+        """Ask ahead, in one go, for `gates`, or `modular_gates`, of each model with each method."""
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
         """Return what the target's own routers, which run without a fused kernel, compute.

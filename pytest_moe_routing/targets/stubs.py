@@ -207,7 +207,8 @@ def real_module(name: str) -> ModuleType:
     finder = next(f for f in sys.meta_path if isinstance(f, _Finder))
     while True:
         try:
-            return import_module(name)
+            # Most are imported already, and are asked for with every question.
+            return sys.modules.get(name) or import_module(name)
         except ModuleNotFoundError as error:
             top = (error.name or "").partition(".")[0]
             if top in finder.absent or not _is_required(top, finder):

@@ -116,7 +116,7 @@ class VllmTarget(FrameworkTarget):
             Unsupported: The release has no such experts.
         """
         self._require_served(scheme)
-        rows = self._probe.ask("gates", **_gates_question(model, scheme, method))
+        rows = self._probe.ask("gates", **_gates_question(model, method, scheme))
         return tuple(Gate(*row) for row in rows)
 
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
@@ -126,8 +126,8 @@ class VllmTarget(FrameworkTarget):
             Unsupported: The release has no such experts.
         """
         self._require_served(scheme)
-        asked = _gates_question(model, scheme, method)
-        return tuple(Gate(*row) for row in self._probe.ask("gates", **asked, modular=True))
+        asked = _gates_question(model, method, scheme, modular=True)
+        return tuple(Gate(*row) for row in self._probe.ask("gates", **asked))
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
         """Return what is wrong on a way through the experts that are given ids and weights."""
@@ -199,7 +199,7 @@ class VllmTarget(FrameworkTarget):
             "classify", ({"model": _without(model, _NOT_CLASSIFIED_BY)} for model in models)
         )
         methods = [(m, c.method) for m, c in _answered(models, self.classify)]
-        self._probe.prepare("gates", (_gates_question(m, scheme, n) for m, n in methods))
+        self._probe.prepare("gates", (_gates_question(*case, scheme) for case in methods))
         gates = _answered(methods, lambda case: self.gates(case[0], scheme, case[1]))
         self._probe.prepare(
             "capture",
@@ -211,13 +211,19 @@ class VllmTarget(FrameworkTarget):
         )
 
     def prepare_gates(
-        self, models: Sequence[ModelSpec], scheme: str, methods: Iterable[str]
+        self,
+        models: Sequence[ModelSpec],
+        scheme: str,
+        methods: Iterable[str],
+        *,
+        modular: bool = False,
     ) -> None:
         """Ask for the gates of many models at once."""
         if scheme in SCHEMES:
-            chosen = list(methods)
-            asked = (_gates_question(model, scheme, name) for model in models for name in chosen)
-            self._probe.prepare("gates", asked)
+            cases = ((model, name) for name in methods for model in models)
+            self._probe.prepare(
+                "gates", (_gates_question(*case, scheme, modular=modular) for case in cases)
+            )
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
         """Return what vLLM's router on CUDA computes for each model."""
@@ -285,9 +291,12 @@ def _without(model: ModelSpec, names: Container[str]) -> dict[str, Any]:
     return {**asked, "router": {n: v for n, v in asked["router"].items() if n not in names}}
 
 
-def _gates_question(model: ModelSpec, scheme: str, method: str) -> dict[str, Any]:
+def _gates_question(
+    model: ModelSpec, method: str, scheme: str, *, modular: bool = False
+) -> dict[str, Any]:
     unseen = vars(model.router).keys() - set(_GATED_BY)
-    return {"model": _without(model, unseen), "scheme": scheme, "method": method}
+    asked = {"model": _without(model, unseen), "scheme": scheme, "method": method}
+    return {**asked, "modular": True} if modular else asked
 
 
 def _capture_question(

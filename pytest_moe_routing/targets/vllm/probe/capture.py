@@ -306,17 +306,22 @@ def vllm_path(file: str) -> str:
 def _raised(error: BaseException) -> dict[str, str]:
     """Describe an exception: `type`, `message`, and the line of vLLM that raised it."""
     message = " ".join(str(error).split())[:300]
-    if frames := _frames(error):
-        message = message or f"{frames[-1].line}"
+    if not message:
+        lines = traceback.extract_tb(error.__traceback__)
+        message = next((f"{frame.line}" for frame in reversed(lines) if _is_of_vllm(frame[0])), "")
     return {"type": type(error).__name__, "message": message, "where": _place(error)}
 
 
-def _frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """Return the frames of vLLM's code that an exception came through."""
-    frames = traceback.extract_tb(error.__traceback__)
+def _frames(error: BaseException) -> list[tuple[str, int]]:
+    """Return file and line of the frames of vLLM's code that an exception came through."""
+    walked = traceback.walk_tb(error.__traceback__)
+    frames = ((frame.f_code.co_filename, line) for frame, line in walked)
+    return [(file, line) for file, line in frames if _is_of_vllm(file)]
+
+
+def _is_of_vllm(file: str) -> bool:
     # This package has a folder of the same name.
-    ours = "/pytest_moe_routing/"
-    return [f for f in frames if "/vllm/" in f.filename and ours not in f.filename]
+    return "/vllm/" in file and "/pytest_moe_routing/" not in file
 
 
 def _place(error: BaseException) -> str:
@@ -326,8 +331,9 @@ def _place(error: BaseException) -> str:
         return ""
     if isinstance(error, Reached):
         # Wrappers around FlashInfer's functions make every call.
-        frames = [frame for frame in frames if "/vllm/utils/" not in frame.filename] or frames
-    return f"{vllm_path(frames[-1].filename)}:{frames[-1].lineno}"
+        frames = [place for place in frames if "/vllm/utils/" not in place[0]] or frames
+    file, line = frames[-1]
+    return f"{vllm_path(file)}:{line}"
 
 
 def refusal(error: BaseException) -> str:

@@ -189,8 +189,13 @@ def _taken(selector: Any, arguments: Mapping[str, Any], variables: tuple[str, ..
 
 def _forget() -> None:
     """Clear what functions of vLLM have cached: some read a variable once and for all."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vllm."):
-            for value in list(vars(module).values()):
-                if isinstance(value, _lru_cache_wrapper):
-                    value.cache_clear()
+    for function in _caching(len(sys.modules)):
+        function.cache_clear()
+
+
+@cache
+def _caching(_modules: int) -> list[Any]:
+    """Return the functions of vLLM that cache, looked for again when modules were imported."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("vllm.")]
+    values = (value for module in modules for value in list(vars(module).values()))
+    return [value for value in values if isinstance(value, _lru_cache_wrapper)]

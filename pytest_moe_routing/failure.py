@@ -35,6 +35,10 @@ class Failure:
         case: The model and scheme, or whatever else of the test the cause concerns.
         lines: The explanation.
         source: File and line of the target's code that is to blame, if they are known.
+        site: The end of the cause's id that names the code, if the id has one: failures that
+            differ in nothing else are one defect in several places.
+        reach: Who can meet it, if `lines` need not say so.
+        brief: The explanation for a terminal, if it is shorter than `lines`.
     """
 
     cause: str
@@ -42,17 +46,45 @@ class Failure:
     case: str
     lines: tuple[str, ...]
     source: str = ""
+    site: str = ""
+    reach: str = ""
+    brief: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"rank": int(self.rank), "lines": list(self.lines)}
+        # Without tuples, which xdist does not carry.
+        plain = {"lines": list(self.lines), "brief": list(self.brief)}
+        return asdict(self) | {"rank": int(self.rank)} | plain
 
-    def block(self, cases: Iterable[str] = (), width: int | None = None) -> list[str]:
+    @property
+    def defect(self) -> tuple[Rank, str]:
+        """What failures of one defect in several places share."""
+        return self.rank, self.cause.removesuffix(self.site.replace(" ", "-"))
+
+    def elsewhere(self, cases: Iterable[str], reach: str) -> str:
+        """Return one line about this failure below that of the same defect in another place.
+
+        Args:
+            reach: Who can meet that one.
+        """
+        told = f" ({self.reach})" if self.reach != reach else ""
+        return (
+            _listed(f"  also     {self.cause}: ", list(dict.fromkeys(cases)) or [self.case]) + told
+        )
+
+    def block(
+        self,
+        cases: Iterable[str] = (),
+        width: int | None = None,
+        elsewhere: Iterable[str] = (),
+    ) -> list[str]:
         """Return the explanation in at most 15 lines, with the other cases and the cause's id.
 
         A latent cause is one line.
 
         Args:
-            width: Characters of that line; as many as it takes if None.
+            width: Characters of that line, and `brief` explanations; if None, as many characters
+                as it takes and whole explanations.
+            elsewhere: Lines about the same defect in other places.
         """
         if self.rank is Rank.LATENT:
             where = ", ".join(dict.fromkeys((self.case, *cases)))
@@ -61,9 +93,9 @@ class Failure:
             return [line if fits else f"{line[: width - 3]}..."]  # type: ignore[operator]
         others = [case for case in dict.fromkeys(cases) if case != self.case]
         tail = [_listed(f"  also     {len(others)} more: ", others)] if others else []
-        tail.append(f"  cause    {self.cause}")
+        tail += [f"  cause    {self.cause}", *elsewhere]
         room = _BLOCK - len(tail)
-        lines = list(self.lines)
+        lines = list(self.lines if width is None else self.brief or self.lines)
         return (lines if len(lines) <= room else [*lines[: room - 1], "  ..."]) + tail
 
 
@@ -71,20 +103,21 @@ def _listed(start: str, names: Sequence[str]) -> str:
     """Names on one line, as many as fit."""
     text = start
     for place, name in enumerate(names):
-        more = f" and {len(names) - place} others"
+        left = len(names) - place
+        more = f" and {left} other{'s' * (left > 1)}"
         if len(text) + len(name) + len(more) > _WIDTH and place:
             return text + more.lstrip(",")
         text += ("" if place == 0 else ", ") + name
     return text
 
 
-def text_of(
-    failures: Iterable[Failure],
-    cases: Mapping[str, Iterable[str]] | None = None,
-    width: int | None = None,
-) -> str:
+def text_of(failures: Iterable[Failure], cases: Mapping[str, Iterable[str]] | None = None) -> str:
     """Return the message of a test that fails for these causes; see `Failure.block`."""
-    blocks = (failure.block((cases or {}).get(failure.cause, ()), width) for failure in failures)
+    return joined(failure.block((cases or {}).get(failure.cause, ())) for failure in failures)
+
+
+def joined(blocks: Iterable[Sequence[str]]) -> str:
+    """Return blocks as one safe text."""
     # Latent causes are a list; the others are paragraphs.
     text = "".join(
         ("" if place == 0 else "\n" if len(block) == 1 else "\n\n") + "\n".join(block)
@@ -97,6 +130,13 @@ def failures_of(properties: Iterable[tuple[str, Any]]) -> list[Failure]:
     """Return the causes that a test stated in its user properties."""
     stated = dict(properties).get(PROPERTY, [])
     return [
-        Failure(f["cause"], Rank(f["rank"]), f["case"], tuple(f["lines"]), f["source"])
-        for f in stated
+        Failure(
+            **{
+                **each,
+                "rank": Rank(each["rank"]),
+                "lines": tuple(each["lines"]),
+                "brief": tuple(each["brief"]),
+            }
+        )
+        for each in stated
     ]

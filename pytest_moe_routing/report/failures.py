@@ -3,6 +3,7 @@
 A test of the suite may fail for several causes, and a cause may fail many tests. A test states its
 causes as `Failure` values in a user property. The terminal then shows the first test of each cause,
 and counts the others as `repeated`; all of them are failed tests to pytest, JUnit and `--lf`.
+Without `-v`, one defect in several places is one block, and what is latent is one list at the end.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 
 import pytest
 
-from pytest_moe_routing.failure import PROPERTY, Failure, Rank, failures_of, text_of
+from pytest_moe_routing.escape import printable
+from pytest_moe_routing.failure import PROPERTY, Failure, Rank, failures_of, joined, text_of
 
 _SAME = "repeated"
+#: The options of a short summary that nobody asked for.
+_DEFAULT_SUMMARY = "fE"
 
 
 def fail(record_property: Callable[[str, Any], None], failures: Sequence[Failure]) -> None:
@@ -28,19 +32,26 @@ def fail(record_property: Callable[[str, Any], None], failures: Sequence[Failure
         pytest.fail(text_of(ordered), pytrace=False)
 
 
+def _entitle(report: pytest.TestReport, title: str) -> None:
+    """Show a report under a title in place of its test's name; its id stays as it is."""
+    file, line, _ = report.location
+    report.location = (file, line, printable(title))
+
+
 @dataclass(frozen=True)
 class _Message:
-    """A failure's text whose first line is its summary.
+    """A failure's text, and its summary.
 
     In a CI job pytest prints the message of each failure again in its short summary, without
     shortening it; a plain string would be told twice.
     """
 
     text: str
+    summary: str
 
     @property
     def reprcrash(self) -> SimpleNamespace:
-        return SimpleNamespace(message=self.text.partition("\n")[0])
+        return SimpleNamespace(message=self.summary)
 
     def toterminal(self, tw: Any) -> None:
         tw.line(self.text)
@@ -62,7 +73,13 @@ class Grouping:
     def pytest_report_teststatus(
         self, report: pytest.CollectReport | pytest.TestReport
     ) -> tuple[str, str, str] | None:
-        if not isinstance(report, pytest.TestReport) or not report.failed:
+        if not isinstance(report, pytest.TestReport):
+            return None
+        if report.skipped and not hasattr(report, "wasxfail"):
+            # Most of thousands of tests do not suit the target: they are counted at the end.
+            is_ours = "moe_case" in dict(report.user_properties)
+            return ("skipped", "", "SKIPPED") if is_ours else None
+        if not report.failed:
             return None
         failures = failures_of(report.user_properties)
         if report.when != "call" or not failures:
@@ -74,21 +91,75 @@ class Grouping:
             if fresh:
                 self._shown.append((report, fresh))
             self._is_shown[id(report)] = bool(fresh)
-        return None if self._is_shown[id(report)] else (_SAME, "f", "REPEATED")
+        return None if self._is_shown[id(report)] else (_SAME, "", "REPEATED")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Complete the shown failures with all of their cases, and put the urgent ones first."""
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-        width = None
-        if terminal is not None and terminal.verbosity <= 0:
-            width = terminal._tw.fullwidth
+        if terminal is None or terminal.verbosity > 0:
+            texts = {id(r): text_of(failures, self._cases) for r, failures in self._shown}
+            ranks = {id(report): failures[0].rank for report, failures in self._shown}
+        else:
+            texts, ranks = self._brief(terminal._tw.fullwidth)
         for report, failures in self._shown:
-            text = text_of(failures, self._cases, width)
-            # pytest declares the types that it makes itself, and takes any with these methods.
-            report.longrepr = _Message(text)  # type: ignore[assignment]
-        ranks = {id(report): failures[0].rank for report, failures in self._shown}
-        if terminal is not None:
-            failed = terminal.stats.get("failed", [])
-            # A failure that states no cause is as urgent as a loud one.
-            failed.sort(key=lambda report: ranks.get(id(report), Rank.LOUD))
+            if id(report) in texts:
+                # pytest declares the types that it makes itself, and takes any with these methods.
+                message = _Message(texts[id(report)], printable(failures[0].lines[0]))
+                report.longrepr = message  # type: ignore[assignment]
+        if terminal is None:
+            return
+        failed = terminal.stats.get("failed", [])
+        moved = [report for report, _ in self._shown if id(report) not in texts]
+        if moved:
+            failed[:] = [report for report in failed if report not in moved]
+            terminal.stats.setdefault(_SAME, []).extend(moved)
+        # A failure that states no cause is as urgent as a loud one.
+        failed.sort(key=lambda report: ranks.get(id(report), Rank.LOUD))
+
+    def _brief(self, width: int) -> tuple[dict[int, str], dict[int, Rank]]:
+        """Return what to show with each report, each defect once, and how urgent that is.
+
+        A report whose every defect is shown with another one has no text.
+        """
+        defects: dict[tuple[Rank, str], list[Failure]] = {}
+        owners: dict[int, list[tuple[Rank, str]]] = {}
+        latent = [f for _, failures in self._shown for f in failures if f.rank is Rank.LATENT]
+        for report, failures in self._shown:
+            for failure in failures:
+                if failure.rank is Rank.LATENT:
+                    continue
+                if failure.defect not in defects:
+                    owners.setdefault(id(report), []).append(failure.defect)
+                defects.setdefault(failure.defect, []).append(failure)
+        texts: dict[int, str] = {}
+        ranks = {owner: owned[0][0] for owner, owned in owners.items()}
+        for report, _ in self._shown:
+            if id(report) in owners:
+                blocks = [self._block(defects[each], width) for each in owners[id(report)]]
+                _entitle(report, blocks[0].pop(0))
+                texts[id(report)] = joined(blocks)
+        if latent:
+            free = [report for report, _ in self._shown if id(report) not in texts]
+            owner = (free or [report for report, _ in self._shown])[-1]
+            lines = joined(f.block(self._cases[f.cause], width) for f in latent)
+            if free:
+                _entitle(owner, "latent: no known model meets these")
+                ranks[id(owner)] = Rank.LATENT
+            texts[id(owner)] = "\n\n".join(filter(None, (texts.get(id(owner)), lines)))
+        return texts, ranks
+
+    def _block(self, failures: Sequence[Failure], width: int) -> list[str]:
+        """Return the block of one defect, wherever it is."""
+        first, *others = failures
+        elsewhere = [other.elsewhere(self._cases[other.cause], first.reach) for other in others]
+        return first.block(self._cases[first.cause], width, elsewhere)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Leave the tests out of the short summary that were shown just above, unless asked for."""
+        failed = {id(report) for report in terminalreporter.stats.get("failed", [])}
+        is_default = terminalreporter.config.option.reportchars == _DEFAULT_SUMMARY
+        if is_default and failed and failed <= {id(report) for report, _ in self._shown}:
+            chars = terminalreporter.reportchars
+            terminalreporter.reportchars = chars.replace("f", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,8 +12,8 @@ from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import matrix
 
-#: Models that are listed for each verdict before the rest is counted.
-_LISTED = 12
+#: Models that have a line each for a verdict; more of them share one line.
+_LISTED = 3
 _GAP = "  "
 
 #: The markup of each verdict, as pytest's terminal writer takes it.
@@ -87,7 +88,7 @@ def wrapped(text: str, width: int, start: str = "", verdict: Verdict | None = No
 
 
 def _not_exact(verdicts: Sequence[VerdictRecord], width: int) -> Iterator[Line]:
-    """Yield what is not exact: bad verdicts by model, the models of each reason to fall back."""
+    """Yield what is not exact: bad verdicts by model, how many have each reason to fall back."""
     column = max(map(len, Verdict)) + len(_GAP)
     for verdict in (Verdict.WRONG, Verdict.CRASH, Verdict.ERROR, Verdict.MISSED):
         models: dict[str, list[str]] = {}
@@ -96,23 +97,23 @@ def _not_exact(verdicts: Sequence[VerdictRecord], width: int) -> Iterator[Line]:
                 known = " (known)" if record.known else ""
                 models.setdefault(record.model, []).append(record.scheme + known)
         start = str(verdict).ljust(column)
-        for place, (model, schemes) in enumerate(sorted(models.items())):
-            if place == _LISTED:
-                left = f"{len(models) - _LISTED} more models; -v shows every verdict"
-                yield from wrapped(left, width, start, verdict)
-                break
+        if len(models) > _LISTED:
+            about, hint = f"{sum(map(len, models.values()))} x: ", "; -v lists all"
+            names = _as_many_as_fit(sorted(models), width - len(start + about + hint))
+            yield from wrapped(about + names + hint, width, start, verdict)
+            continue
+        for model, schemes in sorted(models.items()):
             yield from wrapped(f"{model}: {', '.join(schemes)}", width, start, verdict)
-    reasons: dict[str, list[str]] = {}
+    reasons: Counter[str] = Counter()
     for record in verdicts:
         if record.verdict is Verdict.FALLBACK:
             # The gate of an obstacle; the rest of the text has numbers of the model.
             gate, is_gate, _ = (record.obstacles or ("",))[0].partition(":")
-            reasons.setdefault(gate if is_gate else "no exact method", []).append(record.model)
-    start = str(Verdict.FALLBACK).ljust(column)
-    for gate, those in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        about = f"{len(those)} x {gate}: "
-        names = _as_many_as_fit(sorted(set(those)), width - len(start) - len(about))
-        yield from wrapped(about + names, width, start, Verdict.FALLBACK)
+            reasons[gate if is_gate else "no exact method"] += 1
+    if reasons:
+        start = str(Verdict.FALLBACK).ljust(column)
+        text = ", ".join(f"{count} x {gate}" for gate, count in reasons.most_common())
+        yield from wrapped(text, width, start, Verdict.FALLBACK)
 
 
 def _as_many_as_fit(names: Sequence[str], width: int) -> str:

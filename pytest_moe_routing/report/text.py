@@ -167,6 +167,42 @@ def short_story(record: VerdictRecord) -> Iterator[str]:
         yield f"{line} (or {more} more)" if more > 0 else line
 
 
+def brief_story(record: VerdictRecord) -> Iterator[str]:
+    """Return `short_story` without what the router's line or a cause of its own says.
+
+    A token whose logits say nothing is one line.
+    """
+    left_out = {f"  note     {sentence(n)}" for n in record.notes if n.kind is Kind.DOWNCAST}
+    if record.kernel == record.router:
+        left_out.add(f"  kernel   {record.kernel}")
+    example = record.counterexample
+    first, one_line = "", ""
+    if example is not None and not any(example["logits"]) and not any(example["bias"] or ()):
+        head, *values = token(example)
+        wanted, got = (line for line in values if line.startswith(("wanted", "got")))
+        first, one_line = f"    {head}", f"    {head}: {_spaced(wanted)}, {_spaced(got)}"
+        left_out |= {f"    {wanted}", f"    {got}"}
+    for line in short_story(record):
+        if line == first:
+            yield one_line
+        elif line not in left_out:
+            yield line
+
+
+def _spaced(line: str) -> str:
+    return " ".join(line.split(maxsplit=1))
+
+
+def without_counts(lines: Iterable[str]) -> Iterator[str]:
+    """Return a router's cause without precision, count of further tokens, or what it says twice."""
+    told: set[str] = set()
+    for line in lines:
+        what = line.strip().removeprefix("because  ")
+        if what not in told and not what.startswith(("precision ", "... and ")):
+            yield line
+        told.add(what)
+
+
 def consequences(record: VerdictRecord) -> Iterator[str]:
     """Say what the kernel computes, what is wrong with it, and how precise it is."""
     if record.kernel is not None:

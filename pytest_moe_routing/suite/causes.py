@@ -41,7 +41,9 @@ def of_verdict(record: VerdictRecord) -> Failure:
     rank = _RANKS.get(record.verdict, Rank.LOUD)
     lines = tuple(text.short_story(record))
     case = f"{record.model} {record.scheme}"
-    return Failure(record.cause, rank, case, lines, record.source)
+    brief = tuple(text.brief_story(record))
+    reach = text.reach(record)
+    return Failure(record.cause, rank, case, lines, record.source, record.site, reach, brief)
 
 
 def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
@@ -68,7 +70,12 @@ def of_router(cause: RouterCause) -> Failure:
     why = re.sub(r"[^a-z]+", "-", cause.first.cause.lower()).strip("-")
     function = cause.function.replace("?", "")
     return Failure(
-        _id("router", cause.kind, function, why), rank, cause.runs[0].subject, tuple(cause.lines())
+        _id("router", cause.kind, function, why),
+        rank,
+        cause.runs[0].subject,
+        tuple(cause.lines()),
+        site=why,
+        brief=tuple(text.without_counts(cause.lines())),
     )
 
 
@@ -97,20 +104,24 @@ def of_modular_call(
     switches = () if choice is None else choice.switches
     reach = Reach.NO_MODEL if switches is None else reach_of(model, scheme, switches)
     is_default = choice is not None and switches == ()
+    reached = text.reached(reach, switches or (), by_default=is_default)
     lines = (
         f"{model} on {scheme}, modular experts of {target}: the call is wrong",
-        f"  reach    {text.reached(reach, switches or (), by_default=is_default)}",
+        f"  reach    {reached}",
         *(f"  because  {line}" for line in text.sentences(findings)),
         f"  at       {findings[0].where}",
     )
     what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
-    cause = _id("modular-call", what, findings[0].where.partition(",")[0])
+    site = findings[0].where.partition(",")[0]
+    cause = _id("modular-call", what, site)
     rank = Rank.LOUD if all(f.kind is Kind.RAISED for f in findings) else Rank.SILENT
     if reach is Reach.NO_MODEL and choice is not None:
         rank = Rank.LATENT
         told = "; ".join(text.sentences(findings))
         lines = (f"{model} on {scheme}: {told} (never taken: {choice.instead})",)
-    return Failure(cause, rank, f"{model} {scheme}", lines)
+    # The place is the end of the cause's id.
+    brief = lines[:-1] if len(lines) > 1 else ()
+    return Failure(cause, rank, f"{model} {scheme}", lines, site=site, reach=reached, brief=brief)
 
 
 def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
@@ -149,7 +160,7 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
     )
     cause = _id("downcast", downcast.field, judgement.site)
     case = f"{record.model} {record.scheme}"
-    return Failure(cause, Rank.DOWNCAST, case, lines, record.source)
+    return Failure(cause, Rank.DOWNCAST, case, lines, record.source, judgement.site)
 
 
 def of_model_code(judgement: CodeJudgement) -> Failure:
@@ -158,7 +169,7 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
     cause = _id("model-code", fields, judgement.request.block)
     lines = tuple(text.model_code(judgement))
     source = source_of(judgement.findings)
-    return Failure(cause, Rank.SILENT, judgement.model.id, lines, source)
+    return Failure(cause, Rank.SILENT, judgement.model.id, lines, source, judgement.request.block)
 
 
 def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:

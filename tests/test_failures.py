@@ -1,0 +1,89 @@
+"""What a terminal shows of failed tests: each defect once, urgent ones first, latent ones last."""
+
+from __future__ import annotations
+
+import pytest
+
+TESTS = """
+import pytest
+from pytest_moe_routing.failure import Failure, Rank
+from pytest_moe_routing.report.failures import fail
+
+def wrong(model, scheme, site, reach):
+    lines = (f"{model} on {scheme}: wrong", "  kernel   k", "  because  of the scale")
+    return Failure(
+        f"wrong:scale:{site}", Rank.SILENT, f"{model} {scheme}", lines, site=site, reach=reach,
+        brief=(lines[0], lines[2]),
+    )
+
+def latent(number):
+    return Failure(f"sweep:{number}", Rank.LATENT, "bf16", (f"crash: top_k is {number}", "more"))
+
+LOUD = Failure("crash:a", Rank.LOUD, "m4 nvfp4", ("m4 on nvfp4: crash", "  because  of a limit"))
+CASES = {
+    "latent": [latent(1)],
+    "loud": [LOUD, latent(2)],
+    "first": [wrong("m1", "nvfp4", "A->f", "everybody"), latent(3)],
+    "second": [wrong("m2", "bf16", "B->g", "nobody")],
+    "third": [wrong("m3", "bf16", "B->g", "nobody")],
+    "good": [],
+}
+
+@pytest.mark.parametrize("case", CASES)
+def test_it(case, request):
+    fail(lambda *stated: request.node.user_properties.append(stated), CASES[case])
+"""
+BRIEF = """\
+___ m1 on nvfp4: wrong ___
+  because  of the scale
+  cause    wrong:scale:A->f
+  also     wrong:scale:B->g: m2 bf16, m3 bf16 (nobody)
+___ m4 on nvfp4: crash ___
+  because  of a limit
+  cause    crash:a
+___ latent: no known model meets these ___
+crash: top_k is 1 (bf16; more)  [sweep:1]
+crash: top_k is 2 (bf16; more)  [sweep:2]
+crash: top_k is 3 (bf16; more)  [sweep:3]
+"""
+
+
+def shown(result) -> list[str]:
+    """The lines between the heading of the failures and what follows them."""
+    text = result.stdout.str().partition("= FAILURES =")[2].splitlines()[1:]
+    end = next(place for place, line in enumerate(text) if line.startswith("=="))
+    told = [line for line in text[:end] if not line.startswith("[gw")]
+    return [f"___ {line.strip('_ ')} ___" if line[:3] == "___" else line for line in told]
+
+
+@pytest.mark.parametrize("in_ci", [True, False])
+@pytest.mark.parametrize("workers", [(), ("-n1",)])
+def test_each_defect_is_one_block(host, monkeypatch, in_ci, workers):
+    monkeypatch.delenv("BUILD_NUMBER", raising=False)
+    monkeypatch.delenv("CI", raising=False)
+    if in_ci:
+        monkeypatch.setenv("CI", "true")
+    host.makepyfile(test_own=TESTS)
+    result = host.runpytest_subprocess("test_own.py", *workers)
+    assert shown(result) == BRIEF.splitlines()
+    assert result.parseoutcomes() == {"failed": 3, "passed": 1, "repeated": 2}
+    assert "FAILED" not in result.stdout.str()
+
+
+def test_verbose_output_has_everything(host):
+    host.makepyfile(test_own=TESTS)
+    text = host.runpytest_subprocess("test_own.py", "-v").stdout.str()
+    assert text.count("  kernel   k\n") == 2
+    assert "___ test_it[second] ___" in text
+    assert "  also     1 more: m3 bf16\n  cause    wrong:scale:B->g\n" in text
+    assert "test_own.py::test_it[third] REPEATED" in text
+
+
+def test_a_short_summary_is_there_if_it_says_more(host):
+    host.makepyfile(test_own=TESTS)
+    text = host.runpytest_subprocess("test_own.py", "-rf").stdout.str()
+    assert "FAILED test_own.py::test_it[first] - m1 on nvfp4: wrong\n" in text
+    host.makepyfile(test_theirs="def test_other(): assert not 'theirs'")
+    text = host.runpytest_subprocess("test_own.py", "test_theirs.py").stdout.str()
+    assert "FAILED test_theirs.py::test_other" in text
+    assert "FAILED test_own.py::test_it[first]" in text

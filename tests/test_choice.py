@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
@@ -13,7 +14,7 @@ from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.record import Reach
 from pytest_moe_routing.oracle.target import Captured, Choice
-from pytest_moe_routing.report import text
+from pytest_moe_routing.report import matrix, terminal, text
 from pytest_moe_routing.suite.causes import of_modular_call
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
@@ -62,6 +63,33 @@ def test_a_choice_that_is_not_known():
     record = judged(choice=lambda *_, **__: None)
     assert (record.reach, record.by_default) == (Reach.PUBLISHED, False)
     assert text.reach(record) == "a published checkpoint"
+
+
+def cannot_say(*_):
+    raise Unsupported("the crystal ball is cloudy")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reach", "is_default"),
+    [
+        (lambda *_: (), "a published checkpoint, by default", True),
+        (lambda *_: (FLAG,), f"only with an opt-in switch: {FLAG}", False),
+        (lambda *_: None, "a published checkpoint", False),
+        (cannot_say, "a published checkpoint; whether by default is not known", False),
+    ],
+)
+def test_a_target_without_selectors_says_what_makes_it_take_its_experts(answer, reach, is_default):
+    record = judged(choice=lambda *_, **__: None, opt_in=answer)
+    assert (text.reach(record), record.by_default) == (reach, is_default)
+
+
+def test_an_open_reach_is_told_with_its_reason_and_counted():
+    record = judged(choice=lambda *_, **__: None, opt_in=cannot_say)
+    assert "  open     the crystal ball is cloudy" in text.story(record)
+    [line] = matrix.open_reaches([record, judged()])
+    assert line.startswith("1 x who can reach the verdict is an open question: the crystal ball")
+    told = ["".join(piece.text for piece in each) for each in terminal.summary([record], width=200)]
+    assert line in told
 
 
 def test_a_selector_that_never_takes_what_the_gates_accept():

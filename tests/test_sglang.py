@@ -339,26 +339,40 @@ def test_what_a_block_asks_of_its_topk_is_compared_with_the_router(changed, prob
 
 
 @pytest.mark.parametrize(
-    ("model", "scheme", "is_default"),
+    ("model", "scheme", "runner", "is_default"),
     [
-        ("deepseek-r1", "fp8_block", True),
-        ("qwen3-30b-a3b", "nvfp4", True),
+        ("deepseek-r1", "fp8_block", "flashinfer_trtllm", True),
+        ("qwen3-30b-a3b", "nvfp4", "flashinfer_trtllm", True),
         # SGLang names the runner that is given experts and weights.
-        ("minimax-m2", "nvfp4", False),
-        # It names none, and the layer chooses another one.
-        ("llama-4-scout", "fp8_block", False),
-        ("llama-4-scout", "nvfp4", False),
-        ("llama-4-scout", "fp8_per_tensor", True),
+        ("minimax-m2", "nvfp4", "flashinfer_trtllm_routed", False),
+        # It names none, and the layer chooses: another one, or TRT-LLM with experts that SGLang's
+        # own router chooses.
+        ("mixtral-8x22b", "bf16", "triton", False),
+        ("llama-4-scout", "fp8_block", "triton", False),
+        ("llama-4-scout", "nvfp4", "flashinfer_trtllm", False),
+        ("llama-4-scout", "fp8_per_tensor", "flashinfer_trtllm", True),
     ],
 )
-def test_release_chooses_the_runner_or_has_to_be_told(target, model, scheme, is_default):
-    """Confirmed by reading arg_groups/overrides.py and model_overrides of 0.5.18 to 0.5.23."""
+def test_release_chooses_the_runner_or_has_to_be_told(target, model, scheme, runner, is_default):
+    """Confirmed by reading arg_groups/overrides.py and model_overrides of 0.5.18 to 0.5.23.
+
+    A layer's own choice is in `create_moe_runner` of its quantization method.
+    """
     if Version(target.version()) < Version("0.5.18"):
         pytest.skip("this release chooses runners in another way")
     switch = () if is_default else ("--moe-runner-backend flashinfer_trtllm",)
+    assert target.chosen_runner(MODELS[model], scheme) == runner
     record = judge(target, MODELS[model], scheme).record()
-    assert record.opt_in == switch
+    assert (record.opt_in, record.by_default, record.reach_question) == (switch, is_default, "")
     assert (record.reach == "only with an opt-in switch") is (not is_default)
+
+
+def test_a_release_whose_choice_cannot_be_asked_has_an_open_question(target):
+    if Version(target.version()) >= Version("0.5.18"):
+        pytest.skip("this release chooses runners in a way that is known")
+    record = judge(target, MODELS["deepseek-r1"], "fp8_block").record()
+    assert (record.opt_in, record.by_default) == ((), False)
+    assert "chooses runners in a way that the probe does not know" in record.reach_question
 
 
 class Records(BuiltinTarget):

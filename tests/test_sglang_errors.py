@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pytest_moe_routing.targets import stubs
-from pytest_moe_routing.targets.sglang.probe.main import verdict_on
+from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 
 RAISING = """
 def refuse(value):

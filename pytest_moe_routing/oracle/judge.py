@@ -218,6 +218,11 @@ def _asked(
     reads: RouterConfig | None = None,
 ) -> Judgement:
     """Return what is known before the call: exact, unless more is found."""
+    switches, question = None, ""
+    try:
+        switches = target.opt_in(model, scheme)
+    except Unsupported as reason:
+        question = str(reason)
     return Judgement(
         target=target.name,
         release=target.version(),
@@ -228,7 +233,8 @@ def _asked(
         classification=classification,
         gates=gates,
         wanted=recipe_of(reads or model.router),
-        switches=target.opt_in(model, scheme),
+        switches=switches,
+        reach_question=question,
         reads=reads,
     )
 

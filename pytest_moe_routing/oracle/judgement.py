@@ -39,6 +39,8 @@ class Judgement:
         site: The code that makes the kernel call.
         choice: What makes the target take the fused experts, if that is known.
         source: Its file and line, from the root of the target's package on.
+        switches: What makes a target without a `choice` take this path; None if it is not asked.
+        reach_question: Why it is not known what makes the target take this path.
         reads: The router that the target's own code computes for the model without a fused kernel,
             if that is what the kernel is compared with.
     """
@@ -60,7 +62,8 @@ class Judgement:
     notes: tuple[Finding, ...] = ()
     site: str = ""
     source: str = ""
-    switches: tuple[str, ...] = ()
+    switches: tuple[str, ...] | None = None
+    reach_question: str = ""
     reads: RouterConfig | None = None
     choice: Choice | None = None
 
@@ -68,13 +71,14 @@ class Judgement:
     def opt_in(self) -> tuple[str, ...]:
         """What has to be switched on for the target to take this path."""
         if self.choice is None:
-            return self.switches
+            return self.switches or ()
         return self.choice.device if self.choice.switches is None else self.choice.switches
 
     @property
     def by_default(self) -> bool:
         """Whether the target is known to take this path by default."""
-        return self.choice is not None and self.choice.switches == ()
+        switches = self.switches if self.choice is None else self.choice.switches
+        return switches == ()
 
     @cached_property
     def meant(self) -> ModelSpec:
@@ -143,6 +147,7 @@ class Judgement:
             source=self.source or source_of(self.findings),
             opt_in=self.opt_in,
             by_default=self.by_default,
+            reach_question=self.reach_question,
         )
 
 

@@ -150,6 +150,8 @@ class VerdictRecord(_Record):
         source: File and line of the target's code that is to blame, if they are known.
         opt_in: Switches without which the target would not have taken this path.
         by_default: Whether the target is known to take this path by default.
+        reach_question: Why it is not known whether the target takes this path by default, where it
+            should be known. The reach is then that of the checkpoint.
         outcome: The outcome of the test that gave the verdict.
     """
 
@@ -188,6 +190,7 @@ class VerdictRecord(_Record):
     source: str = ""
     opt_in: tuple[str, ...] = ()
     by_default: bool = False
+    reach_question: str = ""
     outcome: str = ""
     known: Known | None = None
 

@@ -135,9 +135,17 @@ class Target:
         """Return the call that the target's own code makes; None if it is not recorded."""
         return None
 
-    def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
-        """Switches without which the target would not take its fused path for a model."""
-        return ()
+    def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...] | None:
+        """Return the switches without which the target does not take its fused path for a model.
+
+        Empty if it takes that path by default; None if `choice` says what makes it take the path,
+        or nothing does.
+
+        Raises:
+            Unsupported: The target cannot be asked what it chooses. The verdict then has an open
+                question: who can reach it.
+        """
+        return None
 
     def choice(
         self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False

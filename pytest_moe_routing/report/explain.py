@@ -173,6 +173,8 @@ def _why(target: Target, model: ModelSpec, record: VerdictRecord) -> Iterator[st
     if record.kernel is not None and record.verdict is not Verdict.EXACT:
         yield f"  kernel   {record.kernel}"
     calls = exact_calls(model, record.scheme, target.flashinfer)
+    if record.reach_question:
+        yield f"  open     {record.reach_question}"
     others = [str(c) for c in calls if record.call and c.method != record.call["method"]]
     if others:
         yield f"  exact    other calls: {', '.join(others)}"

@@ -137,6 +137,15 @@ def assumed_releases(verdicts: Sequence[VerdictRecord]) -> list[str]:
     ]
 
 
+def open_reaches(verdicts: Sequence[VerdictRecord]) -> list[str]:
+    """Return why the reach of verdicts is an open question, each reason with its count."""
+    counts = Counter(brief(v.reach_question) for v in verdicts if v.reach_question)
+    return [
+        f"{count} x who can reach the verdict is an open question: {reason}"
+        for reason, count in counts.most_common()
+    ]
+
+
 def brief(reason: str) -> str:
     """First and last line of a reason, which may contain a traceback."""
     first, *more = reason.strip().splitlines() or [""]

@@ -127,8 +127,10 @@ def title(record: VerdictRecord) -> str:
 def story(record: VerdictRecord) -> list[str]:
     """Everything that led to a verdict, from the router to a token that a person can check."""
     lines = [title(record), f"  {MEANINGS[record.verdict]} ({flashinfer(record)})"]
-    if record.by_default or record.reach is not Reach.PUBLISHED:
+    if record.by_default or record.reach_question or record.reach is not Reach.PUBLISHED:
         lines.append(f"  reach    {reach(record)}")
+    if record.reach_question:
+        lines.append(f"  open     {record.reach_question}")
     if not record.verdict.is_given:
         return [*lines, f"  because  {record.reason}"]
     lines.append(f"  router   {record.router}")
@@ -263,7 +265,8 @@ def _argument(value: object) -> str:
 
 def reach(record: VerdictRecord) -> str:
     """Who can meet the verdict."""
-    return reached(record.reach, record.opt_in, by_default=record.by_default)
+    known = reached(record.reach, record.opt_in, by_default=record.by_default)
+    return f"{known}; whether by default is not known" if record.reach_question else known
 
 
 def reached(reach: Reach, opt_in: Iterable[str], *, by_default: bool) -> str:

@@ -83,6 +83,7 @@ _ANSWERS: Mapping[str, Any] = {
     "accepted_quantizations": list[str | None] | None,
     "capture": _Answer,
     "default_runner": str,
+    "layer_runner": str,
 }
 #: The runner that is judged, and what a layer chooses further from.
 _RUNNER, _AUTO = "flashinfer_trtllm", "auto"
@@ -124,8 +125,7 @@ class SglangTarget(FrameworkTarget):
         self._routers = RouterProbes(
             [self._torch], self.routers, lambda m: {"config": config_of(m)}
         )
-        self._answers: dict[str, dict[str, Any] | Unsupported] = {}
-        self._runners: dict[str, str | None] = {}
+        self._answers: dict[str, Any] = {}
 
     def probes(self) -> Iterable[Probe]:
         return (self._probe, *self._routers.probes)
@@ -183,22 +183,31 @@ class SglangTarget(FrameworkTarget):
     def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
         """Return the runner's switch, where SGLang does not choose the TRT-LLM runner.
 
-        Where the server leaves the choice to the layer, the block is run so as well.
+        The server's arguments choose it, or leave it to the layer. A layer that takes the runner
+        by itself may still have its experts chosen outside the kernel, so its block is run as well.
         """
-        runner = self._default_runner(model, scheme)
-        if runner in (None, _RUNNER):
+        switch = (f"--moe-runner-backend {_RUNNER}",)
+        if self.chosen_runner(model, scheme) != _RUNNER:
+            return switch
+        if self._server_runner(model, scheme) == _RUNNER:
             return ()
-        if runner == _AUTO:
-            try:
-                if self._run(model, scheme, _AUTO) == self._run(model, scheme):
-                    return ()
-            except Unsupported:
-                # The layer chooses something that does not run here: not the TRT-LLM runner.
-                pass
-        return (f"--moe-runner-backend {_RUNNER}",)
+        is_same = self._run(model, scheme, _AUTO) == self._run(model, scheme)
+        return () if is_same else switch
 
-    def _default_runner(self, model: ModelSpec, scheme: str) -> str | None:
-        """Return the runner of a server to which none was named; None where that is not known."""
+    def chosen_runner(self, model: ModelSpec, scheme: str) -> str:
+        """Return the runner that SGLang's own code takes on Blackwell when none is named.
+
+        Raises:
+            Unsupported: The code cannot be asked here.
+        """
+        runner = self._server_runner(model, scheme)
+        if runner != _AUTO:
+            return runner
+        question = {**self._block(model, scheme), "scheme": scheme}
+        return str(self._remembered("layer_runner", question))
+
+    def _server_runner(self, model: ModelSpec, scheme: str) -> str:
+        """Return the runner of a server to which none was named."""
         row = self._row(scheme)
         in_checkpoint = row["in_checkpoint"]
         is_said = in_checkpoint is not None and in_checkpoint["quant_method"] != row["quantization"]
@@ -208,13 +217,7 @@ class SglangTarget(FrameworkTarget):
             "quantization": row["quantization"] if is_said else None,
             "in_checkpoint": in_checkpoint,
         }
-        key = json.dumps(question, sort_keys=True)
-        if key not in self._runners:
-            try:
-                self._runners[key] = self._probe.ask("default_runner", **question)
-            except Unsupported:
-                self._runners[key] = None
-        return self._runners[key]
+        return str(self._remembered("default_runner", question))
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """Return the call that the model's block ends in, on the second of two ranks."""
@@ -264,18 +267,25 @@ class SglangTarget(FrameworkTarget):
         return rows[scheme]
 
     def _run(self, model: ModelSpec, scheme: str, runner: str = _RUNNER) -> dict[str, Any]:
-        """One run of the model's block, remembered."""
-        question = {
+        """One run of the model's block."""
+        question = {**self._block(model, scheme), "scheme": scheme, "runner": runner}
+        answer: dict[str, Any] = self._remembered("capture", question)
+        return answer
+
+    def _block(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        """Return what a child makes a model's block from."""
+        return {
             "architecture": model.architecture,
             "config": config_of(model),
-            "scheme": scheme,
             "quantization": self._row(scheme)["config"],
-            "runner": runner,
         }
-        key = json.dumps(question, sort_keys=True)
+
+    def _remembered(self, kind: str, question: Mapping[str, Any]) -> Any:
+        """Ask the child, each question once."""
+        key = json.dumps([kind, question], sort_keys=True)
         if key not in self._answers:
             try:
-                self._answers[key] = self._probe.ask("capture", **question)
+                self._answers[key] = self._probe.ask(kind, **question)
             except Unsupported as reason:
                 self._answers[key] = reason
         found = self._answers[key]

@@ -13,8 +13,25 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
 
+#: A server that leaves the choice to each layer.
 AUTO = "auto"
 _FIELD = "moe_runner_backend"
+
+
+def layer_runner(names: Names, layer: Any) -> str:
+    """Return the name of the runner that a layer took when it was made.
+
+    Raises:
+        Unsupported: It took none, or the release keeps it where the contract does not say.
+    """
+    if not names.expects("layer-runner"):
+        raise Unsupported("which runner a layer takes in this release is not known")
+    taken = layer
+    if names.expects("layer-runner-name"):
+        taken = layer.runner
+        if taken is None:
+            raise Unsupported("the layer calls kernels without a runner, whose name is not known")
+    return str(taken.runner_backend.value)
 
 
 class _Config:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
-from textwrap import shorten
 from types import FrameType
 from typing import Any
 
@@ -24,9 +21,14 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
-from pytest_moe_routing.targets.recorder import DoesNotBind, plain
+from pytest_moe_routing.targets.recorder import plain
 from pytest_moe_routing.targets.server import serve
-from pytest_moe_routing.targets.sglang.probe.default_runner import default_runner
+from pytest_moe_routing.targets.sglang.probe.default_runner import (
+    AUTO,
+    default_runner,
+    layer_runner,
+)
+from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.weights import stand_in_weights
 from pytest_moe_routing.targets.sglang.probe.world import (
@@ -61,6 +63,8 @@ class _Seen:
 
     #: The routing method that each MoE layer was given, and where.
     layers: list[tuple[Any, str]] = field(default_factory=list)
+    #: Those layers themselves.
+    made: list[Any] = field(default_factory=list)
     topks: list[Any] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     #: dtypes in which gates give logits, where that is noted.
@@ -110,6 +114,39 @@ class Blocks:
         return default_runner(
             self.names, defaults, architecture, config, quantization, in_checkpoint
         )
+
+    def layer_runner(
+        self,
+        architecture: str,
+        config: dict[str, Any],
+        scheme: str,
+        quantization: Mapping[str, Any] | None,
+    ) -> str:
+        """Return the runner that a model's layer takes when the server leaves the choice to it.
+
+        The arguments are those of `capture`.
+
+        Raises:
+            Unsupported: No layer is made here, or its runner is not known.
+        """
+        self.names.require("verdicts", scheme)
+        self._enter()
+        choose_runner(AUTO)
+        runners = set()
+        for module, name, given in self.sources.blocks(architecture):
+            seen = _Seen()
+            try:
+                with _watching(self.names, seen):
+                    _build(self.names, module, name, given, config, quantization)
+            except Exception as error:
+                # What follows the layer does not change its runner.
+                if not seen.made:
+                    _, text = verdict_on(error, is_built=False)
+                    raise Unsupported(f"{name} under {AUTO}: {text}") from error
+            runners |= {layer_runner(self.names, layer) for layer in seen.made}
+        if len(runners) != 1:
+            raise Unsupported(f"layers of {architecture} take {', '.join(sorted(runners))}")
+        return runners.pop()
 
     def capture(
         self,
@@ -291,6 +328,7 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
         seen.layers.append((bound.arguments["routing_method_type"], _caller(models)))
         seen.on_input = bool(bound.arguments.get("apply_router_weight_on_input"))
         make_layer(self, *args, **kwargs)
+        seen.made.append(self)
         seen.unprepared = stand_in_weights(names, self)
 
     def topk_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -321,40 +359,16 @@ def _caller(models: str) -> str:
     return f"{name}.py:{frame.f_lineno}"
 
 
-def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
-    """Return whether SGLang refuses, or fails over the routing method, or nothing can be said.
-
-    Code that does not build refuses a model when the server starts. What raises in a forward pass
-    ends a server that has taken requests.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [frame.filename.replace("\\", "/").partition("/sglang/srt/")[2] for frame in frames]
-    last, place = frames[-1], places[-1]
-    text = shorten(f"{type(error).__name__}: {error}", 300)
-    # Stand-ins fail in files of ours or of torch: what matters is who asked them.
-    asked = next((i for i in reversed(range(len(frames))) if places[i]), -1)
-    where = f"{places[asked] or Path(last.filename).name}:{frames[asked].lineno}"
-    line = last.line or ""
-    if isinstance(error, DoesNotBind):
-        return "failed", str(error)
-    if place and "Stub" not in text and not _saw_a_stub(error):
-        if isinstance(error, AssertionError) or line.startswith("raise "):
-            return "failed" if is_built else "refused", f"{text} ({where})"
-        if "routing_method_type" in line or "BypassedTopKOutput" in text:
-            return "failed", f"{text} ({where}: {line})"
-    return "unknown", f"it does not build and run on a CPU: {text} ({where})"
-
-
-def _saw_a_stub(error: Exception) -> bool:
-    """Return whether the function that raised had a stand-in, which may be why it did."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return any(isinstance(value, Stub) for value in frame.f_locals.values())
-
-
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Return what answers questions about an SGLang."""
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
-    names = ("method_numbers", "accepted_quantizations", "default_runner", "capture")
+    names = (
+        "method_numbers",
+        "accepted_quantizations",
+        "default_runner",
+        "layer_runner",
+        "capture",
+    )
     return {name: getattr(blocks, name) for name in names}
 
 

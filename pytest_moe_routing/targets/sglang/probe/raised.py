@@ -1,0 +1,40 @@
+"""What an exception in SGLang's code says about a model that is built and run here."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from textwrap import shorten
+
+from pytest_moe_routing.targets.recorder import DoesNotBind
+from pytest_moe_routing.targets.stubs import Stub
+
+
+def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
+    """Return whether SGLang refuses, or fails over the routing method, or nothing can be said.
+
+    Code that does not build refuses a model when the server starts. What raises in a forward pass
+    ends a server that has taken requests.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [frame.filename.replace("\\", "/").partition("/sglang/srt/")[2] for frame in frames]
+    last, place = frames[-1], places[-1]
+    text = shorten(f"{type(error).__name__}: {error}", 300)
+    # Stand-ins fail in files of ours or of torch: what matters is who asked them.
+    asked = next((i for i in reversed(range(len(frames))) if places[i]), -1)
+    where = f"{places[asked] or Path(last.filename).name}:{frames[asked].lineno}"
+    line = last.line or ""
+    if isinstance(error, DoesNotBind):
+        return "failed", str(error)
+    if place and "Stub" not in text and not _saw_a_stub(error):
+        if isinstance(error, AssertionError) or line.startswith("raise "):
+            return "failed" if is_built else "refused", f"{text} ({where})"
+        if "routing_method_type" in line or "BypassedTopKOutput" in text:
+            return "failed", f"{text} ({where}: {line})"
+    return "unknown", f"it does not build and run on a CPU: {text} ({where})"
+
+
+def _saw_a_stub(error: Exception) -> bool:
+    """Return whether the function that raised had a stand-in, which may be why it did."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return any(isinstance(value, Stub) for value in frame.f_locals.values())

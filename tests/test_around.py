@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from pytest_moe_routing.errors import Unsupported
@@ -11,7 +13,8 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request, Response, read
 from pytest_moe_routing.oracle.exact import Gate
-from pytest_moe_routing.oracle.ignored import Ignored, ignored_requests
+from pytest_moe_routing.oracle.ignored import Ignored, Requests, ignored_requests
+from pytest_moe_routing.report.unanswered import AROUND, CONCERNED, Unanswered, note
 from pytest_moe_routing.suite.causes import of_ignored
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
@@ -44,21 +47,34 @@ def ignored(*ids):
 
 def test_what_is_ignored_is_told_once_with_its_models():
     found = ignored("deepseek-r1", "glm-5", "llama-4-scout", "deepseek-v3", "minimax-m2")
-    assert found == [Ignored(Request.BALANCING, LOST, ("deepseek-r1", "deepseek-v3"))]
-    assert ignored("glm-5") == []
+    assert found.ignored == (Ignored(Request.BALANCING, LOST, ("deepseek-r1", "deepseek-v3")),)
+    assert (found.answered, found.unanswered) == (3, {"not this model": 1})
+    assert ignored("glm-5").ignored == ()
 
 
 def test_experts_that_accept_no_model_are_not_asked():
-    assert ignored("llama-4-scout") is None
+    assert ignored("llama-4-scout") == Requests((), 0, Counter())
 
 
 def test_a_target_that_cannot_be_asked():
-    with pytest.raises(Unsupported, match="not this model"):
-        ignored("minimax-m2", "llama-4-scout")
-    with pytest.raises(
-        Unsupported, match="builtin answers no questions about requests besides routing"
-    ):
-        ignored_requests(BuiltinTarget(FlashInfer.of("0.7.0")), "fp8_block", [MODELS["glm-5"]])
+    assert ignored("minimax-m2", "llama-4-scout") == Requests((), 0, Counter({"not this model": 1}))
+    builtin = BuiltinTarget(FlashInfer.of("0.7.0"))
+    found = ignored_requests(builtin, "fp8_block", [MODELS["glm-5"], MODELS["deepseek-r1"]])
+    reason = "builtin answers no questions about requests besides routing"
+    assert found.unanswered == {reason: 2}
+
+
+def test_a_run_counts_the_models_that_have_no_answer():
+    """Those of every test, under one sentence for each question."""
+    run, properties = Unanswered(), {}
+    assert not run
+    for scheme in ("fp8_block", "nvfp4"):
+        found = ignored_requests(TARGET, scheme, [MODELS["minimax-m2"], MODELS["glm-5"]])
+        note(properties.__setitem__, {AROUND: found.unanswered, CONCERNED: {}})
+        run.add(properties)
+    first = "around kernel calls: of 2 models it is not known what is ignored"
+    assert [*run.lines(every=False)] == [f"{first}; -v lists the reasons"]
+    assert [*run.lines(every=True)] == [first, "  2 x not this model"]
 
 
 def test_the_failure_names_who_asks():

@@ -229,3 +229,23 @@ def test_what_cannot_be_answered_is_counted():
     found = sweep(AnswersSoftmax(FlashInfer.of(NEWEST)), "nvfp4", (), routers)
     assert found.unanswered["too hard"] + found.verdicts.total() == len(routers)
     assert found.unanswered["too hard"] > 50
+
+
+def test_models_without_an_answer_are_counted_where_a_cause_may_concern_them():
+    class Forgetful(BuiltinTarget):
+        """Passes no groups, and cannot be asked about one model."""
+
+        def classify(self, model):
+            if model.id == "glm-5":
+                raise Unsupported("too hard")
+            return super().classify(model)
+
+        def kernel_call(self, model, scheme, method):
+            call = super().kernel_call(model, scheme, method)
+            return replace(call, n_group=1, topk_group=1) if call.n_group == 8 else call
+
+    models = [MODELS["glm-5"], MODELS["deepseek-r1"]]
+    grouped = [r for r in swept_routers(1) if r.n_group == 8 and r.num_experts == 256]
+    found = sweep(Forgetful(FlashInfer.of(NEWEST)), "fp8_block", models, grouped)
+    assert any(cause.models == ("deepseek-r1",) for cause in found.causes)
+    assert found.unanswered_models == {"too hard": 1}

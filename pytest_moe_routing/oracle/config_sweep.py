@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
 
 from pytest_moe_routing.errors import Unsupported
@@ -88,12 +88,14 @@ class Sweep:
     Attributes:
         verdicts: How many configs have each verdict.
         unanswered: Why how many configs could not be judged.
+        unanswered_models: Why it is not known of how many models whether a cause concerns them.
         causes: Of all bad verdicts, those with the smallest examples first.
     """
 
     verdicts: Counter[Verdict]
     unanswered: Counter[str]
     causes: tuple[Cause, ...]
+    unanswered_models: Counter[str] = field(default_factory=Counter)
 
 
 class CachedTarget(Target):
@@ -247,16 +249,17 @@ def _sweep(
         except Unsupported as reason:
             unanswered[str(reason)] += 1
     concerned: dict[_Key, list[Judgement]] = {}
+    unanswered_models: Counter[str] = Counter()
     for model in models if examples else ():
         try:
             for found in judged(model, None):
                 if found.verdict in bad:
                     concerned.setdefault(_key(found), []).append(found)
-        except Unsupported:
-            continue
+        except Unsupported as reason:
+            unanswered_models[str(reason)] += 1
     causes = [_cause(scheme, found, concerned.get(key, ())) for key, found in examples.items()]
     lost = [] if Verdict.MISSED in bad else _lost(scheme, by_method)
-    return Sweep(verdicts, unanswered, (*_independent(causes), *lost))
+    return Sweep(verdicts, unanswered, (*_independent(causes), *lost), unanswered_models)
 
 
 def _cause(scheme: str, found: Sequence[Judgement], concerned: Iterable[Judgement]) -> Cause:

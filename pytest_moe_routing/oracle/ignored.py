@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,32 +21,37 @@ class Ignored:
     models: tuple[str, ...]
 
 
-def ignored_requests(
-    target: Target, scheme: str, models: Iterable[ModelSpec]
-) -> list[Ignored] | None:
-    """Return each request that the experts of a scheme ignore, for the models that they accept.
+@dataclass(frozen=True)
+class Requests:
+    """What a target's experts for a scheme make of requests besides routing.
 
-    None if they accept none of the models.
-
-    Raises:
-        Unsupported: The target cannot answer for a model that could be asked about.
+    Attributes:
+        ignored: Each request that is ignored, for the models that the experts accept.
+        answered: How many models the experts accept and answer for.
+        unanswered: Why the target cannot be asked about how many other models.
     """
+
+    ignored: tuple[Ignored, ...]
+    answered: int
+    unanswered: Counter[str]
+
+
+def ignored_requests(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Requests:
+    """Ask about every model of a scheme; models that the experts reject need no answer."""
     found: dict[tuple[Request, Response], list[str]] = {}
-    reason: Unsupported | None = None
-    answered = False
+    answered, unanswered = 0, Counter[str]()
     for model in models:
         try:
             method = target.classify(model).method
             if not all(gate.ok for gate in target.gates(model, scheme, method)):
                 continue
             responses = target.around(model, scheme, method)
-        except Unsupported as error:
-            reason = error
+        except Unsupported as reason:
+            unanswered[str(reason)] += 1
             continue
-        answered = True
+        answered += 1
         for request, response in responses.items():
             if response.answer is Answer.IGNORED:
                 found.setdefault((request, response), []).append(model.id)
-    if not answered and reason is not None:
-        raise reason
-    return [Ignored(*key, tuple(ids)) for key, ids in found.items()] if answered else None
+    ignored = tuple(Ignored(*key, tuple(ids)) for key, ids in found.items())
+    return Requests(ignored, answered, unanswered)

@@ -18,6 +18,7 @@ import pytest
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import excerpt, printable
 from pytest_moe_routing.failure import failures_of
+from pytest_moe_routing.report.unanswered import Unanswered
 
 if TYPE_CHECKING:
     from pytest_moe_routing.oracle.record import Record, VerdictRecord
@@ -55,14 +56,13 @@ class Reporter:
         self.annotations: list[str] = []
         #: How many tests the run does not ask, by reason.
         self.left_out: Counter[str] = Counter()
-        #: How many configs of the sweep are not judged, by reason, over all schemes.
-        self.unanswered: Counter[str] = Counter()
+        self.unanswered = Unanswered()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties: dict[str, Any] = dict(report.user_properties)
-        if report.when == "call" and "moe_unanswered" in properties:
-            self.unanswered.update(properties["moe_unanswered"])
+        if report.when == "call":
+            self.unanswered.add(properties)
         if report.when == "teardown":
             # JUnit writes these, each as text: words that a CI can filter by.
             report.user_properties = list(_words(properties))
@@ -195,12 +195,8 @@ class Reporter:
         if self.verdicts:
             reporter.section("MoE routing verdicts")
             lines += terminal.summary(self.verdicts, every=every, width=width)
-        if self.unanswered:
-            total, hint = self.unanswered.total(), "" if every else "; -v lists the reasons"
-            text = f"config sweep: {total} configs are not judged{hint}"
+        for text in self.unanswered.lines(every=every):
             lines += terminal.wrapped(text, width)
-            for reason, count in self.unanswered.most_common() if every else ():
-                lines += terminal.wrapped(f"  {count} x {reason}", width)
         if self.left_out:
             reasons = (f"{count} {why}" for why, count in self.left_out.most_common())
             lines += terminal.wrapped(f"left out: {', '.join(reasons)}", width)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.report.failures import fail
+from pytest_moe_routing.report.unanswered import CONCERNED, CONFIGS, note
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def check(
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     with unsupported_is_skipped():
         found = sweep(cached_target, moe_scheme, models)
-        _moe_property("moe_unanswered", dict(found.unanswered))
+        reasons = {CONFIGS: found.unanswered, CONCERNED: found.unanswered_models}
+        note(_moe_property, reasons)
         if not found.verdicts:
             nothing = [
                 ("no call of the config sweep is stopped only by a gate for the routing method", 0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.report.failures import fail
+from pytest_moe_routing.report.unanswered import AROUND, note
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -110,8 +111,9 @@ def test_around_call(
     from pytest_moe_routing.suite.causes import of_ignored
 
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
-    with unsupported_is_skipped():
-        ignored = ignored_requests(_moe_framework, moe_scheme, models)
-    if ignored is None:
-        pytest.skip("the experts accept no chosen model")
-    fail(_moe_property, [of_ignored(_moe_framework, moe_scheme, each) for each in ignored])
+    found = ignored_requests(_moe_framework, moe_scheme, models)
+    note(_moe_property, {AROUND: found.unanswered})
+    if not found.answered:
+        nothing = [("the experts accept no chosen model", 0)]
+        pytest.skip((found.unanswered.most_common(1) or nothing)[0][0])
+    fail(_moe_property, [of_ignored(_moe_framework, moe_scheme, each) for each in found.ignored])

@@ -1,0 +1,45 @@
+"""Questions inside a test that have no answer: a test counts them, and the run shows the counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+PROPERTY = "moe_unanswered"
+#: What is counted; each is the sentence that shows the count, in one form for all counts.
+CONFIGS = "config sweep: {} configs are not judged"
+CONCERNED = "config sweep: of {} models it is not known whether a cause concerns them"
+AROUND = "around kernel calls: of {} models it is not known what is ignored"
+
+
+def note(
+    record_property: Callable[[str, Any], None], reasons: Mapping[str, Mapping[str, int]]
+) -> None:
+    """Tell a test's reports how many questions have no answer, by sentence and reason."""
+    given = {sentence: dict(counts) for sentence, counts in reasons.items() if counts}
+    if given:
+        record_property(PROPERTY, given)
+
+
+class Unanswered:
+    """The counts of a run, over all tests."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, Counter[str]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def add(self, properties: Mapping[str, Any]) -> None:
+        """Add the counts of a test, by its properties."""
+        for sentence, counts in properties.get(PROPERTY, {}).items():
+            self._counts.setdefault(sentence, Counter()).update(counts)
+
+    def lines(self, *, every: bool) -> Iterator[str]:
+        """Yield a line for each sentence, and for each reason if all are asked for."""
+        for sentence, counts in self._counts.items():
+            hint = "" if every else "; -v lists the reasons"
+            yield sentence.format(counts.total()) + hint
+            for reason, count in counts.most_common() if every else ():
+                yield f"  {count} x {reason}"

@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from pytest_moe_routing.escape import shorten
 
 #: Returns what is wrong with a value, without its place; None if it is of the type.
 _Check = Callable[[Any], str | None]
+
+
+class RequestAnswer(TypedDict):
+    """What becomes of a request around routing; see `oracle.around`."""
+
+    answer: str
+    why: str
+    switches: list[str]
 
 
 def problem(hint: Any, value: object, where: str = "the answer") -> str | None:

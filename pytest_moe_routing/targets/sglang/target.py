@@ -17,11 +17,14 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read
+from pytest_moe_routing.oracle.around import Request, Response
+from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
+from pytest_moe_routing.targets.answers import RequestAnswer
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
@@ -82,6 +85,7 @@ _ANSWERS: Mapping[str, Any] = {
     "method_numbers": dict[str, int],
     "accepted_quantizations": list[str | None] | None,
     "capture": _Answer,
+    "around": dict[str, RequestAnswer],
     "default_runner": str,
     "layer_runner": str,
 }
@@ -151,6 +155,18 @@ class SglangTarget(FrameworkTarget):
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
         """Return what the functions of `topk.py` compute, on CUDA and as plain torch."""
         return self._routers.runs(models)
+
+    def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
+        """Return what becomes of padding rows, placed experts and captured ids.
+
+        Raises:
+            Unsupported: No kernel routes for the model, or a request cannot be made here.
+        """
+        answer = self._run(model, scheme)
+        if answer["refused"] or answer["failed"]:
+            raise Unsupported(f"no kernel routes: {answer['refused'] or answer['failed']}")
+        question = {**self._block(model, scheme), "scheme": scheme}
+        return read_responses(self._remembered("around", question))
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """Return what a model's MoE block asks of its TopK, when SGLang's own code builds it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Required, TypedDict
 
+from pytest_moe_routing.targets.answers import RequestAnswer
+
 
 class _Raised(TypedDict):
     type: str
@@ -44,12 +46,6 @@ class _Calls(TypedDict):
     router_factor: float
 
 
-class _Response(TypedDict):
-    answer: str
-    why: str
-    switches: list[str]
-
-
 class _Chosen(TypedDict):
     selector: str
     switches: list[str] | None
@@ -62,7 +58,7 @@ ANSWERS: Mapping[str, Any] = {
     "numbers": dict[str, int],
     "classify": list[str],
     "gates": list[tuple[str, bool, str] | tuple[str, bool, str, bool]],
-    "around": dict[str, _Response],
+    "around": dict[str, RequestAnswer],
     "choose": _Chosen | None,
     "capture": _Calls,
     "capture_modular": _RoutedCalls,

@@ -23,6 +23,7 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import plain
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.sglang.probe.around import PADDING, around
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
     default_runner,
@@ -37,6 +38,7 @@ from pytest_moe_routing.targets.sglang.probe.world import (
     RoutedOutside,
     choose_runner,
     enter,
+    requested,
 )
 from pytest_moe_routing.targets.stubs import Stub
 
@@ -184,6 +186,14 @@ class Blocks:
             if {**answers[block], "place": ""} != {**answers[first], "place": ""}:
                 raise Unsupported(f"{architecture} has MoE blocks that differ: {first}, {block}")
         return answers[first]
+
+    def around(self, **question: Any) -> dict[str, dict[str, Any]]:
+        """Return what becomes of each request around routing; the arguments are `capture`'s.
+
+        Raises:
+            Unsupported: A request cannot be made here.
+        """
+        return around(self.names, lambda: self.capture(**question), self.calls)
 
     def _run(
         self,
@@ -339,7 +349,9 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
         if isinstance(router_logits, Tensor):
             router_logits = _recognisable(*router_logits.shape).to(router_logits.dtype)
             seen.logits.append(router_logits)
-        return call_topk(self, hidden_states, router_logits, **kwargs)
+        tokens = requested(PADDING)
+        further = {} if tokens is None else {PADDING: tokens}
+        return call_topk(self, hidden_states, router_logits, **{**kwargs, **further})
 
     layer.__init__, topk.__init__, topk.forward_cuda = layer_init, topk_init, topk_call
     try:
@@ -368,6 +380,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "default_runner",
         "layer_runner",
         "capture",
+        "around",
     )
     return {name: getattr(blocks, name) for name in names}
 

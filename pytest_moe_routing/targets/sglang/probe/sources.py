@@ -27,6 +27,7 @@ class Sources:
         self.tree = lru_cache(maxsize=None)(lambda module: ast.parse(self.source(module)))
         self.definitions = lru_cache(maxsize=None)(self._definitions)
         self._imports = lru_cache(maxsize=None)(self._imports_of)
+        self.blocks = lru_cache(maxsize=None)(self._blocks)
 
     @cached_property
     def package(self) -> str:
@@ -103,7 +104,7 @@ class Sources:
             raise Unsupported(f"this release has no {architecture}")
         return found
 
-    def blocks(self, architecture: str) -> list[tuple[str, str, dict[str, Any]]]:
+    def _blocks(self, architecture: str) -> list[tuple[str, str, dict[str, Any]]]:
         """Each class that makes an architecture's MoE layer: module, name, and constant arguments.
 
         The nearest comes first; the arguments are those that the code which makes it says outright.

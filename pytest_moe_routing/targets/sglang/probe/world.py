@@ -7,8 +7,8 @@ block is built and run on a CPU, up to the call of FlashInfer's entry point.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -29,6 +29,25 @@ EP_SIZE, EP_RANK = 2, 1
 #: The runner that is named on the command line of a server, by its name there.
 TRTLLM = "flashinfer_trtllm"
 _chosen = [TRTLLM]
+
+
+#: What the server is asked for besides the runner, by the name of its option or stand-in.
+_requested: dict[str, Any] = {}
+
+
+@contextmanager
+def requesting(**options: Any) -> Iterator[None]:
+    """Have the server asked for more than the runner; see `around`."""
+    _requested.update(options)
+    try:
+        yield
+    finally:
+        _requested.clear()
+
+
+def requested(name: str) -> Any:
+    """Return what the server is asked for under a name; None if it is asked for nothing."""
+    return _requested.get(name)
 
 
 def choose_runner(runner: str) -> None:
@@ -62,6 +81,9 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
     def answer(function: str, arguments: Mapping[str, Any]) -> Any:
         """Return a kernel's output: ones, in the shape of the function's result."""
         calls.append((function, dict(arguments)))
+        replay = arguments.get("routing_replay_out")
+        if replay is not None:
+            replay.copy_(torch.arange(replay.numel()).reshape(replay.shape))
         states, output = arguments["hidden_states"], arguments.get("output")
         if output is None:
             width = states.shape[1] * (2 if states.dtype == torch.uint8 else 1)
@@ -99,7 +121,11 @@ class Options:
 
 
 class _Server(Options):
-    """The options of a server to which nothing was said but the runner."""
+    """The options of a server to which nothing was said but the runner, and what is requested."""
+
+    def __getattr__(self, name: str) -> Any:
+        super().__getattr__(name)
+        return requested(name)
 
     @property
     def moe_runner_backend(self) -> str:
@@ -185,9 +211,12 @@ def _options(names: Names) -> dict[str, Any]:
         return stubs.known("model", shared_experts=names.get("shared-experts")())
 
     return {
-        # No remapping of experts, which would need their ids.
-        "ExpertLocationDispatchInfo": stubs.known("placement", init_new=lambda *_, **__: None),
-        "get_exec": lambda: stubs.known("exec", moe=options),
+        # Experts lie in order unless a placement is requested.
+        "ExpertLocationDispatchInfo": stubs.known(
+            "placement", init_new=lambda *_, **__: requested("placement")
+        ),
+        "get_global_experts_capturer": lambda: requested("capturer"),
+        "get_exec": lambda: stubs.known("exec", moe=options, features=options),
         "get_flags": lambda: flags,
         "get_forward": lambda: stubs.known("forward", moe_output_buffer=None),
         "get_global_server_args": lambda: options,

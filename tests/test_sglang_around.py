@@ -1,0 +1,103 @@
+"""What SGLang's TRT-LLM runner makes of padding rows, placed experts and captured expert ids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packaging.version import Version
+from wheels import wheels_since
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.around import Request
+from pytest_moe_routing.oracle.ignored import ignored_requests
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Contract, Names
+from pytest_moe_routing.targets.sglang.probe.around import around
+from pytest_moe_routing.targets.sglang.probe.world import requested
+from pytest_moe_routing.targets.sglang.target import SglangTarget
+from pytest_moe_routing.targets.source import Source
+
+MODELS = load_models(packaged_directory())
+R1 = MODELS["deepseek-r1"]
+#: Releases with SGLang's capturer of expert ids.
+RELEASES = wheels_since("0.5.16", "sglang")
+#: From here on, runners look at what is requested besides routing.
+LOOKS = Version("0.5.23")
+
+
+@pytest.fixture(
+    scope="module", params=RELEASES or [None], ids=lambda path: path.name if path else "-"
+)
+def target(request):
+    if request.param is None:
+        pytest.skip("MOE_WHEELS has no SGLang")
+    source = Source.at("sglang", request.param)
+    made = SglangTarget(FlashInfer.of(source.flashinfer), source)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "nvfp4"])
+def test_release_ignores_what_its_kernel_is_not_told(target, scheme):
+    """Confirmed in the source; docs/findings.md has files and lines."""
+    answers = target.around(R1, scheme, "DeepSeekV3")
+    found = {request: response.answer.value for request, response in answers.items()}
+    looks = Version(target.version()) >= LOOKS
+    assert found == {
+        Request.PADDING: "rejected" if looks and scheme == "fp8_block" else "ignored",
+        Request.BALANCING: "rejected" if looks else "ignored",
+        Request.CAPTURE: "ignored",
+    }
+    capture = answers[Request.CAPTURE]
+    assert capture.why == "the kernel is given no routing_replay_out"
+    assert capture.switches == ("--enable-return-routed-experts",)
+
+
+def test_release_tells_the_models_that_are_served_so(target):
+    models = [R1, MODELS["qwen3-30b-a3b"]]
+    found = ignored_requests(target, "nvfp4", models)
+    [captured] = [each for each in found.ignored if each.request is Request.CAPTURE]
+    assert captured.models == ("deepseek-r1", "qwen3-30b-a3b")
+
+
+def test_release_is_not_asked_where_no_kernel_routes(target):
+    with pytest.raises(Unsupported, match="no kernel routes: SGLang's own top-k routes"):
+        target.around(MODELS["mimo-v2-flash"], "bf16", "DeepSeekV3")
+
+
+def answers_of(runs, replay=None, tell=False):
+    """Ask a runner that answers each request as `runs` has it, by the request's option."""
+    written = torch.arange(6, dtype=torch.int16).reshape(3, 2)
+    calls = [("trtllm", {"routing_replay_out": written if replay else None})]
+
+    def run():
+        if tell and requested("capturer"):
+            requested("capturer").capture(layer_id=5, topk_indices=written.int())
+        why = next((text for option, text in runs.items() if requested(option) is not None), None)
+        return {"refused": why, "failed": None}
+
+    names = Names(Contract.of("sglang"), "0.5.23", stubs.definitions("sglang", "nowhere"))
+    found = around(names, run, calls)
+    assert requested("capturer") is None
+    return {name: (answer["answer"], answer["why"]) for name, answer in found.items()}
+
+
+def test_a_request_at_a_time():
+    found = answers_of({"placement": "own top-k"}, replay=True, tell=True)
+    assert found == {
+        Request.PADDING: ("ignored", "the kernel is given every row"),
+        Request.BALANCING: ("rejected", "own top-k"),
+        Request.CAPTURE: ("honored", "routing_replay_out"),
+    }
+
+
+def test_ids_that_nobody_is_told():
+    why = "nobody is told the ids that the kernel writes"
+    assert answers_of({}, replay=True)[Request.CAPTURE] == ("ignored", why)
+    why = "the kernel is given no routing_replay_out"
+    assert answers_of({}, tell=True)[Request.CAPTURE] == ("ignored", why)
+    rejected = answers_of({"capturer": "own top-k"}, replay=True, tell=True)
+    assert rejected[Request.CAPTURE] == ("rejected", "own top-k")

@@ -29,6 +29,16 @@ def softmax_router(scale):
     return route
 
 
+def rounded(router):
+    """Return a router that gives its weights in bfloat16."""
+
+    def route(logits, bias):
+        weights, ids = router(logits, bias)
+        return weights.to(torch.bfloat16), ids
+
+    return route
+
+
 def grouped_router(score, *, scale=2.5, heeds_bias=True, groups=8):
     def route(logits, bias):
         scores = logits.sigmoid()
@@ -49,6 +59,8 @@ def grouped_router(score, *, scale=2.5, heeds_bias=True, groups=8):
     [
         (softmax_router(2.5), SOFTMAX, {}),
         (softmax_router(1.0), SOFTMAX, {"routed_scaling_factor": 1.0}),
+        (rounded(softmax_router(2.5)), SOFTMAX, {}),
+        (rounded(softmax_router(1.0)), SOFTMAX, {"routed_scaling_factor": 1.0}),
         (grouped_router("top2_sum"), GROUPED, {}),
         (grouped_router("max"), GROUPED, {"group_score": "max"}),
         (

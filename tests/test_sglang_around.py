@@ -13,6 +13,7 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Request
 from pytest_moe_routing.oracle.ignored import ignored_requests
+from pytest_moe_routing.suite.causes import of_ignored
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.probe.around import around
@@ -22,14 +23,16 @@ from pytest_moe_routing.targets.source import Source
 
 MODELS = load_models(packaged_directory())
 R1 = MODELS["deepseek-r1"]
-#: Releases with SGLang's capturer of expert ids.
-RELEASES = wheels_since("0.5.16", "sglang")
+#: The oldest and the newest of these are asked.
+RELEASES = wheels_since("0.5.18", "sglang")
 #: From here on, runners look at what is requested besides routing.
 LOOKS = Version("0.5.23")
 
 
 @pytest.fixture(
-    scope="module", params=RELEASES or [None], ids=lambda path: path.name if path else "-"
+    scope="module",
+    params=sorted({RELEASES[0], RELEASES[-1]}) if RELEASES else [None],
+    ids=lambda path: path.name if path else "-",
 )
 def target(request):
     if request.param is None:
@@ -61,6 +64,15 @@ def test_release_tells_the_models_that_are_served_so(target):
     found = ignored_requests(target, "nvfp4", models)
     [captured] = [each for each in found.ignored if each.request is Request.CAPTURE]
     assert captured.models == ("deepseek-r1", "qwen3-30b-a3b")
+    placed = [each for each in found.ignored if each.request is Request.BALANCING]
+    if Version(target.version()) >= LOOKS:
+        assert not placed
+        return
+    assert of_ignored(target, "nvfp4", placed[0]).lines[:3] == (
+        f"{target}, experts for nvfp4: expert placement by load (EPLB) ignored",
+        "  reach    only with an opt-in switch: --ep-size 2, --enable-eplb",
+        "  because  the kernel is given logical experts",
+    )
 
 
 def test_release_is_not_asked_where_no_kernel_routes(target):

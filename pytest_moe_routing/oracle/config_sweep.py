@@ -107,7 +107,7 @@ class CachedTarget(Target):
         super().__init__(target.flashinfer)
         self.name = target.name  # type: ignore[misc]
         self._target = target
-        self._readings: dict[tuple[RouterConfig, str], RouterConfig | Unsupported] = {}
+        self._readings: dict[tuple[object, ...], RouterConfig | Unsupported] = {}
         self.version = cache(target.version)  # type: ignore[method-assign]
         self.method_numbers = cache(target.method_numbers)  # type: ignore[method-assign]
         self.classify = cache(target.classify)  # type: ignore[method-assign]
@@ -140,7 +140,7 @@ class CachedTarget(Target):
         self._target.prepare_gates(models, scheme, methods, modular=modular)
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
-        keys = [(model.router, model.architecture) for model in models]
+        keys = [(m.router, m.architecture, m.experts, m.dtype) for m in models]
         new = {k: m for k, m in zip(keys, models, strict=True) if k not in self._readings}
         answers = self._target.read_routers(list(new.values())) if new else ()
         for key, reading in zip(new, answers, strict=True):

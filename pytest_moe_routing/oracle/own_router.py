@@ -88,6 +88,8 @@ def reading_of(router: Router, config: RouterConfig) -> Mapping[str, Any]:
         raise
     except Exception as error:
         raise Unsupported(f"{type(error).__name__}: {error}") from error
+    # A router may give its weights in bfloat16, as transformers' do.
+    tolerance = 2**-8 if weights.dtype == torch.bfloat16 else _TOLERANCE
     ids, order = ids.long().sort(1)
     weights = weights.float().gather(1, order)
     for changes in _readings(config):
@@ -98,7 +100,7 @@ def reading_of(router: Router, config: RouterConfig) -> Mapping[str, Any]:
             continue
         right, order = wanted.topk_ids.sort(1)
         if torch.equal(right, ids) and torch.allclose(
-            wanted.topk_weights.gather(1, order), weights, rtol=_TOLERANCE, atol=1e-7
+            wanted.topk_weights.gather(1, order), weights, rtol=tolerance, atol=1e-7
         ):
             return changes
     raise Unsupported(

@@ -78,7 +78,7 @@ class RouterProbes:
     def read(self, models: Sequence[ModelSpec]) -> list[RouterConfig | Unsupported]:
         """Return how the first child's router reads each model's config, as `reading_of` does."""
         probe = self.probes[0]
-        questions = [{"model": _asked(model)} for model in models]
+        questions = [{"model": _asked(model), **self._more(model)} for model in models]
         probe.prepare("read", questions)
         readings: list[RouterConfig | Unsupported] = []
         for model, question in zip(models, questions, strict=True):

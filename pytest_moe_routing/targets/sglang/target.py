@@ -8,14 +8,14 @@ with `--moe-runner-backend flashinfer_trtllm` on a Blackwell GPU, up to FlashInf
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from importlib import resources
 from typing import Any, TypedDict
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
-from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
@@ -167,6 +167,10 @@ class SglangTarget(FrameworkTarget):
             raise Unsupported(f"no kernel routes: {answer['refused'] or answer['failed']}")
         question = {**self._block(model, scheme), "scheme": scheme}
         return read_responses(self._remembered("around", question))
+
+    def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
+        """Return what SGLang's TopK computes on CUDA where no kernel routes."""
+        return self._routers.read(models)
 
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """Return what a model's MoE block asks of its TopK, when SGLang's own code builds it."""

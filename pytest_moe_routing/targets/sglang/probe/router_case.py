@@ -83,10 +83,8 @@ def compare(case: Case) -> dict[str, Any]:
     called: dict[str, None] = {}
 
     def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        if bias is not None and case.config is not None:
-            # In the dtype and shape that the model's code gives it.
-            like = case.config.correction_bias
-            case.config.correction_bias = bias.to(like.dtype).view_as(like)
+        if case.config is not None:
+            give_bias(case.config, bias)
         stubs.Stub.asked.clear()
         hidden = torch.zeros(len(logits), HIDDEN, dtype=torch.bfloat16)
         try:
@@ -119,6 +117,13 @@ def compare(case: Case) -> dict[str, Any]:
         "called": list(called),
         "deviations": [asdict(deviation) for deviation in deviations],
     }
+
+
+def give_bias(config: Any, bias: Tensor | None) -> None:
+    """Put a bias into a TopK's config, in the dtype and shape that the model's code gives it."""
+    like = config.correction_bias
+    if bias is not None and like is not None:
+        config.correction_bias = bias.to(like.dtype).view_as(like)
 
 
 def _check_shared(weights: Tensor, ids: Tensor, case: Case) -> None:
@@ -157,9 +162,14 @@ def values_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**_FURTHER.get(architecture, {}), **config, **widths}
 
 
+def exact(factor: float, scale: float) -> float:
+    """Return a factor that was measured in bfloat16: the config's scale if that is near."""
+    return scale if math.isclose(scale, factor, rel_tol=2**-8) else factor
+
+
 def rest(scale: float, factor: float) -> float:
     """Return the rest of a scale after a factor that was measured in bfloat16."""
-    return 1.0 if math.isclose(scale, factor, rel_tol=2**-8) else scale / factor
+    return scale / exact(factor, scale)
 
 
 def function_of(root: str, module: str, name: str) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import RouterConfig
+from pytest_moe_routing.oracle.own_router import reading_of
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
@@ -36,7 +37,9 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
     HIDDEN,
     Case,
     compare,
+    exact,
     function_of,
+    give_bias,
     rest,
     values_of,
 )
@@ -93,6 +96,38 @@ class Routers(blocks.Blocks):
         if key not in self._compared:
             self._compared[key] = list(self._routed(model["architecture"], values, router))
         return [{**run, "subject": model["id"]} for run in self._compared[key]]
+
+    def read(self, model: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the TopK of a model's block computes otherwise than the model's config.
+
+        Raises:
+            Unsupported: The release has no such architecture, its block cannot be built here, or
+                its code has other experts than the config.
+        """
+        self._enter_torch()
+        if model["dtype"] != "bfloat16":
+            raise Unsupported("models are run in bfloat16 alone")
+        seen = blocks._Seen()
+        topk, factor = self._built(
+            model["architecture"], values_of(model["architecture"], config), seen
+        )
+        (layer,) = seen.made
+        told = layer.moe_runner_config
+        experts = model["experts"]
+        limit = told.gemm1_clamp_limit or told.swiglu_limit
+        asked = experts["activation"], experts["activation_limit"], experts["gated"]
+        if (told.activation, limit, told.is_gated) != asked:
+            raise Unsupported(f"{seen.layers[0][1]} has other experts than the config")
+
+        def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            give_bias(topk.topk_config, bias)
+            hidden = torch.zeros(len(logits), HIDDEN, dtype=torch.bfloat16)
+            output = topk.forward_cuda(hidden, logits)
+            return output.topk_weights * exact(factor, scale), output.topk_ids
+
+        router = RouterConfig(**model["router"])
+        scale = router.routed_scaling_factor
+        return dict(reading_of(route, router))
 
     def layer_request(self, architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a model's block asks of its TopK, and what goes around it.
@@ -293,6 +328,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     return {
         "run": runs.run,
         "run_other": runs.run_other,
+        "read": routers.read,
         "layer_request": routers.layer_request,
     }
 

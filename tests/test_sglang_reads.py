@@ -1,0 +1,64 @@
+"""What SGLang's own router makes of the config sweep, so that no kernel is blamed for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from wheels import wheels_since
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.oracle.config_sweep import CachedTarget, sweep
+from pytest_moe_routing.oracle.swept_configs import as_model, swept_models, swept_routers
+from pytest_moe_routing.targets.sglang.target import SglangTarget
+from pytest_moe_routing.targets.source import Source
+
+#: Releases whose routers are run; the oldest and the newest are asked.
+RELEASES = wheels_since("0.5.18", "sglang")
+LLAMA4 = [router for router in swept_routers(1) if router.weight_on == "input"]
+SCALED = next(router for router in LLAMA4 if router.routed_scaling_factor != 1.0)
+
+
+@pytest.fixture(
+    scope="module",
+    params=sorted({RELEASES[0], RELEASES[-1]}) if RELEASES else [None],
+    ids=lambda path: path.name if path else "-",
+)
+def target(request):
+    if request.param is None:
+        pytest.skip("MOE_WHEELS has no SGLang whose routers are run")
+    source = Source.at("sglang", request.param)
+    made = CachedTarget(SglangTarget(FlashInfer.of(source.flashinfer), source))
+    yield made
+    made._target.close()
+
+
+def test_what_llama_4s_router_does_not_read(target):
+    """`Llama4MoE` gives its TopK no factor (models/llama4.py)."""
+    plain, scaled = target.read_routers([as_model(LLAMA4[0]), as_model(SCALED)])
+    assert plain == LLAMA4[0]
+    assert scaled == replace(SCALED, routed_scaling_factor=1.0)
+
+
+def test_what_sglang_cannot_be_asked(target):
+    models = list(swept_models())
+    other, half = (
+        next(m for m in models if m.router.weight_on == "input" and condition(m))
+        for condition in (
+            lambda m: m.experts.activation_limit is not None,
+            lambda m: m.dtype == "float16",
+        )
+    )
+    plain = next(m for m in models if m.router.weight_on == "output")
+    reasons = map(str, target.read_routers([other, half, plain]))
+    for reason, expected in zip(
+        reasons, ("has other experts than", "in bfloat16 alone", "no AnyMoeFor"), strict=True
+    ):
+        assert expected in reason
+
+
+def test_no_cause_is_one_of_what_the_router_does_not_read(target):
+    found = sweep(target, "nvfp4", (), [*LLAMA4[:4], SCALED])
+    assert found.causes
+    fields = {field for cause in found.causes for field in cause.fields}
+    assert not {name for kind, name in fields if kind == "recipe"} - {"weight_on", "weigh_by"}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets import layers, stubs
 from pytest_moe_routing.targets.contract import Names
 
 #: A server that leaves the choice to each layer.
@@ -34,14 +34,10 @@ def layer_runner(names: Names, layer: Any) -> str:
     return str(taken.runner_backend.value)
 
 
-class _Config:
-    """The config of a checkpoint; what is not in it, it does not have."""
+class _Config(layers.Config):
+    """The config of a checkpoint."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"SGLang's code reads {name!r} of the checkpoint's config")
+    reads = "SGLang's code reads {!r} of the checkpoint's config"
 
 
 class _Server:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
-from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets import layers, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import plain
 from pytest_moe_routing.targets.server import serve
@@ -49,14 +49,10 @@ _LAYER = 5
 _SIZE = 256
 
 
-class _Config:
-    """A model's config object: what is not in it, it does not have."""
+class _Config(layers.Config):
+    """The config object of a model of SGLang."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values, dtype=torch.get_default_dtype())
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"SGLang's code reads {name!r} of the model's config")
+    reads = "SGLang's code reads {!r} of the model's config"
 
 
 @dataclass
@@ -271,7 +267,7 @@ def _build(
 ) -> nn.Module:
     """Make the block as a decoder layer would."""
     known = {
-        "config": _Config(values),
+        "config": _Config({**values, "dtype": torch.get_default_dtype()}),
         "quant_config": _quant_config(names, quantization),
         "prefix": f"model.layers.{_LAYER}.mlp",
         "layer_id": _LAYER,

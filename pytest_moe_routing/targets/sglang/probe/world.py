@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pytest_moe_routing.flashinfer import FlashInfer
-from pytest_moe_routing.targets import recorder, stubs
+from pytest_moe_routing.targets import layers, recorder, stubs
 from pytest_moe_routing.targets.contract import Names
 
 #: An entry point of FlashInfer, and the arguments it was called with.
@@ -225,30 +225,14 @@ def _options(names: Names) -> dict[str, Any]:
     }
 
 
-class _Linear(nn.Module):
-    """A linear layer of SGLang: zeros of the right shape, in the dtype that was asked for."""
+class _Linear(layers.ZeroLinear):
+    """A linear layer of SGLang."""
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int = 0,
-        *_: Any,
-        output_sizes: Any = None,
-        params_dtype: torch.dtype | None = None,
-        **__: Any,
-    ) -> None:
-        super().__init__()
-        sizes = output_sizes or output_size
-        size = sizes if isinstance(sizes, int) else sum(sizes)
-        dtype = params_dtype or torch.get_default_dtype()
-        self.weight = nn.Parameter(torch.zeros(size, input_size, dtype=dtype))
-        self.quant_method = stubs.Stub("quant_method")
-        self.bias, self.skip_bias_add, self.reduce_results = None, False, False
-        self.output_size_per_partition = size
-        self.input_size_per_partition = input_size
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        return functional.linear(x.to(self.weight.dtype), self.weight), None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skip_bias_add, self.reduce_results = False, False
+        self.output_size_per_partition = self.output_size
+        self.input_size_per_partition = self.input_size
 
 
 class _FusedOp(nn.Module):
@@ -260,31 +244,17 @@ class _FusedOp(nn.Module):
         return self.forward_cuda(*args, **kwargs)
 
 
-class _GatedActivation(nn.Module):
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[..., : x.shape[-1] // 2]
-
-
-class _Activation(_GatedActivation):
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
 def _modules() -> dict[str, Any]:
-    linear = ("Replicated", "ColumnParallel", "MergedColumnParallel", "RowParallel")
     return {
         "LinearBase": _Linear,
-        **{f"{name}Linear": _Linear for name in linear},
+        **{f"{name}Linear": _Linear for name in layers.KINDS_OF_LINEAR},
         "BaseFusedOp": _FusedOp,
         "CustomOp": _FusedOp,
         "MultiPlatformOp": _FusedOp,
-        "SiluAndMul": _GatedActivation,
-        "GeluAndMul": _GatedActivation,
-        "ReLU2": _Activation,
-        "RMSNorm": _Activation,
+        "SiluAndMul": layers.GatedActivation,
+        "GeluAndMul": layers.GatedActivation,
+        "ReLU2": layers.Activation,
+        "RMSNorm": layers.Activation,
         "silu_and_mul_clamp": lambda _, output, *__: output.zero_(),
         "linear_bf16_fp32": lambda x, y, *_, **__: functional.linear(x.float(), y.float()),
     }

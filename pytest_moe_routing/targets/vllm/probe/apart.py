@@ -17,22 +17,17 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets import layers, stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.vllm.probe.world import World
 
 
-class Config:
-    """A model's config object: what is not in it, it does not have."""
+class Config(layers.Config):
+    """The config object of a model of vLLM."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"vLLM's code reads {name!r} of the model's config")
+    reads = "vLLM's code reads {!r} of the model's config"
 
 
 class Apart(World):
@@ -88,7 +83,6 @@ def _stand_ins() -> dict[str, Any]:
         rank_in_group=0,
         rank=0,
     )
-    linear = ("Replicated", "ColumnParallel", "MergedColumnParallel", "RowParallel")
     groups = ("ep", "tp", "dp", "pcp", "pp")
     sizes = ("tensor_model_parallel", "data_parallel", "expert_parallel", "pipeline_parallel")
     same: Callable[..., Any] = lambda x, *_, **__: x  # noqa: E731
@@ -97,33 +91,33 @@ def _stand_ins() -> dict[str, Any]:
         "Step3p5Config": Config,
         "PreTrainedConfig": Config,
         "LinearBase": Linear,
-        **{f"{name}Linear": Linear for name in linear},
+        **{f"{name}Linear": Linear for name in layers.KINDS_OF_LINEAR},
         **{f"get_{name}_group": lambda: group for name in groups},
         **{f"get_{name}_world_size": lambda: 1 for name in sizes},
         **{f"get_{name}_rank": lambda: 0 for name in sizes},
         "tensor_model_parallel_all_reduce": same,
         "tensor_model_parallel_all_gather": same,
-        "SiluAndMul": _GatedActivation,
-        "SiluAndMulWithClamp": _GatedActivation,
-        "SwigluStepAndMul": _GatedActivation,
-        "SituAndMul": _GatedActivation,
-        "GeluAndMul": _GatedActivation,
-        "ReLUSquaredActivation": _Activation,
-        "RMSNorm": _Activation,
+        "SiluAndMul": layers.GatedActivation,
+        "SiluAndMulWithClamp": layers.GatedActivation,
+        "SwigluStepAndMul": layers.GatedActivation,
+        "SituAndMul": layers.GatedActivation,
+        "GeluAndMul": layers.GatedActivation,
+        "ReLUSquaredActivation": layers.Activation,
+        "RMSNorm": layers.Activation,
         "extract_layer_index": lambda prefix: int(prefix.split(".")[2]),
         "fast_topk": torch.topk,
         "str_dtype_to_torch_dtype": lambda name: getattr(torch, name),
         "get_quark_ocp_mx_group_size": lambda *_: None,
         "maybe_execute_in_parallel": lambda first, second, *_: (first(), second()),
-        "get_act_fn": lambda *_, **__: _Activation(),
+        "get_act_fn": lambda *_, **__: layers.Activation(),
         "init_logger": lambda *_: stubs.Stub("logger"),
         "cdiv": lambda x, to: -(-x // to),
         "support_torch_compile": lambda f=None, **_: f or (lambda decorated: decorated),
     }
 
 
-class Linear(nn.Module):
-    """A linear layer or a gate: zeros of the right shape, in the dtype that was asked for."""
+class Linear(layers.ZeroLinear):
+    """A linear layer or a gate of vLLM, which may be asked for a dtype of its output."""
 
     def __init__(
         self,
@@ -131,22 +125,14 @@ class Linear(nn.Module):
         output_size: int = 0,
         bias: bool = False,
         *_: Any,
-        output_sizes: Any = None,
-        params_dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
-        force_fp32_compute: bool = False,
         return_bias: bool = True,
-        **__: Any,
+        **more: Any,
     ) -> None:
-        super().__init__()
-        sizes = output_sizes or output_size
-        size = sizes if isinstance(sizes, int) else sum(sizes)
-        dtype = params_dtype or torch.get_default_dtype()
-        self.weight = nn.Parameter(torch.zeros(size, input_size, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(size, dtype=dtype)) if bias else None
-        self.quant_method = stubs.Stub("quant_method")
-        self.input_size, self.output_size = input_size, size
-        self.params_dtype, self.out_dtype = dtype, out_dtype
+        super().__init__(input_size, output_size, **more)
+        self.params_dtype, self.out_dtype = self.weight.dtype, out_dtype
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(self.output_size, dtype=self.params_dtype))
         self.return_bias = return_bias
 
     def set_out_dtype(self, dtype: torch.dtype) -> None:
@@ -154,19 +140,6 @@ class Linear(nn.Module):
         self.out_dtype = self.out_dtype or dtype
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
-        output = functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        output, _bias = super().forward(x)
         output = output if self.out_dtype is None else output.to(self.out_dtype)
         return (output, None) if self.return_bias else output
-
-
-class _Activation(nn.Module):
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
-
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        return x
-
-
-class _GatedActivation(_Activation):
-    def forward(self, x: Tensor, *_: Any) -> Tensor:
-        return x[..., : x.shape[-1] // 2]

@@ -1,0 +1,78 @@
+"""Stand-ins for what lies around the experts in the MoE blocks of models, in every framework.
+
+A block is a framework's own code; its config object, linear layers and activations are these.
+Linear layers hold zeros, so that all but the experts adds nothing to a block's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pytest_moe_routing.targets import stubs
+
+#: What stands before `Linear` in the names of a framework's parallel linear layers.
+KINDS_OF_LINEAR = ("Replicated", "ColumnParallel", "MergedColumnParallel", "RowParallel")
+
+
+class Config:
+    """A config object: what is not in it, it does not have."""
+
+    #: Whose code reads which config, for the error.
+    reads: ClassVar[str] = "the code reads {!r} of the model's config"
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(self.reads.format(name))
+
+
+class ZeroLinear(nn.Module):
+    """A linear layer without a bias: zeros of the right shape, in the dtype that was asked for.
+
+    Args:
+        output_sizes: Sizes of the parts of a merged layer, or that of a layer.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int = 0,
+        *_: Any,
+        output_sizes: Any = None,
+        params_dtype: torch.dtype | None = None,
+        **__: Any,
+    ) -> None:
+        super().__init__()
+        sizes = output_sizes or output_size
+        size = sizes if isinstance(sizes, int) else sum(sizes)
+        dtype = params_dtype or torch.get_default_dtype()
+        self.weight = nn.Parameter(torch.zeros(size, input_size, dtype=dtype))
+        self.bias: nn.Parameter | None = None
+        self.quant_method = stubs.Stub("quant_method")
+        self.input_size, self.output_size = input_size, size
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        return functional.linear(x.to(self.weight.dtype), self.weight, self.bias), None
+
+
+class Activation(nn.Module):
+    """An activation, or a norm, that changes nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return x
+
+
+class GatedActivation(Activation):
+    """An activation that halves the width."""
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return x[..., : x.shape[-1] // 2]

@@ -87,7 +87,7 @@ def test_what_a_router_has_otherwise(router, config, expected):
 
 
 def test_what_no_known_change_explains():
-    with pytest.raises(Unsupported, match="computes something else than the config"):
+    with pytest.raises(Unsupported, match="computes neither what the config states"):
         reading_of(grouped_router("top2_sum", groups=16), GROUPED)
 
 

@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "escape",
     "progress",
+    "data",
     "errors",
     "failure",
     "inputs",

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any
 
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.flashinfer import cpp
 from pytest_moe_routing.flashinfer.calls import Call, Calls, Compiled, Function, Wrapper, read_calls
 from pytest_moe_routing.flashinfer.package import Package
@@ -48,10 +48,7 @@ class Comparison:
 
 @cache
 def _data() -> Mapping[str, Any]:
-    import yaml
-
-    text = resources.files(__package__).joinpath("operators.yaml").read_text("utf-8")
-    data: Mapping[str, Any] = yaml.safe_load(text)
+    data: Mapping[str, Any] = read_data(__package__, "operators.yaml")
     return data
 
 

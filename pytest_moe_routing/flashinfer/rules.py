@@ -10,13 +10,14 @@ from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
-from importlib import metadata, resources
+from importlib import metadata
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
 from packaging.version import Version
 
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import ReleaseError
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import signatures
@@ -31,10 +32,7 @@ DISTRIBUTION = "flashinfer-python"
 
 @cache
 def _data() -> dict[str, Any]:
-    import yaml
-
-    text = resources.files(__package__).joinpath("releases.yaml").read_text("utf-8")
-    data: dict[str, Any] = yaml.safe_load(text)
+    data: dict[str, Any] = read_data(__package__, "releases.yaml")
     check_data(data)
     data["rules"] = [Rule(**row) for row in data["rules"]]
     data["entry_points"] = {n: EntryPoint(**row) for n, row in data["entry_points"].items()}

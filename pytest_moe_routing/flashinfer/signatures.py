@@ -6,20 +6,17 @@ import ast
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib import resources
 from typing import Any
 
 from packaging.version import Version
 
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import DataError
 
 
 @cache
 def _data() -> dict[str, Any]:
-    import yaml
-
-    text = resources.files(__package__).joinpath("signatures.yaml").read_text("utf-8")
-    data: dict[str, Any] = yaml.safe_load(text)
+    data: dict[str, Any] = read_data(__package__, "signatures.yaml")
     return data
 
 

@@ -6,13 +6,13 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import resources
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import NotSimulated
 from pytest_moe_routing.flashinfer import FlashInfer, signatures
 
@@ -66,10 +66,7 @@ class Check:
 
 @cache
 def _data() -> dict[str, Any]:
-    import yaml
-
-    text = resources.files(__package__).joinpath("checks.yaml").read_text("utf-8")
-    data: dict[str, Any] = yaml.safe_load(text)
+    data: dict[str, Any] = read_data(__package__, "checks.yaml")
     return data
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import resources
 from typing import Any
 
-import yaml
 from packaging.version import InvalidVersion, Version
 
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import DataError, Unsupported
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.targets.definitions import Definitions
@@ -121,8 +120,7 @@ class Contract:
         Raises:
             DataError: A row of it cannot be.
         """
-        file = resources.files(__package__).joinpath(package, "contract.yaml")
-        return read(package, yaml.safe_load(file.read_text("utf-8")))
+        return read(package, read_data(__package__, package, "contract.yaml"))
 
     @cached_property
     def _members(self) -> Mapping[str, list[Row]]:

@@ -10,11 +10,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import resources
 
-import yaml
 from packaging.version import Version
 
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.targets.contract import release_of
 
 #: By name of a test of the suite: its cases that are not judged, as shell patterns.
@@ -23,13 +22,10 @@ Open = Mapping[str, tuple[str, ...]]
 
 @cache
 def _table(package: str) -> Mapping[Version, Open]:
-    file = resources.files(__package__).joinpath(package, "not_judged.yaml")
-    if not file.is_file():
-        return {}
-    rows = yaml.safe_load(file.read_text("utf-8"))["releases"]
+    data = read_data(__package__, package, "not_judged.yaml") or {"releases": {}}
     return {
         Version(str(release)): {test: tuple(cases) for test, cases in tests.items()}
-        for release, tests in sorted(rows.items(), key=lambda row: Version(str(row[0])))
+        for release, tests in sorted(data["releases"].items(), key=lambda row: Version(str(row[0])))
     }
 
 

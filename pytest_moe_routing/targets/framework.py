@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from functools import cache, cached_property
-from importlib import resources
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 @cache
 def _config_reads(package: str) -> Mapping[str, Any]:
     """Return the packaged table of a framework, cached: it is one file of the package."""
-    import yaml
-
-    text = resources.files(__package__).joinpath(package, "config_reads.yaml").read_text("utf-8")
-    table: Mapping[str, Any] = yaml.safe_load(text)
+    table: Mapping[str, Any] = read_data(__package__, package, "config_reads.yaml")
     return table
 
 

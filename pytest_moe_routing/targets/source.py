@@ -7,13 +7,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import TargetNotInstalled, UnknownTarget
 from pytest_moe_routing.inputs import Archive, parse_release, read_bytes, read_text
 
@@ -182,10 +183,7 @@ def _known_pin(package: str, version: str) -> str | None:
     """Return the FlashInfer release for releases whose metadata do not pin one."""
     if package == "flashinfer":
         return version
-    import yaml
-
-    text = resources.files(__package__).joinpath(package, "pins.yaml")
-    pins: dict[str, str] = yaml.safe_load(text.read_text("utf-8")) if text.is_file() else {}
+    pins: dict[str, str] = read_data(__package__, package, "pins.yaml") or {}
     try:
         place = bisect_right([Version(release) for release in pins], parse_release(version))
     except ValueError:

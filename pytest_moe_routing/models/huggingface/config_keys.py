@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from typing import Any
 
-import yaml
+from pytest_moe_routing.data import read_data
 
 #: The lists of `config_keys.yaml`, in the order in which a key is looked up.
 LISTS = ("changes", "harmless", "routing", "other")
@@ -58,8 +57,7 @@ class Unread:
 @cache
 def key_rows() -> tuple[KeyRow, ...]:
     """Return the packaged rows, in the order in which they are asked."""
-    text = resources.files(__package__).joinpath("config_keys.yaml").read_text("utf-8")
-    data = yaml.safe_load(text)
+    data = read_data(__package__, "config_keys.yaml")
     return tuple(
         KeyRow(name, re.compile(row["keys"]), row.get("reason", ""), tuple(row.get("neutral", ())))
         for name in LISTS

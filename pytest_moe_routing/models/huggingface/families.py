@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from typing import Any
 
-import yaml
+from pytest_moe_routing.data import read_data
 
 #: In the fixed values of a case: the model cannot be described, for this reason.
 REFUSE = "refuse"
@@ -102,8 +101,7 @@ class Table:
 @cache
 def table() -> Table:
     """Return the packaged table."""
-    text = resources.files(__package__).joinpath("families.yaml").read_text("utf-8")
-    data = yaml.safe_load(text)
+    data = read_data(__package__, "families.yaml")
     families = {name: _family(name, row, data["routers"]) for name, row in data["families"].items()}
     return Table(
         families=families,

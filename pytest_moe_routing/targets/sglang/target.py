@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, partial
-from importlib import resources
 from typing import Any, TypedDict
 
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec, RouterConfig
@@ -41,10 +41,7 @@ UNDECLARED = "undeclared"
 
 @cache
 def _configs() -> dict[str, Any]:
-    import yaml
-
-    text = resources.files(__package__).joinpath("configs.yaml").read_text("utf-8")
-    data: dict[str, Any] = yaml.safe_load(text)
+    data: dict[str, Any] = read_data(__package__, "configs.yaml")
     return data
 
 

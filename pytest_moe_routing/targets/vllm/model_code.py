@@ -6,11 +6,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
-from importlib import resources
 from typing import Any, TypedDict
 
-import yaml
-
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import RecipeError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
@@ -49,8 +47,7 @@ class _Asked(TypedDict):
 @cache
 def blocks() -> Mapping[str, Mapping[str, Any]]:
     """Return the MoE block of each architecture; the columns are explained in `blocks.yaml`."""
-    text = resources.files(__package__).joinpath("blocks.yaml").read_text("utf-8")
-    rows: Mapping[str, Mapping[str, Any]] = yaml.safe_load(text)["blocks"]
+    rows: Mapping[str, Mapping[str, Any]] = read_data(__package__, "blocks.yaml")["blocks"]
     return rows
 
 

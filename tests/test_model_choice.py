@@ -6,7 +6,7 @@ import pytest
 
 from pytest_moe_routing.errors import ModelError
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.models import find, load_models, select
+from pytest_moe_routing.models import load_models, load_named, select
 
 
 def test_selection():
@@ -33,7 +33,7 @@ def test_selection():
     ],
 )
 def test_models_are_found_by_any_of_their_names(name, id_):
-    assert find(load_models(packaged_directory()), name).id == id_
+    assert load_named(name, packaged_directory()).id == id_
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,33 @@ def test_models_are_found_by_any_of_their_names(name, id_):
 )
 def test_an_unknown_name_is_one_short_line(name, hint):
     with pytest.raises(ModelError) as caught:
-        find(load_models(packaged_directory()), name)
+        load_named(name, packaged_directory())
     assert hint in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+@pytest.fixture
+def directory(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        text = (packaged_directory() / "mixtral-8x7b" / "model.yaml").read_text("utf-8")
+        text = text.replace("Mixtral-8x7B", name.title())
+        (tmp_path / name / "model.yaml").write_text(text, "utf-8")
+    return tmp_path
+
+
+def test_only_the_model_that_is_asked_for_is_read(directory):
+    (directory / "two" / "model.yaml").write_text("nothing of a model", "utf-8")
+    assert load_named("one", directory).id == "one"
+    with pytest.raises(ModelError, match=r"two.model\.yaml"):
+        load_named("three", directory)
+
+
+def test_a_name_of_two_models_is_no_choice(directory):
+    file = directory / "two" / "model.yaml"
+    one = load_named("one", directory)
+    lines = file.read_text("utf-8").splitlines()
+    lines = [f"hf_repo: {one.hf_repo}" if n.startswith("hf_repo:") else n for n in lines]
+    file.write_text("\n".join(lines), "utf-8")
+    with pytest.raises(ModelError, match="is the name of several models: one, two"):
+        load_named(one.hf_repo, directory)

@@ -3,11 +3,11 @@
 from pytest_moe_routing.models.huggingface import read_config
 from pytest_moe_routing.models.layer_groups import LayerGroup
 from pytest_moe_routing.models.loader import (
-    find,
     load_any,
     load_incomplete,
     load_model,
     load_models,
+    load_named,
     select,
 )
 from pytest_moe_routing.models.spec import (
@@ -25,11 +25,11 @@ __all__ = [
     "ModelSpec",
     "RouterConfig",
     "dump_model",
-    "find",
     "load_any",
     "load_incomplete",
     "load_model",
     "load_models",
+    "load_named",
     "read_config",
     "select",
 ]

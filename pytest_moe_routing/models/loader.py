@@ -10,8 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.inputs import read_text
 from pytest_moe_routing.models.sections import Section, compose, fail_at
 from pytest_moe_routing.models.spec import IncompleteModel, ModelSpec, schema
+from pytest_moe_routing.models.yaml_nodes import MAX_BYTES
 
 FILE_NAME = "model.yaml"
 _ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -87,6 +89,23 @@ def load_models(*directories: Path) -> dict[str, ModelSpec]:
     }
 
 
+def load_named(name: str, *directories: Path) -> ModelSpec:
+    """Return the model of an id, a Hugging Face repository or a model's name; see `find`.
+
+    Of the models, those whose files do not contain the name are not read.
+
+    Raises:
+        ModelError: As for `load_models` and `find`, duplicate names excepted.
+    """
+    wanted = _last(name)
+    files = {f.parent.name: f for directory in directories for f in _files(directory)}
+    near = [f for id_, f in files.items() if wanted == id_ or wanted in _text(f)]
+    models = {spec.id: spec for spec in map(load_any, near) if isinstance(spec, ModelSpec)}
+    if any(_is_called(spec, name.lower()) for spec in models.values()):
+        return find(models, name)
+    return find(load_models(*directories), name)
+
+
 def load_incomplete(*directories: Path) -> dict[str, IncompleteModel]:
     """Return the models of the directories that say what is missing, by id. They cannot be judged.
 
@@ -103,11 +122,8 @@ def load_incomplete(*directories: Path) -> dict[str, IncompleteModel]:
 def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteModel]:
     models: dict[str, ModelSpec | IncompleteModel] = {}
     for directory in directories:
-        files = sorted(directory.glob(f"*/{FILE_NAME}")) if directory.is_dir() else []
-        if not files:
-            raise ModelError(f"{directory}: found no */{FILE_NAME}, expected a golden directory")
         names: dict[str, Path] = {}
-        for file in files:
+        for file in _files(directory):
             model = load_any(file)
             if model.model in names:
                 raise ModelError(
@@ -119,6 +135,17 @@ def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteMo
     return dict(sorted(models.items()))
 
 
+def _files(directory: Path) -> list[Path]:
+    files = sorted(directory.glob(f"*/{FILE_NAME}")) if directory.is_dir() else []
+    if not files:
+        raise ModelError(f"{directory}: found no */{FILE_NAME}, expected a golden directory")
+    return files
+
+
+def _text(file: Path) -> str:
+    return read_text(file, MAX_BYTES, ModelError).lower()
+
+
 def find(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
     """Return the model of an id, a Hugging Face repository or a model's name, in any case.
 
@@ -126,11 +153,7 @@ def find(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
         ModelError: There is none, or several have the name. The message suggests near names.
     """
     wanted = name.lower()
-    found = [
-        spec
-        for id_, spec in models.items()
-        if wanted in (id_, spec.hf_repo.lower(), spec.model.lower(), _last(spec.hf_repo))
-    ]
+    found = [spec for spec in models.values() if _is_called(spec, wanted)]
     exact = [spec for spec in found if spec.id == wanted]
     if len(exact or found) == 1:
         return (exact or found)[0]
@@ -146,6 +169,10 @@ def find(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
     raise ModelError(
         f"{shown!r} is neither a file nor one of the {len(models)} known models; {hint}"
     )
+
+
+def _is_called(spec: ModelSpec, wanted: str) -> bool:
+    return wanted in (spec.id, spec.hf_repo.lower(), spec.model.lower(), _last(spec.hf_repo))
 
 
 def _last(repository: str) -> str:

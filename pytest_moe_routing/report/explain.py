@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.models import find, load_model, load_models, read_config
+from pytest_moe_routing.models import load_model, load_named, read_config
 from pytest_moe_routing.oracle.exact import exact_calls, same_calls
 from pytest_moe_routing.oracle.judge import as_read_by, judge, open_questions, unjudged
 from pytest_moe_routing.oracle.record import VerdictRecord
@@ -96,7 +96,7 @@ def find_model(name: str, golden_dirs: list[Path]) -> ModelSpec:
     if path.exists():
         is_model = path.suffix in (".yaml", ".yml") or (path / "model.yaml").is_file()
         return load_model(path) if is_model else read_config(path)
-    return find(load_models(packaged_directory(), *golden_dirs), name)
+    return load_named(name, packaged_directory(), *golden_dirs)
 
 
 def assumptions(model: ModelSpec) -> dict[str, Any]:

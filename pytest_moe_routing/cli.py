@@ -318,7 +318,7 @@ def _examine_framework(name: str, path: Path | None) -> tuple[list[str], bool]:
     from pytest_moe_routing.targets.drift import examine
 
     found = examine(name, path)
-    return found.lines(), bool(found.missing)
+    return found.lines(), found.has_drifted
 
 
 _COMMANDS = {

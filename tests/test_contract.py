@@ -256,14 +256,9 @@ def test_sglangs_stand_ins_are_in_the_contract(frame):
 
 
 def test_drift_says_what_is_missing_and_what_is_lost(tmp_path, capsys):
-    package, wheel = next(iter(NEWEST), (None, None))
-    if package is None:
-        pytest.skip("MOE_WHEELS names no wheel")
-    assert main(["drift", package, str(wheel)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "  no drift"
-    (tmp_path / package).mkdir()
-    (tmp_path / package / "__init__.py").write_text("")
-    assert main(["drift", package, str(tmp_path)]) == 1
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    assert main(["drift", "vllm", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert (
         "  drift     vllm.model_executor.layers.fused_moe.config:RoutingMethodType is missing\n"

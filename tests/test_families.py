@@ -1,4 +1,4 @@
-"""Families that no oracle runs here, read by hand from the code of vllm 0.33.0; and special configs."""
+"""Families that no oracle runs here, read by hand from vllm 0.33.0, sglang 0.5.23; special configs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,22 @@ NUMBERS = {
 GROUPED = {**NUMBERS, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
 BIASED = {"score_function": "sigmoid", "moe_router_enable_expert_bias": True}
 GROUPS = "sigmoid -> + bias to choose -> best 4 of 8 groups by top2_sum -> top 4 -> / sum -> x 2.5"
+
+DENSE_SIZE = {
+    "hidden_size": 2048,
+    "intermediate_size": 768,
+    "num_experts": 64,
+    "num_experts_per_tok": 4,
+    "hidden_act": "silu",
+}
+XVERSE = {
+    "hidden_size": 2048,
+    "intermediate_size": 768,
+    "num_experts": 64,
+    "moe_top_k": 4,
+    "num_shared_experts": 2,
+    "hidden_act": "silu",
+}
 
 ROUTERS = [
     ("BailingMoeV2_5ForCausalLM", {**GROUPED, **BIASED}, GROUPS, "bfloat16"),
@@ -66,6 +82,24 @@ ROUTERS = [
         "float32",
     ),
     ("DeepseekForCausalLM", NUMBERS, "softmax -> top 4 -> / sum", "bfloat16"),
+    ("SDARMoeForCausalLM", NUMBERS, "softmax -> top 4 -> / sum", "bfloat16"),
+    ("SDARMoeForCausalLM", {**NUMBERS, "norm_topk_prob": False}, "softmax -> top 4", "bfloat16"),
+    ("IQuestQ1ForCausalLM", DENSE_SIZE, "softmax -> top 4 -> / sum", "float32"),
+    ("MiniCPMForCausalLM", DENSE_SIZE, "softmax -> top 4 -> / sum", "bfloat16"),
+    ("XverseMoeForCausalLM", XVERSE, "softmax -> top 4", "bfloat16"),
+    (
+        "XverseMoeForCausalLM",
+        {**XVERSE, "norm_topk_prob": True},
+        "softmax -> top 4 -> / sum",
+        "bfloat16",
+    ),
+    ("LLaDA2MoeModelLM", {**GROUPED, **BIASED}, GROUPS, "float32"),
+    (
+        "GigaChat35ForCausalLM",
+        {**GROUPED, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        GROUPS,
+        "float32",
+    ),
     ("InternS2MobiusForConditionalGeneration", NUMBERS, "softmax -> top 4 -> / sum", "bfloat16"),
     (
         "MistralLarge3ForCausalLM",
@@ -103,6 +137,8 @@ def test_routers(tmp_path, architecture, config, recipe, logits):
     [
         ("BailingMoeV2_5ForCausalLM", GROUPED),
         ("Param2MoEForCausalLM", {**GROUPED, "score_function": "softmax"}),
+        ("LLaDA2MoeModelLM", {**GROUPED, **BIASED, "expert_capacity": 16}),
+        ("GigaChat35ForCausalLM", GROUPED),
         ("InternS1ProForConditionalGeneration", {**NUMBERS, "router_n_groups": 8}),
     ],
 )

@@ -288,7 +288,8 @@ NOT_COMPARED = {
         (
             *("bailing_moe_linear", "bailing_moe_v3", "param2moe", "pangu_ultra_moe"),
             *("deepseek_v41", "step5", "alice_ai", "k2_horizon", "mistral_large_3", "deepseek"),
-            *("interns1_pro", "interns2_mobius", "grok-1", "step3_text"),
+            *("interns1_pro", "interns2_mobius", "grok-1", "step3_text", "gigachat35"),
+            *("llada2_moe", "sdar_moe", "iquest_q1", "xverse_moe", "minicpm"),
         ),
         "not in transformers",
     ),

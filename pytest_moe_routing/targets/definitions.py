@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
@@ -11,6 +12,11 @@ from pytest_moe_routing.escape import shorten
 
 #: How many imports, aliases and base classes are followed from one name to its definition.
 _DEPTH = 12
+
+#: An import: dots, module and names of `from`, or the module of a plain one.
+_IMPORTS = re.compile(
+    r"^\s*(?:from\s+(\.*)([\w.]*)\s+import\s*(\([^)]*\)|[^\n]*)|import\s+([\w.]+))", re.MULTILINE
+)
 
 _Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Import = (ast.Import, ast.ImportFrom)
@@ -133,13 +139,34 @@ class Definitions:
 
     def source(self, module: str, node: ast.ImportFrom) -> str:
         """Return the full name of the module that an import takes names from."""
-        if not node.level:
-            return node.module or ""
+        return self._absolute(module, node.level, node.module or "")
+
+    def imported(self, module: str) -> frozenset[str]:
+        """Return the modules of the package that a module imports, anywhere in it.
+
+        It is not parsed, which would take many times as long.
+        """
+        found = set[str]()
+        for dots, source, names, plain in _IMPORTS.findall(self._read(module)):
+            full = plain or self._absolute(module, len(dots), source)
+            if full.partition(".")[0] == self._package:
+                below = (f"{full}.{name}" for name in re.findall(r"\w+", names))
+                found |= {full, *filter(self._exists, below)}
+        return frozenset(found)
+
+    def contains(self, module: str, pattern: re.Pattern[str]) -> bool:
+        """Return whether a module's text has a match of a pattern in it."""
+        return pattern.search(self._read(module)) is not None
+
+    def _absolute(self, module: str, level: int, name: str) -> str:
+        """Return the full name of what a module imports from, with `level` dots before its name."""
+        if not level:
+            return name
         parts = module.split(".")
         if not self._read(f"{module}.__init__"):
             parts = parts[:-1]
-        above = parts[: len(parts) - (node.level - 1)]
-        return ".".join([*above, *filter(None, [node.module])])
+        above = parts[: len(parts) - (level - 1)]
+        return ".".join([*above, *filter(None, [name])])
 
     def _parameters(self, module: str, full: str) -> set[str]:
         """Return the parameters of a function, or of a class's constructor, or its fields."""

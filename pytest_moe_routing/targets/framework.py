@@ -84,6 +84,17 @@ class FrameworkTarget(Target):
         names = Names(Contract.of(self.package), self.source.version, found)
         return ModelClasses(found, lambda: self.registered(names, root), self.model_packages)
 
+    def unknown_architectures(self) -> list[str]:
+        """Return the architectures with experts that are not known; see `targets.architectures`.
+
+        Raises:
+            Unsupported: The release has no registry that can be read.
+        """
+        from pytest_moe_routing.targets.architectures import unknown_architectures
+
+        data = read_data(__package__, self.package, "architectures.yaml")
+        return unknown_architectures(self._classes, data)
+
     def registered(self, names: Names, root: str) -> Mapping[str, Place]:
         """Return the class of each architecture that the release has code for.
 

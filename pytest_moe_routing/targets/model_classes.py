@@ -6,7 +6,9 @@ All of it is found in the sources, of which nothing is run.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 from pytest_moe_routing.models.huggingface import keys_of
@@ -14,6 +16,21 @@ from pytest_moe_routing.targets.definitions import Definitions
 
 #: A module, and the dotted name of a class or function in it.
 Place = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What one definition has in it.
+
+    Attributes:
+        named: Every attribute that it asks of other objects, and every text.
+        called: Names that it calls: `name` of `module.name()`.
+        led_to: The definitions of models that it names.
+    """
+
+    named: frozenset[str] = frozenset()
+    called: frozenset[str] = frozenset()
+    led_to: frozenset[Place] = frozenset()
 
 
 class ModelClasses:
@@ -34,7 +51,9 @@ class ModelClasses:
     ) -> None:
         self._definitions, self._packages = definitions, packages
         self._registered = cache(registered)
-        self._keys = cache(self._find_keys)
+        self._read = cache(self._read_definition)
+        self._reached = cache(self._find_reached)
+        self._imported = cache(definitions.imported)
 
     def runs(self, architecture: str) -> Place | None:
         """Return the class that runs an architecture; None if the release has none.
@@ -59,49 +78,83 @@ class ModelClasses:
         Args:
             value: A field of `RouterConfig` or `ExpertsConfig`.
         """
-        read = self._keys(architecture)
+        read = {name for place in self._reached(architecture) for name in self._read(place).named}
         return bool(read & keys_of("top_k")) and not read & keys_of(value)
 
-    def _find_keys(self, architecture: str) -> frozenset[str]:
-        """Return every attribute that the code asks of other objects, and every text in it."""
+    def registered(self) -> Mapping[str, Place]:
+        """Return the class of each architecture that the release has code for."""
+        return self._registered()
+
+    def calls(self, architecture: str, names: Collection[str]) -> bool:
+        """Return whether the code of an architecture calls one of these classes or functions.
+
+        Code that it does not import is not searched, such as that of an inner model that its config
+        names.
+        """
+        if not self._may_call(architecture, names):
+            return False
+        reached = self._reached(architecture)
+        return any(not self._read(place).called.isdisjoint(names) for place in reached)
+
+    def _may_call(self, architecture: str, names: Collection[str]) -> bool:
+        """Return whether a module that an architecture's code imports has such a call in it."""
+        pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\(")
+        queue = [self._registered()[architecture][0]]
+        seen = set(queue)
+        while queue:
+            module = queue.pop()
+            if self._definitions.contains(module, pattern):
+                return True
+            new = {m for m in self._imported(module) if f"{m}.".startswith(self._packages)} - seen
+            seen |= new
+            queue += new
+        return False
+
+    def _find_reached(self, architecture: str) -> frozenset[Place]:
+        """Return the definitions of models that make up an architecture's code."""
         start = self._registered().get(architecture)
         queue = list(self._definitions.places(*start)) if start else []
-        seen, found = set(queue), set[str]()
+        seen = set(queue)
         while queue:
-            module, path = queue.pop()
-            node = self._definitions.node(module, path)
-            if node is None:
-                continue
-            found.update(_named(node))
-            for place in self._led_to(module, node):
-                if place not in seen:
-                    seen.add(place)
-                    queue.append(place)
-        return frozenset(found)
+            new = self._read(queue.pop()).led_to - seen
+            seen |= new
+            queue += new
+        return frozenset(seen)
 
-    def _led_to(self, module: str, node: ast.AST) -> Iterator[Place]:
-        """Yield the definitions of models that a definition names, be it by an architecture."""
-        for part in ast.walk(node):
-            places: list[Place] = []
-            if isinstance(part, ast.Name | ast.Attribute):
-                dotted = ast.unparse(part)
-                if self._is_of_models(module, dotted.partition(".")[0]):
-                    places = self._definitions.places(module, dotted)
+    def _read_definition(self, place: Place) -> _Code:
+        """Return what is in a definition, be it a model's or of what models share."""
+        module, path = place
+        node = self._definitions.node(module, path)
+        named, called, dotted = set[str](), set[str](), set[str]()
+        led_to: list[Place] = []
+        for part in ast.walk(node) if node is not None else ():
+            if isinstance(part, ast.Name):
+                dotted.add(part.id)
+            elif isinstance(part, ast.Attribute):
+                dotted.add(_dotted(part))
+                # What an object keeps of its arguments is not read from a config there.
+                if not (isinstance(part.value, ast.Name) and part.value.id == "self"):
+                    named.add(part.attr)
+            elif isinstance(part, ast.Call):
+                called.add(_dotted(part.func).rpartition(".")[2])
             elif isinstance(part, ast.ImportFrom):
                 source = self._definitions.source(module, part)
                 if f"{source}.".startswith(self._packages):
-                    names = (alias.name for alias in part.names)
-                    places = [p for name in names for p in self._definitions.places(source, name)]
+                    for alias in part.names:
+                        led_to += self._definitions.places(source, alias.name)
             elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+                named.add(part.value)
                 start = self._registered().get(part.value)
-                places = self._definitions.places(*start) if start else []
-            for place in places:
-                if place[1] and place[0].startswith(self._packages):
-                    yield place
+                led_to += self._definitions.places(*start) if start else []
+        for name in dotted:
+            if self._is_of_models(module, name.partition(".")[0]):
+                led_to += self._definitions.places(module, name)
+        of_models = (p for p in led_to if p[1] and p[0].startswith(self._packages))
+        return _Code(frozenset(named), frozenset(called), frozenset(of_models))
 
     def _is_of_models(self, module: str, name: str) -> bool:
         """Return whether a name in a module may be one of models, before it is looked up."""
-        node = self._definitions.node(module, name)
+        node = self._definitions.node(module, name) if name else None
         if isinstance(node, ast.ImportFrom):
             return f"{self._definitions.source(module, node)}.".startswith(self._packages)
         return node is not None
@@ -112,11 +165,11 @@ def _does_nothing(statement: ast.stmt) -> bool:
     return is_text or isinstance(statement, ast.Pass)
 
 
-def _named(node: ast.AST) -> Iterator[str]:
-    for part in ast.walk(node):
-        if isinstance(part, ast.Attribute):
-            # What an object keeps of its arguments is not read from a config there.
-            if not (isinstance(part.value, ast.Name) and part.value.id == "self"):
-                yield part.attr
-        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
-            yield part.value
+def _dotted(node: ast.expr) -> str:
+    """Return a name with its attributes as text; "" for what is neither, such as a call."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if not isinstance(node, ast.Attribute):
+        return ""
+    owner = _dotted(node.value)
+    return f"{owner}.{node.attr}" if owner else ""

@@ -20,6 +20,7 @@ from inspect import isclass, isroutine
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
+from zipimport import ZipImportError, zipimporter
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -266,9 +267,20 @@ def definitions(package: str, root: str) -> Definitions:
 
 def source_of(root: str, module: str) -> str:
     """Return the source text of a module in a tree or a wheel; "" when there is none."""
+    # `zipimport` leaves the mark at the beginning of the file that Python skips.
+    return _source(root, module).removeprefix("\ufeff")
+
+
+def _source(root: str, module: str) -> str:
     folder = "/".join([root, *module.split(".")[:-1]])
     # PathFinder fails at a folder without __init__.py whose parent is not imported.
     finder = pkgutil.get_importer(folder)
+    if isinstance(finder, zipimporter):
+        # Its `find_spec` compiles the module to find out the name of its file.
+        try:
+            return finder.get_source(module) or ""
+        except ZipImportError:
+            return ""
     spec = None if finder is None else finder.find_spec(module)
     # A compiled module has a loader without source, and a folder without __init__.py has none.
     loader: Any = None if spec is None else spec.loader

@@ -150,18 +150,9 @@ def test_a_misspelt_key_is_doubted(tmp_path, key, misspelt):
     ("config", "doubt"),
     [
         ({**R1, "topk_method": "greedy"}, 'topk_method is "greedy": transformers has a bias with'),
-        (
-            without("topk_method"),
-            "topk_method is null: transformers has a bias with this value, vllm",
-        ),
-        (
-            {**R1, "topk_method": None},
-            "topk_method is null: transformers has a bias with this value, vllm",
-        ),
-        (
-            without("scoring_func"),
-            "scoring_func is null: transformers computes a sigmoid with this",
-        ),
+        (without("topk_method"), "topk_method is not in the config: transformers has a bias all"),
+        ({**R1, "topk_method": None}, "topk_method is null: transformers has a bias all the same"),
+        (without("scoring_func"), "scoring_func is not in the config: transformers computes a"),
     ],
 )
 def test_a_key_that_frameworks_read_differently_is_doubted(tmp_path, config, doubt):
@@ -170,6 +161,45 @@ def test_a_key_that_frameworks_read_differently_is_doubted(tmp_path, config, dou
     assert not read(tmp_path, R1).unproven
     glm = {**config, "architectures": ["Glm4MoeForCausalLM"]}
     assert not any("scoring_func" in doubt for doubt in read(tmp_path, glm).unproven)
+
+
+#: What github ai-dynamo/aiconfigurator @821eb9a6 has of moonshotai/Kimi-K2-Thinking's config.
+K2_THINKING = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "kimi_k2",
+    "num_hidden_layers": 61,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "n_routed_experts": 384,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.827,
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_a_copy_that_lost_its_routing_keys_is_doubted(tmp_path):
+    """Frameworks read such a copy differently, so that it is judged for none.
+
+    vllm 0.33.0 (transformers_utils/config.py:141) and sglang 0.5.23 (utils/hf_transformers/common.py)
+    read kimi_k2 with the config class of DeepSeek-V3, which has groups and neither of the two keys.
+    """
+    spec = read(tmp_path, K2_THINKING)
+    assert {"n_group", "topk_group", "renormalize"} <= set(spec.defaulted)
+    assert [doubt.partition(":")[0] for doubt in spec.unproven] == [
+        "topk_method is not in the config",
+        "scoring_func is not in the config",
+    ]
+    stated = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 1, "topk_group": 1}
+    whole = read(tmp_path, {**K2_THINKING, **stated, "norm_topk_prob": True})
+    assert (whole.unproven, whole.router.n_group, whole.router.routed_scaling_factor) == (
+        (),
+        1,
+        2.827,
+    )
 
 
 # -- what the config states and the code of transformers does not read -------------------------------

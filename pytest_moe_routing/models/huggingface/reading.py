@@ -59,7 +59,9 @@ class Reading:
             if fixed.pop(DISPUTED, False):
                 self.disputed.update({name: self.fixed[name] for name in fixed})
             if UNPROVEN in fixed:
-                self.unproven.append(f"{case.key} is {show(value)}: {fixed.pop(UNPROVEN)}")
+                is_there = text.get(case.key, ABSENT) is not ABSENT
+                stated = f"is {show(value)}" if is_there else "is not in the config"
+                self.unproven.append(f"{case.key} {stated}: {fixed.pop(UNPROVEN)}")
             self.fixed.update(fixed)
             self.origin.update(dict.fromkeys(fixed, case.key))
 

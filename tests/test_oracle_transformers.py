@@ -32,6 +32,7 @@ import transformers_routers
 from transformers_routers import (
     EXPERTS_INEXPRESSIBLE,
     GROUPED,
+    LOGITS,
     NOT_COMPARED,
     VOID,
     Case,
@@ -182,6 +183,16 @@ def test_mutations_are_seen(case, tmp_path):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_gate_is_found(case):
     assert fill(make_router(case), None, torch.eye(E)) == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_dtype_of_the_logits(case, tmp_path):
+    """The family's `logits_dtype`, or what is recorded of transformers where that is another."""
+    spec = imported(case, tmp_path)
+    logits = run(case, make_router(case), recipe_of(spec), "plain", torch.bfloat16)[2]
+    stated = getattr(torch, spec.logits_dtype)
+    assert LOGITS.get(case.family) != stated
+    assert logits.dtype == LOGITS.get(case.family, stated)
 
 
 @pytest.mark.parametrize("case", INEXPRESSIBLE, ids=str)

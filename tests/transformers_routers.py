@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers_calls import (
@@ -294,6 +295,24 @@ NOT_COMPARED = {
         "not in transformers",
     ),
     "zaya": "the router is a small network with a state from the layer before; not expressible",
+}
+
+
+#: The dtype of the logits that a family's router returns for bfloat16 hidden states and weights, where
+#: it is another than the family's `logits_dtype`.
+LOGITS = {
+    # The gate's product is bfloat16; vLLM takes it in float32.
+    "minimax_m2": torch.bfloat16,
+    "minimax_m3_vl_text": torch.bfloat16,
+    "step3p5": torch.bfloat16,  # transformers does not read need_fp32_gate
+    "deepseek_v4": torch.bfloat16,
+    "hunyuan_v1_moe": torch.bfloat16,  # float32 where its weight was left so
+    # The product is bfloat16 here as well, and widened before the softmax.
+    "granitemoe": torch.float32,
+    "granitemoeshared": torch.float32,
+    "granitemoehybrid": torch.float32,
+    "granitemoe_swa": torch.float32,
+    "jetmoe": torch.float32,
 }
 
 

@@ -38,7 +38,9 @@ class RouterConfig:
     #: dtype of `e_score_correction_bias` in the checkpoint, null when the router has none.
     correction_bias: str | None = key(str, choices=DTYPES, nullable=True)
     renormalize: bool = key(bool)
-    #: dtype of the router logits that reach the experts.
+    #: dtype of the router logits, for bfloat16 hidden states: float32 where transformers or vLLM
+    #: takes the gate's product in float32. A target whose code hands others to its experts is
+    #: judged with those (`Target.logits_dtype`).
     logits_dtype: str = key(str, choices=MODEL_DTYPES)
     #: Llama4, gpt-oss: choose on the raw logits, score only what was chosen.
     topk_before_score: bool = key(bool, default=False)

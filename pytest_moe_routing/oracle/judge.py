@@ -100,6 +100,7 @@ def as_read_by(target: Target, model: ModelSpec) -> ModelSpec:
     stated = {name: model.contradicted[name] for name, does in honored.items() if does}
     if stated.get("renormalize") is False:
         stated["renormalize_epsilon"] = 0.0
+    stated["logits_dtype"] = target.logits_dtype(model)
     fields = vars(model.router).keys()
     router = replace(model.router, **{n: v for n, v in stated.items() if n in fields})
     experts = replace(model.experts, **{n: v for n, v in stated.items() if n not in fields})

@@ -107,6 +107,10 @@ class Target:
         """
         return None
 
+    def logits_dtype(self, model: ModelSpec) -> str:
+        """Return the dtype of the router logits that the target hands to a model's experts."""
+        return model.router.logits_dtype
+
     def runs_as(self, architecture: str, known: Collection[str]) -> bool:
         """Return whether the target runs an architecture by the code of one of `known`."""
         return False

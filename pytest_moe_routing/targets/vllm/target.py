@@ -10,9 +10,12 @@ import ast
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
+from packaging.version import Version
+
+from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
@@ -25,7 +28,7 @@ from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification
-from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
@@ -43,6 +46,12 @@ _Answer = TypeVar("_Answer")
 
 #: Arguments that a downcast on the way changes.
 _DTYPES = ("logits_dtype", "bias_dtype")
+
+
+@cache
+def _logits() -> Mapping[str, Mapping[str, str]]:
+    rows: Mapping[str, Mapping[str, str]] = read_data(__package__, "logits.yaml")["logits"]
+    return rows
 
 
 class VllmTarget(FrameworkTarget):
@@ -99,6 +108,16 @@ class VllmTarget(FrameworkTarget):
     def _numbers(self) -> Mapping[str, int]:
         numbers: dict[str, int] = self._probe.ask("numbers")
         return numbers
+
+    def logits_dtype(self, model: ModelSpec) -> str:
+        """Return the dtype that vLLM's code of the model hands to its layer; see `logits.yaml`."""
+        row = _logits().get(model.architecture)
+        release = release_of(self.version())
+        if row is None or model.dtype != "bfloat16":
+            return model.router.logits_dtype
+        if "until" in row and (release is None or release > Version(row["until"])):
+            return model.router.logits_dtype
+        return row["dtype"]
 
     def classify(self, model: ModelSpec) -> Classification:
         """Return the method of the router that vLLM's factory makes for this model."""

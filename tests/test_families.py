@@ -36,6 +36,16 @@ XVERSE = {
     "hidden_act": "silu",
 }
 
+ERNIE = {
+    "hidden_size": 2560,
+    "moe_intermediate_size": 1536,
+    "moe_num_experts": 64,
+    "moe_k": 6,
+    "moe_num_shared_experts": 2,
+    "hidden_act": "silu",
+    "moe_use_aux_free": True,
+}
+
 ROUTERS = [
     ("BailingMoeV2_5ForCausalLM", {**GROUPED, **BIASED}, GROUPS, "bfloat16"),
     ("BailingMoeV3ForCausalLM", GROUPED, GROUPS, "float32"),
@@ -95,6 +105,12 @@ ROUTERS = [
     ),
     ("LLaDA2MoeModelLM", {**GROUPED, **BIASED}, GROUPS, "float32"),
     (
+        "Ernie4_5_MoeForCausalLM",
+        ERNIE,
+        "softmax -> + bias to choose -> top 6 -> / sum",
+        "float32",
+    ),
+    (
         "GigaChat35ForCausalLM",
         {**GROUPED, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         GROUPS,
@@ -139,6 +155,7 @@ def test_routers(tmp_path, architecture, config, recipe, logits):
         ("Param2MoEForCausalLM", {**GROUPED, "score_function": "softmax"}),
         ("LLaDA2MoeModelLM", {**GROUPED, **BIASED, "expert_capacity": 16}),
         ("GigaChat35ForCausalLM", GROUPED),
+        ("Ernie4_5_MoeForCausalLM", {**ERNIE, "moe_use_aux_free": False}),
         ("InternS1ProForConditionalGeneration", {**NUMBERS, "router_n_groups": 8}),
     ],
 )

@@ -58,6 +58,10 @@ ERRORS = {
         {**without("n_routed_experts"), "architectures": ["NemotronHForCausalLM"]},
         "n_routed_experts: found no key of this name, expected an integer >= 1",
     ),
+    "unknown, with the next step": (
+        {**R1, "architectures": ["ArcticForCausalLM"], "model_type": "arctic"},
+        "? `moe-routing init` writes a model.yaml to describe the router in",
+    ),
     "missing size": (
         {
             "architectures": ["BailingMoeForCausalLM"],

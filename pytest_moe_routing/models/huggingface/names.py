@@ -185,6 +185,7 @@ def _fail(levels: list[Section], families: Table) -> NoReturn:
         + (
             f"did you mean {' or '.join(dict.fromkeys(near))}?"
             if near
-            else "none has a similar name"
-        ),
+            else "none has a similar name;"
+        )
+        + " `moe-routing init` writes a model.yaml to describe the router in",
     )

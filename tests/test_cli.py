@@ -198,3 +198,33 @@ def test_the_page_of_models_is_current(capsys):
     assert main(["models"]) == 0
     page = Path(__file__).parents[1] / "docs" / "models.md"
     assert page.read_text() == capsys.readouterr().out, "moe-routing models > docs/models.md"
+
+
+def test_layers_in_other_schemes_are_judged_in_theirs(tmp_path, capsys):
+    layers = {
+        "model.layers.0.mlp.experts": {"quant_algo": "NVFP4", "group_size": 16},
+        "model.layers.1.mlp.experts": {"quant_algo": "FP8"},
+    }
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "hidden_act": "silu",
+        "quantization_config": {
+            "quant_method": "modelopt",
+            "quant_algo": "MIXED_PRECISION",
+            "quantized_layers": layers,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["explain", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["verdicts"]
+    assert [(v["model"].partition("@")[2], v["scheme"]) for v in found] == [
+        ("", "bf16"),
+        ("0", "nvfp4"),
+        ("1", "fp8_per_tensor"),
+    ]

@@ -33,6 +33,8 @@ def reason(tmp_path, change, base=GLM):
     ("change", "expected"),
     [
         ({"router_logit_softcapping": 30.0}, "the router's logits are soft-capped"),
+        ({"router_temperature": 0.5}, "the router's logits are divided by a temperature"),
+        ({"num_experts_per_layer": [64, 32]}, "layers may have other numbers of experts"),
         ({"moe_apply_router_weight_on_input": True}, "weight multiplies the experts' input"),
         ({"expert_swiglu_limit_list": [0, 0, 4]}, "the experts clamp"),
         ({"swiglu_limit": 7.0}, "the experts clamp"),
@@ -57,6 +59,7 @@ def test_keys_that_change_the_meaning(tmp_path, change, expected):
     "change",
     [
         {"router_logit_softcapping": 0.0},
+        {"router_temperature": 1.0},
         {"router_logit_softcapping": None},
         {"moe_apply_router_weight_on_input": False},
         {"expert_swiglu_limit_list": [0, 0, 0]},

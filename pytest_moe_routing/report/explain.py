@@ -73,16 +73,18 @@ def as_json(session: MoESession, name: str) -> tuple[str, bool]:
 
 
 def _answers(session: MoESession, model: ModelSpec) -> list[Answer]:
-    """Return the verdicts on a model and its variants in the schemes that are asked about."""
+    """Return the verdicts on a model and its variants in the schemes that are asked about.
+
+    Without any, each is judged in the schemes of its own layers.
+    """
     if session.scheme_names == ["all"]:
-        schemes = list(SERVED_SCHEMES)
+        asked = list(SERVED_SCHEMES)
     else:
-        schemes = [check_scheme(scheme) for scheme in session.scheme_names]
-        schemes = schemes or [scheme for scheme in model.checkpoints if scheme in SERVED_SCHEMES]
+        asked = [check_scheme(scheme) for scheme in session.scheme_names]
     return [
         (variant, _judged(session.target, variant, scheme))
         for variant in variants_of(model)
-        for scheme in schemes
+        for scheme in asked or [own for own in variant.checkpoints if own in SERVED_SCHEMES]
     ]
 
 

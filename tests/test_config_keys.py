@@ -103,7 +103,8 @@ def test_keys_that_are_not_known_are_named(tmp_path):
 
 
 def test_long_lists_are_cut(tmp_path):
-    (note,) = read(tmp_path, {**GLM, **{f"moe_{i}": 1 for i in range(40)}}).notes
+    config = {**GLM, "dtype": "bfloat16", **{f"moe_{i}": 1 for i in range(40)}}
+    (note,) = read(tmp_path, config).notes
     assert note.endswith("moe_10, moe_11 and 28 more")
 
 
@@ -265,3 +266,10 @@ def test_no_key_about_routing_is_passed_over(word, head, tail):
     row = row_of(head + word + tail)
     assert row is not None
     assert row.list in ("changes", "routing")
+
+
+@pytest.mark.parametrize("stated", [{}, {"torch_dtype": None}, {"dtype": "auto"}])
+def test_a_dtype_that_the_config_does_not_state_is_marked(tmp_path, stated):
+    note = "not in the config, and assumed: dtype bfloat16"
+    assert note in read(tmp_path, {**GLM, **stated}).notes
+    assert note not in read(tmp_path, {**GLM, "torch_dtype": "bfloat16"}).notes

@@ -69,7 +69,8 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
     router = reading.with_unread(router, levels[:-1])
     modules = Experts(router.num_experts, family.blocks or BLOCKS)
     checkpoint = checkpoint_of(levels, _beside(file), routed, modules)
-    dtype = _dtype(root, text)
+    stated = _dtype(root, text)
+    dtype = stated or "bfloat16"
     scheme, unknown = checkpoint.scheme, checkpoint.unknown
     if override is not None:
         scheme, unknown = override, None
@@ -81,6 +82,8 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
         router = replace(router, logits_dtype="float16")
     groups = layers.groups()
     notes = [*family.notes, *named.notes, *reading.all_notes(), *map(str, groups), *layers.notes]
+    if stated is None:
+        notes.append(f"not in the config, and assumed: dtype {dtype}")
     name, repository = _name_of(root, file)
     spec = ModelSpec(
         model=name,
@@ -119,8 +122,8 @@ def _beside(file: Path) -> dict[str, Section]:
     return {path.name: read_json(path) for path in paths if path.is_file()}
 
 
-def _dtype(root: Section, text: Section) -> str:
-    """Return the dtype of the activations; configs that state none are of bfloat16 models."""
+def _dtype(root: Section, text: Section) -> str | None:
+    """Return the dtype of the activations; None if the config states none."""
     for section in (text, root):
         for key in ("dtype", "torch_dtype"):
             value = section.get(key)
@@ -130,7 +133,7 @@ def _dtype(root: Section, text: Section) -> str:
             if name not in MODEL_DTYPES:
                 section.fail(key, show(value), f"one of {', '.join(MODEL_DTYPES)}")
             return str(name)
-    return "bfloat16"
+    return None
 
 
 def _names(levels: list[Section], key: str) -> tuple[str, ...]:

@@ -18,7 +18,9 @@ def test_selection():
     ]
     with pytest.raises(ModelError, match=r"no model matches 'llama-5-\*', of \d+; did you mean ll"):
         select(models, ["deepseek-r1", "llama-5-*"])
-    with pytest.raises(ModelError, match=r"no model matches 'xxxxxx', of \d+; moe-routing models"):
+    with pytest.raises(
+        ModelError, match=r"no model matches 'xxxxxx', of \d+; 'moe-routing models'"
+    ):
         select(models, ["xxxxxx"])
 
 

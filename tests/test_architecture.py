@@ -65,6 +65,7 @@ WITHOUT_TORCH = [
     "targets.flashinfer.target",
     "targets.vllm.target",
     "targets.sglang.target",
+    "targets.transformers.target",
     "kernels.gpu",
     "kernels.build",
     "report.collect",

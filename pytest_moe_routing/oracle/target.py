@@ -85,6 +85,8 @@ class Target:
     name: ClassVar[str]
     #: Names of the target's own routers, for each of which `test_router` has a case.
     routers: ClassVar[tuple[str, ...]] = ()
+    #: Whether it calls fused kernels; of one that does not, nothing but its routers is tested.
+    calls_kernels: ClassVar[bool] = True
 
     def __init__(self, flashinfer: FlashInfer) -> None:
         self.flashinfer = flashinfer

@@ -1,0 +1,156 @@
+"""transformers as a target: its MoE blocks, run by the releases' own code."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.routers import NOT_JUDGED
+from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.transformers.target import TransformersTarget, config_of
+
+MODELS = load_models(packaged_directory())
+#: A package of transformers with one model, whose block is right but for what a test changes.
+CONFIGURATION = """
+class TinyConfig:
+    def __init__(self):
+        self.n_routed_experts, self.num_experts_per_tok, self.hidden_size = 2, 1, 8
+        self.n_group, self.topk_group, self.norm_topk_prob = 1, 1, False
+        self.routed_scaling_factor = 1.0
+"""
+MODELING = """
+import torch
+from torch import nn
+
+
+class Gate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts))
+
+
+class TinyMoE(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.gate = config, Gate(config)
+        self.experts = nn.Module()
+
+    def forward(self, hidden):
+        c = self.config
+        flat = hidden.flatten(0, 1)
+        scores = (flat @ self.gate.weight.T).sigmoid()
+        keys = scores + self.gate.e_score_correction_bias
+        grouped = keys.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
+        kept = grouped.topk(2)[0].sum(2).topk(c.topk_group)[1]
+        mask = torch.zeros(grouped.shape[:2]).scatter(1, kept, 1).unsqueeze(2).expand_as(grouped)
+        keys = keys.masked_fill(mask.reshape(keys.shape) == 0, {FILL})
+        ids = keys.topk(c.num_experts_per_tok)[1]
+        weights = scores.gather(1, ids)
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+        return self.experts(flat, ids, weights).view_as(hidden) * c.routed_scaling_factor
+
+
+class TinyPreTrainedModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+
+    def post_init(self):
+        pass
+
+    def save_pretrained(self, folder):
+        torch.save(dict(self.named_buffers()), f"{folder}/model")
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype):
+        self = cls(None)
+        for name, x in torch.load(f"{folder}/model").items():
+            self.get_buffer(name).copy_({LOADED})
+        return self
+"""
+RIGHT = {"{FILL}": "float('-inf')", "{LOADED}": "x"}
+
+
+def package(folder, **changes):
+    """A transformers whose DeepSeek-V3 is the block above."""
+    model = folder / "transformers/models/deepseek_v3"
+    model.mkdir(parents=True)
+    for place in (folder / "transformers", model.parent, model):
+        (place / "__init__.py").write_text("")
+    text = MODELING
+    for mark, code in {**RIGHT, **{f"{{{k}}}": v for k, v in changes.items()}}.items():
+        text = text.replace(mark, code)
+    configuration = CONFIGURATION.replace("TinyConfig", "DeepseekV3Config")
+    (model / "configuration_deepseek_v3.py").write_text(configuration)
+    (model / "modeling_deepseek_v3.py").write_text(text)
+    return folder
+
+
+def runs_of(root, *names):
+    target = TransformersTarget(FlashInfer.of("0.7.0"), Source.at("transformers", root))
+    try:
+        return target.router_runs([MODELS[name] for name in names])
+    finally:
+        target.close()
+
+
+def kinds(runs):
+    return {(run.way, d.kind, d.cause) for run in runs for d in run.deviations}
+
+
+UNDIVIDED = "groups that do not divide the experts"
+MIXED = (UNDIVIDED, "experts", "the scores of several tokens are mixed")
+
+
+def test_a_block_that_is_right(tmp_path):
+    """But for experts that its groups do not divide, which no config class rejects here."""
+    runs = runs_of(package(tmp_path), "deepseek-r1")
+    assert kinds(runs) == {MIXED}
+    assert {run.function for run in runs} == {"deepseek_v3.TinyMoE"}
+
+
+def test_a_block_that_chooses_otherwise(tmp_path):
+    runs = runs_of(package(tmp_path, FILL="0.0"), "deepseek-r1", "deepseek-v3")
+    [(way, kind, cause)] = kinds(runs) - {MIXED}
+    assert (way, kind) == ("eager", "experts")
+    assert cause.startswith("experts of excluded groups take part")
+    wrong = [run.subject for run in runs if run.way == "eager" and run.deviations]
+    assert wrong == ["deepseek-r1", "deepseek-v3"]
+
+
+def test_a_bias_that_is_rounded_when_a_model_is_loaded(tmp_path):
+    runs = runs_of(package(tmp_path, LOADED="x.bfloat16()"), "deepseek-r1")
+    assert kinds(runs) - {MIXED} == {
+        ("loaded in bfloat16", "precision", "the router's correction bias is rounded to bfloat16")
+    }
+
+
+def test_what_cannot_be_asked_is_told(tmp_path):
+    [run, _, *_] = runs_of(package(tmp_path), "glm-4.5", "deepseek-r1")
+    [deviation] = run.deviations
+    assert (run.subject, deviation.kind) == ("glm-4.5", NOT_JUDGED)
+    assert deviation.text.startswith("this release has no glm4_moe.Glm4MoeConfig")
+    with pytest.raises(
+        Unsupported, match="transformers is not known to have Grok1ModelForCausalLM"
+    ):
+        config_of(MODELS["grok-1"])
+
+
+def test_keys_of_a_config_that_decide():
+    """A value that the class has by default is left to it, unless the model has another."""
+    assert "topk_method" not in config_of(MODELS["deepseek-v2-lite"])["keys"]
+    assert config_of(MODELS["deepseek-v2"])["keys"]["topk_method"] == "group_limited_greedy"
+    assert "moe_router_score_func" not in config_of(MODELS["laguna-xs.2"])["keys"]
+
+
+def test_only_routers_are_tested(tmp_path, pytester):
+    """A target that calls no fused kernel is not asked for verdicts, and so has none to give."""
+    target = f"transformers@{package(tmp_path / 'package')}"
+    result = pytester.runpytest_subprocess(
+        "--moe-golden", "--moe-target", target, "--collect-only", "-q"
+    )
+    tests = [line.partition("::")[2] for line in result.outlines if "::" in line]
+    assert sorted(tests) == ["test_router[block]", "test_router_precision[block]"]

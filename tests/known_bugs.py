@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -38,6 +39,8 @@ class Bug:
     says: str = ""
     not_in: str = ""
     left_open: str = ""
+    models: str = ""
+    config: dict[str, object] | None = None
     test: str = ""
     because: str = ""
     leaves: str = ""
@@ -66,7 +69,9 @@ def options(place):
 
 
 def node(case):
-    """A case of the suite, with the file that it is in."""
+    """A case of the suite, with the file that it is in, which a case says if several may be."""
+    if "::" in case:
+        return f"{SUITE / case}"
     name = case.partition("[")[0]
     [file] = [
         file
@@ -76,9 +81,21 @@ def node(case):
     return f"{file}::{case}"
 
 
-def run(case, chosen, cwd):
+def subject(bug, cwd):
+    """The suite's options for the models of a row; a config is written to `cwd` first."""
+    chosen = ["--moe-models", bug.models] if bug.models else []
+    if bug.config is None:
+        return chosen
+    folder = cwd / bug.models
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(bug.config))
+    return [*chosen, "--moe-config", str(folder / "config.json")]
+
+
+def run(bug, chosen, cwd):
     """A case's exit status and everything that it prints."""
-    command = [sys.executable, "-m", "pytest", node(case), *chosen, "-q", "-p", "no:cacheprovider"]
+    asked = [node(bug.case), *chosen, *subject(bug, cwd)]
+    command = [sys.executable, "-m", "pytest", *asked, "-q", "-p", "no:cacheprovider"]
     environ = {**os.environ, "PYTHONPATH": str(HERE)}
     environ.pop("PYTEST_XDIST_WORKER", None)
     result = subprocess.run(

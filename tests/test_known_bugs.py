@@ -21,14 +21,14 @@ def available(place):
 
 @pytest.mark.parametrize("bug", CASES, ids=str)
 def test_caught(bug, tmp_path):
-    status, text = run(bug.case, available(bug.in_), tmp_path)
+    status, text = run(bug, available(bug.in_), tmp_path)
     assert status == pytest.ExitCode.TESTS_FAILED, text
     assert bug.says in text
 
 
 @pytest.mark.parametrize("bug", [bug for bug in CASES if bug.not_in], ids=str)
 def test_gone(bug, tmp_path):
-    status, text = run(bug.case, available(bug.not_in), tmp_path)
+    status, text = run(bug, available(bug.not_in), tmp_path)
     assert status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), text
     assert bug.says not in text
     assert " skipped" not in text or (bug.left_open and bug.left_open in text)
@@ -48,7 +48,9 @@ def test_rows_are_whole():
 
 def test_cases_and_tests_are_there(pytester):
     """No row rests on a test that is gone."""
-    cases = [node(bug.case) for bug in CASES]
+    # The ids of models that a config makes, and of a target's own routers, are of that run alone.
+    own = [bug.config is not None or bug.in_.startswith("transformers") for bug in CASES]
+    cases = [node(b.case).partition("[" if o else "\0")[0] for b, o in zip(CASES, own, strict=True)]
     tests = [f"{HERE}/{bug.test}" for bug in BUGS if bug.test]
     result = pytester.runpytest_subprocess("--collect-only", "-q", *cases, *tests)
     assert result.ret == 0

@@ -98,6 +98,25 @@ def test_padding_rows_that_are_routed_are_one_line():
     )
 
 
+def test_reasons_that_are_not_told_are_one_line():
+    silent = Response(Answer.IGNORED, "select raises ValueError: none")
+    failure = of_ignored(TARGET, "nvfp4", Ignored(Request.REASONS, silent, ("glm-4.5",)))
+    assert (failure.rank, failure.cause) == (
+        Rank.LATENT,
+        "ignored:reasons-why-no-experts-are-taken",
+    )
+    assert failure.lines == (
+        "nvfp4: reasons why no experts are taken not told, as select raises ValueError: none",
+    )
+
+
+def test_a_backend_that_is_ignored_is_a_loss():
+    lost = Response(Answer.IGNORED, "Method takes one class", ("--moe-backend",))
+    failure = of_ignored(TARGET, "mxfp4", Ignored(Request.BACKEND, lost, ("glm-4.5",)))
+    assert failure.rank is Rank.MISSED
+    assert failure.lines[1] == "  reach    only with an opt-in switch: --moe-backend"
+
+
 def test_answers_of_a_child():
     given = {"captured expert ids": {"answer": "rejected", "why": "a.py:1", "switches": ["--f"]}}
     assert read(given) == {Request.CAPTURE: Response(Answer.REJECTED, "a.py:1", ("--f",))}

@@ -2,7 +2,9 @@
 
 Rows that pad a batch must not be routed, experts that do not lie in order must be found where they
 lie, and the ids that the kernel chooses must be told to whoever captures them. A target honors such
-a request, rejects it (other experts serve the layer then), or ignores it, which is wrong.
+a request, rejects it (other experts serve the layer then), or ignores it, which is wrong. So it is
+with what a user asks of the code that chooses the experts: a backend, and the reasons why it
+chooses none.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ class Request(StrEnum):
     BALANCING = "expert placement by load (EPLB)"
     ROUND_ROBIN = "round-robin expert placement"
     CAPTURE = "captured expert ids"
+    REASONS = "reasons why no experts are taken"
+    BACKEND = "--moe-backend"
 
 
 class Answer(StrEnum):

@@ -141,6 +141,13 @@ def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
         # What such rows compute is dropped: they cost time.
         rank = Rank.LATENT
         lines = (f"{scheme}: {request} ignored, as {response.why} ({reach})",)
+    if request is Request.REASONS:
+        # Whoever reads the error does not learn what to change.
+        rank = Rank.LATENT
+        lines = (f"{scheme}: {request} not told, as {response.why}",)
+    if request is Request.BACKEND:
+        # Other experts are right as well, and not those that were asked for.
+        rank = Rank.MISSED
     return Failure(_id("ignored", request), rank, scheme, lines)
 
 

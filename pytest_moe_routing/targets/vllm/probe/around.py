@@ -29,6 +29,7 @@ from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.release import names
+from pytest_moe_routing.targets.vllm.probe.selectors import asked_of_selectors
 
 _EXPERT_PARALLEL = "--enable-expert-parallel"
 #: What no kernel writes.
@@ -74,7 +75,7 @@ def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict
             **_captured(experts, caller, layer()),
             "switches": ["--enable-return-routed-experts"],
         }
-    return found
+    return found | asked_of_selectors(model, scheme, method, experts)
 
 
 def _by_gate(experts: Any, parallel: Any, why: str) -> dict[str, str]:

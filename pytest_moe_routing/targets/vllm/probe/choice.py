@@ -23,9 +23,9 @@ from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of, quant_keys
 from pytest_moe_routing.targets.vllm.probe.release import names
 
-_DEFAULT, _REQUESTED = "auto", "flashinfer_trtllm"
+DEFAULT, _REQUESTED = "auto", "flashinfer_trtllm"
 #: What a selector raises when it will not go on.
-_REFUSALS = (AssertionError, KeyError, NotImplementedError, ValueError)
+REFUSALS = (AssertionError, KeyError, NotImplementedError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class _Setting:
     """
 
     variables: tuple[str, ...] = ()
-    backend: str = _DEFAULT
+    backend: str = DEFAULT
     parallel: tuple[str, ...] = ()
 
     @property
     def switches(self) -> list[str]:
         """As the user writes them."""
-        flags = [f"--moe-backend {self.backend}"] if self.backend != _DEFAULT else []
+        flags = [f"--moe-backend {self.backend}"] if self.backend != DEFAULT else []
         return [*(f"{name}=1" for name in self.variables), *flags, *self.parallel]
 
 
@@ -77,16 +77,72 @@ def choose(
     Args:
         modular: Those that are given ids and weights, instead of those that route themselves.
     """
-    row = SCHEMES[scheme]
-    experts = experts_of(row, modular=modular)
-    key = row.selector
+    experts = experts_of(SCHEMES[scheme], modular=modular)
+    try:
+        found = selector_of(model, scheme, method) if isinstance(experts, type) else None
+    except NoActivation as unknown:
+        return _answer(names().get(_key(model, scheme)), None, str(unknown), experts)
+    if found is None:
+        return None
+    selector, config = found.function, found.config
+
+    def taken(setting: _Setting) -> Any:
+        asked = replace(config, moe_backend=setting.backend)
+        if setting.parallel:
+            parallel = replace(parallel_config(2), **_PARALLEL[setting.parallel])
+            asked = replace(asked, moe_parallel_config=parallel)
+        return _taken(found, asked, setting.variables)
+
+    everything = [_Setting(_variables()[-1], _REQUESTED, flags) for flags in _parallels(modular)]
+    refusals = []
+    for setting in everything:
+        refusals.append(taken(setting))
+        if refusals[-1] is experts:
+            first = next(each for each in _settings(modular) if taken(each) is experts)
+            return _answer(selector, first.switches, "", experts)
+    instead = refusals[0] if isinstance(refusals[0], str) else refusals[0].__name__
+    return _answer(selector, None, instead, experts)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """What chooses the experts of a layer.
+
+    Attributes:
+        function: The release's own.
+        config: The layer's config, with the default backend.
+        arguments: What the function is called with besides.
+    """
+
+    function: Any
+    config: Any
+    arguments: Mapping[str, Any]
+
+    def __call__(self, config: Any) -> Any:
+        """Return the class that is taken for a config; raise what the release's code raises."""
+        given = {**self.arguments, "config": config, "moe_config": config}
+        return self.function(**release.accepted(self.function, given))[1]
+
+
+def _key(model: Mapping[str, Any], scheme: str) -> str:
+    """Return the row of the contract for the selector of a scheme."""
     if scheme == "mxfp4" and model["architecture"].startswith("GptOss"):
         # Their checkpoints have a quantization method of their own.
-        key = "select-gpt-oss-mxfp4"
-    if not isinstance(experts, type) or not names().has(key):
+        return "select-gpt-oss-mxfp4"
+    return SCHEMES[scheme].selector
+
+
+def selector_of(model: Mapping[str, Any], scheme: str, method: str) -> Selector | None:
+    """Return the selector of a model's layers in a scheme; None if the release has none.
+
+    Raises:
+        NoActivation: The release does not know the model's activation.
+    """
+    key = _key(model, scheme)
+    if not names().has(key):
         return None
-    selector = names().get(key)
-    weight, activation = quant_keys(row)
+    names().spelling("selectable")
+    weight, activation = quant_keys(SCHEMES[scheme])
     arguments = {
         "weight_key": weight,
         # None is what the checkpoints of MXFP4 declare.
@@ -95,29 +151,7 @@ def choose(
         "may_have_zp": False,
         "may_have_bias": False,
     }
-    try:
-        config = moe_config(model, method)
-    except NoActivation as unknown:
-        return _answer(selector, None, str(unknown), experts)
-    names().spelling("selectable")
-
-    def taken(setting: _Setting) -> Any:
-        asked = replace(config, moe_backend=setting.backend)
-        if setting.parallel:
-            parallel = replace(parallel_config(2), **_PARALLEL[setting.parallel])
-            asked = replace(asked, moe_parallel_config=parallel)
-        given = {**arguments, "config": asked, "moe_config": asked}
-        return _taken(selector, release.accepted(selector, given), setting.variables)
-
-    everything = [_Setting(_variables()[-1], _REQUESTED, flags) for flags in _parallels(modular)]
-    refusals = []
-    for setting in everything:
-        refusals.append(taken(setting))
-        if refusals[-1] is experts:
-            found = next(each for each in _settings(modular) if taken(each) is experts)
-            return _answer(selector, found.switches, "", experts)
-    instead = refusals[0] if isinstance(refusals[0], str) else refusals[0].__name__
-    return _answer(selector, None, instead, experts)
+    return Selector(names().get(key), moe_config(model, method), arguments)
 
 
 def _answer(
@@ -158,7 +192,7 @@ def _settings(modular: bool) -> list[_Setting]:
     return [
         _Setting(variables, backend, parallel)
         for parallel in _parallels(modular)
-        for backend in (_DEFAULT, _REQUESTED)
+        for backend in (DEFAULT, _REQUESTED)
         for variables in _variables()
     ]
 
@@ -178,12 +212,12 @@ def _environment(variables: Iterable[str]) -> Iterator[None]:
         _forget()
 
 
-def _taken(selector: Any, arguments: Mapping[str, Any], variables: tuple[str, ...]) -> Any:
+def _taken(selector: Selector, config: Any, variables: tuple[str, ...]) -> Any:
     """Return the class that a selector takes, or the text of its refusal."""
     with _environment(variables):
         try:
-            return selector(**arguments)[1]
-        except _REFUSALS as error:
+            return selector(config)
+        except REFUSALS as error:
             return refusal(error)
 
 

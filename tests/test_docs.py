@@ -216,9 +216,10 @@ def test_options_exist():
     for page in PAGES:
         text = (ROOT / page).read_text("utf-8")
         assert set(re.findall(r"--moe-[a-z][a-z-]*[a-z]", text)) <= known | {
-            # SGLang's own.
+            # Those of the frameworks.
             "--moe-runner-backend",
             "--moe-a",
+            "--moe-backend",
         }, page
 
 

@@ -109,6 +109,12 @@ def test_the_real_call_is_the_one_that_the_router_needs(target):
     assert call.routed_scaling_factor * call.scale_after == 2.5
 
 
+def test_the_call_has_the_groups_that_the_model_code_states(target):
+    """LFM2 has no groups, and its code asks for one group of all experts."""
+    call = target.capture(MODELS["lfm2-8b-a1b"], "fp8_block", "DeepSeekV3").call
+    assert (call.n_group, call.topk_group) == (1, 1)
+
+
 def test_a_release_without_the_experts_says_so(target):
     if does(target, "there are MXINT4 experts"):
         assert target.capture(MODELS["kimi-k2.5"], "mxint4", "DeepSeekV3").call is not None

@@ -92,7 +92,7 @@ def _round_robin(
     arguments = {
         "expert_placement_strategy": name,
         "moe_parallel_config": parallel_config(2),
-        "num_expert_group": model["router"]["n_group"],
+        "num_expert_group": layer.num_expert_group,
         "num_redundant_experts": 0,
         "enable_eplb": False,
     }

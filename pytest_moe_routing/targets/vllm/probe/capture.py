@@ -131,8 +131,8 @@ class Layer:
         self.local_num_experts = self.config.num_local_experts
         self.ep_rank = shards - 1
         self.top_k = router["top_k"]
-        self.num_expert_group = router["n_group"]
-        self.topk_group = router["topk_group"]
+        stated = release.router_arguments(model)
+        self.num_expert_group, self.topk_group = stated["num_expert_group"], stated["topk_group"]
         self.routed_scaling_factor = release.router_factor(model)
         self.routing_method_type = self.config.routing_method
         self.apply_router_weight_on_input = router["weight_on"] == "input"

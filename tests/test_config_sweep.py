@@ -145,6 +145,11 @@ def test_what_only_a_routing_gate_stops_is_judged():
     # The gate loses every router of the method, and hides what is wrong behind it.
     [closed] = [c for c in sweep(target, "fp8_block", ()).causes if "DeepSeekV3" in c.methods]
     assert (closed.verdict, closed.why) == ("missed", (("gate", "routing method", ""),))
+    # Models that have such routers miss the same kernel: the method is not lost for nobody.
+    known = sweep(target, "fp8_block", serving("fp8_block")).causes
+    [closed] = [cause for cause in known if cause.methods == ("DeepSeekV3",)]
+    assert "deepseek-r1" in closed.models
+    assert {failure.cause for failure in of_sweep(closed)} == {"missed:routing-method:DeepSeekV3"}
     found = sweep_behind_gates(target, "fp8_block", serving("fp8_block"))
     [lost] = [cause for cause in found.causes if "DeepSeekV3" in cause.methods]
     assert (lost.verdict, fields_of(lost)) == ("wrong", {"scale"})

@@ -41,7 +41,7 @@ ___ m1 on nvfp4: wrong ___
 ___ m4 on nvfp4: crash ___
   because  of a limit
   cause    crash:a
-___ latent: no known model meets these ___
+___ latent: no known model meets these without an opt-in switch ___
 crash: top_k is 1 (bf16; more)  [sweep:1]
 crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]

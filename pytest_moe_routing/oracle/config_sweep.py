@@ -248,17 +248,21 @@ def _sweep(
                 by_method.setdefault(found.classification.method, []).append(found)
         except Unsupported as reason:
             unanswered[str(reason)] += 1
+    lost = [] if Verdict.MISSED in bad else list(_lost(scheme, by_method))
     concerned: dict[_Key, list[Judgement]] = {}
+    missed: dict[str, list[Judgement]] = {}
     unanswered_models: Counter[str] = Counter()
-    for model in models if examples else ():
+    for model in models if examples or lost else ():
         try:
             for found in judged(model, None):
                 if found.verdict in bad:
                     concerned.setdefault(_key(found), []).append(found)
+                if found.verdict is Verdict.MISSED and found.record().fails:
+                    missed.setdefault(found.classification.method, []).append(found)
         except Unsupported as reason:
             unanswered_models[str(reason)] += 1
     causes = [_cause(scheme, found, concerned.get(key, ())) for key, found in examples.items()]
-    lost = [] if Verdict.MISSED in bad else _lost(scheme, by_method)
+    lost = [replace(cause, concerned=tuple(missed.get(cause.methods[0], ()))) for cause in lost]
     return Sweep(verdicts, unanswered, (*_independent(causes), *lost), unanswered_models)
 
 

@@ -144,7 +144,7 @@ class Grouping:
             owner = (free or [report for report, _ in self._shown])[-1]
             lines = joined(f.block(self._cases[f.cause], width) for f in latent)
             if free:
-                _entitle(owner, "latent: no known model meets these")
+                _entitle(owner, "latent: no known model meets these without an opt-in switch")
                 ranks[id(owner)] = Rank.LATENT
             texts[id(owner)] = "\n\n".join(filter(None, (texts.get(id(owner)), lines)))
         return texts, ranks

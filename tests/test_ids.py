@@ -60,7 +60,7 @@ def test_an_id_of_no_test_is_not_found(host):
 
 
 def test_last_failed_runs_what_failed(host):
-    run = (*RUN, *BAD)
+    run = (*RUN, *BAD, "-rf")
     first = host.runpytest_subprocess(*run)
     assert failed(first) == [VERDICT.replace("minimax-m2", "deepseek-r1")]
     again = host.runpytest_subprocess(*run, "--lf")

@@ -249,8 +249,19 @@ def test_sglangs_stand_ins_are_in_the_contract(frame):
         for key in known.rows
         if (row := known.rows[key]).key.startswith("stand-ins.")
     }
-    #: FlashInfer's and sgl_kernel's quantizers, which are no names of SGLang.
-    theirs = {"mxfp8_quantize", "scaled_fp4_quant"}
+    #: FlashInfer's, sgl_kernel's and compressed-tensors' names, which are none of SGLang.
+    theirs = {
+        "mxfp8_quantize",
+        "scaled_fp4_quant",
+        "_maybe_get_cached_w3_w1_permute_indices",
+        "get_w2_permute_indices_with_cache",
+        "block_scale_interleave",
+        "nvfp4_block_scale_interleave",
+        "CompressionFormat",
+        "QuantizationArgs",
+        "QuantizationStrategy",
+        "QuantizationType",
+    }
     names = Names(known, "0.5.23", stubs.definitions("sglang", "nowhere"))
     assert set(stand_ins(names)) - theirs <= listed
 

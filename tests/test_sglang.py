@@ -183,8 +183,12 @@ def test_a_config_has_the_models_values_under_every_name():
 def test_a_scheme_that_the_adapter_has_no_names_for_is_not_judged(tmp_path):
     """The reason tells a release that never calls the kernel from one that we cannot follow."""
     for version, text, reason in (
-        ("1", "x = 1", "sglang 1 serves no mxint4 through FlashInfer: it names no trtllm_mxint4_"),
-        ("2", "trtllm_mxint4_block_scale_moe()", "sglang 2: its code calls trtllm_mxint4_block_"),
+        (
+            "1",
+            "x = 1",
+            "sglang 1 serves no fp8_per_channel through FlashInfer: it names no trtllm_",
+        ),
+        ("2", "trtllm_fp8_per_channel_scale_moe()", "sglang 2: its code calls trtllm_fp8_per"),
     ):
         root = tmp_path / version
         file = root / "sglang/srt/layers/moe.py"
@@ -192,7 +196,7 @@ def test_a_scheme_that_the_adapter_has_no_names_for_is_not_judged(tmp_path):
         file.write_text(text)
         target = SglangTarget(FlashInfer.of(), Source(root, version, None))
         with pytest.raises(Unsupported, match=reason):
-            target.gates(MODELS["kimi-k2.5"], "mxint4", "DeepSeekV3")
+            target.gates(MODELS["kimi-k2.5"], "fp8_per_channel", "DeepSeekV3")
         target.close()
 
 

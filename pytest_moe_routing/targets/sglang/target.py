@@ -2,7 +2,7 @@
 
 There is no classifier in SGLang: each model's code names a method when it makes its MoE layer, or
 names none. So the model's own MoE block is built and run, by SGLang's code in a process of its own,
-with `--moe-runner-backend flashinfer_trtllm` on a Blackwell GPU, up to FlashInfer's entry point.
+with the scheme's TRT-LLM runner on a Blackwell GPU, up to FlashInfer's entry point.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from typing import Any, TypedDict
+
+from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import Unsupported
@@ -25,7 +27,7 @@ from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.targets.answers import RequestAnswer
-from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
@@ -86,8 +88,8 @@ _ANSWERS: Mapping[str, Any] = {
     "default_runner": str,
     "layer_runner": str,
 }
-#: The runner that is judged, and what a layer chooses further from.
-_RUNNER, _AUTO = "flashinfer_trtllm", "auto"
+#: The runner of most schemes, and what a layer chooses further from.
+TRTLLM, _AUTO = "flashinfer_trtllm", "auto"
 
 
 class SglangTarget(FrameworkTarget):
@@ -162,7 +164,8 @@ class SglangTarget(FrameworkTarget):
         answer = self._run(model, scheme)
         if answer["refused"] or answer["failed"]:
             raise Unsupported(f"no kernel routes: {answer['refused'] or answer['failed']}")
-        question = {**self._block(model, scheme), "scheme": scheme}
+        runner = self._row(model, scheme)["runner"]
+        question = {**self._block(model, scheme), "scheme": scheme, "runner": runner}
         return read_responses(self._remembered("around", question))
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
@@ -179,11 +182,14 @@ class SglangTarget(FrameworkTarget):
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Return the gates that let the kernel route, given that the TRT-LLM runner is chosen."""
-        quantization, allowed = self._row(scheme)["quantization"], self._allowed
+        row = self._row(model, scheme)
+        quantization, runner = row["quantization"], row["runner"]
+        # Only this one is asserted on.
+        allowed = self._allowed if runner == TRTLLM else None
         accepted = Gate(
             "server arguments",
             allowed is None or quantization in allowed,
-            f"--moe-runner-backend flashinfer_trtllm does not support {quantization}",
+            f"--moe-runner-backend {runner} does not support {quantization}",
         )
         if not accepted.ok:
             return (accepted,)
@@ -203,10 +209,11 @@ class SglangTarget(FrameworkTarget):
         The server's arguments choose it, or leave it to the layer. A layer that takes the runner
         by itself may still have its experts chosen outside the kernel, so its block is run as well.
         """
-        switch = (f"--moe-runner-backend {_RUNNER}",)
-        if self.chosen_runner(model, scheme) != _RUNNER:
+        runner = self._row(model, scheme)["runner"]
+        switch = (f"--moe-runner-backend {runner}",)
+        if self.chosen_runner(model, scheme) != runner:
             return switch
-        if self._server_runner(model, scheme) == _RUNNER:
+        if self._server_runner(model, scheme) == runner:
             return ()
         is_same = self._run(model, scheme, _AUTO) == self._run(model, scheme)
         return () if is_same else switch
@@ -225,7 +232,7 @@ class SglangTarget(FrameworkTarget):
 
     def _server_runner(self, model: ModelSpec, scheme: str) -> str:
         """Return the runner of a server to which none was named."""
-        row = self._row(scheme)
+        row = self._row(model, scheme)
         in_checkpoint = row["in_checkpoint"]
         is_said = in_checkpoint is not None and in_checkpoint["quant_method"] != row["quantization"]
         question = {
@@ -233,6 +240,7 @@ class SglangTarget(FrameworkTarget):
             "config": config_of(model),
             "quantization": row["quantization"] if is_said else None,
             "in_checkpoint": in_checkpoint,
+            "in_weights": row.get("in_weights", {}),
         }
         return str(self._remembered("default_runner", question))
 
@@ -276,25 +284,38 @@ class SglangTarget(FrameworkTarget):
         allowed: list[str | None] | None = self._probe.ask("accepted_quantizations")
         return allowed
 
-    def _row(self, scheme: str) -> dict[str, Any]:
-        """Return SGLang's view of a checkpoint in a scheme."""
+    def _row(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        """Return SGLang's view of a model's checkpoint in a scheme."""
         rows: dict[str, dict[str, Any]] = _configs()["schemes"]
         if scheme not in rows:
             raise self.not_served(scheme)
-        return rows[scheme]
+        row = rows[scheme]
+        own: dict[str, Any] = row.get("architectures", {}).get(model.architecture, row)
+        release, since = release_of(self.version()), own.get("since")
+        if since and release is not None and release < Version(since):
+            raise Unsupported(
+                f"{self}: checkpoints of {model.architecture} in {scheme} are known to SGLang from "
+                f"{since} on"
+            )
+        return own
 
-    def _run(self, model: ModelSpec, scheme: str, runner: str = _RUNNER) -> dict[str, Any]:
-        """One run of the model's block."""
+    def _run(self, model: ModelSpec, scheme: str, runner: str | None = None) -> dict[str, Any]:
+        """One run of the model's block, with the scheme's TRT-LLM runner unless one is given."""
+        runner = runner or self._row(model, scheme)["runner"]
         question = {**self._block(model, scheme), "scheme": scheme, "runner": runner}
         answer: dict[str, Any] = self._remembered("capture", question)
         return answer
 
     def _block(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """Return what a child makes a model's block from."""
+        row = self._row(model, scheme)
+        config = row["config"]
+        if config is not None and "arguments" not in config:
+            config = {**config, "in_checkpoint": row["in_checkpoint"]}
         return {
             "architecture": model.architecture,
             "config": config_of(model),
-            "quantization": self._row(scheme)["config"],
+            "quantization": config,
         }
 
     def _remembered(self, kind: str, question: Mapping[str, Any]) -> Any:

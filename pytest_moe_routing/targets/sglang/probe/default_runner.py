@@ -28,7 +28,9 @@ def layer_runner(names: Names, layer: Any) -> str:
         raise Unsupported("which runner a layer takes in this release is not known")
     taken = layer
     if names.expects("layer-runner-name"):
-        taken = layer.runner
+        # Layers of compressed-tensors have a scheme, which has the runner.
+        owners = (layer, getattr(layer, "scheme", None))
+        taken = next(filter(None, (getattr(owner, "runner", None) for owner in owners)), None)
         if taken is None:
             raise Unsupported("the layer calls kernels without a runner, whose name is not known")
     return str(taken.runner_backend.value)
@@ -49,10 +51,14 @@ class _Server:
         config: _Config,
         quantization: str | None,
         in_checkpoint: str | None,
+        in_weights: Mapping[str, Any],
     ) -> None:
         vars(self).update(defaults)
         self._model_config = stubs.known(
-            "model_config", hf_config=config, quantization=quantization or in_checkpoint
+            "model_config",
+            hf_config=config,
+            quantization=quantization or in_checkpoint,
+            **in_weights,
         )
         self._model_config_built_from = None
         self._quantization_explicitly_unset = False
@@ -83,6 +89,7 @@ def default_runner(
     values: Mapping[str, Any],
     quantization: str | None,
     in_checkpoint: Mapping[str, Any] | None,
+    in_weights: Mapping[str, Any],
 ) -> str:
     """Return the runner by its name on the command line.
 
@@ -90,6 +97,7 @@ def default_runner(
         defaults: Of the server's arguments, and its lists of choices.
         quantization: `--quantization`, or None where it is not given.
         in_checkpoint: `quantization_config` of the checkpoint's config.
+        in_weights: What SGLang's config of the model has from the weights.
 
     Raises:
         Unsupported: SGLang's code does not say it here.
@@ -97,7 +105,7 @@ def default_runner(
     said = {"architectures": [architecture], "model_type": "", "quantization_config": in_checkpoint}
     config = _Config({**values, **said})
     method = None if in_checkpoint is None else in_checkpoint.get("quant_method")
-    server = _Server(defaults, config, quantization, method)
+    server = _Server(defaults, config, quantization, method, in_weights)
     choices = {name: value for name, value in defaults.items() if name.isupper()}
     stubs.stand_in(choices)
     try:

@@ -33,7 +33,6 @@ from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.weights import stand_in_weights
 from pytest_moe_routing.targets.sglang.probe.world import (
-    TRTLLM,
     Call,
     RoutedOutside,
     choose_runner,
@@ -102,6 +101,7 @@ class Blocks:
         config: dict[str, Any],
         quantization: str | None,
         in_checkpoint: dict[str, Any] | None,
+        in_weights: dict[str, Any],
     ) -> str:
         """Return the runner of a server to which none was named; see `default_runner`."""
         self.names.require("verdicts")
@@ -110,7 +110,7 @@ class Blocks:
             raise Unsupported("this release chooses runners in a way that the probe does not know")
         defaults = self._defaults()
         return default_runner(
-            self.names, defaults, architecture, config, quantization, in_checkpoint
+            self.names, defaults, architecture, config, quantization, in_checkpoint, in_weights
         )
 
     def layer_runner(
@@ -130,6 +130,9 @@ class Blocks:
         self.names.require("verdicts", scheme)
         self._enter()
         choose_runner(AUTO)
+        if self.names.has("runner-marlin"):
+            # Kernels of other schemes, which are not here, import it: that registers the runner.
+            self.names.get("runner-marlin")
         runners = set()
         for module, name, given in self.sources.blocks(architecture):
             seen = _Seen()
@@ -152,7 +155,7 @@ class Blocks:
         config: dict[str, Any],
         scheme: str,
         quantization: Mapping[str, Any] | None,
-        runner: str = TRTLLM,
+        runner: str,
     ) -> dict[str, Any]:
         """Return what the model's code asks for, and what reaches the kernel.
 
@@ -161,7 +164,8 @@ class Blocks:
             config: Attributes of the model's config object.
             scheme: Name of the quantization scheme.
             quantization: `name`, a row of the contract, and `arguments` of the quantization config,
-                see `configs.yaml`; None for a model that is not quantized.
+                see `configs.yaml`, or what the checkpoint's config has; None for a model that is
+                not quantized.
             runner: What `--moe-runner-backend` says.
 
         Raises:
@@ -254,7 +258,10 @@ class Blocks:
 
 def _quant_config(names: Names, row: Mapping[str, Any] | None) -> Any:
     """Return the quantization config of a checkpoint in this scheme; None if it needs none."""
-    return None if row is None else names.get(row["name"])(True, **row["arguments"])
+    if row is None:
+        return None
+    make = names.get(row["name"])
+    return make(row["in_checkpoint"]) if "in_checkpoint" in row else make(True, **row["arguments"])
 
 
 def _build(

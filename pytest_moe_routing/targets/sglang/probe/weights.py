@@ -12,6 +12,10 @@ from pytest_moe_routing.targets.sglang.probe.world import EP_RANK, EP_SIZE
 
 #: Arguments of the kernel that SGLang computes from a layer's config while it loads weights.
 _ACTIVATION = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+#: The same, by the names that some methods keep them under.
+_OWN = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
+#: Methods whose weights SGLang's own code prepares here from beginning to end.
+_WHOLE = ("method-mxfp4", "method-mxfp4-experts")
 
 
 class _Prepared(Exception):
@@ -23,6 +27,8 @@ class _Dispatcher:
 
     moe_ep_size, moe_ep_rank = EP_SIZE, EP_RANK
     local_expert_mapping = None
+    #: Whether what prepares a layer ends where it would shuffle weights.
+    ends_preparation = False
 
     def __init__(self, names: Names) -> None:
         self._output = names.get("dispatch-output")
@@ -36,8 +42,9 @@ class _Dispatcher:
         return combine_input.hidden_states
 
     def set_quant_config(self, _config: Any) -> None:
-        """Stop what prepares a layer: it comes here before it shuffles weights."""
-        raise _Prepared
+        """Stop what prepares a layer, if it is to end here: before it shuffles weights."""
+        if self.ends_preparation:
+            raise _Prepared
 
 
 def stand_in_weights(names: Names, layer: Any) -> list[str]:
@@ -52,6 +59,10 @@ def stand_in_weights(names: Names, layer: Any) -> list[str]:
         setattr(layer, f"_flashinfer_trtllm_{name}", None)
     scheme = None if layer.quant_config is None else layer.quant_config.get_name()
     is_prepared = _prepare(names, layer, scheme)
+    for name in _OWN:
+        # A vector of its own rather than a parameter: those are zeroed.
+        if name in layer._parameters:
+            setattr(layer, name, layer._parameters.pop(name).data)
     scalars = ("g1_scale_c", "g1_alphas", "g2_alphas", "w13_input_scale_quant", "w13_input_scale")
     scales = ("output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar")
     for name in (*scalars, *scales):
@@ -66,6 +77,10 @@ def stand_in_weights(names: Names, layer: Any) -> list[str]:
 
 def _prepare(names: Names, layer: Any, scheme: str | None) -> bool:
     """Run what computes the activation's parameters; return whether it did not fail."""
+    method = layer.quant_method
+    if type(method).__name__ in [names.spelling(key).path for key in _WHOLE if names.has(key)]:
+        method.process_weights_after_loading(layer)
+        return True
     if scheme in ("fp8", "mxfp8") and names.has("prepare-fp8"):
         names.get("prepare-fp8")(layer.quant_method, layer)
     if scheme != "modelopt_fp4":
@@ -74,6 +89,7 @@ def _prepare(names: Names, layer: Any, scheme: str | None) -> bool:
     for name, scale in layer.named_parameters():
         if "scale" in name:
             scale.data.fill_(1)
+    layer.dispatcher.ends_preparation = True
     try:
         names.get("prepare-fp4")(layer.quant_method, layer)
     except _Prepared:

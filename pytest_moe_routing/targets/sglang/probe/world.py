@@ -7,6 +7,7 @@ block is built and run on a CPU, up to the call of FlashInfer's entry point.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -19,6 +20,7 @@ from torch.nn import functional
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets import layers, recorder, stubs
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.probe import compressed
 
 #: An entry point of FlashInfer, and the arguments it was called with.
 Call = tuple[str, dict[str, Any]]
@@ -75,6 +77,9 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
 
     torch.mm = mm_on_a_cpu  # type: ignore[assignment]
     torch.cuda.is_current_stream_capturing = lambda: False
+    for level in ("info", "warning"):
+        # SGLang's server adds these.
+        setattr(logging.Logger, f"{level}_once", getattr(logging.Logger, level))
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     stubs.install(names.contract, root, stand_ins(names))
 
@@ -106,6 +111,7 @@ def stand_ins(names: Names) -> dict[str, Any]:
         **_options(names),
         **_modules(),
         **_quantizers(),
+        **compressed.stand_ins(),
     }
 
 
@@ -142,7 +148,9 @@ def _utilities() -> dict[str, Any]:
         "has_fp8_weights_in_checkpoint": lambda *_: False,
         "get_device_capability": lambda *_: (10, 0),
         "get_device_sm": lambda *_: 100,
-        "get_platform": lambda: stubs.known("platform", is_blackwell=True, is_sm100=True),
+        "get_platform": lambda: stubs.known(
+            "platform", is_blackwell=True, is_sm100=True, device_sm=100
+        ),
         "is_blackwell_supported": lambda *_: True,
         "is_cuda": lambda: True,
         "is_cuda_alike": lambda: True,
@@ -203,6 +211,7 @@ def _options(names: Names) -> dict[str, Any]:
     options = _Server(
         disable_shared_experts_fusion=True,
         ep_num_redundant_experts=0,
+        flashinfer_mxfp4_moe_precision="default",
     )
 
     flags = stubs.known("flags", moe=Options(), disable_shared_experts_fusion=True)

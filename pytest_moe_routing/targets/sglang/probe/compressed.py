@@ -1,0 +1,105 @@
+"""Stand-ins for what SGLang reads compressed-tensors' configs and shuffles weights with.
+
+With them SGLang's own code makes its MXFP4 and MXINT4 layers, and prepares the former's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum, StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.targets import stubs
+
+
+class QuantizationType(StrEnum):
+    """How a number is stored, as compressed-tensors names it."""
+
+    INT = "int"
+    FLOAT = "float"
+
+
+class QuantizationStrategy(StrEnum):
+    """What shares a scale, as compressed-tensors names it."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    GROUP = "group"
+    BLOCK = "block"
+    TOKEN = "token"
+    TENSOR_GROUP = "tensor_group"
+    ATTN_HEAD = "attn_head"
+
+
+class CompressionFormat(Enum):
+    """The layout of a checkpoint, as compressed-tensors names it."""
+
+    dense = "dense"
+    int_quantized = "int-quantized"
+    float_quantized = "float-quantized"
+    naive_quantized = "naive-quantized"
+    pack_quantized = "pack-quantized"
+    marlin_24 = "marlin-24"
+    mixed_precision = "mixed-precision"
+    nvfp4_pack_quantized = "nvfp4-pack-quantized"
+    mxfp4_pack_quantized = "mxfp4-pack-quantized"
+
+
+class QuantizationArgs:
+    """A group of a checkpoint's `quantization_config`, with compressed-tensors' defaults."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.num_bits = values.get("num_bits", 8)
+        self.type = QuantizationType(values.get("type", "int"))
+        self.symmetric = values.get("symmetric", True)
+        self.group_size = values.get("group_size")
+        self.strategy = QuantizationStrategy(values["strategy"])
+        self.block_structure = values.get("block_structure")
+        self.dynamic = values.get("dynamic", False)
+        self.actorder = values.get("actorder")
+
+    @classmethod
+    def model_validate(cls, values: Mapping[str, Any]) -> QuantizationArgs:
+        return cls(values)
+
+
+def _indices(_cache: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return rows in their own order: what a kernel's layout is does not matter here."""
+    return torch.arange(len(x))
+
+
+def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _group_quantized(
+    x: Tensor, group_size: int, *_: Any, scale_ue8m0: bool = False, **__: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], x.shape[-1] // group_size)
+    dtype = torch.uint8 if scale_ue8m0 else torch.float32
+    return x.to(torch.float8_e4m3fn), torch.ones(shape, dtype=dtype)
+
+
+def stand_ins() -> dict[str, Any]:
+    """Return replacements by bare name, as `world.stand_ins` does."""
+    return {
+        "CompressionFormat": CompressionFormat,
+        "QuantizationArgs": QuantizationArgs,
+        "QuantizationStrategy": QuantizationStrategy,
+        "QuantizationType": QuantizationType,
+        "_maybe_get_cached_w3_w1_permute_indices": _indices,
+        "get_w2_permute_indices_with_cache": _indices,
+        "block_scale_interleave": _same,
+        "nvfp4_block_scale_interleave": _same,
+        "reorder_w1w3_to_w3w1": lambda weight, scale, *_, **__: (weight, scale),
+        # A kind of number, and all kinds by name, which other schemes than these read.
+        "get_scalar_types": lambda: (stubs.Stub("ScalarType"), stubs.Stub("scalar_types")),
+        "per_token_group_quant": _group_quantized,
+        # Nothing outside the layer waits for its output.
+        "zero_copy_context": stubs.known(
+            "zero_copy_context", get_moe_output_spec=lambda *_, **__: None
+        ),
+    }

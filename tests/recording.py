@@ -168,7 +168,7 @@ def _ask(package, handlers, model, scheme):
         handlers["method_numbers"]()
         handlers["accepted_quantizations"]()
         row = _configs()["schemes"][scheme]["config"]
-        handlers["capture"](model.architecture, config_of(model), scheme, row)
+        handlers["capture"](model.architecture, config_of(model), scheme, row, "flashinfer_trtllm")
         return
     handlers["numbers"]()
     said = model.as_dict()

@@ -15,7 +15,7 @@ from pytest_moe_routing.oracle.exact import Gate, exact_calls, meaning
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.judgement import Judgement, reach_of
 from pytest_moe_routing.oracle.record import VerdictRecord
-from pytest_moe_routing.oracle.target import Captured, Classification, Target
+from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe, normal_form, recipe_of, same
 
@@ -79,15 +79,13 @@ def judge(
             # What the gates were asked is not what decides.
             names = ", ".join(gate.name for gate in gates if not gate.ok)
             finding = Finding(Kind.CHOICE, choice.selector, None, names)
-            base = _asked(target, model, scheme, classification, gates)
-            return _judge_call(target, replace(base, choice=choice), contradiction=finding)
+            base = _asked(target, model, scheme, classification, gates, choice=choice)
+            return _judge_call(target, base, contradiction=finding)
         reason = f"{choice.selector} never takes experts whose gates accept: {choice.instead}"
         gates, accepted = (*gates, Gate("backend selection", False, reason)), False
-    base = replace(_asked(target, model, scheme, classification, gates), choice=choice)
-    if not accepted:
-        exact = tuple(exact_calls(model, scheme, target.flashinfer))
-        return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
-    return _judge_call(target, base, recorded_only=recorded_only)
+    exact = None if accepted else tuple(exact_calls(model, scheme, target.flashinfer))
+    base = _asked(target, model, scheme, classification, gates, choice=choice, exact=exact)
+    return _judge_call(target, base, recorded_only=recorded_only) if accepted else base
 
 
 def as_read_by(target: Target, model: ModelSpec) -> ModelSpec:
@@ -174,10 +172,11 @@ def judge_swept(target: Target, model: ModelSpec, scheme: str, reads: RouterConf
     classification = target.classify(model)
     method = classification.method
     gates = target.gates(model, scheme, method)
-    base = _asked(target, model, scheme, classification, gates, reads)
     if not all(gate.ok for gate in gates):
-        exact = tuple(exact_calls(base.meant, scheme, target.flashinfer, (method,)))
-        return replace(base, verdict=Verdict.MISSED if exact else Verdict.FALLBACK, exact=exact)
+        meant = model if reads == model.router else replace(model, router=reads)
+        exact = tuple(exact_calls(meant, scheme, target.flashinfer, (method,)))
+        return _asked(target, model, scheme, classification, gates, reads, exact=exact)
+    base = _asked(target, model, scheme, classification, gates, reads)
     found = _judge_call(target, base, recorded_only=False)
     reads_otherwise = reads != model.router and not any(model.router.problems())
     if found.verdict is Verdict.WRONG and reads_otherwise:
@@ -217,26 +216,38 @@ def _asked(
     classification: Classification,
     gates: tuple[Gate, ...],
     reads: RouterConfig | None = None,
+    *,
+    choice: Choice | None = None,
+    exact: tuple[KernelCall, ...] | None = None,
 ) -> Judgement:
-    """Return what is known before the call: exact, unless more is found."""
+    """Return what is known before the call: exact, unless more is found.
+
+    Args:
+        exact: Of a model that the gates reject, the calls that would compute its router.
+    """
     switches, question = None, ""
     try:
         switches = target.opt_in(model, scheme)
     except Unsupported as reason:
         question = str(reason)
+    verdict = Verdict.EXACT
+    if exact is not None:
+        verdict = Verdict.MISSED if exact else Verdict.FALLBACK
     return Judgement(
         target=target.name,
         release=target.version(),
         model=model,
         scheme=scheme,
         flashinfer=target.flashinfer,
-        verdict=Verdict.EXACT,
+        verdict=verdict,
         classification=classification,
         gates=gates,
         wanted=recipe_of(reads or model.router),
+        exact=exact or (),
         switches=switches,
         reach_question=question,
         reads=reads,
+        choice=choice,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -151,6 +152,16 @@ def store(config: pytest.Config) -> Store | None:
     if config.getoption("cacheclear", False):
         shutil.rmtree(folder, ignore_errors=True)
     return Store(folder, lambda: config.cache.mkdir(_KEPT))
+
+
+class LongLived:
+    """Leaves what lives to the end of a run out of garbage collection: tests, models, answers.
+
+    A seventh of the time of a run went into looking at them again and again.
+    """
+
+    def pytest_collection_finish(self) -> None:
+        gc.freeze()
 
 
 def check_choices(config: pytest.Config) -> None:

@@ -154,3 +154,19 @@ def test_only_routers_are_tested(tmp_path, pytester):
     )
     tests = [line.partition("::")[2] for line in result.outlines if "::" in line]
     assert sorted(tests) == ["test_router[block]", "test_router_precision[block]"]
+
+
+def test_models_that_are_not_judged_are_counted(tmp_path, pytester):
+    target = f"transformers@{package(tmp_path / 'package')}"
+    models = "deepseek-r1,glm-4.5,grok-1"
+    result = pytester.runpytest_subprocess(
+        "--moe-golden", "--moe-target", target, "--moe-models", models, "-v"
+    )
+    result.stdout.fnmatch_lines(
+        [
+            "the framework's own routers: 1 runs are not judged",
+            "1 x this release has no glm4_moe.Glm4MoeConfig*",
+            "the framework's own routers: 1 models are not judged",
+            "1 x transformers is not known to have Grok1ModelForCausalLM",
+        ]
+    )

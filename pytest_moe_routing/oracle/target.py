@@ -216,5 +216,9 @@ class Target:
         """Return what the target's own routers compute for models and other configurations."""
         raise Unsupported(f"{self.name} has no routers of its own")
 
+    def refused_models(self) -> Mapping[str, str]:
+        """Return why models have no run, by id, as far as `router_runs` was asked about them."""
+        return {}
+
     def __str__(self) -> str:
         return f"{self.name} {self.version()}"

@@ -10,6 +10,8 @@ PROPERTY = "moe_unanswered"
 #: What is counted; each is the sentence that shows the count, in one form for all counts.
 CONFIGS = "config sweep: {} configs are not judged"
 CONCERNED = "config sweep: of {} models it is not known whether a cause concerns them"
+ROUTERS = "the framework's own routers: {} runs are not judged"
+MODELS = "the framework's own routers: {} models are not judged"
 AROUND = "around kernel calls: of {} models it is not known what is ignored"
 
 

@@ -5,6 +5,7 @@ One case for each router; a failure lists each cause once, by function and field
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from pytest_moe_routing.failure import Failure
 from pytest_moe_routing.report.failures import fail
+from pytest_moe_routing.report.unanswered import MODELS, ROUTERS, note
 from pytest_moe_routing.suite.causes import of_router
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
@@ -29,7 +31,8 @@ def test_router(
     """Experts and weights are the model's, whichever function of the framework chose them."""
     from pytest_moe_routing.oracle.routers import WRONG
 
-    fail(_moe_property, find(_moe_framework, moe_router, _moe_session, WRONG))
+    found = find(_moe_framework, moe_router, _moe_session, WRONG, _moe_property)
+    fail(_moe_property, found)
 
 
 def test_router_precision(
@@ -45,13 +48,27 @@ def test_router_precision(
 
 
 def find(
-    framework: Target, router: str, session: MoESession, kinds: Iterable[str]
+    framework: Target,
+    router: str,
+    session: MoESession,
+    kinds: Iterable[str],
+    record_property: Callable[[str, Any], None] | None = None,
 ) -> list[Failure]:
-    """Return the failures of these kinds, one for each cause; skip where nothing was judged."""
+    """Return the failures of these kinds, one for each cause; skip where nothing was judged.
+
+    Args:
+        record_property: Is told what is not judged: runs of this router, and with the first router
+            also models without any run.
+    """
     from pytest_moe_routing.oracle.routers import NOT_JUDGED, causes
 
     with unsupported_is_skipped():
         runs = [run for run in framework.router_runs(session.models) if run.router == router]
+    if record_property is not None:
+        open_runs = Counter(d.text for r in runs for d in r.deviations if d.kind == NOT_JUDGED)
+        chosen = {model.id for model in session.models} if router == session.routers[0] else set()
+        refused = {id: why for id, why in framework.refused_models().items() if id in chosen}
+        note(record_property, {ROUTERS: open_runs, MODELS: Counter(refused.values())})
     if not runs:
         pytest.skip(f"{framework}: no chosen model and no configuration reaches {router}")
     found = sorted(map(of_router, causes(runs, kinds)), key=lambda failure: failure.rank)

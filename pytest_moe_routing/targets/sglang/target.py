@@ -155,6 +155,10 @@ class SglangTarget(FrameworkTarget):
         """Return what the functions of `topk.py` compute, on CUDA and as plain torch."""
         return self._routers.runs(models)
 
+    def refused_models(self) -> Mapping[str, str]:
+        """Return why no router was run for models, by id."""
+        return self._routers.refusals()
+
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
         """Return what becomes of padding rows, placed experts and captured ids.
 

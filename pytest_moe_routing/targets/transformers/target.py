@@ -51,6 +51,10 @@ class TransformersTarget(FrameworkTarget):
         """Return what the MoE blocks of models compute."""
         return self._routers.runs(models)
 
+    def refused_models(self) -> Mapping[str, str]:
+        """Return why no router was run for models, by id."""
+        return self._routers.refusals()
+
 
 def config_of(model: ModelSpec) -> dict[str, Any]:
     """Return a model's config class, as `folder.Class`, and keys that its router may be under.

@@ -275,6 +275,10 @@ class VllmTarget(FrameworkTarget):
         """Return what the routers of vLLM's factory compute on CUDA and on its CPU platform."""
         return self._routers.runs(models)
 
+    def refused_models(self) -> Mapping[str, str]:
+        """Return why no router was run for models, by id."""
+        return self._routers.refusals()
+
     def layer_request(self, model: ModelSpec) -> LayerRequest:
         """Return what the model's MoE block passes to its layer, built by vLLM's model code."""
         return self._model_code.layer_request(model)

@@ -275,7 +275,9 @@ class LedgerPlugin:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.gone:
             terminalreporter.write_line(
-                "moe-routing: known failures that are gone (remove or narrow them):", red=True
+                "moe-routing: known failures that no longer occur; remove or narrow them, unless "
+                "their cases are now missed or not judged:",
+                red=True,
             )
             for entry in self.gone:
                 terminalreporter.write_line(f"  {entry.place}: {entry}", red=True)

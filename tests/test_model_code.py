@@ -13,6 +13,7 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.report.text import model_code
+from pytest_moe_routing.suite.causes import of_model_code
 from pytest_moe_routing.targets.vllm.model_code import blocks, request_of
 
 MODELS = load_models(packaged_directory())
@@ -200,6 +201,15 @@ def test_a_router_that_no_recipe_computes_is_not_compared():
     request = request_of({**NOTHING_SPECIAL, "num_experts": 128, "top_k": 8}, {}, model)
     with pytest.raises(Unsupported, match="learned scale"):
         compare_request(model, request)
+
+
+def test_an_edit_above_a_block_does_not_change_the_cause():
+    """SGLang's blocks are named by file and line, and a ledger by causes."""
+    first, later = (compared("glm-5", top_k=6, block=f"models/glm.py:{n}") for n in (104, 105))
+    assert (
+        of_model_code(first).cause == of_model_code(later).cause == "model-code:top_k:models/glm.py"
+    )
+    assert of_model_code(first).lines != of_model_code(later).lines
 
 
 def test_every_row_says_what_it_must():

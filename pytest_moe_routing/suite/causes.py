@@ -27,8 +27,9 @@ _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 
 
 def _id(*parts: str) -> str:
-    """Return a cause's id: stable, and one word."""
-    return ":".join(part.replace(" ", "-") for part in parts if part)
+    """Return a cause's id: one word, which an edit elsewhere in a file does not change."""
+    words = ":".join(part.replace(" ", "-") for part in parts if part)
+    return re.sub(r"(\.py):\d+", r"\1", words)
 
 
 def of_target(error: TargetError) -> Failure:

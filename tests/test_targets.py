@@ -13,6 +13,7 @@ from pytest_moe_routing.errors import (
     UnknownTarget,
     Unsupported,
 )
+from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
@@ -22,6 +23,7 @@ from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.modular import rejected_by_method
 from pytest_moe_routing.report.text import sentence, story
 from pytest_moe_routing.schemes import SERVED_SCHEMES
+from pytest_moe_routing.suite.causes import of_enum
 from pytest_moe_routing.targets import TargetId, load_target, locate, target_names
 from pytest_moe_routing.targets.builtin.gates import support_gates
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
@@ -111,6 +113,21 @@ def test_a_misread_number_matters_where_no_gate_stops_its_method():
 
     [only] = enum_mismatches(Closed(FlashInfer.of("0.6.8")), CASES)
     assert only.finding.field == "DeepSeekV3"
+
+    class Swapped(Closed):
+        def method_numbers(self):
+            return {**BuiltinTarget.method_numbers(self), "SigmoidRenorm": 7, "MiniMax2": 6}
+
+        def gates(self, model, scheme, method):
+            return (Gate("routing method", method == "DeepSeekV3", "not a kernel's"),)
+
+    swapped = enum_mismatches(Swapped(FlashInfer.of("0.6.8")), CASES)
+    assert {(m.finding.field, m.cases) for m in swapped} == {
+        ("SigmoidRenorm", ()),
+        ("MiniMax2", ()),
+    }
+    failure = of_enum(Swapped(FlashInfer.of("0.6.8")), swapped[0])
+    assert (failure.rank, failure.cause) == (Rank.LATENT, "enum:" + swapped[0].finding.field)
     # Before 0.6.8, six is Unspecified, and seven is no method at all: as bad as another one.
     [none] = enum_mismatches(Closed(FlashInfer.of("0.6.7")), CASES)
     assert (none.finding.field, none.finding.got) == ("DeepSeekV3", None)

@@ -1,7 +1,8 @@
 """Numbers of routing methods that FlashInfer reads as another method, or as none.
 
 FlashInfer's enum has moved between releases, and frameworks keep copies of it. A number that means
-something else is harmless as long as no gate accepts its method: both halves are asked.
+something else is harmless as long as no gate accepts its method: both halves are asked. A method of
+both enums with two numbers is reported in any case, as no model may have needed it yet.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.target import Target
 
+#: The name for no method, whose number does not matter.
+_NONE = "Unspecified"
+
 
 @dataclass(frozen=True)
 class EnumMismatch:
     """A method whose number means something else, and who passes it.
 
     Attributes:
-        cases: Ids of the cases, `model-scheme`, whose gates all accept the method.
+        cases: Ids of the cases, `model-scheme`, whose gates all accept the method; none if the
+            mismatch is latent.
     """
 
     finding: Finding
@@ -29,7 +34,7 @@ class EnumMismatch:
 
 
 def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> list[EnumMismatch]:
-    """Return each method that passes all gates of a case under a number of another meaning.
+    """Return each method of another number that passes all gates of a case, or is in both enums.
 
     Args:
         target: Asked for its numbers, and for the gates of every case.
@@ -61,4 +66,6 @@ def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
             raise Unsupported(
                 f"no gate answers for {method} ({number}): {unanswered.most_common(1)[0][0]}"
             )
+        elif method != _NONE and flashinfer.number(method) is not None:
+            found.append(EnumMismatch(finding, ()))
     return found

@@ -52,11 +52,12 @@ def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
     finding = mismatch.finding
     cases = mismatch.cases
     shown = ", ".join(cases[:3]) + (f" and {len(cases) - 3} others" if len(cases) > 3 else "")
-    lines = (
-        f"{target}: {text.sentence(finding)} ({target.flashinfer})",
-        f"  gate     all accept {finding.field} for {shown}",
-    )
-    return Failure(_id("enum", finding.field), Rank.SILENT, finding.field, lines)
+    what = f"{target}: {text.sentence(finding)} ({target.flashinfer})"
+    cause = _id("enum", finding.field)
+    if not cases:
+        return Failure(cause, Rank.LATENT, "", (what, "no gate of a chosen model accepts it"))
+    lines = (what, f"  gate     all accept {finding.field} for {shown}")
+    return Failure(cause, Rank.SILENT, finding.field, lines)
 
 
 def of_router(cause: RouterCause) -> Failure:

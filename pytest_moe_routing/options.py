@@ -123,10 +123,18 @@ def option(config: pytest.Config, name: str) -> Any:
 
 
 def names(config: pytest.Config, name: str) -> list[str]:
-    """Return the comma-separated names of an option."""
+    """Return the comma-separated names of an option.
+
+    Raises:
+        pytest.UsageError: It is given, and names nothing.
+    """
     given = option(config, name) or []
     parts = given.split(",") if isinstance(given, str) else ",".join(given).split(",")
-    return [part.strip() for part in parts if part.strip()]
+    found = [part.strip() for part in parts if part.strip()]
+    stated = config.getoption(f"moe_{name}")
+    if stated is not None and not found:
+        raise pytest.UsageError(f"--moe-{name}: found {stated!r}, expected at least one name")
+    return found
 
 
 def choosing_goldens(config: pytest.Config) -> list[str]:

@@ -98,12 +98,21 @@ class MoESession:
         from pytest_moe_routing.models import load_models, read_config, select
 
         models = load_models(goldens.packaged_directory(), *self.golden_dirs)
+        ids = {}
         for path in self.configs:
             model = read_config(path)
             while model.id in models:
                 model = replace(model, folder=Path(f"{model.id}.config"))
             models[model.id] = model
-        return select(models, self.model_patterns)
+            ids[path] = model.id
+        chosen = select(models, self.model_patterns)
+        for path, model_id in ids.items():
+            if model_id not in {model.id for model in chosen}:
+                raise MoERoutingError(
+                    f"--moe-config {path}: its model has the id {model_id}, which --moe-models "
+                    f"does not choose: found {','.join(self.model_patterns)}"
+                )
+        return chosen
 
     @property
     def golden_models(self) -> list[ModelSpec]:

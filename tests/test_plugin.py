@@ -120,10 +120,13 @@ def test_an_unknown_flashinfer_release_is_a_stated_assumption(host):
     ("args", "message"),
     [
         (("--moe-models", "nope-*"), "no model matches 'nope-*', of "),
+        (("--moe-models", ","), "--moe-models: found ',', expected at least one name"),
+        (("--moe-schemes", ""), "--moe-schemes: found '', expected at least one name"),
         (("--moe-schemes", "nvfp5"), "unknown scheme 'nvfp5'; schemes: fp8_block"),
         (
             ("--moe-target", "vlm"),
-            "unknown target 'vlm'; targets: builtin, flashinfer, sglang, vllm, or module:Class",
+            "unknown target 'vlm'; targets: builtin, flashinfer, sglang, transformers, vllm, or "
+            "module:Class",
         ),
         (("--moe-flashinfer", "0.1"), "FlashInfer 0.1 is older than the oldest known, 0.2.9"),
         (
@@ -279,6 +282,35 @@ def test_a_config_adds_a_model_for_this_run(host):
     golden = 3 + 2
     result.assert_outcomes(passed=golden + 2 * len(SERVED_SCHEMES) + 1)
     result.stdout.fnmatch_lines(["fp8_block * 2*"])
+
+
+@pytest.mark.parametrize("name", ["tiny", MODEL])
+def test_a_config_that_is_not_chosen_is_no_pass(host, name):
+    """Nor where a packaged model has the name of its folder, which is then judged instead."""
+    (host.path / name).mkdir()
+    config = {key: value for key, value in CONFIG.items() if key != "_name_or_path"}
+    (host.path / name / "config.json").write_text(json.dumps(config))
+    check_misuse(
+        host,
+        ("--moe-config", name, "--moe-models", MODEL),
+        f"--moe-config {name}: its model has the id {'tiny' if name == 'tiny' else MODEL + '.config'}, "
+        f"which --moe-models does not choose: found {MODEL}",
+    )
+
+
+def test_a_run_that_stops_early_writes_no_ledger(host):
+    target = ("--moe-target", "miniatures:LosesScale", "--moe-models", "deepseek-r1")
+    wrong = ("--moe-golden", *target, "--moe-write-known-failures", "known.yaml")
+    result = host.runpytest_subprocess(*wrong, "-x")
+    result.stdout.fnmatch_lines(["moe-routing: *known.yaml not written, because the run*"])
+    assert not (host.path / "known.yaml").exists()
+    host.runpytest_subprocess(*wrong)
+    assert (host.path / "known.yaml").exists()
+
+
+def test_collecting_gives_no_verdicts_and_misses_none(host):
+    result = run(host, "--moe-golden", "--co", "-q", "--moe-min-verdicts", "9999")
+    assert result.ret == 0
 
 
 def test_a_config_that_is_wrong(host):

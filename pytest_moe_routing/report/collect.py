@@ -18,6 +18,7 @@ import pytest
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import excerpt, printable
 from pytest_moe_routing.failure import failures_of
+from pytest_moe_routing.report.endings import PASSED, stopped_early
 from pytest_moe_routing.report.unanswered import Unanswered
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 #: Lines of a failed test's message that are kept.
 _LINES = 60
-_PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 class Reporter:
@@ -138,16 +138,12 @@ class Reporter:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         is_written = session.config.option.collectonly or self._write(session)
-        if not is_written and session.exitstatus in _PASSED:
+        if not is_written and session.exitstatus in PASSED:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _write(self, session: pytest.Session) -> bool:
-        """Write the report files; whether all are written.
-
-        Half a matrix would look like a whole one: it is not written.
-        """
-        ended = session.exitstatus in (*_PASSED, pytest.ExitCode.TESTS_FAILED)
-        if not ended or session.shouldfail or session.shouldstop:
+        """Write the report files; whether all are written."""
+        if stopped_early(session):
             self.problems = [
                 f"report {path}: not written, because the run stopped early" for path in self.paths
             ]

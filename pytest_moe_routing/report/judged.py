@@ -10,8 +10,8 @@ import pytest
 
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
 from pytest_moe_routing.escape import shorten
+from pytest_moe_routing.report.endings import PASSED
 
-_PASSED = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 #: So many cases are named for each reason.
 _NAMED = 5
 
@@ -107,7 +107,9 @@ class JudgedReporter:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.failed and session.exitstatus in _PASSED:
+        if session.config.option.collectonly:
+            self.wanted = None
+        if self.failed and session.exitstatus in PASSED:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.failure import failures_of
+from pytest_moe_routing.report.endings import stopped_early
 
 if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
@@ -37,6 +38,7 @@ class LedgerWriter:
             )
         self.session = session
         self.path = path.absolute()
+        self.is_written = True
         #: What each cause says first, by test and cause.
         self.causes: dict[tuple[str, str], str] = {}
 
@@ -46,7 +48,10 @@ class LedgerWriter:
             self.causes.setdefault((test, failure.cause), failure.lines[0])
 
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if stopped_early(session):
+            self.is_written = False
+            return
         import yaml
 
         from pytest_moe_routing.goldens import write_in_one_step
@@ -61,6 +66,11 @@ class LedgerWriter:
         write_in_one_step(self.path, _HEADER + (text if entries else ""))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.is_written:
+            terminalreporter.write_line(
+                f"moe-routing: {self.path} not written, because the run stopped early", red=True
+            )
+            return
         count = len(self.causes)
         causes = "1 cause" if count == 1 else f"{count} causes"
         terminalreporter.write_line(f"moe-routing: {causes} written to {self.path}")

@@ -107,8 +107,13 @@ def test_both_frameworks_are_told_the_same():
 def test_blocks_of_scales_are_those_of_the_formats():
     schemes = read("sglang")["schemes"]
     blocks = {name: list(find_format(storage_of(name).weight).block) for name in schemes}
-    arguments = {n: row["config"]["arguments"] for n, row in schemes.items() if row["config"]}
+    configs = {name: row["config"] for name, row in schemes.items() if row["config"]}
+    arguments = {name: row.get("arguments", {}) for name, row in configs.items()}
     assert arguments["fp8_block"]["weight_block_size"] == blocks["fp8_block"] == [128, 128]
     assert arguments["mxfp8"]["weight_block_size"] == blocks["mxfp8"] == [1, 32]
     assert arguments["nvfp4"]["group_size"] == blocks["nvfp4"][1] == 16
     assert arguments["mxfp8"]["use_mxfp8"] is True
+    kimi = schemes["mxfp4"]["architectures"]["KimiK3ForConditionalGeneration"]
+    for name, row in (("mxfp4", kimi), ("mxint4", schemes["mxint4"])):
+        group = row["in_checkpoint"]["config_groups"]["group_0"]["weights"]["group_size"]
+        assert group == blocks[name][1] == 32

@@ -11,6 +11,7 @@ from textwrap import dedent
 
 import pytest
 from packaging.version import Version
+from sglang_targets import opened, params
 from told import code_sentences
 from wheels import wheels_since
 
@@ -200,16 +201,9 @@ def test_a_scheme_that_the_adapter_has_no_names_for_is_not_judged(tmp_path):
         target.close()
 
 
-@pytest.fixture(
-    scope="module", params=RELEASES or [None], ids=lambda path: path.name if path else "-"
-)
+@pytest.fixture(scope="module", **params(RELEASES))
 def target(request):
-    if request.param is None:
-        pytest.skip("MOE_WHEELS has no SGLang")
-    source = Source.at("sglang", request.param)
-    made = SglangTarget(FlashInfer.of(source.flashinfer), source)
-    yield made
-    made.close()
+    yield from opened(request.param)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "nvfp4"])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from packaging.version import Version
-from wheels import wheels_since
+from sglang_targets import oldest_and_newest, opened
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Request
@@ -18,29 +17,16 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.probe.around import around
 from pytest_moe_routing.targets.sglang.probe.world import requested
-from pytest_moe_routing.targets.sglang.target import SglangTarget
-from pytest_moe_routing.targets.source import Source
 
 MODELS = load_models(packaged_directory())
 R1 = MODELS["deepseek-r1"]
-#: The oldest and the newest of these are asked.
-RELEASES = wheels_since("0.5.18", "sglang")
 #: From here on, runners look at what is requested besides routing.
 LOOKS = Version("0.5.23")
 
 
-@pytest.fixture(
-    scope="module",
-    params=sorted({RELEASES[0], RELEASES[-1]}) if RELEASES else [None],
-    ids=lambda path: path.name if path else "-",
-)
+@pytest.fixture(scope="module", **oldest_and_newest())
 def target(request):
-    if request.param is None:
-        pytest.skip("MOE_WHEELS has no SGLang")
-    source = Source.at("sglang", request.param)
-    made = SglangTarget(FlashInfer.of(source.flashinfer), source)
-    yield made
-    made.close()
+    yield from opened(request.param)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_block", "nvfp4"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from packaging.version import Version
-from wheels import wheels_since
+from sglang_targets import oldest_and_newest, opened
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -18,22 +18,12 @@ from pytest_moe_routing.targets.sglang.target import SglangTarget
 from pytest_moe_routing.targets.source import Source
 
 MODELS = load_models(packaged_directory())
-RELEASES = wheels_since("0.5.18", "sglang")
 TRTLLM, MXFP4 = "flashinfer_trtllm", "flashinfer_mxfp4"
 
 
-@pytest.fixture(
-    scope="module",
-    params=sorted({RELEASES[0], RELEASES[-1]}) if RELEASES else [None],
-    ids=lambda path: path.name if path else "-",
-)
+@pytest.fixture(scope="module", **oldest_and_newest())
 def target(request):
-    if request.param is None:
-        pytest.skip("MOE_WHEELS has no SGLang")
-    source = Source.at("sglang", request.param)
-    made = SglangTarget(FlashInfer.of(source.flashinfer), source)
-    yield made
-    made.close()
+    yield from opened(request.param)
 
 
 @pytest.mark.parametrize(

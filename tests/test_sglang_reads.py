@@ -5,32 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from wheels import wheels_since
+from sglang_targets import oldest_and_newest, opened
 
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.oracle.config_sweep import CachedTarget, sweep
 from pytest_moe_routing.oracle.swept_configs import as_model, swept_models, swept_routers
-from pytest_moe_routing.targets.sglang.target import SglangTarget
-from pytest_moe_routing.targets.source import Source
 
-#: Releases whose routers are run; the oldest and the newest are asked.
-RELEASES = wheels_since("0.5.18", "sglang")
 LLAMA4 = [router for router in swept_routers(1) if router.weight_on == "input"]
 SCALED = next(router for router in LLAMA4 if router.routed_scaling_factor != 1.0)
 
 
-@pytest.fixture(
-    scope="module",
-    params=sorted({RELEASES[0], RELEASES[-1]}) if RELEASES else [None],
-    ids=lambda path: path.name if path else "-",
-)
+@pytest.fixture(scope="module", **oldest_and_newest())
 def target(request):
-    if request.param is None:
-        pytest.skip("MOE_WHEELS has no SGLang whose routers are run")
-    source = Source.at("sglang", request.param)
-    made = CachedTarget(SglangTarget(FlashInfer.of(source.flashinfer), source))
-    yield made
-    made._target.close()
+    for made in opened(request.param):
+        yield CachedTarget(made)
 
 
 def test_what_llama_4s_router_does_not_read(target):

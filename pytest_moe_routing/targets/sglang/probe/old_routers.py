@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
@@ -35,7 +34,7 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
     compare,
     function_of,
     rest,
-    values_of,
+    runs_of,
 )
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
@@ -174,16 +173,7 @@ class OldRouters:
             Unsupported: The release has no such architecture, or its block cannot be built here.
         """
         self._enter()
-        router = RouterConfig(**model["router"])
-        if router.not_expressible is not None:
-            raise Unsupported(f"no recipe computes the router: {router.not_expressible}")
-        values = values_of(model["architecture"], config)
-        # Models that share a block and a config share its runs.
-        key = json.dumps([model["architecture"], router.logits_dtype, values], sort_keys=True)
-        if key not in self._compared:
-            values["torch_dtype"] = torch.get_default_dtype()
-            self._compared[key] = list(self._routed(model["architecture"], values, router))
-        return [{**run, "subject": model["id"]} for run in self._compared[key]]
+        return runs_of(self._compared, model, config, self._routed)
 
     def run_other(self) -> list[dict[str, Any]]:
         """Route by functions that no model of the zoo reaches on CUDA.
@@ -197,7 +187,8 @@ class OldRouters:
     def _routed(
         self, architecture: str, values: Mapping[str, Any], router: RouterConfig
     ) -> Iterator[dict[str, Any]]:
-        config, forward, native, factor = self._built(architecture, values)
+        dtypes = {"torch_dtype": torch.get_default_dtype()}
+        config, forward, native, factor = self._built(architecture, {**values, **dtypes})
         recipe = replace(recipe_of(router), weight_on="output")
         scale = 1.0 if factor is None else rest(recipe.scale, factor)
         if getattr(config, "apply_routed_scaling_factor_on_output", False):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.oracle.routers import (
     NOT_JUDGED,
     Deviation,
@@ -160,6 +162,31 @@ def values_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes of a model's config, with the widths that routers are run with."""
     widths = {n: HIDDEN for n, value in config.items() if value == blocks._SIZE and "size" in n}
     return {**_FURTHER.get(architecture, {}), **config, **widths}
+
+
+def runs_of(
+    known: dict[str, list[dict[str, Any]]],
+    model: Mapping[str, Any],
+    config: Mapping[str, Any],
+    route: Callable[[str, dict[str, Any], RouterConfig], Iterable[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Return a model's runs; models that share a block and a config share its runs.
+
+    Args:
+        known: The runs so far, to which new ones are added.
+        route: Runs the block of an architecture with the attributes of a config, for a router.
+
+    Raises:
+        Unsupported: No recipe computes the router, or whatever `route` raises.
+    """
+    architecture, router = model["architecture"], RouterConfig(**model["router"])
+    if router.not_expressible is not None:
+        raise Unsupported(f"no recipe computes the router: {router.not_expressible}")
+    values = values_of(architecture, config)
+    key = json.dumps([architecture, router.logits_dtype, values], sort_keys=True)
+    if key not in known:
+        known[key] = list(route(architecture, values, router))
+    return [{**run, "subject": model["id"]} for run in known[key]]
 
 
 def exact(factor: float, scale: float) -> float:

@@ -8,7 +8,6 @@ place of a compiled or Triton kernel runs what it is for (`targets.sglang.kernel
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -41,6 +40,7 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
     function_of,
     give_bias,
     rest,
+    runs_of,
     values_of,
 )
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
@@ -87,15 +87,7 @@ class Routers(blocks.Blocks):
             Unsupported: The release has no such architecture, or its block cannot be built here.
         """
         self._enter_torch()
-        router = RouterConfig(**model["router"])
-        if router.not_expressible is not None:
-            raise Unsupported(f"no recipe computes the router: {router.not_expressible}")
-        values = values_of(model["architecture"], config)
-        # Models that share a block and a config share its runs.
-        key = json.dumps([model["architecture"], router.logits_dtype, values], sort_keys=True)
-        if key not in self._compared:
-            self._compared[key] = list(self._routed(model["architecture"], values, router))
-        return [{**run, "subject": model["id"]} for run in self._compared[key]]
+        return runs_of(self._compared, model, config, self._routed)
 
     def read(self, model: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the TopK of a model's block computes otherwise than the model's config.

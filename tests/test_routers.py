@@ -10,6 +10,7 @@ import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from pytest_moe_routing.oracle.routers import (
     NOT_JUDGED,
     PRECISION,
     WRONG,
+    Deviation,
     Output,
     RouterRun,
     WrongAnswer,
@@ -34,6 +36,7 @@ from pytest_moe_routing.oracle.routers import (
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.suite.causes import of_router
+from pytest_moe_routing.suite.test_router import find
 from pytest_moe_routing.targets.contract import Contract
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.target import SglangTarget
@@ -224,6 +227,28 @@ def runs_of():
         return asked[wheel]
 
     return ask
+
+
+def answering(*runs):
+    """A target whose router runs are these."""
+    return SimpleNamespace(router_runs=lambda models: runs, refused_models=dict)
+
+
+def test_a_run_that_is_judged_in_part_fails_for_what_is_wrong_in_it():
+    session = SimpleNamespace(models=[])
+    unknown = Deviation(NOT_JUDGED, "", "models are run only in bfloat16")
+    wrong = Deviation("experts", "random", "other experts")
+    run = RouterRun("topk", "topk", "cuda", "glm-5", "model", deviations=(unknown, wrong))
+    (failure,) = find(answering(run), "topk", session, WRONG)
+    assert failure.cause.startswith("router:experts:topk")
+    with pytest.raises(pytest.skip.Exception, match="only in bfloat16"):
+        find(answering(replace(run, deviations=(unknown,))), "topk", session, WRONG)
+
+
+def test_no_cause_is_lost_over_a_reach_that_nobody_knows():
+    run = RouterRun("topk", "topk", "cuda", "glm-5", "soon", (), (Deviation("experts", "", "x"),))
+    with pytest.raises(ValueError, match="tuple"):
+        find(answering(run), "topk", SimpleNamespace(models=[]), WRONG)
 
 
 def told(runs):

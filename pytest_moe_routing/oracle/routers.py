@@ -255,8 +255,8 @@ class Cause:
     @property
     def reach(self) -> str:
         """Who can reach it, of all that it was seen in the most."""
-        reaches = {run.reach for run in self.runs}
-        return next(word for word in REACHES if word in reaches)
+        # An unknown word raises `ValueError`; `next` would end the loop over causes without one.
+        return min((run.reach for run in self.runs), key=REACHES.index)
 
     def lines(self) -> list[str]:
         """Return the cause, who can reach it, and the first example."""

@@ -54,7 +54,7 @@ def find(
     kinds: Iterable[str],
     record_property: Callable[[str, Any], None] | None = None,
 ) -> list[Failure]:
-    """Return the failures of these kinds, one for each cause; skip where nothing was judged.
+    """Return the failures of these kinds, one for each cause; skip where nothing is judged.
 
     Args:
         record_property: Is told what is not judged: runs of this router, and with the first router
@@ -73,7 +73,7 @@ def find(
         pytest.skip(f"{framework}: no chosen model and no configuration reaches {router}")
     found = sorted(map(of_router, causes(runs, kinds)), key=lambda failure: failure.rank)
     judged = [run for run in runs if not any(d.kind == NOT_JUDGED for d in run.deviations)]
-    if not judged:
+    if not judged and not found:
         reasons = dict.fromkeys(d.text for run in runs for d in run.deviations)
         pytest.skip("; ".join(reasons))
     # Of those with one id, the most urgent.

@@ -212,6 +212,13 @@ def test_an_edit_above_a_block_does_not_change_the_cause():
     assert of_model_code(first).lines != of_model_code(later).lines
 
 
+def test_one_defect_in_two_blocks_is_told_once():
+    blocks = "models/glm.py:104", "models/qwen.py:7", "GlmMoE", "a block"
+    failures = [of_model_code(compared("glm-5", top_k=6, block=block)) for block in blocks]
+    assert len({failure.cause for failure in failures}) == len(blocks)
+    assert len({failure.defect for failure in failures}) == 1
+
+
 def test_every_row_says_what_it_must():
     columns = {"module", "block", "config", "keys", "published", "arguments", "prepare"}
     columns |= {"rounds_logits", "own_factor"}

@@ -114,7 +114,7 @@ def of_modular_call(
         f"  at       {findings[0].where}",
     )
     what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
-    site = findings[0].where.partition(",")[0]
+    site = _id(findings[0].where.partition(",")[0])
     cause = _id("modular-call", what, site)
     rank = Rank.LOUD if all(f.kind is Kind.RAISED for f in findings) else Rank.SILENT
     if reach is Reach.NO_MODEL and choice is not None:
@@ -175,10 +175,11 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
 def of_model_code(judgement: CodeJudgement) -> Failure:
     """Model code that asks its layer for another router than the model has."""
     fields = "+".join(dict.fromkeys(finding.field for finding in judgement.findings))
-    cause = _id("model-code", fields, judgement.request.block)
+    site = _id(judgement.request.block)
+    cause = _id("model-code", fields, site)
     lines = tuple(text.model_code(judgement))
     source = source_of(judgement.findings)
-    return Failure(cause, Rank.SILENT, judgement.model.id, lines, source, judgement.request.block)
+    return Failure(cause, Rank.SILENT, judgement.model.id, lines, source, site)
 
 
 def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:

@@ -83,7 +83,9 @@ def pytest_configure(config: pytest.Config) -> None:
             chosen = chosen or config.getoption("keyword") or config.getoption("lf", False)
             known = LedgerPlugin(session.known_failures, whole_suite=golden and not chosen)
             config.pluginmanager.register(known, _LEDGER)
-        config.pluginmanager.register(JudgedReporter.of(option(config, "min_verdicts")))
+        judged = JudgedReporter.of(option(config, "min_verdicts"))
+        if not config.option.collectonly:
+            config.pluginmanager.register(judged)
         if not hasattr(config, "workerinput"):
             from pytest_moe_routing.report.collect import Reporter
             from pytest_moe_routing.report.failures import Grouping

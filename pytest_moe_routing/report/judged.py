@@ -107,8 +107,6 @@ class JudgedReporter:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if session.config.option.collectonly:
-            self.wanted = None
         if self.failed and session.exitstatus in PASSED:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

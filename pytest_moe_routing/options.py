@@ -171,6 +171,9 @@ class LongLived:
     def pytest_collection_finish(self) -> None:
         gc.freeze()
 
+    def pytest_unconfigure(self) -> None:
+        gc.unfreeze()
+
 
 def check_choices(config: pytest.Config) -> None:
     """Raise `UsageError` if an option has a value that it does not take."""

@@ -248,7 +248,7 @@ def _sweep(
                 by_method.setdefault(found.classification.method, []).append(found)
         except Unsupported as reason:
             unanswered[str(reason)] += 1
-    lost = [] if Verdict.MISSED in bad else list(_lost(scheme, by_method))
+    lost = list(_lost(scheme, by_method))
     concerned: dict[_Key, list[Judgement]] = {}
     missed: dict[str, list[Judgement]] = {}
     unanswered_models: Counter[str] = Counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.escape import shorten
@@ -18,9 +18,6 @@ from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe, normal_form, recipe_of, same
-
-if TYPE_CHECKING:
-    pass
 
 #: Why a target computes what a config does not state.
 _IGNORED = "the code of the model does not read the config's key for it"

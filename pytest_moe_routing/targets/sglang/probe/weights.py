@@ -12,8 +12,6 @@ from pytest_moe_routing.targets.sglang.probe.world import EP_RANK, EP_SIZE
 
 #: Arguments of the kernel that SGLang computes from a layer's config while it loads weights.
 _ACTIVATION = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
-#: The same, by the names that some methods keep them under.
-_OWN = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
 #: Methods whose weights SGLang's own code prepares here from beginning to end.
 _WHOLE = ("method-mxfp4", "method-mxfp4-experts")
 
@@ -59,7 +57,7 @@ def stand_in_weights(names: Names, layer: Any) -> list[str]:
         setattr(layer, f"_flashinfer_trtllm_{name}", None)
     scheme = None if layer.quant_config is None else layer.quant_config.get_name()
     is_prepared = _prepare(names, layer, scheme)
-    for name in _OWN:
+    for name in _ACTIVATION:
         # A vector of its own rather than a parameter: those are zeroed.
         if name in layer._parameters:
             setattr(layer, name, layer._parameters.pop(name).data)

@@ -93,7 +93,7 @@ def test_a_request_at_a_time():
 
 
 def test_ids_that_nobody_is_told():
-    why = "nobody is told the ids that the kernel writes"
+    why = "the ids that the kernel writes reach no consumer"
     assert answers_of({}, replay=True)[Request.CAPTURE] == ("ignored", why)
     why = "the kernel is given no routing_replay_out"
     assert answers_of({}, tell=True)[Request.CAPTURE] == ("ignored", why)

@@ -28,8 +28,8 @@ def admissible_routings(
 ) -> Iterator[Routing]:
     """Yield routings that are correct for a kernel whose keys are off by up to `error` each.
 
-    The n-th routing has the n-th other choice of each token, and the reference's own choice for a
-    token that has no more. Nothing is yielded if no token is ambiguous. Pass them to `compare_moe`
+    The n-th routing has the n-th other choice of each token, or the reference's own choice where a
+    token has fewer. Nothing is yielded if no token is ambiguous. Pass them to `compare_moe`
     as `alternatives`.
 
     Args:

@@ -57,7 +57,7 @@ def left_out(
     if item.path.parent != SUITE:
         return ""
     if not session.located.cls.calls_kernels and "moe_router" not in fixtures:
-        return "about fused kernels, which the target does not call"
+        return "tests of fused kernels, which the target does not call"
     name = item.name.partition("[")[0]
     asked = f"{config.option.markexpr} {config.option.keyword}"
     by_name = name in asked or any(name in str(arg) for arg in config.invocation_params.args)

@@ -106,7 +106,7 @@ def test_around_call(
     _moe_session: MoESession,
     _moe_property: Callable[[str, Any], None],
 ) -> None:
-    """Experts that route ignore no padding, no placement of experts and nobody who captures ids."""
+    """Experts that route honor or reject padding rows, expert placement and captured ids."""
     from pytest_moe_routing.oracle.ignored import ignored_requests
     from pytest_moe_routing.suite.causes import of_ignored
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 #: Columns of one activation that are equal: no block that shares a scale is larger.
 BLOCK = 128
-#: Numbers of experts have no more bits.
+#: Bits that are enough for any expert id.
 _BITS = 16
 #: The code of 1 in both halves of a byte of e2m1.
 _ONE_E2M1 = 0x22

@@ -272,6 +272,8 @@ def _undivided(config: str, keys: Mapping[str, Any], router: RouterConfig) -> di
         # A config class that takes no such numbers is right.
         deviations = [Deviation(NOT_JUDGED, "", str(reason), str(reason))]
     except Exception:
+        # Right: the router rejects the groups. What fails for another reason fails in `_runs` too,
+        # with groups that divide the experts.
         deviations = []
     else:
         cause = "the scores of several tokens are mixed"

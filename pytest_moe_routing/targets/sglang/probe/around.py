@@ -82,4 +82,4 @@ def _captured(calls: Sequence[Call], capturer: _Capturer) -> dict[str, str]:
         return {"answer": "ignored", "why": "the kernel is given no routing_replay_out"}
     if any(ids.shape == written.shape and bool((ids == written).all()) for ids in capturer.told):
         return {"answer": "honored", "why": "routing_replay_out"}
-    return {"answer": "ignored", "why": "nobody is told the ids that the kernel writes"}
+    return {"answer": "ignored", "why": "the ids that the kernel writes reach no consumer"}

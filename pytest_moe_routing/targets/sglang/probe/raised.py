@@ -11,9 +11,9 @@ from pytest_moe_routing.targets.stubs import Stub
 
 
 def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
-    """Return whether SGLang refuses, or fails over the routing method, or nothing can be said.
+    """Return whether SGLang rejects a model, fails over the method, or nothing can be said.
 
-    Code that does not build refuses a model when the server starts. What raises in a forward pass
+    Code that does not build rejects a model when the server starts. What raises in a forward pass
     ends a server that has taken requests.
     """
     frames = traceback.extract_tb(error.__traceback__)

@@ -98,7 +98,7 @@ class Routers(blocks.Blocks):
         """
         self._enter_torch()
         if model["dtype"] != "bfloat16":
-            raise Unsupported("models are run in bfloat16 alone")
+            raise Unsupported("models are run only in bfloat16")
         seen = blocks._Seen()
         topk, factor = self._built(
             model["architecture"], values_of(model["architecture"], config), seen

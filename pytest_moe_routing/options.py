@@ -165,14 +165,15 @@ def store(config: pytest.Config) -> Store | None:
 class LongLived:
     """Leaves what lives to the end of a run out of garbage collection: tests, models, answers.
 
-    A seventh of the time of a run went into looking at them again and again.
+    A seventh of the time of a run went into looking at them again and again. They return to it
+    after pytest's own last collections, for a process that goes on, as after `pytest.main`.
     """
+
+    def __init__(self, config: pytest.Config) -> None:
+        config.add_cleanup(gc.unfreeze)
 
     def pytest_collection_finish(self) -> None:
         gc.freeze()
-
-    def pytest_unconfigure(self) -> None:
-        gc.unfreeze()
 
 
 def check_choices(config: pytest.Config) -> None:

@@ -73,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if golden:
             asks = not (hasattr(config, "workerinput") or config.option.collectonly)
             session.check(ask=asks)
-            config.pluginmanager.register(options.LongLived())
+            config.pluginmanager.register(options.LongLived(config))
         if golden and _is_updating(config):
             _check_update(config)
         if session.ledgers:

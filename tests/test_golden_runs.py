@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -231,3 +233,19 @@ def test_a_number_one_unit_off_in_its_last_digit_is_a_difference():
     ]
     assert len(list(goldens.differences({"a": 1, "b": [1, 2]}, {"b": [1, 3], "c": 0}))) == 3
     assert len(list(goldens.differences({"x": True}, {"x": 1}))) == 1
+
+
+def test_garbage_collection_is_given_back():
+    """A process that goes on after `pytest.main` collects what the run kept out of collection."""
+    program = """
+import gc, sys, pytest
+class Watch:
+    def pytest_sessionfinish(self):
+        self.frozen = gc.get_freeze_count()
+watch = Watch()
+arguments = ["--moe-golden", "--moe-models", "minimax-m2", "-k", "test_method_numbers"]
+assert pytest.main([*arguments, "-q", "-p", "no:cacheprovider"], plugins=[watch]) == 0
+sys.exit(not (watch.frozen and not gc.get_freeze_count()))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -25,9 +25,11 @@ from pytest_moe_routing.targets.server import HEADER, HOME, LOG, MARK, STACK
 #: a CI job's secrets.
 _PASSED = (
     *("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LANGUAGE", "TZ"),
-    *("PYTHONHOME", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+    "PYTHONHOME",
 )
 _PASSED_PREFIXES = ("LC_", "CUDA_", "MOE_")
+#: Its tensors are small: waiting for further threads took as long as computing.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 #: Seconds for a child to end, or to write its stack after the deadline; and at most, where the
 #: machine is so busy that there is no stack yet.
 _GRACE, _LONG_GRACE = 1.0, 10.0
@@ -195,7 +197,8 @@ def environment_of(home: Path, switches: tuple[str, ...]) -> dict[str, str]:
     }
     homes = dict.fromkeys(("HOME", "USERPROFILE", "TMPDIR", "TEMP", "TMP"), str(home))
     # The sources that are judged stay as they are, and sets in their messages have one order.
-    return {**passed, **homes, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+    python = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
+    return {**passed, **homes, **_ONE_THREAD, **python}
 
 
 def _exchange(

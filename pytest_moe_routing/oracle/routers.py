@@ -205,9 +205,12 @@ def _kind(
     """Return the mildest kind of deviation that explains an answer, "" for none, and its cause."""
     from pytest_moe_routing.compare.routing import compare_routing
 
-    def compared(recipe: Recipe, precision: str) -> RoutingComparison:
+    def compared(recipe: Recipe, precision: str, *, explain: bool = False) -> RoutingComparison:
         return compare_routing(
-            ids, weights, logits, recipe, bias, precision=precision, lower_index=False
+            *(ids, weights, logits, recipe, bias),
+            precision=precision,
+            lower_index=False,
+            explain=explain,
         )
 
     first = compared(recipe, "float32")
@@ -225,7 +228,7 @@ def _kind(
         if compared(replace(bare, bias_dtype="bfloat16"), precision).ok:
             return PRECISION, first, "the router's correction bias is rounded to bfloat16"
     # Beyond doubt: what remains is told without the missing epsilon.
-    worst = compared(bare, "float32")
+    worst = compared(bare, "float32", explain=True)
     cause = "; ".join(worst.diagnosis)
     if worst.diagnosis and set(worst.diagnosis) <= _downcasts():
         return PRECISION, worst, cause

@@ -37,6 +37,8 @@ def _one_thread():
         import torch
 
     torch.set_num_threads(1)
+    # And in the processes that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture

@@ -7,7 +7,11 @@ from configs import R1, read, without
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models.huggingface.config_keys import key_rows, row_of
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.targets import load_target
 
 GLM = {
     "architectures": ["Glm4MoeLiteForCausalLM"],
@@ -53,6 +57,8 @@ def test_keys_that_change_the_meaning(tmp_path, change, expected):
     found = reason(tmp_path, change)
     assert expected in found
     assert f"({key})" in found
+    # The key decides the verdict: no note may state that it is not read.
+    assert not any("not read" in note for note in read(tmp_path, {**GLM, **change}).notes)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +99,57 @@ def test_a_family_that_reads_a_key_is_not_in_doubt(tmp_path):
     assert read(tmp_path, laguna).router.weight_on == "input"
 
 
-def test_keys_about_routing_are_named(tmp_path):
-    notes = read(tmp_path, {**GLM, "moe_odd": 1, "router_kind": "x"}).notes
-    assert "about experts or routing, and not read: moe_odd, router_kind" in notes
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("moe_odd", "router_kind", "use_expert_mixing", "route_odd", "topk_scheme", "swiglu_kind"),
+        *("weight_scaling", "post_scale", "final_score_func", "act_clamp", "selection_kind"),
+        *("gate_kind", "odd_gating", "normalize_weights", "odd_limit", "expert_softcap_kind"),
+    ],
+)
+def test_a_model_with_an_unread_key_about_routing_is_not_judged(tmp_path, key):
+    spec = read(tmp_path, {**GLM, key: 2})
+    assert spec.unproven == (f"about experts or routing, and not read: {key}",)
+    assert not any(key in note for note in spec.notes)
+    with pytest.raises(Unsupported, match=f"not read: {key}"):
+        judge(load_target("builtin", FlashInfer.of(None)), spec, "bf16")
+    assert not read(tmp_path, {**GLM, key: None}).unproven  # a null states nothing
+
+
+@pytest.mark.parametrize("value", [1536, [1536] * 4])
+def test_a_key_that_repeats_what_was_read_is_no_doubt(tmp_path, value):
+    """HunYuan and MiniMax-M3 state the experts' size twice; their code reads intermediate_size."""
+    config = {
+        "architectures": ["HunYuanMoEV1ForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 1536,
+        "num_experts": 64,
+        "moe_topk": 4,
+        "hidden_act": "silu",
+    }
+    assert not read(tmp_path, {**config, "moe_intermediate_size": value}).unproven
+    (doubt,) = read(tmp_path, {**config, "moe_intermediate_size": 768}).unproven
+    assert doubt == "about experts or routing, and not read: moe_intermediate_size"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "doubt"),
+    [
+        # As zai-org/GLM-5.2 has it; vllm 0.33.0 computes the logits in this dtype.
+        ("GlmMoeDsaForCausalLM", {"moe_router_dtype": "float32"}, ""),
+        ("GlmMoeDsaForCausalLM", {"moe_router_dtype": "bfloat16"}, "moe_router_dtype is "),
+        ("DeepseekV3ForCausalLM", {"moe_router_dtype": "float32"}, "not read: moe_router_dtype"),
+        ("LagunaForCausalLM", {"gating": True}, ""),
+        ("Ernie4_5_MoeForCausalLM", {"moe_norm_min": 1e-12}, ""),
+        ("Ernie4_5_MoeForCausalLM", {"moe_norm_min": 0.1}, "moe_norm_min is 0.1: "),
+    ],
+)
+def test_keys_of_published_configs_are_read(tmp_path, architecture, change, doubt):
+    config = {**GLM, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    config = {**config, "architectures": [architecture], "model_type": "x", **change}
+    found = read(tmp_path, config).unproven
+    assert len(found) == bool(doubt)
+    assert doubt in "".join(found)
 
 
 def test_keys_that_are_not_known_are_named(tmp_path):
@@ -104,8 +158,8 @@ def test_keys_that_are_not_known_are_named(tmp_path):
 
 def test_long_lists_are_cut(tmp_path):
     config = {**GLM, "dtype": "bfloat16", **{f"moe_{i}": 1 for i in range(40)}}
-    (note,) = read(tmp_path, config).notes
-    assert note.endswith("moe_10, moe_11 and 28 more")
+    (doubt,) = read(tmp_path, config).unproven
+    assert doubt.endswith("moe_10, moe_11 and 28 more")
 
 
 def test_routing_keys_beside_the_text_config_are_named(tmp_path):
@@ -147,7 +201,8 @@ def test_a_misspelt_key_is_doubted(tmp_path, key, misspelt):
     spec = read(tmp_path, config)
     (doubt,) = spec.unproven
     assert f"{misspelt} is not read (did you mean " in doubt
-    assert not read(tmp_path, {**R1, misspelt: 1}).unproven  # the right key is there as well
+    (doubt,) = read(tmp_path, {**R1, misspelt: 1}).unproven  # the right key is there as well
+    assert doubt == f"about experts or routing, and not read: {misspelt}"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from pytest_moe_routing.data import read_data
 
 #: The lists of `config_keys.yaml`, in the order in which a key is looked up.
-LISTS = ("changes", "harmless", "routing", "other")
+LISTS = ("changes", "harmless", "routing", "other", "suspect")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Unread:
 
     Attributes:
         changes: Why the router is another than the one that was read, one reason for each key.
-        routing: Keys about experts or routing.
+        routing: Other keys that are about experts or routing, or may be by their names.
         unknown: Keys of which nothing is known.
     """
 
@@ -95,8 +95,7 @@ def unread(values: Mapping[str, Any], read: frozenset[str]) -> Unread:
             unknown.append(key)
         elif row.list == "changes":
             if not row.is_neutral(value):
-                routing.append(key)
                 changes.append(f"{row.reason} ({key})")
-        elif row.list == "routing":
+        elif row.list in ("routing", "suspect"):
             routing.append(key)
     return Unread(tuple(changes), tuple(routing), tuple(unknown))

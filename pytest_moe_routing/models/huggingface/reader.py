@@ -66,7 +66,7 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
         )
     reading = Reading(text, family, families, layers)
     router, experts = reading.build(RouterConfig), reading.build(ExpertsConfig)
-    router = reading.with_unread(router, levels[:-1])
+    router = reading.with_unread(router, experts, levels[:-1])
     modules = Experts(router.num_experts, family.blocks or BLOCKS)
     checkpoint = checkpoint_of(levels, _beside(file), routed, modules)
     stated = _dtype(root, text)

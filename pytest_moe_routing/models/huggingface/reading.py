@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -192,32 +193,54 @@ class Reading:
             "framework may read it"
         )
 
-    def with_unread(self, router: RouterConfig, outer: list[Section]) -> RouterConfig:
-        """Return the router, changed by the keys that nothing read; notes name these keys.
+    def with_unread(
+        self, router: RouterConfig, experts: ExpertsConfig, outer: list[Section]
+    ) -> RouterConfig:
+        """Return the router, changed by the keys that nothing read.
+
+        Keys that may change the routing or the experts in an unknown way are an open question;
+        notes name other unknown keys.
 
         Args:
-            router: What was read.
+            router, experts: What was read.
             outer: The sections around the text model's.
         """
-        known = frozenset(part.partition(".")[0] for part in self.read)
-        found = unread(self.text.values, known)
-        self._suggest([key for key in self.text.values if key not in known])
+        known = {part.partition(".")[0] for part in self.read}
+        known |= self._restated({**vars(experts), **vars(router)})
+        found = unread(self.text.values, frozenset(known))
+        doubted = self._suggest([key for key in self.text.values if key not in known])
+        routing = [key for key in found.routing if key not in doubted]
         stray = [s.path(key) for s in outer for key in s.values if about_routing(key)]
-        for keys, words in (
-            (found.routing, "about experts or routing, and not read"),
-            (found.unknown, "not known, and not read"),
-            (stray, "outside the text model's config, and not read"),
+        for keys, words, told in (
+            (routing, "about experts or routing, and not read", self.unproven),
+            (found.unknown, "not known, and not read", self.notes),
+            (stray, "outside the text model's config, and not read", self.notes),
         ):
             if keys:
                 names = ", ".join(map(shorten, keys[:12]))
                 more = f" and {len(keys) - 12} more" if keys[12:] else ""
-                self.notes.append(f"{words}: {names}{more}")
+                told.append(f"{words}: {names}{more}")
         reasons = (router.not_expressible, *found.changes)
         reason = "; ".join(dict.fromkeys(filter(None, reasons)))
         return replace(router, not_expressible=reason or None)
 
-    def _suggest(self, keys: list[str]) -> None:
-        """Doubt a default whose key may stand there misspelt."""
+    def _restated(self, values: Mapping[str, Any]) -> set[str]:
+        """Return the keys that state once more, in a common spelling, what another key stated."""
+        return {
+            key
+            for name, keys in self.table.spellings.items()
+            for key in keys
+            if values.get(name) is not None
+            and all(value == values[name] for value in self._as_list(key))
+        }
+
+    def _as_list(self, key: str) -> list[Any]:
+        value = self.text.get(key, ABSENT)
+        return value if isinstance(value, list) and value else [value]
+
+    def _suggest(self, keys: list[str]) -> set[str]:
+        """Doubt a default whose key may stand there misspelt; return such keys."""
+        doubted: set[str] = set()
         absent = {key: name for name in self.defaulted for key in self._keys(name)}
         for key in keys:
             # A name that is nothing else but near may be far; a known one must be very near.
@@ -225,10 +248,12 @@ class Reading:
             near = get_close_matches(key, absent, n=1, cutoff=cutoff)
             if near:
                 name = absent[near[0]]
+                doubted.add(key)
                 self.unproven.append(
                     f"{shorten(key)} is not read (did you mean {near[0]}?), and {name} is the "
                     f"default of the class, {self.defaulted[name]}"
                 )
+        return doubted
 
     def _states(self, name: str) -> bool:
         """Whether the config, or the class for a key that is absent, has a value."""

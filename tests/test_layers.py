@@ -161,7 +161,6 @@ def groups(tmp_path, config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": -3}, "num_hidden_layers: found -3, expected a number of layers"),
         ({"mlp_only_layers": [0, 1, 2, 3, 4, 5]}, "no experts: each of its 6 layers is dense"),
         ({"decoder_sparse_step": 10**9}, "no experts: each of its 6 layers is dense"),
     ],
@@ -169,6 +168,49 @@ def groups(tmp_path, config):
 def test_there_are_layers_with_experts(tmp_path, change, message):
     with pytest.raises(ModelError, match=message):
         read(tmp_path, {**QWEN, **change})
+
+
+#: Keys by the least number that each may have.
+LEAST = {
+    1: [
+        *("num_hidden_layers", "n_layers", "num_layers", "n_layer", "decoder_sparse_step"),
+        *("interleave_moe_layer_step", "moe_layer_interval", "moe_layer_freq"),
+        "expert_layer_period",
+    ],
+    0: [
+        *("expert_layer_offset", "first_k_dense_replace", "num_dense_layers"),
+        *("moe_layer_num_skipped", "moe_layer_start_index", "num_hash_layers"),
+    ],
+    -1: ["moe_layer_end_index"],
+}
+
+
+@pytest.mark.parametrize(("key", "least"), [(key, n) for n, keys in LEAST.items() for key in keys])
+def test_numbers_of_layers(tmp_path, key, least):
+    config = {**QWEN, key: least}
+    if least != 1:
+        assert read(tmp_path, config).num_layers == 6
+    expected = rf"{key}: found {{}}, expected an integer >= {least} or null$"
+    for value, shown in ((least - 1, least - 1), ("2", '"2"'), (True, "true"), (1.5, "1.5")):
+        with pytest.raises(ModelError, match=expected.format(shown)):
+            read(tmp_path, {**config, key: value})
+    assert read(tmp_path, {"num_layers": 6, **config, key: None}).router
+
+
+@pytest.mark.parametrize(
+    ("key", "least"),
+    [
+        *[(key, 1) for key in ("hidden_size", "moe_intermediate_size", "num_experts_per_tok")],
+        *[(key, 1) for key in ("n_routed_experts", "n_group", "topk_group")],
+        ("n_shared_experts", 0),
+    ],
+)
+def test_other_counts(tmp_path, key, least):
+    for value in (least - 1, -(2**40)):
+        with pytest.raises(
+            ModelError, match=rf"{key}: found {value}, expected an integer >= {least}|no exp"
+        ):
+            read(tmp_path, {**R1, key: value})
 
 
 def test_clamps_of_single_layers(tmp_path):

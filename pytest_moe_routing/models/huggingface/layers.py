@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pytest_moe_routing.models.huggingface.document import Section
+from pytest_moe_routing.models.huggingface.document import Section, show
+from pytest_moe_routing.models.kinds import Kind
 from pytest_moe_routing.models.layer_groups import MAX_LAYERS, LayerGroup, ranges
 from pytest_moe_routing.models.spec import RouterConfig, schema
 
@@ -24,6 +25,20 @@ _STEPS: Mapping[str, Callable[[Section, int], int]] = {
     "moe_layer_interval": lambda text, step: step - 1,
     "moe_layer_freq": lambda text, step: 0,
     "expert_layer_period": lambda text, step: _integer(text, "expert_layer_offset") or 0,
+}
+#: The valid values of every key with a number of layers or the index of one. A list, with a value
+#: for each layer or kind of token, is not checked.
+_NUMBERS: Mapping[str, Kind] = {
+    **{key: Kind(int, minimum=1, nullable=True) for key in (*_COUNTS, *_STEPS)},
+    **{
+        key: Kind(int, minimum=0, nullable=True)
+        for key in (
+            *("expert_layer_offset", "first_k_dense_replace", "num_dense_layers"),
+            *("moe_layer_num_skipped", "moe_layer_start_index", "num_hash_layers"),
+        )
+    },
+    # ERNIE's class has -1 for the last layer.
+    "moe_layer_end_index": Kind(int, minimum=-1, nullable=True),
 }
 
 
@@ -96,11 +111,13 @@ def read_layers(text: Section) -> Layers:
     A config without the number of layers has no layers by step; a note states the step.
 
     Raises:
-        ModelError: There are fewer than no layers.
+        ModelError: A number of layers, or the index of one, is none.
     """
-    for key in _COUNTS:
-        if (_integer(text, key) or 0) < 0:
-            text.fail(key, str(text.get(key)), "a number of layers")
+    for key, kind in _NUMBERS.items():
+        value = text.get(key)
+        expected = kind.problem(value)
+        if expected is not None and not isinstance(value, list):
+            text.fail(key, show(value), expected)
     count = next((n for key in _COUNTS if (n := _integer(text, key))), None)
     if count is not None and count > MAX_LAYERS:
         count = None

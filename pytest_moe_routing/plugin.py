@@ -16,6 +16,7 @@ from pytest_moe_routing import options
 from pytest_moe_routing.errors import MoERoutingError, TargetError
 from pytest_moe_routing.escape import printable
 from pytest_moe_routing.options import names, option
+from pytest_moe_routing.report import endings
 from pytest_moe_routing.report.judged import JudgedReporter
 from pytest_moe_routing.session import BUILTIN, MoESession
 
@@ -55,6 +56,7 @@ def _check_update(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     options.add_markers(config)
+    config.pluginmanager.register(endings, "moe-routing-endings")
     session = config.stash[_SESSION] = MoESession(
         kernels=option(config, "kernels") or "",
         target_name=option(config, "target") or BUILTIN,
@@ -187,8 +189,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items=[item for item, reason in zip(items, reasons, strict=True) if reason]
         )
         items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
-        if reporter := config.pluginmanager.get_plugin("moe-routing-reporter"):
-            reporter.left_out.update(filter(None, reasons))
+        endings.leave_out(config, filter(None, reasons))
     ledger = config.pluginmanager.get_plugin(_LEDGER)
     for item in items:
         if isinstance(item, pytest.Function) and _FIXTURES & set(item.fixturenames):

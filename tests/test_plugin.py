@@ -94,7 +94,9 @@ def test_without_the_option_the_host_is_left_alone(host):
 def test_runs_every_way(host, args):
     result = run(host, "--moe-golden", "-m", "not gpu", *args)
     assert result.ret == 0
-    result.stdout.fnmatch_lines(["nvfp4 * 1*", f"{len(SERVED_SCHEMES)} exact; *"])
+    result.stdout.fnmatch_lines(
+        ["nvfp4 * 1*", f"{len(SERVED_SCHEMES)} exact; *", "left out: * (--moe-target), *"]
+    )
 
 
 def test_ini_twins(host):

@@ -317,10 +317,16 @@ def test_a_report_that_cannot_be_written_fails_the_run(host):
     result.assert_outcomes(passed=1)
     assert result.ret == 1
     result.stdout.fnmatch_lines(["moe-routing: report */file/r.md: cannot be written: *"])
-    for disaster, args in [("raise KeyboardInterrupt", ()), ("assert 0", ("-x",))]:
-        host.makeconftest(f"def pytest_runtest_call(item): {disaster}")
+    interrupt = "def pytest_runtest_call(item): raise KeyboardInterrupt\n"
+    # The second Ctrl-C comes while pytest handles the first one.
+    again = interrupt + "def pytest_keyboard_interrupt(excinfo): raise KeyboardInterrupt"
+    failure = "def pytest_runtest_call(item): assert 0"
+    for conftest, args in [(interrupt, ()), (again, ()), (failure, ("-x",))]:
+        host.makeconftest(conftest)
         result = host.runpytest_subprocess(*passing, "--moe-report", "r.md", *args)
-        result.stdout.fnmatch_lines(
-            ["moe-routing: report */r.md: not written, because the run stopped early"]
-        )
+        assert not (host.path / "r.md").exists()
+        if conftest != again:
+            result.stdout.fnmatch_lines(
+                ["moe-routing: report */r.md: not written, because the run stopped early"]
+            )
         assert not (host.path / "r.md").exists()

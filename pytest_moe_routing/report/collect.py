@@ -6,7 +6,6 @@ Imported by every pytest run of an environment: what makes reports is loaded whe
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,10 +17,12 @@ import pytest
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import excerpt, printable
 from pytest_moe_routing.failure import failures_of
-from pytest_moe_routing.report.endings import PASSED, stopped_early
+from pytest_moe_routing.report.endings import PASSED, left_out, stopped_early
 from pytest_moe_routing.report.unanswered import Unanswered
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from pytest_moe_routing.oracle.record import Record, VerdictRecord
     from pytest_moe_routing.session import MoESession
 
@@ -54,8 +55,6 @@ class Reporter:
         self.problems: list[str] = []
         #: Commands for GitHub Actions.
         self.annotations: list[str] = []
-        #: How many tests the run does not ask, by reason.
-        self.left_out: Counter[str] = Counter()
         self.unanswered = Unanswered()
 
     @pytest.hookimpl(tryfirst=True)
@@ -172,8 +171,9 @@ class Reporter:
             self.problems.append(str(error))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if (self.records or self.left_out or self.unanswered) and terminalreporter.verbosity >= 0:
-            self._write_summary(terminalreporter)
+        skipped = left_out(terminalreporter.config)
+        if (self.records or skipped or self.unanswered) and terminalreporter.verbosity >= 0:
+            self._write_summary(terminalreporter, skipped)
         for path in self.written:
             terminalreporter.write_line(printable(f"moe-routing: report {path}"))
         for line in self.annotations:
@@ -181,7 +181,7 @@ class Reporter:
         for problem in self.problems:
             terminalreporter.write_line(f"moe-routing: {problem}", red=True)
 
-    def _write_summary(self, reporter: pytest.TerminalReporter) -> None:
+    def _write_summary(self, reporter: pytest.TerminalReporter, skipped: Counter[str]) -> None:
         from pytest_moe_routing.report import terminal
 
         width = reporter._tw.fullwidth
@@ -193,8 +193,8 @@ class Reporter:
             lines += terminal.summary(self.verdicts, every=every, width=width)
         for text in self.unanswered.lines(every=every):
             lines += terminal.wrapped(text, width)
-        if self.left_out:
-            reasons = (f"{count} {why}" for why, count in self.left_out.most_common())
+        if skipped:
+            reasons = (f"{count} {why}" for why, count in skipped.most_common())
             lines += terminal.wrapped(f"left out: {', '.join(reasons)}", width)
         for line in lines:
             for piece in line:

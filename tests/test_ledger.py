@@ -247,9 +247,12 @@ def test_what_is_not_the_case_itself_stays_an_error(host):
     entry = {k: v for k, v in ENTRY.items() if k != "cause"} | {"case": "minimax-m2"}
     ledger(host.path / "k", *({**entry, "test": f"test_{t}"} for t in ("own", "broken", "skipped")))
     args = ("--moe-models", "minimax-m2", "--moe-known-failures", "k", "test_host.py", "-rxs")
-    result = host.runpytest_subprocess(*args)
+    result = host.runpytest_subprocess(*args, "--moe-report", "r.md")
     result.assert_outcomes(xfailed=1, errors=1, skipped=1)
     result.stdout.fnmatch_lines([f"XFAIL *::test_own[[]minimax-m2] - because ({LINK})"])
+    report = (host.path / "r.md").read_text()
+    listed = f"## 1 known failure\n\n- because (<{LINK}>): test_host::test_own\\[minimax-m2\\]\n"
+    assert listed in report
     host.runpytest_subprocess(*args, "--runxfail").assert_outcomes(failed=1, errors=1, skipped=1)
 
 

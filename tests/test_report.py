@@ -216,6 +216,35 @@ def test_markdown_cannot_be_broken_out_of(verdicts):
     assert "<script>" not in "".join(lines[: fences[0]])
 
 
+def test_markdown_lists_known_failures(verdicts):
+    """Each entry of a ledger that silenced failures is there, with some of their cases."""
+    one, other = Known("rejected *on purpose*", "https://example.com/1"), Known("no link", "")
+    many = [replace(verdicts[2], model=f"m{n}", outcome="xfailed", known=one) for n in range(7)]
+    text = files.markdown.page([*many, replace(verdicts[0], outcome="xfailed", known=other)])
+    listed = text.partition("## 8 known failures\n\n")[2].partition("\n\n")[0].splitlines()
+    assert listed == [
+        "- rejected \\*on purpose\\* (<https://example.com/1>): m0 fp8_block, m1 fp8_block, "
+        "m2 fp8_block, m3 fp8_block, m4 fp8_block and 2 more",
+        "- no link: step-3.7-flash fp8_block",
+    ]
+    assert text.index("known failures") < text.index("<details>")
+    assert "known failure" not in files.markdown.page(verdicts)
+
+
+def test_a_run_with_nothing_to_report_is_told_from_no_run(tmp_path, capsys, verdicts):
+    """A file without lines is what a job leaves that was cut off before its run."""
+    nothing, empty = write(tmp_path / "nothing.jsonl", []), tmp_path / "empty.jsonl"
+    some, out = write(tmp_path / "some.jsonl", verdicts), tmp_path / "out.jsonl"
+    assert main(["report", str(out), str(nothing), str(some)]) == 0
+    assert records.load(out) == records.load(some)
+    assert records.load(nothing) == []
+    for text in ("", "\n \n"):
+        empty.write_text(text)
+        assert main(["report", str(tmp_path / "x.md"), str(some), str(empty)]) == 2
+        error = capsys.readouterr().err
+        assert error == f"moe-routing: {empty}: found no line, expected the report of a run\n"
+
+
 def test_no_record_is_said(tmp_path):
     for suffix in (".html", ".md"):
         files.write_report(tmp_path / f"none{suffix}", [])

@@ -59,7 +59,8 @@ def test_reports_are_as_the_schema_says(validate, judged, tmp_path):
     assert validate(json.loads((tmp_path / "r.json").read_text())) == []
     lines = (tmp_path / "r.jsonl").read_text().splitlines()
     assert len(lines) == len(found)
-    for line in dict.fromkeys(lines):
+    files.write_report(tmp_path / "none.jsonl", [])
+    for line in dict.fromkeys([*lines, (tmp_path / "none.jsonl").read_text()]):
         assert validate(json.loads(line)) == []
 
 

@@ -114,7 +114,7 @@ class Reporter:
             self.records[record.key] = record
 
     def _is_told(self, report: pytest.TestReport, properties: dict[str, Any]) -> bool:
-        if "moe_gpu" in properties and report.when == "call":
+        if report.when == "call" and ("moe_gpu" in properties or "moe_known" in properties):
             return True
         if "moe_case" in properties or self.keeps_all:
             return report.failed or ("moe_gpu" in properties and report.skipped)

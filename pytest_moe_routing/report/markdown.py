@@ -11,12 +11,14 @@ from pytest_moe_routing.escape import (
     one_line,
     printable,
 )
-from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.record import Known, Record, TestRecord, VerdictRecord
 from pytest_moe_routing.report import groups, matrix
 from pytest_moe_routing.report.text import story, title
 
 #: GitHub takes 65,536 characters; the rest of the comment needs some as well.
 LIMIT = 60_000
+#: So many cases are named for each known failure.
+_NAMED = 5
 
 
 def page(records: Sequence[Record], limit: int = LIMIT) -> str:
@@ -57,6 +59,7 @@ def _blocks(records: Sequence[Record]) -> Iterator[list[str]]:
     for group in found:
         others = [f"  also     {', '.join(group.others)}"] if group.others else []
         yield [*_folded(group.title, [*group.lines, *others]), *_known(group.first)]
+    yield list(_known_failures(records))
     if len(deciders) > 1:
         table = matrix.decider_table(deciders)
         yield ["## What differs"]
@@ -89,6 +92,21 @@ def _blocks(records: Sequence[Record]) -> Iterator[list[str]]:
             yield [*_folded(test.case, test.message.splitlines()), *_known(test)]
 
 
+def _known_failures(records: Sequence[Record]) -> Iterator[str]:
+    """Yield a line for each entry of a ledger that silenced failures, with the cases."""
+    cases: dict[str, list[str]] = {}
+    for record in sorted(records, key=lambda record: record.key):
+        if record.known:
+            cases.setdefault(_stated(record.known), []).append(groups.name_of(record))
+    if cases:
+        count = sum(map(len, cases.values()))
+        yield f"## {count} known failures" if count > 1 else "## 1 known failure"
+        yield ""
+    for stated, names in cases.items():
+        more = f" and {len(names) - _NAMED} more" if names[_NAMED:] else ""
+        yield f"- {stated}: {for_markdown(', '.join(names[:_NAMED]))}{more}"
+
+
 def _folded(title: str, lines: Sequence[str]) -> Iterator[str]:
     shown = printable("\n".join(lines)).split("\n")
     # A fence longer than any run of backticks in the text.
@@ -109,6 +127,9 @@ def _folded(title: str, lines: Sequence[str]) -> Iterator[str]:
 
 def _known(record: Record) -> Iterator[str]:
     if record.known:
-        link = record.known.link
-        shown = f"<{link}>" if is_web_address(link) else for_markdown(link)
-        yield from ("", f"Known: {for_markdown(record.known.reason)} ({shown})")
+        yield from ("", f"Known: {_stated(record.known)}")
+
+
+def _stated(known: Known) -> str:
+    link = f"<{known.link}>" if is_web_address(known.link) else for_markdown(known.link)
+    return for_markdown(known.reason) + (f" ({link})" if known.link else "")

@@ -16,6 +16,8 @@ FORMAT = 2
 #: A run of every model against one target writes 1 MB, and 3 kB in a line.
 MAX_BYTES = 30_000_000
 _MAX_LINE = 2_000_000
+#: The one line of a run with nothing to report. A file without lines is not of a whole run.
+_NOTHING = {"format": FORMAT, "kind": "nothing"}
 
 
 def ordered(records: Iterable[Record]) -> list[Record]:
@@ -25,18 +27,22 @@ def ordered(records: Iterable[Record]) -> list[Record]:
 
 def dump(records: Iterable[Record]) -> str:
     """Write records as JSON lines, failures first."""
-    lines = (json.dumps({"format": FORMAT, **record.as_dict()}) for record in ordered(records))
-    return "".join(f"{line}\n" for line in lines)
+    lines = [{"format": FORMAT, **record.as_dict()} for record in ordered(records)]
+    return "".join(f"{json.dumps(line)}\n" for line in lines or [_NOTHING])
 
 
 def load(file: Path) -> list[Record]:
     """Read the JSON lines of one run.
 
     Raises:
-        MoERoutingError: The file cannot be read, or a line in it is no record.
+        MoERoutingError: The file cannot be read or has no lines, or a line in it is no record.
     """
     lines = read_text(file, MAX_BYTES).split("\n")
-    return [_parse(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise MoERoutingError(f"{file}: found no line, expected the report of a run")
+    found = (_parse(line, f"{file}:{n}") for n, line in numbered)
+    return [record for record in found if record is not None]
 
 
 def load_document(file: Path) -> list[Record]:
@@ -62,13 +68,13 @@ def _check_format(data: Any, where: str) -> None:
         raise MoERoutingError(f"{where}: format: found {_show(found)}, expected {FORMAT}")
 
 
-def _parse(line: str, where: str) -> Record:
+def _parse(line: str, where: str) -> Record | None:
     if len(line) > _MAX_LINE:
         size = f"{len(line)} characters"
         raise MoERoutingError(f"{where}: found {size}, expected at most {_MAX_LINE}")
     data = parse_json(line, where)
     _check_format(data, where)
-    return _record(data, where)
+    return None if data == _NOTHING else _record(data, where)
 
 
 def _record(data: Any, where: str) -> Record:

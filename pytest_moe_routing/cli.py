@@ -142,16 +142,18 @@ def _names(text: str) -> list[str]:
 
 def _add(arguments: argparse.Namespace) -> int:
     from pytest_moe_routing.models import dump_model, read_config
+    from pytest_moe_routing.oracle.judge import OPEN_KEYS, open_questions
 
     model = read_config(arguments.config)
     file = arguments.directory / model.id / "model.yaml"
     _write_new(file, dump_model(model))
-    if model.unproven:
-        _say(f"{file}\nThe model is not judged yet. Settle these points, then remove 'unproven':")
-        for reason in model.unproven:
-            _say(f"  {reason}")
-        return 0
-    _say(f"{file}\nRead it, then write its goldens:")
+    _say(str(file))
+    if questions := open_questions(model):
+        keys = " and ".join(f"'{name}'" for name in OPEN_KEYS if getattr(model, name))
+        _say(f"The model is not judged yet. Settle these points, then remove {keys} from the file:")
+        for question in questions:
+            _say(f"  {question}")
+    _say("Then write its goldens:" if questions else "Read it, then write its goldens:")
     _say(
         f"  pytest --moe-golden --moe-golden-dir {arguments.directory} "
         f"--moe-models {model.id} --snapshot-update"
@@ -161,12 +163,13 @@ def _add(arguments: argparse.Namespace) -> int:
 
 def _write_new(file: Path, text: str) -> None:
     """Write a file, but never over one that somebody may have worked on."""
+    from pytest_moe_routing.goldens import write_in_one_step
+
+    if file.exists() or file.is_symlink():
+        raise MoERoutingError(f"{file}: already exists; remove it first")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    except FileExistsError:
-        raise MoERoutingError(f"{file}: already exists; remove it first") from None
+        write_in_one_step(file, text)
     except OSError as error:
         raise MoERoutingError(f"{file}: cannot be written: {error.strerror}") from error
 

@@ -174,15 +174,41 @@ def test_add_writes_what_is_then_read(tmp_path, capsys):
     assert "already exists" in capsys.readouterr().err
 
 
-def test_a_model_with_open_questions_is_not_called_valid(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("change", "keys", "question"),
+    [
+        ({"norm_topk_porb": True}, ["unproven"], "norm_topk_porb is not read (did you mean norm"),
+        ({"architectures": ["NewForCausalLM"]}, ["unknown_architectures"], "NewForCausalLM is not"),
+        ({"scoring_func": "softmax"}, ["contradicted"], "scoring_func is sigmoid in transformers"),
+        (
+            {"scoring_func": "softmax", "architectures": ["NewForCausalLM"], "moe_odd": 1},
+            ["unproven", "unknown_architectures", "contradicted"],
+            "about experts or routing, and not read: moe_odd",
+        ),
+    ],
+)
+def test_what_add_tells_to_do_about_open_questions_settles_them(
+    tmp_path, capsys, change, keys, question
+):
     config = {key: value for key, value in R1.items() if key != "norm_topk_prob"}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "norm_topk_porb": True}))
-    assert main(["add", str(tmp_path / "config.json"), str(tmp_path / "golden")]) == 0
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    golden = tmp_path / "golden"
+    assert main(["add", str(tmp_path / "config.json"), str(golden)]) == 0
     shown = capsys.readouterr().out
-    assert "did you mean norm_topk_prob?" in shown
-    assert "--snapshot-update" not in shown
-    assert main(["check", str(tmp_path / "golden")]) == 0
-    assert ": not judged: norm_topk_porb is not read (did you mean" in capsys.readouterr().out
+    file = Path(shown.splitlines()[0])
+    named = " and ".join(f"'{key}'" for key in keys)
+    assert f"Settle these points, then remove {named} from the file:\n  {question}" in shown
+    assert shown.endswith("--snapshot-update\n")
+    assert main(["check", str(golden)]) == 0
+    assert f": not judged: {question}" in capsys.readouterr().out
+    settled = [line for line in file.read_text().splitlines() if line.partition(":")[0] not in keys]
+    if "unproven" in keys:
+        settled = [line for line in settled if "not read" not in line]
+    file.write_text("\n".join(settled))
+    assert main(["check", str(golden)]) == 0
+    assert ": valid; fp8_block.golden.json" in capsys.readouterr().out
+    assert main(["explain", str(file)]) == 0
+    assert "not judged" not in capsys.readouterr().out
 
 
 def test_add_of_a_broken_config_writes_nothing(tmp_path, capsys):

@@ -113,6 +113,10 @@ def as_read_by(target: Target, model: ModelSpec) -> ModelSpec:
     )
 
 
+#: The keys of a model that hold its open questions.
+OPEN_KEYS = ("unproven", "unknown_architectures", "contradicted", "disputed")
+
+
 def open_questions(model: ModelSpec) -> list[str]:
     """Why a verdict on the model would rest on a guess, in sentences; empty if it would not."""
     computed = {**vars(model.experts), **vars(model.router)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from pytest_moe_routing import goldens
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.models import IncompleteModel, load_any
+from pytest_moe_routing.oracle.judge import open_questions
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def _check(file: Path) -> Folder:
         return Folder(folder.name, str(error))
     if stray := sorted(present - wanted):
         return Folder(folder.name, f"no test reads {', '.join(stray)}; delete them")
-    if model.unproven:
-        return Folder(folder.name, note=f"not judged: {'; '.join(model.unproven)}")
+    if questions := open_questions(model):
+        return Folder(folder.name, note=f"not judged: {'; '.join(questions)}")
     if missing := sorted(wanted - present):
         command = (
             f"pytest --moe-golden --moe-golden-dir {folder.parent} --moe-models {folder.name} "

@@ -187,5 +187,5 @@ def _fail(levels: list[Section], families: Table) -> NoReturn:
             if near
             else "none has a similar name;"
         )
-        + " `moe-routing init` writes a model.yaml to describe the router in",
+        + " `moe-routing init DIRECTORY` writes a model.yaml to describe the router in",
     )

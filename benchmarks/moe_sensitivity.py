@@ -1,6 +1,7 @@
 """Calibrate the MoE comparison on right kernels, and measure what it notices of wrong ones.
 
     python benchmarks/moe_sensitivity.py measure suite --seconds 600 --jobs 16
+    python benchmarks/moe_sensitivity.py measure even --seconds 600 --jobs 16
     python benchmarks/moe_sensitivity.py measure full --seconds 600 --jobs 16
     python benchmarks/moe_sensitivity.py write      # docs/moe-sensitivity.md from the results
 
@@ -30,18 +31,29 @@ from pytest_moe_routing.compare import compare_moe  # noqa: E402
 from pytest_moe_routing.compare.aggregates import families  # noqa: E402
 from pytest_moe_routing.compare.budget import FLASHINFER  # noqa: E402
 from pytest_moe_routing.compare.spread import pipelines, spread_moe  # noqa: E402
+from pytest_moe_routing.suite.test_gpu_moe import MANY  # noqa: E402
 
 ACTIVATIONS = ("silu", "swigluoai", "gelu", "relu2", "swiglustep")
 
 #: Tokens of each problem in turn, kernels that solve it, and trials of each slip.
-TOKENS = {"suite": (1, 5, 33), "full": (32,)}
-KERNELS = {"suite": 20, "full": 8}
-TRIALS = {"suite": 10, "full": 2}
-WANTED = {"suite": 10_000, "full": 200}
+TOKENS = {"suite": (1, 5, 33), "even": (MANY,), "full": (32,)}
+KERNELS = {"suite": 20, "even": 20, "full": 8}
+TRIALS = {"suite": 10, "even": 10, "full": 2}
+WANTED = {"suite": 10_000, "even": 200, "full": 200}
 
 
 def layer(scheme, size):
-    return SUITE if size == "suite" else FULL[scheme]
+    return FULL[scheme] if size == "full" else SUITE
+
+
+def problem_of(scheme, size, tokens, act, seed):
+    even = size == "even"
+    return make(scheme, layer(scheme, size), tokens=tokens, act=act, seed=seed, even=even)
+
+
+def slips_of(size):
+    """What is tried at a size: test_equal_shares has one activation."""
+    return [slip for slip in SLIPS if size != "even" or slip.act == "silu"]
 
 
 def path(size):
@@ -63,7 +75,7 @@ def calibrated(scheme, size, number):
     """One problem, solved by several right kernels, each judged by its own kind of kernel alone."""
     tokens = TOKENS[size][number % len(TOKENS[size])]
     act = ACTIVATIONS[number % len(ACTIVATIONS)]
-    problem = make(scheme, layer(scheme, size), tokens=tokens, act=act, seed=1000 + 7 * number)
+    problem = problem_of(scheme, size, tokens, act, 1000 + 7 * number)
     spreads = [spread_moe(problem, kind) for kind in pipelines(problem, FLASHINFER)]
     opened, alarms, sums = {}, [], {}
     for draw in range(KERNELS[size] * number, KERNELS[size] * (number + 1)):
@@ -90,7 +102,7 @@ def noticed(scheme, size, name, number):
     """One wrong kernel: whether it was noticed, and how far it moved the output of a token."""
     slip = next(slip for slip in SLIPS if slip.name == name)
     tokens = TOKENS[size][-1]
-    problem = make(scheme, layer(scheme, size), tokens=tokens, act=slip.act, seed=5 + 7 * number)
+    problem = problem_of(scheme, size, tokens, slip.act, 5 + 7 * number)
     kernel = Honest.drawn(number)
     right = kernel(problem, raw=True)
     output = slip.output(kernel(slip.problem(problem, number), raw=True), number)
@@ -118,7 +130,7 @@ def add(record, size, found):
 def tasks(size, schemes, results) -> Iterator[tuple]:
     """What is left to do: the place of its record, and a call."""
     for scheme in schemes:
-        for slip in SLIPS:
+        for slip in slips_of(size):
             place = ("slips", scheme, slip.name)
             past = results.get("slips", {}).get(scheme, {}).get(slip.name, {}).get("trials", [])
             if scheme in slip.schemes:
@@ -195,7 +207,7 @@ def page():
         )
         parts += ["### Wrong kernels", WRONG[size]]
         rows = []
-        for slip in SLIPS:
+        for slip in slips_of(size):
             cells = []
             for scheme in TESTED:
                 trials = slips.get(scheme, {}).get(slip.name, {}).get("trials", [])
@@ -205,7 +217,11 @@ def page():
     return "\n\n".join(parts) + "\n"
 
 
-SIZES = {"suite": "The sizes of the GPU suite", "full": "The sizes of published models"}
+SIZES = {
+    "suite": "The sizes of the GPU suite",
+    "even": "Many tokens with experts of equal shares",
+    "full": "The sizes of published models",
+}
 
 HEAD = """# What the MoE comparison notices
 
@@ -223,6 +239,9 @@ the activation, and the error of their sigmoid (`tests/honest_kernel.py`). *Larg
 largest share of its bound that any aggregate used; above 1 is an alarm. *Largest RMS* is the
 largest root mean square of a family of aggregates, in units of their standard deviations and after
 subtracting the permitted drift: correct variances keep it below 1.""",
+    "even": f"""The same layers with the inputs of the suite's `test_equal_shares`:
+{TOKENS["even"][0]} tokens, router weights that are nearly equal, and scales of whole matrices that
+differ by at most 1.7 instead of 8.""",
     "full": f"""{TOKENS["full"][0]} tokens, each routed to both of two experts: """
     + "; ".join(f"{scheme} {size.hidden} x {size.inner}" for scheme, size in FULL.items())
     + ".",
@@ -236,7 +255,8 @@ that were not noticed. One code of a scale is one step of E4M3 (6 to 13 %), a fa
 would change less than the rounding of the output. The router weight is that of the expert with the
 smallest weight of a token. This expert may contribute only 2 % of the token's output, and rounding
 may remove most of the change; the output is then as close to the exact result as that of a right
-kernel.""",
+kernel. With the inputs of the next section, which are in the suite as well, each is noticed.""",
+    "even": "As before. The clamp and alpha are those of another activation, and not tried again.",
     "full": f"""As for the sizes of the GPU suite, with {TOKENS["full"][-1]} tokens.""",
 }
 

@@ -13,6 +13,7 @@ from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import GeneratedExperts, static_scale
 from pytest_moe_routing.routing.recipe import Recipe
 from pytest_moe_routing.schemes import storage_of
+from pytest_moe_routing.suite.fused import EVEN
 
 TESTED = (
     "bf16",
@@ -49,8 +50,11 @@ FULL = {
 FULL |= {scheme: Size(2, 2, 7168, 2048) for scheme in TESTED if scheme not in FULL}
 
 
-def make(scheme, size=SUITE, *, tokens=33, act="silu", seed=0):
-    """A problem in which every other token is loud enough to reach a clamp of 7."""
+def make(scheme, size=SUITE, *, tokens=33, act="silu", seed=0, even=False):
+    """A problem in which every other token is loud enough to reach a clamp of 7.
+
+    With `even`, the experts of a token contribute about as much as each other.
+    """
     gated = act != "relu2"
     made = GeneratedExperts(
         size.experts,
@@ -59,15 +63,17 @@ def make(scheme, size=SUITE, *, tokens=33, act="silu", seed=0):
         storage_of(scheme).weight,
         gated,
         intermediate_scale=static_scale(storage_of(scheme).intermediate),
+        even=even,
         seed=seed,
     )
+    share = EVEN if even else 1
     recipe = Recipe(size.top_k, "sigmoid", bias=True, normalize="sum", scale=2.5)
     return MoEProblem.of(
         loud(tokens, size.hidden, seed=seed + 1),
         [made[e] for e in range(size.experts)],
         MoELayer(scheme, activation(act)),
         recipe=recipe,
-        logits=bell(tokens, size.experts, seed=seed + 2),
+        logits=bell(tokens, size.experts, seed=seed + 2) * share,
         bias=bell(size.experts, seed=seed + 3) / 8,
     )
 

@@ -19,6 +19,7 @@ from pytest_moe_routing.compare.budget import FLASHINFER
 from pytest_moe_routing.compare.spread import pipelines, spread_moe
 from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.shard import Shard
+from pytest_moe_routing.suite.test_gpu_moe import MANY
 
 KERNELS = int(os.environ.get("MOE_KERNELS", "50"))
 
@@ -77,6 +78,24 @@ def test_small_slips_are_noticed_and_named(scheme, slip):
     found = compare_moe(raw.to(torch.bfloat16), problem, diagnose=False)
     assert not found.ok
     assert slip.family in [aggregate.family for aggregate in found.aggregates], found.message()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "seed"),
+    [
+        ("fp8_per_tensor", "one router weight 10 %", 7),
+        ("nvfp4", "a row of block scales of the first GEMM one code", 0),
+    ],
+)
+def test_equal_shares_show_what_rounding_hides(scheme, name, seed):
+    """Two slips that the other problems of the same sizes miss, as docs/moe-sensitivity.md states."""
+    slip = next(slip for slip in SLIPS if slip.name == name)
+    noticed = []
+    for how in ({}, {"even": True, "tokens": MANY}):
+        problem, kernel = make(scheme, seed=5 + 7 * seed, **how), Honest.drawn(seed)
+        output = kernel(slip.problem(problem, seed), raw=True).to(torch.bfloat16)
+        noticed.append(not compare_moe(output, problem, diagnose=False).ok)
+    assert noticed == [False, True]
 
 
 @pytest.mark.parametrize("gemm", ["gemm1", "gemm2"])

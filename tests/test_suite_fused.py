@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
@@ -23,6 +25,20 @@ def test_chosen_experts_are_found_without_replay():
     ids, _ = fused.rows(problem)
     assert fused.replays
     assert torch.equal(fused.located(problem), ids)
+
+
+def test_equal_shares_are_equal():
+    """Without them, an expert's share of a token is often a fiftieth of another's."""
+    call = replace(CALL, scheme="fp8_per_tensor", num_experts=16, top_k=4)
+    ratios = []
+    for even in (False, True):
+        fused = replace(layer(), call=call, scheme="fp8_per_tensor", even=even)
+        problem = fused.problem(33)
+        _, found = fused.rows(problem)
+        shares = found.rows.double().norm(dim=-1) * found.weights
+        ratios.append(float((shares.amax(1) / shares.amin(1)).median()))
+        assert problem.routing.topk_weights.shape == (33, 4)
+    assert ratios[1] < 5 < 50 < ratios[0]
 
 
 def test_a_slot_of_several_shards_has_no_expert():

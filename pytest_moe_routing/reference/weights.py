@@ -84,6 +84,8 @@ class GeneratedExperts:
         gated: Whether the first GEMM has gate and up rows.
         biases: Whether there are expert biases.
         intermediate_scale: As in `Expert`.
+        even: Whether scales of a whole matrix differ by at most 1.7 instead of 8, so that every
+            expert has a share of the output that rounding does not hide.
         seed: Another one makes another layer.
     """
 
@@ -94,6 +96,7 @@ class GeneratedExperts:
     gated: bool = True
     biases: bool = False
     intermediate_scale: float | None = None
+    even: bool = False
     seed: int = 0
 
     def __len__(self) -> int:
@@ -139,7 +142,10 @@ class GeneratedExperts:
         spread = {"e4m3": 0.85, "e2m1": 2.9, "int4": 4.6}[fmt.element]
         steps = self._bytes(shape[0] * shape[1], draw + _SCALES) & 3
         # Scales of 1/4 to 2, so that another block's is no small matter; their own is 1.15.
-        real = size / spread / 1.15 * torch.exp2(steps.to(torch.float32) - 2).view(shape)
+        powers = steps.to(torch.float32) - 2
+        if self.even and shape == (1, 1):
+            powers = powers / 4
+        real = size / spread / 1.15 * torch.exp2(powers).view(shape)
         overall = None
         if fmt.scale == "e4m3":
             overall = torch.tensor(size / spread / 16)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Explain = Callable[[], list[str]]
 #: Experts that are different, where sizes are reduced; a prime, so that no shard repeats another.
 DISTINCT = 61
+#: The share of the logits' spread with which the experts of a token have nearly equal weights.
+EVEN = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Fused:
     silent: int | None = None
     limit: float | None = None
     shared: int = 0
+    #: Whether the experts of a token contribute about as much as each other.
+    even: bool = False
 
     @cached_property
     def layer(self) -> MoELayer:
@@ -99,6 +103,7 @@ class Fused:
             self.layer.activation.gated,
             self.biases,
             intermediate_scale=static_scale(self.layer.storage.intermediate),
+            even=self.even,
         )
         if self.sizes:
             return made
@@ -154,13 +159,14 @@ class Fused:
         case = logits.make_case(
             pattern, recipe, num_tokens=num_tokens, num_experts=self.call.num_experts
         )
+        scores = case.logits * EVEN if self.even else case.logits
         bias = None if case.bias is None else case.bias.to(dtype(self.call.bias_dtype))
         return MoEProblem.of(
             logits.loud(num_tokens, self.width[0], seed=num_tokens),
             self.experts,
             self.layer,
             recipe=recipe,
-            logits=case.logits.to(dtype(self.call.logits_dtype)),
+            logits=scores.to(dtype(self.call.logits_dtype)),
             bias=bias,
         )
 

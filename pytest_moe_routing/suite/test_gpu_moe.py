@@ -31,6 +31,9 @@ Make = Callable[..., Fused]
 #: One token, some, and more than a tile of them.
 TOKENS = (1, 5, 33)
 
+#: Enough for the aggregate of a row of weights to show one of its scales.
+MANY = 129
+
 #: Schemes whose entry points take fused shared experts.
 SHARING = ("fp8_block", "mxfp8", "nvfp4", "nvfp4_per_token", "mxfp4", "mxfp4_bf16")
 
@@ -99,6 +102,12 @@ def test_scheme(fused: Make, scheme: str, activated: str) -> None:
     pairs = (False, True) if layer.flashinfer.has(layer.kernel.pairs_since or "9999") else (False,)
     for num_tokens in TOKENS:
         layer.check(num_tokens, pairs=pairs)
+
+
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
+def test_equal_shares(fused: Make, scheme: str) -> None:
+    """Many tokens, each with experts of equal shares: rounding hides no weight and no scale."""
+    fused(small_call(scheme), scheme, even=True).check(MANY)
 
 
 @pytest.mark.parametrize("scheme", [name for name in KERNEL_SCHEMES if kernel_of(name).biases])

@@ -153,8 +153,8 @@ ROUTING_FAULTS = (
         "nan-beyond",
         Stage.ROUTE,
         _nan_beyond,
-        "a token whose bfloat16 logits are NaN gets experts that do not exist, below the "
-        "compiled tier",
+        "a token whose bfloat16 logits are NaN gets experts that do not exist, if there are fewer "
+        "experts than in the compiled tier",
         "flashinfer 0.7.2.post1, docs/findings.md",
         "test_gpu_routing.py::test_model[gpt-oss-20b-not-finite-bfloat16-float32]",
     ),
@@ -236,7 +236,7 @@ ROUTING_FAULTS = (
         "shared-scaled",
         Stage.SHARED,
         _shared_scaled,
-        "fused shared experts weigh 1 divided by the routed scaling factor",
+        "fused shared experts have the weight 1 / (routed scaling factor) instead of 1",
         "sglang PR 35163",
         "test_gpu_moe.py::test_fused_shared_experts[nvfp4]",
     ),

@@ -12,6 +12,15 @@ from pytest_moe_routing import progress
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import printable
 
+_MODELS = "ids of models, as comma-separated shell patterns (default: all)"
+_SCHEMES = "quantization schemes, comma-separated (default: all)"
+_RELEASE = (
+    "FlashInfer release to judge against (default: the installed one; with a PATH, the one that "
+    "the target pins; otherwise the newest known)"
+)
+_PINNED = "FlashInfer release to judge against (default: for each release, the one that it pins)"
+_DIRECTORY = "a directory of further models; may be repeated"
+
 
 class _Version(argparse.Action):
     """Print the version; it is looked up only when it is asked for."""
@@ -35,13 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "explain", help="show what a model's router computes, and the verdict in each scheme"
     )
     explain.add_argument(
-        "model", help="id of a known model, or path of a model.yaml or config.json"
+        "model",
+        help="a known model's id or repository, or the path of a model.yaml or config.json",
     )
-    explain.add_argument("--flashinfer", metavar="RELEASE", help="default: installed, or newest")
+    explain.add_argument("--flashinfer", metavar="RELEASE", help=_RELEASE)
     explain.add_argument(
-        "--target", default="builtin", help="target whose decision is judged (default: builtin)"
+        "--target",
+        default="builtin",
+        metavar="NAME[@PATH]",
+        help="target whose decisions are judged (default: builtin)",
     )
-    explain.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
+    explain.add_argument(
+        "--golden-dir", type=Path, action="append", default=[], metavar="DIR", help=_DIRECTORY
+    )
     explain.add_argument(
         "--schemes",
         default="",
@@ -50,48 +65,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     explain.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     add = commands.add_parser("add", help="write a model folder from a Hugging Face config.json")
-    add.add_argument("config", type=Path, help="the file, or the folder that holds it")
+    add.add_argument("config", type=Path, help="the config.json, or the folder that contains it")
     add.add_argument("directory", type=Path, help="the golden directory to write into")
     check = commands.add_parser("check", help="validate the model folders of golden directories")
-    check.add_argument("directory", type=Path, nargs="+", metavar="DIR")
+    check.add_argument("directory", type=Path, nargs="+", metavar="DIR", help="a golden directory")
     diff = commands.add_parser(
         "diff", help="compare two reports or releases; exit code 1 if a failure is new"
     )
     side = "a .json or .jsonl report, or a release as NAME@PATH"
     diff.add_argument("before", metavar="A", help=side)
     diff.add_argument("after", metavar="B", help=side)
-    diff.add_argument("--models", default="", metavar="PATTERNS", help="default: all")
-    diff.add_argument("--schemes", default="", metavar="NAMES", help="default: all")
-    diff.add_argument("--flashinfer", metavar="RELEASE", help="default: what each one pins")
-    diff.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
+    diff.add_argument("--models", default="", metavar="PATTERNS", help=_MODELS)
+    diff.add_argument("--schemes", default="", metavar="NAMES", help=_SCHEMES)
+    diff.add_argument("--flashinfer", metavar="RELEASE", help=_PINNED)
+    diff.add_argument(
+        "--golden-dir", type=Path, action="append", default=[], metavar="DIR", help=_DIRECTORY
+    )
     diff.add_argument("--json", action="store_true", help="print the changes as JSON")
     init = commands.add_parser(
         "init", help="create a golden directory: a model to edit, a README, a CI step, a ledger"
     )
-    init.add_argument("directory", type=Path)
+    init.add_argument("directory", type=Path, help="the directory to create")
     init.add_argument(
-        "--from", dest="model", default="deepseek-r1", metavar="MODEL", help="id of a known model"
+        "--from",
+        dest="model",
+        default="deepseek-r1",
+        metavar="MODEL",
+        help="the known model to start from, by id (default: deepseek-r1)",
     )
     report = commands.add_parser("report", help="merge the .jsonl reports of several runs")
-    report.add_argument("out", type=Path, help="what to write: .html, .md, .json or .jsonl")
-    report.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
-    history = commands.add_parser("history", help="when verdicts changed, release by release")
+    report.add_argument("out", type=Path, help="the report to write: .html, .md, .json or .jsonl")
+    report.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE.jsonl", help="a report to merge"
+    )
+    history = commands.add_parser("history", help="show when verdicts changed, release by release")
     history.add_argument("target", help="a target's name, such as vllm")
     history.add_argument(
         "paths", nargs="+", metavar="PATH", help="a wheel, an unpacked wheel or a checkout"
     )
-    history.add_argument("--models", default="", metavar="PATTERNS", help="default: all")
-    history.add_argument("--schemes", default="", metavar="NAMES", help="default: all")
-    history.add_argument("--flashinfer", metavar="RELEASE", help="default: what each one pins")
-    history.add_argument("--golden-dir", type=Path, action="append", default=[], metavar="DIR")
+    history.add_argument("--models", default="", metavar="PATTERNS", help=_MODELS)
+    history.add_argument("--schemes", default="", metavar="NAMES", help=_SCHEMES)
+    history.add_argument("--flashinfer", metavar="RELEASE", help=_PINNED)
+    history.add_argument(
+        "--golden-dir", type=Path, action="append", default=[], metavar="DIR", help=_DIRECTORY
+    )
     history.add_argument("--all", action="store_true", help="also list cases that never changed")
     history.add_argument(
-        "-o", dest="out", type=Path, metavar="FILE", help="write a .md or .json file"
+        "-o", dest="out", type=Path, metavar="FILE", help="write the history to a .md or .json file"
     )
     commands.add_parser("models", help="print docs/models.md: every known model's router")
-    commands.add_parser("faults", help="print docs/gpu-faults.md: which GPU test catches what")
+    commands.add_parser(
+        "faults", help="print docs/gpu-faults.md: the GPU test that catches each fault"
+    )
     drift = commands.add_parser(
-        "drift", help="compare a release with the bundled facts, without running its code"
+        "drift", help="compare a release with what this package knows, without running its code"
     )
     drift.add_argument("system", choices=("vllm", "sglang", "flashinfer"))
     drift.add_argument(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: The folder of answers in pytest's cache.
 _KEPT = "moe-routing"
 
-#: Option, ini type, what stands for its value, help. The ini twin of --moe-x is moe_x, and the
+#: Option, ini type, metavar, help. The ini twin of --moe-x is moe_x, and the
 #: command line wins.
 OPTIONS = (
     ("golden", "bool", "", "run the golden suite: every model's routing, decisions and verdicts"),
@@ -26,9 +26,9 @@ OPTIONS = (
         "target",
         "string",
         "NAME[@PATH]",
-        "what is judged: builtin (default), vllm, sglang, flashinfer or another registered target, "
-        "with the PATH of a wheel, an unpacked wheel or a checkout if it is not installed; or "
-        "module:Class",
+        "what is judged: builtin (default), vllm, sglang, transformers, flashinfer or another "
+        "registered target, or module:Class; PATH is a wheel, an unpacked wheel or a checkout that "
+        "is judged instead of the installed package",
     ),
     (
         "models",
@@ -53,7 +53,7 @@ OPTIONS = (
         "golden-dir",
         "paths",
         "DIR",
-        "a directory of further models, which replace packaged ones of the same id; may be "
+        "a directory of further models, which replace packaged models with the same id; may be "
         "repeated",
     ),
     ("config", "paths", "FILE", "a Hugging Face config.json, or its folder; may be repeated"),
@@ -71,20 +71,21 @@ OPTIONS = (
         "min-verdicts",
         "string",
         "N",
-        "fail unless at least N verdicts were given (default: as many as are known to be possible)",
+        "fail unless at least N verdicts were given (default: the number that is known to be "
+        "possible)",
     ),
     ("known-failures", "paths", "FILE", "a YAML ledger of known failures; may be repeated"),
     (
         "write-known-failures",
         "string",
         "FILE",
-        "write a ledger of every cause of failure to a new FILE",
+        "write a ledger with an entry for each cause of failure to a new FILE",
     ),
     (
         "no-cache",
         "bool",
         "",
-        "ask the target again: reuse no answers of earlier runs, and keep none",
+        "ask the target every question again: neither reuse nor keep answers",
     ),
     ("report", "paths", "FILE", "write a .html, .md, .json or .jsonl report; may be repeated"),
 )
@@ -199,12 +200,13 @@ def add_markers(config: pytest.Config) -> None:
         "kernels ('routing', 'fused') are built before the test",
     )
     config.addinivalue_line(
-        "markers", "sweep: tests of routers that no model has; left out of runs of chosen models"
+        "markers",
+        "sweep: tests of routers that no model has; left out of runs limited to some models",
     )
     config.addinivalue_line(
         "markers",
         "moe_models(*patterns, distinct_routers=False, distinct_layers=False, published=False): "
-        "run with the models whose id matches a pattern; with distinct_routers, with one model of "
-        "each router; with distinct_layers, with one of each size and activation of the experts; "
-        "with published, only in schemes of which the model has a published checkpoint",
+        "run with each model whose id matches a pattern; with distinct_routers, with one model for "
+        "each router; with distinct_layers, with one for each size and activation of the experts; "
+        "with published, only in the schemes of the model's published checkpoints",
     )

@@ -72,7 +72,7 @@ def test_a_run_counts_the_models_that_have_no_answer():
         found = ignored_requests(TARGET, scheme, [MODELS["minimax-m2"], MODELS["glm-5"]])
         note(properties.__setitem__, {AROUND: found.unanswered, CONCERNED: {}})
         run.add(properties)
-    first = "around kernel calls: of 2 models it is not known what is ignored"
+    first = "around kernel calls: for 2 models, it is not known what is ignored"
     assert [*run.lines(every=False)] == [f"{first}; -v lists the reasons"]
     assert [*run.lines(every=True)] == [first, "  2 x not this model"]
 
@@ -103,10 +103,10 @@ def test_reasons_that_are_not_told_are_one_line():
     failure = of_ignored(TARGET, "nvfp4", Ignored(Request.REASONS, silent, ("glm-4.5",)))
     assert (failure.rank, failure.cause) == (
         Rank.LATENT,
-        "ignored:reasons-why-no-experts-are-taken",
+        "ignored:reasons-for-choosing-no-experts",
     )
     assert failure.lines == (
-        "nvfp4: reasons why no experts are taken not told, as select raises ValueError: none",
+        "nvfp4: reasons for choosing no experts not stated: select raises ValueError: none",
     )
 
 

@@ -75,7 +75,7 @@ def cannot_say(*_):
         (lambda *_: (), "a published checkpoint, by default", True),
         (lambda *_: (FLAG,), f"only with an opt-in switch: {FLAG}", False),
         (lambda *_: None, "a published checkpoint", False),
-        (cannot_say, "a published checkpoint; whether by default is not known", False),
+        (cannot_say, "a published checkpoint; it is not known whether by default", False),
     ],
 )
 def test_a_target_without_selectors_says_what_makes_it_take_its_experts(answer, reach, is_default):
@@ -87,7 +87,7 @@ def test_an_open_reach_is_told_with_its_reason_and_counted():
     record = judged(choice=lambda *_, **__: None, opt_in=cannot_say)
     assert "  open     the crystal ball is cloudy" in text.story(record)
     [line] = matrix.open_reaches([record, judged()])
-    assert line.startswith("1 x who can reach the verdict is an open question: the crystal ball")
+    assert line.startswith("1 x it is not known who can reach the verdict: the crystal ball")
     told = ["".join(piece.text for piece in each) for each in terminal.summary([record], width=200)]
     assert line in told
 
@@ -105,7 +105,7 @@ def test_a_selector_that_takes_what_the_gates_reject():
     record = judged(accepts=False)
     assert (record.verdict, record.fails) == ("wrong", True)
     assert list(text.sentences(record.findings)) == [
-        "select takes the experts, although their gates reject the layer (shape)"
+        "select selects the experts, although their gates reject the layer (shape)"
     ]
     assert record.kernel is not None
 

@@ -27,7 +27,7 @@ def test_explain_tells_the_whole_story(capsys):
         "fp8_block: missed",
         "  exact    as DeepSeekV3: routing_method_type=2,",
         "           routed_scaling_factor=3.0, intermediate_size=1280, activation_type=3,",
-        "  gate     routing method: no, fp8_block does not take Unspecified",
+        "  gate     routing method: no, fp8_block does not accept Unspecified",
         "  gates    6 of 7 accept",
         "  router   alone would be exact as DeepSeekV3(n_group=1, topk_group=1, routed_scaling_factor=3)",
     ):

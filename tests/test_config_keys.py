@@ -209,7 +209,10 @@ def test_a_misspelt_key_is_doubted(tmp_path, key, misspelt):
     ("config", "doubt"),
     [
         ({**R1, "topk_method": "greedy"}, 'topk_method is "greedy": transformers has a bias with'),
-        (without("topk_method"), "topk_method is not in the config: transformers has a bias anyway"),
+        (
+            without("topk_method"),
+            "topk_method is not in the config: transformers has a bias anyway",
+        ),
         ({**R1, "topk_method": None}, "topk_method is null: transformers has a bias anyway"),
         (without("scoring_func"), "scoring_func is not in the config: transformers computes a"),
     ],

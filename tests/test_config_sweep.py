@@ -107,7 +107,7 @@ def test_history_of_scaled_minimax2():
     crashes = {
         fact for cause in found.causes if cause.verdict == "crash" for _, _, fact in cause.why
     }
-    assert "the Llama4 kernel takes top_k 1 and at most 128 experts" in crashes
+    assert "the Llama4 kernel accepts only top_k 1 and at most 128 experts" in crashes
 
 
 def test_causes_that_are_others_together_are_left_out():

@@ -68,7 +68,7 @@ def test_the_message_counts_tokens_that_get_other_experts():
     )
     assert "because  the float32 bias is downcast to bfloat16 before the call" in text
     assert "64.8% of the tokens of the logits pattern 'narrow-bias', which get other exp" in text
-    assert "kernel   DeepSeekV3 takes float32 without loss" in text
+    assert "kernel   DeepSeekV3 accepts float32 without loss" in text
 
 
 def test_nothing_rounded_is_nothing_lost():

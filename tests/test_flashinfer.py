@@ -14,6 +14,7 @@ from packaging.version import Version
 from pytest_moe_routing.errors import DataError, ReleaseError
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases
 from pytest_moe_routing.flashinfer.check import check_data
+from pytest_moe_routing.flashinfer.grammar import in_words
 from pytest_moe_routing.flashinfer.rules import _data
 from pytest_moe_routing.routing import METHODS, RoutingMethodType
 from pytest_moe_routing.schemes import SERVED_SCHEMES, kernel_of
@@ -273,3 +274,17 @@ def test_every_kernel_method_of_every_release_has_a_recipe_row():
     for release in known_releases():
         for method in FlashInfer.of(release).methods:
             assert method == "Unspecified" or RoutingMethodType[method] in METHODS
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ("%4 >top_k", "a multiple of 4 and more than top_k"),
+        (">=1 <=4 <=n_group", "at least 1 and at most 4 and at most n_group"),
+        ("==bfloat16", "bfloat16"),
+        ("!=none", "any value but none"),
+        ("in:float32,bfloat16", "float32 or bfloat16"),
+    ],
+)
+def test_conditions_in_words(condition, words):
+    assert in_words(condition) == words

@@ -68,7 +68,7 @@ def test_sizes_that_no_padding_makes_fit():
     assert misaligned(2880, 2880, "mxfp4", True) == ""
     assert misaligned(2688, 1856, "fp8_per_tensor", False) == ""
     assert misaligned(2880, 2880, "bf16", True) == (
-        "the bf16 kernel takes rows of weights in multiples of 128, and frameworks do not pad to "
+        "the bf16 kernel requires weight rows in multiples of 128, and frameworks do not pad to "
         "it: found 5888 and 2880 rows"
     )
     assert "found 1856 and 256 rows" in misaligned(256, 928, "mxint4", True)

@@ -152,7 +152,11 @@ def test_what_means_the_same_is_no_problem(name, changes):
             {"output_factor": 2.5},
             "routed_scaling_factor: the model has 2.5, the model code asks for 6.25",
         ),
-        ("glm-5", {"apply_router_weight_on_input": True}, "router weight on: the model has output"),
+        (
+            "glm-5",
+            {"apply_router_weight_on_input": True},
+            "router weight side: the model has output",
+        ),
         (
             "glm-5",
             {"router_logits_dtype": None},
@@ -163,7 +167,7 @@ def test_what_means_the_same_is_no_problem(name, changes):
         ("qwen3-30b-a3b", {"renormalize": False}, "renormalize: the model has softmax"),
         ("gpt-oss-20b", {"top_k": 2}, "top_k: the model has 4"),
         ("deepseek-v2", {"bias_dtype": "float32"}, "group score: the model has max"),
-        ("llama-4-scout", {"apply_router_weight_on_input": False}, "router weight on: the model"),
+        ("llama-4-scout", {"apply_router_weight_on_input": False}, "router weight side: the model"),
         (
             "llama-4-scout",
             {"custom_problem": "token 0: expert 3 instead of 5"},

@@ -252,14 +252,14 @@ def test_a_selector_of_vllm_that_asks_no_gates(broken):
     verdict, _, found = broken["not asked"]
     assert verdict in ("wrong", "crash")
     assert found[0] == (
-        "select_nvfp4_moe_backend takes the experts, although their gates reject the layer "
+        "select_nvfp4_moe_backend selects the experts, although their gates reject the layer "
         "(routing method)"
     )
 
 
 PADDING, LOAD = "padding rows", "expert placement by load (EPLB)"
 ROBIN, CAPTURE = "round-robin expert placement", "captured expert ids"
-REASONS = "reasons why no experts are taken"
+REASONS = "reasons for choosing no experts"
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_a_method_need_not_read_its_self(tmp_path):
         ("                routed_scaling_factor,\n", "", "4 arguments, C++ (trtllm_fused_moe_kernel_launcher.cu:7) has 5 parameters, no argument is named after routed_scaling_factor"),
         ("                routing_bias,\n                top_k,", "                top_k,\n                routing_bias,", "argument 2 is top_k, C++"),
         ("else tactic,", "else tactic,\n                extra,", "6 arguments, C++ (trtllm_fused_moe_kernel_launcher.cu:7) has 5 parameters"),
-        ("else tactic,", "else tactic, top_k=top_k,", "given by name, which C++ does not take: top_k"),
+        ("else tactic,", "else tactic, top_k=top_k,", "given by name, which C++ does not accept: top_k"),
         ("return moe_op.trtllm_x_moe(", "return moe_op.trtllm_y_moe(", "trtllm_y_moe: no C++ source of this file exports such an operator"),
         # of the public function
         ("(routing_logits, routing_bias, top_k=top_k", "(routing_bias, routing_logits, top_k=top_k", "argument 1 is routing_bias, the function at fused_moe/core.py:20 calls it routing_logits"),

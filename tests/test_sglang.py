@@ -326,7 +326,7 @@ R1 = {
         ({"bias_dtype": None}, "correction bias: the model has yes, the model code asks for no"),
         (
             {"on_input": True},
-            "router weight on: the model has output, the model code asks for input",
+            "router weight side: the model has output, the model code asks for input",
         ),
     ],
 )

@@ -130,14 +130,14 @@ def test_every_form_of_a_package_is_read(tmp_path):
         ("fused_moe/core.py", "norm_topk_prob=True", "norm_topk_prob=False", "trtllm_bf16_moe: + norm_topk_prob=False, - norm_topk_prob=True"),
         ("fused_moe/core.py", "top_k, n_group", "n_group, top_k", "trtllm_bf16_moe: another order"),
         (f"{INCLUDE}runner.h", "TopK = 5", "TopK = 15", "runner.h RoutingMethodType.TopK: package 15, bundled facts 5"),
-        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<256, 8>", "Tier<320, 8>", "Default: the kernel takes 320 experts with top_k 8, the bundled facts do not"),
-        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<1024, 32>", "Tier<512, 32>", "MiniMax2: the bundled facts take 513 experts with top_k 1, the kernel does not"),
-        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<2048, 32>", "Tier<2048, 22>", "Renormalize: the bundled facts take 2048 experts with top_k 23, the kernel does not"),
-        (f"{KERNELS}llama4.cu", "128", "256", "Llama4: the kernel takes 256 experts with top_k 1, the bundled facts do not"),
+        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<256, 8>", "Tier<320, 8>", "Default: the kernel accepts 320 experts with top_k 8, the bundled facts do not"),
+        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<1024, 32>", "Tier<512, 32>", "MiniMax2: the bundled facts accept 513 experts with top_k 1, the kernel does not"),
+        (f"{INCLUDE}RoutingCustomPolicy.cuh", "Tier<2048, 32>", "Tier<2048, 22>", "Renormalize: the bundled facts accept 2048 experts with top_k 23, the kernel does not"),
+        (f"{KERNELS}llama4.cu", "128", "256", "Llama4: the kernel accepts 256 experts with top_k 1, the bundled facts do not"),
         (f"{KERNELS}deepseek.cu", "Groups = 8", "Groups = 16", "DeepSeekV3: 16 groups of which 4 are kept"),
         (f"{KERNELS}deepseek.cu", "Groups = 4", "Groups = 3", "DeepSeekV3: 8 groups of which 4 are kept"),
-        (LAUNCHER, "top_k <= 32", "top_k <= 16", "Renormalize: the bundled facts take 512 experts with top_k 17, the block-scale launcher does not"),
-        (LAUNCHER, "8 : 22", "8 : 24", "DeepSeekV3: the block-scale launcher takes 512 experts with top_k 24, the bundled facts do not"),
+        (LAUNCHER, "top_k <= 32", "top_k <= 16", "Renormalize: the bundled facts accept 512 experts with top_k 17, the block-scale launcher does not"),
+        (LAUNCHER, "8 : 22", "8 : 24", "DeepSeekV3: the block-scale launcher accepts 512 experts with top_k 24, the bundled facts do not"),
     ],
 )  # fmt: skip
 def test_drift_is_named(file, old, new, difference, tmp_path):
@@ -155,7 +155,7 @@ def test_drift_is_named(file, old, new, difference, tmp_path):
         (f"{INCLUDE}RoutingCustomPolicy.cuh", "limits of the kernel of Default"),
         (f"{KERNELS}llama4.cu", "limits of the kernel of Llama4"),
         (f"{KERNELS}deepseek.cu", "groups of the DeepSeek kernel"),
-        (LAUNCHER, "top_k that the block-scale launcher takes for DeepSeekV3"),
+        (LAUNCHER, "top_k that the block-scale launcher accepts for DeepSeekV3"),
     ],
 )
 def test_what_cannot_be_read_is_said(file, unread, tmp_path, capsys):

@@ -149,7 +149,7 @@ def _source_differences(
     bounds = sources.block_scale_top_k(package)
     for method in ("Renormalize", "DeepSeekV3"):
         if method not in bounds:
-            unread.append(f"top_k that the block-scale launcher takes for {method}")
+            unread.append(f"top_k that the block-scale launcher accepts for {method}")
             continue
         probe = replace(_probe(flashinfer, method), scheme="fp8_block")
         yield from _tier_differences(flashinfer, probe, bounds[method], "block-scale launcher")
@@ -183,7 +183,7 @@ def _tier_differences(
         call = replace(probe, num_experts=experts, top_k=top_k)
         size = f"{experts} experts with top_k {top_k}"
         for why in flashinfer.violations(call):
-            yield f"{probe.method}: the {who} takes {size}, the bundled facts do not: {why}"
+            yield f"{probe.method}: the {who} accepts {size}, the bundled facts do not: {why}"
     widest, deepest = max(e for e, _ in tiers), max(k for _, k in tiers)
     beyond = [(e, k + 1) for e, k in tiers if k == deepest]
     if who == "kernel":
@@ -191,7 +191,7 @@ def _tier_differences(
     for experts, top_k in beyond:
         if not flashinfer.violations(replace(probe, num_experts=experts, top_k=top_k)):
             size = f"{experts} experts with top_k {top_k}"
-            yield f"{probe.method}: the bundled facts take {size}, the {who} does not"
+            yield f"{probe.method}: the bundled facts accept {size}, the {who} does not"
 
 
 def _group_differences(flashinfer: FlashInfer, n_group: int, topk_group: int) -> Iterator[str]:
@@ -208,5 +208,5 @@ def _group_differences(flashinfer: FlashInfer, n_group: int, topk_group: int) ->
         if ours != theirs:
             yield (
                 f"DeepSeekV3: {groups} groups of which {kept} are kept: "
-                f"the kernel {'takes' if theirs else 'rejects'} them, the bundled facts do not"
+                f"the kernel {'accepts' if theirs else 'rejects'} them, the bundled facts do not"
             )

@@ -86,6 +86,26 @@ _OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
 CONDITION_TEST = re.compile(r"(==|!=|<=|>=|<|>|%|in:)(\S+)")
 
 
+_WORDS: Mapping[str, str] = {
+    "%": "a multiple of ",
+    "==": "",
+    "!=": "any value but ",
+    "<=": "at most ",
+    ">=": "at least ",
+    "<": "less than ",
+    ">": "more than ",
+    "in:": "",
+}
+
+
+def in_words(condition: str) -> str:
+    """Return a condition as a person reads it: `at least 1 and at most n_group`."""
+    return " and ".join(
+        _WORDS[sign] + operand.replace(",", " or ")
+        for sign, operand in CONDITION_TEST.findall(condition)
+    )
+
+
 _Test = Callable[[KernelCall], bool]
 
 
@@ -190,7 +210,7 @@ class Violation:
     def __str__(self) -> str:
         if not self.field:
             return self.rule.fact
-        return f"{self.field} is {self.found}, not {self.required}: {self.rule.fact}"
+        return f"{self.field} is {self.found}, expected {in_words(self.required)}: {self.rule.fact}"
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class _Side:
         elif not operators:
             yield f"{what}: no C++ source of this file exports such an operator"
         if call.keywords:
-            yield f"{what}: given by name, which C++ does not take: {', '.join(call.keywords)}"
+            yield f"{what}: given by name, which C++ does not accept: {', '.join(call.keywords)}"
         for operator in operators:
             exact = what.replace(name, operator.name)
             if operator.parameters is None:

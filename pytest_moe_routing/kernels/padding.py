@@ -101,7 +101,7 @@ def misaligned(hidden: int, inner: int, scheme: str, gated: bool) -> str:
     if wide % 128 == 0 and rows % 128 == 0:
         return ""
     return (
-        f"the {scheme} kernel takes rows of weights in multiples of 128, and frameworks do not pad "
+        f"the {scheme} kernel requires weight rows in multiples of 128, and frameworks do not pad "
         f"to it: found {rows} and {wide} rows"
     )
 

@@ -22,7 +22,7 @@ class Request(StrEnum):
     BALANCING = "expert placement by load (EPLB)"
     ROUND_ROBIN = "round-robin expert placement"
     CAPTURE = "captured expert ids"
-    REASONS = "reasons why no experts are taken"
+    REASONS = "reasons for choosing no experts"
     BACKEND = "--moe-backend"
 
 

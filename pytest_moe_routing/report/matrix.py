@@ -141,7 +141,7 @@ def open_reaches(verdicts: Sequence[VerdictRecord]) -> list[str]:
     """Return why the reach of verdicts is an open question, each reason with its count."""
     counts = Counter(brief(v.reach_question) for v in verdicts if v.reach_question)
     return [
-        f"{count} x who can reach the verdict is an open question: {reason}"
+        f"{count} x it is not known who can reach the verdict: {reason}"
         for reason, count in counts.most_common()
     ]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_moe_routing.flashinfer.grammar import in_words
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 _GLUE = "\0"
 #: What each verdict means.
 MEANINGS: Mapping[Verdict, str] = {
-    Verdict.EXACT: "the fused kernel runs and computes the model's router",
+    Verdict.EXACT: "the fused kernel runs and computes exactly what the model defines",
     Verdict.WRONG: "the fused kernel runs and computes something else",
-    Verdict.CRASH: "the gates accept the model, and the kernel call fails",
+    Verdict.CRASH: "the gates accept the model, but the kernel call fails",
     Verdict.FALLBACK: "correctly rejected: no fused kernel of this release runs the model",
     Verdict.MISSED: "rejected, although a routing method computes the router exactly",
-    Verdict.NOT_JUDGED: "not judged: the target cannot be asked",
-    Verdict.ERROR: "not judged: the target failed while it was asked",
+    Verdict.NOT_JUDGED: "not judged: the target cannot answer",
+    Verdict.ERROR: "not judged: the target failed while answering",
 }
 _DOWNCASTS: Mapping[str, str] = {
     "logits": "the float32 router logits are downcast to bfloat16 before the call",
@@ -39,7 +40,7 @@ _FIELDS: Mapping[str, str] = {
     "group_score": "group score",
     "normalize": "renormalize",
     "scale": "routed_scaling_factor",
-    "weight_on": "router weight on",
+    "weight_on": "router weight side",
 }
 
 
@@ -60,11 +61,11 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
         case Kind.APPLIED:
             return f"{field} is applied {got}; the layer applies it {wanted}"
         case Kind.CHOICE:
-            return f"{field} takes the experts, although their gates reject the layer ({got})"
+            return f"{field} selects the experts, although their gates reject the layer ({got})"
         case Kind.LIMIT if finding.wanted in (None, ""):
             return finding.fact
         case Kind.LIMIT:
-            return f"{field} is {got}, not {wanted}: {finding.fact}"
+            return f"{short(finding)}: {finding.fact}"
         case Kind.ENUM if field.isdecimal():
             return f"routing_method_type {field} is not a routing method of this FlashInfer release"
         case Kind.ENUM:
@@ -82,7 +83,7 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
 def short(finding: Finding) -> str:
     """Return what is wrong in a few words, without its explanation: for lists."""
     if finding.kind is Kind.LIMIT and finding.wanted not in (None, ""):
-        return f"{finding.field} is {value(finding.got)}, not {value(finding.wanted)}"
+        return f"{finding.field} is {value(finding.got)}, expected {in_words(str(finding.wanted))}"
     if finding.kind is Kind.RAISED:
         return sentence(replace(finding, where=finding.where.rpartition("/")[2]))
     return sentence(finding)
@@ -266,7 +267,7 @@ def _argument(value: object) -> str:
 def reach(record: VerdictRecord) -> str:
     """Who can meet the verdict."""
     known = reached(record.reach, record.opt_in, by_default=record.by_default)
-    return f"{known}; whether by default is not known" if record.reach_question else known
+    return f"{known}; it is not known whether by default" if record.reach_question else known
 
 
 def reached(reach: Reach, opt_in: Iterable[str], *, by_default: bool) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 PROPERTY = "moe_unanswered"
 #: What is counted; each is the sentence that shows the count, in one form for all counts.
 CONFIGS = "config sweep: {} configs are not judged"
-CONCERNED = "config sweep: of {} models it is not known whether a cause concerns them"
+CONCERNED = "config sweep: for {} models, it is not known whether a cause affects them"
 ROUTERS = "the framework's own routers: {} runs are not judged"
 MODELS = "the framework's own routers: {} models are not judged"
-AROUND = "around kernel calls: of {} models it is not known what is ignored"
+AROUND = "around kernel calls: for {} models, it is not known what is ignored"
 
 
 def note(

@@ -84,7 +84,7 @@ def of_router(cause: RouterCause) -> Failure:
 def of_rejection(target: Target, scheme: str, rejection: MethodRejection) -> Failure:
     """Modular experts that reject a model because of its routing method."""
     lines = (
-        f"{target}, modular experts for {scheme}: they are given experts and weights, yet reject "
+        f"{target}, modular experts for {scheme}: they receive experts and weights, but reject "
         f"{', '.join(rejection.methods)} at the gate {', '.join(rejection.gates)}",
         f"  accepted {', '.join(rejection.accepted)}",
         f"  models   {', '.join(rejection.models)}",
@@ -120,7 +120,7 @@ def of_modular_call(
     if reach is Reach.NO_MODEL and choice is not None:
         rank = Rank.LATENT
         told = "; ".join(text.sentences(findings))
-        lines = (f"{model} on {scheme}: {told} (never taken: {choice.instead})",)
+        lines = (f"{model} on {scheme}: {told} (never chosen: {choice.instead})",)
     # The place is the end of the cause's id.
     brief = lines[:-1] if len(lines) > 1 else ()
     return Failure(cause, rank, f"{model} {scheme}", lines, site=site, reach=reached, brief=brief)
@@ -146,7 +146,7 @@ def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
     if request is Request.REASONS:
         # Whoever reads the error does not learn what to change.
         rank = Rank.LATENT
-        lines = (f"{scheme}: {request} not told, as {response.why}",)
+        lines = (f"{scheme}: {request} not stated: {response.why}",)
     if request is Request.BACKEND:
         # Other experts are right as well, and not those that were asked for.
         rank = Rank.MISSED
@@ -163,7 +163,7 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
         f"{record.model} on {record.scheme}, decided by {text.decider(record)}: less precise than "
         "the kernel allows",
         f"  because  {text.sentence(downcast)}",
-        f"  kernel   {record.method} takes float32 without loss",
+        f"  kernel   {record.method} accepts float32 without loss",
         f"  shown by {share:.1%} of the tokens of the logits pattern '{PATTERNS[downcast.field]}', "
         "which get other experts",
     )

@@ -24,7 +24,7 @@ from pytest_moe_routing.schemes import CHECKPOINT_SCHEMES
 CONFIG_NAME = "config.json"
 #: Why a checkpoint of a dtype is not judged.
 _DTYPES = {
-    "float16": "no fused kernel takes float16 hidden states or router logits",
+    "float16": "no fused kernel accepts float16 hidden states or router logits",
     "float32": "frameworks cast it, vllm to bfloat16 and sglang to float16",
 }
 

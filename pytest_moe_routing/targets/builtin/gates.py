@@ -27,7 +27,7 @@ def support_gates(
             method in accepts.methods and flashinfer.number(method) is not None,
             f"{flashinfer} has no {method}"
             if method in accepts.methods
-            else f"{scheme} does not take {method}",
+            else f"{scheme} does not accept {method}",
         )
     )
     if gates[-1].ok:

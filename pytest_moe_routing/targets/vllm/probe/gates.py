@@ -90,7 +90,7 @@ def gates(
         answer = found(**accepted(found, given))
         if gate == "gated experts" and model["experts"]["gated"]:
             answer = True
-        reason = f"{owner.__name__} does not take {what.format(**about)}"
+        reason = f"{owner.__name__} does not accept {what.format(**about)}"
         answers.append([gate, bool(answer), reason])
     supported, reason = _all_at_once(owner, layer, given)
     return [*answers, ["is_supported_config", bool(supported), reason or ""]]

@@ -34,7 +34,7 @@ def asked_of_selectors(
         return {}
     found = {}
     if (reasons := _reasons(selector, experts)) is not None:
-        found["reasons why no experts are taken"] = reasons
+        found["reasons for choosing no experts"] = reasons
     if (backend := _backend(selector, scheme)) is not None:
         found["--moe-backend"] = backend
     return found

@@ -96,7 +96,8 @@ def test_a_selector_that_never_takes_what_the_gates_accept():
     record = judged(switches=None)
     assert (record.verdict, record.fails) == ("missed", True)
     assert record.rejected_by == {
-        "backend selection": "select never takes experts whose gates accept: OtherExperts"
+        "backend selection": "select never selects these experts, although their gates accept "
+        "the layer: OtherExperts"
     }
 
 
@@ -149,7 +150,7 @@ def test_modular_experts_that_are_never_taken_are_one_line():
     assert failure.rank is Rank.LATENT
     assert failure.lines == (
         "deepseek-r1 on nvfp4: router weight is applied nowhere; the layer applies it once (never "
-        "taken: OtherExperts)",
+        "chosen: OtherExperts)",
     )
 
 

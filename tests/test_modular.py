@@ -243,8 +243,8 @@ def test_a_selector_of_vllm_that_forgets_its_experts(broken):
     verdict, rejected_by, _ = broken["forgotten"]
     assert verdict == "missed"
     assert rejected_by == {
-        "backend selection": "select_nvfp4_moe_backend never takes experts whose gates accept: "
-        "TrtLlmNvFp4ExpertsModular"
+        "backend selection": "select_nvfp4_moe_backend never selects these experts, although "
+        "their gates accept the layer: TrtLlmNvFp4ExpertsModular"
     }
 
 

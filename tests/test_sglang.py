@@ -187,7 +187,7 @@ def test_a_scheme_that_the_adapter_has_no_names_for_is_not_judged(tmp_path):
         (
             "1",
             "x = 1",
-            "sglang 1 serves no fp8_per_channel through FlashInfer: it names no trtllm_",
+            "sglang 1 does not support fp8_per_channel through FlashInfer: its code does not use ",
         ),
         ("2", "trtllm_fp8_per_channel_scale_moe()", "sglang 2: its code calls trtllm_fp8_per"),
     ):

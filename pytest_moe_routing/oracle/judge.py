@@ -78,7 +78,10 @@ def judge(
             finding = Finding(Kind.CHOICE, choice.selector, None, names)
             base = _asked(target, model, scheme, classification, gates, choice=choice)
             return _judge_call(target, base, contradiction=finding)
-        reason = f"{choice.selector} never takes experts whose gates accept: {choice.instead}"
+        reason = (
+            f"{choice.selector} never selects these experts, although their gates accept the "
+            f"layer: {choice.instead}"
+        )
         gates, accepted = (*gates, Gate("backend selection", False, reason)), False
     exact = None if accepted else tuple(exact_calls(model, scheme, target.flashinfer))
     base = _asked(target, model, scheme, classification, gates, choice=choice, exact=exact)

@@ -150,7 +150,7 @@ def compare_router(
                 weights, ids = router(logits.float(), bias)
                 kind, _, why = _kind(weights, ids, logits, bias, recipe)
                 if kind in ("", "epsilon"):
-                    why = f"right for the same logits in float32, which were {logits.dtype}"
+                    why = f"right with the same logits in float32 instead of {logits.dtype}"
                 if kind in ("", "epsilon", PRECISION):
                     deviation = replace(deviation, kind=PRECISION, cause=why)
             found.setdefault(deviation.kind, deviation)
@@ -194,7 +194,7 @@ def _short(comparison: RoutingComparison) -> str:
 def _unfit(x: Tensor, dtypes: tuple[str, ...], contiguous: bool, name: str) -> Iterator[str]:
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in dtypes:
-        yield f"{name} are {dtype}, and the consumer takes {' or '.join(dtypes)}"
+        yield f"{name} are {dtype}, and the consumer accepts only {' or '.join(dtypes)}"
     if contiguous and not x.is_contiguous():
         yield f"{name} are not contiguous, and the consumer ignores strides"
 
@@ -263,7 +263,7 @@ class Cause:
 
     def lines(self) -> list[str]:
         """Return the cause, who can reach it, and the first example."""
-        ways = ", ".join(dict.fromkeys(run.way for run in self.runs))
+        ways = "; ".join(dict.fromkeys(run.way for run in self.runs))
         subjects = ", ".join(dict.fromkeys(run.subject for run in self.runs))
         head = {
             "crash": "fails",

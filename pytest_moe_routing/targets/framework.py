@@ -72,7 +72,9 @@ class FrameworkTarget(Target):
             return Unsupported(
                 f"{self}: its code calls {function}, in a way that the adapter does not know"
             )
-        return Unsupported(f"{self} serves no {scheme} through FlashInfer: it names no {function}")
+        return Unsupported(
+            f"{self} does not support {scheme} through FlashInfer: its code does not use {function}"
+        )
 
     @cached_property
     def _classes(self) -> ModelClasses:

@@ -197,7 +197,7 @@ class OldRouters:
         case = Case(forward, config, replace(recipe, scale=scale), router.num_experts, dtype)
         found = [compare(case)]
         if router.logits_dtype == "float32":
-            way = "cuda, handed bfloat16 logits"
+            way = "cuda, with bfloat16 logits"
             again = replace(case, dtype=torch.bfloat16, way=way, reach="bfloat16 logits")
             found.append(compare(again))
         if native is not None:

@@ -167,7 +167,7 @@ class Routers(blocks.Blocks):
         case = Case(topk.forward_cuda, topk.topk_config, recipe, router.num_experts, dtype)
         yield compare(case)
         if router.logits_dtype == "float32":
-            way = "cuda, handed bfloat16 logits"
+            way = "cuda, with bfloat16 logits"
             yield compare(replace(case, dtype=torch.bfloat16, way=way, reach="bfloat16 logits"))
         way = "--enable-torch-compile, one token"
         yield compare(replace(case, forward=topk.forward_native, way=way, reach="opt-in"))

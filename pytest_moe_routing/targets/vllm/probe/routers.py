@@ -201,7 +201,7 @@ class Routers:
             yield way, "opt-in" if suffix else "model", switches, getattr(torch, dtype)
             if dtype == "float32":
                 reach = "opt-in" if suffix else "bfloat16 logits"
-                yield f"{way}, handed bfloat16 logits", reach, switches, torch.bfloat16
+                yield f"{way}, with bfloat16 logits", reach, switches, torch.bfloat16
 
     def _routing_function(self, model: Mapping[str, Any]) -> Any:
         """Return the routing function that the model's code gives to its layer, itself."""

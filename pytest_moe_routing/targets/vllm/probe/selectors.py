@@ -93,7 +93,7 @@ def _backend(selector: Selector, scheme: str) -> dict[str, Any] | None:
         )
         if len(set(own)) == 1 and len(set(wanted)) > 1:
             # Which experts these are may be the doing of stubs.
-            why = f"{made.__name__} takes the same experts for {', '.join(_BACKENDS)}"
+            why = f"{made.__name__} uses the same experts for {', '.join(_BACKENDS)}"
             return {"answer": "ignored", "why": why, "switches": ["--moe-backend"]}
         answer = {"answer": "honored", "why": made.__name__, "switches": ["--moe-backend"]}
     return answer

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.inputs import parse_json, read_text
+from pytest_moe_routing.models.loader import packaged_directory as packaged_directory
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 if TYPE_CHECKING:
@@ -38,13 +39,6 @@ _WIDTH = 100
 _FEW = 3
 #: What stands for a key that one side does not have.
 ABSENT = object()
-
-
-def packaged_directory() -> Path:
-    """Return the folder of the packaged models: in the wheel, or in the checkout."""
-    package = Path(__file__).resolve().parent
-    packaged = package / "_golden"
-    return packaged if packaged.is_dir() else package.parent / "golden"
 
 
 def is_checkout(directory: Path) -> bool:

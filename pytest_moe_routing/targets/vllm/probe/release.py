@@ -54,7 +54,8 @@ class _Blackwell:
     def is_cuda(self) -> bool:
         return True
 
-    is_cuda_alike = is_cuda
+    # Triton's experts for FP8 ask the last one: a selector may prefer them.
+    is_cuda_alike = supports_fp8 = is_cuda
 
     def is_device_capability_family(self, family: int, *_: Any) -> bool:
         return family == 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -21,9 +22,10 @@ class Rank(IntEnum):
 
     SILENT = 0
     LOUD = 1
-    MISSED = 2
-    DOWNCAST = 3
-    LATENT = 4
+    LOST = 2
+    MISSED = 3
+    DOWNCAST = 4
+    LATENT = 5
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,15 @@ class Failure:
             fits = width is None or len(line) <= width
             return [line if fits else f"{line[: width - 3]}..."]  # type: ignore[operator]
         others = [case for case in dict.fromkeys(cases) if case != self.case]
-        tail = [_listed(f"  also     {len(others)} more: ", others)] if others else []
-        tail += [f"  cause    {self.cause}", *elsewhere]
-        room = _BLOCK - len(tail)
+        tail = [f"  cause    {self.cause}", *elsewhere]
         lines = list(self.lines if width is None else self.brief or self.lines)
+        if others and self.rank is Rank.LOST:
+            # Who lost a kernel is what there is to know: all are named, if they fit.
+            room = max(1, _BLOCK - len(lines) - len(tail))
+            tail = [*_by_schemes([self.case, *others], room), *tail]
+        elif others:
+            tail = [_listed(f"  also     {len(others)} more: ", others), *tail]
+        room = _BLOCK - len(tail)
         return (lines if len(lines) <= room else [*lines[: room - 1], "  ..."]) + tail
 
 
@@ -109,6 +116,27 @@ def _listed(start: str, names: Sequence[str]) -> str:
             return text + more.lstrip(",")
         text += ("" if place == 0 else ", ") + name
     return text
+
+
+def _by_schemes(cases: Sequence[str], lines: int) -> list[str]:
+    """Cases named `MODEL SCHEME` on so many lines, models that have the same schemes together."""
+    schemes: dict[str, list[str]] = {}
+    for case in cases:
+        model, _, scheme = case.partition(" ")
+        schemes.setdefault(model, []).append(scheme)
+    models: dict[str, list[str]] = {}
+    for model, own in schemes.items():
+        models.setdefault(", ".join(own), []).append(model)
+    groups = "; ".join(f"{own}: {', '.join(those)}" for own, those in models.items())
+    return textwrap.wrap(
+        f"{len(cases)} cases: {groups}",
+        _WIDTH,
+        initial_indent="  in       ",
+        subsequent_indent=" " * 11,
+        break_on_hyphens=False,
+        max_lines=lines,
+        placeholder=" ...",
+    )
 
 
 def text_of(failures: Iterable[Failure], cases: Mapping[str, Iterable[str]] | None = None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.model_code import LayerRequest
-from pytest_moe_routing.oracle.target import Classification, Target
+from pytest_moe_routing.oracle.target import Classification, Expected, Rule, Target
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
@@ -77,6 +77,23 @@ class LosesScale(BuiltinTarget):
 
     def kernel_call(self, model, scheme, method):
         return replace(super().kernel_call(model, scheme, method), routed_scaling_factor=1.0)
+
+
+class RoutesOutside(BuiltinTarget):
+    """Has its own router serve DeepSeek's and Kimi's models on purpose, unlike its release 1.0."""
+
+    name = "routes-outside"
+
+    def expected(self, model, scheme):
+        return Expected("1.0", by_default=True)
+
+    def gates(self, model, scheme, method):
+        outside = model.id.startswith(("deepseek", "kimi"))
+        own = Gate("the kernel routes", not outside, "its own top-k routes", by_choice=True)
+        return (*super().gates(model, scheme, method), own)
+
+    def rule(self, model, scheme, method, gate):
+        return Rule("can_bypass", "own/topk.py:7") if gate == "the kernel routes" else Rule()
 
 
 class AnswersNothing(Target):

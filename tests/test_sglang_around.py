@@ -6,6 +6,7 @@ import pytest
 import torch
 from packaging.version import Version
 from sglang_targets import oldest_and_newest, opened
+from wheels import source_line
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
@@ -99,3 +100,19 @@ def test_ids_that_nobody_is_told():
     assert answers_of({}, tell=True)[Request.CAPTURE] == ("ignored", why)
     rejected = answers_of({"capturer": "own top-k"}, replay=True, tell=True)
     assert rejected[Request.CAPTURE] == ("rejected", "own top-k")
+
+
+def test_the_code_of_sglang_that_names_no_runner_is_named(target):
+    rule = target.rule(MODELS["deepseek-v2"], "bf16", "", "")
+    assert rule.instead == "triton by default"
+    assert "_deepseek_moe_quant_resolution" in rule.name.split(" or ")
+    assert source_line(target.source.root, rule.source) == "return {}"
+
+
+def test_the_answer_of_sglang_that_routes_outside_the_kernel_is_named_with_its_line(target):
+    model = MODELS["minimax-m2"]
+    if Version(target.version()) < LOOKS:
+        pytest.skip("it does not ask yet whether the kernel computes the router of TopK")
+    rule = target.rule(model, "nvfp4", target.classify(model).method, "the kernel routes")
+    assert rule.name == "_can_bypass_trtllm_routing"
+    assert source_line(target.source.root, rule.source) == "return False"

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from packaging.version import Version
 from told import code_sentences
-from wheels import wheels_since
+from wheels import source_line, wheels_since
 
 from pytest_moe_routing.errors import TargetNotInstalled, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -225,3 +226,28 @@ def test_modular_experts_are_given_what_the_layer_routes(target):
         assert target.modular_findings(model, scheme) == ()
     with pytest.raises(Unsupported, match="no modular experts for this scheme"):
         target.modular_findings(MODELS["kimi-k2.5"], "mxint4")
+
+
+def test_the_code_that_says_no_is_named_with_its_line(target):
+    model = MODELS["deepseek-r1"]
+    if target.expected(model, "nvfp4") is None or target.source.root.suffix != ".whl":
+        pytest.skip("nothing is expected of this release, or it is no wheel")
+
+    def rule(gate):
+        return target.rule(model, "nvfp4", "DeepSeekV3", gate)
+
+    gate, selector = rule("router logits dtype"), rule("")
+    assert gate.name == "TrtLlmNvFp4ExpertsMonolithic._supports_router_logits_dtype"
+    assert source_line(target.source.root, gate.source) == "@staticmethod"
+    assert selector.name == "select_nvfp4_moe_backend"
+    assert selector.instead == "TrtLlmNvFp4ExpertsMonolithic by default"
+    assert source_line(target.source.root, selector.source).startswith(f"def {selector.name}(")
+    assert rule("backend selection") == selector
+
+
+def test_a_users_own_model_has_no_expectation(target):
+    model = MODELS["deepseek-r1"]
+    assert (target.expected(model, "nvfp4") is None) == (
+        Version(target.version()) < Version("0.22.1")
+    )
+    assert target.expected(replace(model, folder=Path("deepseek-r1")), "nvfp4") is None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from zipfile import ZipFile
 
 from packaging.version import Version
 
@@ -34,3 +35,9 @@ def wheels_since(version, *distributions):
         for name, release in sorted(found, key=lambda key: key[::-1])
         if name in distributions and release >= Version(version)
     ]
+
+
+def source_line(wheel, place):
+    """Return the line of a wheel's file that FILE:LINE names."""
+    file, line = place.rsplit(":", 1)
+    return ZipFile(wheel).read(file).decode().splitlines()[int(line) - 1].strip()

@@ -14,6 +14,7 @@ from pytest_moe_routing.oracle.effects import mask_notes
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, meaning
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.judgement import Judgement, reach_of
+from pytest_moe_routing.oracle.lost import held_to_expectation
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
@@ -56,11 +57,20 @@ def judge(
     Args:
         recorded_only: Raise `Unsupported` if the target's call is not recorded, instead of
             assuming that it passes what the model says.
-        chosen: Also ask whether the target selects the experts whose gates accept the model.
+        chosen: Also ask whether the target selects the experts whose gates accept the model, and
+            hold it to what its release is known to do.
 
     Raises:
         Unsupported: The target cannot answer a question that the verdict needs.
     """
+    judgement = _judge(target, model, scheme, recorded_only=recorded_only, chosen=chosen)
+    return held_to_expectation(target, judgement) if chosen else judgement
+
+
+def _judge(
+    target: Target, model: ModelSpec, scheme: str, *, recorded_only: bool, chosen: bool
+) -> Judgement:
+    """Judge a case by itself; see `judge`."""
     ignored = {n: v for n, v in model.disputed.items() if target.honors(model, n) is False}
     model = as_read_by(target, model)
     if questions := open_questions(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from pytest_moe_routing.oracle.calls import arguments_of
 from pytest_moe_routing.oracle.exact import Gate, kernel_gates, meaning
 from pytest_moe_routing.oracle.finding import Finding, source_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
-from pytest_moe_routing.oracle.target import Choice, Classification
+from pytest_moe_routing.oracle.target import Choice, Classification, Rule
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe
 
@@ -43,6 +43,9 @@ class Judgement:
         reach_question: Why it is not known what makes the target take this path.
         reads: The router that the target's own code computes for the model without a fused kernel,
             if that is what the kernel is compared with.
+        lost_since: The release whose fused kernel runs, where this one's no longer does, or no
+            longer by default; empty if the kernel is not lost.
+        rule: The code that keeps a lost kernel from the model.
     """
 
     target: str
@@ -66,6 +69,8 @@ class Judgement:
     reach_question: str = ""
     reads: RouterConfig | None = None
     choice: Choice | None = None
+    lost_since: str = ""
+    rule: Rule = field(default_factory=Rule)
 
     @property
     def opt_in(self) -> tuple[str, ...]:
@@ -144,10 +149,13 @@ class Judgement:
             call=None if call is None else arguments_of(self.model, call, self.flashinfer),
             obstacles=self.obstacles,
             site=self.site,
-            source=self.source or source_of(self.findings),
+            source=self.rule.source or self.source or source_of(self.findings),
             opt_in=self.opt_in,
             by_default=self.by_default,
             reach_question=self.reach_question,
+            lost_since=self.lost_since,
+            rule=self.rule.name,
+            instead=self.rule.instead,
         )
 
 

@@ -152,6 +152,10 @@ class VerdictRecord(_Record):
         by_default: Whether the target is known to take this path by default.
         reach_question: Why it is not known whether the target takes this path by default, where it
             should be known. The reach is then that of the checkpoint.
+        lost_since: The release whose fused kernel runs, where this one's no longer does, or no
+            longer by default; empty if the kernel is not lost.
+        rule: The function of the target that keeps a lost kernel from the model, if it is known.
+        instead: What the target takes by default instead of a lost kernel, if that is known.
         outcome: The outcome of the test that gave the verdict.
     """
 
@@ -191,6 +195,9 @@ class VerdictRecord(_Record):
     opt_in: tuple[str, ...] = ()
     by_default: bool = False
     reach_question: str = ""
+    lost_since: str = ""
+    rule: str = ""
+    instead: str = ""
     outcome: str = ""
     known: Known | None = None
 
@@ -202,11 +209,12 @@ class VerdictRecord(_Record):
     @cached_property
     def cause(self) -> str:
         """A stable id of what is wrong, without the model and its numbers; empty if nothing is."""
-        if self.verdict is Verdict.MISSED:
+        if self.lost_since or self.verdict is Verdict.MISSED:
             # Gates are asked in an order, and the first no is the target's reason.
-            what = next(iter(self.rejected_by), "")
-            method = f":{self.method}" if what == "routing method" else ""
-            return f"missed:{what}{method}".replace(" ", "-")
+            what = "by default" if self.verdict is Verdict.EXACT else next(iter(self.rejected_by), "")
+            method = self.method if what == "routing method" else ""
+            kind = "lost" if self.lost_since else "missed"
+            return ":".join(filter(None, (kind, what, method, self.rule))).replace(" ", "-")
         if self.verdict in (Verdict.WRONG, Verdict.CRASH):
             what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in self.findings))
             return ":".join(filter(None, (self.verdict, what, self.site))).replace(" ", "-")
@@ -218,7 +226,8 @@ class VerdictRecord(_Record):
         if self.verdict in (Verdict.WRONG, Verdict.CRASH, Verdict.ERROR):
             return self.reach is not Reach.NO_MODEL
         reachable = self.reach in (Reach.PUBLISHED, Reach.PRODUCIBLE)
-        return self.verdict is Verdict.MISSED and reachable and not self.by_choice
+        is_missed = self.verdict is Verdict.MISSED and reachable and not self.by_choice
+        return is_missed or bool(self.lost_since)
 
 
 @dataclass(frozen=True)

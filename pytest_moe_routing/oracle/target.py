@@ -46,6 +46,34 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a target is known to do with a case: its fused kernel runs and is exact.
+
+    Attributes:
+        release: The target's own release, or the newest one before it of which that is known.
+        by_default: Whether the kernel runs without a switch.
+    """
+
+    release: str
+    by_default: bool
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The code of a target that keeps its fused kernel from a model.
+
+    Attributes:
+        name: Its function.
+        source: File and line.
+        instead: What the target takes by default, where the kernel runs with a switch only.
+    """
+
+    name: str = ""
+    source: str = ""
+    instead: str = ""
+
+
+@dataclass(frozen=True)
 class Captured:
     """A call as a target's own code made it.
 
@@ -162,6 +190,18 @@ class Target:
             modular: The experts that are given ids and weights.
         """
         return None
+
+    def expected(self, model: ModelSpec, scheme: str) -> Expected | None:
+        """Return what the target must do with a case; None if nothing is expected of it."""
+        return None
+
+    def rule(self, model: ModelSpec, scheme: str, method: str, gate: str) -> Rule:
+        """Return which code keeps the fused kernel from a model, as far as that is known.
+
+        Args:
+            gate: The first gate that rejects the model; empty if the kernel runs with a switch.
+        """
+        return Rule()
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
         """Return how the fused experts handle each request of a server besides routing."""

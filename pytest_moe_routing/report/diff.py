@@ -49,8 +49,9 @@ class Change:
 def changes(before: Iterable[Record], after: Iterable[Record]) -> list[Change]:
     """Return the cases that differ, new failures first.
 
-    A new failure is a `wrong`, `crash` or error verdict of a cause that the case did not have, or
-    a test that newly fails. A case that was judged and no longer is may hide one.
+    A new failure is a `wrong`, `crash` or error verdict of a cause that the case did not have, a
+    fused kernel that was lost, or a test that newly fails. A case that was judged and no longer is
+    may hide one.
 
     Raises:
         MoERoutingError: One side has several verdicts on a case.
@@ -91,7 +92,7 @@ def _state(record: Record | None) -> str:
 def _kind(before: Record | None, after: Record | None) -> Kind:
     if isinstance(after, TestRecord) and after.outcome == "failed":
         return Kind.NEW
-    if isinstance(after, VerdictRecord) and after.verdict in _BAD:
+    if isinstance(after, VerdictRecord) and (after.verdict in _BAD or after.lost_since):
         return Kind.NEW
     was_judged = isinstance(before, VerdictRecord) and before.verdict.is_given
     is_judged = isinstance(after, VerdictRecord) and after.verdict.is_given

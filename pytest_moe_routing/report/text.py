@@ -122,7 +122,11 @@ def flashinfer(record: VerdictRecord) -> str:
 def title(record: VerdictRecord) -> str:
     """Name the model, the scheme, who decided, and the verdict."""
     who = f"{record.target} {record.release}".rstrip()
-    return f"{record.model} on {record.scheme}, decided by {who}: {record.verdict}"
+    ending = str(record.verdict)
+    if record.lost_since:
+        by_default = " by default" if record.verdict is Verdict.EXACT else ""
+        ending += f", no longer fused{by_default}"
+    return f"{record.model} on {record.scheme}, decided by {who}: {ending}"
 
 
 def story(record: VerdictRecord) -> list[str]:
@@ -132,6 +136,7 @@ def story(record: VerdictRecord) -> list[str]:
         lines.append(f"  reach    {reach(record)}")
     if record.reach_question:
         lines.append(f"  open     {record.reach_question}")
+    lines += loss(record)
     if not record.verdict.is_given:
         return [*lines, f"  because  {record.reason}"]
     lines.append(f"  router   {record.router}")
@@ -145,6 +150,19 @@ def story(record: VerdictRecord) -> list[str]:
             "  exact    no routing method of this release computes the router"
         ]
     return lines
+
+
+def loss(record: VerdictRecord) -> Iterator[str]:
+    """Say which release still runs a lost kernel, and which code of the target keeps it away."""
+    if not record.lost_since:
+        return
+    by_default = " by default" if record.verdict is Verdict.EXACT else ""
+    known = f"{record.target} {record.lost_since}"
+    yield f"  expected the fused kernel{by_default}, as known of {known}"
+    if record.instead:
+        yield f"  instead  {record.instead}"
+    if record.rule:
+        yield f"  rule     {record.rule}" + (f" ({record.source})" if record.source else "")
 
 
 def short_story(record: VerdictRecord) -> Iterator[str]:

@@ -39,7 +39,7 @@ def of_target(error: TargetError) -> Failure:
 
 def of_verdict(record: VerdictRecord) -> Failure:
     """Describe a model that a fused kernel computes wrongly, or that is lost."""
-    rank = _RANKS.get(record.verdict, Rank.LOUD)
+    rank = Rank.LOST if record.lost_since else _RANKS.get(record.verdict, Rank.LOUD)
     lines = tuple(text.short_story(record))
     case = f"{record.model} {record.scheme}"
     brief = tuple(text.brief_story(record))

@@ -25,6 +25,14 @@ class RequestAnswer(TypedDict):
     switches: list[str]
 
 
+class RuleAnswer(TypedDict):
+    """Which code keeps a kernel from a model; see `oracle.target.Rule`."""
+
+    name: str
+    source: str
+    instead: str
+
+
 def problem(hint: Any, value: object, where: str = "the answer") -> str | None:
     """Return what is wrong with a value that JSON had; None if it is of the type."""
     found = _check(hint)(value)

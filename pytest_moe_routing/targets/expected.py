@@ -1,7 +1,11 @@
-"""Which questions about the packaged models each release of a framework leaves open.
+"""What each release of a framework is known to do with the packaged models.
 
-`not_judged.yaml` next to a framework's contract lists them. Whatever is not in it must be judged: a
-run that asks fewer questions than it could is no pass.
+Next to a framework's contract, `not_judged.yaml` lists which questions about them a release leaves
+open: whatever is not in it must be judged, as a run that asks fewer questions than it could is no
+pass. `fused.yaml` lists the cases whose fused kernel runs: a case that loses it fails.
+
+A release without a row is held to the row before it; one that is newer than all, or whose version
+is no number, to the newest.
 """
 
 from __future__ import annotations
@@ -10,40 +14,33 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
+from typing import Any
 
 from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
+from pytest_moe_routing.oracle.target import Expected
 from pytest_moe_routing.targets.contract import release_of
-
-#: By name of a test of the suite: its cases that are not judged, as shell patterns.
-Open = Mapping[str, tuple[str, ...]]
 
 
 @cache
-def _table(package: str) -> Mapping[Version, Open]:
-    data = read_data(__package__, package, "not_judged.yaml") or {"releases": {}}
-    return {
-        Version(str(release)): {test: tuple(cases) for test, cases in tests.items()}
-        for release, tests in sorted(data["releases"].items(), key=lambda row: Version(str(row[0])))
-    }
+def _table(package: str, file: str) -> Mapping[Version, Mapping[str, Any]]:
+    """Return the rows of a packaged file by release, oldest first; it is read once."""
+    rows = (read_data(__package__, package, file) or {"releases": {}})["releases"]
+    return {Version(str(r)): rows[r] for r in sorted(rows, key=lambda r: Version(str(r)))}
 
 
-def not_judged(package: str, version: str) -> Open | None:
-    """Return what a release leaves open; None for a release older than all known ones.
-
-    A release without a row must judge what the row before it judges: one that is newer than all,
-    or whose version is no number, what the newest judges.
-    """
-    table, release = _table(package), release_of(version)
+def _row(package: str, file: str, version: str) -> tuple[Version, Mapping[str, Any]] | None:
+    """Return the row that a release is held to; None for a release older than all known ones."""
+    table, release = _table(package, file), release_of(version)
     place = len(table) if release is None else bisect_right(list(table), release)
-    return list(table.values())[place - 1] if place else None
+    return list(table.items())[place - 1] if place else None
 
 
 def is_open(package: str, version: str, test: str, case: str) -> bool:
     """Return whether a release may leave a case of a test open."""
-    row = not_judged(package, version)
-    return row is None or any(fnmatchcase(case, pattern) for pattern in row.get(test, ()))
+    row = _row(package, "not_judged.yaml", version)
+    return row is None or any(fnmatchcase(case, pattern) for pattern in row[1].get(test, ()))
 
 
 def expected_judged(package: str, version: str, cases: Iterable[str]) -> int | None:
@@ -55,6 +52,19 @@ def expected_judged(package: str, version: str, cases: Iterable[str]) -> int | N
     Returns:
         A number, or None for a release of which nothing is known.
     """
-    if not_judged(package, version) is None:
+    if _row(package, "not_judged.yaml", version) is None:
         return None
     return sum(not is_open(package, version, "test_verdict", case) for case in cases)
+
+
+def expected_kernel(package: str, version: str, model: str, scheme: str) -> Expected | None:
+    """Return what a release must do with a packaged model; None if nothing is expected of it."""
+    row = _row(package, "fused.yaml", version)
+    if row is None:
+        return None
+    release, sections = row
+    for section, by_default in (("by_default", True), ("with_switch", False)):
+        models = sections.get(section, {}).get(scheme, ())
+        if any(fnmatchcase(model, pattern) for pattern in models):
+            return Expected(str(release), by_default)
+    return None

@@ -10,8 +10,10 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.target import Target
+from pytest_moe_routing.models.loader import packaged_directory
+from pytest_moe_routing.oracle.target import Expected, Target
 from pytest_moe_routing.schemes import kernel_of
+from pytest_moe_routing.targets.expected import expected_kernel
 from pytest_moe_routing.targets.kept import Store, key_of_sources
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
 from pytest_moe_routing.targets.probe import Probe
@@ -85,6 +87,15 @@ class FrameworkTarget(Target):
         found = definitions(self.package, root)
         names = Names(Contract.of(self.package), self.source.version, found)
         return ModelClasses(found, lambda: self.registered(names, root), self.model_packages)
+
+    def expected(self, model: ModelSpec, scheme: str) -> Expected | None:
+        """Return what this release, or the newest known one before it, does with a packaged model.
+
+        A user's own model has no expectation.
+        """
+        if model.folder.parent != packaged_directory():
+            return None
+        return expected_kernel(self.package, self.version(), str(model), scheme)
 
     def unknown_architectures(self) -> list[str]:
         """Return the architectures with experts that are not known; see `targets.architectures`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any, TypedDict
 
@@ -25,8 +26,8 @@ from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Classification
-from pytest_moe_routing.targets.answers import RequestAnswer
+from pytest_moe_routing.oracle.target import Captured, Classification, Rule
+from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
@@ -85,11 +86,15 @@ _ANSWERS: Mapping[str, Any] = {
     "accepted_quantizations": list[str | None] | None,
     "capture": _Answer,
     "around": dict[str, RequestAnswer],
+    "rule": RuleAnswer | None,
+    "runner_rule": RuleAnswer | None,
     "default_runner": str,
     "layer_runner": str,
 }
 #: The runner of most schemes, and what a layer chooses further from.
 TRTLLM, _AUTO = "flashinfer_trtllm", "auto"
+#: The gate that rejects a model where SGLang's own router chooses the experts.
+_ROUTES = "the kernel routes"
 
 
 class SglangTarget(FrameworkTarget):
@@ -168,9 +173,21 @@ class SglangTarget(FrameworkTarget):
         answer = self._run(model, scheme)
         if answer["refused"] or answer["failed"]:
             raise Unsupported(f"no kernel routes: {answer['refused'] or answer['failed']}")
-        runner = self._row(model, scheme)["runner"]
-        question = {**self._block(model, scheme), "scheme": scheme, "runner": runner}
-        return read_responses(self._remembered("around", question))
+        return read_responses(self._remembered("around", self._question(model, scheme)))
+
+    def rule(self, model: ModelSpec, scheme: str, method: str, gate: str) -> Rule:
+        """Return the code that routes outside the kernel, or that does not name the runner."""
+        answer: RuleAnswer | None = None
+        instead = ""
+        if gate == _ROUTES:
+            answer = self._remembered("rule", self._question(model, scheme))
+        elif not gate:
+            answer = self._remembered("runner_rule", self._server(model, scheme))
+            runner = self.chosen_runner(model, scheme)
+            is_same = runner == self._row(model, scheme)["runner"]
+            # A layer that takes the runner by itself gives it experts that SGLang's router chose.
+            instead = f"{runner} by default" + (", for which SGLang's own top-k routes" * is_same)
+        return replace(Rule() if answer is None else Rule(**answer), instead=instead)
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
         """Return what SGLang's TopK computes on CUDA where no kernel routes."""
@@ -202,9 +219,7 @@ class SglangTarget(FrameworkTarget):
         return (
             accepted,
             Gate("declared method", method == declared, f"the model's code has {declared}"),
-            Gate(
-                "the kernel routes", refused is None, refused or "", by_choice=answer["by_choice"]
-            ),
+            Gate(_ROUTES, refused is None, refused or "", by_choice=answer["by_choice"]),
         )
 
     def opt_in(self, model: ModelSpec, scheme: str) -> tuple[str, ...]:
@@ -236,17 +251,20 @@ class SglangTarget(FrameworkTarget):
 
     def _server_runner(self, model: ModelSpec, scheme: str) -> str:
         """Return the runner of a server to which none was named."""
+        return str(self._remembered("default_runner", self._server(model, scheme)))
+
+    def _server(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        """Return the arguments of a server to which no runner was named."""
         row = self._row(model, scheme)
         in_checkpoint = row["in_checkpoint"]
         is_said = in_checkpoint is not None and in_checkpoint["quant_method"] != row["quantization"]
-        question = {
+        return {
             "architecture": model.architecture,
             "config": config_of(model),
             "quantization": row["quantization"] if is_said else None,
             "in_checkpoint": in_checkpoint,
             "in_weights": row.get("in_weights", {}),
         }
-        return str(self._remembered("default_runner", question))
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """Return the call that the model's block ends in, on the second of two ranks."""
@@ -305,10 +323,13 @@ class SglangTarget(FrameworkTarget):
 
     def _run(self, model: ModelSpec, scheme: str, runner: str | None = None) -> dict[str, Any]:
         """One run of the model's block, with the scheme's TRT-LLM runner unless one is given."""
-        runner = runner or self._row(model, scheme)["runner"]
-        question = {**self._block(model, scheme), "scheme": scheme, "runner": runner}
-        answer: dict[str, Any] = self._remembered("capture", question)
+        answer: dict[str, Any] = self._remembered("capture", self._question(model, scheme, runner))
         return answer
+
+    def _question(self, model: ModelSpec, scheme: str, runner: str | None = None) -> dict[str, Any]:
+        """Return what a child runs a model's block with, and which runner."""
+        runner = runner or self._row(model, scheme)["runner"]
+        return {**self._block(model, scheme), "scheme": scheme, "runner": runner}
 
     def _block(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """Return what a child makes a model's block from."""

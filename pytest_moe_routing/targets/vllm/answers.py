@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Required, TypedDict
 
-from pytest_moe_routing.targets.answers import RequestAnswer
+from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
 
 
 class _Raised(TypedDict):
@@ -60,6 +60,7 @@ ANSWERS: Mapping[str, Any] = {
     "gates": list[tuple[str, bool, str] | tuple[str, bool, str, bool]],
     "around": dict[str, RequestAnswer],
     "choose": _Chosen | None,
+    "rule": RuleAnswer | None,
     "capture": _Calls,
     "capture_modular": _RoutedCalls,
 }

@@ -27,7 +27,7 @@ from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Choice, Classification
+from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
@@ -184,6 +184,12 @@ class VllmTarget(FrameworkTarget):
             answer["instead"],
             tuple(answer["device"]),
         )
+
+    def rule(self, model: ModelSpec, scheme: str, method: str, gate: str) -> Rule:
+        """Return the function of a gate, or of the selector, and what it takes by default."""
+        asked = {"model": model.as_dict(), "scheme": scheme, "method": method, "gate": gate}
+        answer = self._probe.ask("rule", **asked)
+        return Rule() if answer is None else Rule(**answer)
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
         """Return what becomes of padding rows, placed experts and captured ids.

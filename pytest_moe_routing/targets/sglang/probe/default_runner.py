@@ -15,7 +15,8 @@ from pytest_moe_routing.targets.contract import Names
 
 #: A server that leaves the choice to each layer.
 AUTO = "auto"
-_FIELD = "moe_runner_backend"
+#: The argument of a server that names the runner.
+FIELD = "moe_runner_backend"
 
 
 def layer_runner(names: Names, layer: Any) -> str:
@@ -119,7 +120,7 @@ def default_runner(
         raise Unsupported(
             f"cannot determine which runner {AUTO} selects: {type(error).__name__}: {error}"
         ) from error
-    runner = getattr(server, _FIELD)
+    runner = getattr(server, FIELD)
     if not isinstance(runner, str):
         raise Unsupported(f"cannot determine which runner {AUTO} selects: found {runner}")
     return runner

@@ -61,6 +61,11 @@ class RoutedOutside(Exception):
     """SGLang chooses the experts itself; no fused kernel routes."""
 
 
+def select_experts(*_: Any, **__: Any) -> Any:
+    """Stand in for SGLang's own router, which is not run."""
+    raise RoutedOutside
+
+
 def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) -> None:
     """From now on import SGLang from `root`, in this world; entry points append to `calls`.
 
@@ -304,9 +309,6 @@ def _choose_runner(names: Names) -> None:
     """SGLang's own MoE package, told that a runner was chosen, and nothing else."""
     runners = names.get("runners")
     communication = names.get("communications.NONE")
-
-    def select_experts(*_: Any, **__: Any) -> Any:
-        raise RoutedOutside
 
     for key, function in (
         ("runner", lambda: runners(_chosen[0])),

@@ -124,6 +124,12 @@ class Selector:
         return self.function(**release.accepted(self.function, given))[1]
 
 
+def default_experts(selector: Selector) -> str:
+    """Return what a selector takes by default, or why it takes nothing."""
+    taken = _taken(selector, selector.config, ())
+    return taken if isinstance(taken, str) else f"{taken.__name__} by default"
+
+
 def _key(model: Mapping[str, Any], scheme: str) -> str:
     """Return the row of the contract for the selector of a scheme."""
     if scheme == "mxfp4" and model["architecture"].startswith("GptOss"):

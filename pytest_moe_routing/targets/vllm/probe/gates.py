@@ -22,6 +22,9 @@ _GATES = (
     ("shape", "_supports_shape", "hidden size {hidden_dim}"),
 )
 
+#: All of them at once.
+_ALL = "is_supported_config"
+
 
 def experts_of(scheme: ServedScheme, *, modular: bool = False) -> Any:
     """Return a scheme's monolithic experts, see `ServedScheme.experts`: a class, or a function.
@@ -93,7 +96,16 @@ def gates(
         reason = f"{owner.__name__} does not accept {what.format(**about)}"
         answers.append([gate, bool(answer), reason])
     supported, reason = _all_at_once(owner, layer, given)
-    return [*answers, ["is_supported_config", bool(supported), reason or ""]]
+    return [*answers, [_ALL, bool(supported), reason or ""]]
+
+
+def function_of(scheme: str, gate: str) -> Any:
+    """Return the function of a scheme's experts that answers for a gate; None if it has none."""
+    owner = experts_of(SCHEMES[scheme])
+    if gate == _ALL and not isinstance(owner, type):
+        return owner
+    functions = {_ALL: _ALL, **{title: function for title, function, _ in _GATES}}
+    return _gate(owner, functions[gate]) if gate in functions else None
 
 
 def _gate(owner: Any, name: str) -> Any:

@@ -18,6 +18,7 @@ from pytest_moe_routing.targets.vllm.probe import choice as vllm_choice
 from pytest_moe_routing.targets.vllm.probe import gates as vllm_gates
 from pytest_moe_routing.targets.vllm.probe import modular as vllm_modular
 from pytest_moe_routing.targets.vllm.probe import release as release
+from pytest_moe_routing.targets.vllm.probe.rule import rule
 
 
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
@@ -29,6 +30,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "gates": vllm_gates.gates,
         "around": vllm_around.around,
         "choose": vllm_choice.choose,
+        "rule": rule,
         "capture": vllm_capture.capture,
         "capture_modular": vllm_modular.capture_modular,
     }

@@ -1,0 +1,81 @@
+"""Which code of SGLang has its own router, or another runner, serve a block that a kernel could."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from pytest_moe_routing.targets.answers import RuleAnswer
+from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.probe import world
+from pytest_moe_routing.targets.sglang.probe.default_runner import FIELD
+
+
+def rule(names: Names, run: Callable[[], Any]) -> RuleAnswer | None:
+    """Return the function that keeps the kernel from routing; None if it is not known.
+
+    It is the last predicate on the config of TopK that says no, with the line of its answer, or
+    else the caller of SGLang's own router.
+
+    Args:
+        run: Builds and runs the block.
+    """
+    config = names.get("router-topk-config") if names.has("router-topk-config") else None
+    said_no: list[RuleAnswer] = []
+    routed: list[RuleAnswer] = []
+
+    def watch(frame: FrameType, event: str, value: Any) -> None:
+        if event == "call" and frame.f_code is world.select_experts.__code__:
+            assert frame.f_back is not None
+            routed.append(_answer(frame.f_back))
+        elif event == "return" and value is False and not routed and _is_asked(frame, config):
+            said_no.append(_answer(frame))
+
+    _watched(run, watch)
+    return next(iter(said_no[-1:] or routed), None)
+
+
+def runner_rule(choose: Callable[[], Any]) -> RuleAnswer | None:
+    """Return the function that names another runner, or those of which one could have named it.
+
+    Args:
+        choose: Resolves the arguments of a server.
+    """
+    asked: list[RuleAnswer] = []
+    named: list[RuleAnswer] = []
+
+    def watch(frame: FrameType, event: str, value: Any) -> None:
+        if event == "return" and isinstance(value, dict) and FIELD in frame.f_code.co_consts:
+            (named if FIELD in value else asked).append(_answer(frame))
+
+    _watched(choose, watch)
+    if named or not asked:
+        return next(iter(named[-1:]), None)
+    # A model's own is the first of them; the others are about any model.
+    return {**asked[0], "name": " or ".join(answer["name"] for answer in asked)}
+
+
+def _watched(run: Callable[[], Any], watch: Callable[[FrameType, str, Any], None]) -> None:
+    """Run something, and tell `watch` of each call and each return."""
+    sys.setprofile(watch)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+
+
+def _is_asked(frame: FrameType, config: Any) -> bool:
+    """Return whether a frame is a function of SGLang that is given a config of TopK."""
+    code = frame.f_code
+    if config is None or not frame.f_globals.get("__name__", "").startswith("sglang."):
+        return False
+    given = code.co_varnames[: code.co_argcount]
+    return any(isinstance(frame.f_locals.get(name), config) for name in given)
+
+
+def _answer(frame: FrameType) -> RuleAnswer:
+    module = frame.f_globals["__name__"].replace(".", "/")
+    source = f"{module}.py:{frame.f_lineno}"
+    return {"name": frame.f_code.co_qualname, "source": source, "instead": ""}

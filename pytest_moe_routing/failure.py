@@ -41,6 +41,7 @@ class Failure:
             differ in nothing else are one defect in several places.
         reach: Who can meet it, if `lines` need not say so.
         brief: The explanation for a terminal, if it is shorter than `lines`.
+        entry: FILE:LINE of the ledger's entry that knows the cause in other cases, if any does.
     """
 
     cause: str
@@ -51,6 +52,7 @@ class Failure:
     site: str = ""
     reach: str = ""
     brief: tuple[str, ...] = ()
+    entry: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         # Without tuples, which xdist does not carry.
@@ -95,6 +97,8 @@ class Failure:
             return [line if fits else f"{line[: width - 3]}..."]  # type: ignore[operator]
         others = [case for case in dict.fromkeys(cases) if case != self.case]
         tail = [f"  cause    {self.cause}", *elsewhere]
+        if self.entry:
+            tail.append(f"  known    in other cases: {self.entry} does not list these")
         lines = list(self.lines if width is None else self.brief or self.lines)
         if others and self.rank is Rank.LOST:
             # Who lost a kernel is what there is to know: all are named, if they fit.

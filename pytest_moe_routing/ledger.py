@@ -7,7 +7,7 @@ case matches is reported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +28,8 @@ from pytest_moe_routing.targets import target_names
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-_ENTRIES = pytest.StashKey[list["KnownFailure"]]()
+#: The entries about a test's case, and those about other cases of the test.
+_ENTRIES = pytest.StashKey[tuple[list["KnownFailure"], list["KnownFailure"]]]()
 #: Where a worker leaves what it matched for the controller.
 _OUTPUT = "moe_known_failures"
 
@@ -45,6 +46,8 @@ class KnownFailure:
     cause: str | None = key(str, default=None, nullable=True)
     #: A shell pattern of the ids in a test's brackets, as in `test_verdict[deepseek-r1-nvfp4]`.
     case: str = key(str, default="*")
+    #: Several of them; an entry is then loaded once for each, as its `case`.
+    cases: tuple[str, ...] = key(str, many=True, default=())
     test: str = key(str, default="test_verdict")
     link: str | None = key(str, default=None, nullable=True)
     since: str | None = key(str, default=None, nullable=True)
@@ -59,6 +62,10 @@ class KnownFailure:
         for name in ("case", "reason"):
             if not getattr(self, name).strip():
                 yield name, "nothing", "text"
+        if self.cases and self.case != "*":
+            yield "cases", "case as well", "one of the two"
+        if not all(map(str.strip, self.cases)):
+            yield "cases", "nothing", "a list of shell patterns"
         if self.cause is not None and not self.cause.strip():
             yield "cause", "nothing", "the id of a cause"
         if self.link is not None and not is_web_address(self.link):
@@ -77,6 +84,11 @@ class KnownFailure:
                     yield name, shorten(repr(text)), "a release such as 0.30.0"
             if len(bounds) == 2 and bounds[0] >= bounds[1]:
                 yield f"{prefix}until", repr(text), "a release after 'since'"
+
+    @property
+    def id(self) -> tuple[str, str]:
+        """What identifies the entry, with one of its cases."""
+        return self.place, self.case
 
     def matches(self, test: str, case: str) -> bool:
         return test == self.test and fnmatchcase(case, self.case)
@@ -104,7 +116,9 @@ def load_ledger(file: Path) -> list[KnownFailure]:
     for node in root.value:
         line = node.start_mark.line + 1
         entry: KnownFailure = Section(file, node, line=line).build(KnownFailure)
-        entries.append(replace(entry, place=f"{file}:{line}"))
+        place = f"{file}:{line}"
+        for case in entry.cases or (entry.case,):
+            entries.append(replace(entry, case=case, cases=(), place=place))
     return entries
 
 
@@ -149,7 +163,8 @@ def _is_between(release: Version, since: str | None, until: str | None) -> bool:
 class LedgerPlugin:
     """Applies entries to the tests that it is shown, and reports which of them still matched.
 
-    An entry silences one cause: a test is an xfail only if every cause of its failure is known.
+    An entry silences one cause, in its cases: a test is an xfail only if every cause of its failure
+    is known there.
 
     Args:
         entries: Those that apply to the target and release of this run.
@@ -160,35 +175,53 @@ class LedgerPlugin:
     def __init__(self, entries: Sequence[KnownFailure], *, whole_suite: bool) -> None:
         self.entries = entries
         self.whole_suite = whole_suite
-        #: Places of entries that matched a case; None until a collection has finished.
-        self.matched: set[str] | None = None
-        #: Places of entries whose cases ran, and of those whose cause was seen.
-        self.ran: set[str] = set()
-        self.seen: set[str] = set()
+        #: Ids of entries that matched a case; None until a collection has finished.
+        self.matched: set[tuple[str, str]] | None = None
+        #: Ids of entries whose cases ran, and of those whose cause was seen.
+        self.ran: set[tuple[str, str]] = set()
+        self.seen: set[tuple[str, str]] = set()
+        #: Places of entries whose cause was seen in a case that they do not list, with that case.
+        self.new: set[tuple[str, str]] = set()
 
     def mark(self, item: pytest.Item, test: str, case: str) -> None:
         """Remember which entries are about a collected test."""
-        found = [entry for entry in self.entries if entry.matches(test, case)]
-        if found:
-            item.stash[_ENTRIES] = found
-        self.matched = (self.matched or set()) | {entry.place for entry in found}
+        own = [entry for entry in self.entries if entry.test == test]
+        found = [entry for entry in own if entry.matches(test, case)]
+        places = {entry.place for entry in found}
+        if own:
+            item.stash[_ENTRIES] = found, [entry for entry in own if entry.place not in places]
+        self.matched = (self.matched or set()) | {entry.id for entry in found}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        entries = item.stash.get(_ENTRIES, [])
+        entries, others = item.stash.get(_ENTRIES, ([], []))
         runs_all = item.config.getoption("runxfail", False)
-        if not entries or call.when != "call" or report.skipped or runs_all:
+        if call.when != "call" or report.skipped or runs_all:
             return report
-        self.ran |= {entry.place for entry in entries}
+        self.ran |= {entry.id for entry in entries}
         failures = failures_of(report.user_properties)
-        if failures:
-            self._apply(report, entries, failures)
-        else:
+        if failures and (entries or others):
+            case = item.callspec.id if hasattr(item, "callspec") else ""
+            self._apply(report, entries, self._named(failures, entries, others, case))
+        elif not failures:
             self._apply_without_cause(report, [e for e in entries if e.cause is None])
         return report
+
+    def _named(
+        self,
+        failures: Sequence[Failure],
+        entries: Sequence[KnownFailure],
+        others: Sequence[KnownFailure],
+        case: str,
+    ) -> list[Failure]:
+        """Return failures, each with the entry that knows its cause in other cases alone."""
+        known = {entry.cause for entry in entries}
+        places = {e.cause: e.place for e in reversed(others) if e.cause not in known}
+        self.new |= {(places[f.cause], case) for f in failures if f.cause in places}
+        return [replace(f, entry=places.get(f.cause, "")) for f in failures]
 
     def _apply(
         self,
@@ -199,18 +232,18 @@ class LedgerPlugin:
         """Silence the known causes of a failed test."""
         by_cause = {entry.cause: entry for entry in reversed(entries)}
         known = [by_cause[f.cause] for f in failures if f.cause in by_cause]
-        self.seen |= {entry.place for entry in known}
+        causes = {failure.cause for failure in failures}
+        self.seen |= {entry.id for entry in entries if entry.cause in causes}
         unknown = [failure for failure in failures if failure.cause not in by_cause]
         if not unknown:
             _xfail(report, known[0])
-        elif known:
+        else:
             report.longrepr = text_of(unknown)
-        causes = {failure.cause for failure in failures}
         properties = [(n, v) for n, v in report.user_properties if n != PROPERTY]
         stated = [(PROPERTY, [failure.as_dict() for failure in unknown])] if unknown else []
         report.user_properties = [*properties, *stated]
         for entry in entries:
-            if entry.cause is None and causes and unknown:
+            if entry.cause is None and unknown:
                 text = "names no cause, but this test states its causes; add 'cause: ID'"
                 report.sections.append(("known failures", f"{entry.place} {text}"))
 
@@ -220,7 +253,7 @@ class LedgerPlugin:
         """Silence a failure of a test that states no causes; fail if there is none any more."""
         if not entries:
             return
-        self.seen |= {entry.place for entry in entries}
+        self.seen |= {entry.id for entry in entries}
         if report.passed:
             places = ", ".join(f"{entry.place} ({entry})" for entry in entries)
             report.outcome = "failed"
@@ -234,18 +267,19 @@ class LedgerPlugin:
         """Take over what a worker found; each of them collects all."""
         found = getattr(node, "workeroutput", {}).get(_OUTPUT)
         if found is not None:
-            matched, ran, seen = found
+            matched, ran, seen, new = found
             if matched is not None:
                 self.matched = (self.matched or set()) | set(matched)
             self.ran |= set(ran)
             self.seen |= set(seen)
+            self.new |= set(new)
 
     @property
     def unmatched(self) -> list[KnownFailure]:
         """Entries that no collected case matched; none if nothing was collected at all."""
         if self.matched is None:
             return []
-        return [entry for entry in self.entries if entry.place not in self.matched]
+        return [entry for entry in self.entries if entry.id not in self.matched]
 
     @property
     def gone(self) -> list[KnownFailure]:
@@ -253,8 +287,8 @@ class LedgerPlugin:
         return [
             entry
             for entry in self.entries
-            if entry.place in self.ran
-            and entry.place not in self.seen
+            if entry.id in self.ran
+            and entry.id not in self.seen
             and (self.whole_suite or entry.is_about_one_case)
         ]
 
@@ -263,7 +297,7 @@ class LedgerPlugin:
         output = getattr(session.config, "workeroutput", None)
         if output is not None:
             matched = None if self.matched is None else sorted(self.matched)
-            output[_OUTPUT] = [matched, sorted(self.ran), sorted(self.seen)]
+            output[_OUTPUT] = [matched, *map(sorted, (self.ran, self.seen, self.new))]
             return
         stale = self.gone or (self.unmatched and self.whole_suite)
         if stale and session.exitstatus in (
@@ -273,25 +307,37 @@ class LedgerPlugin:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        def write(head: str, lines: Iterable[str], color: str = "red") -> None:
+            for line in (f"moe-routing: {head}:", *(f"  {line}" for line in lines)):
+                terminalreporter.write_line(line, **{color: True})
+
+        if self.new:
+            head = "known causes in new cases; fix them, or add the cases to the entry"
+            write(head, (f"{place}: {cases}" for place, cases in _joined(self.new).items()))
         if self.gone:
-            terminalreporter.write_line(
-                "moe-routing: known failures that no longer occur; remove or narrow them, unless "
-                "their cases are now missed or not judged:",
-                red=True,
-            )
-            for entry in self.gone:
-                terminalreporter.write_line(f"  {entry.place}: {entry}", red=True)
-        if not self.unmatched:
-            return
-        color = {"red": True} if self.whole_suite else {"yellow": True}
-        remedy = "remove them" if self.whole_suite else "only part of the suite was chosen"
-        terminalreporter.write_line(
-            f"moe-routing: known failures that match no case ({remedy}):", **color
-        )
-        for entry in self.unmatched:
-            terminalreporter.write_line(
-                f"  {entry.place}: {entry.test}[{entry.case}]: {entry}", **color
-            )
+            head = "known failures that no longer occur; remove or narrow them, unless their cases "
+            lines = (f"{e.place}: {e} ({e.test}[{cases}])" for e, cases in _by_place(self.gone))
+            write(f"{head}are now missed or not judged", lines)
+        if self.unmatched:
+            remedy = "remove them" if self.whole_suite else "only part of the suite was chosen"
+            lines = (f"{e.place}: {e.test}[{cases}]: {e}" for e, cases in _by_place(self.unmatched))
+            color = "red" if self.whole_suite else "yellow"
+            write(f"known failures that match no case ({remedy})", lines, color)
+
+
+def _joined(ids: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return the cases of each place."""
+    found: dict[str, list[str]] = {}
+    for place, case in sorted(ids):
+        found.setdefault(place, []).append(case)
+    return {place: ", ".join(cases) for place, cases in found.items()}
+
+
+def _by_place(entries: Sequence[KnownFailure]) -> Iterator[tuple[KnownFailure, str]]:
+    """Yield an entry of each place, with all of its cases that are given."""
+    cases = _joined(entry.id for entry in entries)
+    for entry in {entry.place: entry for entry in entries}.values():
+        yield entry, cases[entry.place]
 
 
 def _xfail(report: pytest.TestReport, entry: KnownFailure) -> None:

@@ -306,8 +306,15 @@ def test_a_run_that_stops_early_writes_no_ledger(host):
     result = host.runpytest_subprocess(*wrong, "-x")
     result.stdout.fnmatch_lines(["moe-routing: *known.yaml not written, because the run*"])
     assert not (host.path / "known.yaml").exists()
-    host.runpytest_subprocess(*wrong)
-    assert (host.path / "known.yaml").exists()
+    chosen = ("--moe-schemes", "nvfp4,fp8_block", "-k", "test_verdict[")
+    host.runpytest_subprocess(*wrong, *chosen)
+    # The entry lists its cases: the cause in another one fails.
+    text = (host.path / "known.yaml").read_text()
+    assert "cases: [deepseek-r1-fp8_block, deepseek-r1-nvfp4]" in text
+    known = ("--moe-golden", *target, *chosen, "--moe-known-failures", "known.yaml")
+    (host.path / "known.yaml").write_text(text.replace("deepseek-r1-fp8_block, ", ""))
+    result = host.runpytest_subprocess(*known)
+    assert result.parseoutcomes()["failed"] == result.parseoutcomes()["xfailed"] == 1
 
 
 def test_collecting_gives_no_verdicts_and_misses_none(host):

@@ -211,7 +211,9 @@ class VerdictRecord(_Record):
         """A stable id of what is wrong, without the model and its numbers; empty if nothing is."""
         if self.lost_since or self.verdict is Verdict.MISSED:
             # Gates are asked in an order, and the first no is the target's reason.
-            what = "by default" if self.verdict is Verdict.EXACT else next(iter(self.rejected_by), "")
+            what = (
+                "by default" if self.verdict is Verdict.EXACT else next(iter(self.rejected_by), "")
+            )
             method = self.method if what == "routing method" else ""
             kind = "lost" if self.lost_since else "missed"
             return ":".join(filter(None, (kind, what, method, self.rule))).replace(" ", "-")

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
 
 _HEADER = """\
-# Known failures, written by --moe-write-known-failures. Every entry silences one cause: give it a
-# reason, a link to where the failure is tracked, and, if it is known, the range of releases.
+# Known failures, written by --moe-write-known-failures. Every entry silences one cause in the cases
+# that it lists: give it a reason, a link to where the failure is tracked, and, if it is known, the
+# range of releases.
 """
 
 
@@ -39,13 +40,16 @@ class LedgerWriter:
         self.session = session
         self.path = path.absolute()
         self.is_written = True
-        #: What each cause says first, by test and cause.
+        #: What each cause says first, by test and cause, and its cases.
         self.causes: dict[tuple[str, str], str] = {}
+        self.cases: dict[tuple[str, str], set[str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        test = report.nodeid.rpartition("::")[2].partition("[")[0]
+        test, _, case = report.nodeid.rpartition("::")[2].partition("[")
         for failure in failures_of(report.user_properties) if report.failed else ():
             self.causes.setdefault((test, failure.cause), failure.lines[0])
+            # A test without parameters has one case, which needs no name.
+            self.cases.setdefault((test, failure.cause), set()).add(case.removesuffix("]") or "*")
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -58,10 +62,19 @@ class LedgerWriter:
 
         target = self.session.target_id.name
         entries = [
-            {"test": test, "cause": cause, "target": target, "reason": reason}
+            {
+                "test": test,
+                "cause": cause,
+                "target": target,
+                "reason": reason,
+                "cases": sorted(self.cases[test, cause]),
+            }
             for (test, cause), reason in sorted(self.causes.items())
         ]
-        text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=100)
+        # Lists stand on as few lines as they fit on.
+        text = yaml.safe_dump(
+            entries, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
+        )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_in_one_step(self.path, _HEADER + (text if entries else ""))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pytest_moe_routing.errors import Unsupported
@@ -29,7 +31,8 @@ from torch import nn
 class Gate(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        rows = config.n_routed_experts + {SHARED}
+        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts))
 
 
@@ -42,7 +45,8 @@ class TinyMoE(nn.Module):
     def forward(self, hidden):
         c = self.config
         flat = hidden.flatten(0, 1)
-        scores = (flat @ self.gate.weight.T).sigmoid()
+        with torch.autocast("cpu", torch.bfloat16, enabled={AUTOCAST}):
+            scores = (flat @ self.gate.weight.T).sigmoid().float()[:, : c.n_routed_experts]
         keys = scores + self.gate.e_score_correction_bias
         grouped = keys.reshape(-1, c.n_group, c.n_routed_experts // c.n_group)
         kept = grouped.topk(2)[0].sum(2).topk(c.topk_group)[1]
@@ -71,7 +75,7 @@ class TinyPreTrainedModel(nn.Module):
             self.get_buffer(name).copy_({LOADED})
         return self
 """
-RIGHT = {"{FILL}": "float('-inf')", "{LOADED}": "x"}
+RIGHT = {"{FILL}": "float('-inf')", "{LOADED}": "x", "{AUTOCAST}": "False", "{SHARED}": "0"}
 
 
 def package(folder, **changes):
@@ -82,17 +86,18 @@ def package(folder, **changes):
         (place / "__init__.py").write_text("")
     text = MODELING
     for mark, code in {**RIGHT, **{f"{{{k}}}": v for k, v in changes.items()}}.items():
-        text = text.replace(mark, code)
+        text = text.replace(mark, str(code))
     configuration = CONFIGURATION.replace("TinyConfig", "DeepseekV3Config")
     (model / "configuration_deepseek_v3.py").write_text(configuration)
     (model / "modeling_deepseek_v3.py").write_text(text)
     return folder
 
 
-def runs_of(root, *names):
+def runs_of(root, *models):
+    chosen = [MODELS.get(model, model) for model in models]
     target = TransformersTarget(FlashInfer.of("0.7.0"), Source.at("transformers", root))
     try:
-        return target.router_runs([MODELS[name] for name in names])
+        return target.router_runs(chosen)
     finally:
         target.close()
 
@@ -125,6 +130,27 @@ def test_a_bias_that_is_rounded_when_a_model_is_loaded(tmp_path):
     runs = runs_of(package(tmp_path, LOADED="x.bfloat16()"), "deepseek-r1")
     assert kinds(runs) - {MIXED} == {
         ("loaded in bfloat16", "precision", "the router's correction bias is rounded to bfloat16")
+    }
+
+
+ROUNDED = "distinct scores become equal when autocast rounds them to bfloat16"
+
+
+def test_scores_that_autocast_rounds(tmp_path):
+    """With a recipe and without: a block is compared with itself. Its gate has a shared expert."""
+    root = package(tmp_path, AUTOCAST="torch.is_autocast_enabled('cpu')", SHARED=1)
+    other = MODELS["deepseek-v3"]
+    no_recipe = replace(other.router, not_expressible="a reason")
+    runs = runs_of(root, "deepseek-r1", replace(other, router=no_recipe))
+    under_autocast = [run for run in runs if run.way == "under torch.autocast"]
+    assert [(run.subject, run.reach) for run in under_autocast] == [
+        ("deepseek-r1", "opt-in"),
+        ("deepseek-v3", "opt-in"),
+    ]
+    assert kinds(under_autocast) == {("under torch.autocast", "precision", ROUNDED)}
+    assert "tokens get other experts than without autocast" in runs[0].deviations[0].text
+    assert kinds(run for run in runs if run.subject == other.id) - kinds(under_autocast) == {
+        ("eager", NOT_JUDGED, "no recipe computes the router: a reason")
     }
 
 

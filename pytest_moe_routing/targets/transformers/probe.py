@@ -3,6 +3,7 @@
 It is run by `targets.server` with the argument ROOT, a directory or a wheel. A block is built from
 a small config of its own class. Its gate is the identity, so that it sees the logits of a pattern,
 and in the place of its experts is a module that notes the ids and weights that it is called with.
+Under autocast, a block is compared with itself: that needs no recipe.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.logits import PATTERNS
+from pytest_moe_routing.logits import PATTERNS, distinct
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.oracle.routers import (
     HARMLESS,
@@ -37,6 +38,7 @@ from pytest_moe_routing.oracle.routers import (
 )
 from pytest_moe_routing.routing import Recipe, recipe_of
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.transformers.block import Block, is_bias, tensors_of
 
 if TYPE_CHECKING:
     from pytest_moe_routing.oracle.routers import Router
@@ -45,75 +47,9 @@ if TYPE_CHECKING:
 _WIDTH = 24
 #: The identity makes NaN of a token with one infinite logit.
 _PATTERNS = tuple(name for name in PATTERNS if name != NOT_FINITE)
-#: Relative precision of the factor that is measured on a block's output.
-_MEASURED = 1e-4
-
-
-class _Experts(nn.Module):
-    """In the place of a block's experts: notes ids and weights, and returns a constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value = 0.0
-        self.called_with: list[tuple[Tensor, Tensor]] = []
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        ids = [x for x in given if not x.is_floating_point()]
-        weights = [x for x in given if x.is_floating_point()]
-        if len(ids) != 1 or len(weights) != 1 or ids[0].shape != weights[0].shape:
-            raise Unsupported("the block does not call its experts with ids and weights")
-        self.called_with.append((ids[0], weights[0]))
-        return torch.full_like(hidden, self.value)
-
-
-class _Block:
-    """A model's MoE block, as a router."""
-
-    def __init__(self, block: nn.Module, num_experts: int, recipe: Recipe) -> None:
-        experts = getattr(block, "experts", None)
-        if not isinstance(experts, nn.Module):
-            raise Unsupported(f"{type(block).__name__} has no experts of its own")
-        self.name = type(block).__qualname__
-        self._block, self._experts = block, _Experts()
-        block.experts = self._experts
-        tensors = _tensors(block)
-        square = [x for _, x in tensors if x.shape == (num_experts, num_experts)]
-        if len(square) != 1:
-            raise Unsupported(f"{self.name} has {len(square)} gates, not one")
-        biases = [x for name, x in tensors if _is_bias(name) and x.numel() == num_experts]
-        if len(biases) != int(recipe.bias):
-            raise Unsupported(
-                f"{self.name} has {len(biases)} correction biases, not {int(recipe.bias)}"
-            )
-        self._bias = biases[0] if biases else None
-        for _, tensor in tensors:
-            tensor.zero_()
-        square[0].copy_(torch.eye(num_experts))
-
-    def route(self, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return weights and ids, with what the block multiplies the experts' output by."""
-        if self._bias is not None and bias is not None:
-            self._bias.copy_(bias.view_as(self._bias))
-        nothing, one = (self._output(logits, value) for value in (0.0, 1.0))
-        factors = (one - nothing).flatten()
-        factor = factors[0]
-        if not torch.allclose(factors, factor.expand_as(factors), rtol=_MEASURED):
-            raise Unsupported(f"{self.name} does more than scale what its experts return")
-        ids, weights = self._experts.called_with[-1]
-        return weights.reshape(len(logits), -1) * factor, ids.reshape(len(logits), -1)
-
-    def _output(self, logits: Tensor, value: float) -> Tensor:
-        self._experts.value = value
-        self._experts.called_with.clear()
-        output = self._block(logits.unsqueeze(0))
-        if len(self._experts.called_with) != 1:
-            raise Unsupported(
-                f"{self.name} calls its experts {len(self._experts.called_with)} times"
-            )
-        first = output[0] if isinstance(output, tuple) else output
-        assert isinstance(first, Tensor)
-        return first
+#: The way in which a block is run while torch.autocast is on, as in mixed-precision training.
+_AUTOCAST = "under torch.autocast"
+_TOKENS = 24
 
 
 def _loads_rounded(maker: Callable[[], nn.Module], config: Any) -> bool:
@@ -145,7 +81,7 @@ def _loads_rounded(maker: Callable[[], nn.Module], config: Any) -> bool:
             """Leave all as it is: it is made of random numbers first, and loaded then."""
 
     def tensor(model: nn.Module) -> Tensor:
-        [found] = [x for name, x in _tensors(model) if _is_bias(name)]
+        [found] = [x for name, x in tensors_of(model) if is_bias(name)]
         return found
 
     try:
@@ -160,14 +96,6 @@ def _loads_rounded(maker: Callable[[], nn.Module], config: Any) -> bool:
         raise Unsupported(f"the block cannot be saved and loaded here: {told}") from error
 
 
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _is_bias(name: str) -> bool:
-    return name.rpartition(".")[2] in ("e_score_correction_bias", "expert_bias", "moe_statics")
-
-
 class Blocks:
     """Answers about the MoE blocks of one release's models."""
 
@@ -180,22 +108,17 @@ class Blocks:
     def run(
         self, model: Mapping[str, Any], config: str, keys: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """Route for a model by the block of its class, also as loaded in bfloat16.
+        """Route for a model by the block of its class, as loaded in bfloat16, and under autocast.
 
         Args:
             config: The config class, as `folder.Class`.
             keys: Keys of a config, with their values; the class has some of them.
-
-        Raises:
-            Unsupported: No recipe computes the router.
         """
-        router = RouterConfig(**model["router"])
-        if router.not_expressible is not None:
-            raise Unsupported(f"no recipe computes the router: {router.not_expressible}")
-        key = json.dumps([config, keys, model["router"]], sort_keys=True)
+        router, shared_experts = RouterConfig(**model["router"]), model["experts"]["shared_experts"]
+        key = json.dumps([config, keys, model["router"], shared_experts], sort_keys=True)
         if key not in self._compared:
-            self._compared[key] = list(_runs(config, keys, router))
-            if (router.n_group or 1) > 1:
+            self._compared[key] = list(_runs(config, keys, router, shared_experts))
+            if (router.n_group or 1) > 1 and router.not_expressible is None:
                 self._grouped.setdefault(config, (keys, router))
         return [{**run, "subject": model["id"]} for run in self._compared[key]]
 
@@ -204,13 +127,19 @@ class Blocks:
         return [_undivided(config, *asked) for config, asked in self._grouped.items()]
 
 
-def _runs(config: str, keys: Mapping[str, Any], router: RouterConfig) -> Iterator[dict[str, Any]]:
-    recipe = recipe_of(router)
+def _runs(
+    config: str, keys: Mapping[str, Any], router: RouterConfig, shared_experts: int
+) -> Iterator[dict[str, Any]]:
     name = "?"
     try:
         maker, made = _maker(config, keys, router)
-        block = _Block(maker(), router.num_experts, recipe)
+        block = Block(maker(), router, shared_experts)
         name = f"{config.partition('.')[0]}.{block.name}"
+        yield _run(name, _rounded_by_autocast(block, router.num_experts), _AUTOCAST, reach="opt-in")
+        if router.not_expressible is not None:
+            yield _not_judged(name, f"no recipe computes the router: {router.not_expressible}")
+            return
+        recipe = recipe_of(router)
         deviations = _compare(block.route, recipe, router)
         yield _run(name, deviations)
         if not recipe.bias or {d.kind for d in deviations} - HARMLESS.keys():
@@ -227,11 +156,38 @@ def _runs(config: str, keys: Mapping[str, Any], router: RouterConfig) -> Iterato
         found = [replace(d, kind=PRECISION, cause=cause) for d in worse[:1]]
         yield _run(name, found, "loaded in bfloat16")
     except Unsupported as reason:
-        yield _run(name, [Deviation(NOT_JUDGED, "", str(reason), str(reason))])
+        yield _not_judged(name, str(reason))
+
+
+def _not_judged(name: str, reason: str) -> dict[str, Any]:
+    return _run(name, [Deviation(NOT_JUDGED, "", reason, reason)])
 
 
 def _compare(route: Router, recipe: Recipe, router: RouterConfig) -> list[Deviation]:
     return compare_router(route, recipe, router.num_experts, torch.float32, patterns=_PATTERNS)
+
+
+def _rounded_by_autocast(block: Block, num_experts: int) -> list[Deviation]:
+    """Compare the experts that a block selects under autocast with those that it selects without.
+
+    The logits are distinct numbers that bfloat16 holds, so that only what follows them can round.
+    """
+    # The largest bfloat16 numbers below 2, which are those of consecutive bits.
+    largest = 0x3FFF - torch.arange(num_experts, dtype=torch.int16)
+    logits = largest.view(torch.bfloat16).float()[distinct(_TOKENS, num_experts, seed=0)]
+    without = block.chosen(logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = block.chosen(logits)
+    others = (without != under).any(dim=1)
+    if not others.any():
+        return []
+    token = int(others.nonzero()[0])
+    text = (
+        f"{int(others.sum())}/{_TOKENS} tokens get other experts than without autocast\n"
+        f"  token {token}: experts {under[token].tolist()} instead of {without[token].tolist()}"
+    )
+    cause = "distinct scores become equal when autocast rounds them to bfloat16"
+    return [Deviation(PRECISION, "distinct bfloat16 numbers", text, cause)]
 
 
 def _run(
@@ -263,8 +219,9 @@ def _undivided(config: str, keys: Mapping[str, Any], router: RouterConfig) -> di
         odd = {
             key: experts if value == router.num_experts else value for key, value in keys.items()
         }
-        maker, _ = _maker(config, odd, replace(router, num_experts=experts))
-        block = _Block(maker(), experts, recipe_of(router))
+        odd_router = replace(router, num_experts=experts)
+        maker, _ = _maker(config, odd, odd_router)
+        block = Block(maker(), odd_router)
         name = f"{config.partition('.')[0]}.{block.name}"
         logits = torch.linspace(-2, 2, tokens * experts).reshape(tokens, experts)
         block.route(logits, torch.zeros(experts))

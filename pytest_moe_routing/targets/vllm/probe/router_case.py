@@ -48,6 +48,8 @@ class Case:
     switches: Mapping[str, str] = field(default_factory=dict)
     #: What a router with other outputs than the recipe's is judged by instead.
     judge: Callable[[Case], list[Deviation]] | None = None
+    #: The function of vLLM that is judged, where it is not the last routing function that runs.
+    function: str = ""
 
 
 #: What such a function is told of a model's router, besides its bias.
@@ -147,7 +149,7 @@ def compare(case: Case, output: Output) -> dict[str, Any]:
         deviations = _deviations(case, output, called)
     return {
         "router": type(case.make(None)).__name__,
-        "function": innermost(called),
+        "function": case.function or innermost(called),
         "way": case.way,
         "subject": case.subject,
         "reach": case.reach,

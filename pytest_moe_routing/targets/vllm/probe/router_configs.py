@@ -24,6 +24,7 @@ from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.vllm.probe import release
+from pytest_moe_routing.targets.vllm.probe.router_capture import WAY, captured_by, deviations
 from pytest_moe_routing.targets.vllm.probe.router_case import Case, select
 
 _SIMULATION = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
@@ -34,7 +35,7 @@ _TOKENS = 24
 class _Config:
     """Arguments of the factory, in a recipe's words.
 
-    `groups` are asked for and cannot be made: the router chooses among all experts then.
+    `groups` are asked for; if they cannot be made, the router chooses among all experts.
     """
 
     recipe: Recipe
@@ -85,6 +86,7 @@ def cases(names: Names) -> Iterator[Case]:
         *(partial(_simulated, s) for s in ("uniform_random", "normal_routing")),
         partial(_function, "routing-cohere2", "sigmoid"),
         partial(_function, "routing-gemma4", "softmax"),
+        *(partial(_captured, recipe) for recipe in _CAPTURED),
     )
 
 
@@ -114,6 +116,31 @@ def _function(key: str, score: str) -> Case:
     make_router = partial(config.make, custom_routing_function=function)
     subject = f"{spelling.module.rpartition('.')[2]}.{spelling.path}"
     return Case(make_router, config.recipe, 128, torch.float32, "cuda", subject, "model")
+
+
+#: One for each class of routers that selects by itself.
+_CAPTURED = (
+    Recipe(top_k=4, score="softmax", normalize="sum"),
+    Recipe(top_k=4, score="sigmoid", bias=True, normalize="sum"),
+    Recipe(top_k=4, score="sigmoid", bias=True, n_group=8, topk_group=4, normalize="sum"),
+)
+
+
+def _captured(recipe: Recipe) -> Case:
+    """Return a router whose expert ids are captured, on a server that places its experts."""
+    experts, function = 64, captured_by()
+    config = _Config(
+        recipe, experts, (recipe.n_group, recipe.topk_group) if recipe.grouped else None
+    )
+
+    def judge(case: Case) -> list[Deviation]:
+        return list(deviations(partial(config.make, None), experts))
+
+    subject = f"{experts} experts, {recipe}"
+    return Case(
+        config.make, recipe, experts, torch.float32, WAY, subject, "opt-in",
+        judge=judge, function=function,
+    )  # fmt: skip
 
 
 def _maker(config: _Config, more: Mapping[str, Any]) -> Callable[[Tensor | None], Any]:

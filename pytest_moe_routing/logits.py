@@ -56,6 +56,10 @@ def loud(tokens: int, hidden: int, *, seed: int) -> Tensor:
     return bell(tokens, hidden, seed=seed) * sizes.unsqueeze(1)
 
 
+#: Factor on logits with which the experts of a token have nearly equal weights.
+EVEN = 1 / 16
+
+
 def distinct(rows: int, columns: int, *, seed: int) -> Tensor:
     """Return a random permutation of `0..columns-1` in each row, int64."""
     return integers(rows, columns, seed=seed, bits=32).argsort(dim=1, stable=True)

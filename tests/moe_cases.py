@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pytest_moe_routing.logits import bell, integers, loud
+from pytest_moe_routing.logits import EVEN, bell, integers, loud
 from pytest_moe_routing.reference.activation import activation
 from pytest_moe_routing.reference.moe import MoELayer
 from pytest_moe_routing.reference.problem import MoEProblem
@@ -13,7 +13,6 @@ from pytest_moe_routing.reference.routing import Routing
 from pytest_moe_routing.reference.weights import GeneratedExperts, static_scale
 from pytest_moe_routing.routing.recipe import Recipe
 from pytest_moe_routing.schemes import storage_of
-from pytest_moe_routing.suite.fused import EVEN
 
 TESTED = (
     "bf16",

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 Explain = Callable[[], list[str]]
 #: Experts that are different, where sizes are reduced; a prime, so that no shard repeats another.
 DISTINCT = 61
-#: The share of the logits' spread with which the experts of a token have nearly equal weights.
-EVEN = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ class Fused:
     silent: int | None = None
     limit: float | None = None
     shared: int = 0
-    #: Whether the experts of a token contribute about as much as each other.
-    even: bool = False
+    even: bool = False  # whether the experts of a token contribute about as much as each other
 
     @cached_property
     def layer(self) -> MoELayer:
@@ -155,18 +152,17 @@ class Fused:
         from pytest_moe_routing import logits
         from pytest_moe_routing.reference.problem import MoEProblem
 
-        recipe = self.flashinfer.recipe(self.call)
+        recipe, spread = self.flashinfer.recipe(self.call), logits.EVEN if self.even else 1
         case = logits.make_case(
             pattern, recipe, num_tokens=num_tokens, num_experts=self.call.num_experts
         )
-        scores = case.logits * EVEN if self.even else case.logits
         bias = None if case.bias is None else case.bias.to(dtype(self.call.bias_dtype))
         return MoEProblem.of(
             logits.loud(num_tokens, self.width[0], seed=num_tokens),
             self.experts,
             self.layer,
             recipe=recipe,
-            logits=scores.to(dtype(self.call.logits_dtype)),
+            logits=(case.logits * spread).to(dtype(self.call.logits_dtype)),
             bias=bias,
         )
 

@@ -257,7 +257,7 @@ expert with the smallest weight of a token. This expert may contribute only 2 % 
 output, and rounding may remove most of the change; the output is then as close to the exact result
 as that of a correct kernel. The suite also has the inputs of the next section, with which every
 change is detected.""",
-    "even": "As before. The clamp and alpha belong to another activation and are not repeated here.",
+    "even": "As before. The clamp and alpha belong to another activation and are left out.",
     "full": f"""As for the sizes of the GPU suite, with {TOKENS["full"][-1]} tokens.""",
 }
 

@@ -151,7 +151,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise _InvalidError(f"{shorten(key)}: found the key again, expected it once")
+            raise _InvalidError(f"{shorten(key)}: found the key twice, expected it once")
         values[key] = value
     return values
 

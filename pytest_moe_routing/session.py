@@ -70,7 +70,7 @@ class MoESession:
         _ = self.located
         if self.models and self.scheme_names and not self.cases:
             chosen = ", ".join(self.scheme_names)
-            raise MoERoutingError(f"no kernel serves a chosen model in {chosen}")
+            raise MoERoutingError(f"no fused kernel supports a chosen model in {chosen}")
         _ = self.flashinfer
         if ask and not self.is_builtin:
             with suppress(Unsupported):
@@ -268,12 +268,12 @@ class MoESession:
             )
         if not self.is_builtin:
             raise MoERoutingError(
-                "--snapshot-update: goldens are the builtin target's; run without "
+                "--snapshot-update: only the builtin target has goldens; run without "
                 f"--moe-target {self.target_id}"
             )
         if forked:
             raise MoERoutingError(
-                "--snapshot-update: --forked loses what is written; run without it"
+                "--snapshot-update: --forked loses the written goldens; run without it"
             )
         for model in self.golden_models:
             if not goldens.is_checkout(model.folder.parent):

@@ -120,7 +120,7 @@ def test_explain_for_another_target(capsys):
     ("args", "message"),
     [
         (["explain", "nothing"], "'nothing' is neither a file nor one of the "),
-        (["explain", "deepseek-r1", "--flashinfer", "x"], "found 'x', expected a number"),
+        (["explain", "deepseek-r1", "--flashinfer", "x"], "found 'x', expected a release"),
         (["explain", "deepseek-r1", "--target", "x"], "unknown target 'x'"),
         (["explain", "deepseek-r1", "--golden-dir", "nowhere"], "expected a golden directory"),
     ],

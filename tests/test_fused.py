@@ -62,7 +62,7 @@ def lacks(release, function, activated):
 def test_calls_fit_the_signatures(release, scheme, activated, routed):
     function = kernel_of(scheme).function(routed)
     if lacks(release, function, activated):
-        with pytest.raises(Unsupported, match=r"has no|takes no"):
+        with pytest.raises(Unsupported, match=r"has no|does not accept"):
             arguments(release, scheme, activated, routed=routed)
         return
     given = arguments(release, scheme, activated, routed=routed)
@@ -116,7 +116,7 @@ def test_pairs_of_ids_and_weights(release, scheme):
         ids, weights = arguments(release, scheme, "silu", routed=True, pair=True)["topk_ids"]
         assert (ids.dtype, weights.dtype) == (torch.int32, torch.bfloat16)
     else:
-        with pytest.raises(Unsupported, match="packed ids only"):
+        with pytest.raises(Unsupported, match="only packed ids"):
             arguments(release, scheme, "silu", routed=True, pair=True)
 
 

@@ -25,7 +25,7 @@ GOOD = goldens.serialize({"router": {"score": "sigmoid", "scale": 2.5}, "ids": [
         ('{"format": 1, "x": 1e999}', "expected a number that a float can hold"),
         ('{"format": 1, "x": NaN}', "found NaN, expected a number"),
         ('{"format": 1, "x": ' + "[" * 500 + "]" * 500 + "}", "nested too deeply"),
-        ('{"format": 1, "x": 1, "x": 2}', "x: found the key again, expected it once"),
+        ('{"format": 1, "x": 1, "x": 2}', "x: found the key twice, expected it once"),
         ("[]", "format: found None, expected 1"),
         ('{"format": 1, "x": ' + "1" * 5_000_000 + "}", "bytes, expected at most 4000000"),
     ],

@@ -144,7 +144,7 @@ def test_a_history_without_any_verdict_is_no_success(releases, capsys):
         (["fake", "nowhere.whl"], "no such file or directory"),
         (["fake", "WHEEL", "--models", "nope"], "no model matches 'nope'"),
         (["fake", "WHEEL", "-o", "h.html"], "report h.html: found '.html', expected a file in .md, .json"),
-        (["fake", "WHEEL", "--flashinfer", "x"], "found 'x', expected a number"),
+        (["fake", "WHEEL", "--flashinfer", "x"], "found 'x', expected a release"),
     ],
 )  # fmt: skip
 def test_misuse_of_history_is_one_line(releases, capsys, args, message):

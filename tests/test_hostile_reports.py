@@ -77,7 +77,7 @@ LINE = {"format": records.FORMAT, **TEST.as_dict()}
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 2, "kind": "test", "kind": "test"}', "kind: found the key again"),
+        ('{"format": 2, "kind": "test", "kind": "test"}', "kind: found the key twice"),
         ('{"format": NaN}', "found NaN, expected a number"),
         ('{"format": ' + "9" * 5000 + "}", "found a number of 5000 digits"),
         ('{"format": ' + "[" * 500 + "]" * 500 + "}", "not valid JSON: nested too deeply"),

@@ -183,10 +183,10 @@ HOSTILE = {
     "null": (b"null", "found null, expected an object"),
     "nested arrays": (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     "nested objects": (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
-    "key twice": (b'{"hidden_size": 8, "hidden_size": 9}', "hidden_size: found the key again"),
+    "key twice": (b'{"hidden_size": 8, "hidden_size": 9}', "hidden_size: found the key twice"),
     "key twice, deep": (
         b'{"text_config": {"n_group": 8, "n_group": 8}}',
-        "n_group: found the key again",
+        "n_group: found the key twice",
     ),
     "many keys": (
         b"{" + b", ".join(b'"%d": 0' % i for i in range(100_000)) + b"}",

@@ -85,7 +85,7 @@ def test_a_good_file(tmp_path):
     ("text", "message"),
     [
         ("{\n", "f:2: not valid JSON: Expecting property name"),
-        ('{"a": 1,\n "a": 2}', "f: a: found the key again, expected it once"),
+        ('{"a": 1,\n "a": 2}', "f: a: found the key twice, expected it once"),
         (f'{{"a": {"9" * 400}}}', "found a number of 400 digits, expected at most 19"),
         (f'{{"a": {"9" * 5000}}}', "found a number of 5000 digits"),
         ('{"a": 1e400}', "found 1e400, expected a number that a float can hold"),

@@ -124,7 +124,9 @@ def test_a_run_goes_on_when_a_kernel_ends_its_process(toy, monkeypatch, tmp_path
     for _ in range(2):
         with pytest.raises(TargetError, match="Aborted"):
             kernels.compare(of(8).router, "near-ties", "float32")
-    with pytest.raises(Unsupported, match=r"toy@some\.whl ended 3 times, and is not started again"):
+    with pytest.raises(
+        Unsupported, match=r"toy@some\.whl ended 3 times, and will not be restarted"
+    ):
         kernels.compare(of(256).router, "saturated", "float32")
 
 

@@ -107,9 +107,9 @@ def test_a_target_that_does_not_say_its_release(tmp_path):
     entries = load_ledger(ledger(tmp_path / "known.yaml", {**ENTRY, "since": "0.30.0"}))
 
     def silent():
-        raise Unsupported("builtin does not say its version")
+        raise Unsupported("builtin does not state its version")
 
-    for release, message in [(silent, "does not say its version"), (lambda: "main", "'main'")]:
+    for release, message in [(silent, "does not state its version"), (lambda: "main", "'main'")]:
         with pytest.raises(MoERoutingError, match=rf"known.yaml:2: .*{message}"):
             in_force(entries, target="builtin", release=release, flashinfer="0.7.0")
 

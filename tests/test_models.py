@@ -156,8 +156,8 @@ MISTAKES = {
         edit("  top_k: 2\n", "  top_k: 2\n  top_k: 2\n"),
         7,
         "router.top_k",
-        "the key again",
-        "it stands on line 6",
+        "the key twice",
+        "the first is on line 6",
     ),
     "empty list": (
         edit("[nvfp4]", "[]"),
@@ -334,7 +334,7 @@ def test_the_folder_is_the_id(tmp_path, folder):
 def test_two_folders_with_one_name(tmp_path):
     write(tmp_path, GOOD, "one")
     write(tmp_path, GOOD, "two")
-    with pytest.raises(ModelError, match="found 'Tiny' again"):
+    with pytest.raises(ModelError, match="found 'Tiny', expected a unique name"):
         load_models(tmp_path)
 
 

@@ -143,7 +143,7 @@ def test_an_unknown_flashinfer_release_is_a_stated_assumption(host):
         (("--moe-golden-dir", "nowhere"), "nowhere: found no */model.yaml"),
         (
             ("--moe-target", "miniatures:LosesScale", "--snapshot-update"),
-            "goldens are the builtin target's",
+            "only the builtin target has goldens",
         ),
         (
             ("--snapshot-update", "-p", "no:syrupy"),

@@ -136,7 +136,7 @@ def test_what_has_no_sources_is_one_line(tmp_path):
 def test_targets_are_found_at_a_path(tmp_path):
     assert pinned_flashinfer(f"vllm@{wheel(tmp_path / 'a.whl')}") == "0.6.12"
     assert pinned_flashinfer("builtin") is None
-    with pytest.raises(UnknownTarget, match="builtin takes no @PATH"):
+    with pytest.raises(UnknownTarget, match="builtin does not accept @PATH"):
         pinned_flashinfer(f"builtin@{tmp_path}")
 
 

@@ -225,7 +225,7 @@ def test_registered_targets():
         ("miniatures:FailsToStart", TargetImportError, "ImportError: libfoo.so.1"),
         ("os:system", UnknownTarget, "not a class derived from Target"),
         (":", UnknownTarget, "unknown target ':': expected module:Class"),
-        ("builtin@somewhere", UnknownTarget, "builtin takes no @PATH"),
+        ("builtin@somewhere", UnknownTarget, "builtin does not accept @PATH"),
     ],
 )
 def test_targets_that_cannot_be_used(name, error, message):

@@ -243,11 +243,11 @@ def _of(release: str) -> FlashInfer:
     except ValueError:
         found = shorten(repr(release))
         raise ReleaseError(
-            f"FlashInfer release: found {found}, expected a number such as {known[-1]}"
+            f"FlashInfer release: found {found}, expected a release such as {known[-1]}"
         ) from None
     if not place:
         raise ReleaseError(
             f"FlashInfer {release} is older than the oldest known, {known[0]}; "
-            "--moe-flashinfer names another"
+            "choose another with --moe-flashinfer"
         )
     return FlashInfer(release, known[place - 1])

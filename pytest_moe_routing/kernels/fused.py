@@ -91,7 +91,7 @@ def fused_arguments(
     if signature is None:
         raise Unsupported(f"FlashInfer {flashinfer.release} has no {function}")
     if pair and not (kernel.pairs_since and flashinfer.has(kernel.pairs_since)):
-        raise Unsupported(f"{function} of FlashInfer {flashinfer.release} takes packed ids only")
+        raise Unsupported(f"{function} of FlashInfer {flashinfer.release} accepts only packed ids")
     device = prepared.gate.device
     layer = problem.layer
     if layer.activation.name not in kernel.activations:
@@ -140,7 +140,7 @@ def _fitted(arguments: dict[str, Any], signature: inspect.Signature, what: str) 
     taken = signature.parameters
     unknown = [n for n, value in arguments.items() if value is not None and n not in taken]
     if unknown:
-        raise Unsupported(f"{what} takes no {', '.join(unknown)}")
+        raise Unsupported(f"{what} does not accept {', '.join(unknown)}")
     return {
         name: value
         for name, value in arguments.items()
@@ -179,7 +179,7 @@ def _scalars(problem: MoEProblem, kernel: KernelSpec, prepared: Prepared) -> dic
     """Return the factors that dequantize accumulators, and biases in the accumulators' units."""
     bias1, bias2 = prepared.bias1, prepared.bias2
     if (bias1 is not None or bias2 is not None) and not kernel.biases:
-        raise Unsupported(f"{kernel.function()} takes no biases of experts")
+        raise Unsupported(f"{kernel.function()} does not accept expert biases")
     gate, up, down = _units(problem, kernel, prepared)
     found: dict[str, Any] = {
         "gemm1_bias": None if bias1 is None else bias1 / gate.unsqueeze(1),
@@ -238,7 +238,7 @@ def _activation(
         since = entry.activation_limit.get(act.name)
         if since is None or not flashinfer.has(since):
             what = f"{kernel.function()} of FlashInfer {flashinfer.release}"
-            raise Unsupported(f"{what} takes no clamp of {act.name}")
+            raise Unsupported(f"{what} does not accept a clamp of {act.name}")
     if act.limit is not None and kernel.token_argument:
         raise Unsupported(
             f"the units of a clamp next to {kernel.token_argument} are not documented"

@@ -92,8 +92,8 @@ class RouterProcess:
     def _ask(self, question: str, **arguments: Any) -> Any:
         if self._ends == _CHILDREN:
             raise Unsupported(
-                f"not judged: the process of {self.name} ended {_CHILDREN} times, and is not "
-                "started again"
+                f"not judged: the process of {self.name} ended {_CHILDREN} times, and will "
+                "not be restarted"
             )
         try:
             return self._probe.ask(question, **arguments)

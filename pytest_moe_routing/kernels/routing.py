@@ -82,7 +82,7 @@ def launch(
     takes = inspect.signature(operator).parameters
     unknown = [name for name in arguments if name not in takes]
     if unknown:
-        raise TypeError(f"trtllm_gen_routing takes no {', '.join(unknown)}")
+        raise TypeError(f"trtllm_gen_routing does not accept {', '.join(unknown)}")
     if logits.is_cuda and torch.cuda.get_device_capability(logits.device)[0] == HOPPER:
         from pytest_moe_routing.kernels.hopper import install_routing_module
 

@@ -74,7 +74,7 @@ def layout_of(kernel: KernelSpec, name: str = "") -> Layout:
     name = name or kernel.layouts[0]
     if name not in kernel.layouts:
         known = ", ".join(kernel.layouts)
-        raise Unsupported(f"{kernel.function()} takes no layout {name!r}; layouts: {known}")
+        raise Unsupported(f"{kernel.function()} does not accept layout {name!r}; layouts: {known}")
     shuffled, number = _LAYOUTS[name]
     told = {"use_shuffled_weight": shuffled, "weight_layout": number}
     return Layout(

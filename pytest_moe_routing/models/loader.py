@@ -134,8 +134,8 @@ def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteMo
             model = load_any(file)
             if model.model in names:
                 raise ModelError(
-                    f"{file}: model: found {model.model!r} again, "
-                    f"expected a name of its own; it is also in {names[model.model]}"
+                    f"{file}: model: found {model.model!r}, expected a "
+                    f"unique name; it is also in {names[model.model]}"
                 )
             names[model.model] = file
             models[model.id] = model

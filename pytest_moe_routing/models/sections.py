@@ -53,7 +53,9 @@ class Section:
             if key in own:
                 first = own[key].line
                 where = self._path(key)
-                fail_at(file, line, where, "the key again", f"it once; it stands on line {first}")
+                fail_at(
+                    file, line, where, "the key twice", f"it once; the first is on line {first}"
+                )
             own[key] = Entry(value_node, file, line)
         self.entries: dict[str, Entry] = {**(under.entries if under else {}), **own}
 

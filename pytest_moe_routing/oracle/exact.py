@@ -136,14 +136,14 @@ def _parameter_gates(
         yield Gate(
             "activation limit",
             since is not None and flashinfer.has(since),
-            f"{function} takes no clamp of {experts.activation} in {flashinfer}",
+            f"{function} does not accept a clamp of {experts.activation} in {flashinfer}",
         )
     if experts.bias:
         signature = flashinfer.signature(function)
         yield Gate(
             "expert biases",
             signature is not None and "gemm1_bias" in signature.parameters,
-            f"{function} takes no biases of the experts in {flashinfer}",
+            f"{function} does not accept expert biases in {flashinfer}",
         )
 
 

@@ -124,7 +124,7 @@ class Target:
 
     def version(self) -> str:
         """Return the release of what is tested."""
-        raise Unsupported(f"{self.name} does not say its version")
+        raise Unsupported(f"{self.name} does not state its version")
 
     def drift(self) -> tuple[str, ...]:
         """Return where a FlashInfer that the target bundles contradicts the bundled facts."""

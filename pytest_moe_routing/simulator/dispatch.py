@@ -36,7 +36,7 @@ def layout_of(scheme: str, given: dict[str, Any]) -> str:
     layout = _LAYOUTS.get((shuffled, number), "")
     if layout not in kernel.layouts:
         raise RuntimeError(
-            f"simulated launcher: {scheme} takes no use_shuffled_weight={shuffled} with "
+            f"simulated launcher: {scheme} does not accept use_shuffled_weight={shuffled} with "
             f"weight_layout={number}"
         )
     return layout

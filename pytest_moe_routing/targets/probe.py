@@ -166,17 +166,17 @@ class Probe:
         except (ValueError, RecursionError):
             raise Failure("its answer is not JSON; its process was ended") from None
         if not isinstance(replies, list) or len(replies) != len(requests):
-            raise Failure("its answer is of no known kind; its process was ended")
+            raise Failure("its answer is of an unknown kind; its process was ended")
         pairs = zip(requests, replies, strict=True)
         return [self._checked_one(request.question, reply) for request, reply in pairs]
 
     def _checked_one(self, question: str, reply: object) -> _Reply:
         if not isinstance(reply, dict) or len(reply) != 1:
-            raise Failure("its answer is of no known kind; its process was ended")
+            raise Failure("its answer is of an unknown kind; its process was ended")
         [(kind, value)] = reply.items()
         hints = {"answer": self._answers.get(question, Any), "unsupported": str, "error": _Error}
         if kind not in hints:
-            raise Failure("its answer is of no known kind; its process was ended")
+            raise Failure("its answer is of an unknown kind; its process was ended")
         if (found := problem(hints[kind], value)) is not None:
             raise Failure(f"{found}; its process was ended")
         return kind, value

@@ -108,7 +108,7 @@ def locate(target: TargetId) -> Located:
         raise _fails(target, error) from error
     if not issubclass(cls, FrameworkTarget):
         if target.path is not None:
-            raise UnknownTarget(f"target {str(target)!r}: {target.name} takes no @PATH")
+            raise UnknownTarget(f"target {str(target)!r}: {target.name} does not accept @PATH")
         return Located(target, cls, None)
     if target.path is not None:
         return Located(target, cls, Source.at(cls.package, target.path, cls.distributions))

@@ -99,7 +99,7 @@ def read_json(file: Path) -> Section:
     except RecursionError as error:
         raise ModelError(f"{file}: not valid JSON: nested too deeply") from error
     except _KeyAgainError as error:
-        raise ModelError(f"{file}: {error}: found the key again, expected it once") from error
+        raise ModelError(f"{file}: {error}: found the key twice, expected it once") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file}: found {show(values)}, expected an object")
     return Section(file, values)

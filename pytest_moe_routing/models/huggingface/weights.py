@@ -40,7 +40,7 @@ _ACTIVATION_BITS: Mapping[str, tuple[int | None, ...]] = {
 
 
 class UnknownWeights(Exception):
-    """Weights that are of no known scheme, in words."""
+    """Weights that match no known scheme, in words."""
 
 
 def fp8(found: Section, text: Section) -> str:
@@ -114,7 +114,7 @@ def group_scheme(group: Section) -> str:
     except TypeError:  # a list or object among them
         scheme = None
     if scheme is None:
-        raise UnknownWeights(f"weights {described} are of no known scheme")
+        raise UnknownWeights(f"weights {described} match no known scheme")
     if scheme == "fp8_block" and weights.get("block_structure", _BLOCK) not in (_BLOCK, None):
         raise UnknownWeights(f"weights {described} in other blocks than {_BLOCK}")
     if scheme == "mxint4" and weights.get("symmetric", True) is not True:

@@ -259,7 +259,7 @@ def _maker(
             try:
                 setattr(made, key, value)
             except Exception as error:
-                raise Unsupported(f"{name} takes no {key} of {value!r}: {error}") from error
+                raise Unsupported(f"{name} does not accept {key}={value!r}: {error}") from error
     classes = list(_classes(modeling))
     if len(classes) != 1:
         found = ", ".join(cls.__name__ for cls in classes) or "none"

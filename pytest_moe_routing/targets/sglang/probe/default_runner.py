@@ -26,7 +26,7 @@ def layer_runner(names: Names, layer: Any) -> str:
         Unsupported: It took none, or the release keeps it where the contract does not say.
     """
     if not names.expects("layer-runner"):
-        raise Unsupported("which runner a layer takes in this release is not known")
+        raise Unsupported("which runner a layer uses in this release is not known")
     taken = layer
     if names.expects("layer-runner-name"):
         # Layers of compressed-tensors have a scheme, which has the runner.

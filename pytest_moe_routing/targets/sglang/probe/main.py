@@ -147,7 +147,7 @@ class Blocks:
                     raise Unsupported(f"{name} under {AUTO}: {text}") from error
             runners |= {layer_runner(self.names, layer) for layer in seen.made}
         if len(runners) != 1:
-            raise Unsupported(f"layers of {architecture} take {', '.join(sorted(runners))}")
+            raise Unsupported(f"layers of {architecture} use {', '.join(sorted(runners))}")
         return runners.pop()
 
     def capture(

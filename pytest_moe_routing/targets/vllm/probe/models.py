@@ -163,7 +163,7 @@ class ModelSources:
                 f"not judged: the code of {architecture} in vLLM {self._names.version} "
                 f"({self._registered[architecture]}) makes no layer with "
                 f"{' or '.join(sorted(self._factories))}, so it is not "
-                "known what scales and what routes"
+                "known what applies the scaling factor and what routes"
             )
         return layer
 

@@ -115,7 +115,7 @@ class LayerMethod(SelectExperts):
         # vllm/model_executor/layers/fused_moe/layer.py of 0.12.0 and 0.14.1, FusedMoE.__init__.
         is_flat = not arguments["use_grouped_topk"] and arguments["custom_routing_function"] is None
         if is_flat and arguments["scoring_func"] != "softmax":
-            raise Unsupported("the layer takes no scoring function but softmax without groups")
+            raise Unsupported("without groups, the layer accepts no scoring function but softmax")
 
     def __call__(
         self, hidden_states: Tensor, logits: Tensor, dtype: torch.dtype | None

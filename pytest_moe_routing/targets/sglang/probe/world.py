@@ -62,7 +62,7 @@ class RoutedOutside(Exception):
 
 
 def select_experts(*_: Any, **__: Any) -> Any:
-    """Stand in for SGLang's own router, which is not run."""
+    """Replace SGLang's own router, which is not run."""
     raise RoutedOutside
 
 

@@ -60,7 +60,7 @@ ERRORS = {
     ),
     "unknown, with the next step": (
         {**R1, "architectures": ["ArcticForCausalLM"], "model_type": "arctic"},
-        "? `moe-routing init` writes a model.yaml to describe the router in",
+        "? `moe-routing init DIRECTORY` writes a model.yaml to describe the router in",
     ),
     "missing size": (
         {

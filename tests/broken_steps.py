@@ -13,6 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import torch
+
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
@@ -158,6 +160,27 @@ def requests(target, models):
         yield "always linear", asked()
 
 
+def weigh_nothing(given):
+    given["topk_weights"] = torch.ones_like(given["topk_weights"])
+
+
+def weights_on_input(target, models):
+    """How often CUTLASS experts weigh the input of Llama 4, as they are and when they do not."""
+
+    def asked():
+        found = target.around(models["llama-4-scout"], "nvfp4", "Llama4")
+        response = found["router weight already on the input"]
+        return [response.answer, response.why, response.switches]
+
+    cutlass = release.names().get("modular-cutlass-nvfp4")
+    flashinfer = release.names().get("modular-flashinfer-cutlass")
+    yield "as they are", asked()
+    with broken(cutlass, "apply", weigh_nothing):
+        yield "vLLM's right", asked()
+        with broken(flashinfer, "apply", weigh_nothing):
+            yield "both right", asked()
+
+
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
@@ -172,6 +195,7 @@ def main(root, flashinfer, version):
         with broken(cls, method, how):
             found[name] = list(sentences(target.modular_findings(models[model], scheme)))
     found["requests"] = dict(requests(target, models))
+    found["weights on the input"] = dict(weights_on_input(target, models))
     found["choices"] = dict(choices(target, models))
     for name, record in contradictions(target, models):
         found[name] = [record.verdict, record.rejected_by, list(sentences(record.findings))]

@@ -283,3 +283,23 @@ def test_what_becomes_of_requests_besides_routing(broken, how, changed):
 def test_experts_that_are_placed_in_turn_are_taken_for_a_range(broken):
     why = broken["requests"]["as it is"][ROBIN][1]
     assert why == "the kernel is given experts 128 to 255"
+
+
+CUTLASS = "with CutlassExpertsFp4, it is applied twice, on the input"
+FLASHINFER = "with FlashInferExperts, it is applied on the input and on the output"
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("as they are", ["ignored", f"{CUTLASS}; {FLASHINFER}", ["--moe-backend cutlass"]]),
+        ("vLLM's right", ["ignored", FLASHINFER, ["--moe-backend flashinfer_cutlass"]]),
+        (
+            "both right",
+            ["honored", "with CutlassExpertsFp4, it is applied once", ["--moe-backend cutlass"]],
+        ),
+    ],
+)
+def test_experts_that_weigh_an_input_again(broken, how, expected):
+    """As vLLM is, a finding: docs/findings.md."""
+    assert broken["weights on the input"][how] == expected

@@ -1,10 +1,10 @@
 """What happens around a call of a kernel that routes: what a server can ask of it besides routing.
 
 Rows that pad a batch must not be routed, experts that do not lie in order must be found where they
-lie, and the ids that the kernel chooses must reach a consumer that captures them. A target honors
-such a request, rejects it (other experts serve the layer then), or ignores it, which is wrong. The
-same holds for what a user asks of the code that chooses the experts: a backend, and the reasons why
-it chooses none.
+lie, and the ids that the kernel chooses must reach a consumer that captures them. Experts whose
+input has the router weight must not apply it again. A target honors such a request, rejects it
+(other experts serve the layer then), or ignores it, which is wrong. The same holds for what a user
+asks of the code that chooses the experts: a backend, and the reasons why it chooses none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Request(StrEnum):
     BALANCING = "expert placement by load (EPLB)"
     ROUND_ROBIN = "round-robin expert placement"
     CAPTURE = "captured expert ids"
+    WEIGHT = "router weight already on the input"
     REASONS = "reasons for choosing no experts"
     BACKEND = "--moe-backend"
 

@@ -149,7 +149,7 @@ def routed(arguments: Mapping[str, Any]) -> Received:
         UnusableArgumentError: An argument does not have the shape or dtype that kernels read.
     """
     ids, weights = _chosen(arguments["topk_ids"])
-    hidden = _activations(arguments["hidden_states"], arguments.get("hidden_states_scale"))
+    hidden = activations(arguments["hidden_states"], arguments.get("hidden_states_scale"))
     if len(hidden) != len(ids):
         raise UnusableArgumentError("hidden_states", f"{len(ids)} tokens", f"{len(hidden)} tokens")
     place = {name: arguments[name] for name in ("local_expert_offset", "local_num_experts")}
@@ -182,8 +182,8 @@ def _chosen(topk_ids: Any) -> tuple[Tensor, Tensor]:
     return ids.long(), weights.float()
 
 
-def _activations(hidden: Tensor, scale: Tensor | None) -> Tensor:
-    """Activations as the kernels read them: dtypes and shapes of FlashInfer's launchers."""
+def activations(hidden: Tensor, scale: Tensor | None) -> Tensor:
+    """Return activations as the kernels read them: dtypes and shapes of FlashInfer's launchers."""
     if hidden.dtype == torch.bfloat16:
         return hidden.float()
     tokens = len(hidden)

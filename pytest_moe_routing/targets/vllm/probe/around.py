@@ -30,6 +30,7 @@ from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.release import names
 from pytest_moe_routing.targets.vllm.probe.selectors import asked_of_selectors
+from pytest_moe_routing.targets.vllm.probe.weight_on_input import weight_on_input
 
 _EXPERT_PARALLEL = "--enable-expert-parallel"
 #: What no kernel writes.
@@ -75,6 +76,8 @@ def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict
             **_captured(experts, caller, layer()),
             "switches": ["--enable-return-routed-experts"],
         }
+    if (weighed := weight_on_input(model, scheme, method)) is not None:
+        found["router weight already on the input"] = weighed
     return found | asked_of_selectors(model, scheme, method, experts)
 
 

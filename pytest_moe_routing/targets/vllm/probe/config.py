@@ -124,8 +124,14 @@ def moe_config(
     return names().get("moe-config")(**names().accepted("moe-config", arguments))
 
 
-def quant_config(row: ServedScheme, experts: int, model: Mapping[str, Any]) -> Any:
-    """Make the `FusedMoEQuantConfig` of a layer, with scales that are all 1."""
+def quant_config(
+    row: ServedScheme, experts: int, model: Mapping[str, Any], *, by_block: bool = False
+) -> Any:
+    """Make the `FusedMoEQuantConfig` of a layer, with scales that are all 1.
+
+    Args:
+        by_block: The scales of weights have the dimensions of those of blocks.
+    """
     activations, weights, block = row.quantization
     one = torch.ones(())
     each = torch.ones(experts)
@@ -136,6 +142,7 @@ def quant_config(row: ServedScheme, experts: int, model: Mapping[str, Any]) -> A
     }
     if activations or weights:
         scale = each.bfloat16() if weights == "int4" else each
+        scale = scale.reshape(-1, 1, 1) if by_block else scale
         arguments |= {"w1_scale": scale, "w2_scale": scale}
         # As the functions of `fused_moe/oracle` make it for these experts.
         arguments |= {"is_scale_swizzled": False, "is_nvfp4_scale_swizzled": False}

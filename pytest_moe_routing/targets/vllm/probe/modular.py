@@ -106,7 +106,7 @@ class _Run:
         """Run the layer's method; always ends in an exception, if the kernel is called."""
         layer, given = self._layer, self._given
         fused = made(self._experts, layer)
-        prepare = self._prepare(fused)
+        prepare = prepare_finalize(layer, fused)
         kernel = names().get("kernel")(prepare, fused)
         self._places = {
             "prepare": _place(type(prepare).prepare),
@@ -132,16 +132,6 @@ class _Run:
         if self._reached is not None:
             self._output = output
             raise self._reached
-
-    def _prepare(self, fused: Any) -> Any:
-        """Make the steps before and after the experts as vLLM makes it for the parallel config."""
-        arguments = {
-            "moe": self._layer.config,
-            "quant_config": fused.quant_config,
-            "allow_new_interface": True,
-            "use_monolithic": False,
-        }
-        return names().get("prepare-factory")(**names().accepted("prepare-factory", arguments))
 
     def _kernel(self, function: str, arguments: Mapping[str, Any]) -> Any:
         """Compute what FlashInfer's entry point computes, as far as it can be told."""
@@ -184,6 +174,17 @@ class _Run:
             },
             "same": marked.times(output.float(), wanted) is not None,
         }
+
+
+def prepare_finalize(layer: Layer, fused: Any) -> Any:
+    """Make the steps before and after the experts as vLLM makes them for the parallel config."""
+    arguments = {
+        "moe": layer.config,
+        "quant_config": fused.quant_config,
+        "allow_new_interface": True,
+        "use_monolithic": False,
+    }
+    return names().get("prepare-factory")(**names().accepted("prepare-factory", arguments))
 
 
 def _place(function: Any) -> str:

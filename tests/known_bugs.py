@@ -96,7 +96,8 @@ def run(bug, chosen, cwd):
     """A case's exit status and everything that it prints."""
     asked = [node(bug.case), *chosen, *subject(bug, cwd)]
     command = [sys.executable, "-m", "pytest", *asked, "-q", "-p", "no:cacheprovider"]
-    environ = {**os.environ, "PYTHONPATH": str(HERE)}
+    # A latent cause is one line, which ends at the terminal's width.
+    environ = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "400"}
     environ.pop("PYTEST_XDIST_WORKER", None)
     result = subprocess.run(
         command, cwd=cwd, env=environ, capture_output=True, text=True, check=False

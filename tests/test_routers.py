@@ -195,15 +195,21 @@ TORCH = {
     ("fused_topk_torch_native", "crash"): "Index tensor must have the same number of dimensions",
     ("biased_grouped_topk_gpu", PRECISION): "the router's correction bias is rounded to bfloat16",
 }
-#: With a fused shared expert, which could not be asked before.
-NEW = {("fused_topk_torch_native", "structure")}
-BEFORE = {
+#: In every release: with a fused shared expert, and in layers that route by a table.
+ALSO = {("fused_topk_torch_native", "structure"), ("HashTopK.forward", "captured")}
+CHOSEN = ("fused_topk_deepseek", "biased_grouped_topk_gpu", "biased_topk_jit_kernel_impl")
+BEFORE_0_5_23 = {
     (function, kind)
     for function in ("grouped_topk_gpu", "biased_grouped_topk_impl", "biased_topk_impl")
     for kind in ("weights", "structure")
 } | {("kimi_k2_biased_topk_impl", "weights")}
 #: With --enable-torch-compile, the factor on the output of MiniMax-M3 is an assertion.
-BEFORE |= {("?", "crash")}
+BEFORE_0_5_23 |= {("?", "crash")}
+#: With --enable-two-batch-overlap, the factor is applied once more.
+BEFORE_0_5_23 |= {("DeepseekV2MoE.op_output", "weights")}
+#: Ids of fused shared experts are looked up in the placement, and before 0.5.20 every rank adds all
+#: of what they give (0.5.20 `layers/moe/topk.py:2300`).
+BEFORE_0_5_21 = {(function, "structure") for function in CHOSEN}
 
 
 def name(wheel):
@@ -275,13 +281,22 @@ def test_vllm_has_these_defects_and_no_others(wheel, runs_of):
 def test_sglang_has_these_defects_and_no_others(wheel, runs_of):
     """The factor on the output was lost without renormalize, until 0.5.23."""
     found = told(runs_of(wheel))
-    is_fixed = Version(wheel.name.split("-")[1]) >= Version("0.5.23")
-    assert set(found) == {*TORCH, *(NEW if is_fixed else BEFORE)}
+    release = Version(wheel.name.split("-")[1])
+    is_fixed = release >= Version("0.5.23")
+    looked_up = BEFORE_0_5_21 if release < Version("0.5.21") else set()
+    assert set(found) == {*TORCH, *ALSO, *looked_up, *(() if is_fixed else BEFORE_0_5_23)}
+    assert {key: found[key][0].reach for key in looked_up} == dict.fromkeys(looked_up, "opt-in")
+    wrongly_captured = found["HashTopK.forward", "captured"][0]
+    assert wrongly_captured.first.cause == "no selected experts are captured"
     for key, words in TORCH.items():
         assert any(words in cause.first.cause for cause in found[key]), key
     if not is_fixed:
         lost = "the routed scaling factor is missing"
         assert lost in {cause.first.cause for cause in found["grouped_topk_gpu", "weights"]}
+        (twice,) = found["DeepseekV2MoE.op_output", "weights"]
+        assert twice.first.cause == "the routed scaling factor is applied twice"
+    placed = {cause.first.cause for key in looked_up for cause in found[key]}
+    assert not looked_up or "expert 256 is looked up in a placement of 256" in placed
 
 
 @pytest.mark.parametrize("wheel", VLLM[-1:] + SGLANG[-1:], ids=name)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Who can reach a deviation, the most first.
 REACHES = ("model", "bfloat16 logits", "opt-in", "no known model")
 #: Kinds of deviations that are wrong, worst first.
-WRONG = ("crash", "structure", "experts", "weights", "output")
+WRONG = ("crash", "structure", "experts", "weights", "captured", "output")
 #: A router that does not run here, with the reason.
 NOT_JUDGED = "not judged"
 #: Experts that differ because scores are computed in bfloat16.
@@ -43,6 +43,14 @@ _TOKENS = 24
 
 class WrongAnswer(Exception):
     """A wrong part of an answer besides experts and weights, such as a shared expert's slot."""
+
+    kind = "structure"
+
+
+class WronglyCaptured(WrongAnswer):
+    """Expert ids that do not reach the consumer that captures them."""
+
+    kind = "captured"
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def compare_router(
         except Unsupported:
             raise
         except WrongAnswer as error:
-            found.setdefault("structure", Deviation("structure", pattern, str(error), str(error)))
+            found.setdefault(error.kind, Deviation(error.kind, pattern, str(error), str(error)))
             break
         except Exception as error:
             text = f"{type(error).__name__}: {error}".strip(": ")
@@ -269,6 +277,7 @@ class Cause:
             "crash": "fails",
             "structure": "returns experts that do not exist or repeat, or a wrong "
             "shared-expert slot",
+            "captured": "does not pass the selected experts on to --enable-return-routed-experts",
             "output": "returns a dtype or layout that its consumer does not accept",
         }
         what = head.get(self.kind, f"{self.kind} differ from the model's router")

@@ -109,6 +109,7 @@ class SglangTarget(FrameworkTarget):
     distributions = ("sglang",)
     model_packages = ("sglang.srt.models.",)
     routers = (
+        "HashTopK.forward",
         "biased_grouped_topk_gpu",
         "biased_grouped_topk_impl",
         "biased_topk_impl",

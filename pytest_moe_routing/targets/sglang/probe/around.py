@@ -22,7 +22,7 @@ PADDING = "num_token_non_padded"
 _EXPERT_PARALLEL = "--ep-size 2"
 
 
-class _Capturer:
+class Capturer:
     """Keeps the ids that it is told, as SGLang's own does."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ def around(
         enable_eplb=True,
     )
     if names.expects("stand-ins.capturer"):
-        name, capturer = "captured expert ids", _Capturer()
+        name, capturer = "captured expert ids", Capturer()
         options = {"capturer": capturer, "enable_return_routed_experts": True}
         ask(name, ["--enable-return-routed-experts"], "", **options)
         if found[name]["answer"] == "ignored":
@@ -74,7 +74,7 @@ def around(
     return found
 
 
-def _captured(calls: Sequence[Call], capturer: _Capturer) -> dict[str, str]:
+def _captured(calls: Sequence[Call], capturer: Capturer) -> dict[str, str]:
     """Return whether ids that the kernel wrote got to the capturer."""
     ((_, arguments),) = calls
     written = arguments.get("routing_replay_out")

@@ -61,6 +61,7 @@ class _Seen:
 
     #: The routing method that each MoE layer was given, and where.
     layers: list[tuple[Any, str]] = field(default_factory=list)
+    block: Any = None
     #: Those layers themselves.
     made: list[Any] = field(default_factory=list)
     topks: list[Any] = field(default_factory=list)

@@ -34,10 +34,12 @@ HIDDEN = 32
 #: What consumers of TopK's output take.
 _OUTPUT = Output(weights=("float32", "bfloat16"))
 #: Frames of these files are SGLang's routing.
-_FILES = ("/layers/moe/topk.py", "/srt/models/")
+_FILES = ("/layers/moe/topk.py", "/layers/moe/hash_topk.py")
+_MODELS = "/srt/models/"
 #: Functions that choose, prepare or finish, and compute no routing.
 _NOT_ROUTING = (
-    *("TopK.", "TopKConfig.", "select_experts", "resolve_routing_inputs", "fused_shared_expert"),
+    *("TopK.", "TopKConfig.", "HashTopK._", "HashTopK.num_", "select_experts"),
+    *("resolve_routing_inputs", "fused_shared_expert"),
     *("_", "is_", "capture_", "routing_", "has_"),
 )
 
@@ -67,6 +69,7 @@ class Case:
             `topk_ids`.
         config: The `TopKConfig` whose bias it reads; None if it reads none.
         shared_weight: What a shared expert in the last slot must weigh; None without such a slot.
+        patterns: Names of logits patterns; None for all.
     """
 
     forward: Callable[[Tensor, Tensor], Any]
@@ -78,10 +81,11 @@ class Case:
     reach: str = "model"
     subject: str = ""
     shared_weight: float | None = None
+    patterns: tuple[str, ...] | None = None
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """Run a case on all logits patterns; an answer of `oracle.routers.RouterRun`."""
+    """Run a case on its logits patterns; an answer of `oracle.routers.RouterRun`."""
     called: dict[str, None] = {}
 
     def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -106,7 +110,9 @@ def compare(case: Case) -> dict[str, Any]:
         return weights[:, :-1], ids[:, :-1]
 
     try:
-        deviations = compare_router(route, case.recipe, case.num_experts, case.dtype, _OUTPUT)
+        deviations = compare_router(
+            route, case.recipe, case.num_experts, case.dtype, _OUTPUT, case.patterns
+        )
     except Unsupported as reason:
         deviations = [Deviation(NOT_JUDGED, "", str(reason), str(reason))]
     routing = [name for name in called if not name.startswith(_NOT_ROUTING)]
@@ -146,9 +152,8 @@ def noting(called: dict[str, None]) -> Iterator[None]:
     """Note the names of SGLang's routing functions that run, in order."""
 
     def note(frame: FrameType, event: str, _argument: Any) -> None:
-        if (event == "call" and frame.f_code.co_filename.endswith(_FILES[0])) or (
-            event == "call" and _FILES[1] in frame.f_code.co_filename
-        ):
+        file = frame.f_code.co_filename
+        if event == "call" and (file.endswith(_FILES) or _MODELS in file):
             called[frame.f_code.co_qualname] = None
 
     sys.setprofile(note)

@@ -31,6 +31,7 @@ from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
+from pytest_moe_routing.targets.sglang.probe import ways
 from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
 from pytest_moe_routing.targets.sglang.probe.router_case import (
     HIDDEN,
@@ -44,7 +45,7 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
     values_of,
 )
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
-from pytest_moe_routing.targets.sglang.probe.world import choose_runner
+from pytest_moe_routing.targets.sglang.probe.world import choose_runner, requested
 from pytest_moe_routing.targets.stubs import source_of
 
 #: Rows of the contract for the kernels that run in torch.
@@ -160,44 +161,86 @@ class Routers(blocks.Blocks):
     def _routed(
         self, architecture: str, values: Mapping[str, Any], router: RouterConfig
     ) -> Iterator[dict[str, Any]]:
-        recipe = replace(recipe_of(router), weight_on="output")
-        dtype = getattr(torch, router.logits_dtype)
-        topk, factor = self._built(architecture, values)
-        recipe = replace(recipe, scale=rest(recipe.scale, factor))
-        case = Case(topk.forward_cuda, topk.topk_config, recipe, router.num_experts, dtype)
+        can_fuse = values.get("n_shared_experts") == 1 and self._fuses_shared_experts(architecture)
+        for shared in range(1 + can_fuse):
+            with _shared_experts(self.names, shared):
+                yield from self._ways(architecture, values, router, shared)
+        if router.routed_scaling_factor != 1.0 and self.names.has("router-factor"):
+            with _factor_in_topk(self.names):
+                seen = blocks._Seen()
+                topk, factor = self._built(architecture, values, seen)
+            case = _case(topk, router, factor)
+            case = replace(case, way=ways.FACTOR_IN_TOPK, reach="opt-in", patterns=ways.PLAIN)
+            yield compare(case)
+            yield from self._overlapped(case, architecture, seen.block, router)
+
+    def _ways(
+        self, architecture: str, values: Mapping[str, Any], router: RouterConfig, shared: int
+    ) -> Iterator[dict[str, Any]]:
+        """Run the TopK of a block with so many shared experts among the routed ones."""
+        seen = blocks._Seen()
+        topk, factor = self._built(architecture, values, seen)
+        fused = ", shared experts fused" * shared
+        case = replace(_case(topk, router, factor), way=f"cuda{fused}")
+        if shared:
+            # Where ranks sum their outputs, the model's code divides it among them.
+            part = topk.topk_config.fused_shared_experts_scaling_factor or 1
+            # Several ranks fuse it only with --enforce-shared-experts-fusion.
+            case = replace(case, shared_weight=part / factor, reach="opt-in")
         yield compare(case)
-        if router.logits_dtype == "float32":
+        if router.logits_dtype == "float32" and not shared:
             way = "cuda, with bfloat16 logits"
             yield compare(replace(case, dtype=torch.bfloat16, way=way, reach="bfloat16 logits"))
-        way = "--enable-torch-compile, one token"
-        yield compare(replace(case, forward=topk.forward_native, way=way, reach="opt-in"))
-        shared = values.get("n_shared_experts")
-        if shared == 1 and self._fuses_shared_experts(architecture):
-            with _shared_experts(self.names, 1):
-                topk, factor = self._built(architecture, values)
-                recipe = replace(recipe_of(router), weight_on="output")
-                case = Case(
-                    topk.forward_cuda,
-                    topk.topk_config,
-                    replace(recipe, scale=rest(recipe.scale, factor)),
-                    router.num_experts,
-                    dtype,
-                    way="cuda, shared experts fused",
-                    # Where ranks sum their outputs, the model's code divides it among them.
-                    shared_weight=(topk.topk_config.fused_shared_experts_scaling_factor or 1)
-                    / factor,
-                )
-                yield compare(case)
-                way = "--enable-torch-compile, one token, shared experts fused"
-                yield compare(replace(case, forward=topk.forward_native, way=way, reach="opt-in"))
+        case = replace(case, reach="opt-in")
+        way = f"--enable-torch-compile, one token{fused}"
+        yield compare(replace(case, forward=topk.forward_native, way=way))
+        case = replace(case, patterns=ways.PLAIN)
+        forward = ways.placed(topk.forward_cuda, router.num_experts)
+        yield compare(replace(case, forward=forward, way=f"{ways.PLACED}{fused}"))
+        if not shared:
+            yield from self._overlapped(case, architecture, seen.block, router)
+        if not shared and values.get("num_hash_layers"):
+            yield from self._by_table(architecture, values, router, factor)
+
+    def _overlapped(
+        self, case: Case, architecture: str, block: Any, router: RouterConfig
+    ) -> Iterator[dict[str, Any]]:
+        """Run a block's router for two batches that overlap, where the model's layers can do so."""
+        if self.sources.overlaps(architecture):
+            recipe = replace(recipe_of(router), weight_on="output")
+            forward = ways.overlapped(case.forward, block, recipe.scale)
+            way = f"{ways.OVERLAPPED}, {case.way}"
+            yield compare(replace(case, forward=forward, recipe=recipe, way=way))
+
+    def _by_table(
+        self, architecture: str, values: Mapping[str, Any], router: RouterConfig, factor: float
+    ) -> Iterator[dict[str, Any]]:
+        """Run the router of a layer that routes by a table."""
+        module, name, given = self.sources.blocks(architecture)[0]
+        try:
+            with patch.object(blocks, "_SIZE", HIDDEN), patch.object(blocks, "_LAYER", 0):
+                block = blocks._build(self.names, module, name, given, values, None)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            raise Unsupported(f"{name} of the first layer cannot be built here: {text}") from error
+        recipe = replace(recipe_of(router), weight_on="output")
+        forward, config = ways.hashed(block.topk, recipe, router.num_experts)
+        recipe = replace(recipe, scale=rest(recipe.scale, factor))
+        dtype = getattr(torch, router.logits_dtype)
+        case = Case(forward, config, recipe, router.num_experts, dtype, ways.HASHED, "opt-in")
+        yield compare(case)
+        forward = ways.placed(forward, router.num_experts)
+        way = f"{ways.PLACED}, {ways.HASHED}"
+        yield compare(replace(case, forward=forward, way=way, patterns=ways.PLAIN))
 
     def _fuses_shared_experts(self, architecture: str) -> bool:
         """Whether the block's module can put its shared expert among the routed ones."""
-        if not self.names.has("router-shared-experts"):
-            return False
         module = self.sources.blocks(architecture)[0][0]
-        count = self.names.spelling("router-shared-experts-count").path
-        return f"{count}()" in self.sources.source(module)
+        return any(
+            f"{self.names.spelling(key).path}()" in self.sources.source(module)
+            for key in ("router-shared-experts-count", "router-shared-experts-off")
+            if self.names.has(key) and self.names.expects(key)
+        )
 
     def _built(
         self, architecture: str, config: Mapping[str, Any], seen: blocks._Seen | None = None
@@ -212,7 +255,7 @@ class Routers(blocks.Blocks):
                 torch.no_grad(),
                 _experts_give_weights(self.names, seen),
             ):
-                block = blocks._build(self.names, module, name, given, config, None)
+                block = seen.block = blocks._build(self.names, module, name, given, config, None)
                 blocks._fill(block, seen, config)
                 _note_gates(block, seen, config["num_experts"])
                 output = blocks._forward(block, config["num_experts"])
@@ -225,6 +268,14 @@ class Routers(blocks.Blocks):
         if len(values) != 1:
             raise Unsupported(f"{name} does more than scale what its experts give")
         return seen.topks[0], values[0]
+
+
+def _case(topk: Any, router: RouterConfig, factor: float) -> Case:
+    """Return the case of a TopK whose weights are multiplied by `factor` behind it."""
+    recipe = replace(recipe_of(router), weight_on="output")
+    recipe = replace(recipe, scale=rest(recipe.scale, factor))
+    dtype = getattr(torch, router.logits_dtype)
+    return Case(topk.forward_cuda, topk.topk_config, recipe, router.num_experts, dtype)
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -251,12 +302,11 @@ def _choose_triton(names: Names) -> None:
 def stand_ins() -> dict[str, Any]:
     """Return replacements of SGLang's own functions around its routers, by key of the contract."""
     return {
-        # No remapping of experts.
-        "router-placement.topk_ids_logical_to_physical": lambda ids, *_: ids,
+        "router-placement.topk_ids_logical_to_physical": ways.located,
         "router-placement.transform_select_experts_inputs": (
             lambda router_logits, correction_bias, **_: (router_logits, correction_bias)
         ),
-        "router-capturer": lambda: None,
+        "router-capturer": lambda: requested("capturer"),
         "router-context": lambda: False,
     }
 
@@ -280,6 +330,8 @@ def _experts_give_weights(names: Names, seen: blocks._Seen) -> Iterator[None]:
 
     def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
         factor = self.moe_runner_config.routed_scaling_factor
+        if self.should_fuse_routed_scaling_factor_in_topk:
+            factor = None
         weight = float(topk_output.topk_weights.flatten()[0])
         return torch.full_like(hidden_states, weight * (1.0 if factor is None else factor)).float()
 
@@ -299,16 +351,28 @@ def _experts_give_weights(names: Names, seen: blocks._Seen) -> Iterator[None]:
 @contextmanager
 def _shared_experts(names: Names, count: int) -> Iterator[None]:
     """Let models put so many shared experts among the routed ones."""
-    shared = names.get("router-shared-experts")()
-    shared.num_fused_shared_experts = count
-    model = stubs.known("model", shared_experts=shared)
-    getter = names.spelling("stand-ins.context.get_model").path
-    readers = [
-        m for name, m in sys.modules.items() if name.startswith("sglang.") and getter in vars(m)
-    ]
+    replaced: dict[str, Any] = {}
+    if names.has("router-shared-experts"):
+        shared = names.get("router-shared-experts")()
+        shared.num_fused_shared_experts = count
+        model = stubs.known("model", shared_experts=shared)
+        replaced[names.spelling("stand-ins.context.get_model").path] = lambda: model
+    elif names.has("router-shared-experts-off"):
+        replaced[names.spelling("router-shared-experts-off").path] = lambda: not count
     with ExitStack() as stack:
-        for module in readers:
-            stack.enter_context(patch.dict(vars(module), {getter: lambda: model}))
+        for name, value in replaced.items():
+            for module in [m for n, m in sys.modules.items() if n.startswith("sglang.")]:
+                if name in vars(module):
+                    stack.enter_context(patch.dict(vars(module), {name: value}))
+        yield
+
+
+@contextmanager
+def _factor_in_topk(names: Names) -> Iterator[None]:
+    """Let every layer of experts leave the factor to TopK."""
+    always = property(lambda _: True, lambda _, value: None)
+    name = "should_fuse_routed_scaling_factor_in_topk"
+    with patch.object(names.get("router-layer"), name, always, create=True):
         yield
 
 

@@ -28,6 +28,7 @@ class Sources:
         self.definitions = lru_cache(maxsize=None)(self._definitions)
         self._imports = lru_cache(maxsize=None)(self._imports_of)
         self.blocks = lru_cache(maxsize=None)(self._blocks)
+        self._reached: dict[str, list[Place]] = {}
 
     @cached_property
     def package(self) -> str:
@@ -131,7 +132,21 @@ class Sources:
                 arguments[there] |= _constants(calls.get(id(expression)))
         if not found:
             raise Unsupported(f"the code of {architecture} makes no FusedMoE layer with TopK")
+        self._reached[architecture] = [*arguments]
         return found
+
+    def overlaps(self, architecture: str) -> bool:
+        """Return whether an architecture's decoder layer can run two batches that overlap.
+
+        Raises:
+            Unsupported: This release has no such architecture, or it makes no MoE layer.
+        """
+        if not self.names.has("router-overlap"):
+            return False
+        strategy = self.source(self.names.spelling("router-overlap").module)
+        self.blocks(architecture)
+        names = {name for _, name in self._reached[architecture] if "DecoderLayer" in name}
+        return any(name in strategy for name in names)
 
     def accepted_quantizations(self) -> list[str | None] | None:
         """Return the `quantization` values that the server allows with the TRT-LLM runner.

@@ -1,0 +1,125 @@
+"""Further ways in which SGLang runs a model's router: with experts placed elsewhere, in layers that
+route by a table, and with two batches that overlap.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.oracle.routers import WrongAnswer, WronglyCaptured
+from pytest_moe_routing.reference.routing import route
+from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.sglang.probe.around import Capturer
+from pytest_moe_routing.targets.sglang.probe.router_case import exact
+from pytest_moe_routing.targets.sglang.probe.world import requesting
+
+#: A way differs from the others in one point, which any logits show.
+PLAIN = ("plain",)
+PLACED = "--enable-eplb, --enable-return-routed-experts"
+OVERLAPPED = "--enable-two-batch-overlap"
+#: Methods whose layers of experts leave the factor to TopK.
+FACTOR_IN_TOPK = "a runner that leaves the factor to TopK"
+_IN_TORCH = {"SGLANG_OPT_USE_FUSED_HASH_TOPK": "0"}
+HASHED = f"a layer that routes by a table, {'='.join(*_IN_TORCH.items())}"
+
+Forward = Callable[..., Any]
+
+
+def located(ids: Tensor, placement: Any = None, *_: Any) -> Tensor:
+    """Return the physical experts of logical ones, as `topk_ids_logical_to_physical` does.
+
+    Raises:
+        WrongAnswer: There is an id that no routed expert has.
+    """
+    if placement is None:
+        return ids
+    table: Tensor = placement.table
+    if int(ids.max()) >= len(table):
+        raise WrongAnswer(f"expert {int(ids.max())} is looked up in a placement of {len(table)}")
+    return table[ids]
+
+
+def placed(forward: Forward, num_experts: int) -> Forward:
+    """Return a router whose experts lie in reverse order, and whose ids are captured.
+
+    It returns logical experts, and raises `WronglyCaptured` unless those are what is captured.
+    """
+    table = torch.arange(num_experts, dtype=torch.int32).flip(0)
+    placement = stubs.known(
+        "placement", ep_dispatch_algorithm="static", table=table, num_physical_experts=num_experts
+    )
+
+    def run(*inputs: Tensor, **more: Any) -> Any:
+        capturer = Capturer()
+        with requesting(capturer=capturer):
+            output = forward(*inputs, expert_location_dispatch_info=placement, **more)
+        physical = output.topk_ids
+        is_routed = physical < num_experts
+        # The table is its own inverse.
+        logical = torch.where(is_routed, table[physical.clamp(0, num_experts - 1)], physical)
+        if not capturer.told:
+            raise WronglyCaptured("no selected experts are captured")
+        told, wanted = capturer.told[0], logical.masked_fill(~is_routed, -1)
+        if not bool(((wanted == -1) | (told[:, : wanted.shape[1]] == wanted)).all()):
+            raise WronglyCaptured("the experts that are captured are not the logical ones")
+        return output._replace(topk_ids=logical)
+
+    return run
+
+
+def hashed(layer: Any, recipe: Recipe, num_experts: int) -> tuple[Forward, Any]:
+    """Return a router of a layer that routes by a table, and what has its bias.
+
+    Each token is an entry of its own in the table, which has the experts that `recipe` chooses.
+    """
+    bias = torch.zeros(num_experts, dtype=torch.float32) if recipe.bias else None
+    config = SimpleNamespace(correction_bias=bias)
+
+    def forward(hidden: Tensor, logits: Tensor, **more: Any) -> Any:
+        tokens = torch.arange(len(logits))
+        layer.tid2eid[: len(logits)] = route(
+            logits.float(), recipe, config.correction_bias
+        ).topk_ids
+        with patch.dict(os.environ, _IN_TORCH):
+            return layer(hidden, logits, input_ids=tokens, **more)
+
+    return forward, config
+
+
+class _State(dict[str, Any]):
+    """What the operations of an overlapped block hand on."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+
+def overlapped(forward: Forward, block: Any, scale: float) -> Forward:
+    """Return a router with the factor that the last operation of an overlapped block multiplies by.
+
+    Args:
+        scale: What the factor is if it is near.
+
+    The router raises `Unsupported` if that operation does more than multiply.
+    """
+
+    def run(hidden: Tensor, logits: Tensor) -> Any:
+        output = forward(hidden, logits)
+        state = _State(hidden_states_after_combine=torch.ones_like(hidden), shared_output=None)
+        if getattr(block, "shared_experts", None) is not None:
+            state["shared_output"] = torch.zeros_like(hidden)
+        block.op_output(state)
+        values = state["hidden_states_mlp_output"].float().unique().tolist()
+        if len(values) != 1:
+            raise Unsupported(f"{type(block).__name__}.op_output does more than scale its input")
+        return output._replace(topk_weights=output.topk_weights * exact(values[0], scale))
+
+    return run

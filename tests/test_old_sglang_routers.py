@@ -13,6 +13,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.routers import NOT_JUDGED, PRECISION, WRONG, causes
+from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
 from pytest_moe_routing.targets.sglang.target import SglangTarget
 from pytest_moe_routing.targets.source import Source
 
@@ -69,3 +70,26 @@ def test_old_functions_are_run_and_have_their_defects(wheel):
     not_judged = {run.subject for run in runs if run not in judged}
     assert ("deepseek-r1" in not_judged) == (release >= Version("0.4.6"))
     assert {run.way for run in runs if run not in judged} <= {"cuda, output"}
+
+
+#: What loses the routed scaling factor in each release: SGLang PRs 8333, 8364 and 12738.
+LOSES = {
+    "0.4.9.post3": {"Fp8MoEMethod", "ModelOptFp8MoEMethod", "ModelOptNvFp4FusedMoEMethod"},
+    "0.4.10": {"Fp8MoEMethod", "ModelOptFp8MoEMethod", "UnquantizedFusedMoEMethod"},
+    "0.4.10.post2": {"ModelOptFp8MoEMethod", "UnquantizedFusedMoEMethod"},
+    "0.5.5": {
+        *("AWQMoEMethod", "CompressedTensorsWNA16MoEMethod", "GPTQMarlinMoEMethod"),
+        "Mxfp4MoEMethod",
+    },
+    "0.5.5.post3": {"AWQMoEMethod", "GPTQMarlinMoEMethod", "Mxfp4MoEMethod"},
+    "0.5.16": set(),
+}
+
+
+@pytest.mark.parametrize(
+    "wheel", [w for w in WHEELS if str(release_of(w)) in LOSES], ids=lambda w: str(release_of(w))
+)
+def test_methods_that_lose_the_factor(wheel):
+    release = str(release_of(wheel))
+    found = {run["function"] for run in OldRouters(str(wheel), release).lost_factors()}
+    assert {name.partition(".")[0] for name in found} == LOSES[release]

@@ -28,6 +28,7 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
+from pytest_moe_routing.targets.sglang.probe.methods import lost_factors
 from pytest_moe_routing.targets.sglang.probe.router_case import (
     HIDDEN,
     Case,
@@ -39,6 +40,7 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.world import Options, stand_ins
+from pytest_moe_routing.targets.sglang.registry import modules as modules_of
 
 #: Layers of experts, by which a block is known; each is replaced by one that notes its arguments.
 _LAYERS = ("FusedMoE", "EPMoE", "DeepEPMoE", "FlashInferEPMoE", "get_moe_impl_class")
@@ -182,7 +184,17 @@ class OldRouters:
             Unsupported: The release does not have what routes.
         """
         self._enter()
-        return [compare(case) for case in cases(self.names)]
+        return [*(compare(case) for case in cases(self.names)), *self.lost_factors()]
+
+    def lost_factors(self) -> Iterator[dict[str, Any]]:
+        """Read which methods of layers of experts lose the factor, in releases that name it so."""
+        if self.names.expects("router-methods"):
+            package = self.names.spelling("router-methods").module
+            modules = [
+                m for m in modules_of(self._root, package) if "MoE" in self.sources.source(m)
+            ]
+            trees = {f"{m.replace('.', '/')}.py": self.sources.tree(m) for m in modules}
+            yield from lost_factors(trees)
 
     def _routed(
         self, architecture: str, values: Mapping[str, Any], router: RouterConfig

@@ -20,6 +20,7 @@ MODELS = load_models(packaged_directory())
 
 NOTHING_SPECIAL = {
     "block": "a.Block",
+    "config_class": "",
     "gate_dtypes": ["bfloat16"],
     "scoring_func": "softmax",
     "renormalize": True,
@@ -224,7 +225,7 @@ def test_one_defect_in_two_blocks_is_told_once():
 
 
 def test_every_row_says_what_it_must():
-    columns = {"module", "block", "config", "keys", "published", "arguments", "prepare"}
+    columns = {"module", "block", "config", "keys", "nested", "published", "arguments", "prepare"}
     columns |= {"rounds_logits", "own_factor"}
     router = {"num_experts", "top_k", "n_group", "topk_group", "renormalize", "scoring_func"}
     experts = {"shared_experts", "latent_size", "activation_limit"}

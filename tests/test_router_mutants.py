@@ -5,12 +5,11 @@ The sources come out of the newest wheels in MOE_WHEELS; without one, a framewor
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from wheels import wheels_since
+from wheels import unpack, wheels_since
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
@@ -108,17 +107,15 @@ def trees(tmp_path_factory):
     """Unpacked sources of the newest release, once for each framework."""
     unpacked = {}
 
-    def unpack(framework):
+    def tree_of(framework):
         if not WHEELS[framework]:
             pytest.skip(f"MOE_WHEELS has no {framework} that the mutants are made for")
         if framework not in unpacked:
             root = tmp_path_factory.mktemp(framework)
-            with zipfile.ZipFile(WHEELS[framework][0]) as files:
-                files.extractall(root, [n for n in files.namelist() if n.endswith(".py")])
-            unpacked[framework] = root
+            unpacked[framework] = unpack(WHEELS[framework][0], root)
         return unpacked[framework]
 
-    return unpack
+    return tree_of
 
 
 def runs(framework, root, mutants):

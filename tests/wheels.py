@@ -41,3 +41,11 @@ def source_line(wheel, place):
     """Return the line of a wheel's file that FILE:LINE names."""
     file, line = place.rsplit(":", 1)
     return ZipFile(wheel).read(file).decode().splitlines()[int(line) - 1].strip()
+
+
+def unpack(wheel, root):
+    """Write a wheel's Python files and METADATA into a folder, and return it."""
+    with ZipFile(wheel) as files:
+        wanted = (n for n in files.namelist() if n.endswith((".py", "/METADATA")))
+        files.extractall(root, wanted)
+    return root

@@ -38,6 +38,8 @@ class LayerRequest:
 
     Attributes:
         block: The class that was built.
+        config_class: File, line and name of the class by which the target reads the model's config;
+            empty unless it has one of its own.
         num_experts: Routed experts.
         recipe: What the layer computes when asked this way; its scale is what the layer applies,
             to weights or to the output of the routed experts.
@@ -64,6 +66,7 @@ class LayerRequest:
     own_factor: float = 1.0
     otherwise: str | None = None
     rounds_logits: str | None = None
+    config_class: str = ""
 
 
 @dataclass(frozen=True)

@@ -248,9 +248,17 @@ class Target:
         """
         return kernel_call(model.router, scheme, method, self.flashinfer)
 
-    def layer_request(self, model: ModelSpec) -> LayerRequest:
-        """Return what the target's own code of a model requests from its MoE layer."""
+    def layer_request(self, model: ModelSpec, without: str = "") -> LayerRequest:
+        """Return what the target's own code of a model requests from its MoE layer.
+
+        Args:
+            without: A key that the model's config leaves out; see `left_out`.
+        """
         raise Unsupported(f"{self.name} has no model code")
+
+    def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
+        """Return keys that a model's config may leave out, and the model that it then describes."""
+        return ()
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
         """Return what the target's own routers compute for models and other configurations."""

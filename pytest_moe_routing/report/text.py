@@ -340,15 +340,21 @@ def _ranges(ids: list[int]) -> str:
     return " ".join("-".join(map(str, run)) for run in runs)
 
 
+#: Who has what in a sentence about model code.
+CODE = "the model", "the model code asks for"
+
+
 def model_code(judgement: CodeJudgement) -> list[str]:
     """Where a model's code asks its MoE layer for another routing than the model has."""
     from pytest_moe_routing.routing import recipe_of
 
-    who = "the model", "the model code asks for"
     lines = [f"{judgement.model}: {judgement.request.block} and the model's router disagree"]
     for finding in judgement.findings:
         passed = f" ({finding.where})" if finding.where else ""
-        lines.append(f"  problem  {sentence(finding, *who)}{passed}")
+        lines.append(f"  problem  {sentence(finding, *CODE)}{passed}")
+    config_class = judgement.request.config_class
+    if config_class and any(finding.kind is Kind.RECIPE for finding in judgement.findings):
+        lines.append(f"  config   read by {config_class}")
     if judgement.counterexample is not None:
         lines += [
             f"  router   {recipe_of(judgement.model.router)}",

@@ -182,6 +182,15 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
     return Failure(cause, Rank.SILENT, judgement.model.id, lines, source, site)
 
 
+def of_left_out_key(key: str, judgement: CodeJudgement, findings: tuple[Finding, ...]) -> Failure:
+    """Return the failure of a config class that fills in another value than transformers' does."""
+    place, _, name = judgement.request.config_class.partition(" ")
+    told = "; ".join(text.sentence(finding, *text.CODE) for finding in findings)
+    lines = (f"{name} without {key}: {told}", place)
+    cause = _id("left-out-key", name, key)
+    return Failure(cause, Rank.LATENT, judgement.model.id, lines, place)
+
+
 def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
     """Describe a cause of the config sweep: as that of the models it concerns, or in one line.
 

@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 def test_model_code(
     _moe_framework: Target, moe_model: ModelSpec, _moe_property: Callable[[str, Any], None]
 ) -> None:
-    """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once."""
+    """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once.
+
+    A config that the framework reads by a class of its own is read by that class, also without each
+    key that it may leave out.
+    """
     from pytest_moe_routing.oracle.model_code import compare_request
-    from pytest_moe_routing.suite.causes import of_model_code
+    from pytest_moe_routing.oracle.optional_keys import without_keys
+    from pytest_moe_routing.suite.causes import of_left_out_key, of_model_code
 
     with unsupported_is_skipped():
         judgement = compare_request(moe_model, _moe_framework.layer_request(moe_model))
-    if judgement.findings:
-        fail(_moe_property, [of_model_code(judgement)])
+    failures = [of_model_code(judgement)] if judgement.findings else []
+    failures += [of_left_out_key(*found) for found in without_keys(_moe_framework, judgement)]
+    fail(_moe_property, failures)

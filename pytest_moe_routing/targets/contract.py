@@ -252,7 +252,7 @@ class Names:
         load: Callable[[str], Any] | None = None,
     ) -> None:
         self.contract, self.version, self._load = contract, version, load
-        self._definitions, self._release = definitions, release_of(version)
+        self.definitions, self._release = definitions, release_of(version)
         self._found: dict[str, Spelling | None] = {}
         # The same few questions are asked for every model, and a release does not change.
         self._lacking = cache(self._find_lacking)
@@ -262,7 +262,7 @@ class Names:
         if row.key not in self._found:
             spellings = row.spellings_in(self._release) or row.spellings
             self._found[row.key] = next(
-                (s for s in spellings if self._definitions.has(s.module, s.path, own=row.own)),
+                (s for s in spellings if self.definitions.has(s.module, s.path, own=row.own)),
                 None,
             )
         return self._found[row.key]

@@ -17,6 +17,7 @@ class Asked(TypedDict):
     """The arguments of a block's TopK, and what goes around it."""
 
     block: str
+    config_class: str
     top_k: int
     use_grouped_topk: bool
     num_expert_group: int | None
@@ -91,6 +92,7 @@ def request_of(
         otherwise = f"the model code requests a routing that no router computes: {error}"
     return LayerRequest(
         block=answer["block"],
+        config_class=answer["config_class"],
         num_experts=model.router.num_experts,
         recipe=replace(recipe, weight_on="input" if answer["on_input"] else "output"),
         passed=passed,

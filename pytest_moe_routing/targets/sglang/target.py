@@ -19,6 +19,7 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec, RouterConfig
+from pytest_moe_routing.models.huggingface.published import left_out, nesting, published_keys
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
@@ -50,15 +51,27 @@ def _configs() -> dict[str, Any]:
 
 def config_of(model: ModelSpec) -> dict[str, Any]:
     """Attributes of the config object from which SGLang builds a model's MoE block."""
-    data = _configs()
-    values = {**data["sizes"], **data["published"].get(model.architecture, {})}
+    data, architecture = _configs(), model.architecture
+    further = (data[name].get(architecture, {}) for name in ("published", "filled_in"))
+    values = {key: value for part in (data["sizes"], *further) for key, value in part.items()}
     for section, names in data["names"].items():
         for key, attributes in names.items():
             value = getattr(getattr(model, section), key)
             if value is not None:
                 values.update(dict.fromkeys(attributes, data.get(key, value)))
-    pairs = data["twice"].get(model.architecture, ())
+    pairs = data["twice"].get(architecture, ())
     return {**values, **{name: [values[name]] * 2 for name in pairs}}
+
+
+def _published_of(model: ModelSpec, without: str) -> dict[str, Any]:
+    """Return the keys that a model's config.json has, with the sizes of the block that is built."""
+    data = _configs()
+    said = {**vars(model.router), **vars(model.experts)}
+    values = {**data["sizes"], **data["published"].get(model.architecture, {})}
+    for name, key in published_keys(model.architecture).items():
+        if said[name] is not None:
+            values[key] = data.get(name, said[name])
+    return {key: value for key, value in values.items() if key != without}
 
 
 class _Call(TypedDict, total=False):
@@ -194,13 +207,21 @@ class SglangTarget(FrameworkTarget):
         """Return what SGLang's TopK computes on CUDA where no kernel routes."""
         return self._routers.read(models)
 
-    def layer_request(self, model: ModelSpec) -> LayerRequest:
+    def layer_request(self, model: ModelSpec, without: str = "") -> LayerRequest:
         """Return what a model's MoE block asks of its TopK, when SGLang's own code builds it."""
         if model.router.not_expressible is not None:
             raise Unsupported(f"no recipe computes the router: {model.router.not_expressible}")
-        question = {"architecture": model.architecture, "config": config_of(model)}
+        question = {
+            "architecture": model.architecture,
+            "config": config_of(model),
+            "nested": nesting(model.architecture),
+            "published": _published_of(model, without),
+        }
         reason = _configs()["rounds_logits"].get(model.architecture)
         return request_of(self._torch.ask("layer_request", **question), model, reason)
+
+    def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
+        return left_out(model, _configs()["published"].get(model.architecture, ()))
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Return the gates that let the kernel route, given that the TRT-LLM runner is chosen."""

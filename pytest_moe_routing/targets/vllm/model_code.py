@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, TypedDict
@@ -12,6 +12,7 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import RecipeError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models.huggingface.published import left_out, nesting, published_keys
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.routing import Recipe, recipe_of
 from pytest_moe_routing.targets.probe import Probe
@@ -24,6 +25,7 @@ class _Asked(TypedDict):
     """The arguments with which vLLM's model code makes its MoE layer, and what goes around it."""
 
     block: str
+    config_class: str
     num_experts: int
     top_k: int
     scoring_func: str
@@ -46,9 +48,15 @@ class _Asked(TypedDict):
 
 @cache
 def blocks() -> Mapping[str, Mapping[str, Any]]:
-    """Return the MoE block of each architecture; the columns are explained in `blocks.yaml`."""
+    """Return the MoE block of each architecture; the columns are explained in `blocks.yaml`.
+
+    `keys` and `nested` are those of `models/huggingface/published.yaml`.
+    """
     rows: Mapping[str, Mapping[str, Any]] = read_data(__package__, "blocks.yaml")["blocks"]
-    return rows
+    return {
+        name: {**row, "keys": published_keys(name), "nested": nesting(name)}
+        for name, row in rows.items()
+    }
 
 
 class ModelCode:
@@ -61,8 +69,11 @@ class ModelCode:
         arguments = str(source.root), flashinfer.release, source.version, place
         self.probe = Probe("vllm", _CHILD, *arguments, answers={"layer_request": _Asked})
 
-    def layer_request(self, model: ModelSpec) -> LayerRequest:
+    def layer_request(self, model: ModelSpec, without: str = "") -> LayerRequest:
         """Return what a model's MoE block requests from its MoE layer.
+
+        Args:
+            without: A key that its config leaves out.
 
         Raises:
             Unsupported: The block is not in the table, or not in this release, or cannot be built
@@ -80,8 +91,16 @@ class ModelCode:
         router = asdict(model.router)
         said = {**router, **asdict(model.experts)}
         values = {key: said[name] for name, key in row["keys"].items() if said[name] is not None}
+        if without:
+            values.pop(without, None)
+            row = {**row, "published": {**(row.get("published") or {})}}
+            row["published"].pop(without, None)
         answer = self.probe.ask("layer_request", row=row, values=values, router=router)
         return request_of(answer, row, model)
+
+    def left_out(self, model: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
+        """Yield each key about the router that a config may leave out, and what it then means."""
+        return left_out(model, blocks()[model.architecture].get("published") or ())
 
     def close(self) -> None:
         self.probe.close()
@@ -138,6 +157,7 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
     has_shared = model.experts.shared_experts > 0
     return LayerRequest(
         block=answer["block"],
+        config_class=answer["config_class"],
         num_experts=answer["num_experts"],
         recipe=replace(recipe, weight_on=side),
         passed=passed,

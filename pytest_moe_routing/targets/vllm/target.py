@@ -285,9 +285,12 @@ class VllmTarget(FrameworkTarget):
         """Return why no router was run for models, by id."""
         return self._routers.refusals()
 
-    def layer_request(self, model: ModelSpec) -> LayerRequest:
+    def layer_request(self, model: ModelSpec, without: str = "") -> LayerRequest:
         """Return what the model's MoE block passes to its layer, built by vLLM's model code."""
-        return self._model_code.layer_request(model)
+        return self._model_code.layer_request(model, without)
+
+    def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
+        return self._model_code.left_out(model)
 
     def _enum_mismatch(self, method: str) -> Iterator[Finding]:
         number = self._numbers[method]

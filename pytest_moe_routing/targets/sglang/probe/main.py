@@ -273,10 +273,12 @@ def _build(
     given: Mapping[str, Any],
     values: Mapping[str, Any],
     quantization: Mapping[str, Any] | None,
+    *,
+    config: Any = None,
 ) -> nn.Module:
-    """Make the block as a decoder layer would."""
+    """Make the block as a decoder layer would, from the attributes of a config or the object."""
     known = {
-        "config": _Config({**values, "dtype": torch.get_default_dtype()}),
+        "config": config or _Config({**values, "dtype": torch.get_default_dtype()}),
         "quant_config": _quant_config(names, quantization),
         "prefix": f"model.layers.{_LAYER}.mlp",
         "layer_id": _LAYER,

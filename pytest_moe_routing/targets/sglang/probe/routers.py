@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
@@ -26,7 +26,8 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.oracle.own_router import reading_of
 from pytest_moe_routing.routing import recipe_of
-from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets import config_classes, stubs
+from pytest_moe_routing.targets.config_classes import ConfigClasses
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang import kernels
@@ -78,6 +79,9 @@ class Routers(blocks.Blocks):
                 "is not known"
             )
         self._enter()
+        stubs.stand_in(config_classes.stand_ins())
+        package = self.names.spelling("configs").module
+        self._config_classes = ConfigClasses(self.names, package, "config-registry")
         _choose_triton(self.names)
         importlib.reload(_with_kernels(self.names, self.root))
 
@@ -122,8 +126,20 @@ class Routers(blocks.Blocks):
         scale = router.routed_scaling_factor
         return dict(reading_of(route, router))
 
-    def layer_request(self, architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    def layer_request(
+        self,
+        architecture: str,
+        config: Mapping[str, Any],
+        nested: Sequence[str],
+        published: Mapping[str, Any],
+    ) -> dict[str, Any]:
         """Return what a model's block asks of its TopK, and what goes around it.
+
+        Args:
+            config: Attributes of the model's config object, where the release has no class of its
+                own for it.
+            nested: What the config is, see `nesting`.
+            published: The keys of the text model's config.
 
         Raises:
             Unsupported: The release has no such architecture, or its block cannot be built here, or
@@ -131,7 +147,9 @@ class Routers(blocks.Blocks):
         """
         self._enter_torch()
         seen = blocks._Seen()
-        topk, factor = self._built(architecture, values_of(architecture, config), seen)
+        values = values_of(architecture, published)
+        made, config_class = self._config_classes.make(values, *nested) or (None, "")
+        topk, factor = self._built(architecture, values_of(architecture, config), seen, made)
         asked, bias = topk.topk_config, topk.topk_config.correction_bias
         if asked.custom_routing_function is not None:
             raise Unsupported("the model has its own routing function, which test_router covers")
@@ -139,6 +157,7 @@ class Routers(blocks.Blocks):
         names = ("top_k", "use_grouped_topk", "num_expert_group", "topk_group", "renormalize")
         return {
             "block": seen.layers[0][1],
+            "config_class": config_class,
             **{name: getattr(asked, name) for name in names},
             "scoring_func": asked.scoring_func,
             "routed_scaling_factor": asked.routed_scaling_factor if scaled else None,
@@ -243,9 +262,17 @@ class Routers(blocks.Blocks):
         )
 
     def _built(
-        self, architecture: str, config: Mapping[str, Any], seen: blocks._Seen | None = None
+        self,
+        architecture: str,
+        config: Mapping[str, Any],
+        seen: blocks._Seen | None = None,
+        made: Any = None,
     ) -> tuple[Any, float]:
-        """Return the TopK of a model's block, and the factor on the weights behind it."""
+        """Return the TopK of a model's block, and the factor on the weights behind it.
+
+        Args:
+            made: The config object; that of the attributes in `config` if it is None.
+        """
         module, name, given = self.sources.blocks(architecture)[0]
         seen = seen or blocks._Seen()
         try:
@@ -255,7 +282,9 @@ class Routers(blocks.Blocks):
                 torch.no_grad(),
                 _experts_give_weights(self.names, seen),
             ):
-                block = seen.block = blocks._build(self.names, module, name, given, config, None)
+                block = seen.block = blocks._build(
+                    self.names, module, name, given, config, None, config=made
+                )
                 blocks._fill(block, seen, config)
                 _note_gates(block, seen, config["num_experts"])
                 output = blocks._forward(block, config["num_experts"])

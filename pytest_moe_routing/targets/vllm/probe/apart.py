@@ -7,7 +7,7 @@ configs) are stand-ins, so that a block is built and run on a CPU as on one of t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from importlib import import_module
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.targets import layers, stubs
+from pytest_moe_routing.targets import config_classes, layers, stubs
+from pytest_moe_routing.targets.config_classes import ConfigClasses
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.vllm.probe.world import World
 
@@ -41,7 +42,8 @@ class Apart(World):
     def __init__(self, names: Names, root: str, modules: Iterable[str]) -> None:
         self.names, self._root = names, root
         stubs.extend(real=[*modules])
-        stubs.extend(absent=["transformers", "triton"])
+        stubs.extend(absent=["huggingface_hub", "transformers", "triton"])
+        self._classes = ConfigClasses(names, "vllm.transformers_utils.configs", "code-configs")
         values = {**_stand_ins(), "get_current_vllm_config": lambda: self.vllm_config}
         stubs.stand_in(values)
         if names.is_there("ep-group"):
@@ -64,8 +66,14 @@ class Apart(World):
             raise Unsupported(f"this release has no {name}")
         return stubs.real_module(name)
 
-    def config(self, kind: str | None, values: Mapping[str, Any]) -> Any:
-        return Config(values)
+    def config(
+        self, kind: str | None, nested: Sequence[str], values: Mapping[str, Any]
+    ) -> tuple[Any, str]:
+        made = self._classes.make(values, *nested)
+        if made is None and kind is not None:
+            # The config of a text model may be read by a class that its whole config has not.
+            made = self._classes.make(values, kind)
+        return made or (Config(values), "")
 
     def linear_layers(self, block: type) -> AbstractContextManager[Any]:
         module = sys.modules[block.__module__]
@@ -89,7 +97,7 @@ def _stand_ins() -> dict[str, Any]:
     return {
         # A model's code may insist on its own class.
         "Step3p5Config": Config,
-        "PreTrainedConfig": Config,
+        **config_classes.stand_ins(),
         "LinearBase": Linear,
         **{f"{name}Linear": Linear for name in layers.KINDS_OF_LINEAR},
         **{f"get_{name}_group": lambda: group for name in groups},

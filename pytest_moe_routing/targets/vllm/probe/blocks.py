@@ -127,7 +127,7 @@ def layer_request(
     block_class = getattr(module, row["block"], None)
     if block_class is None:
         raise Unsupported(f"this release has no {name}")
-    config = _config(row, values)
+    config, config_class = _config(row, values)
     if row.get("prepare"):
         place, function = _prepares(row)
         config = getattr(world().module(place), function)(config)
@@ -151,6 +151,7 @@ def layer_request(
         raise Unsupported(f"{name} called {len(used)} MoE layers")
     return {
         "block": name,
+        "config_class": config_class,
         "gate_dtypes": sorted(gate_dtypes),
         **_answer(used[0], output, RouterConfig(**router)),
     }
@@ -227,13 +228,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _config(row: Mapping[str, Any], values: Mapping[str, Any]) -> Any:
-    """Return the config object as vLLM reads it from a config.json with these keys."""
+def _config(row: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the config object as vLLM reads it from a config.json, and where its own class is."""
     kind = row.get("config")
     sizes = {**_SIZES, "model_type": kind} if kind else _SIZES
     latent = {key: _LATENT for name, key in row["keys"].items() if name == "latent_size"}
     latent = {key: size for key, size in latent.items() if values.get(key)}
-    return world().config(kind, {**sizes, **(row.get("published") or {}), **values, **latent})
+    values = {**sizes, **(row.get("published") or {}), **values, **latent}
+    return world().config(kind, row["nested"], values)
 
 
 def _layers() -> Iterator[str]:

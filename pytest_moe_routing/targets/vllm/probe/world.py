@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from importlib import import_module
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.config_classes import place_of
 from pytest_moe_routing.targets.contract import Contract, Names
 
 
@@ -52,8 +53,18 @@ class World:
         """
         raise NotImplementedError
 
-    def config(self, kind: str | None, values: Mapping[str, Any]) -> Any:
-        """Return a model's config object, as vLLM reads it from a config.json with these keys."""
+    def config(
+        self, kind: str | None, nested: Sequence[str], values: Mapping[str, Any]
+    ) -> tuple[Any, str]:
+        """Return a model's config object, as vLLM reads it from a config.json with these keys.
+
+        Args:
+            kind: The `model_type` of the text model.
+            nested: That of the whole config, and the key of the text model's in it; see `nesting`.
+
+        Returns:
+            The object, and file, line and name of its class if it is vLLM's own, else "".
+        """
         raise NotImplementedError
 
     def linear_layers(self, block: type) -> AbstractContextManager[Any]:
@@ -110,10 +121,16 @@ class Installed(World):
             for stub in [key for key, m in sys.modules.items() if isinstance(m, MagicMock)]:
                 del sys.modules[stub]
 
-    def config(self, kind: str | None, values: Mapping[str, Any]) -> Any:
+    def config(
+        self, kind: str | None, nested: Sequence[str], values: Mapping[str, Any]
+    ) -> tuple[Any, str]:
         from transformers import CONFIG_MAPPING, PreTrainedConfig
         from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
+        outer, key = nested
+        if key and outer in _CONFIG_REGISTRY:
+            made = _CONFIG_REGISTRY[outer].from_dict({key: dict(values)}).get_text_config()
+            return made, place_of(self.names, type(made))
         if kind is None:
             cls = PreTrainedConfig
         elif kind in _CONFIG_REGISTRY:
@@ -122,7 +139,8 @@ class Installed(World):
             cls = CONFIG_MAPPING[kind]
         else:
             raise Unsupported(f"neither vllm nor transformers has a config class {kind}")
-        return cls.from_dict(dict(values))
+        where = place_of(self.names, cls) if cls.__module__.startswith("vllm.") else ""
+        return cls.from_dict(dict(values)), where
 
     def linear_layers(self, block: type) -> AbstractContextManager[Any]:
         # A platform chooses its own way when weights are loaded, which they are not.

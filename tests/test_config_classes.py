@@ -15,7 +15,12 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models, read_config
-from pytest_moe_routing.models.huggingface.published import left_out, nesting, published_keys
+from pytest_moe_routing.models.huggingface.published import (
+    left_out,
+    nesting,
+    published_keys,
+    stated_keys,
+)
 from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.oracle.optional_keys import without_keys
 from pytest_moe_routing.suite.causes import of_left_out_key, of_model_code
@@ -61,6 +66,18 @@ def test_a_model_without_a_key_is_what_the_importer_reads(model, tmp_path):
         short = {name: value for name, value in whole.items() if name != key}
         (tmp_path / "config.json").write_text(json.dumps(short))
         assert read_config(tmp_path).router == described.router, key
+
+
+def test_an_imported_model_has_the_keys_of_its_own_config(tmp_path):
+    model = MODELS["qwen3-30b-a3b"]
+    config = {**config_of(model, published_keys(model.architecture)), "mlp_only_layers": []}
+    del config["norm_topk_prob"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    imported = {"num_experts": 128, "num_experts_per_tok": 8}
+    assert stated_keys(model) == {**imported, "norm_topk_prob": True}
+    stated = stated_keys(read_config(tmp_path))
+    assert stated.items() >= imported.items()
+    assert not stated.keys() & {"norm_topk_prob", "mlp_only_layers"}
 
 
 @pytest.mark.parametrize(
@@ -300,6 +317,11 @@ def test_mistakes_in_config_classes_are_told(framework, tmp_path):
     try:
         for *_, model, message in MISTAKES[framework]:
             assert message in told(target, MODELS[model])
+        if framework == "sglang":
+            # A config of a user's own without the key meets the changed default.
+            config = {"architectures": ["Qwen3NextForCausalLM"], "num_hidden_layers": 48}
+            (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 2048}))
+            assert "renormalize: the model has softmax" in told(target, read_config(tmp_path))
         # What is not changed is right.
         assert told(target, MODELS["qwen3-30b-a3b"]) == ""
     finally:

@@ -40,6 +40,18 @@ def nesting(architecture: str) -> tuple[str, str]:
     return (family.name if family else "", "")
 
 
+def stated_keys(model: ModelSpec) -> dict[str, Any]:
+    """Return the keys about the router and the experts that a model's config.json states.
+
+    An imported model's are its own, but for lists with a value for each layer.
+    """
+    if model.raw_config:
+        return {k: v for k, v in model.raw_config.items() if not isinstance(v, list | dict)}
+    said = {**vars(model.router), **vars(model.experts)}
+    keys = published_keys(model.architecture)
+    return {key: said[name] for name, key in keys.items() if said[name] is not None}
+
+
 def left_out(model: ModelSpec, further: Collection[str]) -> Iterator[tuple[str, ModelSpec]]:
     """Yield each key that a config may leave out, and the model that the config then describes.
 

@@ -19,7 +19,12 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec, RouterConfig
-from pytest_moe_routing.models.huggingface.published import left_out, nesting, published_keys
+from pytest_moe_routing.models.huggingface.published import (
+    left_out,
+    nesting,
+    published_keys,
+    stated_keys,
+)
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
@@ -65,12 +70,13 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
 
 def _published_of(model: ModelSpec, without: str) -> dict[str, Any]:
     """Return the keys that a model's config.json has, with the sizes of the block that is built."""
-    data = _configs()
-    said = {**vars(model.router), **vars(model.experts)}
-    values = {**data["sizes"], **data["published"].get(model.architecture, {})}
-    for name, key in published_keys(model.architecture).items():
-        if said[name] is not None:
-            values[key] = data.get(name, said[name])
+    data, latent = _configs(), published_keys(model.architecture).get("latent_size")
+    sizes = {
+        **data["sizes"],
+        **({latent: data["latent_size"]} if model.experts.latent_size else {}),
+    }
+    stated = {key: value for key, value in stated_keys(model).items() if key not in sizes}
+    values = {**sizes, **data["published"].get(model.architecture, {}), **stated}
     return {key: value for key, value in values.items() if key != without}
 
 

@@ -12,7 +12,12 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import RecipeError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.models.huggingface.published import left_out, nesting, published_keys
+from pytest_moe_routing.models.huggingface.published import (
+    left_out,
+    nesting,
+    published_keys,
+    stated_keys,
+)
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.routing import Recipe, recipe_of
 from pytest_moe_routing.targets.probe import Probe
@@ -91,8 +96,10 @@ class ModelCode:
         router = asdict(model.router)
         said = {**router, **asdict(model.experts)}
         values = {key: said[name] for name, key in row["keys"].items() if said[name] is not None}
+        row = {**row, "stated": stated_keys(model)}
         if without:
             values.pop(without, None)
+            row["stated"].pop(without, None)
             row = {**row, "published": {**(row.get("published") or {})}}
             row["published"].pop(without, None)
         answer = self.probe.ask("layer_request", row=row, values=values, router=router)

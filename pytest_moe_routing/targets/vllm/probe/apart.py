@@ -67,12 +67,16 @@ class Apart(World):
         return stubs.real_module(name)
 
     def config(
-        self, kind: str | None, nested: Sequence[str], values: Mapping[str, Any]
+        self,
+        kind: str | None,
+        nested: Sequence[str],
+        values: Mapping[str, Any],
+        stated: Mapping[str, Any],
     ) -> tuple[Any, str]:
-        made = self._classes.make(values, *nested)
+        made = self._classes.make(stated, *nested)
         if made is None and kind is not None:
             # The config of a text model may be read by a class that its whole config has not.
-            made = self._classes.make(values, kind)
+            made = self._classes.make(stated, kind)
         return made or (Config(values), "")
 
     def linear_layers(self, block: type) -> AbstractContextManager[Any]:

@@ -234,8 +234,11 @@ def _config(row: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Any, str
     sizes = {**_SIZES, "model_type": kind} if kind else _SIZES
     latent = {key: _LATENT for name, key in row["keys"].items() if name == "latent_size"}
     latent = {key: size for key, size in latent.items() if values.get(key)}
-    values = {**sizes, **(row.get("published") or {}), **values, **latent}
-    return world().config(kind, row["nested"], values)
+    usual = {**sizes, **(row.get("published") or {})}
+    stated = {key: value for key, value in row["stated"].items() if key not in sizes}
+    return world().config(
+        kind, row["nested"], {**usual, **values, **latent}, {**usual, **stated, **latent}
+    )
 
 
 def _layers() -> Iterator[str]:

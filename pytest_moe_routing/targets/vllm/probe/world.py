@@ -54,13 +54,19 @@ class World:
         raise NotImplementedError
 
     def config(
-        self, kind: str | None, nested: Sequence[str], values: Mapping[str, Any]
+        self,
+        kind: str | None,
+        nested: Sequence[str],
+        values: Mapping[str, Any],
+        stated: Mapping[str, Any],
     ) -> tuple[Any, str]:
         """Return a model's config object, as vLLM reads it from a config.json with these keys.
 
         Args:
             kind: The `model_type` of the text model.
             nested: That of the whole config, and the key of the text model's in it; see `nesting`.
+            values: The keys with the values that they have in transformers' class.
+            stated: Those that the config.json states, for a class of vLLM's own.
 
         Returns:
             The object, and file, line and name of its class if it is vLLM's own, else "".
@@ -122,14 +128,18 @@ class Installed(World):
                 del sys.modules[stub]
 
     def config(
-        self, kind: str | None, nested: Sequence[str], values: Mapping[str, Any]
+        self,
+        kind: str | None,
+        nested: Sequence[str],
+        values: Mapping[str, Any],
+        stated: Mapping[str, Any],
     ) -> tuple[Any, str]:
         from transformers import CONFIG_MAPPING, PreTrainedConfig
         from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
         outer, key = nested
         if key and outer in _CONFIG_REGISTRY:
-            made = _CONFIG_REGISTRY[outer].from_dict({key: dict(values)}).get_text_config()
+            made = _CONFIG_REGISTRY[outer].from_dict({key: dict(stated)}).get_text_config()
             return made, place_of(self.names, type(made))
         if kind is None:
             cls = PreTrainedConfig

@@ -77,9 +77,10 @@ def _names(owner, name, package):
     theirs = [c for c in cls.__mro__ if c.__module__.split(".")[0] == package]
     defined = next((c for c in cls.__mro__ if name in vars(c)), None)
     # What torch declares, and sets on each module.
-    declared = any(
-        name in vars(c).get("__annotations__", ()) for c in cls.__mro__ if c not in theirs
-    )
+    others = [c for c in cls.__mro__ if c not in theirs]
+    # The annotations of built-in classes are descriptors.
+    annotations = (vars(c).get("__annotations__") for c in others)
+    declared = any(name in each for each in annotations if isinstance(each, dict))
     if not theirs or declared or (defined is not None and defined not in theirs):
         return ()
     return tuple(f"{c.__module__}:{c.__qualname__}.{name}" for c in theirs)

@@ -9,7 +9,7 @@ import pytest
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
+from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled, read, read_routed
 from pytest_moe_routing.oracle.exact import kernel_call
 from pytest_moe_routing.report.text import sentence
 
@@ -55,6 +55,38 @@ def reading(model=R1, layer=LAYER, flashinfer=FLASHINFER, function=FUNCTION, **c
 
 def problems(found):
     return [sentence(finding) for finding in found.wrong]
+
+
+@pytest.mark.parametrize(
+    ("layer", "problem"),
+    [
+        ({"scale_after": None}, "the layer's output arrives as values that no factor explains, "),
+        ({"shared": 0.0, "reduced": (1, 0)}, "the output of the shared experts is added nowhere; "),
+        ({"shared": 0.4}, "the output of the shared experts is added with a factor of 0.4; "),
+        ({"reduced": (0, 1)}, "other ranks' output of the routed experts is added nowhere; "),
+        (
+            {"told_otherwise": (("swiglu_limit", "10.0", "none"),)},
+            "the layer's config has none as swiglu_limit; the model's code requests 10.0",
+        ),
+    ],
+)
+def test_what_a_layer_does_with_the_output_of_its_experts_is_judged(layer, problem):
+    right = {"scale_after": 1.0, "shared": 1.0, "reduced": (1, 1), "are_summed": 1}
+    assert not problems(reading(layer=replace(LAYER, **right)))
+    [found] = problems(reading(layer=replace(LAYER, **right | layer)))
+    assert found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("router_factor", "after", "times"),
+    [(1.0, 2.5, None), (2.5, 1.0, None), (1.0, 1.0, "nowhere"), (2.5, 2.5, "twice"),
+     (1.0, 2.0, "with a factor of 2")],
+)  # fmt: skip
+def test_the_factor_is_applied_once_by_router_and_layer(router_factor, after, times):
+    layer = replace(LAYER, scale_after=after)
+    found = [sentence(finding) for finding in misscaled(R1, router_factor, layer)]
+    text = f"routed_scaling_factor is applied {times}; the layer applies it once"
+    assert found == ([text] if times else [])
 
 
 def test_a_right_call_is_the_one_that_the_router_needs():

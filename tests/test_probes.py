@@ -210,22 +210,36 @@ def sources(root):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "output"),
+    ("architecture", "scaled_by"),
     [
-        ("Tells", True),
-        ("Asks", True),
-        ("Default", True),
-        ("Itself", True),
-        ("Router", False),
-        ("Wraps", True),
-        ("Package", False),
-        ("Unknown", False),
+        ("Tells", "layer"),
+        ("Asks", "layer"),
+        ("Default", "layer"),
+        ("Itself", "model"),
+        ("Router", "router"),
+        ("Wraps", "layer"),
+        ("Package", "router"),
+        ("Unknown", "router"),
     ],
 )
-def test_who_applies_the_factor_is_read_from_the_models_code(tmp_path, architecture, output):
+def test_who_applies_the_factor_is_read_from_the_models_code(tmp_path, architecture, scaled_by):
     code = sources(write(tmp_path, CODE))
-    assert code.scales_output(architecture) is output
+    assert code.scaled_by(architecture) == scaled_by
     assert code.has_architecture(architecture) is (architecture != "Unknown")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stated"),
+    [
+        ("Router", {"routed_scaling_factor"}),
+        ("Default", {"routed_scaling_factor", "apply_routed_scale_to_output"}),
+        # What stands at a position has no name.
+        ("Tells", None),
+        ("Unknown", None),
+    ],
+)
+def test_the_arguments_of_a_layer_are_read_from_the_models_code(tmp_path, architecture, stated):
+    assert sources(write(tmp_path, CODE)).stated(architecture) == stated
 
 
 @pytest.mark.parametrize(
@@ -239,13 +253,13 @@ def test_who_applies_the_factor_is_read_from_the_models_code(tmp_path, architect
 )
 def test_what_the_models_code_does_not_prove_is_not_judged(tmp_path, architecture, question):
     with pytest.raises(Unsupported, match=f"^not judged: .*{question}"):
-        sources(write(tmp_path, CODE)).scales_output(architecture)
+        sources(write(tmp_path, CODE)).scaled_by(architecture)
 
 
 def test_a_layer_of_another_name_is_not_judged(tmp_path):
     renamed = {path: text.replace("FusedMoEFactory", "Renamed") for path, text in CODE.items()}
     with pytest.raises(Unsupported, match=r"has no .*layer:FusedMoEFactory .*'layer-factory'"):
-        sources(write(tmp_path, renamed)).scales_output("Router")
+        sources(write(tmp_path, renamed)).scaled_by("Router")
 
 
 def test_an_unreadable_registry_is_not_judged(tmp_path):

@@ -36,6 +36,10 @@ _INTEGERS = (
     "routing_method_type",
 )
 _PRECISION = ("float32", "bfloat16")
+#: How far a product of bfloat16 may be off.
+_PRODUCT = 2**-7
+_COUNTS: Mapping[float, str] = {0: "nowhere", 1: "once", 2: "twice"}
+_PARTS = ("routed", "shared")
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,24 @@ class RecordedLayer:
     Attributes:
         rank, shards: Its place in expert parallelism.
         intermediate_size: Of its experts.
-        scale_after: The factor by which the layer multiplies the kernel's output.
+        scale_after: The factor by which the layer multiplies the kernel's output; None if the
+            layer's output is something else.
+        shared: The same of the shared experts' output; None if it is not known.
+        reduced: How often the output of routed and of shared experts was summed over ranks, if
+            that is known.
+        are_summed: How often it has to be.
+        told_otherwise: Fields of the layer's config that gates are asked about with other values:
+            name, their value, and the layer's.
     """
 
     rank: int = 0
     shards: int = 1
     intermediate_size: int = 0
-    scale_after: float = 1.0
+    scale_after: float | None = 1.0
+    shared: float | None = None
+    reduced: tuple[int, ...] = ()
+    are_summed: int = 0
+    told_otherwise: tuple[tuple[str, str, str], ...] = ()
 
 
 def read(
@@ -82,7 +97,7 @@ def read(
         bias_dtype=_dtype(arguments.get("routing_bias")) or "float32",
         routed_scaling_factor=_factor(arguments.get("routed_scaling_factor")),
         weight_on="input" if arguments.get("use_routing_scales_on_input") else "output",
-        scale_after=layer.scale_after,
+        scale_after=1.0 if layer.scale_after is None else layer.scale_after,
     )
     findings = (
         *_wrong_function(scheme, function, flashinfer),
@@ -91,6 +106,8 @@ def read(
         *_wrong_memory(arguments),
         *_wrong_activation(model, arguments, flashinfer),
         *_downcasts(model, call),
+        *_wrong_output(layer),
+        *(Finding(Kind.CONFIG, *told) for told in layer.told_otherwise),
     )
     return Captured(call, tuple(replace(finding, where=function) for finding in findings))
 
@@ -132,6 +149,44 @@ def _received(name: str, value: Any) -> str:
         shape = "x".join(map(str, value["shape"]))
         return f"{value.get('is', 'another tensor')} ({value['dtype']}, {shape})"
     return str(value)
+
+
+def misscaled(model: ModelSpec, router_factor: float, layer: RecordedLayer) -> Iterator[Finding]:
+    """Yield what a layer does wrongly with the output of experts that are given weights.
+
+    Args:
+        router_factor: The scaling factor that the weights have already.
+    """
+    yield from _wrong_output(layer)
+    factor = model.router.routed_scaling_factor
+    if layer.scale_after is None:
+        return
+    total = layer.scale_after * router_factor
+    if not isclose(total, factor, rel_tol=_PRODUCT):
+        yield Finding(Kind.APPLIED, "routed_scaling_factor", "once", _times(total, factor))
+
+
+def _wrong_output(layer: RecordedLayer) -> Iterator[Finding]:
+    """Yield what a layer does wrongly with the output of its kernel and of its shared experts."""
+    if layer.scale_after is None:
+        got = "values that no factor explains"
+        yield Finding(Kind.ARGUMENT, "the layer's output", "the output of its experts", got)
+        return
+    if layer.shared is not None and not isclose(layer.shared, 1.0, rel_tol=_PRODUCT):
+        got = _COUNTS.get(round(layer.shared, 2), f"with a factor of {layer.shared:.6g}")
+        yield Finding(Kind.ADDED, "the output of the shared experts", "once", got)
+    for part, count in zip(_PARTS, layer.reduced, strict=False):
+        if count != layer.are_summed and (part, layer.shared) != ("shared", 0.0):
+            wanted, got = (_COUNTS.get(n, f"{n} times") for n in (layer.are_summed, count))
+            yield Finding(Kind.ADDED, f"other ranks' output of the {part} experts", wanted, got)
+
+
+def _times(product: float, factor: float) -> str:
+    """Say how often a factor is in a product."""
+    for count, text in _COUNTS.items():
+        if isclose(product, factor**count, rel_tol=_PRODUCT):
+            return text
+    return f"with a factor of {product:.6g}"
 
 
 def _missing(function: str, arguments: Arguments) -> Iterator[Finding]:

@@ -28,6 +28,10 @@ class Kind(StrEnum):
     RAISED = "raised"
     #: The layer applies `field` as `wanted` says, the target's steps as `got` says.
     APPLIED = "applied"
+    #: The layer adds `field` to its output as `wanted` says, the target's code as `got` says.
+    ADDED = "added"
+    #: The layer's config has `got` as `field`, where the model's code requests `wanted`.
+    CONFIG = "config"
     #: The selector `field` takes experts although their gates `got` reject the layer.
     CHOICE = "choice"
     #: An argument is less precise (`got`) than the layer (`wanted`).

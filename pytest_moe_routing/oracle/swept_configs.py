@@ -15,6 +15,8 @@ from pytest_moe_routing.schemes import SERVED_SCHEMES
 #: The dtype of the logits where a model's code tells its layer none: they are then the model's.
 UNTOLD = "none"
 #: The folder of the sweep's models, which have none.
+#: The repository of a swept model, of which no framework has the code.
+MADE_UP = "none/none"
 _FOLDER = Path("config-sweep")
 
 _Values = Mapping[str, Any]
@@ -153,7 +155,7 @@ def as_model(router: RouterConfig, experts: ExpertsConfig = USUAL_EXPERTS) -> Mo
         router=router,
         experts=experts,
         model="a router of the config sweep",
-        hf_repo="none/none",
+        hf_repo=MADE_UP,
         # By which frameworks know the one router that they do not tell from its parameters.
         architecture="Llama4ForConditionalGeneration" if llama4 else "AnyMoeForCausalLM",
         checkpoints=tuple(SERVED_SCHEMES),

@@ -60,6 +60,10 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
             return f"{field} arrives as {got}, the layer has {wanted}"
         case Kind.APPLIED:
             return f"{field} is applied {got}; the layer applies it {wanted}"
+        case Kind.ADDED:
+            return f"{field} is added {got}; the layer adds it {wanted}"
+        case Kind.CONFIG:
+            return f"the layer's config has {got} as {field}; the model's code requests {wanted}"
         case Kind.CHOICE:
             return f"{field} selects the experts, although their gates reject the layer ({got})"
         case Kind.LIMIT if finding.wanted in (None, ""):

@@ -29,12 +29,22 @@ MODULES = (
 _ENUMS = ("ActivationType", "Fp8QuantizationType", "WeightLayout")
 
 
-class Reached(BaseException):
-    """A kernel has been called; not an `Exception`, so that no framework code catches it."""
+#: Entry points that return a list, of which the first is the output.
+_LISTS = ("trtllm_fp4", "trtllm_mxint4")
 
-    def __init__(self, function: str, arguments: Mapping[str, Any]) -> None:
+
+class Reached(BaseException):
+    """A kernel has been called; not an `Exception`, so that no framework code catches it.
+
+    Attributes:
+        at: The line that called it, if the call returned; else the traceback shows it.
+        output: What came of the kernel's output afterwards, in JSON.
+    """
+
+    def __init__(self, function: str, arguments: Mapping[str, Any], at: str = "") -> None:
         super().__init__(function)
-        self.function, self.arguments = function, dict(arguments)
+        self.function, self.arguments, self.at = function, dict(arguments), at
+        self.output: Mapping[str, Any] = {}
 
 
 class DoesNotBind(Exception):
@@ -44,6 +54,15 @@ class DoesNotBind(Exception):
 def reached(function: str, arguments: Mapping[str, Any]) -> Any:
     """End a call in `Reached`."""
     raise Reached(function, arguments)
+
+
+def returned(function: str, arguments: Mapping[str, Any], output: Tensor) -> Any:
+    """Return an output as an entry point does, in the buffer that it is given if there is one."""
+    into = arguments.get("output")
+    if into is not None:
+        into.copy_(output)
+        output = into
+    return [output] if function.startswith(_LISTS) else output
 
 
 def install(

@@ -20,6 +20,11 @@ class _End(TypedDict, total=False):
     function: str
     arguments: dict[str, Any]
     raised: _Raised
+    scale_after: float | None
+    shared: float | None
+    reduced: list[int]
+    are_summed: int
+    told_otherwise: dict[str, list[str]]
 
 
 class _Call(_End):
@@ -38,12 +43,12 @@ class _ModularCall(_Call, total=False):
 class _RoutedCalls(TypedDict):
     calls: list[_ModularCall]
     intermediate_size: int
+    router_factor: float
 
 
 class _Calls(TypedDict):
     calls: list[_Call]
     intermediate_size: int
-    router_factor: float
 
 
 class _Chosen(TypedDict):

@@ -19,7 +19,7 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
-from pytest_moe_routing.oracle.arguments import RecordedLayer, read, read_routed
+from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled, read, read_routed
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.exact import Gate
@@ -154,14 +154,14 @@ class VllmTarget(FrameworkTarget):
         answer = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
         findings: list[Finding] = []
         for record in answer["calls"]:
-            layer = RecordedLayer(
-                record["shards"] - 1, record["shards"], answer["intermediate_size"]
-            )
             if "raised" in record:
                 wrong: tuple[Finding, ...] = (_raised(record),)
             else:
+                layer = _layer(answer, record)
                 wrong = read_routed(model, scheme, record, layer, self.flashinfer)
                 wrong = (*wrong, *misapplied(model, record, explained=bool(wrong)))
+                if "reduced" in record:
+                    wrong = (*wrong, *misscaled(model, answer["router_factor"], layer))
             findings += [_at(finding, record) for finding in wrong]
         return tuple(_distinct(findings))
 
@@ -303,13 +303,7 @@ class VllmTarget(FrameworkTarget):
     ) -> Captured:
         if "raised" in record:
             return Captured(None, (_raised(record),))
-        layer = RecordedLayer(
-            rank=record["shards"] - 1,
-            shards=record["shards"],
-            intermediate_size=answer["intermediate_size"],
-            scale_after=model.router.routed_scaling_factor / answer["router_factor"],
-        )
-        return read(model, scheme, record, layer, self.flashinfer)
+        return read(model, scheme, record, _layer(answer, record), self.flashinfer)
 
 
 #: Settings of the router that a question does not look at: it is asked without them, and so once.
@@ -345,6 +339,21 @@ def _answered(about: Iterable[_T], ask: Callable[[_T], _Answer]) -> list[tuple[_
         with suppress(Unsupported, TargetError):
             found.append((each, ask(each)))
     return found
+
+
+def _layer(answer: Mapping[str, Any], record: Mapping[str, Any]) -> RecordedLayer:
+    return RecordedLayer(
+        rank=record["shards"] - 1,
+        shards=record["shards"],
+        intermediate_size=answer["intermediate_size"],
+        scale_after=record.get("scale_after"),
+        shared=record.get("shared"),
+        reduced=tuple(record.get("reduced", ())),
+        are_summed=record.get("are_summed", 0),
+        told_otherwise=tuple(
+            (name, told, got) for name, (told, got) in record.get("told_otherwise", {}).items()
+        ),
+    )
 
 
 def _raised(record: Mapping[str, Any]) -> Finding:

@@ -11,28 +11,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from pytest_moe_routing.targets.recorder import Reached
-from pytest_moe_routing.targets.vllm.probe import release as release
-from pytest_moe_routing.targets.vllm.probe.capture import (
-    HIDDEN,
-    TOKENS,
-    Layer,
-    methods_of,
-    recorded,
-    run_layer,
-)
+from pytest_moe_routing.targets.vllm.probe.capture import methods_of, run_layer
 from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
+from pytest_moe_routing.targets.vllm.probe.layer import TOKENS, Layer, layer_of
 from pytest_moe_routing.targets.vllm.probe.release import names
 from pytest_moe_routing.targets.vllm.probe.selectors import asked_of_selectors
 from pytest_moe_routing.targets.vllm.probe.weight_on_input import weight_on_input
 
 _EXPERT_PARALLEL = "--enable-expert-parallel"
+_ROUND_ROBIN = "round_robin"
 #: What no kernel writes.
 _UNWRITTEN = -7
 
@@ -51,8 +44,8 @@ def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict
     caller = methods_of(row.methods)[0]
     is_whole = model["router"]["num_experts"] % 2 == 0
 
-    def layer(shards: int = 1) -> Layer:
-        return Layer(model, row, method, shards, True)
+    def layer(*ranks: Any) -> Layer:
+        return layer_of(model, row, method, Ranks(*ranks))
 
     if is_whole and names().has("parallel-config.sp_size"):
         parallel = replace(parallel_config(2), sp_size=2, all2all_backend="allgather_reducescatter")
@@ -68,7 +61,7 @@ def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict
         found["expert placement by load (EPLB)"] = {**placement, "switches": switches}
         if names().has("placement"):
             found["round-robin expert placement"] = {
-                **_round_robin(experts, caller, layer(2), model),
+                **_round_robin(experts, caller, layer(2, False, _ROUND_ROBIN)),
                 "switches": [_EXPERT_PARALLEL, "--expert-placement-strategy round_robin"],
             }
     if names().has("layer.routing_sink"):
@@ -87,24 +80,19 @@ def _by_gate(experts: Any, parallel: Any, why: str) -> dict[str, str]:
     return {"answer": "rejected", "why": f"{experts.__name__}._supports_parallel_config"}
 
 
-def _round_robin(
-    experts: Any, caller: Any, layer: Layer, model: Mapping[str, Any]
-) -> dict[str, str]:
+def _round_robin(experts: Any, caller: Any, layer: Layer) -> dict[str, str]:
     """Experts of rank 1 of 2 are every second one, if vLLM places them so for this model."""
-    name = "round_robin"
     arguments = {
-        "expert_placement_strategy": name,
+        "expert_placement_strategy": _ROUND_ROBIN,
         "moe_parallel_config": parallel_config(2),
         "num_expert_group": layer.num_expert_group,
         "num_redundant_experts": 0,
         "enable_eplb": False,
     }
     placed = names().get("placement")(**names().accepted("placement", arguments))
-    if placed != name:
+    if placed != _ROUND_ROBIN:
         return {"answer": "rejected", "why": f"{names().spelling('placement').path}: {placed}"}
-    layer.expert_map = torch.full((layer.global_num_experts,), -1, dtype=torch.int32)
-    layer.expert_map[1::2] = torch.arange(layer.local_num_experts, dtype=torch.int32)
-    record = recorded(lambda: run_layer(experts, caller, layer), {}, caller.__qualname__)
+    record = run_layer(experts, caller, layer)
     if "raised" in record:
         return {"answer": "rejected", "why": record["raised"]["where"]}
     given = record["arguments"]
@@ -117,25 +105,14 @@ def _captured(experts: Any, caller: Any, layer: Layer) -> dict[str, str]:
     """Whether ids that the kernel writes get to whoever captures them."""
     handed_on: list[torch.Tensor] = []
     buffer = torch.full((2 * TOKENS, layer.top_k), _UNWRITTEN, dtype=torch.int16)
-    layer.routing_sink = SimpleNamespace(buffer=buffer, capture_fn=handed_on.append)
-    reached: list[Reached] = []
+    layer.asked.routing_sink = SimpleNamespace(buffer=buffer, capture_fn=handed_on.append)
 
-    def kernel(function: str, arguments: Mapping[str, Any]) -> Any:
-        reached.append(Reached(function, arguments))
+    def write(arguments: Mapping[str, Any]) -> None:
         into = arguments.get("routing_replay_out")
         if into is not None:
             into.copy_(torch.arange(TOKENS * layer.top_k).reshape(TOKENS, -1))
-        output = arguments.get("output")
-        if output is None:
-            output = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
-        return [output]
 
-    def call() -> None:
-        with patch.object(release, "answer", kernel):
-            run_layer(experts, caller, layer)
-        raise reached[0]
-
-    record = recorded(call, {}, caller.__qualname__)
+    record = run_layer(experts, caller, layer, write)
     if "raised" in record:
         return {"answer": "rejected", "why": record["raised"]["where"]}
     written = torch.arange(TOKENS * layer.top_k).reshape(TOKENS, -1).to(torch.int16)

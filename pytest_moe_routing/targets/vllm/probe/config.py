@@ -7,11 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.swept_configs import UNTOLD
+from pytest_moe_routing.targets.vllm.probe import release
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
-from pytest_moe_routing.targets.vllm.probe.release import architecture_of, names, sources
+from pytest_moe_routing.targets.vllm.probe.release import (
+    architecture_of,
+    names,
+    router_arguments,
+    sources,
+)
+
+#: Arguments of a router that its layer adds.
+_OF_THE_ROUTER = ("global_num_experts", "eplb_state")
 
 
 class NoActivation(Unsupported):
@@ -113,7 +123,7 @@ def moe_config(
         "activation": activation,
         "is_act_and_mul": widths["gated"],
         "device": "cpu",
-        "routing_method": _method(method),
+        "routing_method": method_named(method),
         "moe_parallel_config": parallel_config(shards, dispatched=dispatched),
         "in_dtype": getattr(torch, model["dtype"]),
         "router_logits_dtype": told_dtype(model),
@@ -125,11 +135,18 @@ def moe_config(
 
 
 def quant_config(
-    row: ServedScheme, experts: int, model: Mapping[str, Any], *, by_block: bool = False
+    row: ServedScheme,
+    experts: int,
+    model: Mapping[str, Any],
+    limit: float | None,
+    *,
+    by_block: bool = False,
 ) -> Any:
     """Make the `FusedMoEQuantConfig` of a layer, with scales that are all 1.
 
     Args:
+        experts: The layer's own experts.
+        limit: What the layer has as its clamp limit.
         by_block: The scales of weights have the dimensions of those of blocks.
     """
     activations, weights, block = row.quantization
@@ -162,12 +179,66 @@ def quant_config(
             "gemm1_beta": model["experts"]["activation_beta"],
             "gemm1_clamp_limit": model["experts"]["activation_limit"],
         }
-    elif limit := _activation_arguments(model).get("swiglu_limit"):
+    elif limit:
         arguments["gemm1_clamp_limit"] = limit
     return names().get("quant-config")(**names().accepted("quant-config", arguments))
 
 
-def _method(name: str) -> Any:
+def layer_arguments(
+    model: Mapping[str, Any], sizes: tuple[int, int], bias: Tensor | None
+) -> dict[str, Any]:
+    """Return the arguments of the factory with which the model's code makes its layer.
+
+    What the code leaves out is left out here, so that vLLM's defaults count.
+
+    Args:
+        sizes: Hidden and intermediate size.
+        bias: The router's correction bias.
+    """
+    router, experts = model["router"], model["experts"]
+    arguments = {
+        **router_arguments(model, bias),
+        "apply_router_weight_on_input": router["weight_on"] == "input",
+        "router_logits_dtype": told_dtype(model),
+        "activation": activation_name(model),
+        "shared_experts": experts["shared_experts"] > 0,
+        **_activation_arguments(model),
+    }
+    if not experts["gated"]:
+        arguments["ckpt_names"] = ("up_proj", "down_proj", None)
+    return _as_stated(model, sizes, arguments)
+
+
+def router_part(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of `layer_arguments` concerns the router, of a model that may have no more."""
+    sizes = model["router"]["num_experts"], model["router"]["num_experts"]
+    return _as_stated(model, sizes, router_arguments(model))
+
+
+def _as_stated(
+    model: Mapping[str, Any], sizes: tuple[int, int], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    scaled_by = release.scaled_by(model)
+    known = {
+        **{name: value for name, value in arguments.items() if name not in _OF_THE_ROUTER},
+        "routed_scaling_factor": model["router"]["routed_scaling_factor"],
+        "apply_routed_scale_to_output": scaled_by == "layer",
+    }
+    if scaled_by == "model":
+        del known["routed_scaling_factor"]
+    stated = sources().stated(architecture_of(model))
+    given = {n: v for n, v in known.items() if stated is None or n in stated}
+    return {
+        **names().accepted("layer-arguments", given),
+        "num_experts": model["router"]["num_experts"],
+        "top_k": model["router"]["top_k"],
+        "hidden_size": sizes[0],
+        "intermediate_size": sizes[1],
+        "params_dtype": getattr(torch, model["dtype"]),
+    }
+
+
+def method_named(name: str) -> Any:
     """Return a routing method.
 
     Raises:

@@ -15,6 +15,7 @@ from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm.probe import around as vllm_around
 from pytest_moe_routing.targets.vllm.probe import capture as vllm_capture
 from pytest_moe_routing.targets.vllm.probe import choice as vllm_choice
+from pytest_moe_routing.targets.vllm.probe import factory as vllm_factory
 from pytest_moe_routing.targets.vllm.probe import gates as vllm_gates
 from pytest_moe_routing.targets.vllm.probe import modular as vllm_modular
 from pytest_moe_routing.targets.vllm.probe import release as release
@@ -26,7 +27,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     release.install(root, FlashInfer.of(flashinfer), version)
     return {
         "numbers": release.numbers,
-        "classify": release.classify,
+        "classify": vllm_factory.classify,
         "gates": vllm_gates.gates,
         "around": vllm_around.around,
         "choose": vllm_choice.choose,

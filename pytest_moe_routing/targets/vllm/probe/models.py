@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Literal
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
@@ -23,6 +23,9 @@ _OTHER_DEVICES = {"amd", "cpu", "xpu"}
 _LAYERS = ("layer-factory", "shared-layer")
 #: Arguments of a layer that say which experts a token may choose from.
 _GROUPS = ("use_grouped_topk", "num_expert_group", "topk_group")
+#: Who applies the scaling factor: the router, in its weights; the layer, on its output; or the code
+#: of the model, on what the layer returns.
+ScaledBy = Literal["router", "layer", "model"]
 #: How far a model's code is followed through the modules that it imports.
 _DEPTH = 3
 
@@ -48,7 +51,7 @@ class ModelSources:
         self._layer, self._made = cache(self._find_layer), cache(self._find_made)
         self._tree = cache(lambda module: ast.parse(source_of(root, module)))
         # Each reads whole modules, and is asked for every layer and router that is made.
-        for name in ("scales_output", "passes_limit", "routing_function"):
+        for name in ("scaled_by", "stated", "passes_limit", "routing_function"):
             setattr(self, name, cache(getattr(self, name)))
 
     def has_architecture(self, architecture: str) -> bool:
@@ -67,10 +70,9 @@ class ModelSources:
         made = (name for name in architectures if self._made(name) is not None)
         return next(made, architectures[0])
 
-    def scales_output(self, architecture: str) -> bool:
-        """Return whether the factor is applied to the layer's output: its router then has none.
+    def scaled_by(self, architecture: str) -> ScaledBy:
+        """Return who applies the scaling factor, as the model's code says.
 
-        Either the layer is told so, or the model's own code does it and gives the layer no factor.
         An architecture that this release does not have leaves it to the router.
 
         Raises:
@@ -78,7 +80,7 @@ class ModelSources:
         """
         layer = self._layer(architecture)
         if layer is None:
-            return False
+            return "router"
         told = layer.argument("apply_routed_scale_to_output")
         if isinstance(told, ast.Name):
             told = _passed(layer.tree, told.id)
@@ -86,9 +88,9 @@ class ModelSources:
                 raise self._unproven(layer, "whether the layer or its router applies the factor")
         if told is not None:
             if isinstance(told, ast.Constant):
-                return bool(told.value)
+                return "layer" if told.value else "router"
             if _asks_for_aiter(told) and isinstance(told, ast.UnaryOp):
-                return isinstance(told.op, ast.Not)
+                return "layer" if isinstance(told.op, ast.Not) else "router"
             raise self._unproven(layer, "whether the layer or its router applies the factor")
         factor = layer.argument("routed_scaling_factor")
         if isinstance(factor, ast.IfExp):
@@ -96,7 +98,21 @@ class ModelSources:
                 raise self._unproven(layer, "which scaling factor the layer is given")
             is_negated = isinstance(factor.test, ast.UnaryOp)
             factor = factor.body if is_negated else factor.orelse
-        return factor is None or (isinstance(factor, ast.Constant) and factor.value == 1.0)
+        if factor is None or (isinstance(factor, ast.Constant) and factor.value == 1.0):
+            return "model"
+        return "router"
+
+    def stated(self, architecture: str) -> frozenset[str] | None:
+        """Return the names of the arguments that the model's code gives to its MoE layer.
+
+        None if that is not known: the release does not have the architecture, or its code passes a
+        mapping or positions.
+        """
+        layer = self._layer(architecture)
+        if layer is None or layer.call.args:
+            return None
+        given = [word.arg for word in layer.call.keywords]
+        return None if None in given else frozenset(filter(None, given))
 
     def passes_limit(self, architecture: str) -> bool:
         """Return whether the model's code gives its clamp limit to the MoE layer.

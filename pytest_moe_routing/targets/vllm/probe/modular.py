@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from types import MethodType
 from typing import Any
 from unittest.mock import patch
 
@@ -20,26 +19,21 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked
 from pytest_moe_routing.targets.marked import Marked, Received, UnusableArgumentError
-from pytest_moe_routing.targets.recorder import Reached
+from pytest_moe_routing.targets.recorder import Reached, returned
+from pytest_moe_routing.targets.vllm.probe import factory
 from pytest_moe_routing.targets.vllm.probe import release as release
-from pytest_moe_routing.targets.vllm.probe.capture import (
+from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks, methods_of, recorded
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.factory import Ranks
+from pytest_moe_routing.targets.vllm.probe.gates import experts_of
+from pytest_moe_routing.targets.vllm.probe.layer import (
     HIDDEN,
     TOKENS,
-    Caller,
     Layer,
-    counts_of_ranks,
     intermediate_size,
-    made,
-    methods_of,
-    recorded,
-    vllm_path,
+    layer_of,
 )
-from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
-from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.release import names
-
-#: Entry points that return a list, of which the first is the output.
-_LISTS = ("trtllm_fp4", "trtllm_mxint4")
 
 
 def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
@@ -58,23 +52,27 @@ def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     callers = methods_of(row.modular_methods)
     if not callers:
         raise Unsupported(f"no layer of this release calls {experts.__name__}")
-    method = release.classify(model)[0]
+    method = factory.classify(model)[0]
     ways = [(count, False) for count in counts_of_ranks(model)]
     if len(ways) > 1:
         ways.append((2, True))
     calls = []
     for count, dispatched in ways:
-        layer = Layer(model, row, method, count, True, dispatched=dispatched)
-        if not experts._supports_parallel_config(layer.config.moe_parallel_config):
-            continue
         for caller in callers:
+            layer = layer_of(model, row, method, Ranks(count, dispatched))
+            if not experts._supports_parallel_config(layer.config.moe_parallel_config):
+                break
             way = {
                 "by": caller.__qualname__.split(".")[0],
                 "shards": count,
                 "dispatched": dispatched,
             }
             calls.append({**way, **_Run(experts, caller, layer, dispatched).answer()})
-    return {"calls": calls, "intermediate_size": intermediate_size(model)}
+    return {
+        "calls": calls,
+        "intermediate_size": intermediate_size(model),
+        "router_factor": release.router_factor(model),
+    }
 
 
 class _Run:
@@ -104,8 +102,8 @@ class _Run:
 
     def _call(self) -> None:
         """Run the layer's method; always ends in an exception, if the kernel is called."""
-        layer, given = self._layer, self._given
-        fused = made(self._experts, layer)
+        layer = self._layer
+        fused = layer.made(self._experts)
         prepare = prepare_finalize(layer, fused)
         kernel = names().get("kernel")(prepare, fused)
         self._places = {
@@ -113,24 +111,15 @@ class _Run:
             "experts": _place(type(fused).apply),
             "finalize": _place(type(prepare).finalize),
         }
-        arguments = {
-            "layer": layer,
-            "x": given.hidden.clone(),
-            "topk_weights": given.weights.clone(),
-            "topk_ids": given.ids.clone(),
-            "shared_experts": None,
-            "shared_experts_input": None,
-        }
         stand_ins = {}
         if names().has("pack"):
             # A Triton kernel in some releases.
             stand_ins[names().spelling("pack").path] = marked.pack
         module = vars(sys.modules[self._experts.__module__])
         with patch.object(release, "answer", self._kernel), patch.dict(module, stand_ins):
-            apply = MethodType(self._caller, Caller(kernel, layer.row, is_monolithic=False))
-            output = apply(**release.accepted(apply, arguments))
+            output, made_of = layer.hand_on(kernel, self._caller, self._given)
         if self._reached is not None:
-            self._output = output
+            self._output, self._reached.output = output, made_of
             raise self._reached
 
     def _kernel(self, function: str, arguments: Mapping[str, Any]) -> Any:
@@ -147,12 +136,10 @@ class _Run:
         except UnusableArgumentError as error:
             self._unusable = error
             raise self._reached from None
-        into = arguments.get("output")
         output = self._received.output.bfloat16()
-        if into is not None:
-            into.copy_(output)
-            output = into
-        return [output] if function.startswith(_LISTS) else output
+        # That of the last token is the shared experts'.
+        output[[0, -1] if self._dispatched else [-1]] = 0
+        return returned(function, arguments, output)
 
     def _applied(self, received: Received, output: Tensor) -> dict[str, Any]:
         """How often the weight was applied before, in and after the kernel, and what came out."""
@@ -162,17 +149,17 @@ class _Run:
         wanted = given.output(first, local, on_input=on_input)
         # Of several experts a token has no one weight.
         is_one = layer.top_k == 1
-        per_token = given.weights if is_one else 1.0
+        per_token = given.weights[:-1] if is_one else 1.0
         at_token = at.weights if is_one else 1.0
-        ones, mine = torch.ones_like(at.weights), received.output[-len(given.hidden) :]
+        ones, mine = torch.ones_like(at.weights), received.output[-len(given.hidden) : -1]
         factor = layer.routed_scaling_factor
         return {
             "applied": {
                 "prepare": marked.times(received.hidden, at.hidden.float(), at_token, factor),
                 "experts": marked.times(received.weights, ones, at.weights, factor),
-                "finalize": marked.times(output.float(), mine, per_token, factor),
+                "finalize": marked.times(output[:-1].float(), mine, per_token, factor),
             },
-            "same": marked.times(output.float(), wanted) is not None,
+            "same": marked.times(output[:-1].float(), wanted[:-1]) is not None,
         }
 
 
@@ -190,4 +177,4 @@ def prepare_finalize(layer: Layer, fused: Any) -> Any:
 def _place(function: Any) -> str:
     """Where a function of vLLM begins, and its name."""
     code = inspect.unwrap(function).__code__
-    return f"{vllm_path(code.co_filename)}:{code.co_firstlineno} {function.__qualname__}"
+    return f"{release.vllm_path(code.co_filename)}:{code.co_firstlineno} {function.__qualname__}"

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.reference.layouts import swizzle_scales
 from pytest_moe_routing.targets import marked, recorder, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
-from pytest_moe_routing.targets.vllm.probe.models import ModelSources
+from pytest_moe_routing.targets.vllm.probe.models import ModelSources, ScaledBy
 
 # One release per process: vLLM's modules are global as well.
 _names: Names | None = None
@@ -122,6 +122,14 @@ def _register(op_name: str, op_func: Any, *_: Any, **__: Any) -> None:
     setattr(torch.ops.vllm, op_name, op_func)
 
 
+class _PluggableLayer(nn.Module):
+    """The base class of vLLM's layers, without its registry of replacements."""
+
+    @classmethod
+    def register(cls, *_: Any) -> Callable[[type], type]:
+        return lambda decorated: decorated
+
+
 class _Group:
     """The group of two ranks of expert parallelism, of which this is the second.
 
@@ -177,7 +185,7 @@ def install(root: str, flashinfer: FlashInfer, version: str) -> None:
     # Nothing is compiled here, and torch's compiler takes seconds to import.
     torch.compile = lambda f=None, *_, **__: f or (lambda g: g)  # type: ignore[assignment]
     torch.compiler.assume_constant_result = lambda f: f
-    stubs.install(contract, root)
+    stubs.install(contract, root, {"PluggableLayer": _PluggableLayer})
     recorder.install(flashinfer, lambda *call: answer(*call))
     for key, value in (
         ("current-platform", _Blackwell()),
@@ -237,6 +245,34 @@ def _parameters(function: Any) -> tuple[inspect.Parameter, ...]:
     return tuple(inspect.signature(function).parameters.values())
 
 
+def vllm_path(file: str) -> str:
+    """Return the path of a file of vLLM from the package on."""
+    return f"vllm/{file.rpartition('/vllm/')[2]}"
+
+
+def is_of_vllm(file: str) -> bool:
+    """Return whether a file is of vLLM's code."""
+    # This package has a folder of the same name.
+    return "/vllm/" in file and "/pytest_moe_routing/" not in file
+
+
+def lines(frames: Iterable[tuple[FrameType, int]]) -> list[tuple[str, int]]:
+    """Return file and line of those frames that are of vLLM's code."""
+    places = ((frame.f_code.co_filename, line) for frame, line in frames)
+    return [(file, line) for file, line in places if is_of_vllm(file)]
+
+
+def line_of_kernel(places: Sequence[tuple[str, int]]) -> str:
+    """Return the line that calls FlashInfer, as `vllm/FILE:LINE`.
+
+    Args:
+        places: File and line of calls of vLLM's code, from the outermost on.
+    """
+    # Wrappers around FlashInfer's functions make every call.
+    own = [place for place in places if "/vllm/utils/" not in place[0]] or places
+    return f"{vllm_path(own[-1][0])}:{own[-1][1]}" if own else ""
+
+
 def numbers() -> dict[str, int]:
     """Return the number of each routing method."""
     names().require("numbers")
@@ -251,7 +287,14 @@ def architecture_of(model: Mapping[str, Any]) -> str:
 def router_factor(model: Mapping[str, Any]) -> float:
     """Return the scaling factor of the layer's router: 1 when the output is scaled elsewhere."""
     factor: float = model["router"]["routed_scaling_factor"]
-    return 1.0 if factor != 1.0 and sources().scales_output(architecture_of(model)) else factor
+    return factor if scaled_by(model) == "router" else 1.0
+
+
+def scaled_by(model: Mapping[str, Any]) -> ScaledBy:
+    """Return who applies the model's scaling factor; the router one that is 1."""
+    if model["router"]["routed_scaling_factor"] == 1.0:
+        return "router"
+    return sources().scaled_by(architecture_of(model))
 
 
 def make_router(model: Mapping[str, Any]) -> Any:
@@ -260,11 +303,14 @@ def make_router(model: Mapping[str, Any]) -> Any:
     return names().get("router-factory")(**names().accepted("router-factory", arguments))
 
 
-def router_arguments(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the model's own code says of its router, in the words of vLLM."""
+def router_arguments(model: Mapping[str, Any], bias: Tensor | None = None) -> dict[str, Any]:
+    """Return what the model's own code says of its router, in the words of vLLM.
+
+    Args:
+        bias: The router's correction bias; zeros if the model has one and none is given.
+    """
     router = model["router"]
-    bias = None
-    if router["correction_bias"] is not None:
+    if bias is None and router["correction_bias"] is not None:
         bias = torch.zeros(router["num_experts"], dtype=getattr(torch, router["correction_bias"]))
     return {
         "top_k": router["top_k"],
@@ -289,14 +335,3 @@ def routing_function_of(model: Mapping[str, Any]) -> Any:
     """
     found = sources().routing_function(architecture_of(model))
     return found and attrgetter(found[1])(import_module(found[0]))
-
-
-def classify(model: Mapping[str, Any]) -> list[str]:
-    """Return the method that the model's router says it is, and how it came to that."""
-    names().require("verdicts")
-    router = make_router(model)
-    architecture = model["architecture"]
-    path = [f"{type(router).__name__}.routing_method_type"]
-    if not sources().has_architecture(architecture):
-        path.insert(0, f"no {architecture} in this release, so by the config alone")
-    return [router.routing_method_type.name, *path]

@@ -28,7 +28,7 @@ from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm import operators
-from pytest_moe_routing.targets.vllm.probe import release
+from pytest_moe_routing.targets.vllm.probe import factory, release
 from pytest_moe_routing.targets.vllm.probe.router_case import (
     Case,
     LayerMethod,
@@ -156,7 +156,7 @@ class Routers:
             return SelectExperts(key, release.router_arguments(model))
         if self.platform == "cuda" and self.names.expects("router-method"):
             return LayerMethod(release.router_arguments(model))
-        return release.make_router(model)
+        return factory.router_of(model)
 
     def run_other(self) -> list[dict[str, Any]]:
         """Route in every configuration that the factory takes and no model of the zoo has.

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytest_moe_routing.targets.answers import RuleAnswer
-from pytest_moe_routing.targets.vllm.probe.capture import vllm_path
 from pytest_moe_routing.targets.vllm.probe.choice import default_experts, selector_of
 from pytest_moe_routing.targets.vllm.probe.gates import function_of
+from pytest_moe_routing.targets.vllm.probe.release import vllm_path
 
 
 def rule(model: Mapping[str, Any], scheme: str, method: str, gate: str) -> RuleAnswer | None:

@@ -21,15 +21,12 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked
 from pytest_moe_routing.targets.marked import Marked
 from pytest_moe_routing.targets.vllm.probe import release as release
-from pytest_moe_routing.targets.vllm.probe.capture import (
-    HIDDEN,
-    TOKENS,
-    Layer,
-    on_one_gpu,
-)
+from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
 from pytest_moe_routing.targets.vllm.probe.choice import REFUSALS, selector_of
-from pytest_moe_routing.targets.vllm.probe.config import NoActivation, quant_config
+from pytest_moe_routing.targets.vllm.probe.config import NoActivation
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.factory import Ranks
+from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, TOKENS, layer_of
 from pytest_moe_routing.targets.vllm.probe.modular import prepare_finalize
 from pytest_moe_routing.targets.vllm.probe.release import names
 
@@ -80,21 +77,21 @@ def _asked(model: Mapping[str, Any], scheme: str, method: str) -> Iterator[tuple
 def _times(model: Mapping[str, Any], scheme: str, method: str, experts: Any) -> str:
     """Return how often the weight is applied between a layer and the sum of its experts."""
     row = SCHEMES[scheme]
-    layer = Layer(model, row, method, 1, True)
+    layer = layer_of(model, row, method, Ranks())
     count = layer.global_num_experts
     given = Marked.make(TOKENS, HIDDEN, count, layer.top_k)
-    fused = experts(layer.config, quant_config(row, count, model, by_block=True))
+    fused = layer.made(experts, by_block=True)
     kernel = names().get("kernel")(prepare_finalize(layer, fused), fused)
     operators = _Operators(given.ids, count)
     module = vars(sys.modules[experts.__module__])
     stand_ins = {"ops": operators, "flashinfer_cutlass_fused_moe": operators.fused_moe}
     arguments = {
         "hidden_states": given.hidden.clone(),
-        "w1": layer.w13_weight,
-        "w2": layer.w2_weight,
+        "w1": layer.asked.w13_weight,
+        "w2": layer.asked.w2_weight,
         "topk_weights": given.weights.clone(),
         "topk_ids": given.ids.clone(),
-        "activation": layer.activation,
+        "activation": layer.asked.activation,
         "global_num_experts": count,
         "expert_map": None,
         "apply_router_weight_on_input": True,

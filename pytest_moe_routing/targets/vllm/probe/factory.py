@@ -1,0 +1,368 @@
+"""Makes the MoE layer of a model with vLLM's own factory, and runs it with vLLM's own runner.
+
+The factory, the router, the container of the experts and the runner are vLLM's. Around them are
+stand-ins: the config of a server, ranks of which this process is the last, and an all-reduce that
+leaves a mark. A layer's quantization method has the probe's tensors, and the method of vLLM that
+calls the experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.oracle.swept_configs import MADE_UP
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.vllm.probe import release
+from pytest_moe_routing.targets.vllm.probe.config import router_part
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+#: Rows of the contract whose modules make and run a layer.
+_MODULES = ("layer-factory", "layer", "runner", "runner-shared", "moe-config")
+_PREFIX = "model.layers.3.mlp.experts"
+#: What an all-reduce multiplies by: no scaling factor comes near it, and it is exact in bfloat16.
+_REDUCED = 2.0**20
+#: How far two products in bfloat16 may be off.
+_TOLERANCE = 2**-6
+#: How often a factor may be applied to an output, for all that is told apart.
+_TIMES = (0, 1, 2, -1)
+
+
+class Surroundings(SimpleNamespace):
+    """An object of vLLM that a layer reads: what is not in it, the probe does not know."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where a layer runs: as the last of so many ranks, each with all experts or a part of them.
+
+    Attributes:
+        count: Ranks that the experts are shared out to.
+        dispatched: Each rank has tokens of its own, which an all-gather brings to the others.
+        placement: How vLLM is told to place the experts.
+    """
+
+    count: int = 1
+    dispatched: bool = False
+    placement: str = "linear"
+
+    @property
+    def tensor_parallel(self) -> int:
+        """The ranks that have the same tokens."""
+        return 1 if self.dispatched else self.count
+
+    def arguments(self) -> dict[str, int]:
+        """Return the arguments of the factory that say so."""
+        own = self.count // self.tensor_parallel
+        return {"tp_size": self.tensor_parallel, "dp_size": own, "pcp_size": 1}
+
+    def config(self, dtype: torch.dtype) -> Surroundings:
+        """Return the config of the server."""
+        return Surroundings(
+            parallel_config=Surroundings(
+                enable_expert_parallel=self.count > 1,
+                all2all_backend="allgather_reducescatter",
+                enable_eplb=False,
+                enable_dbo=False,
+                expert_placement_strategy=self.placement,
+                elastic_ep_max_dp_size=None,
+            ),
+            compilation_config=Surroundings(
+                max_cudagraph_capture_size=512, static_forward_context={}, static_all_moe_layers=[]
+            ),
+            scheduler_config=Surroundings(max_num_batched_tokens=8192),
+            model_config=Surroundings(dtype=dtype, hf_config=None, hf_text_config=None),
+            kernel_config=Surroundings(moe_backend="auto"),
+            device_config=Surroundings(device="cpu"),
+            lora_config=None,
+        )
+
+
+# What surrounds the layer that is being made or run: vLLM's functions find it without an argument.
+_ranks = Ranks()
+_config = _ranks.config(torch.bfloat16)
+
+
+def _group() -> Surroundings:
+    return Surroundings(world_size=_ranks.count, rank_in_group=_ranks.count - 1)
+
+
+def _all_reduce(x: Tensor) -> Tensor:
+    return x * _REDUCED if _ranks.tensor_parallel > 1 else x
+
+
+def _context() -> Surroundings:
+    layers = _config.compilation_config.static_forward_context
+    return Surroundings(no_compile_layers=layers, all_moe_layers=None, dp_metadata=None)
+
+
+class _Off:
+    """Operators of other GPUs: none is enabled."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: False
+
+
+def _stand_ins() -> dict[str, Any]:
+    """Return what the modules that make and run a layer find around them, by name."""
+    return {
+        "get_current_vllm_config": lambda: _config,
+        "get_current_vllm_config_or_none": lambda: _config,
+        "get_dp_group": _group,
+        "get_pcp_group": _group,
+        "get_tensor_model_parallel_world_size": lambda: _ranks.tensor_parallel,
+        "get_tensor_model_parallel_rank": lambda: _ranks.tensor_parallel - 1,
+        "tensor_model_parallel_all_reduce": _all_reduce,
+        "get_forward_context": _context,
+        "is_forward_context_available": lambda: True,
+        "aux_stream": lambda: None,
+        "resolve_quant_method": lambda config, *of: config.get_quant_method(*of),
+        "rocm_aiter_ops": _Off(),
+        "_USE_LAYERNAME": False,
+    }
+
+
+@cache
+def _enter() -> None:
+    """Put the stand-ins around the factory and what it makes."""
+    for key in _MODULES:
+        if names().has(key):
+            known = vars(stubs.real_module(names().spelling(key).module))
+            known.update({name: value for name, value in _stand_ins().items() if name in known})
+
+
+@contextmanager
+def _around(ranks: Ranks, config: Surroundings) -> Iterator[None]:
+    global _ranks, _config
+    before = _ranks, _config
+    _ranks, _config = ranks, config
+    try:
+        yield
+    finally:
+        _ranks, _config = before
+
+
+def is_run(model: Mapping[str, Any]) -> bool:
+    """Return whether the probe runs the factory and the runner for a model.
+
+    It does not where the release has no runner, nor for swept models, which no code requests.
+    """
+    return model["hf_repo"] != MADE_UP and names().has("runner")
+
+
+class _Method:
+    """A layer's quantization method: its tensors are the probe's, and vLLM's method calls experts.
+
+    Attributes:
+        give: Gives its tensors to the layer.
+        caller: The method of vLLM, as a function.
+        asked: What that is a method of.
+        returned: What it returned.
+    """
+
+    give: Callable[[Any], None]
+    caller: Any
+    asked: Any
+    returned: Tensor
+
+    def get_quant_method(self, *_: Any) -> Any:
+        return self
+
+    def create_weights(self, layer: Any, *_: Any, **__: Any) -> None:
+        self.give(layer)
+
+    def get_fused_moe_quant_config(self, _layer: Any) -> None:
+        """Return none: the experts were made with it."""
+
+    def apply(self, **arguments: Any) -> Any:
+        arguments["self"] = self.asked
+        output = self.caller(**release.accepted(self.caller, arguments))
+        # What follows may scale it in place.
+        self.returned = output.clone()
+        return output
+
+    apply_monolithic = apply
+
+
+@cache
+def _method_class() -> Any:
+    return type("Method", (_Method, names().get("method-base")), {})
+
+
+class _SharedExperts(nn.Module):
+    """Shared experts whose output is not that of routed ones."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden)
+        output[-1] = 1
+        return output
+
+
+class Made:
+    """A layer that vLLM's factory made, with tensors of the probe.
+
+    Args:
+        arguments: Those of the factory, but for what depends on ranks.
+        give: Gives the layer its tensors.
+
+    Attributes:
+        runner: What runs the layer.
+        experts: What the layer's quantization method is given.
+        config: The layer's config.
+        ranks: Where the layer runs.
+
+    Raises:
+        Unsupported: The factory makes no such layer here.
+    """
+
+    def __init__(
+        self, arguments: Mapping[str, Any], ranks: Ranks, give: Callable[[Any], None]
+    ) -> None:
+        _enter()
+        self.ranks, self._config = ranks, ranks.config(arguments["params_dtype"])
+        self._method = _method_class().__new__(_method_class())
+        self._method.give, self._method.moe_quant_config = give, None
+        self._method.moe_kernel = None
+        given = {**arguments, **ranks.arguments(), "quant_config": self._method, "prefix": _PREFIX}
+        self._factor = given.get("routed_scaling_factor", 1.0)
+        self._has_shared = bool(given.get("shared_experts"))
+        given["shared_experts"] = _SharedExperts() if self._has_shared else None
+        factory = names().get("layer-factory")
+        with _around(ranks, self._config):
+            try:
+                self.runner = factory(**given)
+            except Exception as error:
+                # Whatever vLLM's code raises: another reason than the model cannot be excluded.
+                raise Unsupported(
+                    f"not judged: {factory.__qualname__} of vLLM {names().version} makes no such "
+                    f"layer here: {type(error).__name__}: {error}"
+                ) from error
+        self.experts, self.config = self.runner.routed_experts, self.runner.moe_config
+
+    def run(
+        self, caller: Any, asked: Any, logits: Tensor, hidden: Tensor, router: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer with vLLM's runner.
+
+        Args:
+            caller: The method of vLLM that calls the experts, as a function.
+            asked: What that is a method of.
+            router: Takes the place of the layer's router.
+
+        Returns:
+            What the method returned, and what the layer made of it.
+        """
+        self._method.caller, self._method.asked = caller, asked
+        self._method.moe_kernel = asked.moe_kernel
+        if router is not None:
+            self.runner.router = router
+        with _around(self.ranks, self._config):
+            output: Tensor = self.runner.forward(hidden, logits)
+        return self._method.returned, output
+
+    def read(self, output: Tensor, routed: Tensor) -> dict[str, Any]:
+        """Say what an output is made of, in JSON.
+
+        Args:
+            routed: The output of the routed experts, zero for the last token: that one's is the
+                output of shared experts.
+
+        Returns:
+            `scale_after`: what that is multiplied by; None if it is not only multiplied.
+            `shared`: the same of the shared experts' output; None if the layer has none.
+            `reduced`: how often ranks were summed, of each; and how often they `are_summed`.
+        """
+        scale, times = _ratio(output[:-1], routed[:-1])
+        shared, others = None, times
+        if self._has_shared:
+            shared, others = _ratio(output[-1], None)
+        return {
+            "scale_after": None if scale is None else self._exact(scale),
+            "shared": shared,
+            "reduced": [times, others],
+            "are_summed": int(self.ranks.tensor_parallel > 1),
+        }
+
+    def _exact(self, scale: float) -> float:
+        """Return the power of the layer's factor that is rounded to `scale`, if one is."""
+        powers = (self._factor**count for count in _TIMES)
+        return next((p for p in powers if math.isclose(p, scale, rel_tol=_TOLERANCE)), scale)
+
+
+class _RouterMade(Exception):
+    """The factory has come as far as its router."""
+
+
+def router_of(model: Mapping[str, Any]) -> Any:
+    """Return the router of a model's layer, as vLLM's factory makes it.
+
+    Raises:
+        Unsupported: It makes none here.
+    """
+    if not is_run(model):
+        return release.make_router(model)
+    _enter()
+    spelling, factory = names().spelling("router-factory"), names().get("layer-factory")
+    module = stubs.real_module(names().spelling("layer-factory").module)
+    make = names().get("router-factory")
+    made: list[Any] = []
+
+    def stop(**arguments: Any) -> None:
+        made.append(make(**arguments))
+        raise _RouterMade
+
+    arguments = {**router_part(model), **Ranks().arguments()}
+    config = Ranks().config(arguments["params_dtype"])
+    with patch.object(module, spelling.path, stop), _around(Ranks(), config):
+        try:
+            factory(**arguments)
+        except _RouterMade:
+            return made[0]
+    raise Unsupported(
+        f"not judged: {factory.__qualname__} of vLLM {names().version} makes no router with "
+        f"{spelling.path}"
+    )
+
+
+def classify(model: Mapping[str, Any]) -> list[str]:
+    """Return the method that the model's router says it is, and how it came to that."""
+    names().require("verdicts")
+    router = router_of(model)
+    architecture = model["architecture"]
+    path = [f"{type(router).__name__}.routing_method_type"]
+    if not release.sources().has_architecture(architecture):
+        path.insert(0, f"no {architecture} in this release, so by the config alone")
+    return [router.routing_method_type.name, *path]
+
+
+@cache
+def kernel_output(tokens: int, columns: int) -> Tensor:
+    """Return what a kernel returns, so that `Made.read` finds it again: bfloat16."""
+    marks = torch.exp2(torch.arange(tokens) % 4).bfloat16()
+    marks[-1] = 0
+    return marks.unsqueeze(1).repeat(1, columns)
+
+
+def _ratio(got: Tensor, mark: Tensor | None) -> tuple[float | None, int]:
+    """Return what a mark (1 if none) is multiplied by, and how often it was summed over ranks."""
+    ratios = got.float()
+    if mark is not None:
+        is_marked = mark != 0
+        if got[~is_marked].any() or not is_marked.any():
+            return None, 0
+        ratios = (ratios / mark)[is_marked]
+    least, most = (x.item() for x in ratios.aminmax())
+    if not math.isclose(least, most, rel_tol=_TOLERANCE):
+        return None, 0
+    times = max(0, round(math.log(abs(most), _REDUCED))) if most else 0
+    return most / _REDUCED**times, times

@@ -1,0 +1,380 @@
+"""One layer of a model in vLLM, with small widths: vLLM's own, or what stands for it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.targets.marked import Marked
+from pytest_moe_routing.targets.recorder import Reached, returned
+from pytest_moe_routing.targets.vllm.probe import factory, release
+from pytest_moe_routing.targets.vllm.probe.config import (
+    layer_arguments,
+    method_named,
+    moe_config,
+    quant_config,
+    told_dtype,
+)
+from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
+from pytest_moe_routing.targets.vllm.probe.factory import Made, Ranks
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+#: What a kernel does with its arguments.
+_Write = Callable[[Mapping[str, Any]], None]
+TOKENS, HIDDEN, INTERMEDIATE = 8, 512, 256
+
+
+def intermediate_size(model: Mapping[str, Any]) -> int:
+    """Other than the hidden size, where it is in the model: code may take one for the other."""
+    experts = model["experts"]
+    hidden = experts["latent_size"] or experts["hidden_size"]
+    return HIDDEN if experts["intermediate_size"] == hidden else INTERMEDIATE
+
+
+class Caller:
+    """What the layer's method is a method of: whatever the method asks of itself."""
+
+    def __init__(self, kernel: Any, row: ServedScheme, *, is_monolithic: bool = True) -> None:
+        self.moe_kernel = kernel
+        self.is_monolithic = is_monolithic
+        block = row.quantization[2]
+        self.block_quant = block is not None
+        self.weight_block_size = list(block) if block else None
+
+    @property
+    def unquantized_backend(self) -> Any:
+        return names().get("chosen-unquantized")
+
+    @property
+    def fp8_backend(self) -> Any:
+        return names().get("chosen-fp8")
+
+    @property
+    def mxfp8_backend(self) -> Any:
+        return names().get("chosen-fp8")
+
+    @property
+    def nvfp4_backend(self) -> Any:
+        return names().get("chosen-nvfp4")
+
+
+class _Prepared:
+    """Stands for the step before the experts: its activations are quantized already."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+
+    def prepare(
+        self, hidden: Tensor, router_logits: Tensor, *_: Any, defer_input_quant: bool, **__: Any
+    ) -> Any:
+        if defer_input_quant:
+            return torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16), None, router_logits
+        return self._layer.hidden, self._layer.scale, router_logits
+
+    def finalize(self, fused_expert_output: Tensor) -> Tensor:
+        return fused_expert_output
+
+    def output_is_reduced(self) -> bool:
+        return False
+
+
+def _kernel(experts: Any, layer: Layer) -> Any:
+    """Return the kernel object around the experts."""
+    kernel = object.__new__(names().get("kernel"))
+    kernel.impl = names().get("kernel-impl")(_Prepared(layer), experts)
+    return kernel
+
+
+# Every weight lies in it: a layer is garbage only when somebody collects it.
+_weights = torch.empty(0, dtype=torch.uint8)
+
+
+def _memory(size: int) -> Tensor:
+    """Return so many bytes that nobody reads."""
+    global _weights
+    if len(_weights) < size:
+        _weights = torch.empty(size, dtype=torch.uint8)
+    return _weights[:size]
+
+
+class Layer:
+    """A layer, and the tensors that the probe gives it.
+
+    Attributes:
+        config: vLLM's config of the layer.
+        asked: What the methods of the layer are given.
+        bias: What the model's code gives to the layer as its correction bias.
+        hidden, scale: Activations as the scheme's experts have them.
+    """
+
+    config: Any
+    asked: Any
+
+    def __init__(self, model: Mapping[str, Any], row: ServedScheme, shards: int) -> None:
+        router = model["router"]
+        experts = router["num_experts"]
+        self.model, self.row = model, row
+        logits = torch.linspace(-3.3, 3.1, TOKENS * experts).reshape(TOKENS, experts)
+        self.logits = logits.to(told_dtype(model) or getattr(torch, model["dtype"]))
+        self.bias = None
+        if router["correction_bias"] is not None:
+            # Most values have no bfloat16 of their own.
+            bias = torch.linspace(0.101, 0.907, experts)
+            self.bias = bias.to(getattr(torch, router["correction_bias"]))
+        self.global_num_experts = experts
+        self.local_num_experts = experts // shards
+        self.ep_rank = shards - 1
+        self.top_k = router["top_k"]
+        stated = release.router_arguments(model)
+        self.num_expert_group, self.topk_group = stated["num_expert_group"], stated["topk_group"]
+        self.routed_scaling_factor = release.router_factor(model)
+        self.apply_router_weight_on_input = router["weight_on"] == "input"
+        self.intermediate_size_per_partition = intermediate_size(model)
+        self._make_activations()
+
+    def _make_activations(self) -> None:
+        name, a_byte, a_scale, scale_dtype = self.row.quantized
+        self.hidden = torch.zeros(TOKENS, HIDDEN // a_byte, dtype=getattr(torch, name))
+        self.scale = None
+        if a_scale:
+            shape = (TOKENS, HIDDEN // a_scale)
+            self.scale = torch.zeros(shape, dtype=getattr(torch, scale_dtype))
+
+    def give(self, layer: Any) -> None:
+        """Give weights and scales to what methods read; nobody reads their values."""
+        local, inner = self.local_num_experts, self.intermediate_size_per_partition
+        rows = inner * (2 if self.model["experts"]["gated"] else 1)
+        dtype, per = getattr(torch, self.row.quantized[0]), 1
+        if self.row.packed:
+            dtype, per = torch.uint8, 2
+        each = torch.ones(local)
+        # Past the checks of modules, which take longer than all else.
+        given = vars(layer)
+        for name, shape in (("w13", (rows, HIDDEN // per)), ("w2", (HIDDEN, inner // per))):
+            weight = _memory(local * shape[0] * shape[1] * dtype.itemsize)
+            weight = weight.view(dtype).view(local, *shape)
+            values = {
+                "weight": weight,
+                "weight_packed": weight,
+                "weight_scale": each.to(torch.float8_e4m3fn),
+                "weight_scale_inv": each,
+                "input_scale": each,
+            }
+            for suffix, value in values.items():
+                given[f"{name}_{suffix}"] = value
+
+    def named(self) -> dict[str, Tensor | None]:
+        """Return the tensors that a kernel may be given, by the names that answers use."""
+        return {"router logits": self.logits, "bias": self.bias}
+
+    def made(self, experts: Any, *, by_block: bool = False) -> Any:
+        """Return the layer's experts, of a class of vLLM; for `by_block` see `quant_config`."""
+        about = self.row, self.local_num_experts, self.model, self.asked.swiglu_limit
+        config = quant_config(*about, by_block=by_block)
+        return experts(self.config, config)
+
+    def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
+        """Run a method that calls monolithic experts, down to the kernel and back if possible.
+
+        Args:
+            write: What the kernel writes into its arguments, where it comes back.
+
+        Raises:
+            Reached: The kernel was called. Its `output` says what came of it, see
+                `factory.Made.read`; where that is not run, only who is to apply the factor.
+        """
+        raise NotImplementedError
+
+    def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
+        """Run a method that hands ids and weights to modular experts.
+
+        Args:
+            kernel: vLLM's modular kernel.
+            method: The method, as a function.
+
+        Returns:
+            What the method returns; and what the layer makes of that, see `factory.Made.read`,
+            which is nothing where it is not run.
+        """
+        raise NotImplementedError
+
+
+class StandIn(Layer):
+    """The attributes of vLLM's layer that its methods read, and no others.
+
+    For releases whose factory the probe does not run, and for the thousands of swept models.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        row: ServedScheme,
+        method: str,
+        ranks: Ranks,
+        is_class: bool,
+    ) -> None:
+        super().__init__(model, row, ranks.count)
+        sizes = HIDDEN, intermediate_size(model)
+        dispatched = ranks.dispatched
+        self.asked = self
+        self.config = moe_config(model, method, ranks.count, sizes, dispatched=dispatched)
+        self.swiglu_limit = getattr(self.config, "swiglu_limit", None)
+        self.e_score_correction_bias = self.bias
+        self.activation = self.config.activation
+        self.routing_method_type = self.config.routing_method
+        self.enable_eplb, self.eplb_state = False, None
+        self.hash_indices_table = self.routing_sink = None
+        self.expert_map = None
+        if ranks.count > 1:
+            experts, local = self.global_num_experts, self.local_num_experts
+            self.expert_map = torch.full((experts,), -1, dtype=torch.int32)
+            is_every = ranks.placement == "round_robin"
+            here = slice(self.ep_rank, None, ranks.count) if is_every else slice(-local, None)
+            self.expert_map[here] = torch.arange(local, dtype=torch.int32)
+        self.give(self)
+        if not is_class:
+            self._before_classes(model)
+
+    def _before_classes(self, model: Mapping[str, Any]) -> None:
+        """Provide what the layer's methods read and quantize themselves, without experts."""
+        self.hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+        self.renormalize = model["router"]["renormalize"]
+        self.custom_routing_function = release.routing_function_of(model)
+        each = torch.ones(self.local_num_experts)
+        for name in ("scalar", "gate_scalar"):
+            setattr(self, f"output1_scales_{name}", each)
+        self.output2_scales_scalar = each
+        self.g1_scale_c = self.g1_alphas = self.g2_alphas = self.a1_gscale = each
+
+    def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
+        kernel = _kernel(self.made(experts), self) if isinstance(experts, type) else None
+        factor = self.model["router"]["routed_scaling_factor"]
+        try:
+            method(Caller(kernel, self.row), self, self.hidden, self.logits)
+        except Reached as reached:
+            # What is done with the output is not run: the model's code says who applies the factor.
+            reached.output = {"scale_after": factor / self.routed_scaling_factor}
+            raise
+
+    def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
+        arguments = {
+            "self": Caller(kernel, self.row, is_monolithic=False),
+            "layer": self,
+            "x": marked.hidden.clone(),
+            "topk_weights": marked.weights.clone(),
+            "topk_ids": marked.ids.clone(),
+            "shared_experts": None,
+            "shared_experts_input": None,
+        }
+        return method(**release.accepted(method, arguments)), {}
+
+
+class OwnLayer(Layer):
+    """A layer that vLLM's factory makes and vLLM's runner runs."""
+
+    def __init__(
+        self, model: Mapping[str, Any], row: ServedScheme, method: str, ranks: Ranks
+    ) -> None:
+        super().__init__(model, row, ranks.count)
+        self._method = method
+        sizes = HIDDEN, intermediate_size(model)
+        self.layer = Made(layer_arguments(model, sizes, self.bias), ranks, self.give)
+        self.config, self.asked = self.layer.config, self.layer.experts
+        if self.layer.runner.router.routing_method_type.name != method:
+            # As if the router were for another method.
+            self.config.routing_method = method_named(method)
+
+    def told_otherwise(self) -> dict[str, list[str]]:
+        """Return the fields of the layer's config that gates are asked about with other values.
+
+        By name, what the gates are told and what the factory made of it.
+        """
+        model, ranks = self.model, self.layer.ranks
+        sizes = HIDDEN, intermediate_size(model)
+        dispatched = ranks.dispatched
+        told = moe_config(model, self._method, ranks.count, sizes, dispatched=dispatched)
+        stated = release.sources().stated(release.architecture_of(model))
+        got, found = vars(self.config), {}
+        for name, value in vars(told).items():
+            # A layer that is told no dtype takes that of the hidden states.
+            is_left_out = name == "router_logits_dtype" and name not in (stated or ())
+            if _said(value) != _said(got[name]) and not is_left_out:
+                found[name] = [_said(value), _said(got[name])]
+        return found
+
+    def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
+        asked = Caller(_kernel(self.made(experts), self), self.row)
+        reached: list[Reached] = []
+
+        def kernel(function: str, arguments: Mapping[str, Any]) -> Any:
+            walked = [*traceback.walk_stack(sys._getframe())]
+            line = release.line_of_kernel(release.lines(reversed(walked)))
+            reached.append(Reached(function, arguments, line))
+            if write is not None:
+                write(arguments)
+            return returned(function, arguments, factory.kernel_output(TOKENS, HIDDEN).clone())
+
+        hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+        with patch.object(release, "answer", kernel):
+            _, output = self.layer.run(method, asked, self.logits, hidden)
+        if reached:
+            made_of = self._read(output, factory.kernel_output(TOKENS, HIDDEN))
+            reached[0].output = {**made_of, "told_otherwise": self.told_otherwise()}
+            raise reached[0]
+
+    def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
+        router = _Router(marked.weights.clone(), marked.ids.clone())
+        asked = Caller(kernel, self.row, is_monolithic=False)
+        hidden = marked.hidden.clone()
+        finalized, output = self.layer.run(method, asked, self.logits, hidden, router)
+        return finalized, self._read(output, finalized)
+
+    def _read(self, output: Tensor, routed: Tensor) -> dict[str, Any]:
+        found = self.layer.read(output, routed)
+        if found["scale_after"] is not None and release.scaled_by(self.model) == "model":
+            # The model's own code scales what the layer returns.
+            found["scale_after"] *= self.model["router"]["routed_scaling_factor"]
+        return found
+
+
+def _said(value: Any) -> str:
+    """Return a field's value as a reader knows it."""
+    if value is None:
+        return "none"
+    return str(value.value if isinstance(value, Enum) else value).removeprefix("torch.")
+
+
+class _Router:
+    """A router that has chosen already."""
+
+    def __init__(self, weights: Tensor, ids: Tensor) -> None:
+        self._chosen = weights, ids
+
+    def select_experts(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self._chosen
+
+
+def layer_of(
+    model: Mapping[str, Any],
+    row: ServedScheme,
+    method: str,
+    ranks: Ranks,
+    *,
+    is_class: bool = True,
+) -> Layer:
+    """Return a layer of a model: vLLM's own, where the probe runs its factory.
+
+    Args:
+        method: The routing method that the layer has.
+        is_class: Whether the release has classes of experts.
+    """
+    if factory.is_run(model):
+        return OwnLayer(model, row, method, ranks)
+    return StandIn(model, row, method, ranks, is_class)

@@ -155,9 +155,9 @@ def _around(ranks: Ranks, config: Surroundings) -> Iterator[None]:
 def is_run(model: Mapping[str, Any]) -> bool:
     """Return whether the probe runs the factory and the runner for a model.
 
-    It does not where the release has no runner, nor for swept models, which no code requests.
+    It does not where the contract has no factory, nor for swept models, which no code requests.
     """
-    return model["hf_repo"] != MADE_UP and names().has("runner")
+    return model["hf_repo"] != MADE_UP and names().expects("runner")
 
 
 class _Method:

@@ -1,8 +1,9 @@
 """Runs vLLM's experts on a layer of a model, down to the kernel, and says what arrived there.
 
 Everything between the layer and the kernel is vLLM's own: the layer's quantization method, the
-fused kernel object, the experts. Only the activations' quantization, a GPU's business, is ours. The
-layer has the model's experts, top-k, groups and factors, and small widths.
+fused kernel object, the experts; and from 0.30 on the layer itself, which vLLM's factory makes and
+vLLM's runner runs. Only the quantization of activations, a GPU's business, is ours. The layer has
+the model's experts, top-k, groups and factors, and small widths.
 """
 
 from __future__ import annotations

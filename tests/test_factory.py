@@ -26,7 +26,7 @@ FOUND = {
     "shared twice": ("wrong", f"{SHARED} twice; the layer adds it once", f"{SHARED} twice;"),
     "shared dropped": ("wrong", f"{SHARED} nowhere;", f"{SHARED} nowhere;"),
     "reduced twice": ("wrong", "other ranks' output of the shared experts is added twice;", None),
-    "groups swapped": ("crash", "group_size is 64, not <=32:", ""),
+    "groups swapped": ("crash", "group_size is 64, expected at most 32:", ""),
     "weight not on input": ("crash", "AssertionError: assert apply_router_weight_on_input", None),
     "bias dropped": ("wrong", "correction bias: the router has yes, the kernel no", ""),
     "clamp dropped": ("wrong", "gemm1_clamp_limit arrives as inf, the layer has 10", None),

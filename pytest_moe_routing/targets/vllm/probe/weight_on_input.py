@@ -85,10 +85,12 @@ def _times(model: Mapping[str, Any], scheme: str, method: str, experts: Any) -> 
     operators = _Operators(given.ids, count)
     module = vars(sys.modules[experts.__module__])
     stand_ins = {"ops": operators, "flashinfer_cutlass_fused_moe": operators.fused_moe}
+    # Those of the probe: a class of vLLM does not define them.
+    weights = vars(layer.asked)
     arguments = {
         "hidden_states": given.hidden.clone(),
-        "w1": layer.asked.w13_weight,
-        "w2": layer.asked.w2_weight,
+        "w1": weights["w13_weight"],
+        "w2": weights["w2_weight"],
         "topk_weights": given.weights.clone(),
         "topk_ids": given.ids.clone(),
         "activation": layer.asked.activation,

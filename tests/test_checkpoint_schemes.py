@@ -355,3 +355,16 @@ def test_patterns_match_as_compressed_tensors_matches(tmp_path, target):
     covered = {True} in by_block.values()
     spec = read(tmp_path, {**R1, "quantization_config": groups([target], **NVFP4)})
     assert spec.checkpoints == (("nvfp4",) if covered else ("bf16",))
+
+
+@pytest.mark.parametrize(("ignore", "scheme"), [([r"re:.*mlp\.experts.*"], "bf16"), ([], None)])
+def test_a_group_of_an_unknown_kind_is_no_matter_to_excluded_experts(tmp_path, ignore, scheme):
+    """As compressed-tensors 0.20 writes its presets W3A16 and MXFP6A16, which have no name here."""
+    weights = {"num_bits": 3, "type": "int", "strategy": "group", "group_size": 128}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ignore,
+    }
+    spec = read(tmp_path, {**R1, "num_hidden_layers": 8, "quantization_config": quantization})
+    assert spec.checkpoints == ((scheme,) if scheme else ())

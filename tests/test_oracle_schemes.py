@@ -18,6 +18,8 @@ import pytest
 from configs import R1, read
 from wheels import wheels_since
 
+from pytest_moe_routing.schemes import CHECKPOINT_SCHEMES
+
 quant_scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
 
 LAYER = 3
@@ -221,6 +223,10 @@ LEFT_OUT = {
 }
 
 
+#: Schemes that have a name here.
+NAMED = {name: name for name in CHECKPOINT_SCHEMES}
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_schemes_are_the_frameworks(tmp_path, framework):
     theirs = answers(framework)
@@ -229,7 +235,12 @@ def test_schemes_are_the_frameworks(tmp_path, framework):
     for name, scheme in theirs.items():
         if scheme.startswith("raises"):
             refused.update(words for words in REFUSED.get(framework, ()) if words in scheme)
-        elif scheme != (found := ours(tmp_path, CASES[name])):
+        # What the framework packs in other numbers of bits, such as int3, has no name here.
+        elif (found := ours(tmp_path, CASES[name])) != NAMED.get(scheme):
+            # With other layers of no known scheme, no layer of the model is judged.
+            others = CASES.get(name.replace("-not-this-layer", "-experts"))
+            if found is None and others and ours(tmp_path, others) is None:
+                continue
             wrong[name] = f"{found}, {framework} says {scheme}"
     assert wrong.keys() == LEFT_OUT.get(framework, set()), wrong
     assert refused == REFUSED.get(framework, {}), theirs

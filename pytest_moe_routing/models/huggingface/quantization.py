@@ -143,18 +143,19 @@ class _Stated:
             PatternError: A pattern cannot be decided.
         """
         named = self._named()
+        excluded = self._excluded(named)
         specific = [
             (place, schemes)
             for place, schemes in (
                 ("quantized_layers", named),
                 ("moe_quant_algo", self._algorithm("moe_quant_algo")),
-                ("config_groups", self._groups()),
+                ("config_groups", self._groups(excluded)),
                 ("quant_algo", self._algorithm("quant_algo")),
             )
             if schemes
         ]
         for (place, schemes), (other, others) in combinations(specific, 2):
-            for layer in sorted(set(schemes) & set(others)):
+            for layer in sorted((set(schemes) & set(others)) - excluded):
                 if _weights(schemes[layer]) != _weights(others[layer]):
                     raise UnknownWeights(
                         f"{place} states {schemes[layer]}, and {other} {others[layer]}"
@@ -162,7 +163,6 @@ class _Stated:
         found = {} if specific else self._by_method()
         for _, schemes in reversed(specific):
             found |= schemes
-        excluded = self._excluded(named)
         return {
             layer: "bf16" if layer in excluded else found.get(layer, "bf16")
             for layer in self.layers
@@ -200,16 +200,19 @@ class _Stated:
             scheme = "w4a16_nvfp4"
         return dict.fromkeys(self.layers, scheme)
 
-    def _groups(self) -> dict[int, str]:
-        """Return what `config_groups` state about experts, by layer; only those with targets do."""
+    def _groups(self, excluded: set[int]) -> dict[int, str]:
+        """Return what `config_groups` state about experts, by layer; only those with targets do.
+
+        A group of an unknown kind is no problem of layers whose experts are excluded.
+        """
         groups = self.found.section("config_groups")
         sections = [s for key in groups.values if (s := groups.section(key))] if groups else []
         if self.method == "compressed-tensors" and not sections:
             raise UnknownWeights("compressed-tensors without config_groups")
         targets = [[*s.items("targets")] for s in sections]
         asked = [Patterns(t, self.experts, self.deadline) for t in targets]
-        found: dict[int, str] = {}
-        for layer in self.layers:
+        found = dict.fromkeys(excluded, "bf16") if sections else {}
+        for layer in sorted(set(self.layers) - excluded):
             covering = [
                 (s, c)
                 for s, p in zip(sections, asked, strict=True)

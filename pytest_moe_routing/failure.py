@@ -42,6 +42,8 @@ class Failure:
         reach: Who can meet it, if `lines` need not say so.
         brief: The explanation for a terminal, if it is shorter than `lines`.
         entry: FILE:LINE of the ledger's entry that knows the cause in other cases, if any does.
+        differs: Each model and field that is not as it should be, with both values, if that is all
+            that the failure says: another test that finds the same has the same cause.
     """
 
     cause: str
@@ -53,10 +55,11 @@ class Failure:
     reach: str = ""
     brief: tuple[str, ...] = ()
     entry: str = ""
+    differs: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         # Without tuples, which xdist does not carry.
-        plain = {"lines": list(self.lines), "brief": list(self.brief)}
+        plain = {name: list(getattr(self, name)) for name in ("lines", "brief", "differs")}
         return asdict(self) | {"rank": int(self.rank)} | plain
 
     @property
@@ -168,6 +171,7 @@ def failures_of(properties: Iterable[tuple[str, Any]]) -> list[Failure]:
                 "rank": Rank(each["rank"]),
                 "lines": tuple(each["lines"]),
                 "brief": tuple(each["brief"]),
+                "differs": tuple(each["differs"]),
             }
         )
         for each in stated

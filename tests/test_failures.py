@@ -87,3 +87,49 @@ def test_a_short_summary_is_there_if_it_says_more(host):
     text = host.runpytest_subprocess("test_own.py", "test_theirs.py").stdout.str()
     assert "FAILED test_theirs.py::test_other" in text
     assert "FAILED test_own.py::test_it[first]" in text
+
+
+ECHOES = """
+import pytest
+from pytest_moe_routing.failure import Failure, Rank
+from pytest_moe_routing.report.failures import fail
+
+def of(cause, case, *differs):
+    return Failure(cause, Rank.SILENT, case, (f"{case}: {cause}",), differs=differs)
+
+CASES = {
+    "code": of("code", "m1", "m1 scale 2 1"),
+    "code-again": of("code", "m2", "m2 scale 3 1"),
+    "kernel": of("kernel", "m1 nvfp4", "m1 scale 2 1"),
+    "kernel-again": of("kernel", "m2 nvfp4", "m2 scale 3 1"),
+    "further": of("further", "m1 bf16", "m1 scale 2 1"),
+    "further-model": of("further", "m3 bf16", "m3 scale 2 1"),
+    "other-value": of("value", "m1 fp8", "m1 scale 2 4"),
+    "silent": of("silent", "m1 mxfp8", "m1 scale 2 1"),
+    "silent-again": of("silent", "m2 mxfp8"),
+}
+
+@pytest.mark.parametrize("case", CASES)
+def test_it(case, request):
+    fail(lambda *stated: request.node.user_properties.append(stated), [CASES[case]])
+"""
+
+
+def test_what_another_test_finds_again_is_one_block(host):
+    """Only if it says the same of all of its models; whatever says more may be another defect."""
+    host.makepyfile(test_own=ECHOES)
+    result = host.runpytest_subprocess("test_own.py")
+    assert shown(result) == [
+        "___ m1: code ___",
+        "  also     1 more: m2",
+        "  cause    code",
+        "  also     kernel: m1 nvfp4, m2 nvfp4",
+        "___ m1 bf16: further ___",
+        "  also     1 more: m3 bf16",
+        "  cause    further",
+        "___ m1 fp8: value ___",
+        "  cause    value",
+        "___ m1 mxfp8: silent ___",
+        "  also     1 more: m2 mxfp8",
+        "  cause    silent",
+    ]

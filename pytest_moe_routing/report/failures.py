@@ -65,6 +65,8 @@ class Grouping:
 
     def __init__(self) -> None:
         self._cases: dict[str, list[str]] = {}
+        #: What differs in all cases of each cause; the cause itself if one of them does not say.
+        self._differs: dict[str, set[str]] = {}
         self._shown: list[tuple[pytest.TestReport, list[Failure]]] = []
         #: Whether a report is shown; pytest asks for a status more than once.
         self._is_shown: dict[int, bool] = {}
@@ -88,6 +90,8 @@ class Grouping:
             fresh = [failure for failure in failures if failure.cause not in self._cases]
             for failure in failures:
                 self._cases.setdefault(failure.cause, []).append(failure.case)
+                differs = failure.differs or (failure.cause,)
+                self._differs.setdefault(failure.cause, set()).update(differs)
             if fresh:
                 self._shown.append((report, fresh))
             self._is_shown[id(report)] = bool(fresh)
@@ -123,15 +127,17 @@ class Grouping:
         A report whose every defect is shown with another one has no text.
         """
         defects: dict[tuple[Rank, str], list[Failure]] = {}
+        defect_of = self._defects()
         owners: dict[int, list[tuple[Rank, str]]] = {}
         latent = [f for _, failures in self._shown for f in failures if f.rank is Rank.LATENT]
         for report, failures in self._shown:
             for failure in failures:
                 if failure.rank is Rank.LATENT:
                     continue
-                if failure.defect not in defects:
-                    owners.setdefault(id(report), []).append(failure.defect)
-                defects.setdefault(failure.defect, []).append(failure)
+                defect = defect_of[failure.cause]
+                if defect not in defects:
+                    owners.setdefault(id(report), []).append(defect)
+                defects.setdefault(defect, []).append(failure)
         texts: dict[int, str] = {}
         ranks = {owner: owned[0][0] for owner, owned in owners.items()}
         for report, _ in self._shown:
@@ -148,6 +154,15 @@ class Grouping:
                 ranks[id(owner)] = Rank.LATENT
             texts[id(owner)] = "\n\n".join(filter(None, (texts.get(id(owner)), lines)))
         return texts, ranks
+
+    def _defects(self) -> dict[str, tuple[Rank, str]]:
+        """Return the defect of each cause: of one that another test has found before, that one."""
+        found: dict[str, tuple[Rank, str]] = {}
+        for failure in (failure for _, failures in self._shown for failure in failures):
+            own = self._differs[failure.cause]
+            first = (cause for cause in found if own <= self._differs[cause])
+            found[failure.cause] = next((found[cause] for cause in first), failure.defect)
+        return found
 
     def _block(self, failures: Sequence[Failure], width: int) -> list[str]:
         """Return the block of one defect, wherever it is."""

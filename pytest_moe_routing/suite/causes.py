@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
@@ -44,7 +45,17 @@ def of_verdict(record: VerdictRecord) -> Failure:
     case = f"{record.model} {record.scheme}"
     brief = tuple(text.brief_story(record))
     reach = text.reach(record)
-    return Failure(record.cause, rank, case, lines, record.source, record.site, reach, brief)
+    differs = _differs(record.model, record.findings)
+    return Failure(
+        record.cause, rank, case, lines, record.source, record.site, reach, brief, differs=differs
+    )
+
+
+def _differs(model: str, findings: Sequence[Finding]) -> tuple[str, ...]:
+    """Name the fields of the recipe that differ; nothing if something else is wrong as well."""
+    if any(finding.kind is not Kind.RECIPE for finding in findings):
+        return ()
+    return tuple(f"{model} {f.field} {f.wanted} {f.got}" for f in findings)
 
 
 def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
@@ -179,7 +190,8 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
     cause = _id("model-code", fields, site)
     lines = tuple(text.model_code(judgement))
     source = source_of(judgement.findings)
-    return Failure(cause, Rank.SILENT, judgement.model.id, lines, source, site)
+    differs = _differs(str(judgement.model), judgement.findings)
+    return Failure(cause, Rank.SILENT, judgement.model.id, lines, source, site, differs=differs)
 
 
 def of_left_out_key(key: str, judgement: CodeJudgement, findings: tuple[Finding, ...]) -> Failure:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -182,10 +181,10 @@ class Routers(blocks.Blocks):
     ) -> Iterator[dict[str, Any]]:
         can_fuse = values.get("n_shared_experts") == 1 and self._fuses_shared_experts(architecture)
         for shared in range(1 + can_fuse):
-            with _shared_experts(self.names, shared):
+            with ways.shared_experts(self.names, shared):
                 yield from self._ways(architecture, values, router, shared)
         if router.routed_scaling_factor != 1.0 and self.names.has("router-factor"):
-            with _factor_in_topk(self.names):
+            with ways.factor_in_topk(self.names):
                 seen = blocks._Seen()
                 topk, factor = self._built(architecture, values, seen)
             case = _case(topk, router, factor)
@@ -280,7 +279,7 @@ class Routers(blocks.Blocks):
                 patch.object(blocks, "_SIZE", HIDDEN),
                 blocks._watching(self.names, seen),
                 torch.no_grad(),
-                _experts_give_weights(self.names, seen),
+                ways.experts_give_weights(self.names, seen),
             ):
                 block = seen.block = blocks._build(
                     self.names, module, name, given, config, None, config=made
@@ -351,58 +350,6 @@ def _with_kernels(names: Names, root: str) -> ModuleType:
     for module in (fast.module, fast.module.rpartition(".")[0]):
         setattr(import_module(module), fast.path, function_of(root, fast.module, fast.path))
     return stubs.real_module(names.spelling("topk").module)
-
-
-@contextmanager
-def _experts_give_weights(names: Names, seen: blocks._Seen) -> Iterator[None]:
-    """Let TopK weigh all 1, and every MoE layer return that, times what its runner multiplies."""
-
-    def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
-        factor = self.moe_runner_config.routed_scaling_factor
-        if self.should_fuse_routed_scaling_factor_in_topk:
-            factor = None
-        weight = float(topk_output.topk_weights.flatten()[0])
-        return torch.full_like(hidden_states, weight * (1.0 if factor is None else factor)).float()
-
-    def route(self: Any, hidden_states: Tensor, router_logits: Any, *_: Any, **__: Any) -> Any:
-        seen.logits.append(router_logits)
-        shape = len(hidden_states), self.topk_config.top_k
-        ids, weights = torch.zeros(shape, dtype=torch.int32), torch.ones(shape)
-        return names.get("router-output")(weights, ids, None)
-
-    with (
-        patch.object(names.get("router-layer"), "forward", forward),
-        patch.object(names.get("topk"), "forward_cuda", route),
-    ):
-        yield
-
-
-@contextmanager
-def _shared_experts(names: Names, count: int) -> Iterator[None]:
-    """Let models put so many shared experts among the routed ones."""
-    replaced: dict[str, Any] = {}
-    if names.has("router-shared-experts"):
-        shared = names.get("router-shared-experts")()
-        shared.num_fused_shared_experts = count
-        model = stubs.known("model", shared_experts=shared)
-        replaced[names.spelling("stand-ins.context.get_model").path] = lambda: model
-    elif names.has("router-shared-experts-off"):
-        replaced[names.spelling("router-shared-experts-off").path] = lambda: not count
-    with ExitStack() as stack:
-        for name, value in replaced.items():
-            for module in [m for n, m in sys.modules.items() if n.startswith("sglang.")]:
-                if name in vars(module):
-                    stack.enter_context(patch.dict(vars(module), {name: value}))
-        yield
-
-
-@contextmanager
-def _factor_in_topk(names: Names) -> Iterator[None]:
-    """Let every layer of experts leave the factor to TopK."""
-    always = property(lambda _: True, lambda _, value: None)
-    name = "should_fuse_routed_scaling_factor_in_topk"
-    with patch.object(names.get("router-layer"), name, always, create=True):
-        yield
 
 
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:

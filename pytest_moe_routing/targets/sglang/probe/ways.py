@@ -5,7 +5,9 @@ route by a table, and with two batches that overlap.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +20,8 @@ from pytest_moe_routing.oracle.routers import WrongAnswer, WronglyCaptured
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.around import Capturer
 from pytest_moe_routing.targets.sglang.probe.router_case import exact
 from pytest_moe_routing.targets.sglang.probe.world import requesting
@@ -123,3 +127,55 @@ def overlapped(forward: Forward, block: Any, scale: float) -> Forward:
         return output._replace(topk_weights=output.topk_weights * exact(values[0], scale))
 
     return run
+
+
+@contextmanager
+def experts_give_weights(names: Names, seen: blocks._Seen) -> Iterator[None]:
+    """Let TopK weigh all 1, and every MoE layer return that, times what its runner multiplies."""
+
+    def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
+        factor = self.moe_runner_config.routed_scaling_factor
+        if self.should_fuse_routed_scaling_factor_in_topk:
+            factor = None
+        weight = float(topk_output.topk_weights.flatten()[0])
+        return torch.full_like(hidden_states, weight * (1.0 if factor is None else factor)).float()
+
+    def route(self: Any, hidden_states: Tensor, router_logits: Any, *_: Any, **__: Any) -> Any:
+        seen.logits.append(router_logits)
+        shape = len(hidden_states), self.topk_config.top_k
+        ids, weights = torch.zeros(shape, dtype=torch.int32), torch.ones(shape)
+        return names.get("router-output")(weights, ids, None)
+
+    with (
+        patch.object(names.get("router-layer"), "forward", forward),
+        patch.object(names.get("topk"), "forward_cuda", route),
+    ):
+        yield
+
+
+@contextmanager
+def shared_experts(names: Names, count: int) -> Iterator[None]:
+    """Let models put so many shared experts among the routed ones."""
+    replaced: dict[str, Any] = {}
+    if names.has("router-shared-experts"):
+        shared = names.get("router-shared-experts")()
+        shared.num_fused_shared_experts = count
+        model = stubs.known("model", shared_experts=shared)
+        replaced[names.spelling("stand-ins.context.get_model").path] = lambda: model
+    elif names.has("router-shared-experts-off"):
+        replaced[names.spelling("router-shared-experts-off").path] = lambda: not count
+    with ExitStack() as stack:
+        for name, value in replaced.items():
+            for module in [m for n, m in sys.modules.items() if n.startswith("sglang.")]:
+                if name in vars(module):
+                    stack.enter_context(patch.dict(vars(module), {name: value}))
+        yield
+
+
+@contextmanager
+def factor_in_topk(names: Names) -> Iterator[None]:
+    """Let every layer of experts leave the factor to TopK."""
+    always = property(lambda _: True, lambda _, value: None)
+    name = "should_fuse_routed_scaling_factor_in_topk"
+    with patch.object(names.get("router-layer"), name, always, create=True):
+        yield

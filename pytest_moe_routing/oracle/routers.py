@@ -269,8 +269,8 @@ class Cause:
         # An unknown word raises `ValueError`; `next` would end the loop over causes without one.
         return min((run.reach for run in self.runs), key=REACHES.index)
 
-    def lines(self) -> list[str]:
-        """Return the cause, who can reach it, and the first example."""
+    def lines(self, most: int | None = None) -> list[str]:
+        """Return the cause, who can reach it, and at most so many lines of the first example."""
         ways = "; ".join(dict.fromkeys(run.way for run in self.runs))
         subjects = ", ".join(dict.fromkeys(run.subject for run in self.runs))
         head = {
@@ -283,12 +283,14 @@ class Cause:
         what = head.get(self.kind, f"{self.kind} differ from the model's router")
         if self.kind == PRECISION:
             what = "selects experts or computes weights in bfloat16 where the model uses float32"
+        first, *more = self.first.text.splitlines()[:most] or [""]
+        example = f"{self.runs[0].subject}, logits pattern {self.first.pattern!r}"
         return [
             f"{self.function} ({ways}): {what}",
             *([f"  because  {self.first.cause}"] if self.first.cause else []),
             f"  reach    {self.reach}: {subjects}",
-            f"  example  {self.runs[0].subject}, logits pattern {self.first.pattern!r}",
-            *(f"  {line}" for line in self.first.text.splitlines()),
+            f"  example  {example}{f': {first}' if first != self.first.cause else ''}",
+            *(f"  {line}" for line in more),
         ]
 
 

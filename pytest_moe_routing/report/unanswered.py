@@ -39,9 +39,15 @@ class Unanswered:
             self._counts.setdefault(sentence, Counter()).update(counts)
 
     def lines(self, *, every: bool) -> Iterator[str]:
-        """Yield a line for each sentence, and for each reason if all are asked for."""
+        """Yield a line for each sentence and reason; or for each area, if not all are asked for."""
+        if every:
+            for sentence, counts in self._counts.items():
+                yield sentence.format(counts.total())
+                yield from (f"  {count} x {reason}" for reason, count in counts.most_common())
+            return
+        areas: dict[str, list[str]] = {}
         for sentence, counts in self._counts.items():
-            hint = "" if every else "; -v lists the reasons"
-            yield sentence.format(counts.total()) + hint
-            for reason, count in counts.most_common() if every else ():
-                yield f"  {count} x {reason}"
+            area, _, what = sentence.format(counts.total()).partition(": ")
+            areas.setdefault(area, []).append(what)
+        lines = [f"{area}: {'; '.join(found)}" for area, found in areas.items()]
+        yield from (*lines[:-1], *(f"{line}; -v lists the reasons" for line in lines[-1:]))

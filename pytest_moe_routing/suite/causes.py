@@ -79,6 +79,8 @@ def of_router(cause: RouterCause) -> Failure:
     rank = Rank.LATENT if is_latent else Rank.LOUD if cause.kind == "crash" else Rank.SILENT
     if cause.kind == PRECISION and not is_latent:
         rank = Rank.DOWNCAST
+    # Of lesser precision, the worst token is enough in a terminal.
+    shown = cause.lines(3 if rank is Rank.DOWNCAST else None)
     # A number in it is that of an example.
     why = re.sub(r"[^a-z]+", "-", cause.first.cause.lower()).strip("-")
     function = cause.function.replace("?", "")
@@ -88,7 +90,7 @@ def of_router(cause: RouterCause) -> Failure:
         cause.runs[0].subject,
         tuple(cause.lines()),
         site=why,
-        brief=tuple(text.without_counts(cause.lines())),
+        brief=tuple(text.without_counts(shown)),
     )
 
 

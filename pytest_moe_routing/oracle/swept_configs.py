@@ -14,9 +14,9 @@ from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 #: The dtype of the logits where a model's code tells its layer none: they are then the model's.
 UNTOLD = "none"
-#: The folder of the sweep's models, which have none.
 #: The repository of a swept model, of which no framework has the code.
 MADE_UP = "none/none"
+#: The folder of the sweep's models, which have none.
 _FOLDER = Path("config-sweep")
 
 _Values = Mapping[str, Any]

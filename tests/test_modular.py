@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from wheels import wheels_since
+from wheels import run_on_vllm, wheels_since
 
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.reference.quantization import dequantize, quantize
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.targets import locate, marked
+from pytest_moe_routing.targets import marked
 from pytest_moe_routing.targets.marked import Marked, UnusableArgumentError
-from pytest_moe_routing.targets.registry import TargetId
 
 MODELS = load_models(packaged_directory())
 R1, SCOUT = MODELS["deepseek-r1"], MODELS["llama-4-scout"]
@@ -188,14 +182,7 @@ FOUND = {
 def broken():
     if not WHEELS:
         pytest.skip("MOE_WHEELS has no vLLM with modular experts of every scheme")
-    located = locate(TargetId.parse(f"vllm@{WHEELS[-1]}"))
-    arguments = (str(WHEELS[-1]), located.pinned_flashinfer, located.source.version)
-    script = Path(__file__).with_name("broken_steps.py")
-    done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_on_vllm("broken_steps.py", WHEELS[-1])
 
 
 @pytest.mark.parametrize("step", FOUND)

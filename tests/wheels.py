@@ -5,11 +5,17 @@ Folders are separated as in PATH. What is not there is skipped; `.ci/run` gets a
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from zipfile import ZipFile
 
 from packaging.version import Version
+
+from pytest_moe_routing.targets import locate
+from pytest_moe_routing.targets.registry import TargetId
 
 
 def _all():
@@ -49,3 +55,19 @@ def unpack(wheel, root):
         wanted = (n for n in files.namelist() if n.endswith((".py", "/METADATA")))
         files.extractall(root, wanted)
     return root
+
+
+def run_on_vllm(script, wheel):
+    """Run a script of this folder on the vLLM of a wheel, and return what it prints last, JSON."""
+    located = locate(TargetId.parse(f"vllm@{wheel}"))
+    done = subprocess.run(
+        [
+            *(sys.executable, Path(__file__).with_name(script)),
+            *(str(wheel), located.pinned_flashinfer, located.source.version),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

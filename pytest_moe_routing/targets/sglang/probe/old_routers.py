@@ -107,8 +107,6 @@ class OldRouters:
         self._root = root
         self._compared: dict[str, list[dict[str, Any]]] = {}
         self._enter = cache(self._stand_in)
-        torch.set_default_dtype(torch.bfloat16)
-        torch.set_grad_enabled(False)
 
     def _stand_in(self) -> None:
         """Import SGLang from now on, with its models and `topk.py`, and stubs around them.
@@ -117,6 +115,8 @@ class OldRouters:
             Unsupported: The release does not have what routes.
         """
         topk = self.names.spelling("select-experts").module
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_grad_enabled(False)
         torch.compile = lambda f=None, *_, **__: f or (lambda g: g)  # type: ignore[assignment]
         torch.library.register_fake = lambda *_, **__: lambda f: f
         contract = self.names.contract

@@ -1,9 +1,20 @@
-"""The package's own YAML files, which are read as they are; users' files are read by `models`."""
+"""The package's own files: its models, and YAML that is read as it is.
+
+Users' files are read by `models`.
+"""
 
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 from typing import Any
+
+
+def packaged_directory() -> Path:
+    """Return the folder of the packaged models: in the wheel, or in the checkout."""
+    package = Path(__file__).resolve().parent
+    packaged = package / "_golden"
+    return packaged if packaged.is_dir() else package.parent / "golden"
 
 
 def read_data(package: str, *path: str) -> Any:

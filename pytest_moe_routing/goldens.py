@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_moe_routing.data import packaged_directory as packaged_directory
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.inputs import parse_json, read_text
-from pytest_moe_routing.models.loader import packaged_directory as packaged_directory
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 
 if TYPE_CHECKING:

@@ -19,13 +19,6 @@ FILE_NAME = "model.yaml"
 _ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
-def packaged_directory() -> Path:
-    """Return the folder of the packaged models: in the wheel, or in the checkout."""
-    package = Path(__file__).resolve().parents[1]
-    packaged = package / "_golden"
-    return packaged if packaged.is_dir() else package.parent / "golden"
-
-
 def load_model(path: Path) -> ModelSpec:
     """Read one `model.yaml`, given the file or its folder.
 

@@ -6,11 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pytest_moe_routing.data import read_data
+from pytest_moe_routing.data import packaged_directory, read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.models.loader import packaged_directory
 from pytest_moe_routing.oracle.target import Expected, Target
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.expected import expected_kernel

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from configs import R1, read, without
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.errors import ModelError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models import read_config
 from pytest_moe_routing.models.huggingface.config_keys import key_rows, row_of
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.targets import load_target
@@ -163,7 +166,8 @@ def test_long_lists_are_cut(tmp_path):
 
 
 def test_routing_keys_beside_the_text_config_are_named(tmp_path):
-    config = {"num_experts_per_tok": 9, "hidden_size": 3, "text_config": GLM}
+    same = GLM["num_experts_per_tok"]
+    config = {"num_experts_per_tok": same, "hidden_size": 3, "text_config": GLM}
     notes = read(tmp_path, config).notes
     assert "outside the text model's config, and not read: num_experts_per_tok" in notes
 
@@ -331,3 +335,29 @@ def test_a_dtype_that_the_config_does_not_state_is_marked(tmp_path, stated):
     note = "not in the config, and assumed: dtype bfloat16"
     assert note in read(tmp_path, {**GLM, **stated}).notes
     assert note not in read(tmp_path, {**GLM, "torch_dtype": "bfloat16"}).notes
+
+
+@pytest.mark.parametrize(
+    ("inner", "is_open"),
+    [
+        ({"num_experts_per_tok": 8, "norm_topk_prob": True}, False),
+        ({"num_experts_per_tok": 4, "norm_topk_prob": True}, True),
+        ({"num_experts_per_tok": 8}, True),
+    ],
+)
+def test_keys_outside_the_text_model_may_not_contradict_it(tmp_path, inner, is_open):
+    stated = {"num_experts_per_tok": 8, "norm_topk_prob": True}
+    path = tmp_path / "config.json"
+    config = {"architectures": ["Qwen3MoeForCausalLM"], **stated, "language_config": inner}
+    path.write_text(json.dumps(config))
+    model = read_config(path)
+    assert any("stated otherwise outside" in reason for reason in model.unproven) is is_open
+
+
+@pytest.mark.parametrize("value", [10**9, [0, 1, 2], -1])
+def test_a_number_of_dense_layers_is_one(tmp_path, value):
+    path = tmp_path / "config.json"
+    config = {"architectures": ["DeepseekV3ForCausalLM"], "first_k_dense_replace": value}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"first_k_dense_replace: found .* expected an integer"):
+        read_config(path)

@@ -26,20 +26,21 @@ _STEPS: Mapping[str, Callable[[Section, int], int]] = {
     "moe_layer_freq": lambda text, step: 0,
     "expert_layer_period": lambda text, step: _integer(text, "expert_layer_offset") or 0,
 }
-#: The valid values of every key with a number of layers or the index of one. A list, with a value
-#: for each layer or kind of token, is not checked.
+#: The valid values of every key with a number of layers or the index of one.
 _NUMBERS: Mapping[str, Kind] = {
     **{key: Kind(int, minimum=1, nullable=True) for key in (*_COUNTS, *_STEPS)},
     **{
-        key: Kind(int, minimum=0, nullable=True)
+        key: Kind(int, minimum=0, maximum=MAX_LAYERS, nullable=True)
         for key in (
             *("expert_layer_offset", "first_k_dense_replace", "num_dense_layers"),
             *("moe_layer_num_skipped", "moe_layer_start_index", "num_hash_layers"),
         )
     },
     # ERNIE's class has -1 for the last layer.
-    "moe_layer_end_index": Kind(int, minimum=-1, nullable=True),
+    "moe_layer_end_index": Kind(int, minimum=-1, maximum=MAX_LAYERS, nullable=True),
 }
+#: Those that a config may list instead, with a value for each layer or kind of token.
+_LISTED = (*_STEPS, "moe_layer_num_skipped", "moe_layer_start_index", "moe_layer_end_index")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def read_layers(text: Section) -> Layers:
     for key, kind in _NUMBERS.items():
         value = text.get(key)
         expected = kind.problem(value)
-        if expected is not None and not isinstance(value, list):
+        if expected is not None and not (isinstance(value, list) and key in _LISTED):
             text.fail(key, show(value), expected)
     count = next((n for key in _COUNTS if (n := _integer(text, key))), None)
     if count is not None and count > MAX_LAYERS:

@@ -210,11 +210,19 @@ class Reading:
         found = unread(self.text.values, frozenset(known))
         doubted = self._suggest([key for key in self.text.values if key not in known])
         routing = [key for key in found.routing if key not in doubted]
-        stray = [s.path(key) for s in outer for key in s.values if about_routing(key)]
+        strays = [(s, key) for s in outer for key in s.values if about_routing(key)]
+        defaulted = {key for name in self.defaulted for key in self._keys(name)}
+        contrary = [
+            section.path(key)
+            for section, key in strays
+            if key in defaulted or self.text.get(key, ABSENT) not in (section.values[key], ABSENT)
+        ]
+        same = [path for s, key in strays if (path := s.path(key)) not in contrary]
         for keys, words, told in (
             (routing, "about experts or routing, and not read", self.unproven),
+            (contrary, "stated otherwise outside the text model's config", self.unproven),
             (found.unknown, "not known, and not read", self.notes),
-            (stray, "outside the text model's config, and not read", self.notes),
+            (same, "outside the text model's config, and not read", self.notes),
         ):
             if keys:
                 names = ", ".join(map(shorten, keys[:12]))

@@ -220,7 +220,9 @@ def test_a_known_cause_of_a_test_leaves_the_others(host):
     result = host.runpytest_subprocess(*args, "--moe-known-failures", "one.yaml")
     assert result.parseoutcomes()["failed"] == 1
     assert sweep_causes(result.stdout.str()) == causes[1:]
-    ledger(host.path / "all.yaml", *entries)
+    # Of models that are not chosen: that it is not seen here says nothing.
+    other = {**OLD, "test": "test_config_sweep", "cause": "wrong:another", "cases": ["nvfp4"]}
+    ledger(host.path / "all.yaml", *entries, other)
     result = host.runpytest_subprocess(*args, "--moe-known-failures", "all.yaml")
     assert (result.ret, result.parseoutcomes()["xfailed"]) == (0, 1)
     # An entry that names no cause silences nothing here.

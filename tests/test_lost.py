@@ -13,8 +13,8 @@ from packaging.version import Version
 from pytest_moe_routing import targets
 from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.models.loader import packaged_directory
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.target import Choice, Expected, Rule

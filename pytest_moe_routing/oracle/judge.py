@@ -291,15 +291,17 @@ def _judge_call(
     """
     model, scheme, flashinfer = base.model, base.scheme, base.flashinfer
     method = base.classification.method
-    beyond = Unsupported(
-        f"{target} accepts {model}, which cannot be judged: {model.router.not_expressible}"
-    )
+
+    def beyond() -> Unsupported:
+        why = model.router.not_expressible
+        return Unsupported(f"{target} accepts {model}, which cannot be judged: {why}")
+
     captured = target.capture(model, scheme, method)
     if captured is None:
         if recorded_only:
             raise Unsupported(f"{target}: its calls are not recorded")
         if model.router.not_expressible is not None:
-            raise beyond
+            raise beyond()
         captured = _assumed(target, model, scheme, method)
     call, wrong = captured.call, captured.wrong
     if contradiction is not None:
@@ -327,7 +329,7 @@ def _judge_call(
     is_same = same(base.wanted, got, experts)
     if is_same and model.router.not_expressible is not None:
         # What the recipe does not say may be done outside the kernel; the rest was judged.
-        raise beyond
+        raise beyond()
     if is_same and not wrong:
         if captured.unknown:
             raise Unsupported(f"{target}: not judged: {captured.unknown}")

@@ -167,7 +167,9 @@ def of_data(text: str) -> Iterator[tuple[str, str, Callable[[], str]]]:
             yield place, f"{text[start:end]} to {new}", partial(str, changed)
 
 
-def _scalars(node: yaml.Node, place: str = "") -> Iterator[tuple[str, yaml.ScalarNode]]:
+def _scalars(node: yaml.Node | None, place: str = "") -> Iterator[tuple[str, yaml.ScalarNode]]:
+    if node is None:  # The file holds comments alone.
+        return
     if isinstance(node, yaml.ScalarNode):
         yield place, node
     elif isinstance(node, yaml.SequenceNode):

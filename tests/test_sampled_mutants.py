@@ -53,6 +53,10 @@ def test_changes_of_code_are_single_and_leave_text_alone():
         compile(text, "changed", "exec")
 
 
+def test_file_of_comments_has_no_changes():
+    assert list(of_data("# entries go here\n")) == []
+
+
 def test_changes_of_data():
     text = 'releases: [0.9, 0.10.1]\nlimit: {top_k: "<=8 >1", since: 0.9}\nwidth: 7 # of 9\nflag: true\nfact: "8 experts"\n'
     found = {f"{place}: {how}": make() for place, how, make in of_data(text)}

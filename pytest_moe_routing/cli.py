@@ -7,19 +7,20 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from pytest_moe_routing import progress
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import printable
 
-_MODELS = "ids of models, as comma-separated shell patterns (default: all)"
-_SCHEMES = "quantization schemes, comma-separated (default: all)"
+_MODELS = "comma-separated ids or shell patterns of models (default: all)"
+_SCHEMES = "comma-separated quantization schemes, such as nvfp4,fp8_block (default: all)"
 _RELEASE = (
-    "FlashInfer release to judge against (default: the installed one; with a PATH, the one that "
-    "the target pins; otherwise the newest known)"
+    "FlashInfer release to judge against (default: for a target at a PATH, the release that it "
+    "pins; otherwise the installed release, or else the newest known one)"
 )
-_PINNED = "FlashInfer release to judge against (default: for each release, the one that it pins)"
-_DIRECTORY = "a directory of further models; may be repeated"
+_PINNED = "FlashInfer release to judge against (default: the one that each judged release pins)"
+_DIRECTORY = "a directory with your own models, one folder for each; may be repeated"
 
 
 class _Version(argparse.Action):
@@ -35,24 +36,32 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """Add a command; its own help starts with the sentence that the list of commands shows."""
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    return cast("argparse.ArgumentParser", command)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when it answered, 1 when the answer is bad, 2 for misuse."""
     parser = argparse.ArgumentParser(prog="moe-routing", description=__doc__)
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True)
-    explain = commands.add_parser(
-        "explain", help="show what a model's router computes, and the verdict in each scheme"
+    explain = _command(
+        commands, "explain", "show what a model's router computes, and the verdict in each scheme"
     )
     explain.add_argument(
         "model",
-        help="a known model's id or repository, or the path of a model.yaml or config.json",
+        help="the id or Hugging Face repository of a known model, or the path of a model.yaml or "
+        "config.json",
     )
     explain.add_argument("--flashinfer", metavar="RELEASE", help=_RELEASE)
     explain.add_argument(
         "--target",
         default="builtin",
         metavar="NAME[@PATH]",
-        help="target whose decisions are judged (default: builtin)",
+        help="the system whose decisions are judged, such as vllm@WHEEL (default: builtin, the "
+        "rules of this package)",
     )
     explain.add_argument(
         "--golden-dir", type=Path, action="append", default=[], metavar="DIR", help=_DIRECTORY
@@ -61,16 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--schemes",
         default="",
         metavar="NAMES",
-        help="comma-separated schemes, or all (default: those of published checkpoints)",
+        help="comma-separated quantization schemes, or all (default: those of published "
+        "checkpoints)",
     )
     explain.add_argument("--json", action="store_true", help="print the verdicts as JSON")
-    add = commands.add_parser("add", help="write a model folder from a Hugging Face config.json")
+    add = _command(commands, "add", "write a model folder from a Hugging Face config.json")
     add.add_argument("config", type=Path, help="the config.json, or the folder that contains it")
     add.add_argument("directory", type=Path, help="the golden directory to write into")
-    check = commands.add_parser("check", help="validate the model folders of golden directories")
+    check = _command(
+        commands, "check", "validate every model folder of one or more golden directories"
+    )
     check.add_argument("directory", type=Path, nargs="+", metavar="DIR", help="a golden directory")
-    diff = commands.add_parser(
-        "diff", help="compare two reports or releases; exit code 1 if a failure is new"
+    diff = _command(
+        commands,
+        "diff",
+        "compare two reports or releases; the exit status is 1 if the second has a new failure",
     )
     side = "a .json or .jsonl report, or a release as NAME@PATH"
     diff.add_argument("before", metavar="A", help=side)
@@ -82,8 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--golden-dir", type=Path, action="append", default=[], metavar="DIR", help=_DIRECTORY
     )
     diff.add_argument("--json", action="store_true", help="print the changes as JSON")
-    init = commands.add_parser(
-        "init", help="create a golden directory: a model to edit, a README, a CI step, a ledger"
+    init = _command(
+        commands,
+        "init",
+        "create a golden directory with a model to edit, a README, a CI step and an empty ledger",
     )
     init.add_argument("directory", type=Path, help="the directory to create")
     init.add_argument(
@@ -93,12 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="MODEL",
         help="the known model to start from, by id (default: deepseek-r1)",
     )
-    report = commands.add_parser("report", help="merge the .jsonl reports of several runs")
+    report = _command(commands, "report", "merge the .jsonl reports of several runs")
     report.add_argument("out", type=Path, help="the report to write: .html, .md, .json or .jsonl")
     report.add_argument(
         "files", type=Path, nargs="+", metavar="FILE.jsonl", help="a report to merge"
     )
-    history = commands.add_parser("history", help="show when verdicts changed, release by release")
+    history = _command(commands, "history", "show when verdicts changed, release by release")
     history.add_argument("target", help="a target's name, such as vllm")
     history.add_argument(
         "paths", nargs="+", metavar="PATH", help="a wheel, an unpacked wheel or a checkout"
@@ -113,18 +129,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     history.add_argument(
         "-o", dest="out", type=Path, metavar="FILE", help="write the history to a .md or .json file"
     )
-    commands.add_parser("models", help="print docs/models.md: every known model's router")
-    commands.add_parser(
-        "faults", help="print docs/gpu-faults.md: the GPU test that catches each fault"
+    _command(commands, "models", "print a Markdown page with the router of every known model")
+    _command(
+        commands,
+        "faults",
+        "print a Markdown page with the GPU test that catches each injected fault",
     )
-    drift = commands.add_parser(
-        "drift", help="compare a release with what this package knows, without running its code"
+    drift = _command(
+        commands,
+        "drift",
+        "list what this package does not know about a release, without running its code",
     )
-    drift.add_argument("system", choices=("vllm", "sglang", "flashinfer"))
+    drift.add_argument(
+        "system", choices=("vllm", "sglang", "flashinfer"), help="the system that was released"
+    )
     drift.add_argument(
         "path",
         type=Path,
         nargs="*",
+        metavar="PATH",
         help="a wheel, an unpacked wheel or a checkout (default: the installed package)",
     )
     arguments = parser.parse_args(argv)

@@ -21,71 +21,82 @@ _KEPT = "moe-routing"
 #: Option, ini type, metavar, help. The ini twin of --moe-x is moe_x, and the
 #: command line wins.
 OPTIONS = (
-    ("golden", "bool", "", "run the golden suite: every model's routing, decisions and verdicts"),
+    ("golden", "bool", "", "run the golden suite, which judges the routing of every model"),
     (
         "target",
         "string",
         "NAME[@PATH]",
-        "what is judged: builtin (default), vllm, sglang, transformers, flashinfer or another "
-        "registered target, or module:Class; PATH is a wheel, an unpacked wheel or a checkout that "
-        "is judged instead of the installed package",
+        "the system to judge: builtin (default), vllm, sglang, transformers, flashinfer, another "
+        "registered target, or module:Class; PATH is a wheel, an unpacked wheel or a checkout to "
+        "judge instead of the installed package",
     ),
     (
         "models",
         "args",
         "PATTERNS",
-        "ids of models, as comma-separated shell patterns (default: all)",
+        "comma-separated ids or shell patterns of models (default: all)",
     ),
     (
         "schemes",
         "args",
         "NAMES",
-        "quantization schemes, comma-separated, such as nvfp4 (default: all)",
+        "comma-separated quantization schemes, such as nvfp4,fp8_block (default: all)",
     ),
     (
         "flashinfer",
         "string",
         "RELEASE",
-        "FlashInfer release to judge against (default: the installed one; with a PATH, the one "
-        "that the target pins; otherwise the newest known)",
+        "FlashInfer release to judge against (default: for a target at a PATH, the release that it "
+        "pins; otherwise the installed release, or else the newest known one)",
     ),
     (
         "golden-dir",
         "paths",
         "DIR",
-        "a directory of further models, which replace packaged models with the same id; may be "
+        "a directory with your own models, which replace packaged models of the same id; may be "
         "repeated",
     ),
-    ("config", "paths", "FILE", "a Hugging Face config.json, or its folder; may be repeated"),
+    (
+        "config",
+        "paths",
+        "FILE",
+        "a Hugging Face config.json (or its folder) to judge as a further model; may be repeated",
+    ),
     (
         "kernels",
         "string",
         "NAME[@PATH]",
-        "kernels of the GPU tests: flashinfer (default), simulator, simulator:FAULT, vllm[@PATH] "
-        "or sglang[@PATH]",
+        "the kernels that the GPU tests call: flashinfer (default), simulator, simulator:FAULT, "
+        "vllm[@PATH] or sglang[@PATH]",
     ),
-    ("scale", "string", "reduced|full", "layer sizes in the fused MoE tests (default: reduced)"),
-    ("require-gpu", "bool", "", "fail unless at least one GPU test ran"),
-    ("min-gpu-tests", "string", "N", "fail unless at least N GPU tests ran"),
+    (
+        "scale",
+        "string",
+        "reduced|full",
+        "sizes of the layers in the tests of fused kernels; full means the models' own sizes "
+        "(default: reduced)",
+    ),
+    ("require-gpu", "bool", "", "fail if no GPU test ran"),
+    ("min-gpu-tests", "string", "N", "fail if fewer than N GPU tests ran"),
     (
         "min-verdicts",
         "string",
         "N",
-        "fail unless at least N verdicts were given (default: the number that is known to be "
-        "possible)",
+        "fail if fewer than N cases get a verdict (default: the number of cases that this package "
+        "is known to be able to judge)",
     ),
     ("known-failures", "paths", "FILE", "a YAML ledger of known failures; may be repeated"),
     (
         "write-known-failures",
         "string",
         "FILE",
-        "write a ledger with an entry for each cause of failure to a new FILE",
+        "write a new ledger to FILE, with an entry for each cause of a failure in this run",
     ),
     (
         "no-cache",
         "bool",
         "",
-        "ask the target every question again: neither reuse nor keep answers",
+        "run the target's code for every question, and neither reuse nor cache its answers",
     ),
     ("report", "paths", "FILE", "write a .html, .md, .json or .jsonl report; may be repeated"),
 )

@@ -41,7 +41,7 @@ def test_not_expressible_is_a_fallback_everywhere(tmp_path):
 ERRORS = {
     "unknown": (
         {"architectures": ["LlamaForCausalLM"], "num_experts": 8},
-        "architectures: found LlamaForCausalLM, expected one of the",
+        "architectures: found LlamaForCausalLM, expected an architecture of the",
     ),
     "nameless": ({"hidden_size": 8}, "architectures: found neither this key nor model_type"),
     "names that are no names": (
@@ -60,7 +60,11 @@ ERRORS = {
     ),
     "unknown, with the next step": (
         {**R1, "architectures": ["ArcticForCausalLM"], "model_type": "arctic"},
-        "? `moe-routing init DIRECTORY` writes a model.yaml to describe the router in",
+        "families; to describe an unknown router, run `moe-routing init DIRECTORY` and edit",
+    ),
+    "unknown, with a typing error": (
+        {**R1, "architectures": ["DeepseekV33ForCausalLM"], "model_type": "deepseek_v33"},
+        "(did you mean DeepseekV3ForCausalLM or DeepseekV32ForCausalLM",
     ),
     "missing size": (
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -177,15 +178,17 @@ def _fail(levels: list[Section], families: Table) -> NoReturn:
             f"{root.file}: the model has no experts: {shorten(names[0])} is not known, and no key "
             "is about experts"
         )
-    near = [n for name in names for n in get_close_matches(name[:99], families.by_name, n=2)]
+    stems = {_stem(name): name for name in families.by_name}
+    near = [stems[s] for name in names for s in get_close_matches(_stem(name), stems, 2, 0.8)]
+    hint = f" (did you mean {' or '.join(dict.fromkeys(near))}?)" if near else ""
     root.fail(
         "architectures",
         " and ".join(map(shorten, names)),
-        f"one of the {len(families.families)} known families; "
-        + (
-            f"did you mean {' or '.join(dict.fromkeys(near))}?"
-            if near
-            else "none has a similar name;"
-        )
-        + " `moe-routing init DIRECTORY` writes a model.yaml to describe the router in",
+        f"an architecture of the {len(families.families)} known families{hint}; to describe an "
+        "unknown router, run `moe-routing init DIRECTORY` and edit the model.yaml that it writes",
     )
+
+
+def _stem(name: str) -> str:
+    """Return what tells an architecture from others: a class's name without its usual endings."""
+    return re.sub(r"(For(CausalLM|ConditionalGeneration)|Model)$", "", name[:99])

@@ -19,7 +19,7 @@ def test_help_names_every_option_with_its_values(host):
         assert f"--moe-{name}{'=' if metavar else ' '}{metavar}" in text
         assert words in text
         assert f"moe_{name.replace('-', '_')} ({kind}):" in text
-    assert "--moe-target=NAME[@PATH] what is judged: builtin (default), vllm, sglang" in text
+    assert "--moe-target=NAME[@PATH] the system to judge: builtin (default), vllm, sglang" in text
 
 
 def test_options_are_what_the_plugin_reads(host):

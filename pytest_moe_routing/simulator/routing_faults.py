@@ -215,7 +215,7 @@ ROUTING_FAULTS = (
     of_mistake(
         "no-sum",
         mistakes.NOT_NORMALIZED,
-        "flashinfer PR 2889",
+        "the reverse of flashinfer PR 2889",
         "test_gpu_routing.py::test_method[SigmoidRenorm-128-8-float32]",
     ),
     of_mistake(

@@ -28,13 +28,17 @@ def admissible_routings(
 ) -> Iterator[Routing]:
     """Yield routings that are correct for a kernel whose keys are off by up to `error` each.
 
-    The n-th routing has the n-th other choice of each token, or the reference's own choice where a
-    token has fewer. Nothing is yielded if no token is ambiguous. Pass them to `compare_moe`
-    as `alternatives`.
+    A token is ambiguous if errors of that size can change which experts are chosen for it. The n-th
+    routing has the n-th other choice of each ambiguous token, and the reference's own choice for
+    all other tokens. Nothing is yielded if no token is ambiguous. Pass the routings to
+    `compare_moe` as `alternatives`.
 
     Args:
-        logits, recipe, bias: As for `reference.routing.route`.
-        error: Largest absolute error of a key: 2.5e-4 is that of FlashInfer's sigmoid.
+        logits: As for `route`.
+        recipe: As for `route`.
+        bias: As for `route`.
+        error: Largest absolute error of a key, which is a selection score; 2.5e-4 is that of
+            FlashInfer's sigmoid.
 
     Raises:
         RecipeError: More than eight experts of a token are ambiguous.

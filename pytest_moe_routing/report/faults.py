@@ -21,6 +21,7 @@ $ pytest --moe-golden -m gpu --moe-kernels simulator:no-groups  # with one of th
 
 def page() -> str:
     """Return the whole page."""
-    lines = [_INTRODUCTION, "| fault | what is wrong | reported in | caught by |", "|---|---|---|---|"]
+    heads = "| fault | what is wrong | reported in | caught by |"
+    lines = [_INTRODUCTION, heads, "|---|---|---|---|"]
     lines += [f"| {f.name} | {f.what} | {f.imitates} | `{f.test}` |" for f in FAULTS.values()]
     return "\n".join(lines) + "\n"

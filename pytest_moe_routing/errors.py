@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytest_moe_routing.escape import printable
+from pytest_moe_routing.escape import brief, printable
 
 
 class MoERoutingError(Exception):
@@ -44,11 +44,13 @@ class TargetError(MoERoutingError):
 
     Attributes:
         cause: What failed, in a few stable words.
+        summary: The message in one line, without a traceback.
     """
 
-    def __init__(self, message: str, cause: str = "") -> None:
+    def __init__(self, message: str, cause: str = "", summary: str = "") -> None:
         super().__init__(message)
         self.cause = cause or type(self).__name__
+        self.summary = printable(summary or brief(message))
 
 
 class UnknownTarget(TargetError):

@@ -47,6 +47,12 @@ def excerpt(text: str, lines: int, width: int = 1000) -> str:
     return "\n".join(shown)
 
 
+def brief(text: str) -> str:
+    """Return the first and last line of the text, which may be a message with a traceback."""
+    first, *more = text.strip().splitlines() or [""]
+    return f"{first} ... {more[-1].strip()}" if more else first
+
+
 def is_web_address(text: str) -> bool:
     """Return whether the text is an address of the web, safe to be the target of a link."""
     return text.isprintable() and re.fullmatch(r"https?://[^\s<>\\]+", text) is not None

@@ -86,7 +86,7 @@ def test_a_target_without_selectors_says_what_makes_it_take_its_experts(answer, 
 def test_an_open_reach_is_told_with_its_reason_and_counted():
     record = judged(choice=lambda *_, **__: None, opt_in=cannot_say)
     assert "  open     the crystal ball is cloudy" in text.story(record)
-    [line] = matrix.open_reaches([record, judged()])
+    [line] = matrix.open_points([record, judged()])
     assert line.startswith("1 x it is not known who can reach the verdict: the crystal ball")
     told = ["".join(piece.text for piece in each) for each in terminal.summary([record], width=200)]
     assert line in told

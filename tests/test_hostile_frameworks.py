@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
@@ -118,6 +119,28 @@ def test_one_message_within_the_deadline(tmp_path, monkeypatch, capsys, name):
     assert not list(Path(tmp_path).rglob("__pycache__"))
 
 
+def test_explain_shows_where_a_classifier_raises(tmp_path, capsys):
+    path = tree(tmp_path / "0.99", "")
+    file = path / LAYERS / "layer/__init__.py"
+    factory = file.read_text().rstrip().removesuffix("pass")
+    raises = "raise ValueError('not\\na method')\ncreate_fused_moe_router = None\n"
+    file.write_text(factory + raises)
+    name = ["explain", "minimax-m2", "--target", f"vllm@{path}"]
+    raised = (
+        "target vllm 0.99 failed at classify: "
+        f"{LAYERS}/layer/__init__.py:2: ValueError: not a method"
+    )
+    assert main(name) == 1
+    shown = capsys.readouterr().out
+    assert f"\n  decided  error: {raised}\n" in shown
+    assert f"\n  because  {raised}\n" in shown
+    assert re.search(r"^fp8_block +unknown +error +- +a published checkpoint$", shown, re.M)
+    assert "Traceback" not in shown
+    assert main([*name, "--json"]) == 1
+    verdicts = json.loads(capsys.readouterr().out)["verdicts"]
+    assert {(v["verdict"], v["reason"]) for v in verdicts} == {("error", raised)}
+
+
 @pytest.mark.parametrize("in_ci", [True, False])
 def test_the_suite_tells_it_once(host, monkeypatch, in_ci):
     """Every test that asks fails, for one cause with one message, in a CI job as well."""
@@ -132,9 +155,10 @@ def test_the_suite_tells_it_once(host, monkeypatch, in_ci):
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     text = result.stdout.str()
-    told = re.findall(r"^_* target .*its process ended with 3; its last words: _*$", text, re.M)
-    assert len(told) == text.count("its last words") == 1
+    told = re.findall(r"^_* target vllm 0\.99: .*: its process ended with 3 _*$", text, re.M)
+    assert len(told) == text.count("its process ended") == 1
     result.stdout.fnmatch_lines(["  cause    target:no-answers"])
+    result.stdout.fnmatch_lines(["error       minimax-m2: *", "2 error; *"])
     assert re.search(r"1 failed, .*\d+ repeated", text)
     assert len(text.splitlines()) < 40
 

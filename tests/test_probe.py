@@ -73,8 +73,13 @@ def test_what_it_cannot_answer_and_what_fails_are_answers(child):
         probe.ask("run", how="unsupported")
     with pytest.raises(TargetError, match=r"(?s)mine failed at run:.*ZeroDivisionError"):
         probe.ask("run", how="fail")
-    with pytest.raises(TargetError, match=r"(?s)mine failed at run:.*not JSON serializable"):
+    with pytest.raises(TargetError, match="not JSON serializable") as caught:
         probe.ask("run", how="object")
+    place, _, raised = caught.value.summary.removeprefix("target mine failed at run: ").partition(
+        " "
+    )
+    assert place.startswith("pytest_moe_routing/targets/server.py:")
+    assert raised == "TypeError: Object of type object is not JSON serializable"
     assert probe.ask("echo", word="still here") == {"word": "still here"}
 
 

@@ -6,7 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.errors import (
+    MoERoutingError,
+    TargetError,
+    TargetImportError,
+    Unsupported,
+)
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
@@ -40,8 +45,22 @@ def unjudged(target: Target, model: ModelSpec, scheme: str, why: Exception) -> V
         verdict=Verdict.NOT_JUDGED if isinstance(why, Unsupported) else Verdict.ERROR,
         reach=reach_of(model, scheme),
         router=model.router.not_expressible or str(recipe_of(model.router)),
-        reason=str(why),
+        reason=why.summary if isinstance(why, TargetError) else str(why),
     )
+
+
+def record_of(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:
+    """Return the verdict on a model in a scheme, or why there is none.
+
+    Raises:
+        TargetImportError: The target cannot be asked anything.
+    """
+    try:
+        return judge(target, model, scheme).record()
+    except TargetImportError:
+        raise
+    except MoERoutingError as reason:
+        return unjudged(target, model, scheme, reason)
 
 
 def judge(

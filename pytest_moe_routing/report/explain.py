@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model, load_named, read_config
 from pytest_moe_routing.oracle.exact import exact_calls, same_calls
-from pytest_moe_routing.oracle.judge import as_read_by, judge, open_questions, unjudged
+from pytest_moe_routing.oracle.judge import as_read_by, open_questions, record_of
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import matrix, text
@@ -42,7 +43,9 @@ def page(session: MoESession, name: str) -> tuple[str, bool]:
     """
     model = find_model(name, session.golden_dirs)
     target = session.target
-    model = as_read_by(target, model)
+    with suppress(TargetError):
+        # A failure is also one of the verdicts.
+        model = as_read_by(target, model)
     try:
         lines = list(_model(target, model))
         if not session.scheme_names:
@@ -82,7 +85,7 @@ def _answers(session: MoESession, model: ModelSpec) -> list[Answer]:
     else:
         asked = [check_scheme(scheme) for scheme in session.scheme_names]
     return [
-        (variant, _judged(session.target, variant, scheme))
+        (variant, record_of(session.target, variant, scheme))
         for variant in variants_of(model)
         for scheme in asked or [own for own in variant.checkpoints if own in SERVED_SCHEMES]
     ]
@@ -119,6 +122,8 @@ def _model(target: Target, model: ModelSpec) -> Iterator[str]:
         yield f"  decided  {target.classify(model)}"
     except Unsupported as reason:
         yield f"  decided  not judged: {reason}"
+    except TargetError as error:
+        yield f"  decided  error: {error.summary}"
     yield f"  judged   by {target} against {target.flashinfer}"
     if find_spec("torch") is None:
         yield "  note     install torch to see a token that proves each wrong verdict"
@@ -128,13 +133,6 @@ def _unserved(model: ModelSpec) -> Iterator[str]:
     for reason in unserved(model):
         yield ""
         yield f"not judged: {reason}; --schemes NAME judges it as that scheme"
-
-
-def _judged(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:
-    try:
-        return judge(target, model, scheme).record()
-    except Unsupported as reason:
-        return unjudged(target, model, scheme, reason)
 
 
 def _name(record: VerdictRecord) -> str:

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_moe_routing import progress
-from pytest_moe_routing.errors import MoERoutingError, TargetImportError
-from pytest_moe_routing.escape import for_markdown, printable
+from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.escape import brief, for_markdown, printable
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.judge import judge, unjudged
+from pytest_moe_routing.oracle.judge import record_of
 from pytest_moe_routing.oracle.record import VerdictRecord
-from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.report import matrix
 from pytest_moe_routing.report.records import FORMAT
 from pytest_moe_routing.session import MoESession
@@ -63,28 +62,19 @@ def ask(session: MoESession, cases: Sequence[tuple[ModelSpec, str]]) -> Release:
         release = replace(release, flashinfer=str(session.flashinfer))
         target = session.target
     except MoERoutingError as error:
-        return replace(release, problem=matrix.brief(str(error)))
+        return replace(release, problem=brief(str(error)))
     try:
         release = replace(release, name=target.version())
         judging = f"{target.name} {release.name}, case"
-        records = tuple(_judge(target, *case) for case in progress.each(cases, judging))
+        records = tuple(record_of(target, *case) for case in progress.each(cases, judging))
     except MoERoutingError as error:
-        return replace(release, problem=matrix.brief(str(error)))
+        return replace(release, problem=brief(str(error)))
     finally:
         target.close()
     if not any(record.verdict.is_given for record in records):
         problem = "; ".join(matrix.why_unjudged(records))
         return replace(release, records=records, problem=problem)
     return replace(release, records=records)
-
-
-def _judge(target: Target, model: ModelSpec, scheme: str) -> VerdictRecord:
-    try:
-        return judge(target, model, scheme).record()
-    except TargetImportError:
-        raise
-    except MoERoutingError as error:
-        return unjudged(target, model, scheme, error)
 
 
 def _columns(releases: Sequence[Release]) -> dict[str, Sequence[VerdictRecord]]:
@@ -110,7 +100,7 @@ def terminal(target: str, releases: Sequence[Release], *, every: bool = False) -
     """For a terminal."""
     columns = _columns(releases)
     table = matrix.decider_table(columns, every=every)
-    lines = [f"{target}, {len(releases)} releases", ""]
+    lines = [f"{target}, {len(releases)} release{'s' * (len(releases) != 1)}", ""]
     lines += matrix.aligned(table) if table[1:] else ["no verdict differs"]
     lines += _footnotes(releases)
     lines += ["", "changes"]

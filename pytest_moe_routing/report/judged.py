@@ -89,7 +89,10 @@ class JudgedReporter:
         if "moe_not_judged" in properties:
             self._note(report.nodeid, properties["moe_not_judged"])
         elif "moe_verdict" in properties and is_judged:
-            self.verdicts.add(report.nodeid)
+            from pytest_moe_routing.oracle.verdict import Verdict
+
+            if Verdict(properties["moe_verdict"]["verdict"]).is_given:
+                self.verdicts.add(report.nodeid)
 
     def _note(self, nodeid: str, asked: dict[str, Any]) -> None:
         from pytest_moe_routing.targets.expected import is_open

@@ -67,10 +67,7 @@ def _blocks(records: Sequence[Record]) -> Iterator[list[str]]:
     for name, verdicts in deciders.items():
         yield [f"## {for_markdown(name)}"]
         yield matrix.markdown(matrix.count_table(verdicts))
-        yield [
-            f"- {for_markdown(reason)}"
-            for reason in (*matrix.why_unjudged(verdicts), *matrix.open_reaches(verdicts))
-        ]
+        yield [f"- {for_markdown(reason)}" for reason in matrix.open_points(verdicts)]
     if tests:
         yield ["## Tests"]
         yield matrix.markdown(matrix.test_table(tests))

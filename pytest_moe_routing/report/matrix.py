@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from packaging.version import Version
 
-from pytest_moe_routing.escape import for_markdown, one_line
+from pytest_moe_routing.escape import brief, for_markdown, one_line
 from pytest_moe_routing.inputs import parse_release
 from pytest_moe_routing.oracle.record import TestRecord, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
@@ -126,6 +126,12 @@ def why_unjudged(verdicts: Sequence[VerdictRecord]) -> list[str]:
     return [f"{count} x {reason}" for reason, count in counts.most_common()]
 
 
+def open_points(verdicts: Sequence[VerdictRecord]) -> list[str]:
+    """Return why verdicts, or their reach, are not known; errors are shown as failures instead."""
+    unanswered = [v for v in verdicts if v.verdict is not Verdict.ERROR]
+    return [*why_unjudged(unanswered), *_open_reaches(verdicts)]
+
+
 def assumed_releases(verdicts: Sequence[VerdictRecord]) -> list[str]:
     """Return a sentence for each FlashInfer release that was judged by the facts of another."""
     pairs = dict.fromkeys((v.flashinfer, v.judged_as) for v in verdicts)
@@ -137,19 +143,13 @@ def assumed_releases(verdicts: Sequence[VerdictRecord]) -> list[str]:
     ]
 
 
-def open_reaches(verdicts: Sequence[VerdictRecord]) -> list[str]:
+def _open_reaches(verdicts: Sequence[VerdictRecord]) -> list[str]:
     """Return why the reach of verdicts is an open question, each reason with its count."""
     counts = Counter(brief(v.reach_question) for v in verdicts if v.reach_question)
     return [
         f"{count} x it is not known who can reach the verdict: {reason}"
         for reason, count in counts.most_common()
     ]
-
-
-def brief(reason: str) -> str:
-    """First and last line of a reason, which may contain a traceback."""
-    first, *more = reason.strip().splitlines() or [""]
-    return f"{first} ... {more[-1].strip()}" if more else first
 
 
 def test_table(tests: Sequence[TestRecord]) -> Table:

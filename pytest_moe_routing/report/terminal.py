@@ -70,7 +70,7 @@ def summary(
         yield from wrapped(f"{matrix.totals(found)}; {name}", width)
     for assumption in matrix.assumed_releases(verdicts):
         yield from wrapped(assumption, width)
-    for reason in (*matrix.why_unjudged(verdicts), *matrix.open_reaches(verdicts)):
+    for reason in matrix.open_points(verdicts):
         yield from wrapped(reason, width)
 
 

@@ -28,14 +28,14 @@ def test_verdict(
 
     The builtin target's known losses (`missed`) are frozen in its goldens; they fail for others.
     """
-    from pytest_moe_routing.errors import Unsupported
+    from pytest_moe_routing.errors import TargetError, Unsupported
     from pytest_moe_routing.oracle.judge import judge, unjudged
     from pytest_moe_routing.suite.causes import of_verdict
 
     with unsupported_is_skipped():
         try:
             record = judge(moe_target, moe_model, moe_scheme).record()
-        except Unsupported as reason:
+        except (Unsupported, TargetError) as reason:
             no_verdict = unjudged(moe_target, moe_model, moe_scheme, reason)
             _moe_property("moe_verdict", no_verdict.as_dict())
             raise

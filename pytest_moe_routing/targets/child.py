@@ -148,7 +148,8 @@ class Child:
         _, crash, stack = text.rpartition("Fatal Python error")
         lines = text.splitlines()[-_LOG_LINES:]
         words = excerpt(crash + stack if crash else "\n".join(lines), _LOG_LINES, _WIDTH)
-        return f"its process ended with {code}; its last words:\n{words}"
+        end = f"its process ended with {code}"
+        return f"{end}; its last words:\n{words}" if words else end
 
     def _is_explained(self) -> bool:
         """Return whether it is known where the child is."""

@@ -31,9 +31,10 @@ LIMITS = Limits()
 
 
 class _Error(TypedDict):
-    """An exception of the code that is judged: its type, and the end of its traceback."""
+    """An exception of the code that is judged, see `targets.server.serve`."""
 
     type: str
+    line: str
     text: str
 
 
@@ -123,8 +124,9 @@ class Probe:
         if kind == "unsupported":
             raise Unsupported(f"{self._target}: {value}")
         if kind == "error":
-            message = f"target {self._target} failed at {question}:\n{value['text']}"
-            raise TargetError(message, f"{question} {value['type']}")
+            summary = f"target {self._target} failed at {question}: {value['line']}"
+            message = f"{summary}\n{value['text']}"
+            raise TargetError(message, f"{question} {value['type']}", summary)
         return value
 
     def prepare(self, question: str, many: Iterable[Mapping[str, Any]]) -> None:

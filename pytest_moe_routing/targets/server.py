@@ -20,11 +20,11 @@ from importlib import import_module
 from json import JSONDecoder, JSONEncoder
 from pathlib import Path
 from queue import SimpleQueue
-from traceback import format_exception
+from traceback import format_exception, walk_tb
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.escape import excerpt
+from pytest_moe_routing.escape import excerpt, shorten
 
 #: Before each message: a mark, its number, and the bytes that follow.
 HEADER = struct.Struct(">4sIQ")
@@ -190,11 +190,14 @@ def _tasks(user: int) -> int:
     return count
 
 
-def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
+def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None:
     """Answer lists of `{"question": name, "arguments": {...}}` with `handlers[name](**arguments)`.
 
-    A reply is `{"answer": ...}`, `{"unsupported": reason}` or `{"error": {"type": ...,
-    "text": the end of its traceback}}`. Does not return.
+    A reply is `{"answer": ...}`, `{"unsupported": reason}` or `{"error": {"type": ..., "line":
+    place, type and message in one line, "text": the end of its traceback}}`. Does not return.
+
+    Args:
+        package: The package whose code is judged, for the place.
     """
     assert _channel is not None
     decode, encode = JSONDecoder().decode, JSONEncoder().encode
@@ -208,9 +211,36 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
                 reply = encode({"unsupported": excerpt(str(reason), _LINES, _WIDTH)})
             except Exception as error:
                 # The framework's failure is an answer too.
-                reply = encode({"error": {"type": type(error).__name__, "text": _told(error)}})
+                name = type(error).__name__
+                line = f"{_place(error, package)}: {_message(error)}"
+                reply = encode({"error": {"type": name, "line": line, "text": _told(error)}})
             replies.append(reply)
         _channel.answer(number, f"[{','.join(replies)}]".encode())
+
+
+def _place(error: Exception, package: str) -> str:
+    """Return the innermost line of the package's code, as `PACKAGE/FILE:LINE`.
+
+    If an exception came through none of it, the line is one of this package's code.
+    """
+    lines: dict[str, str] = {}
+    for frame, line in walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__")).partition(".")[0]
+        file = frame.f_code.co_filename.replace(os.sep, "/").rpartition(f"/{name}/")[2]
+        lines[name] = f"{name}/{file}:{line}"
+    # This module called what raised.
+    return lines.get(package) or lines[__name__.partition(".")[0]]
+
+
+def _message(error: Exception) -> str:
+    """Return an exception's type and message, in one line."""
+    name = type(error).__name__
+    try:
+        text = shorten(str(error), _WIDTH)
+    except Exception:
+        # Its own text may be what fails.
+        return name
+    return f"{name}: {text}" if text else name
 
 
 def _told(error: Exception) -> str:

@@ -321,4 +321,4 @@ def main() -> None:
     _install(Path(sys.argv[1]))
     torch.set_grad_enabled(False)
     blocks = Blocks()
-    serve({"run": blocks.run, "run_other": blocks.run_other})
+    serve({"run": blocks.run, "run_other": blocks.run_other}, "transformers")

@@ -397,4 +397,4 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
 
 
 def main() -> None:
-    serve(handlers(*sys.argv[1:]))
+    serve(handlers(*sys.argv[1:]), "sglang")

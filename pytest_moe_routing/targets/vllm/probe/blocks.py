@@ -324,4 +324,4 @@ def _run(block: nn.Module, hidden_size: int) -> Tensor:
 
 def main() -> None:
     install(*sys.argv[1:])
-    serve({"layer_request": layer_request})
+    serve({"layer_request": layer_request}, "vllm")

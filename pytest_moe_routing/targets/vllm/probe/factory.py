@@ -342,7 +342,10 @@ def classify(model: Mapping[str, Any]) -> list[str]:
     path = [f"{type(router).__name__}.routing_method_type"]
     if not release.sources().has_architecture(architecture):
         path.insert(0, f"no {architecture} in this release, so by the config alone")
-    return [router.routing_method_type.name, *path]
+    method = router.routing_method_type
+    if not isinstance(method, names().get("methods")):
+        raise TypeError(f"{path[-1]} is {method!r}, expected a RoutingMethodType")
+    return [method.name, *path]
 
 
 @cache

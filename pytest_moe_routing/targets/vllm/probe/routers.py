@@ -238,4 +238,4 @@ def handlers(
 
 
 def main() -> None:
-    serve(handlers(*sys.argv[1:]))
+    serve(handlers(*sys.argv[1:]), "vllm")

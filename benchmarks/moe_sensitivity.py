@@ -251,8 +251,8 @@ to bfloat16 after the activation, and the error of their sigmoid (`tests/honest_
 
 - *Largest use* is the largest share of its bound that any aggregate used. More than 1 is an alarm.
 - *Largest RMS* shows whether the variances are right: it is the largest root mean square of a
-  family of aggregates (such as all tokens), in units of their standard deviations, after the permitted drift was
-  subtracted. It must be below 1.""",
+  family of aggregates (such as all tokens), in units of their standard deviations, after the
+  permitted drift was subtracted. It must be below 1.""",
     "even": f"""These are the same layers with the inputs of the suite's `test_equal_shares`:
 {TOKENS["even"][0]} tokens, router weights that are nearly equal, and scales of whole matrices that
 differ by at most 1.7 instead of 8.""",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import sys
@@ -160,6 +161,48 @@ def requests(target, models):
         yield "always linear", asked()
 
 
+def by_device(function, *, answer):
+    """Return a function that answers so on compute capability 10.3 alone."""
+    platform = release.names().get("current-platform")
+
+    @functools.wraps(function)
+    def changed(*args, **kwargs):
+        if platform.get_device_capability() == (10, 3):
+            return answer
+        return function(*args, **kwargs)
+
+    return changed
+
+
+def devices(target, models):
+    """What becomes of another device, as vLLM is and where gates or a selector look at it."""
+    names = release.names()
+    platform = names.get("current-platform")
+
+    def asked():
+        found = target.around(models["deepseek-r1"], "nvfp4", "DeepSeekV3")
+        response = found["compute capability 10.3"]
+        return [response.answer, response.why, response.source]
+
+    experts, modular = names.get("experts-nvfp4"), names.get("modular-nvfp4")
+    spelling = names.spelling("select-nvfp4")
+    selector = stubs.real_module(spelling.module)
+    right = getattr(selector, spelling.path)
+    [base] = [cls for cls in experts.__mro__ if "_supports_current_device" in vars(cls)][:1]
+    yield "as it is", asked()
+
+    def one_device():
+        return platform.is_cuda() and platform.is_device_capability(100)
+
+    with patch.object(base, "_supports_current_device", staticmethod(one_device)):
+        yield "one device", asked()
+    one_shape = by_device(modular._supports_activation, answer=False)
+    with patch.object(modular, "_supports_activation", staticmethod(one_shape)):
+        yield "modular experts", asked()
+    with patch.object(selector, spelling.path, by_device(right, answer=("backend", modular))):
+        yield "selector", asked()
+
+
 def weigh_nothing(given):
     given["topk_weights"] = torch.ones_like(given["topk_weights"])
 
@@ -195,6 +238,7 @@ def main(root, flashinfer, version):
         with broken(cls, method, how):
             found[name] = list(sentences(target.modular_findings(models[model], scheme)))
     found["requests"] = dict(requests(target, models))
+    found["devices"] = dict(devices(target, models))
     found["weights on the input"] = dict(weights_on_input(target, models))
     found["choices"] = dict(choices(target, models))
     for name, record in contradictions(target, models):

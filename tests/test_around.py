@@ -117,6 +117,21 @@ def test_a_backend_that_is_ignored_is_a_loss():
     assert failure.lines[1] == "  reach    only with an opt-in switch: --moe-backend"
 
 
+def test_experts_that_another_device_loses():
+    gate = "vllm/fp8.py:7"
+    lost = Response(Answer.IGNORED, "a gate answers no", source=gate)
+    failure = of_ignored(TARGET, "nvfp4", Ignored(Request.DEVICE, lost, ("glm-4.5",)))
+    assert (failure.rank, failure.source) == (Rank.MISSED, gate)
+    # Two gates are two causes, and a line that moves is none.
+    assert failure.cause == "other-device:vllm/fp8.py"
+    assert failure.lines[1:] == (
+        "  reach    whoever serves on B300 or GB300",
+        "  because  a gate answers no",
+        "  models   glm-4.5",
+        "  at       vllm/fp8.py:7",
+    )
+
+
 def test_answers_of_a_child():
     given = {"captured expert ids": {"answer": "rejected", "why": "a.py:1", "switches": ["--f"]}}
     assert read(given) == {Request.CAPTURE: Response(Answer.REJECTED, "a.py:1", ("--f",))}

@@ -246,7 +246,7 @@ def test_a_selector_of_vllm_that_asks_no_gates(broken):
 
 PADDING, LOAD = "padding rows", "expert placement by load (EPLB)"
 ROBIN, CAPTURE = "round-robin expert placement", "captured expert ids"
-REASONS = "reasons for choosing no experts"
+REASONS, DEVICE = "reasons for choosing no experts", "compute capability 10.3"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ REASONS = "reasons for choosing no experts"
 def test_what_becomes_of_requests_besides_routing(broken, how, changed):
     """As vLLM is, the placement is a finding: docs/findings.md."""
     usual = {PADDING: "rejected", LOAD: "rejected", ROBIN: "ignored", CAPTURE: "honored"}
-    usual[REASONS] = "ignored"
+    usual |= {REASONS: "ignored", DEVICE: "honored"}
     found = broken["requests"][how]
     assert {name: answer for name, (answer, _) in found.items()} == usual | changed
 
@@ -270,6 +270,36 @@ def test_what_becomes_of_requests_besides_routing(broken, how, changed):
 def test_experts_that_are_placed_in_turn_are_taken_for_a_range(broken):
     why = broken["requests"]["as it is"][ROBIN][1]
     assert why == "the kernel is given experts 128 to 255"
+
+
+EXPERTS = "TrtLlmNvFp4ExpertsM{} by default"
+
+
+@pytest.mark.parametrize(
+    ("how", "why", "file"),
+    [
+        ("one device", "one_device answers yes on 10.0 and no on 10.3", "broken_steps.py:"),
+        (
+            "modular experts",
+            "TrtLlmNvFp4ExpertsBase._supports_activation answers yes on 10.0 and no on 10.3",
+            "experts/trtllm_nvfp4_moe.py:",
+        ),
+        (
+            "selector",
+            f"select_nvfp4_moe_backend answers {EXPERTS.format('onolithic')} on 10.0 and "
+            f"{EXPERTS.format('odular')} on 10.3",
+            "oracle/nvfp4.py:",
+        ),
+    ],
+)
+def test_experts_that_run_on_one_blackwell_device_alone(broken, how, why, file):
+    answer, told, source = broken["devices"][how]
+    assert (answer, told.rpartition("<locals>.")[2]) == ("ignored", why)
+    assert file in source
+
+
+def test_experts_that_run_on_each_blackwell_device(broken):
+    assert broken["devices"]["as it is"][::2] == ["honored", ""]
 
 
 CUTLASS = "with CutlassExpertsFp4, it is applied twice, on the input"

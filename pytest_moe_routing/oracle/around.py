@@ -4,7 +4,8 @@ Rows that pad a batch must not be routed, experts that do not lie in order must 
 lie, and the ids that the kernel chooses must reach a consumer that captures them. Experts whose
 input has the router weight must not apply it again. A target honors such a request, rejects it
 (other experts serve the layer then), or ignores it, which is wrong. The same holds for what a user
-asks of the code that chooses the experts: a backend, and the reasons why it chooses none.
+asks of the code that chooses the experts: a backend, the reasons why it chooses none, and the same
+choice on each device that the kernels run on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Request(StrEnum):
     WEIGHT = "router weight already on the input"
     REASONS = "reasons for choosing no experts"
     BACKEND = "--moe-backend"
+    DEVICE = "compute capability 10.3"
 
 
 class Answer(StrEnum):
@@ -42,16 +44,23 @@ class Response:
     Attributes:
         why: The code that decides, or what the kernel receives.
         switches: What a user has to switch on to make the request.
+        source: File and line of that code, if they are known.
     """
 
     answer: Answer
     why: str
     switches: tuple[str, ...] = ()
+    source: str = ""
 
 
 def read(answers: Mapping[str, Mapping[str, Any]]) -> dict[Request, Response]:
     """Read the answers of a child process."""
     return {
-        Request(name): Response(Answer(given["answer"]), given["why"], tuple(given["switches"]))
+        Request(name): Response(
+            Answer(given["answer"]),
+            given["why"],
+            tuple(given["switches"]),
+            given.get("source", ""),
+        )
         for name, given in answers.items()
     }

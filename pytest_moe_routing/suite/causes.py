@@ -163,7 +163,16 @@ def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
     if request is Request.BACKEND:
         # Other experts are right as well, and not those that were asked for.
         rank = Rank.MISSED
-    return Failure(_id("ignored", request), rank, scheme, lines)
+    cause = _id("ignored", request)
+    if request is Request.DEVICE:
+        rank, cause = Rank.MISSED, _id("other-device", response.source)
+        lines = (
+            f"{target}, experts for {scheme}: other answers for {request} than for 10.0",
+            "  reach    whoever serves on B300 or GB300",
+            *lines[2:],
+            f"  at       {response.source}",
+        )
+    return Failure(cause, rank, scheme, lines, response.source)
 
 
 def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:

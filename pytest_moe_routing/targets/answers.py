@@ -17,12 +17,16 @@ from pytest_moe_routing.escape import shorten
 _Check = Callable[[Any], str | None]
 
 
-class RequestAnswer(TypedDict):
-    """What becomes of a request around routing; see `oracle.around`."""
-
+class _Response(TypedDict):
     answer: str
     why: str
     switches: list[str]
+
+
+class RequestAnswer(_Response, total=False):
+    """What becomes of a request around routing; see `oracle.around`."""
+
+    source: str
 
 
 class RuleAnswer(TypedDict):

@@ -16,6 +16,7 @@ import torch
 
 from pytest_moe_routing.targets.vllm.probe.capture import methods_of, run_layer
 from pytest_moe_routing.targets.vllm.probe.config import parallel_config
+from pytest_moe_routing.targets.vllm.probe.devices import other_device
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
@@ -69,6 +70,7 @@ def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict
             **_captured(experts, caller, layer()),
             "switches": ["--enable-return-routed-experts"],
         }
+    found["compute capability 10.3"] = other_device(model, scheme, method)
     if (weighed := weight_on_input(model, scheme, method)) is not None:
         found["router weight already on the input"] = weighed
     return found | asked_of_selectors(model, scheme, method, experts)

@@ -212,10 +212,10 @@ def _environment(variables: Iterable[str]) -> Iterator[None]:
     is_new = environment != dict(os.environ)
     with on_one_gpu(), patch.dict(os.environ, environment, clear=True):
         if is_new:
-            _forget()
+            forget()
         yield
     if is_new:
-        _forget()
+        forget()
 
 
 def _taken(selector: Selector, config: Any, variables: tuple[str, ...]) -> Any:
@@ -227,7 +227,7 @@ def _taken(selector: Selector, config: Any, variables: tuple[str, ...]) -> Any:
             return refusal(error)
 
 
-def _forget() -> None:
+def forget() -> None:
     """Clear what functions of vLLM have cached: some read a variable once and for all."""
     for function in _caching(len(sys.modules)):
         function.cache_clear()

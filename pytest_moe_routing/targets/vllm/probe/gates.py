@@ -23,7 +23,7 @@ _GATES = (
 )
 
 #: All of them at once.
-_ALL = "is_supported_config"
+ALL = "is_supported_config"
 
 
 def experts_of(scheme: ServedScheme, *, modular: bool = False) -> Any:
@@ -96,15 +96,15 @@ def gates(
         reason = f"{owner.__name__} does not accept {what.format(**about)}"
         answers.append([gate, bool(answer), reason])
     supported, reason = _all_at_once(owner, layer, given)
-    return [*answers, [_ALL, bool(supported), reason or ""]]
+    return [*answers, [ALL, bool(supported), reason or ""]]
 
 
-def function_of(scheme: str, gate: str) -> Any:
+def function_of(scheme: str, gate: str, *, modular: bool = False) -> Any:
     """Return the function of a scheme's experts that answers for a gate; None if it has none."""
-    owner = experts_of(SCHEMES[scheme])
-    if gate == _ALL and not isinstance(owner, type):
+    owner = experts_of(SCHEMES[scheme], modular=modular)
+    if gate == ALL and not isinstance(owner, type):
         return owner
-    functions = {_ALL: _ALL, **{title: function for title, function, _ in _GATES}}
+    functions = {ALL: ALL, **{title: function for title, function, _ in _GATES}}
     return _gate(owner, functions[gate]) if gate in functions else None
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
 from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +46,13 @@ class _Capability(NamedTuple):
 
 
 class _Blackwell:
-    """The platform object on one of the Blackwell family; no to every other question."""
+    """The platform object on one of the Blackwell family; no to every other question.
 
+    Attributes:
+        capability: That of the GPU, of which `on_device` makes another for a while.
+    """
+
+    capability = _Capability(10, 0)
     device_name = "Blackwell"
     device_type = "cuda"
     dispatch_key = "CUDA"
@@ -58,18 +65,16 @@ class _Blackwell:
     is_cuda_alike = supports_fp8 = is_cuda
 
     def is_device_capability_family(self, family: int, *_: Any) -> bool:
-        return family == 100
+        return family // 10 == self.capability.major
 
     def is_device_capability(self, capability: Any, *_: Any) -> bool:
-        return capability in (100, (10, 0))
+        return _pair(capability) == self.capability
 
     def has_device_capability(self, capability: Any, *_: Any) -> bool:
-        return bool(
-            (capability if isinstance(capability, tuple) else divmod(capability, 10)) <= (10, 0)
-        )
+        return _pair(capability) <= self.capability
 
     def get_device_capability(self, *_: Any) -> _Capability:
-        return _Capability(10, 0)
+        return self.capability
 
     def fp8_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
@@ -78,6 +83,18 @@ class _Blackwell:
         if name.startswith(("is_", "has_", "supports_")):
             return lambda *_, **__: False
         raise AttributeError(name)
+
+
+def _pair(capability: Any) -> tuple[int, int]:
+    """Return a compute capability that is written as a pair, or as one number."""
+    return capability if isinstance(capability, tuple) else divmod(capability, 10)
+
+
+@contextmanager
+def on_device(major: int, minor: int) -> Iterator[None]:
+    """Have vLLM's code find a GPU of this compute capability for a while."""
+    with patch.object(_Blackwell, "capability", _Capability(major, minor)):
+        yield
 
 
 def _fp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,13 @@ def rule(model: Mapping[str, Any], scheme: str, method: str, gate: str) -> RuleA
     """
     function = function_of(scheme, gate)
     if function is not None:
-        return _answer(function)
+        return rule_of(function)
     selector = selector_of(model, scheme, method)
-    return None if selector is None else _answer(selector.function, default_experts(selector))
+    return None if selector is None else rule_of(selector.function, default_experts(selector))
 
 
-def _answer(function: Any, instead: str = "") -> RuleAnswer:
+def rule_of(function: Any, instead: str = "") -> RuleAnswer:
+    """Return a function as a rule, with its file and line."""
     code = inspect.unwrap(function).__code__
     source = f"{vllm_path(code.co_filename)}:{code.co_firstlineno}"
     return {"name": code.co_qualname, "source": source, "instead": instead}

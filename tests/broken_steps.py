@@ -24,7 +24,7 @@ from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
-from pytest_moe_routing.targets.vllm.probe import release
+from pytest_moe_routing.targets.vllm.probe import release, server_defaults
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
 
@@ -123,6 +123,11 @@ def choices(target, models):
         method = target.classify(models[model]).method
         choice = target.choice(models[model], scheme, method, modular=modular)
         yield f"{model} {scheme}{' modular' * modular}", [choice.switches, choice.instead]
+    with patch.object(server_defaults, "moe_backend", lambda: "triton"):
+        choice = target.choice(models["deepseek-r1"], "fp8_block", "DeepSeekV3")
+        rule = target.rule(models["deepseek-r1"], "fp8_block", "DeepSeekV3", "")
+        yield "deepseek-r1 fp8_block by Triton", [choice.switches, choice.instead]
+        yield "rule by Triton", rule.instead
 
 
 def contradictions(target, models):

@@ -211,6 +211,8 @@ SWITCHES = {
     # Monolithic experts take it, but not where tokens are dispatched.
     "llama-4-scout nvfp4 modular": ["--enable-expert-parallel", "--data-parallel-size 2"],
     "llama-4-scout fp8_block modular": [],
+    # A server whose default of --moe-backend is triton.
+    "deepseek-r1 fp8_block by Triton": ["--moe-backend flashinfer_trtllm"],
     "deepseek-r1 fp8_block modular": [
         "--enable-expert-parallel",
         "--data-parallel-size 2",
@@ -224,6 +226,12 @@ def test_what_has_to_be_switched_on(broken, case):
     switches, instead = broken["choices"][case]
     assert switches == SWITCHES[case]
     assert bool(instead) is (switches is None)
+
+
+def test_what_a_server_with_another_default_takes(broken):
+    assert broken["choices"]["rule by Triton"] == (
+        "TritonExperts by default (--moe-backend is triton)"
+    )
 
 
 def test_a_selector_of_vllm_that_forgets_its_experts(broken):

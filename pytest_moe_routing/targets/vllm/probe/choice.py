@@ -17,13 +17,14 @@ from typing import Any
 from unittest.mock import patch
 
 from pytest_moe_routing.targets.vllm.probe import release as release
+from pytest_moe_routing.targets.vllm.probe import server_defaults as server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, refusal
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation, moe_config, parallel_config
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of, quant_keys
 from pytest_moe_routing.targets.vllm.probe.release import names
 
-DEFAULT, _REQUESTED = "auto", "flashinfer_trtllm"
+_REQUESTED = "flashinfer_trtllm"
 #: What a selector raises when it will not go on.
 REFUSALS = (AssertionError, KeyError, NotImplementedError, ValueError)
 
@@ -34,18 +35,18 @@ class _Setting:
 
     Attributes:
         variables: Names of environment variables.
-        backend: The value of `--moe-backend`.
+        backend: The value of `--moe-backend`; None if the flag is left out.
         parallel: Attributes of the parallel config, by the flags that set them.
     """
 
     variables: tuple[str, ...] = ()
-    backend: str = DEFAULT
+    backend: str | None = None
     parallel: tuple[str, ...] = ()
 
     @property
     def switches(self) -> list[str]:
         """As the user writes them."""
-        flags = [f"--moe-backend {self.backend}"] if self.backend != DEFAULT else []
+        flags = [] if self.backend is None else [f"--moe-backend {self.backend}"]
         return [*(f"{name}=1" for name in self.variables), *flags, *self.parallel]
 
 
@@ -87,7 +88,7 @@ def choose(
     selector, config = found.function, found.config
 
     def taken(setting: _Setting) -> Any:
-        asked = replace(config, moe_backend=setting.backend)
+        asked = replace(config, moe_backend=setting.backend or server_defaults.moe_backend())
         if setting.parallel:
             parallel = replace(parallel_config(2), **_PARALLEL[setting.parallel])
             asked = replace(asked, moe_parallel_config=parallel)
@@ -127,7 +128,9 @@ class Selector:
 def default_experts(selector: Selector) -> str:
     """Return what a selector takes by default, or why it takes nothing."""
     taken = _taken(selector, selector.config, ())
-    return taken if isinstance(taken, str) else f"{taken.__name__} by default"
+    told = taken if isinstance(taken, str) else f"{taken.__name__} by default"
+    backend = server_defaults.moe_backend()
+    return told if backend == server_defaults.AUTO else f"{told} (--moe-backend is {backend})"
 
 
 def _key(model: Mapping[str, Any], scheme: str) -> str:
@@ -198,7 +201,7 @@ def _settings(modular: bool) -> list[_Setting]:
     return [
         _Setting(variables, backend, parallel)
         for parallel in _parallels(modular)
-        for backend in (DEFAULT, _REQUESTED)
+        for backend in (None, _REQUESTED)
         for variables in _variables()
     ]
 

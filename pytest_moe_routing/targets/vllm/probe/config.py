@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.swept_configs import UNTOLD
-from pytest_moe_routing.targets.vllm.probe import release
+from pytest_moe_routing.targets.vllm.probe import release, server_defaults
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
 from pytest_moe_routing.targets.vllm.probe.release import (
     architecture_of,
@@ -45,6 +45,7 @@ def parallel_config(shards: int = 1, *, dispatched: bool = False) -> Any:
     Args:
         dispatched: Each rank has tokens of its own, which an all-gather brings to the others.
     """
+    server_defaults.check_parallel()
     alone = names().get("parallel-config.make_no_parallel")()
     if shards == 1:
         return alone
@@ -129,6 +130,7 @@ def moe_config(
         "router_logits_dtype": told_dtype(model),
         "max_num_tokens": 8192,
         "max_capture_size": 512,
+        "moe_backend": server_defaults.moe_backend(),
         **_activation_arguments(model),
     }
     return names().get("moe-config")(**names().accepted("moe-config", arguments))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.swept_configs import MADE_UP
 from pytest_moe_routing.targets import stubs
-from pytest_moe_routing.targets.vllm.probe import release
+from pytest_moe_routing.targets.vllm.probe import release, server_defaults
 from pytest_moe_routing.targets.vllm.probe.config import router_part
 from pytest_moe_routing.targets.vllm.probe.release import names
 
@@ -82,7 +82,7 @@ class Ranks:
             ),
             scheduler_config=Surroundings(max_num_batched_tokens=8192),
             model_config=Surroundings(dtype=dtype, hf_config=None, hf_text_config=None),
-            kernel_config=Surroundings(moe_backend="auto"),
+            kernel_config=Surroundings(moe_backend=server_defaults.moe_backend()),
             device_config=Surroundings(device="cpu"),
             lora_config=None,
         )
@@ -90,7 +90,7 @@ class Ranks:
 
 # What surrounds the layer that is being made or run: vLLM's functions find it without an argument.
 _ranks = Ranks()
-_config = _ranks.config(torch.bfloat16)
+_config = Surroundings()
 
 
 def _group() -> Surroundings:
@@ -135,6 +135,8 @@ def _stand_ins() -> dict[str, Any]:
 @cache
 def _enter() -> None:
     """Put the stand-ins around the factory and what it makes."""
+    global _config
+    _config = _ranks.config(torch.bfloat16)
     for key in _MODULES:
         if names().has(key):
             known = vars(stubs.real_module(names().spelling(key).module))

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from pytest_moe_routing.targets.vllm.probe import server_defaults as server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
-from pytest_moe_routing.targets.vllm.probe.choice import DEFAULT, REFUSALS, Selector, selector_of
+from pytest_moe_routing.targets.vllm.probe.choice import REFUSALS, Selector, selector_of
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation
 from pytest_moe_routing.targets.vllm.probe.release import names
 
@@ -88,7 +89,10 @@ def _backend(selector: Selector, scheme: str) -> dict[str, Any] | None:
             continue
         made = names().get(key)
         own, wanted = (
-            [_outcome(take, selector.config, name) for name in (DEFAULT, *_BACKENDS)]
+            [
+                _outcome(take, selector.config, name)
+                for name in (server_defaults.moe_backend(), *_BACKENDS)
+            ]
             for take in (lambda config, made=made: made(config).experts_cls, selector)
         )
         if len(set(own)) == 1 and len(set(wanted)) > 1:

@@ -88,6 +88,37 @@ def test_the_failure_names_who_asks():
     )
 
 
+def test_a_request_that_fails_in_the_forward_pass_is_loud():
+    raised = "NotImplementedError: placed experts (layers/moe/topk.py:418)"
+    failed = Response(Answer.FAILED, raised, ("--enable-eplb",))
+    failure = of_ignored(TARGET, "nvfp4", Ignored(Request.BALANCING, failed, ("deepseek-r1",)))
+    assert (failure.rank, failure.cause) == (
+        Rank.LOUD,
+        "fails:expert-placement-by-load-(EPLB)",
+    )
+    assert failure.lines == (
+        f"{TARGET}, experts for nvfp4: expert placement by load (EPLB) fails in the forward pass",
+        "  reach    only with an opt-in switch: --enable-eplb",
+        f"  because  {raised}",
+        "  models   deepseek-r1",
+    )
+
+
+def test_a_failure_and_a_request_that_is_not_judged_are_told():
+    raised = "NotImplementedError: placed experts (layers/moe/topk.py:418)"
+    failed = Response(Answer.FAILED, raised, ("--enable-eplb",))
+    unknown = Response(Answer.NOT_JUDGED, "no such stand-in")
+
+    class Failing(Requested):
+        def around(self, model, scheme, method):
+            return {Request.BALANCING: failed, Request.CAPTURE: unknown}
+
+    target = Failing(FlashInfer.of("0.7.0"))
+    found = ignored_requests(target, "fp8_block", [MODELS["deepseek-r1"]])
+    assert found.ignored == (Ignored(Request.BALANCING, failed, ("deepseek-r1",)),)
+    assert (found.answered, found.unanswered) == (1, {"captured expert ids: no such stand-in": 1})
+
+
 def test_padding_rows_that_are_routed_are_one_line():
     rows = Response(Answer.IGNORED, "the kernel is given every row", ("--flag",))
     failure = of_ignored(TARGET, "bf16", Ignored(Request.PADDING, rows, ("glm-4.5",)))

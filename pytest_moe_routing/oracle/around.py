@@ -35,6 +35,10 @@ class Answer(StrEnum):
     HONORED = "honored"
     REJECTED = "rejected"
     IGNORED = "ignored"
+    #: Accepted, until a forward pass raises: that ends a server that has taken requests.
+    FAILED = "failed"
+    #: Not asked; the response says why.
+    NOT_JUDGED = "not judged"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The requests besides routing that a target's fused experts ignore; see `oracle.around`."""
+"""The requests besides routing that fused experts ignore or fail over; see `oracle.around`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_moe_routing.oracle.target import Target
 
 @dataclass(frozen=True)
 class Ignored:
-    """A request that a scheme's experts ignore, and the models that are served so."""
+    """A request that a scheme's experts ignore or fail over, and the models that are served so."""
 
     request: Request
     response: Response
@@ -26,9 +26,9 @@ class Requests:
     """What a target's experts for a scheme make of requests besides routing.
 
     Attributes:
-        ignored: Each request that is ignored, for the models that the experts accept.
+        ignored: Each request that is ignored or fails, for the models that the experts accept.
         answered: How many models the experts accept and answer for.
-        unanswered: Why the target cannot be asked about how many other models.
+        unanswered: Why the target cannot be asked about how many models, or about one request.
     """
 
     ignored: tuple[Ignored, ...]
@@ -51,7 +51,9 @@ def ignored_requests(target: Target, scheme: str, models: Iterable[ModelSpec]) -
             continue
         answered += 1
         for request, response in responses.items():
-            if response.answer is Answer.IGNORED:
+            if response.answer is Answer.NOT_JUDGED:
+                unanswered[f"{request}: {response.why}"] += 1
+            elif response.answer in (Answer.IGNORED, Answer.FAILED):
                 found.setdefault((request, response), []).append(model.id)
     ignored = tuple(Ignored(*key, tuple(ids)) for key, ids in found.items())
     return Requests(ignored, answered, unanswered)

@@ -140,17 +140,21 @@ def of_modular_call(
 
 
 def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
-    """Return the failure of fused experts that ignore a request besides routing."""
-    from pytest_moe_routing.oracle.around import Request
+    """Return the failure of fused experts that ignore a request besides routing, or that fail."""
+    from pytest_moe_routing.oracle.around import Answer, Request
 
     request, response = ignored.request, ignored.response
     reach = text.reached(Reach.OPT_IN, response.switches, by_default=False)
+    is_loud = response.answer is Answer.FAILED
+    done = "fails in the forward pass" if is_loud else "ignored"
     lines: tuple[str, ...] = (
-        f"{target}, experts for {scheme}: {request} ignored",
+        f"{target}, experts for {scheme}: {request} {done}",
         f"  reach    {reach}",
         f"  because  {response.why}",
         f"  models   {', '.join(ignored.models)}",
     )
+    if is_loud:
+        return Failure(_id("fails", request), Rank.LOUD, scheme, lines)
     rank = Rank.SILENT
     if request is Request.PADDING:
         # What such rows compute is dropped: they cost time.

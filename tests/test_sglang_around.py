@@ -11,7 +11,7 @@ from wheels import source_line
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.oracle.around import Request
+from pytest_moe_routing.oracle.around import Answer, Request
 from pytest_moe_routing.oracle.ignored import ignored_requests
 from pytest_moe_routing.suite.causes import of_ignored
 from pytest_moe_routing.targets import stubs
@@ -38,7 +38,10 @@ def test_release_ignores_what_its_kernel_is_not_told(target, scheme):
     looks = Version(target.version()) >= LOOKS
     assert found == {
         Request.PADDING: "rejected" if looks and scheme == "fp8_block" else "ignored",
-        Request.BALANCING: "rejected" if looks else "ignored",
+        # Its NVFP4 runner accepts the placement, and raises when it asks for the logits.
+        Request.BALANCING: ("rejected" if scheme == "fp8_block" else "failed")
+        if looks
+        else "ignored",
         Request.CAPTURE: "ignored",
     }
     capture = answers[Request.CAPTURE]
@@ -51,15 +54,28 @@ def test_release_tells_the_models_that_are_served_so(target):
     found = ignored_requests(target, "nvfp4", models)
     [captured] = [each for each in found.ignored if each.request is Request.CAPTURE]
     assert captured.models == ("deepseek-r1", "qwen3-30b-a3b")
-    placed = [each for each in found.ignored if each.request is Request.BALANCING]
+    [placed] = [each for each in found.ignored if each.request is Request.BALANCING]
+    done, why = "ignored", "the kernel is given logical experts"
     if Version(target.version()) >= LOOKS:
-        assert not placed
-        return
-    assert of_ignored(target, "nvfp4", placed[0]).lines[:3] == (
-        f"{target}, experts for nvfp4: expert placement by load (EPLB) ignored",
+        done, why = "fails in the forward pass", "NotImplementedError: Expert placement remapping"
+    lines = of_ignored(target, "nvfp4", placed).lines
+    assert lines[:2] == (
+        f"{target}, experts for nvfp4: expert placement by load (EPLB) {done}",
         "  reach    only with an opt-in switch: --ep-size 2, --enable-eplb",
-        "  because  the kernel is given logical experts",
     )
+    assert lines[2].startswith(f"  because  {why}")
+
+
+def test_release_whose_arguments_reject_a_request_does_not_run_with_it(target):
+    """Nemotron-H's code rejects the placement when a server starts, from 0.5.23 on."""
+    answer = target.around(MODELS["nemotron-3-nano"], "nvfp4", "DeepSeekV3")[Request.BALANCING]
+    if Version(target.version()) < LOOKS:
+        assert answer.answer is Answer.IGNORED
+        return
+    assert answer.answer is Answer.REJECTED
+    place = f"sglang/srt/{answer.why.rpartition('(')[2][:-1]}"
+    assert place.startswith("sglang/srt/arg_groups/model_overrides/nemotron_h.py:")
+    assert source_line(target.source.root, place) == "raise ValueError("
 
 
 def test_release_is_not_asked_where_no_kernel_routes(target):
@@ -67,25 +83,38 @@ def test_release_is_not_asked_where_no_kernel_routes(target):
         target.around(MODELS["mimo-v2-flash"], "bf16", "DeepSeekV3")
 
 
-def answers_of(runs, replay=None, tell=False):
-    """Ask a runner that answers each request as `runs` has it, by the request's option."""
+def answers_of(runs, replay=None, tell=False, rejects=lambda options: None):
+    """Ask a runner that answers each request as `runs` has it, by the request's option.
+
+    An answer is what raises, or what SGLang's own router is told.
+    """
     written = torch.arange(6, dtype=torch.int16).reshape(3, 2)
     calls = [("trtllm", {"routing_replay_out": written if replay else None})]
 
     def run():
         if tell and requested("capturer"):
             requested("capturer").capture(layer_id=5, topk_indices=written.int())
-        why = next((text for option, text in runs.items() if requested(option) is not None), None)
-        return {"refused": why, "failed": None}
+        given = {"refused": None, "failed": None, "by_choice": False}
+        said = [answer for option, answer in runs.items() if requested(option) is not None]
+        for answer in said:
+            if isinstance(answer, Unsupported):
+                raise answer
+            given |= answer
+        return given
 
     names = Names(Contract.of("sglang"), "0.5.23", stubs.definitions("sglang", "nowhere"))
-    found = around(names, run, calls)
+    found = around(names, run, calls, rejects)
     assert requested("capturer") is None
     return {name: (answer["answer"], answer["why"]) for name, answer in found.items()}
 
 
+def own(*told):
+    return {"refused": "own top-k", "by_choice": True, "told": told}
+
+
 def test_a_request_at_a_time():
-    found = answers_of({"placement": "own top-k"}, replay=True, tell=True)
+    runs = {"placement": own("expert_location_dispatch_info")}
+    found = answers_of(runs, replay=True, tell=True)
     assert found == {
         Request.PADDING: ("ignored", "the kernel is given every row"),
         Request.BALANCING: ("rejected", "own top-k"),
@@ -98,8 +127,42 @@ def test_ids_that_nobody_is_told():
     assert answers_of({}, replay=True)[Request.CAPTURE] == ("ignored", why)
     why = "the kernel is given no routing_replay_out"
     assert answers_of({}, tell=True)[Request.CAPTURE] == ("ignored", why)
-    rejected = answers_of({"capturer": "own top-k"}, replay=True, tell=True)
+    rejected = answers_of({"capturer": own()}, replay=True, tell=True)
     assert rejected[Request.CAPTURE] == ("rejected", "own top-k")
+
+
+def test_only_what_raises_before_a_forward_pass_is_a_rejection():
+    asked = []
+
+    def rejects(options):
+        asked.append(options)
+        return "a hook says no" if options.get("enable_return_routed_experts") else None
+
+    runs = {
+        "num_token_non_padded": {"refused": "an assertion of the layer"},
+        "placement": {"failed": "raises in topk.py"},
+    }
+    assert answers_of(runs, replay=True, rejects=rejects) == {
+        Request.PADDING: ("rejected", "an assertion of the layer"),
+        Request.BALANCING: ("failed", "raises in topk.py"),
+        Request.CAPTURE: ("rejected", "a hook says no"),
+    }
+    assert asked == [{"enable_eplb": True}, {"enable_return_routed_experts": True}]
+
+
+def test_what_raises_without_a_reason_is_not_judged():
+    found = answers_of({"placement": Unsupported("TypeError: a stub")}, replay=True, tell=True)
+    assert found[Request.BALANCING] == ("not judged", "TypeError: a stub")
+    assert found[Request.CAPTURE] == ("honored", "routing_replay_out")
+
+
+def test_a_request_that_does_not_reach_sglangs_own_router_is_ignored():
+    runs = {"num_token_non_padded": own(), "placement": own("num_token_non_padded")}
+    found = answers_of(runs)
+    why = "SGLang's own top-k is given no num_token_non_padded"
+    assert found[Request.PADDING] == ("ignored", why)
+    why = "SGLang's own top-k is given no expert_location_dispatch_info"
+    assert found[Request.BALANCING] == ("ignored", why)
 
 
 def test_the_code_of_sglang_that_names_no_runner_is_named(target):

@@ -193,7 +193,8 @@ class SglangTarget(FrameworkTarget):
         answer = self._run(model, scheme)
         if answer["refused"] or answer["failed"]:
             raise Unsupported(f"no kernel routes: {answer['refused'] or answer['failed']}")
-        return read_responses(self._remembered("around", self._question(model, scheme)))
+        question = {**self._question(model, scheme), "server": self._server(model, scheme)}
+        return read_responses(self._remembered("around", question))
 
     def rule(self, model: ModelSpec, scheme: str, method: str, gate: str) -> Rule:
         """Return the code that routes outside the kernel, or that does not name the runner."""

@@ -1,9 +1,10 @@
 """Asks the TRT-LLM runner for what lies around routing, on the MoE block of a model.
 
-SGLang's TopK hands the requests on to the runner together with the logits. The runner may have
-SGLang's own router choose experts instead, or raise: it rejects the request. When the kernel routes
-all the same, its arguments show whether the request got there: FlashInfer's kernels route every row
-that they are given, and know experts by their number alone.
+SGLang's TopK hands the requests on to the runner together with the logits. SGLang rejects a request
+if its code raises before a forward pass, or if the runner has SGLang's own router choose experts
+and hands the request on to it. What raises in a forward pass ends a server that has taken requests.
+When the kernel routes all the same, its arguments show whether the request got there: FlashInfer's
+kernels route every row that they are given, and know experts by their number alone.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 
 import torch
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.world import Call, requesting
 
 #: The argument of TopK that tells how many rows are tokens.
 PADDING = "num_token_non_padded"
+_PLACEMENT = "expert_location_dispatch_info"
 _EXPERT_PARALLEL = "--ep-size 2"
 
 
@@ -33,7 +36,10 @@ class Capturer:
 
 
 def around(
-    names: Names, run: Callable[[], Mapping[str, Any]], calls: Sequence[Call]
+    names: Names,
+    run: Callable[[], Mapping[str, Any]],
+    calls: Sequence[Call],
+    rejects: Callable[[Mapping[str, Any]], str | None],
 ) -> dict[str, dict[str, Any]]:
     """Return what becomes of each request that this release knows.
 
@@ -42,36 +48,69 @@ def around(
     Args:
         run: Builds and runs a block whose kernel routes; the answer of `main.Blocks.capture`.
         calls: Those of entry points in the last run.
-
-    Raises:
-        Unsupported: A request cannot be made here.
+        rejects: Returns why a server does not start with these options; None if it starts.
     """
     found: dict[str, dict[str, Any]] = {}
 
-    def ask(name: str, switches: Sequence[str], ignored: str, **options: Any) -> None:
-        with requesting(**options):
-            answer = run()
-        why = answer["refused"] or answer["failed"]
-        verdict = ("rejected", why) if why else ("ignored", ignored)
-        found[name] = dict(zip(("answer", "why"), verdict, strict=True), switches=[*switches])
+    def ask(
+        name: str,
+        switches: Sequence[str],
+        handed_on: str,
+        routed: Callable[[], dict[str, str]],
+        given: Mapping[str, Any],
+        **options: Any,
+    ) -> None:
+        try:
+            with requesting(**given, **options):
+                answer = run()
+            verdict = _verdict(answer, handed_on) or routed()
+            if verdict["answer"] in ("ignored", "failed") and (why := rejects(options)):
+                verdict = {"answer": "rejected", "why": why}
+        except Unsupported as reason:
+            verdict = {"answer": "not judged", "why": str(reason)}
+        found[name] = {**verdict, "switches": [*switches]}
 
-    rows = torch.tensor(1, dtype=torch.int32)
-    ask("padding rows", [_EXPERT_PARALLEL], "the kernel is given every row", **{PADDING: rows})
-    placement = stubs.known("placement", ep_dispatch_algorithm="dynamic")
+    ask(
+        "padding rows",
+        [_EXPERT_PARALLEL],
+        PADDING,
+        lambda: {"answer": "ignored", "why": "the kernel is given every row"},
+        {PADDING: torch.tensor(1, dtype=torch.int32)},
+    )
     ask(
         "expert placement by load (EPLB)",
         [_EXPERT_PARALLEL, "--enable-eplb"],
-        "the kernel is given logical experts",
-        placement=placement,
+        _PLACEMENT,
+        lambda: {"answer": "ignored", "why": "the kernel is given logical experts"},
+        {"placement": stubs.known("placement", ep_dispatch_algorithm="dynamic")},
         enable_eplb=True,
     )
     if names.expects("stand-ins.capturer"):
-        name, capturer = "captured expert ids", Capturer()
-        options = {"capturer": capturer, "enable_return_routed_experts": True}
-        ask(name, ["--enable-return-routed-experts"], "", **options)
-        if found[name]["answer"] == "ignored":
-            found[name] |= _captured(calls, capturer)
+        capturer = Capturer()
+        ask(
+            "captured expert ids",
+            ["--enable-return-routed-experts"],
+            "",
+            lambda: _captured(calls, capturer),
+            {"capturer": capturer},
+            enable_return_routed_experts=True,
+        )
     return found
+
+
+def _verdict(answer: Mapping[str, Any], handed_on: str) -> dict[str, str] | None:
+    """Return what a block that is run with a request says to it; None if the kernel routes.
+
+    Args:
+        handed_on: The argument in which SGLang's own router gets the request, if there is one.
+    """
+    if answer["failed"]:
+        return {"answer": "failed", "why": answer["failed"]}
+    if not answer["refused"]:
+        return None
+    if answer["by_choice"] and handed_on and handed_on not in answer["told"]:
+        return {"answer": "ignored", "why": f"SGLang's own top-k is given no {handed_on}"}
+    return {"answer": "rejected", "why": answer["refused"]}
 
 
 def _captured(calls: Sequence[Call], capturer: Capturer) -> dict[str, str]:

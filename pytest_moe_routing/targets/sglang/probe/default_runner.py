@@ -7,11 +7,13 @@ where SGLang's documentation has it said. A layer may choose further when they l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypedDict
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import layers, stubs
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 
 #: A server that leaves the choice to each layer.
 AUTO = "auto"
@@ -83,37 +85,85 @@ class _Server:
         vars(self).update(declared)
 
 
-def default_runner(
-    names: Names,
-    defaults: Mapping[str, Any],
-    architecture: str,
-    values: Mapping[str, Any],
-    quantization: str | None,
-    in_checkpoint: Mapping[str, Any] | None,
-    in_weights: Mapping[str, Any],
-) -> str:
-    """Return the runner by its name on the command line.
+class Checkpoint(TypedDict):
+    """A checkpoint that a server is told to serve.
 
-    Args:
-        defaults: Of the server's arguments, and its lists of choices.
+    Attributes:
+        config: Attributes of the model's config.
         quantization: `--quantization`, or None where it is not given.
         in_checkpoint: `quantization_config` of the checkpoint's config.
         in_weights: What SGLang's config of the model has from the weights.
+    """
+
+    architecture: str
+    config: Mapping[str, Any]
+    quantization: str | None
+    in_checkpoint: Mapping[str, Any] | None
+    in_weights: Mapping[str, Any]
+
+
+def _resolved(
+    names: Names,
+    defaults: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> _Server:
+    """Return the arguments of a server after SGLang's own code has resolved them.
+
+    Args:
+        defaults: Of the server's arguments, and its lists of choices.
+        options: Arguments that are given.
+    """
+    architecture, in_checkpoint = checkpoint["architecture"], checkpoint["in_checkpoint"]
+    said = {"architectures": [architecture], "model_type": "", "quantization_config": in_checkpoint}
+    config = _Config({**checkpoint["config"], **said})
+    method = None if in_checkpoint is None else in_checkpoint.get("quant_method")
+    server = _Server(defaults, config, checkpoint["quantization"], method, checkpoint["in_weights"])
+    vars(server).update(options)
+    choices = {name: value for name, value in defaults.items() if name.isupper()}
+    stubs.stand_in(choices)
+    for source, declared in names.get("overrides-collect")(architecture, server, config):
+        server.take(source, declared)
+    for key in ("overrides-deepseek", "overrides-quantization"):
+        server.take(key, names.get(key)(server))
+    return server
+
+
+def rejection(
+    names: Names,
+    defaults: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    options: Mapping[str, Any],
+) -> str | None:
+    """Return why a server does not start with these arguments, as far as a model's code says.
+
+    The arguments are those of `_resolved`.
 
     Raises:
         Unsupported: SGLang's code does not say it here.
     """
-    said = {"architectures": [architecture], "model_type": "", "quantization_config": in_checkpoint}
-    config = _Config({**values, **said})
-    method = None if in_checkpoint is None else in_checkpoint.get("quant_method")
-    server = _Server(defaults, config, quantization, method, in_weights)
-    choices = {name: value for name, value in defaults.items() if name.isupper()}
-    stubs.stand_in(choices)
     try:
-        for source, declared in names.get("overrides-collect")(architecture, server, config):
-            server.take(source, declared)
-        for key in ("overrides-deepseek", "overrides-quantization"):
-            server.take(key, names.get(key)(server))
+        _resolved(names, defaults, checkpoint, options)
+    except Unsupported:
+        raise
+    except Exception as error:
+        kind, text = verdict_on(error, is_built=False)
+        if kind != "refused":
+            raise Unsupported(f"cannot determine whether a server starts: {text}") from error
+        return text
+    return None
+
+
+def default_runner(names: Names, defaults: Mapping[str, Any], checkpoint: Checkpoint) -> str:
+    """Return the runner by its name on the command line.
+
+    The arguments are those of `_resolved`.
+
+    Raises:
+        Unsupported: SGLang's code does not say it here.
+    """
+    try:
+        server = _resolved(names, defaults, checkpoint)
     except Unsupported:
         raise
     except Exception as error:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from types import FrameType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,11 @@ from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang.probe.around import PADDING, around
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
+    FIELD,
+    Checkpoint,
     default_runner,
     layer_runner,
+    rejection,
 )
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rule
@@ -97,23 +100,13 @@ class Blocks:
         self.names.require("verdicts")
         return self.sources.accepted_quantizations()
 
-    def default_runner(
-        self,
-        architecture: str,
-        config: dict[str, Any],
-        quantization: str | None,
-        in_checkpoint: dict[str, Any] | None,
-        in_weights: dict[str, Any],
-    ) -> str:
+    def default_runner(self, **checkpoint: Unpack[Checkpoint]) -> str:
         """Return the runner of a server to which none was named; see `default_runner`."""
         self.names.require("verdicts")
         self._enter()
         if not self.names.expects("overrides-collect"):
             raise Unsupported("this release chooses runners in a way that the probe does not know")
-        defaults = self._defaults()
-        return default_runner(
-            self.names, defaults, architecture, config, quantization, in_checkpoint, in_weights
-        )
+        return default_runner(self.names, self._defaults(), checkpoint)
 
     def layer_runner(
         self,
@@ -189,13 +182,17 @@ class Blocks:
                 raise Unsupported(f"{architecture} has MoE blocks that differ: {first}, {block}")
         return answers[first]
 
-    def around(self, **question: Any) -> dict[str, dict[str, Any]]:
-        """Return what becomes of each request around routing; the arguments are `capture`'s.
+    def around(self, server: Checkpoint, **question: Any) -> dict[str, dict[str, Any]]:
+        """Return what becomes of each request around routing, given the arguments of `capture`."""
 
-        Raises:
-            Unsupported: A request cannot be made here.
-        """
-        return around(self.names, lambda: self.capture(**question), self.calls)
+        def rejects(options: Mapping[str, Any]) -> str | None:
+            # Before 0.5.18, no model's code is asked about the arguments of a server.
+            if not self.names.expects("overrides-collect"):
+                return None
+            given = {FIELD: question["runner"], **options}
+            return rejection(self.names, self._defaults(), server, given)
+
+        return around(self.names, lambda: self.capture(**question), self.calls, rejects)
 
     def _run(
         self,
@@ -214,9 +211,9 @@ class Blocks:
                 block = _build(self.names, module, name, given, values, quantization)
                 _fill(block, seen, values)
                 output = _forward(block, values["num_experts"])
-        except RoutedOutside:
+        except RoutedOutside as outside:
             answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
-            answer["by_choice"] = True
+            answer |= {"by_choice": True, "told": sorted(outside.told)}
         except Exception as error:
             kind, text = verdict_on(error, is_built=block is not None)
             if kind == "unknown":
@@ -236,7 +233,7 @@ class Blocks:
     def _call(self, output: Any, seen: _Seen) -> dict[str, Any]:
         """Return the one call of an entry point that routes, and what follows it."""
         if not self.calls:
-            return {"refused": "no fused kernel is called"}
+            raise Unsupported("neither a fused kernel nor SGLang's own top-k is called")
         if len(self.calls) > 1:
             raise Unsupported(f"the block calls {len(self.calls)} kernels, not one")
         ((function, arguments),) = self.calls

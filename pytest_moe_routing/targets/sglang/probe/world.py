@@ -58,12 +58,20 @@ def choose_runner(runner: str) -> None:
 
 
 class RoutedOutside(Exception):
-    """SGLang chooses the experts itself; no fused kernel routes."""
+    """SGLang chooses the experts itself; no fused kernel routes.
+
+    Attributes:
+        told: Names of what SGLang's own router is told besides hidden states and logits.
+    """
+
+    def __init__(self, told: frozenset[str]) -> None:
+        super().__init__()
+        self.told = told
 
 
-def select_experts(*_: Any, **__: Any) -> Any:
+def select_experts(*_: Any, **options: Any) -> Any:
     """Replace SGLang's own router, which is not run."""
-    raise RoutedOutside
+    raise RoutedOutside(frozenset(name for name, given in options.items() if given is not None))
 
 
 def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) -> None:

@@ -239,8 +239,10 @@ def test_yaml_blocks_can_be_read(tmp_path):
 def test_numbers_are_those_of_the_data():
     from pytest_moe_routing.goldens import packaged_directory
     from pytest_moe_routing.models import load_models
+    from pytest_moe_routing.models.huggingface.families import table
     from pytest_moe_routing.simulator.faults import FAULTS
 
     text = (ROOT / "README.md").read_text("utf-8")
     assert re.findall(r"(\d+) models\]", text) == [str(len(load_models(packaged_directory())))]
     assert re.findall(r"(\d+) injected faults", text) == [str(len(FAULTS))]
+    assert re.findall(r"(\d+) known families", text) == [str(len(table().families))]

@@ -109,8 +109,8 @@ class MoESession:
         for path, model_id in ids.items():
             if model_id not in {model.id for model in chosen}:
                 raise MoERoutingError(
-                    f"--moe-config {path}: its model has the id {model_id}, which --moe-models "
-                    f"does not choose: found {','.join(self.model_patterns)}"
+                    f"--moe-config {path}: its model has the id {model_id}, which does not match "
+                    f"--moe-models {','.join(self.model_patterns)}"
                 )
         return chosen
 

@@ -142,8 +142,8 @@ def test_a_history_without_any_verdict_is_no_success(releases, capsys):
         (["vlm", "x"], "unknown target 'vlm'"),
         (["a:B", "x"], "found target 'a:B', expected a registered name"),
         (["fake", "nowhere.whl"], "no such file or directory"),
-        (["fake", "WHEEL", "--models", "nope"], "no model matches 'nope'"),
-        (["fake", "WHEEL", "-o", "h.html"], "report h.html: found '.html', expected a file in .md, .json"),
+        (["fake", "WHEEL", "--models", "nope"], "models matches 'nope'"),
+        (["fake", "WHEEL", "-o", "h.html"], "report h.html: found '.html', expected a name that ends in .md or .json"),
         (["fake", "WHEEL", "--flashinfer", "x"], "found 'x', expected a release"),
     ],
 )  # fmt: skip

@@ -16,10 +16,12 @@ def test_selection():
         "llama-4-maverick",
         "llama-4-scout",
     ]
-    with pytest.raises(ModelError, match=r"no model matches 'llama-5-\*', of \d+; did you mean ll"):
+    with pytest.raises(
+        ModelError, match=r"none of the \d+ models matches 'llama-5-\*'; did you mean ll"
+    ):
         select(models, ["deepseek-r1", "llama-5-*"])
     with pytest.raises(
-        ModelError, match=r"no model matches 'xxxxxx', of \d+; 'moe-routing models'"
+        ModelError, match=r"none of the \d+ models matches 'xxxxxx'; `moe-routing models`"
     ):
         select(models, ["xxxxxx"])
 
@@ -43,7 +45,7 @@ def test_models_are_found_by_any_of_their_names(name, id_):
     [
         ("deepseek-r2", "did you mean deepseek-"),
         ("someone/DeepSeek-R11", "did you mean deepseek-r1"),
-        ("xxxxxx", "'moe-routing models' lists them"),
+        ("xxxxxx", "`moe-routing models` lists them"),
         ("x" * 5000, "xxx...' is neither a file nor one of the"),
     ],
 )

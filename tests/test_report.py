@@ -337,7 +337,9 @@ def test_a_report_that_cannot_be_written_fails_the_run(host):
     result = host.runpytest_subprocess(*RUN, "--moe-report", "r.txt")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(
-        ["ERROR: report r.txt: found '.txt', expected a file in .html, .md, .json, .jsonl"]
+        [
+            "ERROR: report r.txt: found '.txt', expected a name that ends in .html, .md, .json or .jsonl"
+        ]
     )
     (host.path / "file").touch()
     passing = ("-p", "no:cacheprovider", "--moe-models", "minimax-m2")

@@ -164,7 +164,7 @@ def find(models: Mapping[str, ModelSpec], name: str) -> ModelSpec:
         )
     names = {key: spec.id for spec in models.values() for key in (spec.id, _last(spec.hf_repo))}
     near = dict.fromkeys(names[n] for n in get_close_matches(_last(wanted), names, n=3))
-    hint = f"did you mean {' or '.join(near)}?" if near else "'moe-routing models' lists them"
+    hint = f"did you mean {' or '.join(near)}?" if near else "`moe-routing models` lists them"
     shown = name if len(name) <= 60 else f"{name[:57]}..."
     raise ModelError(
         f"{shown!r} is neither a file nor one of the {len(models)} known models; {hint}"
@@ -191,9 +191,9 @@ def select(models: dict[str, ModelSpec], patterns: Iterable[str]) -> list[ModelS
         if not any(fnmatchcase(model, pattern) for model in models):
             near = get_close_matches(pattern.strip("*?"), models, n=3, cutoff=0.5)
             hint = (
-                f"did you mean {' or '.join(near)}?" if near else "'moe-routing models' lists them"
+                f"did you mean {' or '.join(near)}?" if near else "`moe-routing models` lists them"
             )
-            raise ModelError(f"no model matches {pattern!r}, of {len(models)}; {hint}")
+            raise ModelError(f"none of the {len(models)} models matches {pattern!r}; {hint}")
     return [
         spec
         for model, spec in models.items()

@@ -75,7 +75,7 @@ class MoEProblem:
         if routing is None:
             if recipe is None or logits is None:
                 raise LayerError(
-                    "the problem has neither a routing nor a recipe with logits, and needs one"
+                    "found neither a routing nor a recipe with logits, expected one of the two"
                 )
             routing = route(logits, recipe, bias)
         return cls(hidden, experts, layer, routing, recipe, logits, bias, shard)

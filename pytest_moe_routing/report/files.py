@@ -35,8 +35,10 @@ def check_suffix(path: Path, suffixes: Sequence[str] = tuple(FORMATS)) -> None:
     """Raise `MoERoutingError` unless the path says a format."""
     if path.suffix not in suffixes or path.is_dir():
         found = "a directory" if path.is_dir() else repr(path.suffix)
-        expected = ", ".join(suffixes)
-        raise MoERoutingError(f"report {path}: found {found}, expected a file in {expected}")
+        expected = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+        raise MoERoutingError(
+            f"report {path}: found {found}, expected a name that ends in {expected}"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

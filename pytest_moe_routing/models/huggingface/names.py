@@ -175,8 +175,8 @@ def _fail(levels: list[Section], families: Table) -> NoReturn:
     stated = {key: value for level in levels for key, value in level.values.items() if value}
     if not any(map(about_routing, stated)):
         raise ModelError(
-            f"{root.file}: the model has no experts: {shorten(names[0])} is not known, and no key "
-            "is about experts"
+            f"{root.file}: found no key about experts, and {shorten(names[0])} is not a known "
+            "architecture; expected the config of a model with experts"
         )
     stems = {_stem(name): name for name in families.by_name}
     near = [stems[s] for name in names for s in get_close_matches(_stem(name), stems, 2, 0.8)]

@@ -82,8 +82,19 @@ def test_neutral_values_change_nothing(tmp_path, change):
     assert spec.notes == read(tmp_path, GLM).notes
 
 
-def test_one_is_not_true(tmp_path):
-    assert reason(tmp_path, {"zero_expert_num": False})
+@pytest.mark.parametrize(
+    ("key", "off", "on"),
+    [
+        ("router_logit_softcapping", (None, 0, 0.0, False), (1, 30.0, True)),
+        ("zero_expert_num", (None, 0, False), (1, 8, True)),
+        ("router_temperature", (None, 1, 1.0, True), (0, 0.5, False)),
+        ("moe_apply_router_weight_on_input", (None, False, 0), (True, 1)),
+    ],
+)
+def test_flags_are_numbers(tmp_path, key, off, on):
+    """As in Python: `if softcap:` and `softcap > 0` are off with false, and x / true is x."""
+    assert [reason(tmp_path, {key: value}) for value in off] == [None] * len(off)
+    assert all(reason(tmp_path, {key: value}) for value in on)
 
 
 def test_several_reasons_are_all_stated(tmp_path):
@@ -108,6 +119,8 @@ def test_a_family_that_reads_a_key_is_not_in_doubt(tmp_path):
         *("moe_odd", "router_kind", "use_expert_mixing", "route_odd", "topk_scheme", "swiglu_kind"),
         *("weight_scaling", "post_scale", "final_score_func", "act_clamp", "selection_kind"),
         *("gate_kind", "odd_gating", "normalize_weights", "odd_limit", "expert_softcap_kind"),
+        *("glu_alpha", "act_beta", "activation_limit", "mlp_alpha", "silu_scale", "alpha"),
+        *("gelu_clip", "activation_params", "hidden_act_alpha", "up_beta", "clip_value"),
     ],
 )
 def test_a_model_with_an_unread_key_about_routing_is_not_judged(tmp_path, key):

@@ -108,7 +108,7 @@ ERRORS = {
     "zero": ({**R1, "hidden_size": 0}, "hidden_size: found 0, expected an integer >= 1"),
     "too many experts": (
         {**R1, "n_routed_experts": 2**31 - 1},
-        "n_routed_experts: found 2147483647, expected an integer >= 1 <= 65536",
+        "n_routed_experts: found 2147483647, expected an integer >= 1 and <= 65536",
     ),
     "absurd": ({**R1, "hidden_size": 10**4000}, "hidden_size: found Infinity"),
     "infinite": (

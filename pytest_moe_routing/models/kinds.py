@@ -39,9 +39,7 @@ class Kind:
             return None if len(set(value)) == len(value) else "a list without repetition"
         if value is None:
             return None if self.nullable else str(self)
-        # bool is an int in Python, and 8 is a fine float in YAML; only the latter is meant.
-        fits = type(value) is self.type or (self.type is float and type(value) is int)
-        if not fits or (self.choices and value not in self.choices):
+        if not self.is_typed(value) or (self.choices and value not in self.choices):
             return str(self)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low_enough = self.maximum is None or value <= self.maximum
@@ -52,14 +50,20 @@ class Kind:
                 return str(self)
         return None
 
+    def is_typed(self, value: object) -> bool:
+        """Whether a value is of the type, whatever else it must be."""
+        # bool is an int in Python, and 8 is a fine float in YAML; only the latter is meant.
+        return type(value) is self.type or (self.type is float and type(value) is int)
+
     def __str__(self) -> str:
         text = "one of " + ", ".join(map(str, self.choices)) if self.choices else _TYPES[self.type]
-        if self.minimum is not None:
-            text += f" >= {self.minimum:g}"
-        if self.above is not None:
-            text += f" > {self.above:g}"
-        if self.maximum is not None:
-            text += f" <= {self.maximum:g}"
+        signs = {">=": self.minimum, ">": self.above, "<=": self.maximum}
+        limits = [
+            f"{sign} {limit if isinstance(limit, int) else f'{limit:g}'}"
+            for sign, limit in signs.items()
+            if limit is not None
+        ]
+        text = " ".join(filter(None, (text, " and ".join(limits))))
         return text + (" or null" if self.nullable else "")
 
 

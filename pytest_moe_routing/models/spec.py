@@ -23,7 +23,8 @@ SCORING_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2_sum", "max")
 ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep", "situ")
 
-_COUNT = {"minimum": 1, "maximum": 2**31 - 1}
+#: The widest layer of a published model has 53,248 columns.
+_WIDTH = {"minimum": 1, "maximum": 2**20}
 # Routing is run on this many columns: a slip in a config must not become an allocation of 100 GB.
 _EXPERTS = {"minimum": 1, "maximum": 2**16}
 
@@ -116,13 +117,13 @@ class ExpertsConfig:
     0.33.0 model_executor/layers/activation.py (SituAndMul).
     """
 
-    hidden_size: int = key(int, **_COUNT)
-    intermediate_size: int = key(int, **_COUNT)
+    hidden_size: int = key(int, **_WIDTH)
+    intermediate_size: int = key(int, **_WIDTH)
     activation: str = key(str, choices=ACTIVATIONS)
     gated: bool = key(bool)
     shared_experts: int = key(int, default=0, minimum=0, maximum=1024)
     #: Width that the routed experts see when it is not hidden_size (latent MoE).
-    latent_size: int | None = key(int, default=None, nullable=True, **_COUNT)
+    latent_size: int | None = key(int, default=None, nullable=True, **_WIDTH)
     #: Clamp of the two halves, `swiglu_limit` in configs; null for none.
     activation_limit: float | None = key(float, default=None, nullable=True, above=0, maximum=1e6)
     #: `swiglu_alpha` or `activation_situ_beta` in configs; null where the activation takes none.

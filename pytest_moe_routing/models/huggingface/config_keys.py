@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,13 +30,13 @@ class KeyRow:
     neutral: tuple[Any, ...]
 
     def is_neutral(self, value: Any) -> bool:
-        """Whether a value changes nothing; a list does not if none of its items does."""
+        """Whether a value changes nothing; a list does not if none of its items does.
+
+        To the code of a model, false is the number 0, and true is 1.
+        """
         if isinstance(value, list) and value:
             return all(map(self.is_neutral, value))
-        return any(
-            value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-            for neutral in self.neutral
-        )
+        return value in self.neutral
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,44 @@ def about_routing(key: str) -> bool:
     return row is not None and row.list in ("changes", "routing")
 
 
-def unread(values: Mapping[str, Any], read: frozenset[str]) -> Unread:
+def stated(values: Mapping[str, Any], read: Collection[str]) -> Iterator[tuple[str, str, Any]]:
+    """Yield the path, name and value of each key that was not read.
+
+    An object of which nothing is known, or of which single keys were read, may state anything: of
+    the keys inside it, at any depth, those that a row knows are yielded as well.
+    """
+    waiting = [(key, key, value, False) for key, value in reversed(values.items())]
+    while waiting:
+        path, name, value, is_inside = waiting.pop()
+        if path in read:
+            continue
+        is_known = row_of(name) is not None
+        is_partly_read = any(key.startswith(f"{path}.") for key in read)
+        if not is_partly_read and (is_known or not is_inside):
+            yield path, name, value
+        if is_inside or is_partly_read or not is_known:
+            inner = value.items() if isinstance(value, dict) else ()
+            inner = enumerate(value) if isinstance(value, list) else inner
+            waiting += [
+                (f"{path}.{key}", str(key), item, not is_partly_read)
+                for key, item in reversed([*inner])
+            ]
+
+
+def unread(values: Mapping[str, Any], read: Collection[str]) -> Unread:
     """Sort the keys that are there and were not read. A null states nothing."""
     changes: list[str] = []
     routing: list[str] = []
     unknown: list[str] = []
-    for key, value in values.items():
-        if key in read or value is None:
+    for path, name, value in stated(values, read):
+        if value is None:
             continue
-        row = row_of(key)
+        row = row_of(name)
         if row is None:
-            unknown.append(key)
+            unknown.append(path)
         elif row.list == "changes":
             if not row.is_neutral(value):
-                changes.append(f"{row.reason} ({key})")
+                changes.append(f"{row.reason} ({path})")
         elif row.list in ("routing", "suspect"):
-            routing.append(key)
+            routing.append(path)
     return Unread(tuple(changes), tuple(routing), tuple(unknown))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pytest_moe_routing.models.huggingface.document import Section, show
@@ -28,7 +28,7 @@ _STEPS: Mapping[str, Callable[[Section, int], int]] = {
 }
 #: The valid values of every key with a number of layers or the index of one.
 _NUMBERS: Mapping[str, Kind] = {
-    **{key: Kind(int, minimum=1, nullable=True) for key in (*_COUNTS, *_STEPS)},
+    **{key: Kind(int, minimum=1, maximum=MAX_LAYERS, nullable=True) for key in (*_COUNTS, *_STEPS)},
     **{
         key: Kind(int, minimum=0, maximum=MAX_LAYERS, nullable=True)
         for key in (
@@ -40,7 +40,10 @@ _NUMBERS: Mapping[str, Kind] = {
     "moe_layer_end_index": Kind(int, minimum=-1, maximum=MAX_LAYERS, nullable=True),
 }
 #: Those that a config may list instead, with a value for each layer or kind of token.
-_LISTED = (*_STEPS, "moe_layer_num_skipped", "moe_layer_start_index", "moe_layer_end_index")
+_LISTED = (
+    *("moe_layer_freq", "moe_layer_num_skipped"),
+    *("moe_layer_start_index", "moe_layer_end_index"),
+)
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,17 @@ def read_layers(text: Section) -> Layers:
     """
     for key, kind in _NUMBERS.items():
         value = text.get(key)
-        expected = kind.problem(value)
-        if expected is not None and not (isinstance(value, list) and key in _LISTED):
+        if isinstance(value, list) and key in _LISTED:
+            # A frequency of each layer says whether the layer has experts.
+            is_frequency = key == "moe_layer_freq"
+            flag = Kind(int, minimum=0, maximum=1)
+            _check_items(text, key, value, flag if is_frequency else replace(kind, nullable=False))
+        elif (expected := kind.problem(value)) is not None:
             text.fail(key, show(value), expected)
     count = next((n for key in _COUNTS if (n := _integer(text, key))), None)
-    if count is not None and count > MAX_LAYERS:
-        count = None
-    listed = _listed(text)
+    for key in ("mlp_only_layers", "moe_layers"):
+        _check_indices(text, key, count)
+    listed = _listed(text, count)
     if listed is not None:
         count = count or min(len(listed), MAX_LAYERS)
         kinds = {i: kind for i, kind in enumerate(listed[:count]) if kind != "moe"}
@@ -133,7 +140,29 @@ def read_layers(text: Section) -> Layers:
     return Layers(count, dict(sorted(kinds.items())), notes)
 
 
-def _listed(text: Section) -> list[str] | None:
+def _check_items(text: Section, key: str, values: list[Any], kind: Kind) -> None:
+    if not values:
+        text.fail(key, "an empty list", str(kind))
+    for i, value in enumerate(values):
+        # A flag is 0 or 1.
+        expected = kind.problem(int(value) if isinstance(value, bool) else value)
+        if expected is not None:
+            text.fail(f"{key}.{i}", show(value), expected)
+
+
+def _check_indices(text: Section, key: str, count: int | None) -> None:
+    """Check a list of layers: the code of models asks whether it holds a layer's index."""
+    values = [*text.items(key)]
+    kind = Kind(int, minimum=0, maximum=(count or MAX_LAYERS) - 1)
+    for i, value in enumerate(values):
+        expected = kind.problem(value)
+        if expected is not None:
+            text.fail(f"{key}.{i}", show(value), f"the index of a layer, {expected}")
+        if value in values[:i]:
+            text.fail(f"{key}.{i}", show(value), "each layer once")
+
+
+def _listed(text: Section, count: int | None) -> list[str] | None:
     """Each layer's kind, where the config lists them."""
     for key in ("mlp_layer_types", "layers_block_type", "hybrid_override_pattern"):
         value = text.get(key)
@@ -146,14 +175,17 @@ def _listed(text: Section) -> list[str] | None:
                 names.get(item, "dense") if isinstance(item, str) else "dense" for item in value
             ]
     frequency = text.get("moe_layer_freq")
-    if isinstance(frequency, list) and any(frequency):
+    if isinstance(frequency, list):
+        if len(frequency) < (count or 0):
+            text.fail(
+                "moe_layer_freq", f"{len(frequency)} values", f"one for each of {count} layers"
+            )
         return ["moe" if item else "dense" for item in frequency]
     enumerated = text.get("moe_layers_enum")
     if isinstance(enumerated, str) and re.fullmatch(r"\d{1,4}(,\d{1,4})*,?", enumerated):
         enumerated = [int(layer) for layer in enumerated.rstrip(",").split(",")]
     for layers in (enumerated, text.get("moe_layers")):
-        count = _integer(text, "num_hidden_layers")
-        if isinstance(layers, list) and layers and count and count <= MAX_LAYERS:
+        if isinstance(layers, list) and layers and count:
             return ["moe" if i in layers else "dense" for i in range(count)]
     return None
 
@@ -161,9 +193,7 @@ def _listed(text: Section) -> list[str] | None:
 def _dense(text: Section, count: int | None) -> Iterator[int]:
     for key in ("first_k_dense_replace", "num_dense_layers", "moe_layer_num_skipped"):
         yield from range(_first(text, key, count))
-    only = text.get("mlp_only_layers")
-    if isinstance(only, list):
-        yield from (i for i in only if type(i) is int and 0 <= i < (count or MAX_LAYERS))
+    yield from text.items("mlp_only_layers")
     yield from range(_first(text, "moe_layer_start_index", count))
     if count is None:
         return

@@ -12,6 +12,7 @@ from pytest_moe_routing.models.huggingface.config_keys import (
     about_experts,
     about_routing,
     row_of,
+    stated,
     unread,
 )
 from pytest_moe_routing.models.huggingface.document import ABSENT, Section, shorten, show
@@ -180,6 +181,8 @@ class Reading:
         does = self.fixed[name]
         if value is ABSENT or value is None or value == does:
             return
+        if not kind.is_typed(value):
+            self.text.fail(key, show(value), str(kind))
         if name == "activation" and str(does).startswith("swiglu") and value in ("silu", does):
             # gpt-oss states silu, and means the one it has.
             return
@@ -205,19 +208,24 @@ class Reading:
             router, experts: What was read.
             outer: The sections around the text model's.
         """
-        known = {part.partition(".")[0] for part in self.read}
-        known |= self._restated({**vars(experts), **vars(router)})
-        found = unread(self.text.values, frozenset(known))
-        doubted = self._suggest([key for key in self.text.values if key not in known])
+        known = self.read | self._restated({**vars(experts), **vars(router)})
+        found = unread(self.text.values, known)
+        objects = {part.partition(".")[0] for part in known}
+        doubted = self._suggest([key for key in self.text.values if key not in objects])
         routing = [key for key in found.routing if key not in doubted]
-        strays = [(s, key) for s in outer for key in s.values if about_routing(key)]
+        strays = [
+            (section.path(path), key, value)
+            for section in outer
+            for path, key, value in stated(section.values, self.table.nested)
+            if about_routing(key)
+        ]
         defaulted = {key for name in self.defaulted for key in self._keys(name)}
         contrary = [
-            section.path(key)
-            for section, key in strays
-            if key in defaulted or self.text.get(key, ABSENT) not in (section.values[key], ABSENT)
+            path
+            for path, key, value in strays
+            if key in defaulted or self.text.get(key, ABSENT) not in (value, ABSENT)
         ]
-        same = [path for s, key in strays if (path := s.path(key)) not in contrary]
+        same = [path for path, _, _ in strays if path not in contrary]
         for keys, words, told in (
             (routing, "about experts or routing, and not read", self.unproven),
             (contrary, "stated otherwise outside the text model's config", self.unproven),

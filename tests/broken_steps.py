@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
@@ -145,11 +146,22 @@ def drop_replay(given):
     given["routing_replay_out"] = None
 
 
+def raise_in_forward(given):
+    raise ValueError("no such shape")
+
+
+def fail_to_bind(model, capturer):
+    return {}["runner"]
+
+
 def requests(target, models):
     """What becomes of requests besides routing, as vLLM is and with each broken."""
 
     def asked():
-        found = target.around(models["deepseek-r1"], "nvfp4", "DeepSeekV3")
+        try:
+            found = target.around(models["deepseek-r1"], "nvfp4", "DeepSeekV3")
+        except Unsupported as reason:
+            return str(reason)
         return {name: [response.answer, response.why] for name, response in found.items()}
 
     experts = release.names().get("experts-nvfp4")
@@ -159,6 +171,11 @@ def requests(target, models):
         yield "capture dropped", asked()
     with patch.object(experts, "supports_routing_replay_capture", lambda _: False):
         yield "no capture", asked()
+    with broken(experts, "apply", raise_in_forward):
+        yield "forward pass raises", asked()
+    bind = release.names().spelling("bind-capturer")
+    with patch.object(stubs.real_module(bind.module), bind.path, fail_to_bind):
+        yield "start fails", asked()
     with patch.object(experts, "_supports_parallel_config", staticmethod(lambda _: True)):
         yield "any parallel config", asked()
     module = stubs.real_module(placement.module)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from wheels import run_on_vllm, wheels_since
@@ -265,6 +267,7 @@ REASONS, DEVICE = "reasons for choosing no experts", "compute capability 10.3"
         ("no capture", {CAPTURE: "rejected"}),
         ("any parallel config", {PADDING: "ignored", LOAD: "ignored"}),
         ("always linear", {ROBIN: "rejected"}),
+        ("forward pass raises", {ROBIN: "failed", CAPTURE: "failed"}),
     ],
 )
 def test_what_becomes_of_requests_besides_routing(broken, how, changed):
@@ -273,6 +276,19 @@ def test_what_becomes_of_requests_besides_routing(broken, how, changed):
     usual |= {REASONS: "ignored", DEVICE: "honored"}
     found = broken["requests"][how]
     assert {name: answer for name, (answer, _) in found.items()} == usual | changed
+
+
+def test_a_rejection_is_a_check_before_the_forward_pass(broken):
+    """What fails in a forward pass, or fails otherwise when a server starts, is none."""
+    requests = broken["requests"]
+    rejected = (
+        r"vllm/\S+/routed_experts_capturer\.py:\d+: ValueError: Routed-experts capture is not"
+    )
+    assert re.match(rejected, requests["no capture"][CAPTURE][1])
+    assert requests["forward pass raises"][CAPTURE][1].endswith(": ValueError: no such shape")
+    assert requests["start fails"] == (
+        "not judged: KeyError: 'runner', which is no check of a request"
+    )
 
 
 def test_experts_that_are_placed_in_turn_are_taken_for_a_range(broken):

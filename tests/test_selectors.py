@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pytest_moe_routing.targets.vllm.probe import selectors, server_defaults
+from pytest_moe_routing.targets.vllm.probe import rejections, selectors, server_defaults
 from pytest_moe_routing.targets.vllm.probe.choice import Selector
 
 
@@ -84,6 +84,7 @@ class Names:
 @pytest.fixture(autouse=True)
 def _nothing_around(monkeypatch):
     monkeypatch.setattr(selectors, "on_one_gpu", nullcontext)
+    monkeypatch.setattr(rejections, "is_of_vllm", lambda _: True)
     monkeypatch.setattr(server_defaults, "moe_backend", lambda: "auto")
 
 

@@ -1,34 +1,33 @@
 """Asks the monolithic experts of a release for what lies around routing, on a layer of a model.
 
-A request is rejected when the gate for the parallel config, the placement of experts or the code on
-the way says no. When the kernel is called all the same, its arguments show whether the request got
-there: FlashInfer's kernels take a range of experts, and every row that they are given.
+A request is rejected when the gate for the parallel config, the placement of experts or a check
+that a server makes before it serves says no. It fails when the forward pass raises. When the kernel
+is called all the same, its arguments show whether the request got there: FlashInfer's kernels take
+a range of experts, and every row that they are given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from pytest_moe_routing.targets.vllm.probe.capture import methods_of, run_layer
+from pytest_moe_routing.targets.vllm.probe.capture import methods_of, on_one_gpu, run_layer
 from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.devices import other_device
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import TOKENS, Layer, layer_of
+from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 from pytest_moe_routing.targets.vllm.probe.selectors import asked_of_selectors
 from pytest_moe_routing.targets.vllm.probe.weight_on_input import weight_on_input
 
 _EXPERT_PARALLEL = "--enable-expert-parallel"
 _ROUND_ROBIN = "round_robin"
-#: What no kernel writes.
-_UNWRITTEN = -7
 
 
 def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict[str, Any]]:
@@ -50,24 +49,24 @@ def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict
 
     if is_whole and names().has("parallel-config.sp_size"):
         parallel = replace(parallel_config(2), sp_size=2, all2all_backend="allgather_reducescatter")
-        padding = _by_gate(experts, parallel, "the kernel is given every row")
+        padding = _answer(_by_gate, experts, parallel, "the kernel is given every row")
         found["padding rows"] = {
             **padding,
             "switches": [_EXPERT_PARALLEL, "--data-parallel-size 2", "--tensor-parallel-size 2"],
         }
     if is_whole:
         balanced = replace(parallel_config(2), enable_eplb=True)
-        placement = _by_gate(experts, balanced, "the kernel is given logical experts")
+        placement = _answer(_by_gate, experts, balanced, "the kernel is given logical experts")
         switches = [_EXPERT_PARALLEL, "--enable-eplb"]
         found["expert placement by load (EPLB)"] = {**placement, "switches": switches}
         if names().has("placement"):
             found["round-robin expert placement"] = {
-                **_round_robin(experts, caller, layer(2, False, _ROUND_ROBIN)),
+                **_answer(_round_robin, experts, caller, lambda: layer(2, False, _ROUND_ROBIN)),
                 "switches": [_EXPERT_PARALLEL, "--expert-placement-strategy round_robin"],
             }
     if names().has("layer.routing_sink"):
         found["captured expert ids"] = {
-            **_captured(experts, caller, layer()),
+            **_answer(_captured, experts, caller, layer),
             "switches": ["--enable-return-routed-experts"],
         }
     found["compute capability 10.3"] = other_device(model, scheme, method)
@@ -76,38 +75,51 @@ def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict
     return found | asked_of_selectors(model, scheme, method, experts)
 
 
+def _answer(ask: Callable[..., dict[str, str]], *about: Any) -> dict[str, str]:
+    """Return an answer, or that vLLM rejects the request before it would serve it."""
+    try:
+        return ask(*about)
+    except Rejected as rejected:
+        return {"answer": "rejected", "why": str(rejected)}
+
+
 def _by_gate(experts: Any, parallel: Any, why: str) -> dict[str, str]:
-    if experts._supports_parallel_config(parallel):
+    with rejections():
+        supported = experts._supports_parallel_config(parallel)
+    if supported:
         return {"answer": "ignored", "why": why}
     return {"answer": "rejected", "why": f"{experts.__name__}._supports_parallel_config"}
 
 
-def _round_robin(experts: Any, caller: Any, layer: Layer) -> dict[str, str]:
+def _round_robin(experts: Any, caller: Any, make: Callable[[], Layer]) -> dict[str, str]:
     """Experts of rank 1 of 2 are every second one, if vLLM places them so for this model."""
-    arguments = {
-        "expert_placement_strategy": _ROUND_ROBIN,
-        "moe_parallel_config": parallel_config(2),
-        "num_expert_group": layer.num_expert_group,
-        "num_redundant_experts": 0,
-        "enable_eplb": False,
-    }
-    placed = names().get("placement")(**names().accepted("placement", arguments))
+    with rejections():
+        layer = make()
+        arguments = {
+            "expert_placement_strategy": _ROUND_ROBIN,
+            "moe_parallel_config": parallel_config(2),
+            "num_expert_group": layer.num_expert_group,
+            "num_redundant_experts": 0,
+            "enable_eplb": False,
+        }
+        placed = names().get("placement")(**names().accepted("placement", arguments))
     if placed != _ROUND_ROBIN:
         return {"answer": "rejected", "why": f"{names().spelling('placement').path}: {placed}"}
     record = run_layer(experts, caller, layer)
     if "raised" in record:
-        return {"answer": "rejected", "why": record["raised"]["where"]}
+        return _failed(record)
     given = record["arguments"]
     first, local = given["local_expert_offset"], given["local_num_experts"]
     why = f"the kernel is given experts {first} to {first + local - 1}"
     return {"answer": "ignored", "why": why}
 
 
-def _captured(experts: Any, caller: Any, layer: Layer) -> dict[str, str]:
+def _captured(experts: Any, caller: Any, make: Callable[[], Layer]) -> dict[str, str]:
     """Whether ids that the kernel writes get to whoever captures them."""
     handed_on: list[torch.Tensor] = []
-    buffer = torch.full((2 * TOKENS, layer.top_k), _UNWRITTEN, dtype=torch.int16)
-    layer.asked.routing_sink = SimpleNamespace(buffer=buffer, capture_fn=handed_on.append)
+    with rejections(), on_one_gpu():
+        layer = make()
+        layer.bind(experts, handed_on.append)
 
     def write(arguments: Mapping[str, Any]) -> None:
         into = arguments.get("routing_replay_out")
@@ -116,7 +128,7 @@ def _captured(experts: Any, caller: Any, layer: Layer) -> dict[str, str]:
 
     record = run_layer(experts, caller, layer, write)
     if "raised" in record:
-        return {"answer": "rejected", "why": record["raised"]["where"]}
+        return _failed(record)
     written = torch.arange(TOKENS * layer.top_k).reshape(TOKENS, -1).to(torch.int16)
     if any(torch.equal(ids.to(torch.int16), written) for ids in handed_on):
         return {"answer": "honored", "why": "routing_replay_out"}
@@ -127,3 +139,9 @@ def _captured(experts: Any, caller: Any, layer: Layer) -> dict[str, str]:
         else "the ids that it writes reach no consumer"
     )
     return {"answer": "ignored", "why": why}
+
+
+def _failed(record: Mapping[str, Any]) -> dict[str, str]:
+    raised = record["raised"]
+    why = f"{raised['where']}: {raised['type']}: {raised['message']}"
+    return {"answer": "failed", "why": why}

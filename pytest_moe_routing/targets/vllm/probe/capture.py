@@ -163,4 +163,4 @@ def _place(error: BaseException) -> str:
 def refusal(error: BaseException) -> str:
     """Return an exception in one line, with the line of vLLM that raised it."""
     raised = _raised(error)
-    return f"{raised['where']}: {raised['type']}: {raised['message']}"
+    return ": ".join(filter(None, (raised["where"], raised["type"], raised["message"])))

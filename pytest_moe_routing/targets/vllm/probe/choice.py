@@ -18,15 +18,14 @@ from unittest.mock import patch
 
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe import server_defaults as server_defaults
-from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, refusal
+from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation, moe_config, parallel_config
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of, quant_keys
+from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 _REQUESTED = "flashinfer_trtllm"
-#: What a selector raises when it will not go on.
-REFUSALS = (AssertionError, KeyError, NotImplementedError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -222,12 +221,13 @@ def _environment(variables: Iterable[str]) -> Iterator[None]:
 
 
 def _taken(selector: Selector, config: Any, variables: tuple[str, ...]) -> Any:
-    """Return the class that a selector takes, or the text of its refusal."""
+    """Return the class that a selector takes, or the text of its rejection."""
     with _environment(variables):
         try:
-            return selector(config)
-        except REFUSALS as error:
-            return refusal(error)
+            with rejections():
+                return selector(config)
+        except Rejected as rejected:
+            return str(rejected)
 
 
 def forget() -> None:

@@ -272,6 +272,14 @@ class Made:
             output: Tensor = self.runner.forward(hidden, logits)
         return self._method.returned, output
 
+    def bind(self, kernel: Any, capture: Callable[[Tensor], None]) -> None:
+        """Have vLLM bind a consumer of expert ids to the layer, as a server does when it starts."""
+        self._method.moe_kernel = kernel
+        model = SimpleNamespace(modules=lambda: [self.runner])
+        capturer = SimpleNamespace(capture=lambda _layer_id, ids: capture(ids))
+        with _around(self.ranks, self._config):
+            names().get("bind-capturer")(model, capturer)
+
     def read(self, output: Tensor, routed: Tensor) -> dict[str, Any]:
         """Say what an output is made of, in JSON.
 

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.marked import Marked
 from pytest_moe_routing.targets.recorder import Reached, returned
 from pytest_moe_routing.targets.vllm.probe import factory, release
@@ -192,6 +193,14 @@ class Layer:
         """
         raise NotImplementedError
 
+    def bind(self, experts: Any, capture: Callable[[Tensor], None]) -> None:
+        """Have vLLM bind a consumer of the ids that a kernel writes; see `factory.Made.bind`.
+
+        Raises:
+            Unsupported: The layer is not vLLM's own.
+        """
+        raise Unsupported("not judged: no layer of vLLM is run, so no consumer of ids is bound")
+
     def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
         """Run a method that hands ids and weights to modular experts.
 
@@ -328,6 +337,9 @@ class OwnLayer(Layer):
             made_of = self._read(output, factory.kernel_output(TOKENS, HIDDEN))
             reached[0].output = {**made_of, "told_otherwise": self.told_otherwise()}
             raise reached[0]
+
+    def bind(self, experts: Any, capture: Callable[[Tensor], None]) -> None:
+        self.layer.bind(_kernel(self.made(experts), self), capture)
 
     def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
         router = _Router(marked.weights.clone(), marked.ids.clone())

@@ -10,8 +10,9 @@ from unittest.mock import patch
 
 from pytest_moe_routing.targets.vllm.probe import server_defaults as server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
-from pytest_moe_routing.targets.vllm.probe.choice import REFUSALS, Selector, selector_of
+from pytest_moe_routing.targets.vllm.probe.choice import Selector, selector_of
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation
+from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: Values of `--moe-backend` that the selectors of most schemes know.
@@ -48,8 +49,10 @@ def _reasons(selector: Selector, experts: type) -> dict[str, Any] | None:
     """
     with on_one_gpu(), _rejecting(experts):
         try:
-            selector(selector.config)
-        except REFUSALS as error:
+            with rejections():
+                selector(selector.config)
+        except Rejected as rejected:
+            error = rejected.__cause__
             name, told = selector.function.__name__, f"{type(error).__name__}: {error}"
         else:
             return None
@@ -107,7 +110,8 @@ def _outcome(take: Any, config: Any, backend: str) -> str:
     """Return the name of the class that is taken for a backend, or of the refusal."""
     with on_one_gpu():
         try:
-            taken = take(replace(config, moe_backend=backend))
-        except REFUSALS as error:
-            return type(error).__name__
+            with rejections():
+                taken = take(replace(config, moe_backend=backend))
+        except Rejected as rejected:
+            return type(rejected.__cause__).__name__
     return "no experts" if taken is None else taken.__name__

@@ -22,12 +22,13 @@ from pytest_moe_routing.targets import marked
 from pytest_moe_routing.targets.marked import Marked
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
-from pytest_moe_routing.targets.vllm.probe.choice import REFUSALS, selector_of
+from pytest_moe_routing.targets.vllm.probe.choice import selector_of
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, TOKENS, layer_of
 from pytest_moe_routing.targets.vllm.probe.modular import prepare_finalize
+from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 _ONCE = "once"
@@ -67,8 +68,9 @@ def _asked(model: Mapping[str, Any], scheme: str, method: str) -> Iterator[tuple
     for backend, key in _BACKENDS.items():
         with on_one_gpu():
             try:
-                taken = selector(replace(selector.config, moe_backend=backend))
-            except REFUSALS:
+                with rejections():
+                    taken = selector(replace(selector.config, moe_backend=backend))
+            except Rejected:
                 continue
             if names().has(key) and taken is names().get(key):
                 yield taken.__name__, backend, _times(model, scheme, method, taken)

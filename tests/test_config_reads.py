@@ -9,8 +9,10 @@ from wheels import wheels_since
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models.huggingface.config_keys import in_checkpoint
 from pytest_moe_routing.oracle.judge import as_read_by, judge
 from pytest_moe_routing.oracle.target import Target
+from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets import load_target
 from pytest_moe_routing.targets.framework import _config_reads
 
@@ -116,6 +118,44 @@ def test_a_disputed_key_that_is_ignored_is_wrong(tmp_path):
     builtin = load_target("builtin", FlashInfer.of(None))
     honored = judge(Answering(True), spec, "bf16")
     assert honored.verdict == judge(builtin, spec, "bf16").verdict != "wrong"
+
+
+# -- keys about the checkpoint's weights -----------------------------------------------------------
+
+
+class Containing(Answering):
+    """A target whose code contains a name, or does not."""
+
+    def honors(self, model, name):
+        return None
+
+    def contains(self, name):
+        return self.answer
+
+
+def test_a_key_whose_name_no_code_contains_is_ignored(tmp_path):
+    pruned = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    }
+    spec = read(tmp_path, {**pruned, "approximate_experts": {"0": [3]}})
+    record = judge(Containing(False), spec, "bf16").record()
+    assert (record.verdict, record.kernel) == ("wrong", None)
+    assert list(sentences(record.findings)) == [
+        "approximate_experts: pruned experts are replaced by a constant, and the code of "
+        "honoring 1 does not contain the name of this key"
+    ]
+    for answer in (True, None):
+        assert judge(Containing(answer), spec, "bf16").verdict == "fallback"
+    whole = read(tmp_path, {**pruned, "approximate_experts": {}})
+    assert in_checkpoint(whole.raw_config) == {}
+    # Whether code of a model reads other keys does not show in its name.
+    capped = read(tmp_path, {**pruned, "router_logit_softcapping": 30.0})
+    assert judge(Containing(False), capped, "bf16").verdict == "fallback"
 
 
 # -- what the frameworks read ---------------------------------------------------------------------

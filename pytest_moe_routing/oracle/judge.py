@@ -15,6 +15,7 @@ from pytest_moe_routing.errors import (
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
+from pytest_moe_routing.models.huggingface.config_keys import in_checkpoint
 from pytest_moe_routing.oracle.effects import mask_notes
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, meaning
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -97,6 +98,9 @@ def _judge(
     if ignored:
         return _ignoring(target, model, scheme, ignored)
     classification = target.classify(model)
+    if unnamed := _not_named(target, model):
+        base = _asked(target, model, scheme, classification, ())
+        return replace(base, verdict=Verdict.WRONG, findings=unnamed)
     gates = target.gates(model, scheme, classification.method)
     choice = target.choice(model, scheme, classification.method) if chosen else None
     accepted = all(gate.ok for gate in gates)
@@ -187,6 +191,24 @@ def _ignoring(
         for name, value in ignored.items()
     )
     return replace(base, verdict=Verdict.WRONG, got=recipe_of(router), findings=findings)
+
+
+def _not_named(target: Target, model: ModelSpec) -> tuple[Finding, ...]:
+    """Return a finding for each key about the checkpoint's weights that the target's code ignores.
+
+    A name that stands nowhere in the code is read by none of it.
+    """
+    ignored = {
+        k: v for k, v in in_checkpoint(model.raw_config).items() if target.contains(k) is False
+    }
+    return tuple(
+        Finding(
+            Kind.RECIPE,
+            key,
+            fact=f"{reason}, and the code of {target} does not contain the name of this key",
+        )
+        for key, reason in ignored.items()
+    )
 
 
 def judge_swept(target: Target, model: ModelSpec, scheme: str, reads: RouterConfig) -> Judgement:

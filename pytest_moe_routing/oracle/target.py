@@ -137,6 +137,10 @@ class Target:
         """
         return None
 
+    def contains(self, name: str) -> bool | None:
+        """Whether the target's code contains a name; None where there is no code to read."""
+        return None
+
     def logits_dtype(self, model: ModelSpec) -> str:
         """Return the dtype of the router logits that the target hands to a model's experts."""
         return model.router.logits_dtype

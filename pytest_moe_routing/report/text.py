@@ -107,8 +107,9 @@ def sentences(findings: Iterable[Finding]) -> Iterator[str]:
     findings = tuple(findings)
     yield from dict.fromkeys(sentence(finding) for finding in findings)
     told = (Kind.RECIPE, Kind.APPLIED)
-    facts = (f.fact for f in findings if f.kind in told and f.fact)
-    yield from dict.fromkeys(facts)
+    # A finding without values is nothing but its fact.
+    facts = (f.fact for f in findings if f.kind in told and (f.wanted, f.got) != (None, None))
+    yield from dict.fromkeys(filter(None, facts))
 
 
 def decider(record: VerdictRecord) -> str:

@@ -123,6 +123,9 @@ class FrameworkTarget(Target):
         except Unsupported:
             return False
 
+    def contains(self, name: str) -> bool:
+        return self.source.names(self.package, name)
+
     def honors(self, model: ModelSpec, name: str) -> bool | None:
         """Whether the release computes what a config states for a key that transformers ignores.
 

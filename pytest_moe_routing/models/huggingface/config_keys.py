@@ -22,12 +22,15 @@ class KeyRow:
         list: One of `LISTS`.
         reason: What the keys are about, in words.
         neutral: The values with which a key of `changes` changes nothing.
+        in_checkpoint: Whether the keys describe the checkpoint's weights, so that a framework
+            whose code does not contain a key's name ignores it.
     """
 
     list: str
     pattern: re.Pattern[str]
     reason: str
     neutral: tuple[Any, ...]
+    in_checkpoint: bool = False
 
     def is_neutral(self, value: Any) -> bool:
         """Whether a value changes nothing; a list does not if none of its items does.
@@ -59,7 +62,13 @@ def key_rows() -> tuple[KeyRow, ...]:
     """Return the packaged rows, in the order in which they are asked."""
     data = read_data(__package__, "config_keys.yaml")
     return tuple(
-        KeyRow(name, re.compile(row["keys"]), row.get("reason", ""), tuple(row.get("neutral", ())))
+        KeyRow(
+            name,
+            re.compile(row["keys"]),
+            row.get("reason", ""),
+            tuple(row.get("neutral", ())),
+            row.get("in_checkpoint", False),
+        )
         for name in LISTS
         for row in data[name]
     )
@@ -80,6 +89,16 @@ def about_routing(key: str) -> bool:
     """Whether a key may change the routing or what the routed experts compute."""
     row = row_of(key)
     return row is not None and row.list in ("changes", "routing")
+
+
+def in_checkpoint(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the keys that change what the checkpoint's weights mean, each with what it says."""
+    rows = ((key, row_of(key), value) for key, value in values.items())
+    return {
+        key: row.reason
+        for key, row, value in rows
+        if row is not None and row.in_checkpoint and not row.is_neutral(value)
+    }
 
 
 def stated(values: Mapping[str, Any], read: Collection[str]) -> Iterator[tuple[str, str, Any]]:

@@ -157,6 +157,7 @@ FRAMEWORK = {
 }
 ASKED = """
 import json, sys
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.config_classes import ConfigClasses, stand_ins
@@ -167,7 +168,11 @@ stubs.stand_in(stand_ins())
 classes = ConfigClasses(release.names(), "vllm.transformers_utils.configs", "code-configs")
 answers = []
 for values, *place in json.loads(sys.argv[2]):
-    made = classes.make(values, *place)
+    try:
+        made = classes.make(values, *place)
+    except Unsupported as reason:
+        answers.append(str(reason))
+        continue
     if made is not None:
         config, where = made
         made = [where, vars(config), getattr(config, "num_local_experts", None)]
@@ -194,6 +199,7 @@ def made(tmp_path_factory):
             *("with-dash", "text_config"),
         ),
         "heir": ({"model_type": "heir", "odd": 1}, "with-dash", "text_config"),
+        "failing": ({"model_type": "inner"}, "with-dash", "text_config"),
     }
     command = [sys.executable, "-c", ASKED, str(root), json.dumps(list(questions.values()))]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -227,6 +233,13 @@ def test_a_nested_config_is_read_by_its_class(made):
 def test_an_inherited_constructor_is_not_called(made):
     """As transformers 5 has it, for a class whose base has one."""
     assert made["heir"][1] == {"model_type": "heir", "odd": 1}
+
+
+def test_a_class_that_fails_is_a_reason(made):
+    assert made["failing"] == (
+        "vllm/transformers_utils/configs/outer.py:17 Outer makes no config: "
+        "KeyError: 'num_experts_per_tok'"
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -13,6 +13,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any, ClassVar
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models.huggingface.families import Family, table
 from pytest_moe_routing.models.huggingface.published import published_keys
 from pytest_moe_routing.targets import stubs
@@ -46,6 +47,9 @@ class PretrainedConfig(Config):
     def __post_init__(self, **values: Any) -> None:
         for name, value in values.items():
             setattr(self, name, value)
+
+    def validate_layer_type(self) -> None:
+        """Accept the kinds of layers, which are not about experts."""
 
     def __getattr__(self, name: str) -> Any:
         where = f"{type(self).__module__}.{type(self).__name__}"
@@ -147,12 +151,20 @@ class ConfigClasses:
         Returns:
             The config, and file, line and name of its class; None if the release has no class of
             its own for it.
+
+        Raises:
+            Unsupported: The class takes no such keys, or is not made here.
         """
         place = self._places.get(model_type)
         if place is None:
             return None
         cls = self._class(place)
-        made = cls(**({key: dict(values)} if key else values))
+        try:
+            made = cls(**({key: dict(values)} if key else values))
+        except Exception as error:
+            # Whatever the framework's code raises.
+            told = f"{type(error).__name__}: {error}"
+            raise Unsupported(f"{place_of(self._names, cls)} makes no config: {told}") from error
         if key:
             made = vars(made).get(key) or made.text_config
             # Frameworks turn what a class leaves as it is into a config later.

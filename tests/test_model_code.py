@@ -31,6 +31,7 @@ NOTHING_SPECIAL = {
     "apply_routed_scale_to_output": False,
     "apply_router_weight_on_input": False,
     "bias_dtype": None,
+    "bias_is_loaded": True,
     "router_logits_dtype": None,
     "logits_dtype": "bfloat16",
     "output_factor": 1.0,
@@ -133,6 +134,7 @@ def test_what_means_the_same_is_no_problem(name, changes):
             "(e_score_correction_bias=None)",
         ),
         ("glm-5", {"bias_dtype": "bfloat16"}, "the float32 bias is downcast to bfloat16"),
+        ("glm-5", {"bias_is_loaded": False}, "bias arrives as a copy that was made before the"),
         ("glm-5", {"scoring_func": "softmax"}, "scoring function: the model has sigmoid"),
         (
             "glm-5",

@@ -302,6 +302,7 @@ R1 = {
     "scoring_func": "softmax",
     "routed_scaling_factor": None,
     "bias_dtype": "float32",
+    "bias_is_loaded": True,
     "logits_dtype": "float32",
     "gate_dtypes": ["float32"],
     "on_input": False,
@@ -325,6 +326,7 @@ R1 = {
         ({"renormalize": False}, "renormalize: the model has sum, the model code asks for none"),
         ({"num_expert_group": None}, "n_group: the model has 8, the model code asks for 1"),
         ({"bias_dtype": None}, "correction bias: the model has yes, the model code asks for no"),
+        ({"bias_is_loaded": False}, "bias arrives as a copy that was made before the checkpoint's"),
         (
             {"on_input": True},
             "router weight side: the model has output, the model code asks for input",

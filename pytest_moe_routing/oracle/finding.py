@@ -85,6 +85,15 @@ class Finding:
         return cls(**{**data, "kind": Kind(data["kind"])})
 
 
+#: The router reads a bias that no weights of a checkpoint fill.
+NOT_LOADED = Finding(
+    Kind.ARGUMENT,
+    "bias",
+    "the checkpoint's",
+    "a copy that was made before the checkpoint's weights are loaded",
+)
+
+
 def source_of(findings: Iterable[Finding]) -> str:
     """Return the first file and line that findings name; empty if none does."""
     places = (match[0] for finding in findings if (match := _SOURCE.match(finding.where)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind
 from pytest_moe_routing.routing import Recipe, recipe_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class LayerRequest:
         own_factor: The part of `output_factor` that is not the router's, but for all experts.
         otherwise: How the layer routes otherwise than the model, where its recipe does not say it.
         rounds_logits: Why logits of lesser precision than the model's are no defect.
+        bias_is_loaded: Whether loading a checkpoint fills the bias that the layer reads.
     """
 
     block: str
@@ -66,6 +67,7 @@ class LayerRequest:
     own_factor: float = 1.0
     otherwise: str | None = None
     rounds_logits: str | None = None
+    bias_is_loaded: bool = True
     config_class: str = ""
 
 
@@ -115,6 +117,8 @@ def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
         findings += _differences(_canonical(wanted), _canonical(asked), request)
     if not math.isclose(factor, 1.0, rel_tol=_MEASURED) and request.shared_experts:
         findings.append(Finding(Kind.ARGUMENT, "factor on the shared experts", 1.0, factor))
+    if wanted.bias and asked.bias and not request.bias_is_loaded:
+        findings.append(NOT_LOADED)
     if wanted.bias and (wanted.bias_dtype, asked.bias_dtype) == ("float32", "bfloat16"):
         findings.append(Finding(Kind.DOWNCAST, "bias", "float32", "bfloat16"))
     unequal, notes = _logits(router.logits_dtype, request)

@@ -76,3 +76,24 @@ class GatedActivation(Activation):
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         return x[..., : x.shape[-1] // 2]
+
+
+def is_loaded(tensor: Tensor, block: nn.Module, router: nn.Module | None = None) -> bool:
+    """Return whether a tensor that a router reads is one that the weights of a checkpoint fill.
+
+    Loading copies weights into the block's parameters and buffers, so it must share the memory of
+    one. A copy that was made when the block was built keeps what it was made of.
+
+    Args:
+        router: The module that reads the tensor; what only this module has is no parameter of the
+            model.
+    """
+    inner = set() if router is None else {id(module) for module in router.modules()}
+    filled = {
+        each.untyped_storage().data_ptr()
+        for module in block.modules()
+        if id(module) not in inner
+        for each in (*module._parameters.values(), *module._buffers.values())
+        if each is not None
+    }
+    return tensor.untyped_storage().data_ptr() in filled

@@ -26,6 +26,7 @@ class Asked(TypedDict):
     scoring_func: str
     routed_scaling_factor: float | None
     bias_dtype: str | None
+    bias_is_loaded: bool
     logits_dtype: str
     gate_dtypes: list[str]
     on_input: bool
@@ -101,6 +102,7 @@ def request_of(
         logits_dtype=answer["logits_dtype"],
         gate_dtype="bfloat16" if "bfloat16" in answer["gate_dtypes"] else "float32",
         output_factor=output_factor,
+        bias_is_loaded=answer["bias_is_loaded"],
         otherwise=otherwise,
         rounds_logits=rounds_logits,
     )

@@ -29,7 +29,7 @@ from pytest_moe_routing.oracle.arguments import RecordedLayer, read
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.exact import Gate
-from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification, Rule
@@ -89,6 +89,7 @@ class _Call(TypedDict, total=False):
     scale_after: float
     #: Arguments whose values are not SGLang's own.
     unprepared: list[str]
+    bias_is_loaded: bool
 
 
 class _Answer(_Call):
@@ -318,6 +319,8 @@ class SglangTarget(FrameworkTarget):
         own = next((name for name, value in self._numbers.items() if value == number), None)
         if captured.call is not None and own not in (None, captured.call.method):
             findings.append(Finding(Kind.ENUM, own or "", number, captured.call.method))
+        if not answer["bias_is_loaded"]:
+            findings.append(NOT_LOADED)
         arriving = None if captured.call is None else captured.call.logits_dtype
         if (answer["logits_dtype"], arriving) == ("bfloat16", "float32"):
             findings.append(Finding(Kind.DOWNCAST, "gate", "float32", "bfloat16"))

@@ -42,6 +42,7 @@ class _Asked(TypedDict):
     apply_routed_scale_to_output: bool | None
     apply_router_weight_on_input: bool | None
     bias_dtype: str | None
+    bias_is_loaded: bool
     router_logits_dtype: str | None
     logits_dtype: str
     gate_dtypes: list[str]
@@ -173,6 +174,7 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
         logits_dtype=answer["logits_dtype"],
         gate_dtype="bfloat16" if "bfloat16" in answer["gate_dtypes"] else "float32",
         output_factor=answer["output_factor"],
+        bias_is_loaded=answer["bias_is_loaded"],
         shared_experts=answer["shared_experts"],
         own_factor=row.get("own_factor", 1.0) if has_shared else 1.0,
         otherwise=otherwise,

@@ -205,17 +205,16 @@ class Blocks:
         seen, self.calls[:] = _Seen(), []
         answer: dict[str, Any] = {"refused": None, "failed": None, "by_choice": False}
         output: Any = None
-        block: nn.Module | None = None
         try:
             with _watching(self.names, seen):
-                block = _build(self.names, module, name, given, values, quantization)
-                _fill(block, seen, values)
-                output = _forward(block, values["num_experts"])
+                seen.block = _build(self.names, module, name, given, values, quantization)
+                _fill(seen.block, seen, values)
+                output = _forward(seen.block, values["num_experts"])
         except RoutedOutside as outside:
             answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
             answer |= {"by_choice": True, "told": sorted(outside.told)}
         except Exception as error:
-            kind, text = verdict_on(error, is_built=block is not None)
+            kind, text = verdict_on(error, is_built=seen.block is not None)
             if kind == "unknown":
                 raise Unsupported(text) from error
             answer[kind] = text
@@ -252,6 +251,7 @@ class Blocks:
             "logits_dtype": str(seen.logits[0].dtype).removeprefix("torch."),
             "scale_after": float(first),
             "unprepared": seen.unprepared,
+            "bias_is_loaded": bias is None or layers.is_loaded(bias, seen.block, seen.topks[0]),
         }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import cache, cached_property
 from types import SimpleNamespace
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import RouterConfig
-from pytest_moe_routing.oracle.routers import NOT_JUDGED, Deviation
+from pytest_moe_routing.oracle.routers import NOT_JUDGED, NOT_LOADED, Deviation
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
+from pytest_moe_routing.targets.layers import is_loaded
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.methods import lost_factors
@@ -46,17 +47,35 @@ from pytest_moe_routing.targets.sglang.registry import modules as modules_of
 _LAYERS = ("FusedMoE", "EPMoE", "DeepEPMoE", "FlashInferEPMoE", "get_moe_impl_class")
 _UTILITIES = ("utils.common", "utils")
 _NATIVE = "--enable-torch-compile, one token"
+#: The quantization by which code of models chooses the dtype of its router's bias.
+_QUANTIZED = "modelopt_fp4"
+_COPIED = (
+    "the router reads a copy of the bias that is made before the checkpoint's weights are loaded"
+)
 _FACTOR = (
     "the routed scaling factor is left to the layer of experts, which is not run in releases "
     "before 0.5.18"
 )
 
 
+class _Zero(int):
+    """A number that was not given, or a choice that was not made: no to every question."""
+
+    def __call__(self) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Callable[[], bool]:
+        if name.startswith("is_"):
+            return lambda: False
+        raise AttributeError(name)
+
+
 class _Layer(nn.Module):
     """In the place of a layer of experts: keeps its arguments; each expert gives its weight."""
 
     made: ClassVar[list[_Layer]] = []
-    should_fuse_routed_scaling_factor_in_topk = False
+    # An attribute, or a method until 0.5.2.
+    should_fuse_routed_scaling_factor_in_topk = _Zero()
 
     def __init__(self, *_: Any, **arguments: Any) -> None:
         super().__init__()
@@ -69,15 +88,6 @@ class _Layer(nn.Module):
         weights = getattr(more.get("topk_output", routed), "topk_weights", None)
         weight = 1.0 if weights is None else float(weights.flatten()[0])
         return torch.full_like(hidden_states, weight)
-
-
-class _Zero(int):
-    """A number that was not given, or a choice that was not made: no to every question."""
-
-    def __getattr__(self, name: str) -> Callable[[], bool]:
-        if name.startswith("is_"):
-            return lambda: False
-        raise AttributeError(name)
 
 
 class _Unset(dict[str, Any]):
@@ -106,6 +116,7 @@ class OldRouters:
         self.sources = _OldSources(self.names, root)
         self._root = root
         self._compared: dict[str, list[dict[str, Any]]] = {}
+        self._server = _Unset(disable_shared_experts_fusion=True)
         self._enter = cache(self._stand_in)
 
     def _stand_in(self) -> None:
@@ -132,11 +143,16 @@ class OldRouters:
             ),
         }
         options = Options(ep_num_redundant_experts=0, disable_shared_experts_fusion=True)
+        asks = self.names.contract.rows["router-quantized"].spellings[0]
+        is_quantized = function_of(self._root, asks.module, asks.path)
+        if not isinstance(is_quantized, stubs.Stub):
+            is_quantized.__globals__["global_server_args_dict"] = self._server
         around: dict[str, Any] = {
             **stand_ins(self.names),
             **dict.fromkeys(_LAYERS, _Layer),
             "get_moe_impl_class": lambda *_, **__: _Layer,
-            "global_server_args_dict": _Unset(disable_shared_experts_fusion=True),
+            "global_server_args_dict": self._server,
+            asks.path: is_quantized,
             "get_global_server_args": lambda: options,
             "get_tensor_model_parallel_world_size": lambda: 1,
             "fast_topk": self._fast_topk(),
@@ -208,6 +224,10 @@ class OldRouters:
         dtype = getattr(torch, router.logits_dtype)
         case = Case(forward, config, replace(recipe, scale=scale), router.num_experts, dtype)
         found = [compare(case)]
+        if recipe.bias:
+            for quantization in (None, _QUANTIZED):
+                reads = self._reads_bias(architecture, {**values, **dtypes}, quantization)
+                found.append({**found[0], **reads})
         if router.logits_dtype == "float32":
             way = "cuda, with bfloat16 logits"
             again = replace(case, dtype=torch.bfloat16, way=way, reach="bfloat16 logits")
@@ -219,6 +239,32 @@ class OldRouters:
             found.append({**found[0], "way": "cuda, output", "deviations": [unknown]})
         yield from found
 
+    def _reads_bias(
+        self, architecture: str, values: Mapping[str, Any], quantization: str | None
+    ) -> dict[str, Any]:
+        """Say whether the router of a model's block reads the bias that is loaded."""
+        config = stubs.known("quant_config", get_name=lambda: quantization)
+        deviations = []
+        try:
+            with (
+                patch.dict(self._server, quantization=quantization),
+                patch.object(blocks, "_quant_config", lambda *_: quantization and config),
+            ):
+                block, topk = self._made(architecture, values)
+            bias = (
+                _Layer.made[0].arguments["correction_bias"]
+                if topk is None
+                else _config(topk).correction_bias
+            )
+            if not is_loaded(bias, block, topk):
+                deviations.append(Deviation(NOT_LOADED, "", _COPIED, _COPIED))
+        except Unsupported as reason:
+            deviations.append(Deviation(NOT_JUDGED, "", str(reason), str(reason)))
+        way, reach = f"cuda, --quantization {quantization}", "opt-in"
+        if quantization is None:
+            way, reach = "cuda", "model"
+        return {"way": way, "reach": reach, "deviations": [asdict(d) for d in deviations]}
+
     def _built(
         self, architecture: str, values: Mapping[str, Any]
     ) -> tuple[Any, Callable[..., Any], Callable[..., Any] | None, float | None]:
@@ -228,36 +274,40 @@ class OldRouters:
             What it asks of its router, what routes by that on CUDA and in torch, and the factor by
             which it multiplies the experts' output, None where that is not known.
         """
+        block, topk = self._made(architecture, values)
+        for tensor in (*block.parameters(), *block.buffers()):
+            tensor.zero_()
+        factor = None
+        if all(layer.arguments.get("routed_scaling_factor") is None for layer in _Layer.made):
+            with patch.object(blocks, "_SIZE", HIDDEN), self._weighing_1(topk):
+                factor = _factor(block, values["num_experts"])
+        if topk is not None:
+            bias = topk._parameters.pop("correction_bias", None)
+            if bias is not None:
+                topk.correction_bias = bias.data
+            return _config(topk), topk.forward, topk.forward_native, factor
+        config = SimpleNamespace(**{**self._defaults, **_Layer.made[0].arguments})
+        forward, native = (self._select(config, torch_native=native) for native in (False, True))
+        is_own = config.use_grouped_topk or config.custom_routing_function is not None
+        return config, forward, None if is_own else native, factor
+
+    def _made(self, architecture: str, values: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+        """Return a model's block and its TopK, None in a release that has none."""
         found = self.sources.blocks(architecture)
         own = self.sources.place(architecture)
         # Code may name a class of another model, whose block is not this one's.
         module, name, given = next((b for b in found if b[0] == own), found[0])
         topks: list[Any] = []
         _Layer.made = []
-        factor = None
         try:
             with patch.object(blocks, "_SIZE", HIDDEN), self._noting(topks), torch.no_grad():
                 block = blocks._build(self.names, module, name, given, values, None)
-                for tensor in (*block.parameters(), *block.buffers()):
-                    tensor.zero_()
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             raise Unsupported(f"{name} is not built here: {text}") from error
         if len(topks or _Layer.made) != 1:
             raise Unsupported(f"{name} makes {len(topks or _Layer.made)} routed layers, not one")
-        if all(layer.arguments.get("routed_scaling_factor") is None for layer in _Layer.made):
-            with patch.object(blocks, "_SIZE", HIDDEN), self._weighing_1(topks):
-                factor = _factor(block, values["num_experts"])
-        if topks:
-            (topk,) = topks
-            bias = topk._parameters.pop("correction_bias", None)
-            if bias is not None:
-                topk.correction_bias = bias.data
-            return getattr(topk, "topk_config", topk), topk.forward, topk.forward_native, factor
-        config = SimpleNamespace(**{**self._defaults, **_Layer.made[0].arguments})
-        forward, native = (self._select(config, torch_native=native) for native in (False, True))
-        is_own = config.use_grouped_topk or config.custom_routing_function is not None
-        return config, forward, None if is_own else native, factor
+        return block, topks[0] if topks else None
 
     def _select(self, config: Any, **more: bool) -> Callable[[Tensor, Tensor], Any]:
         """Return a function that routes as a layer of experts does."""
@@ -288,17 +338,20 @@ class OldRouters:
             yield
 
     @contextmanager
-    def _weighing_1(self, topks: list[Any]) -> Iterator[None]:
-        """Let the TopK layers weigh every expert 1."""
+    def _weighing_1(self, topk: Any) -> Iterator[None]:
+        """Let the TopK, if there is one, weigh every expert 1."""
 
         def forward(_hidden: Tensor, router_logits: Tensor, *_: Any, **__: Any) -> Any:
             ones = torch.ones(len(router_logits), 1)
             return self._topk.StandardTopKOutput(ones, ones.int(), router_logits)
 
-        with ExitStack() as stack:
-            for topk in topks:
-                stack.enter_context(patch.object(topk, "forward", forward))
+        with nullcontext() if topk is None else patch.object(topk, "forward", forward):
             yield
+
+
+def _config(topk: Any) -> Any:
+    """Return what has the settings of a TopK: its config, or itself in older releases."""
+    return getattr(topk, "topk_config", topk)
 
 
 def _factor(block: nn.Module, num_experts: int) -> float | None:

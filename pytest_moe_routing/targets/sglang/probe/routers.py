@@ -28,6 +28,7 @@ from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import config_classes, stubs
 from pytest_moe_routing.targets.config_classes import ConfigClasses
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.layers import is_loaded
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
@@ -161,6 +162,7 @@ class Routers(blocks.Blocks):
             "scoring_func": asked.scoring_func,
             "routed_scaling_factor": asked.routed_scaling_factor if scaled else None,
             "bias_dtype": None if bias is None else _dtype(bias),
+            "bias_is_loaded": bias is None or is_loaded(bias, seen.block, topk),
             "logits_dtype": _dtype(seen.logits[0]),
             "gate_dtypes": sorted(seen.gates),
             "on_input": seen.on_input,

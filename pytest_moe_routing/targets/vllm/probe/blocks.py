@@ -25,6 +25,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
+from pytest_moe_routing.targets.layers import is_loaded
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm.model_code import blocks
 from pytest_moe_routing.targets.vllm.probe import release
@@ -153,8 +154,18 @@ def layer_request(
         "block": name,
         "config_class": config_class,
         "gate_dtypes": sorted(gate_dtypes),
+        "bias_is_loaded": _reads_loaded_bias(block, used[0]),
         **_answer(used[0], output, RouterConfig(**router)),
     }
+
+
+def _reads_loaded_bias(block: nn.Module, layer: _Recorder) -> bool:
+    """Return whether the bias that a layer was made with, if any, is a parameter of its block.
+
+    vLLM's layer keeps the bias as an attribute, so a parameter becomes one of the layer.
+    """
+    bias = layer.arguments.get("e_score_correction_bias")
+    return bias is None or isinstance(bias, nn.Parameter) or is_loaded(bias, block)
 
 
 def _gate_dtypes(block: nn.Module, num_experts: int) -> set[str]:

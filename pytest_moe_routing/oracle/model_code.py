@@ -46,7 +46,8 @@ class LayerRequest:
         passed: The arguments behind a field of the recipe, as the model code passes them.
         told_dtype: dtype of the router logits that the layer prepares for.
         logits_dtype: dtype of those that it is handed, for bfloat16 hidden states.
-        gate_dtype: dtype in which the gate gave them, where that is lesser.
+        gate_dtype: dtype in which they were computed, or to which they were cast on the way, where
+            that is lesser.
         output_factor: What the model code multiplies the layer's output by.
         shared_experts: Whether the layer's output has the shared experts in it.
         own_factor: The part of `output_factor` that is not the router's, but for all experts.
@@ -132,8 +133,10 @@ def _logits(wanted: str, request: LayerRequest) -> tuple[list[Finding], list[Fin
         told = f"{request.told_dtype} ({request.passed['logits_dtype']})"
         wrong = Finding(Kind.ARGUMENT, "dtype of the router logits", told, request.logits_dtype)
         findings.append(wrong)
-    if wanted == "float32" and "bfloat16" in (request.logits_dtype, request.gate_dtype):
-        downcast = Finding(Kind.DOWNCAST, "logits", "float32", "bfloat16")
+    given = (request.logits_dtype, request.gate_dtype)
+    lesser = next((dtype for dtype in given if dtype not in ("float32", "float64")), None)
+    if wanted == "float32" and lesser is not None:
+        downcast = Finding(Kind.DOWNCAST, "logits", "float32", lesser)
         if request.rounds_logits is None:
             findings.append(downcast)
         else:

@@ -44,6 +44,8 @@ _BEHIND: Mapping[str, tuple[str, ...]] = {
 }
 
 
+#: dtypes of logits, the least precise first.
+_WIDTHS = ("float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "float32", "float64")
 #: A factor is measured on bfloat16 outputs.
 _MEASURED = 2.0**-8
 
@@ -100,7 +102,7 @@ def request_of(
         # TopK is not told a dtype: it takes what it is handed.
         told_dtype=answer["logits_dtype"],
         logits_dtype=answer["logits_dtype"],
-        gate_dtype="bfloat16" if "bfloat16" in answer["gate_dtypes"] else "float32",
+        gate_dtype=min(answer["gate_dtypes"], key=_WIDTHS.index, default="float32"),
         output_factor=output_factor,
         bias_is_loaded=answer["bias_is_loaded"],
         otherwise=otherwise,

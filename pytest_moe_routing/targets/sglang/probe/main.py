@@ -69,8 +69,6 @@ class _Seen:
     made: list[Any] = field(default_factory=list)
     topks: list[Any] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-    #: dtypes in which gates give logits, where that is noted.
-    gates: set[str] = field(default_factory=set)
     #: Whether the layer is told to weigh the experts' input.
     on_input: bool = False
     #: Arguments of the kernel's call that the layer was not prepared for.

@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -28,6 +28,7 @@ from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import config_classes, stubs
 from pytest_moe_routing.targets.config_classes import ConfigClasses
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.dtypes import Dtypes
 from pytest_moe_routing.targets.layers import is_loaded
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang import kernels
@@ -149,7 +150,8 @@ class Routers(blocks.Blocks):
         seen = blocks._Seen()
         values = values_of(architecture, published)
         made, config_class = self._config_classes.make(values, *nested) or (None, "")
-        topk, factor = self._built(architecture, values_of(architecture, config), seen, made)
+        with Dtypes() as dtypes:
+            topk, factor = self._built(architecture, values_of(architecture, config), seen, made)
         asked, bias = topk.topk_config, topk.topk_config.correction_bias
         if asked.custom_routing_function is not None:
             raise Unsupported("the model has its own routing function, which test_router covers")
@@ -164,7 +166,7 @@ class Routers(blocks.Blocks):
             "bias_dtype": None if bias is None else _dtype(bias),
             "bias_is_loaded": bias is None or is_loaded(bias, seen.block, topk),
             "logits_dtype": _dtype(seen.logits[0]),
-            "gate_dtypes": sorted(seen.gates),
+            "gate_dtypes": sorted(dtypes.of(seen.logits[0])),
             "on_input": seen.on_input,
             "output_factor": factor,
         }
@@ -287,7 +289,6 @@ class Routers(blocks.Blocks):
                     self.names, module, name, given, config, None, config=made
                 )
                 blocks._fill(block, seen, config)
-                _note_gates(block, seen, config["num_experts"])
                 output = blocks._forward(block, config["num_experts"])
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
@@ -310,18 +311,6 @@ def _case(topk: Any, router: RouterConfig, factor: float) -> Case:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _note_gates(block: nn.Module, seen: blocks._Seen, num_experts: int) -> None:
-    """Note the dtypes in which the block's modules give router logits, while it runs."""
-
-    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor) and first.shape[-1] == num_experts:
-            seen.gates.add(_dtype(first))
-
-    for module in block.modules():
-        module.register_forward_hook(note)
 
 
 def _choose_triton(names: Names) -> None:

@@ -1,0 +1,69 @@
+"""A release of SGLang with mistakes put into it, each found by the question about it."""
+
+from __future__ import annotations
+
+import pytest
+from sglang_targets import opened
+from wheels import unpack, wheels_since
+
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.around import Answer, Request
+from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.report.text import sentences
+
+MODELS = load_models(packaged_directory())
+RUNNER = "layers/moe/moe_runner/flashinfer_trtllm.py"
+#: What the FP8 runner of 0.5.23 does for placed experts, and the line that earlier releases have.
+PLACED = "        or topk_output.expert_location_dispatch_info is not None\n"
+LOGITS = "        router_logits = topk_output.router_logits\n        topk_config = topk_output.topk_config"
+RAISES = """        if topk_output.expert_location_dispatch_info is not None:
+            raise NotImplementedError("placed experts")
+"""
+GATE = """            router_logits = torch.matmul(
+                hidden_states.to(torch.float32), self.gate.weight.t().to(torch.float32)
+            )
+"""
+BF16_GATE = """            router_logits = torch.matmul(
+                hidden_states, self.gate.weight.t().to(hidden_states.dtype)
+            ).to(torch.float32)
+"""
+
+
+def edit(root, file, *edits):
+    """Make the first of some edits that fits the file."""
+    path = root / "sglang/srt" / file
+    text = path.read_text()
+    before, after = next(pair for pair in edits if pair[0] in text)
+    path.write_text(text.replace(before, after))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    wheels = wheels_since("0.5.18", "sglang")
+    root = unpack(wheels[-1], tmp_path_factory.mktemp("sglang")) if wheels else None
+    if root is not None:
+        edit(root, RUNNER, (PLACED, ""), (LOGITS, RAISES + LOGITS))
+        edit(root, "models/step3p5.py", (GATE, BF16_GATE))
+    yield from opened(root)
+
+
+def test_a_placement_that_fails_in_the_forward_pass_is_no_rejection(target):
+    answer = target.around(MODELS["deepseek-r1"], "fp8_block", "DeepSeekV3")[Request.BALANCING]
+    assert answer.answer is Answer.FAILED
+    assert answer.why.startswith("NotImplementedError: ")
+    assert "--enable-eplb" in answer.switches
+
+
+def test_logits_of_a_bare_product_in_bfloat16_are_a_downcast(target):
+    model = MODELS["step-3.5-flash"]
+    found = compare_request(model, target.layer_request(model))
+    text = "the float32 router logits are downcast to bfloat16 before the call"
+    assert list(sentences(found.findings)) == [text]
+
+
+def test_columns_of_shared_experts_are_no_logits(target):
+    """Their first product is as wide as 64 logits; the gate itself is float32."""
+    model = MODELS["glm-4.7-flash"]
+    found = compare_request(model, target.layer_request(model))
+    assert (found.request.gate_dtype, found.findings) == ("float32", ())

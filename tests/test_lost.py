@@ -23,6 +23,7 @@ from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.session import variants_of
 from pytest_moe_routing.suite.causes import of_verdict
 from pytest_moe_routing.targets.expected import expected_kernel, is_open
+from pytest_moe_routing.targets.sglang.runner_rule import deciding
 
 MODELS = load_models(packaged_directory())
 R1 = MODELS["deepseek-r1"]
@@ -45,7 +46,7 @@ def test_a_kernel_that_is_missed_on_purpose_is_lost():
     assert record.cause == "lost:the-kernel-routes:can_bypass"
     assert text.story(record)[0].endswith(": missed, no longer fused")
     assert "  expected the fused kernel, as known of routes-outside 1.0" in text.story(record)
-    assert "  rule     can_bypass (own/topk.py:7)" in text.story(record)
+    assert "  rule     can_bypass turns it away (own/topk.py:7)" in text.story(record)
     assert of_verdict(record).rank is Rank.LOST
 
 
@@ -60,7 +61,7 @@ def test_a_choice_of_another_runner_is_lost_only_where_the_kernel_is_the_default
     assert (record.verdict, record.fails) == ("exact", True)
     assert record.cause == "lost:by-default:select"
     assert text.story(record)[0].endswith(": exact, no longer fused by default")
-    assert "  instead  Triton by default" in text.story(record)
+    assert "  now      Triton by default" in text.story(record)
     record = judged(**options, expected=lambda *_: expected)
     assert (record.fails, record.cause, record.lost_since) == (False, "", "")
 
@@ -126,7 +127,7 @@ def test_lost_cases_are_one_block_that_names_them_all(host):
     result.stdout.fnmatch_lines(
         [
             "*deepseek-r1 on nvfp4, decided by routes-outside *: missed, no longer fused*",
-            "  rule     can_bypass (own/topk.py:7)",
+            "  rule     can_bypass turns it away (own/topk.py:7)",
             "  in       4 cases: nvfp4, fp8_block: deepseek-r1, kimi-k2",
             "  cause    lost:the-kernel-routes:can_bypass",
         ]
@@ -142,3 +143,22 @@ def test_an_entry_of_the_ledger_accepts_a_deliberate_change(host):
     )
     result = run(host, "--moe-known-failures", "known.yaml")
     assert (result.ret, result.parseoutcomes()["xfailed"]) == (0, 4)
+
+
+def answer(name, instead=""):
+    return {"name": name, "source": f"{name}.py:7", "instead": instead}
+
+
+@pytest.mark.parametrize(
+    ("asked", "elsewhere", "rule"),
+    [
+        ([], [answer("a", "trtllm")], Rule()),
+        ([answer("a")], [], Rule("a", "a.py:7")),
+        ([answer("a", "triton"), answer("b")], [], Rule("a", "a.py:7", "triton")),
+        # One that names a runner in another scheme could have named one here.
+        ([answer("a"), answer("b")], [answer("a"), answer("b", "trtllm")], Rule("b", "b.py:7")),
+        ([answer("a"), answer("b")], [answer("c", "trtllm")], Rule("a or b", "a.py:7")),
+    ],
+)
+def test_the_function_of_sglang_that_decides(asked, elsewhere, rule):
+    assert deciding(asked, elsewhere) == rule

@@ -38,6 +38,10 @@ def edit(root, file, *edits):
     path.write_text(text.replace(before, after))
 
 
+#: The runner is named for a quantization no longer, and the layer takes it by itself.
+NAMED = '["fp8", "modelopt_fp8", "modelopt_fp4", "modelopt_mixed"]'
+
+
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     wheels = wheels_since("0.5.18", "sglang")
@@ -45,6 +49,7 @@ def target(tmp_path_factory):
     if root is not None:
         edit(root, RUNNER, (PLACED, ""), (LOGITS, RAISES + LOGITS))
         edit(root, "models/step3p5.py", (GATE, BF16_GATE))
+        edit(root, "arg_groups/overrides.py", (NAMED, NAMED.replace('"modelopt_fp4", ', "")))
     yield from opened(root)
 
 
@@ -53,6 +58,15 @@ def test_a_placement_that_fails_in_the_forward_pass_is_no_rejection(target):
     assert answer.answer is Answer.FAILED
     assert answer.why.startswith("NotImplementedError: ")
     assert "--enable-eplb" in answer.switches
+
+
+def test_a_default_that_is_lost_names_the_function_and_what_is_used_now(target):
+    rule = target.rule(MODELS["deepseek-r1"], "nvfp4", "DeepSeekV3", "")
+    assert rule.name == "_deepseek_moe_quant_resolution"
+    assert rule.source.startswith("sglang/srt/arg_groups/overrides.py:")
+    assert rule.instead == (
+        "SGLang's own top-k routes by default, and the layer takes flashinfer_trtllm by itself"
+    )
 
 
 def test_logits_of_a_bare_product_in_bfloat16_are_a_downcast(target):

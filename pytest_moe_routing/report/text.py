@@ -165,9 +165,10 @@ def loss(record: VerdictRecord) -> Iterator[str]:
     known = f"{record.target} {record.lost_since}"
     yield f"  expected the fused kernel{by_default}, as known of {known}"
     if record.instead:
-        yield f"  instead  {record.instead}"
+        yield f"  now      {record.instead}"
     if record.rule:
-        yield f"  rule     {record.rule}" + (f" ({record.source})" if record.source else "")
+        place = f" ({record.source})" if record.source else ""
+        yield f"  rule     {record.rule} turns it away{place}"
 
 
 def short_story(record: VerdictRecord) -> Iterator[str]:

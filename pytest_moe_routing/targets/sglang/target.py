@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any, TypedDict
@@ -41,6 +42,7 @@ from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
 from pytest_moe_routing.targets.sglang.registry import registered
+from pytest_moe_routing.targets.sglang.runner_rule import deciding
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
 
@@ -107,7 +109,7 @@ _ANSWERS: Mapping[str, Any] = {
     "capture": _Answer,
     "around": dict[str, RequestAnswer],
     "rule": RuleAnswer | None,
-    "runner_rule": RuleAnswer | None,
+    "runner_rules": list[RuleAnswer],
     "default_runner": str,
     "layer_runner": str,
 }
@@ -199,17 +201,28 @@ class SglangTarget(FrameworkTarget):
 
     def rule(self, model: ModelSpec, scheme: str, method: str, gate: str) -> Rule:
         """Return the code that routes outside the kernel, or that does not name the runner."""
-        answer: RuleAnswer | None = None
-        instead = ""
         if gate == _ROUTES:
             answer = self._remembered("rule", self._question(model, scheme))
-        elif not gate:
-            answer = self._remembered("runner_rule", self._server(model, scheme))
-            runner = self.chosen_runner(model, scheme)
-            is_same = runner == self._row(model, scheme)["runner"]
+            return Rule() if answer is None else Rule(**answer)
+        if gate:
+            return Rule()
+        runner = self.chosen_runner(model, scheme)
+        instead = f"{runner} by default"
+        if runner == self._row(model, scheme)["runner"]:
             # A layer that takes the runner by itself gives it experts that SGLang's router chose.
-            instead = f"{runner} by default" + (", for which SGLang's own top-k routes" * is_same)
-        return replace(Rule() if answer is None else Rule(**answer), instead=instead)
+            instead = (
+                f"SGLang's own top-k routes by default, and the layer takes {runner} by itself"
+            )
+        schemes = (other for other in _configs()["schemes"] if other != scheme)
+        elsewhere = (answer for other in schemes for answer in self._runner_rules(model, other))
+        return replace(deciding(self._runner_rules(model, scheme), elsewhere), instead=instead)
+
+    def _runner_rules(self, model: ModelSpec, scheme: str) -> list[RuleAnswer]:
+        """Return the functions that may name a runner; none if the scheme cannot be asked for."""
+        with suppress(Unsupported):
+            found: list[RuleAnswer] = self._remembered("runner_rules", self._server(model, scheme))
+            return found
+        return []
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
         """Return what SGLang's TopK computes on CUDA where no kernel routes."""

@@ -33,7 +33,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     rejection,
 )
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
-from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rule
+from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.weights import stand_in_weights
 from pytest_moe_routing.targets.sglang.probe.world import (
@@ -387,7 +387,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     return {
         **{name: getattr(blocks, name) for name in names},
         "rule": lambda **asked: rule(blocks.names, lambda: blocks.capture(**asked)),
-        "runner_rule": lambda **asked: runner_rule(lambda: blocks.default_runner(**asked)),
+        "runner_rules": lambda **asked: runner_rules(lambda: blocks.default_runner(**asked)),
     }
 
 

@@ -37,24 +37,20 @@ def rule(names: Names, run: Callable[[], Any]) -> RuleAnswer | None:
     return next(iter(said_no[-1:] or routed), None)
 
 
-def runner_rule(choose: Callable[[], Any]) -> RuleAnswer | None:
-    """Return the function that names another runner, or those of which one could have named it.
+def runner_rules(choose: Callable[[], Any]) -> list[RuleAnswer]:
+    """Return the functions that may name a runner, in order; `instead` is the runner, if any.
 
     Args:
         choose: Resolves the arguments of a server.
     """
     asked: list[RuleAnswer] = []
-    named: list[RuleAnswer] = []
 
     def watch(frame: FrameType, event: str, value: Any) -> None:
         if event == "return" and isinstance(value, dict) and FIELD in frame.f_code.co_consts:
-            (named if FIELD in value else asked).append(_answer(frame))
+            asked.append({**_answer(frame), "instead": str(value.get(FIELD, ""))})
 
     _watched(choose, watch)
-    if named or not asked:
-        return next(iter(named[-1:]), None)
-    # A model's own is the first of them; the others are about any model.
-    return {**asked[0], "name": " or ".join(answer["name"] for answer in asked)}
+    return asked
 
 
 def _watched(run: Callable[[], Any], watch: Callable[[FrameType, str, Any], None]) -> None:

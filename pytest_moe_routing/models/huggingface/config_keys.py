@@ -107,7 +107,7 @@ def stated(values: Mapping[str, Any], read: Collection[str]) -> Iterator[tuple[s
     An object of which nothing is known, or of which single keys were read, may state anything: of
     the keys inside it, at any depth, those that a row knows are yielded as well.
     """
-    waiting = [(key, key, value, False) for key, value in reversed(values.items())]
+    waiting = [(key, key, value, False) for key, value in list(values.items())[::-1]]
     while waiting:
         path, name, value, is_inside = waiting.pop()
         if path in read:
@@ -117,11 +117,10 @@ def stated(values: Mapping[str, Any], read: Collection[str]) -> Iterator[tuple[s
         if not is_partly_read and (is_known or not is_inside):
             yield path, name, value
         if is_inside or is_partly_read or not is_known:
-            inner = value.items() if isinstance(value, dict) else ()
-            inner = enumerate(value) if isinstance(value, list) else inner
+            inner = dict(enumerate(value)) if isinstance(value, list) else value
+            pairs = list(inner.items()) if isinstance(inner, dict) else []
             waiting += [
-                (f"{path}.{key}", str(key), item, not is_partly_read)
-                for key, item in reversed([*inner])
+                (f"{path}.{key}", str(key), item, not is_partly_read) for key, item in pairs[::-1]
             ]
 
 

@@ -44,9 +44,14 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when it answered, 1 when the answer is bad, 2 for misuse."""
-    parser = argparse.ArgumentParser(prog="moe-routing", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="moe-routing",
+        description="Explain, check, compare and set up models, without running tests.",
+    )
     parser.add_argument("--version", action=_Version)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(
+        dest="command", required=True, title="commands", metavar="COMMAND"
+    )
     explain = _command(
         commands, "explain", "show what a model's router computes, and the verdict in each scheme"
     )

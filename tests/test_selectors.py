@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from pytest_moe_routing.targets.vllm.probe import rejections, selectors, server_defaults
+from pytest_moe_routing.targets.vllm.probe import (
+    choice,
+    rejections,
+    selectors,
+    server_defaults,
+)
 from pytest_moe_routing.targets.vllm.probe.choice import Selector
 
 
@@ -117,3 +122,46 @@ def test_a_backend_is_asked_of_known_methods_alone(monkeypatch):
     monkeypatch.setattr(selectors, "names", lambda: Names(None))
     assert selectors._backend(selector(tells), "mxfp4") is None
     assert selectors._backend(selector(tells), "nvfp4") is None
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Gives the selector of a scheme in a release whose one selector is a function."""
+
+    class Release:
+        def has(self, key):
+            return key in ("select-mxint4", "select-mxfp4")
+
+        def spelling(self, key):
+            return key
+
+    def find(function, scheme):
+        release = Release()
+        release.get = lambda key: function
+        monkeypatch.setattr(choice, "names", lambda: release)
+        monkeypatch.setattr(choice, "moe_config", lambda model, method: Config())
+        monkeypatch.setattr(choice, "quant_keys", lambda row: ("key of weights", "of activations"))
+        return choice.selector_of({"architecture": "SomeForCausalLM"}, scheme, "Renormalize")
+
+    return find
+
+
+def test_a_selector_is_told_of_a_checkpoint_without_zero_points_or_biases(served):
+    """Groups of 32 in their own order: all that experts of TRT-LLM take."""
+
+    def select(config, weight_key, activation_key, quant_config, may_have_zp, may_have_bias):
+        assert (weight_key, activation_key) == ("key of weights", "of activations")
+        odd = may_have_zp or may_have_bias or quant_config.desc_act
+        return "backend", Other if odd or quant_config.group_size != 32 else Fused
+
+    found = served(select, "mxint4")
+    assert found(found.config) is Fused
+
+
+def test_a_checkpoint_of_mxfp4_declares_no_format_of_its_activations(served):
+    def select(config, activation_key=None):
+        return "backend", Fused if activation_key is None else Other
+
+    found = served(select, "mxfp4")
+    assert found(found.config) is Fused
+    assert served(select, "nvfp4") is None

@@ -1,0 +1,140 @@
+"""Which function of a made SGLang keeps the kernel from routing, or names another runner."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+
+import pytest
+
+from pytest_moe_routing.targets.sglang.probe import world
+from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rule
+
+LAYER = """
+def is_known(config):
+    return True
+
+def is_fused(config):
+    return False
+
+def is_small(config):
+    return False
+
+class Layer:
+    def is_new(self):
+        return False
+
+    def forward(self, config):
+        return select_experts(config)
+"""
+MODULE = "sglang.srt.layers.moe"
+FORWARD = {"name": "Layer.forward", "source": f"{MODULE.replace('.', '/')}.py:16", "instead": ""}
+FUSED = {"name": "is_fused", "source": f"{MODULE.replace('.', '/')}.py:6", "instead": ""}
+
+
+@dataclass
+class TopKConfig:
+    top_k: int = 2
+
+
+class Names:
+    """The names of a release that has a config of TopK, or has none."""
+
+    def __init__(self, *, config=True):
+        self.config = config
+
+    def has(self, key):
+        assert key == "router-topk-config"
+        return self.config
+
+    def get(self, key):
+        return TopKConfig
+
+
+def code(name, text=LAYER):
+    """What a module of this name defines."""
+    namespace = {"__name__": name, "select_experts": world.select_experts}
+    exec(compile(text, "layer.py", "exec"), namespace)
+    return namespace
+
+
+OURS, TORCH = code(MODULE), code("torch.nn")
+CONFIG = TopKConfig()
+
+
+@pytest.mark.parametrize(
+    ("steps", "answer"),
+    [
+        ([("is_known", CONFIG), ("forward", CONFIG)], FORWARD),
+        ([("is_fused", CONFIG), ("is_known", CONFIG), ("forward", CONFIG)], FUSED),
+        ([("is_small", CONFIG), ("is_fused", CONFIG), ("forward", CONFIG)], FUSED),
+        # Not about a config of TopK, or none of SGLang's code.
+        ([("is_fused", 8), ("is_new",), ("forward", CONFIG)], FORWARD),
+        ([(TORCH["is_fused"], CONFIG), ("forward", CONFIG)], FORWARD),
+        # What is asked after routing has no part in it.
+        ([("forward", CONFIG), ("is_fused", CONFIG)], FORWARD),
+        ([("is_known", CONFIG)], None),
+    ],
+)
+def test_what_has_another_router_route(steps, answer):
+    layer = OURS["Layer"]()
+
+    def run():
+        for step, *arguments in steps:
+            function = step if callable(step) else OURS.get(step) or getattr(layer, step)
+            with suppress(world.RoutedOutside):
+                function(*arguments)
+
+    assert rule(Names(), run) == answer
+    assert sys.getprofile() is None
+
+
+def test_a_release_without_such_configs_is_known_by_its_own_router():
+    def run():
+        OURS["is_fused"](CONFIG)
+        with suppress(world.RoutedOutside):
+            OURS["Layer"]().forward(CONFIG)
+
+    assert rule(Names(config=False), run) == FORWARD
+
+
+OVERRIDES = """
+def of_model(names):
+    return {"moe_runner_backend": "triton"} if names else {"quantization": "fp8"}
+
+def of_all(names):
+    return {"attention": 1} if not names else {"moe_runner_backend": "auto"}
+
+def of_none(names):
+    return {"attention": 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("calls", "name", "line"),
+    [
+        ([("of_model", 1), ("of_none", 1)], "of_model", 3),
+        ([("of_model", 0), ("of_all", 1)], "of_all", 6),
+        ([("of_model", 0), ("of_all", 0)], "of_model or of_all", 3),
+    ],
+)
+def test_what_names_another_runner(calls, name, line):
+    functions = code("sglang.srt.overrides", OVERRIDES)
+    answer = runner_rule(lambda: [functions[function](argument) for function, argument in calls])
+    source = f"sglang/srt/overrides.py:{line}"
+    assert answer == {"name": name, "source": source, "instead": ""}
+
+
+def test_nothing_names_another_runner():
+    functions = code("sglang.srt.overrides", OVERRIDES)
+    assert runner_rule(lambda: functions["of_none"](1)) is None
+
+
+def test_nothing_is_watched_after_an_error():
+    def fail():
+        raise RuntimeError("no server")
+
+    with pytest.raises(RuntimeError, match="no server"):
+        runner_rule(fail)
+    assert sys.getprofile() is None

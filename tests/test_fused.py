@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, installed_release, known_releases
+from pytest_moe_routing.flashinfer import (
+    FlashInfer,
+    KernelCall,
+    installed_release,
+    known_releases,
+    signatures,
+)
 from pytest_moe_routing.kernels.fused import fused_arguments
 from pytest_moe_routing.kernels.routing import routing_arguments
 from pytest_moe_routing.kernels.weights import prepare
@@ -150,3 +156,10 @@ def test_routing_arguments_of_a_call():
     assert given["do_finalize"] is False
     assert given["hidden_states_scale"].shape == (2, 5)
     assert given["hidden_states_scale"].is_contiguous()
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize(("scheme", "kind"), [("fp8_block", "DeepSeekFp8"), ("mxfp8", "MxFp8")])
+def test_an_entry_point_of_two_schemes_is_told_which(release, scheme, kind):
+    number = signatures.enum("Fp8QuantizationType", release)[kind]
+    assert arguments(release, scheme, "silu")["fp8_quantization_type"] == number

@@ -58,6 +58,19 @@ def test_the_inner_config_counts(tmp_path):
     )
 
 
+def test_the_class_that_stands_in_for_an_unknown_one_is_named(tmp_path):
+    """With its wrappers, where the config has a text model's inside; nothing where all is known."""
+    assert read(tmp_path, R1).read_as == ()
+    unknown = {"architectures": ["NewForCausalLM"]}
+    spec = read(tmp_path, {**R1, **unknown})
+    assert spec.unknown_architectures == ("NewForCausalLM",)
+    assert "DeepseekV3ForCausalLM" in spec.read_as
+    assert "KimiK25ForConditionalGeneration" not in spec.read_as
+    spec = read(tmp_path, {**unknown, "text_config": R1})
+    assert spec.unknown_architectures == ("NewForCausalLM",)
+    assert {"DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration"} <= {*spec.read_as}
+
+
 # -- values ---------------------------------------------------------------------------------------
 
 

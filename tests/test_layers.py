@@ -266,6 +266,7 @@ def test_top_k_by_layer(tmp_path):
     [
         ({"first_k_dense_replace": 2}, "0-1"),
         ({"first_k_dense_replace": 1, "moe_layer_freq": 2}, "0-1, 3, 5"),
+        ({"moe_layer_freq": [0, 1, 1, 0, 1, 0]}, "0, 3, 5"),
         ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, "0-2, 4"),
         ({"interleave_moe_layer_step": 2}, "0, 2, 4"),
         ({"moe_layers": [1, 3, 5]}, "0, 2, 4"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.models import load_models
+from pytest_moe_routing.models import RouterConfig, load_models
 from pytest_moe_routing.oracle.routers import NOT_JUDGED
 from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.transformers.block import Block
 from pytest_moe_routing.targets.transformers.target import TransformersTarget, config_of
 
 MODELS = load_models(packaged_directory())
@@ -163,6 +166,83 @@ def test_what_cannot_be_asked_is_told(tmp_path):
         Unsupported, match="transformers is not known to have Grok1ModelForCausalLM"
     ):
         config_of(MODELS["grok-1"])
+
+
+class TinyBlock(nn.Module):
+    """A block with so many gates and biases, whose forward pass a test gives."""
+
+    def __init__(self, forward, gates=1, biases=0):
+        super().__init__()
+        for number in range(gates):
+            self.register_buffer(f"gate{number}", torch.empty(4, 4))
+        for number in range(biases):
+            self.register_module(f"of{number}", nn.Module())
+            self.get_submodule(f"of{number}").register_buffer("expert_bias", torch.empty(4))
+        self.experts = nn.Identity()
+        self._forward = forward
+
+    def forward(self, hidden):
+        return self._forward(self, hidden.flatten(0, 1)).view_as(hidden)
+
+
+def scaled(block, x):
+    weights, ids = (x @ block.gate0.T).topk(2)
+    return 2.5 * block.experts(x, ids, weights)
+
+
+TINY = RouterConfig(
+    num_experts=4,
+    top_k=2,
+    scoring_func="softmax",
+    correction_bias=None,
+    renormalize=False,
+    logits_dtype="float32",
+)
+
+
+def test_the_factor_on_the_output_of_a_block_is_measured():
+    """Its gate becomes the identity: these logits are what it sees."""
+    logits = torch.tensor([[1.0, 0.0, 4.0, 2.0], [8.0, 2.0, 1.0, 4.0]])
+    weights, ids = Block(TinyBlock(scaled), TINY).route(logits, None)
+    assert ids.tolist() == [[2, 3], [0, 3]]
+    assert weights.tolist() == [[10.0, 5.0], [20.0, 10.0]]
+
+
+@pytest.mark.parametrize(
+    ("router", "block", "problem"),
+    [
+        (TINY, nn.Linear(4, 4), "Linear has no experts of its own"),
+        (TINY, TinyBlock(scaled, gates=0), "TinyBlock has 0 gates, not one"),
+        (TINY, TinyBlock(scaled, gates=2), "TinyBlock has 2 gates, not one"),
+        (TINY, TinyBlock(scaled, biases=1), "TinyBlock has 1 correction biases, not 0"),
+        (
+            replace(TINY, correction_bias="float32"),
+            TinyBlock(scaled),
+            "TinyBlock has 0 correction biases, not 1",
+        ),
+        (
+            TINY,
+            TinyBlock(lambda block, x: block.experts(x, x)),
+            "the block does not call its experts with ids and weights",
+        ),
+        (TINY, TinyBlock(lambda block, x: x), "TinyBlock calls its experts 0 times"),
+        (
+            TINY,
+            TinyBlock(lambda block, x: scaled(block, x) + scaled(block, x)),
+            "TinyBlock calls its experts 2 times",
+        ),
+        (
+            TINY,
+            TinyBlock(lambda block, x: scaled(block, x) * x),
+            "TinyBlock does more than scale what its experts return",
+        ),
+    ],
+)
+def test_a_block_that_is_not_judged(router, block, problem):
+    logits = torch.tensor([[1.0, 0.0, 4.0, 2.0]])
+    with pytest.raises(Unsupported) as error, torch.no_grad():
+        Block(block, router).route(logits, None)
+    assert str(error.value) == problem
 
 
 def test_keys_of_a_config_that_decide():

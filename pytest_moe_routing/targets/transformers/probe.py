@@ -264,7 +264,7 @@ def _maker(
     if len(classes) != 1:
         found = ", ".join(cls.__name__ for cls in classes) or "none"
         raise Unsupported(f"{modeling.__name__} has not one class with experts: {found}")
-    given = {"config": made, "layer_idx": 1, "layer_id": 1}
+    given = {"config": made, "layer_idx": 1}
     names = inspect.signature(classes[0].__init__).parameters
 
     def maker() -> nn.Module:

@@ -195,7 +195,7 @@ def _tier_differences(
 
 
 def _group_differences(flashinfer: FlashInfer, n_group: int, topk_group: int) -> Iterator[str]:
-    probe = replace(_probe(flashinfer, "DeepSeekV3"), top_k=4)
+    probe = _probe(flashinfer, "DeepSeekV3")
     for groups, kept in (
         (n_group, topk_group),
         (n_group + 1, topk_group),

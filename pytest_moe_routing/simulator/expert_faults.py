@@ -73,7 +73,7 @@ def _scale_gate_only(given: dict[str, Any], _: Context) -> dict[str, Any]:
 
 
 def _no_bias(given: dict[str, Any], _: Context) -> dict[str, Any]:
-    return {**given, **{name: None for name in ("gemm1_bias", "gemm2_bias") if name in given}}
+    return {**given, "gemm1_bias": None, "gemm2_bias": None}
 
 
 def _packed_small(topk: Tensor, _: Context) -> Tensor:

@@ -98,17 +98,24 @@ def test_equal_shares_show_what_rounding_hides(scheme, name, seed):
     assert noticed == [False, True]
 
 
-@pytest.mark.parametrize("gemm", ["gemm1", "gemm2"])
-def test_a_row_of_scales_is_named_by_expert_and_gemm(gemm):
+@pytest.mark.parametrize(
+    ("gemm", "row", "ordinal"),
+    [("gemm1", 5, "first"), ("gemm1", 261, "first"), ("gemm2", 5, "second")],
+    ids=["gate", "up", "down"],
+)
+def test_a_row_of_scales_is_named_by_expert_and_gemm_and_measured(gemm, row, ordinal):
     problem = make("mxint4", seed=3)
     experts, number = list(problem.experts), busiest(problem)
     matrix = getattr(experts[number], gemm)
     scales = matrix.scales.clone()
-    scales[5] = one_code_up(scales[5])
+    scales[row] = one_code_up(scales[row])
+    size = float((scales[row] / matrix.scales[row] - 1).mean())
     experts[number] = replace(experts[number], **{gemm: replace(matrix, scales=scales)})
     found = compare_moe(Honest()(replace(problem, experts=experts)), problem, diagnose=False)
-    ordinal = {"gemm1": "first", "gemm2": "second"}[gemm]
-    assert f"row 5 of expert {number}'s {ordinal} GEMM: " in found.message()
+    name = f"row {row} of expert {number}'s {ordinal} GEMM"
+    (worst,) = [aggregate for aggregate in found.aggregates if aggregate.name == name]
+    assert f"{name}: " in found.message()
+    assert worst.found == pytest.approx(size, rel=0.1)
 
 
 def test_the_message_names_what_is_off_by_how_much_and_what_is_allowed():

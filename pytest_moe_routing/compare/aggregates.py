@@ -149,16 +149,14 @@ def fitted(
         problem: What the kernel was given.
         tokens: The number of each token in messages.
     """
-    best: list[Family] = []
-    least = torch.inf
+    fits: list[tuple[float, list[Family]]] = []
     for spread in spreads:
         tried = list(families(output, spread, problem, tokens))
         use = max(float(family.use.max()) for family in tried)
-        if not best or use < least:
-            best, least = tried, use
-        if least <= 1:
-            break
-    return best
+        if use <= 1:
+            return tried
+        fits.append((use, tried))
+    return min(fits, key=lambda fit: fit[0])[1]
 
 
 def families(

@@ -24,6 +24,8 @@ from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.source import Source
 
 _CHILD = "pytest_moe_routing.targets.vllm.probe.blocks"
+#: dtypes in which no router logits are rounded.
+_WIDE = ("float32", "float64")
 
 
 class _Asked(TypedDict):
@@ -172,7 +174,7 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
         # The layer takes the dtype of the hidden states when it is told nothing.
         told_dtype=answer["router_logits_dtype"] or "bfloat16",
         logits_dtype=answer["logits_dtype"],
-        gate_dtype="bfloat16" if "bfloat16" in answer["gate_dtypes"] else "float32",
+        gate_dtype=next((d for d in answer["gate_dtypes"] if d not in _WIDE), "float32"),
         output_factor=answer["output_factor"],
         bias_is_loaded=answer["bias_is_loaded"],
         shared_experts=answer["shared_experts"],

@@ -152,6 +152,8 @@ class Linear(layers.ZeroLinear):
         self.out_dtype = self.out_dtype or dtype
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
-        output, _bias = super().forward(x)
-        output = output if self.out_dtype is None else output.to(self.out_dtype)
+        dtype = self.out_dtype or self.weight.dtype
+        # A gate's kernels give what they sum up in, and do not round it first.
+        bias = None if self.bias is None else self.bias.to(dtype)
+        output = nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
         return (output, None) if self.return_bias else output

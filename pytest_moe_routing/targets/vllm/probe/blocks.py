@@ -25,6 +25,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
+from pytest_moe_routing.targets.dtypes import Dtypes
 from pytest_moe_routing.targets.layers import is_loaded
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm.model_code import blocks
@@ -65,13 +66,13 @@ class _Recorder(nn.Module):
         self.hidden_size = hidden_size
         self.moe_config = SimpleNamespace(hidden_dim=arguments.get("hidden_size"))
         self.is_internal_router = arguments.get("gate") is not None
-        self.logits_dtype: torch.dtype | None = None
+        self.logits: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, router_logits: Tensor, **_: Any) -> Tensor:
         # A layer that was given the gate calls it itself.
         if self.is_internal_router:
             router_logits, _bias = self.arguments["gate"](hidden_states)
-        self.logits_dtype = router_logits.dtype
+        self.logits = router_logits
         # In float32, so that a factor on it is not rounded.
         return torch.ones(len(hidden_states), self.hidden_size, dtype=torch.float32)
 
@@ -138,24 +139,26 @@ def layer_request(
             world().current(vllm_config),
             _recording(block_class, recorders, config.hidden_size),
             _bfloat16(),
+            Dtypes() as dtypes,
         ):
             arguments = _arguments(block_class, row.get("arguments") or {}, config, vllm_config)
             block = block_class(**arguments)
-            gate_dtypes = _gate_dtypes(block, router["num_experts"])
             output = _run(block, config.hidden_size)
     except Exception as error:
         raise Unsupported(
             f"{name} does not build and run on a CPU: {type(error).__name__}: {error}"
         ) from error
-    used = [recorder for recorder in recorders if recorder.logits_dtype is not None]
+    used = [(r, r.logits) for r in recorders if r.logits is not None]
     if len(used) != 1:
         raise Unsupported(f"{name} called {len(used)} MoE layers")
+    [(layer, logits)] = used
     return {
         "block": name,
         "config_class": config_class,
-        "gate_dtypes": sorted(gate_dtypes),
-        "bias_is_loaded": _reads_loaded_bias(block, used[0]),
-        **_answer(used[0], output, RouterConfig(**router)),
+        "gate_dtypes": sorted(dtypes.of(logits)),
+        "logits_dtype": _name(logits.dtype),
+        "bias_is_loaded": _reads_loaded_bias(block, layer),
+        **_answer(layer, output, RouterConfig(**router)),
     }
 
 
@@ -168,23 +171,8 @@ def _reads_loaded_bias(block: nn.Module, layer: _Recorder) -> bool:
     return bias is None or isinstance(bias, nn.Parameter) or is_loaded(bias, block)
 
 
-def _gate_dtypes(block: nn.Module, num_experts: int) -> set[str]:
-    """Return the dtypes in which the block's modules give router logits, filled while it runs."""
-    dtypes: set[str] = set()
-
-    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor) and first.shape == (_TOKENS, num_experts):
-            dtypes.add(_name(first.dtype))
-
-    for module in block.modules():
-        module.register_forward_hook(note)
-    return dtypes
-
-
 def _answer(layer: _Recorder, output: Tensor, router: RouterConfig) -> dict[str, Any]:
     asked = layer.arguments
-    assert layer.logits_dtype is not None
     if asked.get("router") is not None:
         raise Unsupported("the model code brings a router object of its own")
     factors = output.float().unique().tolist()
@@ -208,7 +196,6 @@ def _answer(layer: _Recorder, output: Tensor, router: RouterConfig) -> dict[str,
         **{name: asked.get(name) for name in names},
         "bias_dtype": None if bias is None else _name(bias.dtype),
         "router_logits_dtype": None if told is None else _name(told),
-        "logits_dtype": _name(layer.logits_dtype),
         "output_factor": factors[0],
         "shared_experts": asked.get("shared_experts") is not None,
         "custom_routing": None if custom is None else getattr(custom, "__qualname__", str(custom)),

@@ -186,4 +186,9 @@ def _start() -> Any:
 
 
 def _linear(_method: Any, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return nn.functional.linear(x, layer.weight, bias)
+    weight, dtype = layer.weight, getattr(layer, "out_dtype", None)
+    if dtype is not None:
+        # A gate's kernels give what they sum up in, and do not round it first.
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return nn.functional.linear(x, weight, bias)

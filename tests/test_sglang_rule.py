@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from pytest_moe_routing.targets.sglang.probe import world
-from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rule
+from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rules
 
 LAYER = """
 def is_known(config):
@@ -111,24 +111,20 @@ def of_none(names):
 """
 
 
-@pytest.mark.parametrize(
-    ("calls", "name", "line"),
-    [
-        ([("of_model", 1), ("of_none", 1)], "of_model", 3),
-        ([("of_model", 0), ("of_all", 1)], "of_all", 6),
-        ([("of_model", 0), ("of_all", 0)], "of_model or of_all", 3),
-    ],
-)
-def test_what_names_another_runner(calls, name, line):
+def test_functions_that_may_name_a_runner_are_told_in_order():
     functions = code("sglang.srt.overrides", OVERRIDES)
-    answer = runner_rule(lambda: [functions[function](argument) for function, argument in calls])
-    source = f"sglang/srt/overrides.py:{line}"
-    assert answer == {"name": name, "source": source, "instead": ""}
 
+    def choose():
+        functions["of_model"](0)
+        functions["of_all"](1)
+        functions["of_none"](1)
+        functions["of_model"](1)
 
-def test_nothing_names_another_runner():
-    functions = code("sglang.srt.overrides", OVERRIDES)
-    assert runner_rule(lambda: functions["of_none"](1)) is None
+    named = [("of_model", 3, ""), ("of_all", 6, "auto"), ("of_model", 3, "triton")]
+    assert runner_rules(choose) == [
+        {"name": name, "source": f"sglang/srt/overrides.py:{line}", "instead": runner}
+        for name, line, runner in named
+    ]
 
 
 def test_nothing_is_watched_after_an_error():
@@ -136,5 +132,5 @@ def test_nothing_is_watched_after_an_error():
         raise RuntimeError("no server")
 
     with pytest.raises(RuntimeError, match="no server"):
-        runner_rule(fail)
+        runner_rules(fail)
     assert sys.getprofile() is None

@@ -141,10 +141,11 @@ def test_a_renamed_name_is_missing(frame, old, new, lost):
             names.spelling(key)
 
 
-def test_a_gate_that_is_only_inherited_is_missing(frame):
-    names = frame(
-        "2.0", **{"New(Base):\n            def supports": "New(Base):\n            def other"}
-    )
+@pytest.mark.parametrize("instead", ["def other(self): ...", "def make(self): self.supports = 1"])
+def test_a_gate_that_is_only_inherited_is_missing(frame, instead):
+    """What a method assigns is not there in every layer, and the class's own is inherited."""
+    head = "New(Base):\n            "
+    names = frame("2.0", **{f"{head}def supports(self): ...": f"{head}{instead}"})
     assert missing(names) == ["gate.supports"]
 
 

@@ -78,7 +78,9 @@ class Definitions:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             found = shorten(str(error), 200) or type(error).__name__
             raise Unsupported(f"not judged: {module} is not Python: {found}") from None
-        return dict(_bindings(body, ""))
+        bindings = list(_bindings(body, ""))
+        # What a class's body says comes before what its methods assign.
+        return dict(sorted(bindings, key=lambda item: not isinstance(item[1], ast.Attribute)))
 
     def _members(
         self, module: str, owner: str, name: str, *, inherited: bool = True, depth: int = _DEPTH
@@ -87,7 +89,7 @@ class Definitions:
         symbols = self._symbols(module)
         full = f"{owner}.{name}" if owner else name
         node = symbols.get(full)
-        if node is not None:
+        if node is not None and (inherited or not isinstance(node, ast.Attribute)):
             if owner and not isinstance(node, ast.AnnAssign | ast.Assign | ast.ClassDef):
                 return [(module, full)]
             return self._followed(module, full, node, depth)

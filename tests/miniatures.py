@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.exact import Gate
-from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.target import Classification, Expected, Rule, Target
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
@@ -118,6 +118,24 @@ class AsksForTwo(AnswersNothing):
             logits_dtype="float32",
             gate_dtype="float32",
         )
+
+
+class SplitsSharedExperts(AnswersNothing):
+    """Model code that splits shared experts over ranks that have other tokens, and does not run."""
+
+    name = "splits-shared-experts"
+
+    def split_shared_experts(self, model):
+        return SplitExperts("a.Block", ("up", "down"), ("--ranks 2",))
+
+
+class KnowsNoRanks(AsksForTwo):
+    """Model code of which it is not known what it does with ranks."""
+
+    name = "knows-no-ranks"
+
+    def split_shared_experts(self, model):
+        raise Unsupported("no ranks here")
 
 
 class OnlyClassifies(AnswersNothing):

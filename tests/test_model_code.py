@@ -11,9 +11,9 @@ from told import code_sentences
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.oracle.model_code import SplitExperts, compare_request
 from pytest_moe_routing.report.text import model_code
-from pytest_moe_routing.suite.causes import of_model_code
+from pytest_moe_routing.suite.causes import of_model_code, of_split_experts
 from pytest_moe_routing.targets.vllm.model_code import blocks, request_of
 
 MODELS = load_models(packaged_directory())
@@ -226,6 +226,17 @@ def test_one_defect_in_two_blocks_is_told_once():
     assert len({failure.defect for failure in failures}) == 1
 
 
+def test_shared_experts_that_are_split_name_the_block_and_who_meets_them():
+    split = SplitExperts("vllm.models.Block", ("up", "down"), ("--ranks 2",))
+    failure = of_split_experts(MODELS["glm-5"], split)
+    assert failure.cause == "split-shared-experts:vllm.models.Block"
+    assert failure.lines[1:] == (
+        "  reach    only with an opt-in switch: --ranks 2",
+        "  because  each rank has a part of up, down, and nobody sums the parts",
+        "  at       vllm.models.Block",
+    )
+
+
 def test_every_row_says_what_it_must():
     columns = {"module", "block", "config", "keys", "nested", "published", "arguments", "prepare"}
     columns |= {"rounds_logits", "own_factor"}
@@ -243,6 +254,8 @@ def test_every_row_says_what_it_must():
         ("builtin", pytest.ExitCode.NO_TESTS_COLLECTED, "*deselected*"),
         ("miniatures:AnswersNothing", 0, "*1 skipped*"),
         ("miniatures:AsksForTwo", 1, "*top_k: the model has 8, the model code asks for 2*"),
+        ("miniatures:SplitsSharedExperts", 1, "*minimax-m2: under sequence parallelism, its*"),
+        ("miniatures:KnowsNoRanks", 1, "*model code: for 1 models, it is not known how ranks*"),
     ],
 )
 def test_the_suite_asks_frameworks_alone(pytester, monkeypatch, target, status, line):

@@ -21,6 +21,11 @@ MISTAKES = (
     (EXPERTS, "p.is_device_capability_family(100)", "p.is_device_capability(100)"),
     ("config/kernel.py", 'moe_backend: MoEBackend = "auto"', 'moe_backend: MoEBackend = "triton"'),
     (
+        "model_executor/models/qwen2_moe.py",
+        "disable_tp = disable_tp or is_sequence_parallel",
+        "disable_tp = disable_tp and is_sequence_parallel",
+    ),
+    (
         "model_executor/models/glm4_moe.py",
         "router_logits, _ = self.gate(hidden_states)",
         "router_logits = torch.matmul(hidden_states, self.gate.weight.t().bfloat16()).float()",
@@ -57,6 +62,13 @@ def test_a_gate_for_one_blackwell_device(target):
 def test_another_default_backend(target):
     choice = target.choice(MODELS["deepseek-r1"], "nvfp4", "DeepSeekV3")
     assert choice.switches == ("--moe-backend flashinfer_trtllm",)
+
+
+def test_shared_experts_that_are_split_over_ranks_with_other_tokens(target):
+    split = target.split_shared_experts(MODELS["qwen3-next-80b-a3b"])
+    assert split.layers == ("gate_up_proj", "down_proj")
+    assert split.block.endswith(".qwen3_next.Qwen3NextSparseMoeBlock")
+    assert target.split_shared_experts(MODELS["deepseek-r1"]) is None
 
 
 def test_logits_of_a_bare_product_in_bfloat16_are_a_downcast(target):

@@ -73,6 +73,21 @@ class LayerRequest:
 
 
 @dataclass(frozen=True)
+class SplitExperts:
+    """Shared experts whose weights are split over ranks that have other tokens, so nobody sums.
+
+    Attributes:
+        block: The class that was built.
+        layers: Its linear layers that are split.
+        switches: What a user has to switch on for such ranks.
+    """
+
+    block: str
+    layers: tuple[str, ...]
+    switches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class CodeJudgement:
     """Where a request and a model's router disagree: in meaning, or in precision alone."""
 

@@ -12,7 +12,7 @@ from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.routers import RouterRun
 
 
@@ -259,6 +259,10 @@ class Target:
             without: A key that the model's config leaves out; see `left_out`.
         """
         raise Unsupported(f"{self.name} has no model code")
+
+    def split_shared_experts(self, model: ModelSpec) -> SplitExperts | None:
+        """Return what of a model's shared experts is split over ranks that have other tokens."""
+        return None
 
     def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
         """Return keys that a model's config may leave out, and the model that it then describes."""

@@ -12,6 +12,7 @@ CONFIGS = "config sweep: {} configs are not judged"
 CONCERNED = "config sweep: for {} models, it is not known whether a cause affects them"
 ROUTERS = "the framework's own routers: {} runs are not judged"
 MODELS = "the framework's own routers: {} models are not judged"
+SPLIT = "model code: for {} models, it is not known how ranks with other tokens share experts"
 AROUND = "around kernel calls: for {} models, it is not known what is ignored"
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.enum_numbers import EnumMismatch
     from pytest_moe_routing.oracle.ignored import Ignored
     from pytest_moe_routing.oracle.judgement import Judgement
-    from pytest_moe_routing.oracle.model_code import CodeJudgement
+    from pytest_moe_routing.oracle.model_code import CodeJudgement, SplitExperts
     from pytest_moe_routing.oracle.modular import MethodRejection
     from pytest_moe_routing.oracle.routers import Cause as RouterCause
     from pytest_moe_routing.oracle.target import Choice, Target
@@ -207,6 +207,19 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
     source = source_of(judgement.findings)
     differs = _differs(str(judgement.model), judgement.findings)
     return Failure(cause, Rank.SILENT, judgement.model.id, lines, source, site, differs=differs)
+
+
+def of_split_experts(model: ModelSpec, split: SplitExperts) -> Failure:
+    """Return the failure of a block whose shared experts give each token a part of their output."""
+    lines = (
+        f"{model}: under sequence parallelism, its shared experts are split over ranks that have "
+        "other tokens",
+        f"  reach    {text.reached(Reach.OPT_IN, split.switches, by_default=False)}",
+        f"  because  each rank has a part of {', '.join(split.layers)}, and nobody sums the parts",
+        f"  at       {split.block}",
+    )
+    cause = _id("split-shared-experts", split.block)
+    return Failure(cause, Rank.SILENT, model.id, lines)
 
 
 def of_left_out_key(key: str, judgement: CodeJudgement, findings: tuple[Finding, ...]) -> Failure:

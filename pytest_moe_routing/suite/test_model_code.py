@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.report.failures import fail
+from pytest_moe_routing.report.unanswered import SPLIT, note
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -18,15 +19,31 @@ def test_model_code(
 ) -> None:
     """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once.
 
+    Shared experts are whole on each rank that has tokens of its own.
+
     A config that the framework reads by a class of its own is read by that class, also without each
     key that it may leave out.
     """
+    from pytest_moe_routing.errors import Unsupported
     from pytest_moe_routing.oracle.model_code import compare_request
     from pytest_moe_routing.oracle.optional_keys import without_keys
-    from pytest_moe_routing.suite.causes import of_left_out_key, of_model_code
+    from pytest_moe_routing.suite.causes import of_left_out_key, of_model_code, of_split_experts
 
+    failures, unknown = [], {}
+    try:
+        split = _moe_framework.split_shared_experts(moe_model)
+        failures = [] if split is None else [of_split_experts(moe_model, split)]
+    except Unsupported as reason:
+        unknown = {str(reason): 1}
     with unsupported_is_skipped():
-        judgement = compare_request(moe_model, _moe_framework.layer_request(moe_model))
-    failures = [of_model_code(judgement)] if judgement.findings else []
-    failures += [of_left_out_key(*found) for found in without_keys(_moe_framework, judgement)]
+        try:
+            judgement = compare_request(moe_model, _moe_framework.layer_request(moe_model))
+        except Unsupported:
+            if not failures:
+                raise
+        else:
+            note(_moe_property, {SPLIT: unknown})
+            failures += [of_model_code(judgement)] if judgement.findings else []
+            keys = without_keys(_moe_framework, judgement)
+            failures += [of_left_out_key(*found) for found in keys]
     fail(_moe_property, failures)

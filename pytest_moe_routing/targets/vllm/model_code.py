@@ -18,12 +18,12 @@ from pytest_moe_routing.models.huggingface.published import (
     published_keys,
     stated_keys,
 )
-from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.routing import Recipe, recipe_of
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.source import Source
 
-_CHILD = "pytest_moe_routing.targets.vllm.probe.blocks"
+_CHILD = "pytest_moe_routing.targets.vllm.probe.model_code"
 #: dtypes in which no router logits are rounded.
 _WIDE = ("float32", "float64")
 
@@ -54,6 +54,17 @@ class _Asked(TypedDict):
     custom_problem: str | None
 
 
+class _Split(TypedDict):
+    """The layers of shared experts that are split under sequence parallelism."""
+
+    block: str
+    layers: list[str]
+
+
+#: With these, a server of vLLM gives each rank other tokens.
+_SWITCHES = ("--enable-expert-parallel", "--data-parallel-size 2", "--tensor-parallel-size 2")
+
+
 @cache
 def blocks() -> Mapping[str, Mapping[str, Any]]:
     """Return the MoE block of each architecture; the columns are explained in `blocks.yaml`.
@@ -75,7 +86,8 @@ class ModelCode:
         self.is_apart = str(source.root) not in sys.path
         place = "apart" if self.is_apart else "installed"
         arguments = str(source.root), flashinfer.release, source.version, place
-        self.probe = Probe("vllm", _CHILD, *arguments, answers={"layer_request": _Asked})
+        answers = {"layer_request": _Asked, "split_shared_experts": _Split}
+        self.probe = Probe("vllm", _CHILD, *arguments, answers=answers)
 
     def layer_request(self, model: ModelSpec, without: str = "") -> LayerRequest:
         """Return what a model's MoE block requests from its MoE layer.
@@ -91,22 +103,27 @@ class ModelCode:
             raise Unsupported(
                 f"no recipe computes {model}'s router: {model.router.not_expressible}"
             )
-        row = blocks().get(model.architecture)
-        if row is None:
-            raise Unsupported(
-                f"vllm: the MoE block of {model.architecture} is not known to this adapter"
-            )
-        router = asdict(model.router)
-        said = {**router, **asdict(model.experts)}
-        values = {key: said[name] for name, key in row["keys"].items() if said[name] is not None}
-        row = {**row, "stated": stated_keys(model)}
+        row, values = _published(model)
         if without:
             values.pop(without, None)
             row["stated"].pop(without, None)
             row = {**row, "published": {**(row.get("published") or {})}}
             row["published"].pop(without, None)
+        router = asdict(model.router)
         answer = self.probe.ask("layer_request", row=row, values=values, router=router)
         return request_of(answer, row, model)
+
+    def split_shared_experts(self, model: ModelSpec) -> SplitExperts | None:
+        """Return what of a model's shared experts is split over ranks that have other tokens.
+
+        Raises:
+            Unsupported: The block is not in the table, or not in this release, or cannot be built.
+        """
+        row, values = _published(model)
+        answer = self.probe.ask("split_shared_experts", row=row, values=values)
+        if not answer["layers"]:
+            return None
+        return SplitExperts(answer["block"], tuple(answer["layers"]), _SWITCHES)
 
     def left_out(self, model: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
         """Yield each key about the router that a config may leave out, and what it then means."""
@@ -114,6 +131,22 @@ class ModelCode:
 
     def close(self) -> None:
         self.probe.close()
+
+
+def _published(model: ModelSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the row of a model's block, and the model's keys with their values.
+
+    Raises:
+        Unsupported: The block is not in the table.
+    """
+    row = blocks().get(model.architecture)
+    if row is None:
+        raise Unsupported(
+            f"vllm: the MoE block of {model.architecture} is not known to this adapter"
+        )
+    said = {**asdict(model.router), **asdict(model.experts)}
+    values = {key: said[name] for name, key in row["keys"].items() if said[name] is not None}
+    return {**row, "stated": stated_keys(model)}, values
 
 
 def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSpec) -> LayerRequest:

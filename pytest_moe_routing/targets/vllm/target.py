@@ -24,7 +24,7 @@ from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.model_code import LayerRequest
+from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
@@ -288,6 +288,9 @@ class VllmTarget(FrameworkTarget):
     def layer_request(self, model: ModelSpec, without: str = "") -> LayerRequest:
         """Return what the model's MoE block passes to its layer, built by vLLM's model code."""
         return self._model_code.layer_request(model, without)
+
+    def split_shared_experts(self, model: ModelSpec) -> SplitExperts | None:
+        return self._model_code.split_shared_experts(model)
 
     def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
         return self._model_code.left_out(model)

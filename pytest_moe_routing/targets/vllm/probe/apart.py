@@ -103,7 +103,8 @@ def _stand_ins() -> dict[str, Any]:
         "Step3p5Config": Config,
         **config_classes.stand_ins(),
         "LinearBase": Linear,
-        **{f"{name}Linear": Linear for name in layers.KINDS_OF_LINEAR},
+        **{f"{name}Linear": SplitLinear for name in layers.KINDS_OF_LINEAR},
+        "ReplicatedLinear": Linear,
         **{f"get_{name}_group": lambda: group for name in groups},
         **{f"get_{name}_world_size": lambda: 1 for name in sizes},
         **{f"get_{name}_rank": lambda: 0 for name in sizes},
@@ -157,3 +158,11 @@ class Linear(layers.ZeroLinear):
         bias = None if self.bias is None else self.bias.to(dtype)
         output = nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
         return (output, None) if self.return_bias else output
+
+
+class SplitLinear(Linear):
+    """A linear layer whose weight is split over ranks, unless it is told otherwise."""
+
+    def __init__(self, *args: Any, disable_tp: bool = False, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.is_split = not disable_tp

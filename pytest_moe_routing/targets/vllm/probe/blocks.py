@@ -1,8 +1,7 @@
 """Builds a model's MoE block as vLLM's model code does, with a layer that records what it is asked.
 
-For a process of its own, in which the models' modules are patched. It is run by `targets.server`
-with the arguments ROOT FLASHINFER VERSION PLACE; a vLLM whose place is `installed` runs whole, any
-other apart from its dependencies.
+For a process of its own, in which the models' modules are patched: see `model_code`. A vLLM whose
+place is `installed` runs whole, any other apart from its dependencies.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
@@ -27,7 +26,6 @@ from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets.dtypes import Dtypes
 from pytest_moe_routing.targets.layers import is_loaded
-from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm.model_code import blocks
 from pytest_moe_routing.targets.vllm.probe import release
 from pytest_moe_routing.targets.vllm.probe.apart import Apart
@@ -57,7 +55,7 @@ _LATENT = 32
 _PATTERNS = ("plain", "all-negative", "near-ties")
 
 
-class _Recorder(nn.Module):
+class Recorder(nn.Module):
     """The MoE layer's stand-in: remembers its arguments, and returns ones."""
 
     def __init__(self, arguments: Mapping[str, Any], hidden_size: int) -> None:
@@ -75,6 +73,15 @@ class _Recorder(nn.Module):
         self.logits = router_logits
         # In float32, so that a factor on it is not rounded.
         return torch.ones(len(hidden_states), self.hidden_size, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block that was built; `config_class` is that of `_config`."""
+
+    name: str
+    config_class: str
+    module: nn.Module
 
 
 # One release per process.
@@ -122,6 +129,30 @@ def layer_request(
     Raises:
         Unsupported: The release does not have the block, or it cannot be built or run here.
     """
+    with Dtypes() as dtypes:
+        block, layers, output = build(row, values, runs=True)
+    used = [(layer, layer.logits) for layer in layers if layer.logits is not None]
+    if len(used) != 1:
+        raise Unsupported(f"{block.name} called {len(used)} MoE layers")
+    [(layer, logits)] = used
+    return {
+        "block": block.name,
+        "config_class": block.config_class,
+        "gate_dtypes": sorted(dtypes.of(logits)),
+        "logits_dtype": _name(logits.dtype),
+        "bias_is_loaded": _reads_loaded_bias(block.module, layer),
+        **_answer(layer, output, RouterConfig(**router)),
+    }
+
+
+def build(
+    row: Mapping[str, Any], values: Mapping[str, Any], *, runs: bool
+) -> tuple[_Block, list[Recorder], Tensor]:
+    """Build a block, and run it if it `runs`; see `layer_request`.
+
+    Returns:
+        The block, the layers that it made, and its output, which is empty if it is not run.
+    """
     world().names.require("model_code")
     vllm_config = world().vllm_config
     module = world().module(_full(row["module"]))
@@ -133,36 +164,24 @@ def layer_request(
     if row.get("prepare"):
         place, function = _prepares(row)
         config = getattr(world().module(place), function)(config)
-    recorders: list[_Recorder] = []
+    recorders: list[Recorder] = []
     try:
         with (
             world().current(vllm_config),
             _recording(block_class, recorders, config.hidden_size),
             _bfloat16(),
-            Dtypes() as dtypes,
         ):
             arguments = _arguments(block_class, row.get("arguments") or {}, config, vllm_config)
             block = block_class(**arguments)
-            output = _run(block, config.hidden_size)
+            output = _run(block, config.hidden_size) if runs else torch.empty(0)
     except Exception as error:
         raise Unsupported(
-            f"{name} does not build and run on a CPU: {type(error).__name__}: {error}"
+            f"{name} does not build{' and run' * runs} on a CPU: {type(error).__name__}: {error}"
         ) from error
-    used = [(r, r.logits) for r in recorders if r.logits is not None]
-    if len(used) != 1:
-        raise Unsupported(f"{name} called {len(used)} MoE layers")
-    [(layer, logits)] = used
-    return {
-        "block": name,
-        "config_class": config_class,
-        "gate_dtypes": sorted(dtypes.of(logits)),
-        "logits_dtype": _name(logits.dtype),
-        "bias_is_loaded": _reads_loaded_bias(block, layer),
-        **_answer(layer, output, RouterConfig(**router)),
-    }
+    return _Block(name, config_class, block), recorders, output
 
 
-def _reads_loaded_bias(block: nn.Module, layer: _Recorder) -> bool:
+def _reads_loaded_bias(block: nn.Module, layer: Recorder) -> bool:
     """Return whether the bias that a layer was made with, if any, is a parameter of its block.
 
     vLLM's layer keeps the bias as an attribute, so a parameter becomes one of the layer.
@@ -171,7 +190,7 @@ def _reads_loaded_bias(block: nn.Module, layer: _Recorder) -> bool:
     return bias is None or isinstance(bias, nn.Parameter) or is_loaded(bias, block)
 
 
-def _answer(layer: _Recorder, output: Tensor, router: RouterConfig) -> dict[str, Any]:
+def _answer(layer: Recorder, output: Tensor, router: RouterConfig) -> dict[str, Any]:
     asked = layer.arguments
     if asked.get("router") is not None:
         raise Unsupported("the model code brings a router object of its own")
@@ -246,16 +265,16 @@ def _layers() -> Iterator[str]:
 
 
 @contextmanager
-def _recording(block: type, layers: list[_Recorder], hidden_size: int) -> Iterator[None]:
+def _recording(block: type, layers: list[Recorder], hidden_size: int) -> Iterator[None]:
     """Put recorders where the code of a block, and of what it derives from, makes MoE layers."""
 
-    def recorder_of(real: Any) -> Callable[..., _Recorder]:
+    def recorder_of(real: Any) -> Callable[..., Recorder]:
         signature = inspect.signature(real)
 
-        def make_recorder(*args: Any, **kwargs: Any) -> _Recorder:
+        def make_recorder(*args: Any, **kwargs: Any) -> Recorder:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            layers.append(_Recorder(bound.arguments, hidden_size))
+            layers.append(Recorder(bound.arguments, hidden_size))
             return layers[-1]
 
         return make_recorder
@@ -318,8 +337,3 @@ def _run(block: nn.Module, hidden_size: int) -> Tensor:
     if not isinstance(output, Tensor):
         raise TypeError(f"forward returns {type(output).__name__}")
     return output
-
-
-def main() -> None:
-    install(*sys.argv[1:])
-    serve({"layer_request": layer_request}, "vllm")

@@ -9,7 +9,13 @@ import pytest
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled, read, read_routed
+from pytest_moe_routing.oracle.arguments import (
+    RecordedLayer,
+    misscaled,
+    read,
+    read_routed,
+    rounded_weights,
+)
 from pytest_moe_routing.oracle.exact import kernel_call
 from pytest_moe_routing.report.text import sentence
 
@@ -258,3 +264,21 @@ def test_experts_and_weights_that_arrive(given):
 def test_experts_and_weights_that_do_not(changes, problem):
     [found] = routed(**{"topk_ids": PACKED, **changes})
     assert problem in sentence(found)
+
+
+@pytest.mark.parametrize(
+    ("given", "release", "is_rounded"),
+    [
+        (PACKED, "0.6.18", True),
+        ([IDS, {**WEIGHTS, "dtype": "bfloat16"}], "0.6.18", True),
+        ([IDS, WEIGHTS], "0.6.18", False),
+        # Its entry point takes them packed only.
+        (PACKED, "0.6.17", False),
+        (None, "0.6.18", False),
+    ],
+)
+def test_weights_have_16_bits_where_the_kernel_would_take_32(given, release, is_rounded):
+    record = {"function": "trtllm_fp8_block_scale_routed_moe", "arguments": {"topk_ids": given}}
+    found = [*rounded_weights("fp8_block", record, FlashInfer.of(release))]
+    texts = ["the float32 router weights are downcast to bfloat16 before the call"]
+    assert [sentence(finding) for finding in found] == texts * is_rounded

@@ -73,6 +73,8 @@ def _check_entry_point(
     _each(where, "release", [row["since"], *row["activations"].values()], releases)
     limits = row.get("activation_limit", {})
     _each(where, "release", limits.values(), releases)
+    if "float32_weights" in row:
+        _each(where, "release", [row["float32_weights"]], releases)
     _each(where, "clamped activation", limits, row["activations"])
     _each(where, "activation", row["activations"], ACTIVATIONS)
     _each(where, "weight side", row["weight_on"], _WORDS["weight_on"])

@@ -225,3 +225,4 @@ class EntryPoint:
     multiple_of: int
     activations: Mapping[str, str]
     activation_limit: Mapping[str, str] = field(default_factory=dict)
+    float32_weights: str = ""

@@ -141,6 +141,23 @@ def read_routed(
     return tuple(replace(finding, where=function) for finding in findings)
 
 
+def rounded_weights(
+    scheme: str, record: Mapping[str, Any], flashinfer: FlashInfer
+) -> Iterator[Finding]:
+    """Yield that router weights are rounded to 16 bits, where the kernel takes them in float32.
+
+    Args:
+        record: A call that is given experts and weights; see `read_routed`.
+    """
+    entry, topk_ids = flashinfer.entry_point(scheme), record["arguments"].get("topk_ids")
+    if entry is None or not entry.float32_weights or not flashinfer.has(entry.float32_weights):
+        return
+    parts = topk_ids if isinstance(topk_ids, list) else [topk_ids]
+    names = {part.get("is"): part["dtype"] for part in parts if part and "dtype" in part}
+    if "packed" in names or names.get("weights") == "bfloat16":
+        yield Finding(Kind.DOWNCAST, "weights", "float32", "bfloat16", record["function"])
+
+
 def _received(name: str, value: Any) -> str:
     """Show a value as the kernel receives it, shortened."""
     if isinstance(value, list):

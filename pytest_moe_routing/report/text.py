@@ -31,6 +31,7 @@ _DOWNCASTS: Mapping[str, str] = {
     "logits": "the float32 router logits are downcast to bfloat16 before the call",
     "gate": "the router logits are computed in bfloat16 and widened to float32",
     "bias": "the float32 bias is downcast to bfloat16 before the call",
+    "weights": "the float32 router weights are downcast to bfloat16 before the call",
 }
 #: Names of the recipe's fields for readers.
 _FIELDS: Mapping[str, str] = {

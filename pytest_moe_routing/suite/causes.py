@@ -129,7 +129,10 @@ def of_modular_call(
     what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
     site = _id(findings[0].where.partition(",")[0])
     cause = _id("modular-call", what, site)
-    rank = Rank.LOUD if all(f.kind is Kind.RAISED for f in findings) else Rank.SILENT
+    kinds = {finding.kind for finding in findings}
+    rank = {Kind.RAISED: Rank.LOUD, Kind.DOWNCAST: Rank.DOWNCAST}.get(findings[0].kind, Rank.SILENT)
+    if len(kinds) > 1:
+        rank = Rank.SILENT
     if reach is Reach.NO_MODEL and choice is not None:
         rank = Rank.LATENT
         told = "; ".join(text.sentences(findings))

@@ -27,13 +27,14 @@ from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Classification, Rule
+from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
 from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
+from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
 from pytest_moe_routing.targets.sglang.model_configs import config_of, configs, published_of
 from pytest_moe_routing.targets.sglang.registry import registered
@@ -71,6 +72,7 @@ _ANSWERS: Mapping[str, Any] = {
     "accepted_quantizations": list[str | None] | None,
     "capture": _Answer,
     "around": dict[str, RequestAnswer],
+    "handed_over": HandedOver,
     "rule": RuleAnswer | None,
     "runner_rules": list[RuleAnswer],
     "default_runner": str,
@@ -303,6 +305,34 @@ class SglangTarget(FrameworkTarget):
         # The line of the model's code that makes the layer.
         source = "" if answer["place"] == "?" else f"sglang/srt/{answer['place']}"
         return Captured(captured.call, tuple(findings), answer["function"], unknown, source)
+
+    def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
+        """Return whether a kernel is given experts and weights by default.
+
+        A runner that has to be named for that is not run: it would double the questions.
+        """
+        # No layer takes such a runner by itself when a server leaves the choice to it.
+        default = self._server_runner(model, scheme)
+        if default != self._row(model, scheme).get("routed"):
+            return (Gate("default runner", False, f"the server's default is {default}"),)
+        refused = self._handed_over(model, scheme).get("refused")
+        return (Gate("experts and weights are handed over", refused is None, refused or ""),)
+
+    def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
+        """Return what is wrong with the call that is given experts and weights."""
+        return findings_of(self._handed_over(model, scheme), model, scheme, self.flashinfer)
+
+    def choice(
+        self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False
+    ) -> Choice | None:
+        """Return that the runner that is given experts and weights is the default; see above."""
+        return Choice("the default runner", ()) if modular else None
+
+    def _handed_over(self, model: ModelSpec, scheme: str) -> HandedOver:
+        question = self._question(model, scheme, self._row(model, scheme)["routed"])
+        question["scale"] = model.router.routed_scaling_factor
+        answer: HandedOver = self._remembered("handed_over", question)
+        return answer
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

@@ -32,6 +32,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     layer_runner,
     rejection,
 )
+from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
@@ -192,6 +193,11 @@ class Blocks:
 
         return around(self.names, lambda: self.capture(**question), self.calls, rejects)
 
+    def handed_over(self, scale: float, **question: Any) -> dict[str, Any]:
+        """Return the call that is given experts and weights; see `handed_over`."""
+        self.names.require("modular", question["scheme"])
+        return handed_over(self.names, lambda: self.capture(**question), self.calls, scale)
+
     def _run(
         self,
         module: str,
@@ -235,7 +241,8 @@ class Blocks:
             raise Unsupported(f"the block calls {len(self.calls)} kernels, not one")
         ((function, arguments),) = self.calls
         if "routing_logits" not in arguments:
-            return {"refused": f"{function} is given experts and weights", "by_choice": True}
+            refused = f"{function} is given experts and weights"
+            return {"refused": refused, "by_choice": True, "unprepared": seen.unprepared}
         first = output.flatten()[0] if isinstance(output, Tensor) else 0.0
         if not first or not bool((output == first).all()):
             raise Unsupported("the kernel's output cannot be traced through the block")
@@ -377,12 +384,8 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     """Return what answers questions about an SGLang."""
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
     names = (
-        "method_numbers",
-        "accepted_quantizations",
-        "default_runner",
-        "layer_runner",
-        "capture",
-        "around",
+        *("method_numbers", "accepted_quantizations", "default_runner", "layer_runner"),
+        *("capture", "around", "handed_over"),
     )
     return {
         **{name: getattr(blocks, name) for name in names},

@@ -37,6 +37,12 @@ _chosen = [TRTLLM]
 _requested: dict[str, Any] = {}
 
 
+def packed(ids: Tensor, weights: Tensor) -> Tensor:
+    """Return ids and weights in one int32 each, as SGLang's `PackTopkIds.vanilla` packs them."""
+    bits = weights.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
+    return (ids.to(torch.int32) << 16) | bits
+
+
 @contextmanager
 def requesting(**options: Any) -> Iterator[None]:
     """Have the server asked for more than the runner; see `around`."""
@@ -70,7 +76,9 @@ class RoutedOutside(Exception):
 
 
 def select_experts(*_: Any, **options: Any) -> Any:
-    """Replace SGLang's own router, which is not run."""
+    """Replace SGLang's own router, which is not run, by one that is requested."""
+    if (router := requested("router")) is not None:
+        return router(**options)
     raise RoutedOutside(frozenset(name for name, given in options.items() if given is not None))
 
 
@@ -154,6 +162,7 @@ class _Server(Options):
 def _utilities() -> dict[str, Any]:
     return {
         "add_prefix": lambda name, prefix: f"{prefix}.{name}" if prefix else name,
+        "PackTopkIds": stubs.known("pack", execute=packed),
         "copy_or_rebind_param": _keep,
         "ceil_div": lambda x, to: -(-x // to),
         "get_bool_env_var": lambda _, default="false": default.lower() in ("1", "true"),

@@ -1,0 +1,37 @@
+"""What is wrong with a call that is given the experts and weights of SGLang's own router."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.arguments import RecordedLayer, read_routed, rounded_weights
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.targets.sglang.model_configs import configs
+
+
+class HandedOver(TypedDict, total=False):
+    """The call of the kernel, or why there is none: it is `refused`, or the forward pass `failed`.
+
+    Attributes:
+        unprepared: Arguments whose values are not SGLang's own.
+    """
+
+    function: str
+    arguments: dict[str, Any]
+    unprepared: list[str]
+    refused: str
+    failed: str
+
+
+def findings_of(
+    answer: HandedOver, model: ModelSpec, scheme: str, flashinfer: FlashInfer
+) -> tuple[Finding, ...]:
+    """Return what is wrong with a call that was made on the second of two ranks."""
+    if "failed" in answer:
+        return (Finding(Kind.RAISED, "forward", None, answer["failed"], "forward"),)
+    layer = RecordedLayer(1, 2, configs()["sizes"]["intermediate_size"], 1.0)
+    findings = read_routed(model, scheme, answer, layer, flashinfer)
+    known = (finding for finding in findings if finding.field not in answer["unprepared"])
+    return (*known, *rounded_weights(scheme, answer, flashinfer))

@@ -1,0 +1,66 @@
+"""Runs a model's MoE block with experts that SGLang's own router chose, up to FlashInfer's kernel.
+
+SGLang's router is replaced by one that gives recognizable ids and weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.recorder import plain
+from pytest_moe_routing.targets.sglang.probe.world import Call, packed, requesting
+
+
+def handed_over(
+    names: Names, run: Callable[[], Mapping[str, Any]], calls: Sequence[Call], scale: float
+) -> dict[str, Any]:
+    """Return the call of the kernel, or what was `refused` or `failed`.
+
+    Args:
+        run: Builds and runs a block; the answer of `main.Blocks.capture`.
+        calls: Those of entry points in the last run.
+        scale: The factor by which a model's own code may multiply the weights.
+
+    Raises:
+        Unsupported: More than one kernel is called, or the block's run cannot be judged.
+    """
+    chosen: list[tuple[Tensor, Tensor]] = []
+
+    def route(*, router_logits: Tensor, topk_config: Any, **_: Any) -> Any:
+        tokens, experts = router_logits.shape
+        places = torch.arange(tokens * topk_config.top_k).reshape(tokens, -1)
+        ids, weights = (places % experts).int(), (places / 7 + 1 / 3).float()
+        chosen.append((ids, weights))
+        return names.get("router-output")(weights, ids, router_logits)
+
+    with requesting(router=route):
+        answer = run()
+    if answer["failed"]:
+        return {"failed": answer["failed"]}
+    if not answer["by_choice"]:
+        return {"refused": answer["refused"] or "the kernel routes"}
+    if len(calls) != 1:
+        raise Unsupported(f"the block calls {len(calls)} kernels, not one")
+    ((function, arguments),), ((ids, weights),) = calls, chosen
+    named: dict[str, Tensor | None] = {"ids": ids}
+    given = arguments.get("topk_ids")
+    for each in (weights, weights * scale):
+        parts = {"weights": each, "packed": packed(ids, each)}
+        if any(part.get("is") in parts for part in _parts(plain(given, parts))):
+            named |= parts
+    return {
+        "function": function,
+        "arguments": {name: plain(value, named) for name, value in arguments.items()},
+        "unprepared": answer["unprepared"],
+    }
+
+
+def _parts(given: Any) -> list[Any]:
+    """Return the descriptions of ids and weights, in one tensor or in two."""
+    return [part for part in (given if isinstance(given, list) else [given]) if part]

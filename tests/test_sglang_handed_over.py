@@ -1,0 +1,113 @@
+"""Calls of SGLang that are given the experts and weights of its own router."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packaging.version import Version
+from sglang_targets import oldest_and_newest, opened
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.failure import Rank
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.report.text import sentences
+from pytest_moe_routing.suite.causes import of_modular_call
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Contract, Names
+from pytest_moe_routing.targets.sglang.handed_over import findings_of
+from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
+from pytest_moe_routing.targets.sglang.probe.world import packed, requested
+
+MODELS = load_models(packaged_directory())
+MINIMAX = MODELS["minimax-m2"]
+ROUNDED = "the float32 router weights are downcast to bfloat16 before the call"
+
+
+@pytest.fixture(scope="module", **oldest_and_newest())
+def target(request):
+    yield from opened(request.param)
+
+
+def test_release_hands_over_what_its_router_chose(target):
+    """SGLang packs ids and weights up to 0.5.19 (moe_runner/flashinfer_trtllm.py, PR 33631)."""
+    (gate,) = target.modular_gates(MINIMAX, "nvfp4", "MiniMax2")
+    assert gate.ok
+    found = target.modular_findings(MINIMAX, "nvfp4")
+    packs = Version(target.version()) < Version("0.5.20")
+    assert list(sentences(found)) == [ROUNDED] * packs
+    assert target.choice(MINIMAX, "nvfp4", "MiniMax2", modular=True).switches == ()
+
+
+def test_release_is_asked_about_its_default_alone(target):
+    (gate,) = target.modular_gates(MODELS["deepseek-r1"], "fp8_block", "DeepSeekV3")
+    assert (gate.ok, gate.reason) == (False, "the server's default is flashinfer_trtllm")
+
+
+def test_weights_of_less_precision_are_a_downcast(target):
+    finding = Finding(Kind.DOWNCAST, "weights", "float32", "bfloat16", "trtllm_routed_moe")
+    choice = target.choice(MINIMAX, "nvfp4", "MiniMax2", modular=True)
+    failure = of_modular_call(target, MINIMAX, "nvfp4", (finding,), choice)
+    assert (failure.rank, failure.cause) == (
+        Rank.DOWNCAST,
+        "modular-call:downcast-weights:trtllm_routed_moe",
+    )
+    crash = Finding(Kind.RAISED, "forward", None, "ValueError", "forward")
+    assert of_modular_call(target, MINIMAX, "nvfp4", (crash,), choice).rank is Rank.LOUD
+    both = of_modular_call(target, MINIMAX, "nvfp4", (finding, crash), choice)
+    assert both.rank is Rank.SILENT
+
+
+class Config:
+    top_k = 2
+
+
+def handed(give, scale=1.0, **answer):
+    """Run a block that gives a kernel what `give` makes of ids and weights."""
+    calls = []
+
+    def run():
+        output = requested("router")(router_logits=torch.zeros(4, 8), topk_config=Config())
+        arguments = {"topk_ids": give(output.topk_ids, output.topk_weights)}
+        calls[:] = [("trtllm_routed_moe", arguments)]
+        said = {"refused": "given experts", "failed": None, "by_choice": True, "unprepared": []}
+        return {**said, **answer}
+
+    names = Names(Contract.of("sglang"), "0.5.23", stubs.definitions("sglang", "nowhere"))
+    names.get = lambda _: (
+        lambda weights, ids, _: type("Out", (), {"topk_ids": ids, "topk_weights": weights})
+    )
+    return handed_over(names, run, calls, scale)
+
+
+def parts(answer):
+    given = answer["arguments"]["topk_ids"]
+    return [part.get("is") for part in (given if isinstance(given, list) else [given])]
+
+
+def test_ids_and_weights_are_recognized():
+    assert parts(handed(lambda ids, weights: (ids, weights))) == ["ids", "weights"]
+    assert parts(handed(packed)) == ["packed"]
+    # Step's code multiplies the weights by the factor itself.
+    assert parts(handed(lambda ids, weights: (ids, weights * 3), scale=3.0)) == ["ids", "weights"]
+    assert parts(handed(lambda ids, weights: packed(ids, weights * 3), scale=3.0)) == ["packed"]
+
+
+def test_other_ids_and_weights_are_not():
+    assert parts(handed(lambda ids, weights: (ids, weights * 3))) == ["ids", None]
+    assert parts(handed(lambda ids, weights: (ids + 1, weights))) == [None, "weights"]
+    assert parts(handed(lambda ids, weights: packed(ids, weights * 2))) == [None]
+
+
+def test_a_block_that_hands_nothing_over():
+    assert handed(packed, failed="raises") == {"failed": "raises"}
+    assert handed(packed, by_choice=False, refused=None) == {"refused": "the kernel routes"}
+    found = findings_of({"failed": "raises"}, MINIMAX, "nvfp4", FlashInfer.of("0.7.0"))
+    assert found == (Finding(Kind.RAISED, "forward", None, "raises", "forward"),)
+
+
+def test_a_release_without_the_question(target):
+    with pytest.raises(Unsupported):
+        target.modular_gates(MINIMAX, "fp8_per_channel", "MiniMax2")

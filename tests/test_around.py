@@ -72,7 +72,7 @@ def test_a_run_counts_the_models_that_have_no_answer():
         found = ignored_requests(TARGET, scheme, [MODELS["minimax-m2"], MODELS["glm-5"]])
         note(properties.__setitem__, {AROUND: found.unanswered, CONCERNED: {}})
         run.add(properties)
-    first = "around kernel calls: for 2 models, it is not known what is ignored"
+    first = "around kernel calls: 2 cases are not judged"
     assert [*run.lines(every=False)] == [f"{first}; -v lists the reasons"]
     assert [*run.lines(every=True)] == [first, "  2 x not this model"]
 

@@ -9,11 +9,11 @@ from typing import Any
 PROPERTY = "moe_unanswered"
 #: What is counted; each is the sentence that shows the count, in one form for all counts.
 CONFIGS = "config sweep: {} configs are not judged"
-CONCERNED = "config sweep: for {} models, it is not known whether a cause affects them"
+CONCERNED = "config sweep: {} models are not compared with a cause"
 ROUTERS = "the framework's own routers: {} runs are not judged"
 MODELS = "the framework's own routers: {} models are not judged"
-SPLIT = "model code: for {} models, it is not known how ranks with other tokens share experts"
-AROUND = "around kernel calls: for {} models, it is not known what is ignored"
+SPLIT = "model code: {} models are not judged on ranks with other tokens"
+AROUND = "around kernel calls: {} cases are not judged"
 
 
 def note(

@@ -12,7 +12,7 @@ CONFIGS = "config sweep: {} configs are not judged"
 CONCERNED = "config sweep: {} models are not compared with a cause"
 ROUTERS = "the framework's own routers: {} runs are not judged"
 MODELS = "the framework's own routers: {} models are not judged"
-SPLIT = "model code: {} models are not judged on ranks with other tokens"
+SPLIT = "model code: shared experts of {} models are not judged on ranks"
 AROUND = "around kernel calls: {} cases are not judged"
 
 

@@ -101,7 +101,8 @@ def install(root: str, flashinfer: str, version: str, place: str) -> None:
         _world = Installed(root, version)
     else:
         release.install(root, FlashInfer.of(flashinfer), version)
-        modules = {_full(row["module"]) for row in blocks().values()}
+        kinds = ("module", "shared")
+        modules = {_full(row[k]) for row in blocks().values() for k in kinds if k in row}
         prepares = {_prepares(row)[0] for row in blocks().values() if row.get("prepare")}
         _world = Apart(release.names(), root, modules | prepares)
 

@@ -13,8 +13,8 @@ import torch
 from honest_kernel import Honest
 from moe_cases import SLIPS, TESTED, busiest, make, one_code_up
 
-from pytest_moe_routing.compare import assert_moe, compare_moe
-from pytest_moe_routing.compare.aggregates import families
+from pytest_moe_routing.compare import aggregates, assert_moe, compare_moe
+from pytest_moe_routing.compare.aggregates import Family, families
 from pytest_moe_routing.compare.budget import FLASHINFER
 from pytest_moe_routing.compare.spread import pipelines, spread_moe
 from pytest_moe_routing.reference.routing import Routing
@@ -197,6 +197,28 @@ def test_a_kernel_rounds_to_bfloat16_everywhere_or_nowhere():
     assert compare_moe(exact, problem).ok
     mixed = torch.where(torch.arange(32).unsqueeze(1) % 4 == 0, rounds, exact)
     assert not compare_moe(mixed, problem, diagnose=False).ok
+
+
+@pytest.mark.parametrize(
+    ("uses", "best"),
+    [
+        ([0.9, 0.1], 0.9),
+        ([1.0, 0.1], 1.0),
+        ([1.5, 0.9], 0.9),
+        ([3.0, 2.0, 5.0], 2.0),
+    ],
+)
+def test_the_kind_of_kernel_that_fits(monkeypatch, uses, best):
+    """The first within its bounds; if none is, the one that uses least of them."""
+
+    def families(output, spread, problem, tokens):
+        found, deviation, drift = torch.tensor([[0.0], [0.0], [1.0]])
+        yield Family("output", "slope", found, deviation, drift, str)
+        yield Family("token", "slope", found - spread, deviation, drift, str)
+
+    monkeypatch.setattr(aggregates, "families", families)
+    _, worst = aggregates.fitted(None, uses, None, [])
+    assert float(worst.use) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("shard", [Shard(0, 4), Shard(12, 4)])

@@ -304,6 +304,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     check_suffix(arguments.out)
     write_report(arguments.out, merge(arguments.files))
+    _say(f"report {arguments.out}")
     return 0
 
 
@@ -335,6 +336,7 @@ def _history(arguments: argparse.Namespace) -> int:
     text = form(arguments.target, releases, every=arguments.all)
     if arguments.out:
         write_text(arguments.out, text)
+        _say(f"history {arguments.out}")
     else:
         _say(text, end="")
     return 1 if all(release.problem for release in releases) else 0

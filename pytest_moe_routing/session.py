@@ -95,11 +95,13 @@ class MoESession:
         """The chosen models, by id; a config's model is there besides one of the same id."""
         from dataclasses import replace
 
-        from pytest_moe_routing.models import load_models, read_config, select
+        from pytest_moe_routing.models import config_file, load_models, read_config, select
 
         models = load_models(goldens.packaged_directory(), *self.golden_dirs)
-        ids = {}
+        ids: dict[Path, str] = {}
         for path in self.configs:
+            if any(config_file(path).resolve() == config_file(p).resolve() for p in ids):
+                raise MoERoutingError(f"--moe-config {path}: the file was given twice")
             model = read_config(path)
             while model.id in models:
                 model = replace(model, folder=Path(f"{model.id}.config"))
@@ -292,11 +294,12 @@ class MoESession:
     def describe(self) -> str:
         """Return the header line of a run."""
         origin = self._flashinfer_origin[1]
+        have = "has" if len(self.models) == 1 else "have"
         folders = dict.fromkeys(str(model.folder.parent) for model in self.golden_models)
         return (
             f"moe-routing: target {self.target_id}, {self.flashinfer} ({origin}), "
             f"{len(self.models)} model{'s' * (len(self.models) != 1)}{self._left_out()}"
-            + (f", goldens in {', '.join(folders)}" if folders else ", which have no goldens")
+            + (f", goldens in {', '.join(folders)}" if folders else f", which {have} no goldens")
             + (f", {self.kept} answers reused from earlier runs" if self.kept else "")
         )
 

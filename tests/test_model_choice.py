@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from pytest_moe_routing.errors import ModelError
+import pytest
+from configs import R1
+
+from pytest_moe_routing.errors import ModelError, MoERoutingError
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models, load_named, select
+from pytest_moe_routing.session import MoESession
 
 
 def test_selection():
@@ -54,6 +59,41 @@ def test_an_unknown_name_is_one_short_line(name, hint):
         load_named(name, packaged_directory())
     assert hint in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+def session(*configs, patterns=()):
+    return MoESession(
+        target_name="builtin",
+        model_patterns=list(patterns),
+        scheme_names=[],
+        flashinfer_release=None,
+        golden_dirs=[],
+        configs=list(configs),
+    )
+
+
+def test_a_config_that_is_given_twice(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(R1))
+    monkeypatch.chdir(tmp_path)
+    for again in (file, Path("config.json"), tmp_path):
+        with pytest.raises(MoERoutingError) as caught:
+            _ = session(file, again).models
+        assert str(caught.value) == f"--moe-config {again}: the file was given twice"
+    other = tmp_path / "other" / "config.json"
+    other.parent.mkdir()
+    other.write_text(file.read_text())
+    assert len(session(file, other).models) == len(session().models) + 2
+
+
+def test_the_header_counts_models_without_goldens(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(R1))
+    one, two = tmp_path / "one", tmp_path / "two" / "config.json"
+    assert ", 1 model, which has no goldens" in session(one, patterns=["one"]).describe()
+    both = session(one, two, patterns=["one", "two"]).describe()
+    assert ", 2 models, which have no goldens" in both
 
 
 @pytest.fixture

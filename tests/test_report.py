@@ -90,7 +90,9 @@ def test_runs_of_several_machines_merge(tmp_path, verdicts, capsys):
     other_place = gpu_test(1, **{**failed, "message": "/another/place"})
     two = write(tmp_path / "two.jsonl", [*verdicts[2:], gpu_test(), other_place])
     for suffix in files.FORMATS:
-        assert main(["report", str(tmp_path / f"all{suffix}"), str(one), str(two)]) == 0
+        out = tmp_path / f"all{suffix}"
+        assert main(["report", str(out), str(one), str(two)]) == 0
+        assert capsys.readouterr().out == f"report {out}\n"
     merged = records.load(tmp_path / "all.jsonl")
     assert len(merged) == 4 + 3
     assert records.dump(records.merge([two, one])).count("\n") == 7
@@ -131,6 +133,19 @@ def test_a_line_that_is_no_record(tmp_path, capsys, text, message):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out.md").exists()
+
+
+def test_a_report_that_is_given_twice(tmp_path, capsys, monkeypatch):
+    """By another name as well: what a machine found would count as found by two."""
+    write(tmp_path / "one.jsonl", [gpu_test()])
+    (tmp_path / "link.jsonl").symlink_to("one.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for again in ("one.jsonl", "./one.jsonl", str(tmp_path / "one.jsonl"), "link.jsonl"):
+        assert main(["report", "out.md", "one.jsonl", again]) == 2
+        shown = capsys.readouterr()
+        assert shown.err == f"moe-routing: {Path(again)}: the file was given twice\n"
+        assert not shown.out
+    assert not Path("out.md").exists()
 
 
 def test_runs_that_disagree(tmp_path, verdicts, capsys):

@@ -1,6 +1,6 @@
 """Models as their configs describe them. Imports no torch."""
 
-from pytest_moe_routing.models.huggingface import read_config
+from pytest_moe_routing.models.huggingface import config_file, read_config
 from pytest_moe_routing.models.layer_groups import LayerGroup
 from pytest_moe_routing.models.loader import (
     load_any,
@@ -24,6 +24,7 @@ __all__ = [
     "LayerGroup",
     "ModelSpec",
     "RouterConfig",
+    "config_file",
     "dump_model",
     "load_any",
     "load_incomplete",

@@ -99,11 +99,15 @@ def merge(files: Iterable[Path]) -> list[Record]:
     """Return the records of several runs; the same one twice is one.
 
     Raises:
-        MoERoutingError: A file cannot be read, or two of them disagree.
+        MoERoutingError: A file cannot be read or is there twice, or two of them disagree.
     """
     merged: dict[tuple[str, ...], Record] = {}
     origin: dict[tuple[str, ...], Path] = {}
+    read: set[Path] = set()
     for file in files:
+        if file.resolve() in read:
+            raise MoERoutingError(f"{file}: the file was given twice")
+        read.add(file.resolve())
         for record in load(file):
             before = merged.setdefault(record.key, record)
             first = origin.setdefault(record.key, file)

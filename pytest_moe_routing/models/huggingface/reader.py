@@ -50,7 +50,7 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
         near = get_close_matches(override, CHECKPOINT_SCHEMES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"schemes: {', '.join(CHECKPOINT_SCHEMES)}"
         raise ModelError(f"unknown scheme {override!r}; {hint}")
-    file = path / CONFIG_NAME if path.is_dir() else path
+    file = config_file(path)
     root = read_json(file)
     families = table()
     levels = levels_of(root, families)
@@ -112,6 +112,11 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
     for key, found, expected in spec.problems():
         text.fail(key, found, expected)
     return spec
+
+
+def config_file(path: Path) -> Path:
+    """Return the config.json of a path: the file itself, or the one in the folder."""
+    return path / CONFIG_NAME if path.is_dir() else path
 
 
 def _beside(file: Path) -> dict[str, Section]:

@@ -257,9 +257,10 @@ class LedgerPlugin:
             return
         self.seen |= {entry.id for entry in entries}
         if report.passed:
+            case = report.nodeid.rpartition("::")[2]
             places = ", ".join(f"{entry.place} ({entry})" for entry in entries)
             report.outcome = "failed"
-            report.longrepr = f"known failure is gone: remove or narrow the entry {places}"
+            report.longrepr = f"{case}: known failure is gone: remove or narrow the entry {places}"
             report.user_properties.append(("moe_gone", report.longrepr))
         else:
             _xfail(report, entries[0])
@@ -318,11 +319,10 @@ class LedgerPlugin:
             write(head, (f"{place}: {cases}" for place, cases in _joined(self.new).items()))
         if self.gone:
             head = "known failures that no longer occur; remove or narrow them, unless their cases "
-            lines = (f"{e.place}: {e} ({e.test}[{cases}])" for e, cases in _by_place(self.gone))
-            write(f"{head}are now missed or not judged", lines)
+            write(f"{head}are now missed or not judged", map(_line, _by_place(self.gone)))
         if self.unmatched:
             remedy = "remove them" if self.whole_suite else "only part of the suite was chosen"
-            lines = (f"{e.place}: {e.test}[{cases}]: {e}" for e, cases in _by_place(self.unmatched))
+            lines = map(_line, _by_place(self.unmatched))
             color = "red" if self.whole_suite else "yellow"
             write(f"known failures that match no case ({remedy})", lines, color)
 
@@ -333,6 +333,11 @@ def _joined(ids: Iterable[tuple[str, str]]) -> dict[str, str]:
     for place, case in sorted(ids):
         found.setdefault(place, []).append(case)
     return {place: ", ".join(cases) for place, cases in found.items()}
+
+
+def _line(found: tuple[KnownFailure, str]) -> str:
+    entry, cases = found
+    return f"{entry.test}[{cases}] ({entry.place}): {entry}"
 
 
 def _by_place(entries: Sequence[KnownFailure]) -> Iterator[tuple[KnownFailure, str]]:

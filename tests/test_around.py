@@ -14,7 +14,7 @@ from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request, Response, read
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.ignored import Ignored, Requests, ignored_requests
-from pytest_moe_routing.report.unanswered import AROUND, CONCERNED, Unanswered, note
+from pytest_moe_routing.report.unanswered import AROUND, CONCERNED, PROPERTY, Unanswered, note
 from pytest_moe_routing.suite.causes import of_ignored
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
@@ -75,6 +75,10 @@ def test_a_run_counts_the_models_that_have_no_answer():
     first = "around kernel calls: 2 cases are not judged"
     assert [*run.lines(every=False)] == [f"{first}; -v lists the reasons"]
     assert [*run.lines(every=True)] == [first, "  2 x not this model"]
+    one = Unanswered()
+    one.add({PROPERTY: {CONCERNED: {"not this model": 1}}})
+    concerned = "config sweep: 1 model is not compared with a cause"
+    assert [*one.lines(every=True)] == [concerned, "  1 x not this model"]
 
 
 def test_the_failure_names_who_asks():

@@ -239,7 +239,7 @@ def test_shared_experts_that_are_split_name_the_block_and_who_meets_them():
 
 def test_every_row_says_what_it_must():
     columns = {"module", "block", "config", "keys", "nested", "published", "arguments", "prepare"}
-    columns |= {"rounds_logits", "own_factor", "shared"}
+    columns |= {"rounds_logits", "own_factor"}
     router = {"num_experts", "top_k", "n_group", "topk_group", "renormalize", "scoring_func"}
     experts = {"shared_experts", "latent_size", "activation_limit"}
     values = router | experts | {"routed_scaling_factor"}
@@ -255,7 +255,7 @@ def test_every_row_says_what_it_must():
         ("miniatures:AnswersNothing", 0, "*1 skipped*"),
         ("miniatures:AsksForTwo", 1, "*top_k: the model has 8, the model code asks for 2*"),
         ("miniatures:SplitsSharedExperts", 1, "*minimax-m2: under sequence parallelism, its*"),
-        ("miniatures:KnowsNoRanks", 1, "*model code: shared experts of 1 models are not judged*"),
+        ("miniatures:KnowsNoRanks", 1, "*model code: 1 model is not judged on ranks with other tokens*"),
     ],
 )
 def test_the_suite_asks_frameworks_alone(pytester, monkeypatch, target, status, line):

@@ -270,9 +270,9 @@ def test_models_that_are_not_judged_are_counted(tmp_path, pytester):
     )
     result.stdout.fnmatch_lines(
         [
-            "the framework's own routers: 1 runs are not judged",
+            "the framework's own routers: 1 run is not judged",
             "1 x this release has no glm4_moe.Glm4MoeConfig*",
-            "the framework's own routers: 1 models are not judged",
+            "the framework's own routers: 1 model is not judged",
             "1 x transformers is not known to have Grok1ModelForCausalLM",
         ]
     )

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 PROPERTY = "moe_unanswered"
-#: What is counted; each is the sentence that shows the count, in one form for all counts.
-CONFIGS = "config sweep: {} configs are not judged"
-CONCERNED = "config sweep: {} models are not compared with a cause"
-ROUTERS = "the framework's own routers: {} runs are not judged"
-MODELS = "the framework's own routers: {} models are not judged"
-SPLIT = "model code: shared experts of {} models are not judged on ranks"
-AROUND = "around kernel calls: {} cases are not judged"
+#: What is counted; each is the sentence that shows the count, for one and for several.
+CONFIGS = "config sweep: {n} config{s} {are} not judged"
+CONCERNED = "config sweep: {n} model{s} {are} not compared with a cause"
+ROUTERS = "the framework's own routers: {n} run{s} {are} not judged"
+MODELS = "the framework's own routers: {n} model{s} {are} not judged"
+SPLIT = "model code: {n} model{s} {are} not judged on ranks with other tokens"
+AROUND = "around kernel calls: {n} case{s} {are} not judged"
 
 
 def note(
@@ -23,6 +23,11 @@ def note(
     given = {sentence: dict(counts) for sentence, counts in reasons.items() if counts}
     if given:
         record_property(PROPERTY, given)
+
+
+def _told(sentence: str, count: int) -> str:
+    is_one = count == 1
+    return sentence.format(n=count, s="" if is_one else "s", are="is" if is_one else "are")
 
 
 class Unanswered:
@@ -43,12 +48,12 @@ class Unanswered:
         """Yield a line for each sentence and reason; or for each area, if not all are asked for."""
         if every:
             for sentence, counts in self._counts.items():
-                yield sentence.format(counts.total())
+                yield _told(sentence, counts.total())
                 yield from (f"  {count} x {reason}" for reason, count in counts.most_common())
             return
         areas: dict[str, list[str]] = {}
         for sentence, counts in self._counts.items():
-            area, _, what = sentence.format(counts.total()).partition(": ")
+            area, _, what = _told(sentence, counts.total()).partition(": ")
             areas.setdefault(area, []).append(what)
         lines = [f"{area}: {'; '.join(found)}" for area, found in areas.items()]
         yield from (*lines[:-1], *(f"{line}; -v lists the reasons" for line in lines[-1:]))

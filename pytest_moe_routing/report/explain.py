@@ -57,7 +57,7 @@ def page(session: MoESession, name: str) -> tuple[str, bool]:
             lines += ["", *paragraph]
     finally:
         target.close()
-    return "\n".join(lines) + "\n", any(record.fails for _, record in answers)
+    return "\n".join(lines) + "\n", _fails(answers)
 
 
 def as_json(session: MoESession, name: str) -> tuple[str, bool]:
@@ -72,7 +72,14 @@ def as_json(session: MoESession, name: str) -> tuple[str, bool]:
         "assumed": assumptions(model),
         "verdicts": [record.as_dict() for _, record in answers],
     }
-    return json.dumps(data, indent=1) + "\n", any(record.fails for _, record in answers)
+    return json.dumps(data, indent=1) + "\n", _fails(answers)
+
+
+def _fails(answers: Sequence[Answer]) -> bool:
+    """Whether the verdicts would fail a run; cases without any verdict would as well."""
+    records = [record for _, record in answers]
+    is_unjudged = bool(records) and not any(record.verdict.is_given for record in records)
+    return is_unjudged or any(record.fails for record in records)
 
 
 def _answers(session: MoESession, model: ModelSpec) -> list[Answer]:

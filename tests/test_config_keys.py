@@ -222,6 +222,15 @@ def test_a_misspelt_key_is_doubted(tmp_path, key, misspelt):
     assert doubt == f"about experts or routing, and not read: {misspelt}"
 
 
+def test_how_near_a_misspelt_key_is(tmp_path):
+    """A name that means nothing may be farther than one that is about something else."""
+    config = without("hidden_act")
+    [doubt] = read(tmp_path, {**config, "hidn_act": "gelu"}).unproven
+    assert doubt.startswith("hidn_act is not read (did you mean hidden_act?), and activation is")
+    assert not read(tmp_path, {**config, "hidden_act_fn": "gelu"}).unproven
+    assert not read(tmp_path, {**R1, "hidn_act": "gelu"}).unproven  # the right key is there
+
+
 @pytest.mark.parametrize(
     ("config", "doubt"),
     [

@@ -255,7 +255,11 @@ def test_every_row_says_what_it_must():
         ("miniatures:AnswersNothing", 0, "*1 skipped*"),
         ("miniatures:AsksForTwo", 1, "*top_k: the model has 8, the model code asks for 2*"),
         ("miniatures:SplitsSharedExperts", 1, "*minimax-m2: under sequence parallelism, its*"),
-        ("miniatures:KnowsNoRanks", 1, "*model code: 1 model is not judged on ranks with other tokens*"),
+        (
+            "miniatures:KnowsNoRanks",
+            1,
+            "*model code: 1 model is not judged on ranks with other tokens*",
+        ),
     ],
 )
 def test_the_suite_asks_frameworks_alone(pytester, monkeypatch, target, status, line):

@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -37,6 +36,7 @@ from pytest_moe_routing.oracle.routers import (
     compare_router,
 )
 from pytest_moe_routing.routing import Recipe, recipe_of
+from pytest_moe_routing.targets.hf_blocks import block_maker
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.transformers.block import Block, is_bias, tensors_of
 
@@ -132,7 +132,7 @@ def _runs(
 ) -> Iterator[dict[str, Any]]:
     name = "?"
     try:
-        maker, made = _maker(config, keys, router)
+        maker, made = block_maker(config, keys, router)
         block = Block(maker(), router, shared_experts)
         name = f"{config.partition('.')[0]}.{block.name}"
         yield _run(name, _rounded_by_autocast(block, router.num_experts), _AUTOCAST, reach="opt-in")
@@ -220,7 +220,7 @@ def _undivided(config: str, keys: Mapping[str, Any], router: RouterConfig) -> di
             key: experts if value == router.num_experts else value for key, value in keys.items()
         }
         odd_router = replace(router, num_experts=experts)
-        maker, _ = _maker(config, odd, odd_router)
+        maker, _ = block_maker(config, odd, odd_router)
         block = Block(maker(), odd_router)
         name = f"{config.partition('.')[0]}.{block.name}"
         logits = torch.linspace(-2, 2, tokens * experts).reshape(tokens, experts)
@@ -237,63 +237,6 @@ def _undivided(config: str, keys: Mapping[str, Any], router: RouterConfig) -> di
         deviations = [Deviation("experts", "", f"{subject} are routed", cause)]
     way = "groups that do not divide the experts"
     return _run(name, deviations, way, subject=subject, reach="no known model")
-
-
-def _maker(
-    config: str, keys: Mapping[str, Any], router: RouterConfig
-) -> tuple[Callable[[], nn.Module], Any]:
-    """Return what makes the one MoE block of a model's module, with small widths, and its config.
-
-    Raises:
-        Unsupported: The release has no such class, or its block cannot be built here.
-    """
-    folder, _, name = config.rpartition(".")
-    try:
-        configuration = import_module(f"transformers.models.{folder}.configuration_{folder}")
-        modeling = import_module(f"transformers.models.{folder}.modeling_{folder}")
-        made = getattr(configuration, name)()
-    except (ImportError, AttributeError) as missing:
-        raise Unsupported(f"this release has no {config}: {missing}") from missing
-    for key, value in {**keys, **_widths(router.num_experts)}.items():
-        if hasattr(made, key):
-            try:
-                setattr(made, key, value)
-            except Exception as error:
-                raise Unsupported(f"{name} does not accept {key}={value!r}: {error}") from error
-    classes = list(_classes(modeling))
-    if len(classes) != 1:
-        found = ", ".join(cls.__name__ for cls in classes) or "none"
-        raise Unsupported(f"{modeling.__name__} has not one class with experts: {found}")
-    given = {"config": made, "layer_idx": 1}
-    names = inspect.signature(classes[0].__init__).parameters
-
-    def maker() -> nn.Module:
-        try:
-            block = classes[0](**{name: given[name] for name in names if name in given})
-        except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            raise Unsupported(f"{classes[0].__name__} cannot be built here: {told}") from error
-        return block.eval()
-
-    return maker, made
-
-
-def _widths(num_experts: int) -> dict[str, Any]:
-    inner = (
-        *("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size"),
-        "shared_expert_intermediate_size",
-    )
-    return {"hidden_size": num_experts, "d_model": num_experts, **dict.fromkeys(inner, _WIDTH)}
-
-
-def _classes(module: ModuleType) -> Iterator[Callable[..., nn.Module]]:
-    """Yield the classes of a module whose constructor makes experts."""
-    for value in vars(module).values():
-        is_module = inspect.isclass(value) and issubclass(value, nn.Module)
-        if not is_module or value.__module__ != module.__name__ or "__init__" not in vars(value):
-            continue
-        if "self.experts =" in inspect.getsource(value.__init__):
-            yield value
 
 
 def _install(root: Path) -> None:

@@ -250,12 +250,14 @@ The kernels are correct, but differ in the order of summation, the length of par
 to bfloat16 after the activation, and the error of their sigmoid (`tests/honest_kernel.py`).
 
 - *Largest use* is the largest share of its bound that any aggregate used. More than 1 is an alarm.
-- *Largest RMS* shows whether the variances are right: it is the largest root mean square of a
-  family of aggregates (such as all tokens), in units of their standard deviations, after the
-  permitted drift was subtracted. It must be below 1.""",
-    "even": f"""These are the same layers with the inputs of the suite's `test_equal_shares`:
+- *Largest RMS* shows whether the derived variances are large enough. A family is all aggregates of
+  one kind, for example one aggregate for each token. From the size of each deviation, the
+  systematic error that a correct kernel may have is subtracted, and the rest is divided by the
+  standard deviation. The root mean square of these numbers must be below 1 for each family; the
+  column shows the largest.""",
+    "even": f"""These are the same layers, with the inputs of the suite's `test_equal_shares`:
 {TOKENS["even"][0]} tokens, router weights that are nearly equal, and scales of whole matrices that
-differ by at most 1.7 instead of 8.""",
+differ by a factor of at most 1.7, instead of 8 as above.""",
     "full": f"""There are {TOKENS["full"][0]} tokens, each routed to both of two experts, with
 these sizes: """
     + "; ".join(f"{scheme} {size.hidden} x {size.inner}" for scheme, size in FULL.items())
@@ -267,7 +269,8 @@ WRONG = {
 shows how many of the wrong kernels were detected. If some were not detected, the parentheses show
 the largest error of a token's output among them.
 
-*One code* of a scale is the next value of its number format, or of a coarser one:
+*One code* is the change of a scale to the next value of its number format. For bfloat16 and
+float32, whose next values are too close, it is a larger step, of a size that E4M3 has:
 
 | scale | change by one code |
 | --- | --- |
@@ -276,14 +279,15 @@ the largest error of a token's output among them.
 | bfloat16 | 6 % |
 | float32 | 13 % |
 
-(The next bfloat16 number would be only 0.4 to 0.8 % larger, which is less than the rounding of the
-output.)
+(The next bfloat16 number would be only 0.4 to 0.8 % larger, which changes the output by less than
+its rounding.)
 
 *One router weight* is the smallest weight of a token. Its expert may contribute only 2 % of the
 token's output, and rounding may remove most of the change. The output is then as close to the
 exact result as that of a correct kernel. With the inputs of the next section, which the suite uses
 too, every change is detected.""",
-    "even": "Cells are as above. The clamp and alpha are left out: this activation has neither.",
+    "even": """The cells are as above. In this table, the activation is silu, which has no clamp
+and no alpha.""",
     "full": f"""The cells are as for the sizes of the GPU suite. There are {TOKENS["full"][-1]}
 tokens.""",
 }

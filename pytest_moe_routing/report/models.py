@@ -21,10 +21,10 @@ The column *router* shows what each router computes, step by step. `+ bias to ch
 the bias affects which experts are chosen, but not their weights. `/ sum` divides the weights by
 their sum.
 
-The column *methods* lists the FlashInfer routing methods that compute the same as the router in
-release {newest}, each with the release since which this has been so. Two things are assumed: the
-function that is called accepts the router's dtypes, and it applies the weights on the side that
-the router requires.
+The column *methods* lists the routing methods of FlashInfer {newest} that compute the same as the
+router. In parentheses is the first release from which on the method has always done so. Two things
+are assumed: the function that is called accepts the router's dtypes, and it applies the weights on
+the side that the router requires.
 
 Whether a fused kernel can run the model in a quantization scheme also depends on the model's
 experts.

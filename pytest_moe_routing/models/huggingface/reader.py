@@ -25,7 +25,7 @@ CONFIG_NAME = "config.json"
 #: Why a checkpoint of a dtype is not judged.
 _DTYPES = {
     "float16": "no fused kernel accepts float16 hidden states or router logits",
-    "float32": "frameworks cast it, vllm to bfloat16 and sglang to float16",
+    "float32": "vLLM casts the weights to bfloat16, and SGLang casts them to float16",
 }
 
 
@@ -75,7 +75,8 @@ def read_config(path: Path, *, override: str | None = None) -> ModelSpec:
     if override is not None:
         scheme, unknown = override, None
     elif dtype != "bfloat16" and unknown is None:
-        scheme, unknown = None, f"{scheme} with {dtype}: {_DTYPES[dtype]}"
+        what = "unquantized" if scheme == "bf16" else scheme
+        scheme, unknown = None, f"{what}, with dtype {dtype}: {_DTYPES[dtype]}"
     elif unknown is None:
         layers.take("scheme", checkpoint.own)
     if dtype == "float16" and router.logits_dtype == "bfloat16":

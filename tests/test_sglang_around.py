@@ -43,6 +43,8 @@ def test_release_ignores_what_its_kernel_is_not_told(target, scheme):
         if looks
         else "ignored",
         Request.CAPTURE: "ignored",
+        # TopK compiled for one token gives experts, and the FP8 runner asserts that it does not.
+        Request.COMPILE: "failed" if not looks and scheme == "fp8_block" else "rejected",
     }
     capture = answers[Request.CAPTURE]
     assert capture.why == "the kernel is given no routing_replay_out"
@@ -83,7 +85,7 @@ def test_release_is_not_asked_where_no_kernel_routes(target):
         target.around(MODELS["mimo-v2-flash"], "bf16", "DeepSeekV3")
 
 
-def answers_of(runs, replay=None, tell=False, rejects=lambda options: None):
+def answers_of(runs, replay=None, tell=False, rejects=lambda options: None, compiles=False):
     """Ask a runner that answers each request as `runs` has it, by the request's option.
 
     An answer is what raises, or what SGLang's own router is told.
@@ -103,7 +105,7 @@ def answers_of(runs, replay=None, tell=False, rejects=lambda options: None):
         return given
 
     names = Names(Contract.of("sglang"), "0.5.23", stubs.definitions("sglang", "nowhere"))
-    found = around(names, run, calls, rejects)
+    found = around(names, run, calls, rejects, compiles=compiles)
     assert requested("capturer") is None
     return {name: (answer["answer"], answer["why"]) for name, answer in found.items()}
 
@@ -148,6 +150,20 @@ def test_only_what_raises_before_a_forward_pass_is_a_rejection():
         Request.CAPTURE: ("rejected", "a hook says no"),
     }
     assert asked == [{"enable_eplb": True}, {"enable_return_routed_experts": True}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ({"failed": "an assertion"}, ("failed", "an assertion")),
+        ({"refused": "given experts", "by_choice": True}, ("rejected", "given experts")),
+        ({}, ("honored", "the kernel routes")),
+    ],
+)
+def test_a_compiled_model_runs_with_what_its_topk_gives(answer, told):
+    found = answers_of({"enable_torch_compile": answer}, compiles=True)
+    assert found[Request.COMPILE] == told
+    assert Request.COMPILE not in answers_of({})
 
 
 def test_what_raises_without_a_reason_is_not_judged():

@@ -12,7 +12,15 @@ def refuse(value):
     raise ValueError(f"no {value}")
 def check(value):
     assert value is None, "not supported"
+def check_silently(value):
+    assert value is None
+def read(value):
+    return value.topk_config
 """
+
+
+class StandardTopKOutput:
+    """Another format than one with a config."""
 
 
 @pytest.mark.parametrize(
@@ -23,6 +31,19 @@ def check(value):
         ("refuse", 1, True, ("failed", "ValueError: no 1 (models/some.py:3)")),
         ("check", 1, True, ("failed", "AssertionError: not supported (models/some.py:5)")),
         ("check", stubs.Stub("option"), False, ("unknown", "it does not build and run on a CPU")),
+        (
+            *("check_silently", 1, True),
+            ("failed", "AssertionError (models/some.py:7: assert value is None)"),
+        ),
+        (
+            *("read", StandardTopKOutput(), True),
+            (
+                "failed",
+                "AttributeError: 'StandardTopKOutput' object has no attribute 'topk_config' "
+                "(models/some.py:9: return value.topk_config)",
+            ),
+        ),
+        ("read", 1, True, ("unknown", "it does not build and run on a CPU: AttributeError: 'int'")),
     ],
 )
 def test_what_raises_when_a_server_starts_is_a_refusal_and_later_a_crash(
@@ -34,7 +55,7 @@ def test_what_raises_when_a_server_starts_is_a_refusal_and_later_a_crash(
     file.write_text(RAISING)
     names = {}
     exec(compile(RAISING, str(file), "exec"), names)
-    with pytest.raises((ValueError, AssertionError)) as raised:
+    with pytest.raises((ValueError, AssertionError, AttributeError)) as raised:
         names[function](value)
     kind, text = verdict_on(raised.value, is_built=is_built)
     assert (kind, text[: len(verdict[1])]) == verdict

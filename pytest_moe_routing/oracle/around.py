@@ -27,6 +27,7 @@ class Request(StrEnum):
     REASONS = "reasons for choosing no experts"
     BACKEND = "--moe-backend"
     DEVICE = "compute capability 10.3"
+    COMPILE = "--enable-torch-compile"
 
 
 class Answer(StrEnum):

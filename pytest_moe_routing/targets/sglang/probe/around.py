@@ -17,7 +17,8 @@ import torch
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.sglang.probe.world import Call, requesting
+from pytest_moe_routing.targets.sglang.probe.handed_over import router
+from pytest_moe_routing.targets.sglang.probe.world import COMPILED, Call, requesting
 
 #: The argument of TopK that tells how many rows are tokens.
 PADDING = "num_token_non_padded"
@@ -40,6 +41,8 @@ def around(
     run: Callable[[], Mapping[str, Any]],
     calls: Sequence[Call],
     rejects: Callable[[Mapping[str, Any]], str | None],
+    *,
+    compiles: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return what becomes of each request that this release knows.
 
@@ -49,6 +52,8 @@ def around(
         run: Builds and runs a block whose kernel routes; the answer of `main.Blocks.capture`.
         calls: Those of entry points in the last run.
         rejects: Returns why a server does not start with these options; None if it starts.
+        compiles: Whether the runner is used as well when the server compiles the model: not for
+            unquantized experts, whose method has an implementation of its own then.
     """
     found: dict[str, dict[str, Any]] = {}
 
@@ -94,6 +99,15 @@ def around(
             lambda: _captured(calls, capturer),
             {"capturer": capturer},
             enable_return_routed_experts=True,
+        )
+    if compiles:
+        ask(
+            "--enable-torch-compile",
+            ["--enable-torch-compile"],
+            "",
+            lambda: {"answer": "honored", "why": "the kernel routes"},
+            {"router": router(names, [])},
+            **{COMPILED: True},
         )
     return found
 

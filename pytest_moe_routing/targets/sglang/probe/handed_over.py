@@ -17,6 +17,19 @@ from pytest_moe_routing.targets.recorder import plain
 from pytest_moe_routing.targets.sglang.probe.world import Call, packed, requesting
 
 
+def router(names: Names, chosen: list[tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    """Return a router that gives recognizable ids and weights, and appends them to `chosen`."""
+
+    def route(*, router_logits: Tensor, topk_config: Any, **_: Any) -> Any:
+        tokens, experts = router_logits.shape
+        places = torch.arange(tokens * topk_config.top_k).reshape(tokens, -1)
+        ids, weights = (places % experts).int(), (places / 7 + 1 / 3).float()
+        chosen.append((ids, weights))
+        return names.get("router-output")(weights, ids, router_logits)
+
+    return route
+
+
 def handed_over(
     names: Names, run: Callable[[], Mapping[str, Any]], calls: Sequence[Call], scale: float
 ) -> dict[str, Any]:
@@ -31,15 +44,7 @@ def handed_over(
         Unsupported: More than one kernel is called, or the block's run cannot be judged.
     """
     chosen: list[tuple[Tensor, Tensor]] = []
-
-    def route(*, router_logits: Tensor, topk_config: Any, **_: Any) -> Any:
-        tokens, experts = router_logits.shape
-        places = torch.arange(tokens * topk_config.top_k).reshape(tokens, -1)
-        ids, weights = (places % experts).int(), (places / 7 + 1 / 3).float()
-        chosen.append((ids, weights))
-        return names.get("router-output")(weights, ids, router_logits)
-
-    with requesting(router=route):
+    with requesting(router=router(names, chosen)):
         answer = run()
     if answer["failed"]:
         return {"failed": answer["failed"]}

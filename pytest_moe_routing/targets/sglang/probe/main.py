@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from types import FrameType
 from typing import Any, Unpack
 
@@ -191,7 +191,9 @@ class Blocks:
             given = {FIELD: question["runner"], **options}
             return rejection(self.names, self._defaults(), server, given)
 
-        return around(self.names, lambda: self.capture(**question), self.calls, rejects)
+        compiles = question["quantization"] is not None and self.names.expects("router-output")
+        run = partial(self.capture, **question)
+        return around(self.names, run, self.calls, rejects, compiles=compiles)
 
     def handed_over(self, scale: float, **question: Any) -> dict[str, Any]:
         """Return the call that is given experts and weights; see `handed_over`."""

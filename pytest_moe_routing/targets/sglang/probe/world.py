@@ -33,6 +33,8 @@ TRTLLM = "flashinfer_trtllm"
 _chosen = [TRTLLM]
 
 
+#: That a server compiles models, which is requested by this name.
+COMPILED = "enable_torch_compile"
 #: What the server is asked for besides the runner, by the name of its option or stand-in.
 _requested: dict[str, Any] = {}
 
@@ -267,12 +269,21 @@ class _Linear(layers.ZeroLinear):
 
 
 class _FusedOp(nn.Module):
-    """The base of SGLang's layers that have one implementation per device: CUDA's is run."""
+    """The base of SGLang's layers that have one implementation per device: CUDA's is run.
+
+    Under torch.compile, as SGLang's own base does it, a layer runs the implementation that it has
+    for one token there.
+    """
 
     forward_cuda: Callable[..., Any]
+    forward_native: Callable[..., Any]
+
+    def _torch_compile_forward(self, num_tokens: int) -> Callable[..., Any] | None:
+        return self.forward_native
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward_cuda(*args, **kwargs)
+        compiled = self._torch_compile_forward(num_tokens=1) if requested(COMPILED) else None
+        return (compiled or self.forward_cuda)(*args, **kwargs)
 
 
 def _modules() -> dict[str, Any]:

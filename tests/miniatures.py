@@ -138,6 +138,19 @@ class KnowsNoRanks(AsksForTwo):
         raise Unsupported("no ranks here")
 
 
+class RunsTransformers(AsksForTwo):
+    """A backend for transformers' models that asks for two experts a token."""
+
+    name = "runs-transformers"
+
+    @staticmethod
+    def without_backend():
+        return ""
+
+    def backend_request(self, model):
+        return replace(self.layer_request(model), switch="--model-impl transformers")
+
+
 class OnlyClassifies(AnswersNothing):
     name = "only-classifies"
 

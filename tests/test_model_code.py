@@ -249,23 +249,32 @@ def test_every_row_says_what_it_must():
 
 
 @pytest.mark.parametrize(
-    ("target", "status", "line"),
+    ("target", "test", "status", "line"),
     [
-        ("builtin", pytest.ExitCode.NO_TESTS_COLLECTED, "*deselected*"),
-        ("miniatures:AnswersNothing", 0, "*1 skipped*"),
-        ("miniatures:AsksForTwo", 1, "*top_k: the model has 8, the model code asks for 2*"),
-        ("miniatures:SplitsSharedExperts", 1, "*minimax-m2: under sequence parallelism, its*"),
+        ("builtin", "test_model_code", pytest.ExitCode.NO_TESTS_COLLECTED, "*deselected*"),
+        ("AnswersNothing", "test_model_code", 0, "*1 skipped*"),
+        ("AsksForTwo", "test_model_code", 1, "*top_k: the model has 8, the model code asks for 2*"),
         (
-            "miniatures:KnowsNoRanks",
-            1,
+            *("SplitsSharedExperts", "test_model_code", 1),
+            "*minimax-m2: under sequence parallelism, its*",
+        ),
+        (
+            *("KnowsNoRanks", "test_model_code", 1),
             "*model code: 1 model is not judged on ranks with other tokens*",
+        ),
+        (
+            *("RunsTransformers", "test_transformers_backend", 1),
+            "*only with an opt-in switch: --model-impl transformers*",
         ),
     ],
 )
-def test_the_suite_asks_frameworks_alone(pytester, monkeypatch, target, status, line):
+def test_the_suite_asks_frameworks_alone(pytester, monkeypatch, target, test, status, line):
     here = str(Path(__file__).parent)
     monkeypatch.setenv("PYTHONPATH", here, prepend=os.pathsep)
-    only = ("--moe-models", "minimax-m2", "-k", "test_model_code", "-p", "no:cacheprovider")
+    target = target if target == "builtin" else f"miniatures:{target}"
+    only = ("--moe-models", "minimax-m2", "-k", test, "-p", "no:cacheprovider")
     result = pytester.runpytest_subprocess("--moe-golden", "--moe-target", target, *only)
     assert result.ret == status
     result.stdout.fnmatch_lines([line])
+    if target == "miniatures:AsksForTwo":
+        result.stdout.fnmatch_lines(["*a transformers backend, which the target does not have*"])

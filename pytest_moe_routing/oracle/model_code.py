@@ -53,6 +53,7 @@ class LayerRequest:
         own_factor: The part of `output_factor` that is not the router's, but for all experts.
         otherwise: How the layer routes otherwise than the model, where its recipe does not say it.
         rounds_logits: Why logits of lesser precision than the model's are no defect.
+        switch: What a server is started with for this code to run; empty if nothing is needed.
         bias_is_loaded: Whether loading a checkpoint fills the bias that the layer reads.
     """
 
@@ -69,6 +70,7 @@ class LayerRequest:
     otherwise: str | None = None
     rounds_logits: str | None = None
     bias_is_loaded: bool = True
+    switch: str = ""
     config_class: str = ""
 
 

@@ -264,6 +264,18 @@ class Target:
         """Return what of a model's shared experts is split over ranks that have other tokens."""
         return None
 
+    @staticmethod
+    def without_backend() -> str:
+        """Return why `backend_request` is not asked here; empty if it is."""
+        return "tests of a transformers backend, which the target does not have"
+
+    def backend_request(self, model: ModelSpec) -> LayerRequest | None:
+        """Return what the target requests from its MoE layer for transformers' code of a model.
+
+        None if transformers' own code routes.
+        """
+        raise Unsupported(f"{self.name} does not run the models of transformers")
+
     def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
         """Return keys that a model's config may leave out, and the model that it then describes."""
         return ()

@@ -59,6 +59,8 @@ def left_out(
     if not session.located.cls.calls_kernels and "moe_router" not in fixtures:
         return "tests of fused kernels, which the target does not call"
     name = item.name.partition("[")[0]
+    if name == "test_transformers_backend" and (why := session.located.cls.without_backend()):
+        return why
     asked = f"{config.option.markexpr} {config.option.keyword}"
     by_name = name in asked or any(name in str(arg) for arg in config.invocation_params.args)
     if item.get_closest_marker("gpu"):

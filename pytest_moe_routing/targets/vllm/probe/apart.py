@@ -37,12 +37,18 @@ class Apart(World):
     Args:
         root: The directory or wheel file that holds vLLM.
         modules: Those with the MoE blocks of models, which run for real.
+        absent: Packages that are stubs, installed or not.
     """
 
-    def __init__(self, names: Names, root: str, modules: Iterable[str]) -> None:
+    def __init__(
+        self,
+        names: Names,
+        root: str,
+        modules: Iterable[str],
+        absent: Iterable[str] = ("huggingface_hub", "transformers", "triton"),
+    ) -> None:
         self.names, self._root = names, root
-        stubs.extend(real=[*modules])
-        stubs.extend(absent=["huggingface_hub", "transformers", "triton"])
+        stubs.extend(real=[*modules], absent=absent)
         self._classes = ConfigClasses(names, "vllm.transformers_utils.configs", "code-configs")
         values = {**_stand_ins(), "get_current_vllm_config": lambda: self.vllm_config}
         stubs.stand_in(values)

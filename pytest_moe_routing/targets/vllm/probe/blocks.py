@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -62,7 +62,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.arguments = arguments
         self.hidden_size = hidden_size
-        self.moe_config = SimpleNamespace(hidden_dim=arguments.get("hidden_size"))
+        self.moe_config = SimpleNamespace(
+            hidden_dim=arguments.get("hidden_size"), is_sequence_parallel=False
+        )
         self.is_internal_router = arguments.get("gate") is not None
         self.logits: Tensor | None = None
 
@@ -76,7 +78,7 @@ class Recorder(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """A block that was built; `config_class` is that of `_config`."""
 
     name: str
@@ -94,17 +96,22 @@ def world() -> World:
     return _world
 
 
+def set_world(found: World) -> None:
+    """Have the code of models surrounded by this from now on."""
+    global _world
+    _world = found
+
+
 def install(root: str, flashinfer: str, version: str, place: str) -> None:
     """Import vLLM from `root` from now on, installed or apart from its dependencies."""
-    global _world
     if place == "installed":
-        _world = Installed(root, version)
+        set_world(Installed(root, version))
     else:
         release.install(root, FlashInfer.of(flashinfer), version)
         kinds = ("module", "shared")
         modules = {_full(row[k]) for row in blocks().values() for k in kinds if k in row}
         prepares = {_prepares(row)[0] for row in blocks().values() if row.get("prepare")}
-        _world = Apart(release.names(), root, modules | prepares)
+        set_world(Apart(release.names(), root, modules | prepares))
 
 
 def _full(module: str) -> str:
@@ -132,6 +139,17 @@ def layer_request(
     """
     with Dtypes() as dtypes:
         block, layers, output = build(row, values, runs=True)
+    return answer_of(block, layers, output, dtypes, RouterConfig(**router))
+
+
+def answer_of(
+    block: Block, layers: Sequence[Recorder], output: Tensor, dtypes: Dtypes, router: RouterConfig
+) -> dict[str, Any]:
+    """Return what a block requested from its MoE layer, which ran with `dtypes`.
+
+    Raises:
+        Unsupported: It called no or several layers, or does more than scale what its layer returns.
+    """
     used = [(layer, layer.logits) for layer in layers if layer.logits is not None]
     if len(used) != 1:
         raise Unsupported(f"{block.name} called {len(used)} MoE layers")
@@ -142,13 +160,13 @@ def layer_request(
         "gate_dtypes": sorted(dtypes.of(logits)),
         "logits_dtype": _name(logits.dtype),
         "bias_is_loaded": _reads_loaded_bias(block.module, layer),
-        **_answer(layer, output, RouterConfig(**router)),
+        **_answer(layer, output, router),
     }
 
 
 def build(
     row: Mapping[str, Any], values: Mapping[str, Any], *, runs: bool
-) -> tuple[_Block, list[Recorder], Tensor]:
+) -> tuple[Block, list[Recorder], Tensor]:
     """Build a block, and run it if it `runs`; see `layer_request`.
 
     Returns:
@@ -169,17 +187,17 @@ def build(
     try:
         with (
             world().current(vllm_config),
-            _recording(block_class, recorders, config.hidden_size),
-            _bfloat16(),
+            recording(block_class, recorders, config.hidden_size),
+            in_bfloat16(),
         ):
             arguments = _arguments(block_class, row.get("arguments") or {}, config, vllm_config)
             block = block_class(**arguments)
-            output = _run(block, config.hidden_size) if runs else torch.empty(0)
+            output = run(block, config.hidden_size) if runs else torch.empty(0)
     except Exception as error:
         raise Unsupported(
             f"{name} does not build{' and run' * runs} on a CPU: {type(error).__name__}: {error}"
         ) from error
-    return _Block(name, config_class, block), recorders, output
+    return Block(name, config_class, block), recorders, output
 
 
 def _reads_loaded_bias(block: nn.Module, layer: Recorder) -> bool:
@@ -266,7 +284,7 @@ def _layers() -> Iterator[str]:
 
 
 @contextmanager
-def _recording(block: type, layers: list[Recorder], hidden_size: int) -> Iterator[None]:
+def recording(block: type, layers: list[Recorder], hidden_size: int) -> Iterator[None]:
     """Put recorders where the code of a block, and of what it derives from, makes MoE layers."""
 
     def recorder_of(real: Any) -> Callable[..., Recorder]:
@@ -293,7 +311,7 @@ def _recording(block: type, layers: list[Recorder], hidden_size: int) -> Iterato
 
 
 @contextmanager
-def _bfloat16() -> Iterator[None]:
+def in_bfloat16() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -328,7 +346,7 @@ def _arguments(
     return {name: known[name] for name in names if name in known}
 
 
-def _run(block: nn.Module, hidden_size: int) -> Tensor:
+def run(block: nn.Module, hidden_size: int) -> Tensor:
     """Return the block's output, which is its MoE layer's up to a factor: all else is zero."""
     with torch.no_grad():
         for tensor in (*block.parameters(), *block.buffers()):

@@ -265,7 +265,7 @@ these sizes: """
 }
 
 WRONG = {
-    "suite": f"""There are {TOKENS["suite"][-1]} tokens, every other one with large values. A cell
+    "suite": f"""There are {TOKENS["suite"][-1]} tokens; every second one has large values. A cell
 shows how many of the wrong kernels were detected. If some were not detected, the parentheses show
 the largest error of a token's output among them.
 

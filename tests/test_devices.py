@@ -40,6 +40,10 @@ def one_device():
     return PLATFORM.is_device_capability(100)
 
 
+def all_gates():
+    """Ask all gates at once."""
+
+
 def select(config):
     """Take experts."""
 
@@ -49,16 +53,23 @@ def asked(monkeypatch):
     """Ask with a gate of monolithic and one of modular experts, and with what a selector takes."""
     forgotten = []
 
-    def ask(monolithic, modular, takes=lambda: "Experts by default", *, has_modular=True):
+    def ask(
+        monolithic, modular, takes=lambda: "Experts by default", *, has_modular=True, together=None
+    ):
         def gates(model, scheme, method, is_modular):
             if is_modular and not has_modular:
                 raise Unsupported("no modular experts")
             gate = modular if is_modular else monolithic
-            return [["device", gate(), "no"], ["is_supported_config", gate(), "no"]]
+            whole = gate() and (together or gate)()
+            return [["device", gate(), "no"], ["is_supported_config", whole, "no"]]
 
         monkeypatch.setattr(devices, "gates", gates)
         kinds = (monolithic, modular)
-        monkeypatch.setattr(devices, "function_of", lambda *_, modular: kinds[modular])
+        monkeypatch.setattr(
+            devices,
+            "function_of",
+            lambda _scheme, gate, *, modular: kinds[modular] if gate == "device" else all_gates,
+        )
         selector = SimpleNamespace(function=select)
         monkeypatch.setattr(devices, "selector_of", lambda *_: selector)
         monkeypatch.setattr(devices, "default_experts", lambda _: takes())
@@ -82,6 +93,11 @@ def test_a_gate_that_accepts_one_is_named_without_those_that_ask_it(asked):
         answer, why, source = asked(*gates)
         assert (answer, why) == ("ignored", "one_device answers yes on 10.0 and no on 10.3")
         assert "test_devices.py:" in source
+
+
+def test_all_gates_at_once_are_named_if_no_single_one_differs(asked):
+    answer = asked(family, family, lambda: "A" if one_device() else "B", together=one_device)
+    assert answer[:2] == ("ignored", "all_gates answers yes on 10.0 and no on 10.3")
 
 
 def test_a_selector_that_takes_other_experts(asked):

@@ -26,10 +26,9 @@ class Rejected(Exception):
 def rejection(error: BaseException) -> str | None:
     """Return an exception as text if a check of vLLM raised it; None for any other one."""
     stack = traceback.extract_tb(error.__traceback__)
-    is_check = stack and is_of_vllm(stack[-1].filename) and stack[-1].line
-    if not is_check or not isinstance(error, _TYPES):
-        return None
-    return refusal(error) if f"{is_check} ".startswith(_STATEMENTS) else None
+    line = stack[-1].line if stack and is_of_vllm(stack[-1].filename) else None
+    is_check = isinstance(error, _TYPES) and f"{line} ".startswith(_STATEMENTS)
+    return refusal(error) if is_check else None
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def split(monkeypatch):
                 "is_sequence_parallel": parallel.use_sequence_parallel_moe,
             }
             arguments = {"kwargs": given} if nested else given
-            block = blocks._Block("a.Block", "", torch.nn.Module())
+            block = blocks.Block("a.Block", "", torch.nn.Module())
             return block, [SimpleNamespace(arguments=arguments)], torch.empty(0)
 
         monkeypatch.setattr(blocks, "build", build)

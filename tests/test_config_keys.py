@@ -223,7 +223,9 @@ def test_a_misspelt_key_is_doubted(tmp_path, key, misspelt):
 
 
 def test_how_near_a_misspelt_key_is(tmp_path):
-    """A name that means nothing may be farther than one that is about something else."""
+    """A name about routing, or of no meaning, may be farther than one about something else."""
+    [doubt] = read(tmp_path, {**without("norm_topk_prob"), "norm_topk_p": True}).unproven
+    assert doubt.startswith("norm_topk_p is not read (did you mean norm_topk_prob?), and renorm")
     config = without("hidden_act")
     [doubt] = read(tmp_path, {**config, "hidn_act": "gelu"}).unproven
     assert doubt.startswith("hidn_act is not read (did you mean hidden_act?), and activation is")

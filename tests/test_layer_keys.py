@@ -72,3 +72,16 @@ def test_absurd_counts(tmp_path, key, most):
 def test_a_key_that_the_class_ignores_has_its_type(tmp_path, value):
     with pytest.raises(ModelError, match=r"scoring_func: found .*, expected one of softmax, sigmo"):
         read(tmp_path, {**R1, "scoring_func": value})
+
+
+@pytest.mark.parametrize("key", ["moe_layer_start_index", "moe_layer_end_index"])
+def test_indices_of_each_kind_of_token(tmp_path, key):
+    """ERNIE's vision models list the first and last layer with experts, for text and for images."""
+    assert read(tmp_path, {**QWEN, key: [3, 5]}).num_layers == 6
+    with pytest.raises(ModelError, match=rf'{key}\.1: found "5", expected an integer'):
+        read(tmp_path, {**QWEN, key: [3, "5"]})
+
+
+def test_layers_with_experts_of_an_unknown_number_of_layers(tmp_path):
+    config = {key: value for key, value in QWEN.items() if key != "num_hidden_layers"}
+    assert read(tmp_path, {**config, "moe_layers": [1, 2]}).num_layers is None

@@ -48,19 +48,20 @@ def test_a_table_of_experts_is_not_computed():
 
 @pytest.mark.parametrize("scoring_func", [0, 1], ids=["scores", "logits"])
 @pytest.mark.parametrize(
-    ("renormalize", "factor", "bias", "ids", "weights"),
+    ("kept", "renormalize", "factor", "bias", "ids", "weights"),
     [
         # The second group has the larger sum, 1.1 against 1.
-        (False, 1.0, [0.0, 0, 0, 0], [2, 3], [0.6, 0.5]),
-        (True, 2.0, [0.0, 0, 0, 0], [2, 3], [12 / 11, 10 / 11]),
-        (False, 1.0, [0.0, 1, 0, 0], [1, 0], [0.1, 0.9]),
+        (1, False, 1.0, [0.0, 0, 0, 0], [2, 3], [0.6, 0.5]),
+        (1, True, 2.0, [0.0, 0, 0, 0], [2, 3], [12 / 11, 10 / 11]),
+        (1, False, 1.0, [0.0, 1, 0, 0], [1, 0], [0.1, 0.9]),
+        (2, False, 1.0, [0.0, 0, 0, 0], [0, 2], [0.9, 0.6]),
     ],
 )
-def test_the_operator_with_groups(scoring_func, renormalize, factor, bias, ids, weights):
+def test_the_operator_with_groups(scoring_func, kept, renormalize, factor, bias, ids, weights):
     given = torch.tensor([[0.9, 0.1, 0.6, 0.5]], dtype=torch.float64)
     given = given.logit() if scoring_func else given
     operator = in_torch("cuda")["grouped_topk"]
-    got = operator(given, 2, 1, 2, renormalize, factor, torch.tensor(bias), scoring_func)
+    got = operator(given, 2, kept, 2, renormalize, factor, torch.tensor(bias), scoring_func)
     assert got[0][0].tolist() == pytest.approx(weights, rel=1e-6)
     assert (got[1][0].tolist(), got[1].dtype) == (ids, torch.int32)
 

@@ -308,7 +308,7 @@ def test_dtypes_that_no_kernel_takes(tmp_path, dtype):
     mixtral = {"model_type": "mixtral", "torch_dtype": dtype}
     spec = read(tmp_path, mixtral)
     assert spec.checkpoints == ()
-    assert spec.unknown_scheme.startswith(f"bf16 with {dtype}: ")
+    assert spec.unknown_scheme.startswith(f"unquantized, with dtype {dtype}: ")
     # The router's logits are of the model's dtype, where the code does not widen them.
     logits = {"float16": "float16", "float32": "bfloat16"}[dtype]
     assert spec.router.logits_dtype == logits

@@ -67,8 +67,30 @@ def write_to_pipes():
 """
 
 
+#: What a server does by default is read from the values of fields.
+DEFAULTS = {
+    "EngineArgs": """
+class EngineArgs:
+    moe_backend: str = "auto"
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    enable_eplb: bool = False
+    enable_dbo: bool = False
+    expert_placement_strategy: str = "linear"
+    all2all_backend: str = "allgather_reducescatter"
+""",
+    "KernelConfig": """
+class KernelConfig:
+    moe_backend: str = "auto"
+""",
+}
+
+
 def definition(name, members):
     """A class, or a function, that has these members and `(parameters)`."""
+    if name in DEFAULTS:
+        return DEFAULTS[name]
     parameters = "".join(f", {m[1:-1]}=None" for m in members if m.startswith("("))
     inner = {m: members[m] for m in members if not m.startswith("(")}
     if name[0].islower() and not inner:

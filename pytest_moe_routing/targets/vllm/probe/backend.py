@@ -72,7 +72,13 @@ class Backend:
         if names.has("backend-aliases"):
             spelling = names.spelling("backend-aliases")
             node: Any = names.definitions.node(spelling.module, spelling.path)
-            stubs.stand_in({spelling.path: ast.literal_eval(node.value)})
+            try:
+                aliases = ast.literal_eval(getattr(node, "value", node))
+            except ValueError as error:
+                raise Unsupported(
+                    f"not judged: {spelling} in vLLM {names.version} is not a literal: {error}"
+                ) from error
+            stubs.stand_in({spelling.path: aliases})
         self._mixin = getattr(stubs.real_module(mixin.module), mixin.path)
         gates = stubs.real_module(names.spelling("backend-fuser").module)
         if hasattr(gates, "GateLinear"):

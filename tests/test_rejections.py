@@ -36,6 +36,9 @@ def wraps():
     except ValueError as error:
         raise Unsupported("not judged: makes no layer") from error
 
+def is_abstract():
+    raise NotImplementedError
+
 def does_not_know(): raise Unsupported("not judged: no such name")
 """
 
@@ -74,6 +77,7 @@ def test_a_check_rejects(vllm, function, told):
         ("fails", "not judged: vllm/checks.py:14: ValueError: invalid literal"),
         ("looks_up", "not judged: vllm/checks.py:17: KeyError: 'backend', which is no check"),
         ("breaks", "not judged: vllm/checks.py:20: RuntimeError: no device, which is no check"),
+        ("is_abstract", "not judged: vllm/checks.py:29: NotImplementedError: raise"),
         ("does_not_know", "not judged: no such name"),
     ],
 )

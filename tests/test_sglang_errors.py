@@ -16,6 +16,10 @@ def check_silently(value):
     assert value is None
 def read(value):
     return value.topk_config
+def forward(value):
+    raise NotImplementedError
+def call(value):
+    forward(value)
 """
 
 
@@ -44,18 +48,24 @@ class StandardTopKOutput:
             ),
         ),
         ("read", 1, True, ("unknown", "it does not build and run on a CPU: AttributeError: 'int'")),
+        ("forward", 1, True, ("unknown", "it does not build and run on a CPU")),
+        (
+            *("call", 1, True),
+            ("failed", "NotImplementedError (models/some.py:11: raise NotImplementedError)"),
+        ),
     ],
 )
 def test_what_raises_when_a_server_starts_is_a_refusal_and_later_a_crash(
     tmp_path, function, value, is_built, verdict
 ):
-    """Unless a stand-in of ours may be why it raised."""
+    """Unless a stand-in of ours, or a method that nobody wrote, may be why it raised."""
     file = tmp_path / "sglang/srt/models/some.py"
     file.parent.mkdir(parents=True)
     file.write_text(RAISING)
     names = {}
     exec(compile(RAISING, str(file), "exec"), names)
-    with pytest.raises((ValueError, AssertionError, AttributeError)) as raised:
+    errors = (ValueError, AssertionError, AttributeError, NotImplementedError)
+    with pytest.raises(errors) as raised:
         names[function](value)
     kind, text = verdict_on(raised.value, is_built=is_built)
     assert (kind, text[: len(verdict[1])]) == verdict

@@ -8,6 +8,7 @@ from textwrap import shorten
 
 from pytest_moe_routing.targets.recorder import DoesNotBind
 from pytest_moe_routing.targets.stubs import Stub
+from pytest_moe_routing.targets.unwritten import is_unwritten
 
 
 def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
@@ -17,7 +18,7 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
     ends a server that has taken requests.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    places = [frame.filename.replace("\\", "/").partition("/sglang/srt/")[2] for frame in frames]
+    places = [_within(frame.filename) for frame in frames]
     last, place = frames[-1], places[-1]
     text = shorten(f"{type(error).__name__}: {error}", 300)
     # Stand-ins fail in files of ours or of torch: what matters is who asked them.
@@ -26,7 +27,8 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
     line = last.line or ""
     if isinstance(error, DoesNotBind):
         return "failed", str(error)
-    if place and "Stub" not in text and not _saw_a_stub(error):
+    is_judged = not (_saw_a_stub(error) or is_unwritten(error, lambda file: bool(_within(file))))
+    if place and "Stub" not in text and is_judged:
         if isinstance(error, AssertionError) or line.startswith("raise "):
             # An assertion without a message is told by what it asserts.
             shown = f"{text} ({where})" if str(error) else f"{text[:-1]} ({where}: {line})"
@@ -34,6 +36,11 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
         if "routing_method_type" in line or "TopKOutput" in text:
             return "failed", f"{text} ({where}: {line})"
     return "unknown", f"it does not build and run on a CPU: {text} ({where})"
+
+
+def _within(file: str) -> str:
+    """Return the path of a file within SGLang's code; "" for any other file."""
+    return file.replace("\\", "/").partition("/sglang/srt/")[2]
 
 
 def _saw_a_stub(error: Exception) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets.recorder import DoesNotBind, Reached, plain
 from pytest_moe_routing.targets.stubs import Stub
+from pytest_moe_routing.targets.unwritten import is_unwritten
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
@@ -104,7 +105,11 @@ def run_layer(
 def recorded(
     call: Callable[[], None], named: Mapping[str, Tensor | None], what: str
 ) -> dict[str, Any]:
-    """Return the kernel's `function` and `arguments`, or what vLLM's code `raised`."""
+    """Return the kernel's `function` and `arguments`, or what vLLM's code `raised`.
+
+    Raises:
+        Unsupported: vLLM's code was run in a way that vLLM would not run it.
+    """
     Stub.asked.clear()
     try:
         with on_one_gpu():
@@ -125,6 +130,10 @@ def recorded(
     except _REFUSALS as error:
         if Stub.asked:
             raise TargetError(f"{refusal(error)}, after stubs: {', '.join(Stub.asked)}") from error
+        if is_unwritten(error, release.is_of_vllm):
+            raise Unsupported(
+                f"not judged: {what} called code that is not implemented ({refusal(error)})"
+            ) from error
         return {"raised": _raised(error)}
     raise TargetError(f"{what} called no kernel")
 

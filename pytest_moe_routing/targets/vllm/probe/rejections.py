@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.unwritten import is_unwritten
 from pytest_moe_routing.targets.vllm.probe.capture import refusal
 from pytest_moe_routing.targets.vllm.probe.release import is_of_vllm
 
@@ -28,7 +29,7 @@ def rejection(error: BaseException) -> str | None:
     stack = traceback.extract_tb(error.__traceback__)
     line = stack[-1].line if stack and is_of_vllm(stack[-1].filename) else None
     is_check = isinstance(error, _TYPES) and f"{line} ".startswith(_STATEMENTS)
-    return refusal(error) if is_check else None
+    return refusal(error) if is_check and not is_unwritten(error, is_of_vllm) else None
 
 
 @contextmanager

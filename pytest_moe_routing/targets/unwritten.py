@@ -1,0 +1,29 @@
+"""Tells code that is not there from code that rejects its input.
+
+Both raise `NotImplementedError`. Only a framework's own `raise` says something about a model, and
+only if the framework, not the probe, chose to call that function.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+
+
+def is_unwritten(error: BaseException, is_own: Callable[[str], bool]) -> bool:
+    """Return whether an exception only means that code is missing.
+
+    So does the error of an operator of torch that has no kernel for a CPU, that of a stand-in, and
+    that of an abstract method of the framework if the probe called it.
+
+    Args:
+        is_own: Whether a file, given by its path, is of the framework's own code.
+    """
+    if not isinstance(error, NotImplementedError):
+        return False
+    *callers, last = traceback.extract_tb(error.__traceback__)
+    if not is_own(last.filename) or not (last.line or "").startswith("raise "):
+        return True
+    # A module's `forward` is called by torch, for whoever called the module.
+    caller = next((f.filename for f in reversed(callers) if "/torch/" not in f.filename), "")
+    return not error.args and not is_own(caller)

@@ -70,6 +70,7 @@ class _Answer(_Call):
 _ANSWERS: Mapping[str, Any] = {
     "method_numbers": dict[str, int],
     "accepted_quantizations": list[str | None] | None,
+    "replaced_runner": str,
     "capture": _Answer,
     "around": dict[str, RequestAnswer],
     "handed_over": HandedOver,
@@ -215,11 +216,13 @@ class SglangTarget(FrameworkTarget):
         quantization, runner = row["quantization"], row["runner"]
         # Only this one is asserted on.
         allowed = self._allowed if runner == TRTLLM else None
-        accepted = Gate(
-            "server arguments",
-            allowed is None or quantization in allowed,
-            f"--moe-runner-backend {runner} does not support {quantization}",
-        )
+        switch, reason = f"--moe-runner-backend {runner}", ""
+        told = {"architecture": model.architecture, "quantization": quantization, "runner": runner}
+        if allowed is not None and quantization not in allowed:
+            reason = f"{switch} does not support {quantization or 'models that are not quantized'}"
+        elif instead := self._remembered("replaced_runner", told):
+            reason = f"the server replaces {switch} with {instead}"
+        accepted = Gate("server arguments", not reason, reason)
         if not accepted.ok:
             return (accepted,)
         answer, declared = self._run(model, scheme), self.classify(model).method

@@ -34,6 +34,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
 )
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
+from pytest_moe_routing.targets.sglang.probe.replaced import Told
 from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.weights import stand_in_weights
@@ -385,12 +386,10 @@ def _caller(models: str) -> str:
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Return what answers questions about an SGLang."""
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
-    names = (
-        *("method_numbers", "accepted_quantizations", "default_runner", "layer_runner"),
-        *("capture", "around", "handed_over"),
-    )
+    names = ("method_numbers", "accepted_quantizations", "default_runner", "layer_runner")
     return {
-        **{name: getattr(blocks, name) for name in names},
+        **{name: getattr(blocks, name) for name in (*names, "capture", "around", "handed_over")},
+        "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),
         "rule": lambda **asked: rule(blocks.names, lambda: blocks.capture(**asked)),
         "runner_rules": lambda **asked: runner_rules(lambda: blocks.default_runner(**asked)),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.probe.replaced import Told
 from pytest_moe_routing.targets.sglang.registry import modules as list_modules
 from pytest_moe_routing.targets.stubs import source_of
 
@@ -151,7 +152,7 @@ class Sources:
     def accepted_quantizations(self) -> list[str | None] | None:
         """Return the `quantization` values that the server allows with the TRT-LLM runner.
 
-        None for a release from the time before there was an assertion.
+        None for a release from the time before there was an assertion (before 0.5.6).
 
         Raises:
             Unsupported: The assertion is not where the contract expects it.
@@ -171,6 +172,23 @@ class Sources:
                 f"{self.names.version} assert nothing about the quantizations of {_RUNNER}"
             )
         return None
+
+    def replaced_runner(self, told: Told) -> str:
+        """Return which runner a server uses instead of the one that it was told, and where.
+
+        "" if it uses that one, and for releases whose overrides of arguments can be run.
+
+        Raises:
+            Unsupported: See `Told.replacement`.
+        """
+        if self.names.expects("overrides-collect"):
+            return ""
+        for module in self._server_modules():
+            found = told.replacement(self.tree(module).body)
+            if found is not None:
+                file = module.removeprefix("sglang.srt.").replace(".", "/")
+                return f"{found[0]} ({file}.py:{found[1]})"
+        return ""
 
     def server_defaults(self) -> dict[str, Any]:
         """Return the constants that the fields of a server's arguments have if they are not given.
@@ -248,10 +266,17 @@ def _asks_for_runner(test: ast.expr) -> bool:
 
 
 def _allowed_quantizations(statement: ast.stmt) -> list[str | None] | None:
-    if not isinstance(statement, ast.Assert) or not isinstance(statement.test, ast.Compare):
+    """Return what an assertion on the quantization allows, in a list or one by one."""
+    if not isinstance(statement, ast.Assert):
         return None
     test = statement.test
-    (allowed,) = test.comparators[:1]
-    if not ast.unparse(test.left).endswith("quantization") or not isinstance(allowed, ast.List):
-        return None
-    return [n.value for n in allowed.elts if isinstance(n, ast.Constant)]  # type: ignore[misc]
+    allowed: list[str | None] = []
+    for part in test.values if isinstance(test, ast.BoolOp) else [test]:
+        if not isinstance(part, ast.Compare) or not ast.unparse(part.left).endswith("quantization"):
+            return None
+        if not isinstance(part.ops[0], (ast.Eq, ast.Is, ast.In)):
+            return None
+        (right,) = part.comparators[:1]
+        choices = right.elts if isinstance(right, ast.List) else [right]
+        allowed += [n.value for n in choices if isinstance(n, ast.Constant)]  # type: ignore[misc]
+    return allowed

@@ -5,6 +5,7 @@ Built from the options on first use, and checked in one place: every mistake is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -100,7 +101,8 @@ class MoESession:
         models = load_models(goldens.packaged_directory(), *self.golden_dirs)
         ids: dict[Path, str] = {}
         for path in self.configs:
-            if any(config_file(path).resolve() == config_file(p).resolve() for p in ids):
+            place = os.path.realpath(config_file(path))
+            if any(place == os.path.realpath(config_file(p)) for p in ids):
                 raise MoERoutingError(f"--moe-config {path}: the file was given twice")
             model = read_config(path)
             while model.id in models:

@@ -212,7 +212,7 @@ def test_questions_are_few():
     once = CachedTarget(target)
     exact = {b: sweep(once, b, (), routers).verdicts["exact"] for b in ("nvfp4", "fp8_block")}
     assert target.asked == {
-        "version": 2,  # for the records, and for the target's name in messages
+        "version": 1,  # for the records
         "method_numbers": 1,
         "classify": len(routers),
         **{("gates", b): len(routers) for b in exact},

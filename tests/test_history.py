@@ -119,7 +119,8 @@ def test_history_files_and_choices(releases, tmp_path, capsys):
     wrong = data["releases"][0]["verdicts"][1]
     assert (wrong["model"], wrong["verdict"]) == ("step-3.7-flash", "wrong")
     assert wrong["counterexample"]
-    assert capsys.readouterr().out == ""
+    written = [f"history {tmp_path / name}" for name in ("h.md", "h.json")]
+    assert capsys.readouterr().out.splitlines() == written
 
 
 def test_two_places_with_one_release_are_two_columns(releases, tmp_path, capsys):

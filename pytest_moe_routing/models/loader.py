@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -40,7 +41,7 @@ def load_any(file: Path) -> ModelSpec | IncompleteModel:
         ModelError: As for `load_model`, an incomplete model excepted.
     """
     root = _read(file)
-    folder = file.resolve().parent
+    folder = Path(os.path.realpath(file)).parent
     if "incomplete" in root.entries:
         incomplete: IncompleteModel = root.build(IncompleteModel, partial=True)
         return replace(incomplete, folder=folder)
@@ -50,7 +51,7 @@ def load_any(file: Path) -> ModelSpec | IncompleteModel:
 
 def _read(file: Path, likes: tuple[Path, ...] = ()) -> Section:
     """Read a file's keys, over those of the file that it is like."""
-    folder = file.resolve().parent
+    folder = Path(os.path.realpath(file)).parent
     if not _ID.fullmatch(folder.name):
         raise ModelError(
             f"{file}: the folder's name is the model's id: found {folder.name!r}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,11 @@ def merge(files: Iterable[Path]) -> list[Record]:
     """
     merged: dict[tuple[str, ...], Record] = {}
     origin: dict[tuple[str, ...], Path] = {}
-    read: set[Path] = set()
+    read: set[str] = set()
     for file in files:
-        if file.resolve() in read:
+        if (place := os.path.realpath(file)) in read:
             raise MoERoutingError(f"{file}: the file was given twice")
-        read.add(file.resolve())
+        read.add(place)
         for record in load(file):
             before = merged.setdefault(record.key, record)
             first = origin.setdefault(record.key, file)

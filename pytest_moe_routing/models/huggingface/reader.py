@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from difflib import get_close_matches
@@ -152,7 +153,7 @@ def _name_of(root: Section, file: Path) -> tuple[str, str]:
     said = root.get("_name_or_path")
     if isinstance(said, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", said):
         return said.rpartition("/")[2], said
-    folder = file.resolve().parent.name if file.name == CONFIG_NAME else file.stem
+    folder = Path(os.path.realpath(file)).parent.name if file.name == CONFIG_NAME else file.stem
     name = re.sub(r"[^\w.-]+", "-", folder).strip("-")
     name = name if re.search(r"\w", name) else "model"
     return name, f"local/{name}"

@@ -308,6 +308,14 @@ def _answer(ask):
         return "error", str(error)
 
 
+def _bad(answer):
+    """What a test fails with: a verdict, or the first finding about modular experts; else None."""
+    if isinstance(answer, dict):
+        verdict = answer.get("verdict")
+        return None if verdict in _GREEN else verdict
+    return answer[1][0] if answer[1] else None
+
+
 def outcome(before, after, name):
     """What became of a run, and the first line that says so."""
     changed = {}
@@ -319,13 +327,12 @@ def outcome(before, after, name):
         return IDENTICAL, ""
     for case, (kind, text) in changed.items():
         if kind == "judged":
-            verdict = text.get("verdict") if isinstance(text, dict) else None
-            is_red = verdict is not None and verdict not in _GREEN
-            if not is_red or before[case][0] != "judged" or before[case][1]["verdict"] == verdict:
+            bad = _bad(text)
+            if bad is None or before[case][0] != "judged" or _bad(before[case][1]) == bad:
                 return SILENT, f"{case}: {before[case]} -> {(kind, text)}"
     for case, (kind, text) in changed.items():
         if kind == "judged":
-            return RED, f"{case}: {text['verdict']}"
+            return RED, f"{case}: {_bad(text)}"
     for case, (kind, text) in changed.items():
         if kind == "error":
             return BROKEN, f"{case}: {text}"

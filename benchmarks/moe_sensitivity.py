@@ -244,20 +244,22 @@ RIGHT = {
     "suite": f"""The layers have {SUITE.experts} experts with {SUITE.top_k} per token, a hidden
 size of {SUITE.hidden} and an intermediate size of {SUITE.inner}. They run with {
         ", ".join(map(str, TOKENS["suite"]))
-    } tokens in turn, and with five activations in turn.
+    } tokens in turn, and with five activations in turn. Where a scheme has one scale for a whole
+matrix (fp8_per_tensor), the scales of different matrices differ by a factor of up to 8.
 
 The kernels are correct, but differ in the order of summation, the length of partial sums, rounding
 to bfloat16 after the activation, and the error of their sigmoid (`tests/honest_kernel.py`).
 
 - *Largest use* is the largest share of its bound that any aggregate used. More than 1 is an alarm.
 - *Largest RMS* shows whether the derived variances are large enough. A family is all aggregates of
-  one kind, for example one aggregate for each token. From the size of each deviation, the
-  systematic error that a correct kernel may have is subtracted, and the rest is divided by the
-  standard deviation. The root mean square of these numbers must be below 1 for each family; the
-  column shows the largest.""",
+  one kind, for example one aggregate for each token. For each aggregate, take the size of its
+  difference from the reference, subtract the systematic error that a correct kernel may have, and
+  divide the rest by the derived standard deviation. The root mean square of these numbers must be
+  below 1 for each family; the column shows the largest.""",
     "even": f"""These are the same layers, with the inputs of the suite's `test_equal_shares`:
-{TOKENS["even"][0]} tokens, router weights that are nearly equal, and scales of whole matrices that
-differ by a factor of at most 1.7, instead of 8 as above.""",
+{TOKENS["even"][0]} tokens; router weights that are nearly equal; and scales of whole matrices that
+differ by a factor of at most 1.7. (In the previous section, these scales differ by a factor of up
+to 8.)""",
     "full": f"""There are {TOKENS["full"][0]} tokens, each routed to both of two experts, with
 these sizes: """
     + "; ".join(f"{scheme} {size.hidden} x {size.inner}" for scheme, size in FULL.items())
@@ -269,8 +271,9 @@ WRONG = {
 shows how many of the wrong kernels were detected. If some were not detected, the parentheses show
 the largest error of a token's output among them.
 
-*One code* is the change of a scale to the next value of its number format. For bfloat16 and
-float32, whose next values are too close, it is a larger step, of a size that E4M3 has:
+*One code* is the change of a scale to the next value of its number format. In bfloat16 and float32,
+neighboring values are too close. For these formats, the change is larger, and within the range of
+E4M3's steps:
 
 | scale | change by one code |
 | --- | --- |

@@ -22,9 +22,9 @@ the bias affects which experts are chosen, but not their weights. `/ sum` divide
 their sum.
 
 The column *methods* lists the routing methods of FlashInfer {newest} that compute the same as the
-router. In parentheses is the first release from which on the method has always done so. Two things
-are assumed: the function that is called accepts the router's dtypes, and it applies the weights on
-the side that the router requires.
+router. The release in parentheses is the first in which the method computes the same as the router;
+every later release does too. Two things are assumed: the function that is called accepts the
+router's dtypes, and it applies the weights on the side that the router requires.
 
 Whether a fused kernel can run the model in a quantization scheme also depends on the model's
 experts.

@@ -244,8 +244,9 @@ RIGHT = {
     "suite": f"""The layers have {SUITE.experts} experts with {SUITE.top_k} per token, a hidden
 size of {SUITE.hidden} and an intermediate size of {SUITE.inner}. They run with {
         ", ".join(map(str, TOKENS["suite"]))
-    } tokens in turn, and with five activations in turn. Where a scheme has one scale for a whole
-matrix (fp8_per_tensor), the scales of different matrices differ by a factor of up to 8.
+    } tokens in turn, and with five activations in turn.
+In fp8_per_tensor, which has one scale for each whole matrix, the scales of different matrices
+differ by a factor of up to 8.
 
 The kernels are correct, but differ in the order of summation, the length of partial sums, rounding
 to bfloat16 after the activation, and the error of their sigmoid (`tests/honest_kernel.py`).

@@ -139,10 +139,7 @@ def page():
         "",
         "Not every defect can be expected to be caught by a plain run. The following do not count:",
         "",
-        *(
-            f"- {left[why]} defects that {told} ({_by_status(why)})"
-            for why, told in LEAVES.items()
-        ),
+        *(f"- {left[why]} defects that {told} ({_by_status(why)})" for why, told in LEAVES.items()),
         "",
         f"Of the other {len(counted)}, a plain run catches {plain}.",
         "",

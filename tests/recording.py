@@ -98,6 +98,12 @@ class _Instrument(ast.NodeTransformer):
         arguments = [node.value, ast.Constant(node.attr)]
         return ast.Call(ast.Name("__moe_read__", ast.Load()), arguments, [])
 
+    def visit_match_case(self, node):
+        # A pattern can hold names, but no calls.
+        node.guard = node.guard and self.visit(node.guard)
+        node.body = [self.visit(statement) for statement in node.body]
+        return node
+
     def visit_Name(self, node):
         if node.id in ("getattr", "hasattr") and isinstance(node.ctx, ast.Load):
             return ast.Name(f"__moe_{node.id}__", ast.Load())

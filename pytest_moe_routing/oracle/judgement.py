@@ -114,8 +114,8 @@ class Judgement:
 
     @property
     def obstacles(self) -> tuple[str, ...]:
-        """Why no fused kernel runs the model; empty if one does."""
-        if self.verdict is not Verdict.FALLBACK:
+        """Why no call of a fused kernel would be exact; empty if one would."""
+        if self.verdict is Verdict.EXACT or self.exact:
             return ()
         gates = kernel_gates(self.model, self.scheme, self.flashinfer)
         found = tuple(f"{gate.name}: {gate.reason}" for gate in gates if not gate.ok)

@@ -144,7 +144,7 @@ class VerdictRecord(_Record):
         exact: The calls that would have computed the model's router.
         call: The call that computes the model exactly, as `calls.arguments_of` has it: the target's
             own, or the first that would have; None if no kernel of the release does.
-        obstacles: Why no fused kernel of the release runs the model, for a fallback.
+        obstacles: Why no call of a fused kernel of the release would be exact; empty if one would.
         reason: Why there is no verdict.
         site: The code that makes the kernel call.
         source: File and line of the target's code that is to blame, if they are known.

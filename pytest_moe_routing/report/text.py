@@ -153,7 +153,7 @@ def story(record: VerdictRecord) -> list[str]:
     lines += consequences(record)
     if not record.verdict.is_good:
         lines += [f"  exact    would be {call}" for call in record.exact] or [
-            "  exact    no routing method of this release computes the router"
+            f"  exact    none: {why}" for why in record.obstacles
         ]
     return lines
 
@@ -241,7 +241,8 @@ def consequences(record: VerdictRecord) -> Iterator[str]:
 def reasons(record: VerdictRecord) -> Iterator[str]:
     """Yield what is wrong or in the kernel's way, with a token that shows it; then notes."""
     said = {f"{gate}: {reason}" for gate, reason in record.rejected_by.items()}
-    for line in (*sentences(record.findings), *(o for o in record.obstacles if o not in said)):
+    obstacles = record.obstacles if record.verdict is Verdict.FALLBACK else ()
+    for line in (*sentences(record.findings), *(o for o in obstacles if o not in said)):
         yield f"  because  {line}"
     if record.counterexample is not None:
         yield from (f"    {line}" for line in token(record.counterexample))

@@ -299,10 +299,10 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from pytest_moe_routing.report.files import check_suffix, write_report
+    from pytest_moe_routing.report.files import check_merged, write_report
     from pytest_moe_routing.report.records import merge
 
-    check_suffix(arguments.out)
+    check_merged(arguments.out, arguments.files)
     write_report(arguments.out, merge(arguments.files))
     _say(f"report {arguments.out}")
     return 0

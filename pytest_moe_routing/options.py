@@ -126,6 +126,8 @@ def option(config: pytest.Config, name: str) -> Any:
     """Return an option's value: that of the command line, else that of the ini file."""
     name = f"moe_{name}".replace("-", "_")
     value = config.getoption(name)
+    if value == "":
+        raise pytest.UsageError(f"--{name.replace('_', '-')}: found '', expected a value")
     if value is not None:
         return value
     try:
@@ -140,10 +142,10 @@ def names(config: pytest.Config, name: str) -> list[str]:
     Raises:
         pytest.UsageError: It is given, and names nothing.
     """
-    given = option(config, name) or []
+    stated = config.getoption(f"moe_{name}")
+    given = (option(config, name) if stated is None else stated) or []
     parts = given.split(",") if isinstance(given, str) else ",".join(given).split(",")
     found = [part.strip() for part in parts if part.strip()]
-    stated = config.getoption(f"moe_{name}")
     if stated is not None and not found:
         raise pytest.UsageError(f"--moe-{name}: found {stated!r}, expected at least one name")
     return found

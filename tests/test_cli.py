@@ -160,7 +160,7 @@ def test_explain_says_what_no_backend_serves(tmp_path, capsys):
         '"norm_topk', '"quantization_config": {"quant_method": "awq", "bits": 4}, "norm_topk'
     )
     (tmp_path / "config.json").write_text(quantized)
-    assert main(["explain", str(tmp_path)]) == 0
+    assert main(["explain", str(tmp_path)]) == 1
     assert "not judged: int4; the schemes that are judged are fp8_block" in capsys.readouterr().out
 
 

@@ -39,6 +39,18 @@ def test_every_wrong_folder_is_named(folder, capsys):
     assert lines[2] == "0 valid, 2 wrong"
 
 
+def test_links_that_lead_nowhere(folder, capsys):
+    """They are models of which nothing can be read, and not no models."""
+    for name, to in (("dangling", "nowhere"), ("loop", "model.yaml")):
+        (folder / name).mkdir()
+        (folder / name / "model.yaml").symlink_to(to)
+    status, lines = checked(folder, capsys)
+    assert status == 1
+    assert "dangling/model.yaml: cannot be read: No such file" in lines[0]
+    assert "loop/model.yaml: cannot be read: Too many levels" in lines[2]
+    assert lines[-1] == "2 valid, 2 wrong"
+
+
 def test_goldens_that_are_broken_or_not_written_yet(folder, capsys):
     (folder / "deepseek-r1" / "router.golden.json").write_text("{")
     (folder / "minimax-m2" / "routing.golden.json").unlink()

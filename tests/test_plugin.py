@@ -122,6 +122,8 @@ def test_an_unknown_flashinfer_release_is_a_stated_assumption(host):
         (("--moe-models", "nope-*"), NO_MODEL),
         (("--moe-models", ","), "--moe-models: found ',', expected at least one name"),
         (("--moe-schemes", ""), "--moe-schemes: found '', expected at least one name"),
+        (("--moe-target", ""), "--moe-target: found '', expected a value"),
+        (("--moe-flashinfer", ""), "--moe-flashinfer: found '', expected a value"),
         (("--moe-schemes", "nvfp5"), "unknown scheme 'nvfp5'; schemes: fp8_block"),
         (
             ("--moe-target", "vlm"),
@@ -313,6 +315,20 @@ def test_a_run_that_stops_early_writes_no_ledger(host):
     (host.path / "known.yaml").write_text(text.replace("deepseek-r1-fp8_block, ", ""))
     result = host.runpytest_subprocess(*known)
     assert result.parseoutcomes()["failed"] == result.parseoutcomes()["xfailed"] == 1
+
+
+def test_a_ledger_that_cannot_be_written_fails_the_run(host):
+    (host.path / "file").touch()
+    chosen = ("--moe-models", "minimax-m2", "--moe-schemes", "nvfp4", "-k", "test_verdict[")
+    result = run(host, "--moe-golden", *chosen, "--moe-write-known-failures", "file/known.yaml")
+    assert result.parseoutcomes() == {
+        "passed": 1,
+        "deselected": result.parseoutcomes()["deselected"],
+    }
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["moe-routing: */file/known.yaml not written, because it cannot be *"]
+    )
 
 
 def test_collecting_gives_no_verdicts_and_misses_none(host):

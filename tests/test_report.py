@@ -135,6 +135,24 @@ def test_a_line_that_is_no_record(tmp_path, capsys, text, message):
     assert not (tmp_path / "out.md").exists()
 
 
+def test_only_reports_are_merged_and_none_is_written_over(tmp_path, capsys, monkeypatch):
+    before = write(tmp_path / "one.jsonl", [gpu_test()]).read_text()
+    (tmp_path / "link.jsonl").symlink_to("one.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for arguments, message in (
+        (("one.jsonl", "one.jsonl"), "one.jsonl: found as the report to write and as one to merge"),
+        (("link.jsonl", "one.jsonl"), "one.jsonl: found as the report to write and"),
+        (("out.md", "one.json"), "one.json: found '.json', expected a .jsonl report"),
+        (("out.md", "loop.jsonl"), "loop.jsonl: cannot be read: Too many levels"),
+    ):
+        assert main(["report", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert Path("one.jsonl").read_text() == before
+
+
 def test_a_report_that_is_given_twice(tmp_path, capsys, monkeypatch):
     """By another name as well: what a machine found would count as found by two."""
     write(tmp_path / "one.jsonl", [gpu_test()])

@@ -9,7 +9,9 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request
+from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.target import VllmTarget
@@ -29,6 +31,11 @@ MISTAKES = (
         "model_executor/models/glm4_moe.py",
         "router_logits, _ = self.gate(hidden_states)",
         "router_logits = torch.matmul(hidden_states, self.gate.weight.t().bfloat16()).float()",
+    ),
+    (
+        "model_executor/layers/fused_moe/experts/trtllm_fp8_moe.py",
+        "        kwargs = dict(\n",
+        "        router_logits.mul_(-1)\n        kwargs = dict(\n",
     ),
 )
 
@@ -76,3 +83,9 @@ def test_logits_of_a_bare_product_in_bfloat16_are_a_downcast(target):
     found = compare_request(model, target.layer_request(model))
     text = "the float32 router logits are downcast to bfloat16 before the call"
     assert list(sentences(found.findings)) == [text]
+
+
+def test_logits_that_are_changed_in_place(target):
+    found = judge(target, MODELS["deepseek-r1"], "fp8_block")
+    assert found.verdict is Verdict.WRONG
+    assert "routing_logits arrives as another tensor" in "\n".join(sentences(found.findings))

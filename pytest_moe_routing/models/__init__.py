@@ -8,6 +8,7 @@ from pytest_moe_routing.models.loader import (
     load_model,
     load_models,
     load_named,
+    model_files,
     select,
 )
 from pytest_moe_routing.models.spec import (
@@ -31,6 +32,7 @@ __all__ = [
     "load_model",
     "load_models",
     "load_named",
+    "model_files",
     "read_config",
     "select",
 ]

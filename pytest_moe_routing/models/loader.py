@@ -136,8 +136,15 @@ def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteMo
     return dict(sorted(models.items()))
 
 
+def model_files(directory: Path) -> list[Path]:
+    """Return the `model.yaml` of each folder that has one, be it a link that leads nowhere."""
+    folders = sorted(directory.iterdir()) if directory.is_dir() else []
+    files = [folder / FILE_NAME for folder in folders if folder.is_dir()]
+    return [file for file in files if os.path.lexists(file)]
+
+
 def _files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob(f"*/{FILE_NAME}")) if directory.is_dir() else []
+    files = model_files(directory)
     if not files:
         raise ModelError(f"{directory}: found no */{FILE_NAME}, expected a golden directory")
     return files

@@ -78,8 +78,8 @@ def as_json(session: MoESession, name: str) -> tuple[str, bool]:
 def _fails(answers: Sequence[Answer]) -> bool:
     """Whether the verdicts would fail a run; cases without any verdict would as well."""
     records = [record for _, record in answers]
-    is_unjudged = bool(records) and not any(record.verdict.is_given for record in records)
-    return is_unjudged or any(record.fails for record in records)
+    is_judged = any(record.verdict.is_given for record in records)
+    return not is_judged or any(record.fails for record in records)
 
 
 def _answers(session: MoESession, model: ModelSpec) -> list[Answer]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError
@@ -39,6 +40,20 @@ def check_suffix(path: Path, suffixes: Sequence[str] = tuple(FORMATS)) -> None:
         raise MoERoutingError(
             f"report {path}: found {found}, expected a name that ends in {expected}"
         )
+
+
+def check_merged(path: Path, files: Iterable[Path]) -> None:
+    """Check the names of a report and of those that it merges.
+
+    Raises:
+        MoERoutingError: One of them cannot be such a file, or would be written over.
+    """
+    check_suffix(path)
+    for file in files:
+        if file.suffix != ".jsonl":
+            raise MoERoutingError(f"{file}: found {file.suffix!r}, expected a .jsonl report")
+        if os.path.realpath(file) == os.path.realpath(path):
+            raise MoERoutingError(f"{file}: found as the report to write and as one to merge")
 
 
 def write_text(path: Path, text: str) -> None:

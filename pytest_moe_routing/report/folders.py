@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytest_moe_routing import goldens
 from pytest_moe_routing.errors import MoERoutingError
-from pytest_moe_routing.models import IncompleteModel, load_any
+from pytest_moe_routing.models import IncompleteModel, load_any, model_files
 from pytest_moe_routing.oracle.judge import open_questions
 
 
@@ -34,7 +34,7 @@ def check(directory: Path) -> list[Folder]:
     Raises:
         MoERoutingError: The directory has no model folder.
     """
-    files = sorted(directory.glob("*/model.yaml")) if directory.is_dir() else []
+    files = model_files(directory)
     if not files:
         raise MoERoutingError(f"{directory}: found no */model.yaml, expected a golden directory")
     found, names = [], dict[str, str]()

@@ -39,7 +39,8 @@ class LedgerWriter:
             )
         self.session = session
         self.path = path.absolute()
-        self.is_written = True
+        #: Why the ledger is not written.
+        self.not_written = ""
         #: What each cause says first, by test and cause, and its cases.
         self.causes: dict[tuple[str, str], str] = {}
         self.cases: dict[tuple[str, str], set[str]] = {}
@@ -54,7 +55,7 @@ class LedgerWriter:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if stopped_early(session):
-            self.is_written = False
+            self.not_written = "the run stopped early"
             return
         import yaml
 
@@ -75,13 +76,17 @@ class LedgerWriter:
         text = yaml.safe_dump(
             entries, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
         )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_in_one_step(self.path, _HEADER + (text if entries else ""))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_in_one_step(self.path, _HEADER + (text if entries else ""))
+        except OSError as error:
+            self.not_written = f"it cannot be written: {error.strerror}"
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if not self.is_written:
+        if self.not_written:
             terminalreporter.write_line(
-                f"moe-routing: {self.path} not written, because the run stopped early", red=True
+                f"moe-routing: {self.path} not written, because {self.not_written}", red=True
             )
             return
         count = len(self.causes)

@@ -111,6 +111,8 @@ def recorded(
         Unsupported: vLLM's code was run in a way that vLLM would not run it.
     """
     Stub.asked.clear()
+    # As they are before vLLM's code may change them in place.
+    named = {name: None if value is None else value.clone() for name, value in named.items()}
     try:
         with on_one_gpu():
             call()

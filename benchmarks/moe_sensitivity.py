@@ -213,7 +213,7 @@ def page():
                 trials = slips.get(scheme, {}).get(slip.name, {}).get("trials", [])
                 cells.append(cell(trials) if trials else "-")
             rows.append([slip.name, *cells])
-        parts.append(table(["off by", *TESTED], rows))
+        parts.append(table(["what is wrong", *TESTED], rows))
     return "\n\n".join(parts) + "\n"
 
 

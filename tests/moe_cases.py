@@ -158,21 +158,21 @@ def _activated(**factors):
 _BLOCKS = ("fp8_block", "mxfp8", "nvfp4", "mxfp4", "mxfp4_bf16", "mxint4")
 
 SLIPS = (
-    Slip("everything 1 %", "output", output=lambda output, seed: output * 1.01),
-    Slip("one token 2 %", "token", output=_token),
-    Slip("one router weight 10 %", "expert of a token", problem=_router_weight),
+    Slip("everything, by 1 %", "output", output=lambda output, seed: output * 1.01),
+    Slip("one token, by 2 %", "token", output=_token),
+    Slip("one router weight, by 10 %", "expert of a token", problem=_router_weight),
     Slip(
-        "a row of block scales of the first GEMM one code",
+        "a row of block scales of the first GEMM, by one code",
         "row of the first GEMM",
         problem=_row("gemm1"),
         schemes=_BLOCKS,
     ),
     Slip(
-        "a row of block scales of the second GEMM one code",
+        "a row of block scales of the second GEMM, by one code",
         "row of the second GEMM",
         problem=_row("gemm2"),
         schemes=_BLOCKS,
     ),
-    Slip("the clamp 10 %", "limit", "swigluoai", problem=_activated(limit=1.1)),
-    Slip("alpha 6 %", "alpha", "swigluoai", problem=_activated(alpha=1.6 / 1.702)),
+    Slip("the clamp, by 10 %", "limit", "swigluoai", problem=_activated(limit=1.1)),
+    Slip("alpha, by 6 %", "alpha", "swigluoai", problem=_activated(alpha=1.6 / 1.702)),
 )

@@ -83,8 +83,8 @@ def test_small_slips_are_noticed_and_named(scheme, slip):
 @pytest.mark.parametrize(
     ("scheme", "name", "seed"),
     [
-        ("fp8_per_tensor", "one router weight 10 %", 7),
-        ("nvfp4", "a row of block scales of the first GEMM one code", 0),
+        ("fp8_per_tensor", "one router weight, by 10 %", 7),
+        ("nvfp4", "a row of block scales of the first GEMM, by one code", 0),
     ],
 )
 def test_equal_shares_show_what_rounding_hides(scheme, name, seed):

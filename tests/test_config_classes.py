@@ -65,7 +65,10 @@ def test_a_model_without_a_key_is_what_the_importer_reads(model, tmp_path):
     for key, described in left_out(replace(model, router=router), FURTHER):
         short = {name: value for name, value in whole.items() if name != key}
         (tmp_path / "config.json").write_text(json.dumps(short))
-        assert read_config(tmp_path).router == described.router, key
+        read = read_config(tmp_path)
+        assert read.router == described.router, key
+        for name in ("activation_limit", "activation_alpha", "activation_beta"):
+            assert getattr(read.experts, name) == getattr(described.experts, name), key
 
 
 def test_an_imported_model_has_the_keys_of_its_own_config(tmp_path):
@@ -287,7 +290,14 @@ MISTAKES = {
          "has sum, the model code asks for none; vllm/transformers_utils/configs/kimi_linear.py:"),
         ("minimax_m3", "self.scoring_func = scoring_func", "self.scoring_func = 'softmax'",
          "minimax-m3", "scoring function: the model has sigmoid, the model code asks for softmax "
-         "(scoring_func='softmax');   config   read by vllm/transformers_utils/configs/minimax_m3.py:"),
+         "(scoring_func='softmax')"),
+        # Published configs do not have it.
+        ("minimax_m3", "swiglu_beta: float = 1.0,", "swiglu_beta: float = 0.0,", "minimax-m3",
+         "activation_beta: the model has 1, the model code asks for 0 (swiglu_beta=0.0);   config   "
+         "read by vllm/transformers_utils/configs/minimax_m3.py:"),
+        ("hy_v4", "swiglu_limit: float = 10.0", "swiglu_limit: float = 7.0", "hy4-preview",
+         "HYV4Config without swiglu_limit: activation_limit: the model has 10, the model code asks "
+         "for 7; vllm/transformers_utils/configs/hy_v4.py:"),
         ("step3_vl", "self.norm_expert_weight = norm_expert_weight", "pass", "step-3",
          "the code reads 'norm_expert_weight' of the model's config, which "
          "vllm.transformers_utils.configs.step3_vl.Step3TextConfig does not have"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from told import code_sentences
+from torch import nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.goldens import packaged_directory
@@ -14,7 +18,9 @@ from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.model_code import SplitExperts, compare_request
 from pytest_moe_routing.report.text import model_code
 from pytest_moe_routing.suite.causes import of_model_code, of_split_experts
+from pytest_moe_routing.targets.dtypes import Dtypes
 from pytest_moe_routing.targets.vllm.model_code import blocks, request_of
+from pytest_moe_routing.targets.vllm.probe import blocks as probe
 
 MODELS = load_models(packaged_directory())
 
@@ -38,6 +44,7 @@ NOTHING_SPECIAL = {
     "shared_experts": False,
     "custom_routing": None,
     "custom_problem": None,
+    "activation": {},
 }
 #: What a layer is asked for when all is right.
 RIGHT = {
@@ -76,6 +83,32 @@ RIGHT = {
         "custom_routing": "Block.custom_routing_function",
     },
 }
+RIGHT["minimax-m3"] = {
+    "num_experts": 128,
+    "top_k": 4,
+    "scoring_func": "sigmoid",
+    "routed_scaling_factor": 2.0,
+    "bias_dtype": "float32",
+    "router_logits_dtype": "float32",
+    "logits_dtype": "float32",
+    "gate_dtypes": ["float32"],
+    "shared_experts": True,
+    "activation": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+}
+RIGHT["hy4-preview"] = {
+    **RIGHT["minimax-m3"],
+    "num_experts": 256,
+    "top_k": 8,
+    "routed_scaling_factor": 2.827,
+    "activation": {"swiglu_limit": 10.0},
+}
+RIGHT["kimi-k3"] = {
+    **RIGHT["minimax-m3"],
+    "num_experts": 896,
+    "top_k": 16,
+    "routed_scaling_factor": MODELS["kimi-k3"].router.routed_scaling_factor,
+    "activation": {"activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0},
+}
 RIGHT["deepseek-r1"] = {
     **RIGHT["glm-5"],
     "num_expert_group": 8,
@@ -110,6 +143,11 @@ def test_the_right_request_has_no_problem(name):
             "glm-5",
             {"routed_scaling_factor": 1.0, "output_factor": 2.5, "shared_experts": False},
         ),
+        # What it does not state is not compared; an alpha of 1 and a beta of 0 change nothing.
+        ("minimax-m3", {"activation": {}}),
+        ("hy4-preview", {"activation": {"swiglu_alpha": 1.0, "swiglu_beta": None}}),
+        ("qwen3-30b-a3b", {"activation": {"swiglu_limit": None, "swiglu_beta": 0.0}}),
+        ("qwen3-30b-a3b", {"activation": {"activation_situ_beta": 4.0}}),
     ],
 )
 def test_what_means_the_same_is_no_problem(name, changes):
@@ -169,6 +207,33 @@ def test_what_means_the_same_is_no_problem(name, changes):
         ("glm-5", {"gate_dtypes": ["bfloat16"]}, "router logits are downcast to bfloat16"),
         ("qwen3-30b-a3b", {"renormalize": False}, "renormalize: the model has softmax"),
         ("gpt-oss-20b", {"top_k": 2}, "top_k: the model has 4"),
+        (
+            "minimax-m3",
+            {"activation": {"swiglu_beta": 0.0}},
+            "activation_beta: the model has 1, the model code asks for 0 (swiglu_beta=0.0)",
+        ),
+        (
+            "minimax-m3",
+            {"activation": {"swiglu_alpha": None}},
+            "activation_alpha: the model has 1.702, the model code asks for none "
+            "(swiglu_alpha=None)",
+        ),
+        (
+            "hy4-preview",
+            {"activation": {"swiglu_limit": None}},
+            "activation_limit: the model has 10, the model code asks for none (swiglu_limit=None)",
+        ),
+        (
+            "qwen3-30b-a3b",
+            {"activation": {"swiglu_limit": 7.0}},
+            "activation_limit: the model has none, the model code asks for 7 (swiglu_limit=7.0)",
+        ),
+        (
+            "kimi-k3",
+            {"activation": {"activation_situ_linear_beta": None}},
+            "activation_beta: the model has 25, the model code asks for none "
+            "(activation_situ_linear_beta=None)",
+        ),
         ("deepseek-v2", {"bias_dtype": "float32"}, "group score: the model has max"),
         ("llama-4-scout", {"apply_router_weight_on_input": False}, "router weight side: the model"),
         (
@@ -182,6 +247,44 @@ def test_a_difference_is_named_with_both_values(name, changes, problem):
     found = compared(name, **changes)
     assert any(problem in text for text in code_sentences(found)), code_sentences(found)
     assert model_code(found)[0].startswith(f"{name}: a.Block")
+
+
+def test_a_limit_that_a_config_class_fills_in_is_not_compared():
+    model = MODELS["hy4-preview"]
+    unlimited = replace(model, experts=replace(model.experts, activation_limit=None))
+    answer = {**NOTHING_SPECIAL, **RIGHT["hy4-preview"]}
+    request = request_of(answer, blocks()[model.architecture], unlimited)
+    assert compare_request(unlimited, request).findings == ()
+
+
+def FusedMoE(num_experts, top_k, swiglu_limit=None, swiglu_beta=None):  # noqa: N802
+    raise NotImplementedError("the probe replaces it")
+
+
+class ClampedBlock(nn.Module):
+    """A block whose code states one parameter of the activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = FusedMoE(8, 2, swiglu_limit=None)
+
+    def forward(self, hidden_states):
+        return self.experts(hidden_states, hidden_states)
+
+
+def test_what_a_block_states_is_told_from_the_defaults_of_its_layer(monkeypatch):
+    names = SimpleNamespace(
+        has=lambda key: key == "code-layer", spelling=lambda _: SimpleNamespace(path="FusedMoE")
+    )
+    world = SimpleNamespace(names=names, linear_layers=lambda _: nullcontext())
+    monkeypatch.setattr(probe, "_world", world)
+    layers = []
+    with probe.recording(ClampedBlock, layers, 64), probe.in_bfloat16(), Dtypes() as dtypes:
+        module = ClampedBlock()
+        output = probe.run(module, 64)
+    block = probe.Block("a.ClampedBlock", "", module)
+    answer = probe.answer_of(block, layers, output, dtypes, MODELS["qwen3-30b-a3b"].router)
+    assert answer["activation"] == {"swiglu_limit": None}
 
 
 def test_a_factor_on_the_whole_block_is_on_the_shared_experts_too():
@@ -241,7 +344,8 @@ def test_every_row_says_what_it_must():
     columns = {"module", "block", "config", "keys", "nested", "published", "arguments", "prepare"}
     columns |= {"rounds_logits", "own_factor", "shared"}
     router = {"num_experts", "top_k", "n_group", "topk_group", "renormalize", "scoring_func"}
-    experts = {"shared_experts", "latent_size", "activation_limit"}
+    experts = {"shared_experts", "latent_size"}
+    experts |= {f"activation_{name}" for name in ("limit", "alpha", "beta")}
     values = router | experts | {"routed_scaling_factor"}
     for architecture, row in blocks().items():
         assert {"module", "block", "config", "keys"} <= set(row) <= columns, architecture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from told import code_sentences
 from wheels import unpack, wheels_since
 
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -36,6 +37,11 @@ MISTAKES = (
         "model_executor/layers/fused_moe/experts/trtllm_fp8_moe.py",
         "        kwargs = dict(\n",
         "        router_logits.mul_(-1)\n        kwargs = dict(\n",
+    ),
+    (
+        "models/hy_v4/nvidia/moe.py",
+        "swiglu_limit=moe_swiglu_limit,",
+        "swiglu_limit=None,",
     ),
 )
 
@@ -89,3 +95,10 @@ def test_logits_that_are_changed_in_place(target):
     found = judge(target, MODELS["deepseek-r1"], "fp8_block")
     assert found.verdict is Verdict.WRONG
     assert "routing_logits arrives as another tensor" in "\n".join(sentences(found.findings))
+
+
+def test_experts_that_are_not_clamped(target):
+    model = MODELS["hy4-preview"]
+    found = compare_request(model, target.layer_request(model))
+    text = "activation_limit: the model has 10, the model code asks for none (swiglu_limit=None)"
+    assert text in code_sentences(found)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.calls import PARAMETERS
 from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind
 from pytest_moe_routing.routing import Recipe, recipe_of
 
@@ -30,6 +31,8 @@ _FIELDS = (
     "scale",
     "weight_on",
 )
+#: What the parameters of an activation are when they change nothing, by key of `ExpertsConfig`.
+_NEUTRAL = dict(PARAMETERS.values())
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class LayerRequest:
         rounds_logits: Why logits of lesser precision than the model's are no defect.
         switch: What a server is started with for this code to run; empty if nothing is needed.
         bias_is_loaded: Whether loading a checkpoint fills the bias that the layer reads.
+        activation: The parameters of the experts' activation that the model code states, by key of
+            `ExpertsConfig`; None where it states that there is none.
     """
 
     block: str
@@ -72,6 +77,7 @@ class LayerRequest:
     bias_is_loaded: bool = True
     switch: str = ""
     config_class: str = ""
+    activation: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class SplitExperts:
 
 @dataclass(frozen=True)
 class CodeJudgement:
-    """Where a request and a model's router disagree: in meaning, or in precision alone."""
+    """Where a request and a model disagree: in meaning, or in precision alone."""
 
     model: ModelSpec
     request: LayerRequest
@@ -103,7 +109,7 @@ class CodeJudgement:
 
 
 def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
-    """Find where model code asks for another routing than the model's router.
+    """Find where model code asks for another routing or activation than the model has.
 
     Arguments that mean the same, such as no groups and one group, are no difference.
 
@@ -139,8 +145,18 @@ def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
         findings.append(NOT_LOADED)
     if wanted.bias and (wanted.bias_dtype, asked.bias_dtype) == ("float32", "bfloat16"):
         findings.append(Finding(Kind.DOWNCAST, "bias", "float32", "bfloat16"))
+    findings += _activation(model, request)
     unequal, notes = _logits(router.logits_dtype, request)
     return CodeJudgement(model, request, asked, (*findings, *unequal), tuple(notes), example)
+
+
+def _activation(model: ModelSpec, request: LayerRequest) -> Iterator[Finding]:
+    """Yield the parameters of the activation that the model code states otherwise."""
+    for name, theirs in request.activation.items():
+        ours = getattr(model.experts, name)
+        values = [_NEUTRAL[name] if value is None else value for value in (ours, theirs)]
+        if not math.isclose(*values):
+            yield Finding(Kind.RECIPE, name, ours, theirs, request.passed.get(name, ""))
 
 
 def _logits(wanted: str, request: LayerRequest) -> tuple[list[Finding], list[Finding]]:
@@ -171,8 +187,8 @@ def _canonical(recipe: Recipe) -> Recipe:
 
 def _differences(wanted: Recipe, asked: Recipe, request: LayerRequest) -> Iterator[Finding]:
     both_grouped = wanted.grouped and asked.grouped
-    for field in _FIELDS:
-        ours, theirs = getattr(wanted, field), getattr(asked, field)
+    for name in _FIELDS:
+        ours, theirs = getattr(wanted, name), getattr(asked, name)
         # What follows from a difference that was named before.
         follows = {
             "n_group": not (wanted.grouped or asked.grouped),
@@ -180,5 +196,5 @@ def _differences(wanted: Recipe, asked: Recipe, request: LayerRequest) -> Iterat
             "group_score": not both_grouped,
             "weigh_by": wanted.score != asked.score,
         }
-        if ours != theirs and not follows.get(field, False):
-            yield Finding(Kind.RECIPE, field, ours, theirs, request.passed.get(field, ""))
+        if ours != theirs and not follows.get(name, False):
+            yield Finding(Kind.RECIPE, name, ours, theirs, request.passed.get(name, ""))

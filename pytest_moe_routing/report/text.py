@@ -356,7 +356,7 @@ def model_code(judgement: CodeJudgement) -> list[str]:
     """Where a model's code asks its MoE layer for another routing than the model has."""
     from pytest_moe_routing.routing import recipe_of
 
-    lines = [f"{judgement.model}: {judgement.request.block} and the model's router disagree"]
+    lines = [f"{judgement.model}: {judgement.request.block} and the model disagree"]
     for finding in judgement.findings:
         passed = f" ({finding.where})" if finding.where else ""
         lines.append(f"  problem  {sentence(finding, *CODE)}{passed}")

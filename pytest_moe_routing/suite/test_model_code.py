@@ -1,4 +1,4 @@
-"""What the framework's own model code asks of its MoE layer is what the model's router does."""
+"""What the framework's own model code asks of its MoE layer is what the model computes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ def test_model_code(
     _moe_framework: Target, moe_model: ModelSpec, _moe_property: Callable[[str, Any], None]
 ) -> None:
     """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once.
+
+    The parameters of the experts' activation are compared where the model code states them.
 
     Shared experts are whole on each rank that has tokens of its own.
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from pytest_moe_routing.data import read_data
 from pytest_moe_routing.models.huggingface.families import Case, Family, table
-from pytest_moe_routing.models.spec import ModelSpec, RouterConfig
+from pytest_moe_routing.models.spec import ExpertsConfig, ModelSpec, RouterConfig
 
 #: A config without one of these is of a model without experts.
 _REQUIRED = ("num_experts", "top_k")
 _ROUTER = {field.name: field for field in fields(RouterConfig)}
+_ACTIVATION = {f.name for f in fields(ExpertsConfig) if f.name.startswith("activation_")}
 
 
 @cache
@@ -55,8 +56,9 @@ def stated_keys(model: ModelSpec) -> dict[str, Any]:
 def left_out(model: ModelSpec, further: Collection[str]) -> Iterator[tuple[str, ModelSpec]]:
     """Yield each key that a config may leave out, and the model that the config then describes.
 
-    Only keys about the router, and only where that model is known: by the default of transformers'
-    config class, or because transformers computes the same whatever the key states.
+    Only keys about the router and the activation, and only where that model is known: by the
+    default of transformers' config class, or because transformers computes the same whatever the
+    key states.
 
     Args:
         further: Keys that published configs have besides those of `published_keys`.
@@ -68,6 +70,12 @@ def left_out(model: ModelSpec, further: Collection[str]) -> Iterator[tuple[str, 
     named = {key: value for value, key in published_keys(model.architecture).items()}
     for key in dict.fromkeys((*named, *further)):
         value = named.get(key)
+        if value in _ACTIVATION:
+            # Cases of such keys are about other values than the default.
+            if value in family.defaults and getattr(model.experts, value) is not None:
+                experts = replace(model.experts, **{value: family.defaults[value]})
+                yield key, replace(model, experts=experts)
+            continue
         if key in cases:
             changes = _decided(cases[key], family)
         elif value is None or value in _REQUIRED or value not in _ROUTER:

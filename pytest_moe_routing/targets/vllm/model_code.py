@@ -28,6 +28,16 @@ _CHILD = "pytest_moe_routing.targets.vllm.probe.model_code"
 _BACKEND = "pytest_moe_routing.targets.vllm.probe.backend"
 #: dtypes in which no router logits are rounded.
 _WIDE = ("float32", "float64")
+#: The arguments of vLLM's layer for the parameters of an activation, by key of `ExpertsConfig`.
+_SWIGLU = {
+    "activation_limit": "swiglu_limit",
+    "activation_alpha": "swiglu_alpha",
+    "activation_beta": "swiglu_beta",
+}
+_SITU = {
+    "activation_alpha": "activation_situ_beta",
+    "activation_beta": "activation_situ_linear_beta",
+}
 
 
 class _Asked(TypedDict):
@@ -54,6 +64,7 @@ class _Asked(TypedDict):
     shared_experts: bool
     custom_routing: str | None
     custom_problem: str | None
+    activation: dict[str, float | None]
 
 
 class _Split(TypedDict):
@@ -197,6 +208,9 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
         "weight_on": said("apply_router_weight_on_input"),
         "logits_dtype": said("router_logits_dtype"),
     }
+    activation = _activation(answer["activation"], row, model)
+    arguments = _arguments_of(model)
+    passed |= {name: f"{arguments[name]}={value!r}" for name, value in activation.items()}
     groups_count = bool(answer["use_grouped_topk"] and answer["num_expert_group"])
     factor = answer["routed_scaling_factor"]
     recipe, otherwise = recipe_of(model.router), None
@@ -239,4 +253,25 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
         own_factor=row.get("own_factor", 1.0) if has_shared else 1.0,
         otherwise=otherwise,
         rounds_logits=row.get("rounds_logits"),
+        activation=activation,
     )
+
+
+def _arguments_of(model: ModelSpec) -> Mapping[str, str]:
+    return _SITU if model.experts.activation == "situ" else _SWIGLU
+
+
+def _activation(
+    stated: Mapping[str, float | None], row: Mapping[str, Any], model: ModelSpec
+) -> dict[str, float | None]:
+    """Return the parameters of the activation that model code states, by key of `ExpertsConfig`.
+
+    A parameter is left out if the model has none although its config has a key for it: the config
+    is then built without this key, and the value is a default of its class.
+    """
+    defaults = {name for name in row.get("keys", ()) if getattr(model.experts, name, 0) is None}
+    return {
+        name: stated[argument]
+        for name, argument in _arguments_of(model).items()
+        if argument in stated and name not in defaults
+    }

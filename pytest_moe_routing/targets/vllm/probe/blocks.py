@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -51,16 +51,31 @@ _SIZES = {
     "vocab_size": 64,
 }
 _LATENT = 32
+#: Arguments of a layer that are parameters of the experts' activation.
+_ACTIVATION = (
+    "swiglu_limit",
+    "swiglu_alpha",
+    "swiglu_beta",
+    "activation_situ_beta",
+    "activation_situ_linear_beta",
+)
 #: Logits without ties, as torch.topk does not say which of equals it chooses.
 _PATTERNS = ("plain", "all-negative", "near-ties")
 
 
 class Recorder(nn.Module):
-    """The MoE layer's stand-in: remembers its arguments, and returns ones."""
+    """The MoE layer's stand-in: remembers its arguments, and returns ones.
 
-    def __init__(self, arguments: Mapping[str, Any], hidden_size: int) -> None:
+    Args:
+        stated: The names of those that are no defaults of the layer.
+    """
+
+    def __init__(
+        self, arguments: Mapping[str, Any], hidden_size: int, stated: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self.arguments = arguments
+        self.stated = frozenset(stated)
         self.hidden_size = hidden_size
         self.moe_config = SimpleNamespace(
             hidden_dim=arguments.get("hidden_size"), is_sequence_parallel=False
@@ -238,6 +253,7 @@ def _answer(layer: Recorder, output: Tensor, router: RouterConfig) -> dict[str, 
         "shared_experts": asked.get("shared_experts") is not None,
         "custom_routing": None if custom is None else getattr(custom, "__qualname__", str(custom)),
         "custom_problem": None if custom is None else _custom_problem(custom, asked, router),
+        "activation": {name: asked[name] for name in _ACTIVATION if name in layer.stated},
     }
 
 
@@ -292,8 +308,9 @@ def recording(block: type, layers: list[Recorder], hidden_size: int) -> Iterator
 
         def make_recorder(*args: Any, **kwargs: Any) -> Recorder:
             bound = signature.bind(*args, **kwargs)
+            stated = tuple(bound.arguments)
             bound.apply_defaults()
-            layers.append(Recorder(bound.arguments, hidden_size))
+            layers.append(Recorder(bound.arguments, hidden_size, stated))
             return layers[-1]
 
         return make_recorder

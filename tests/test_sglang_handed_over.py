@@ -43,7 +43,20 @@ def test_release_hands_over_what_its_router_chose(target):
 
 def test_release_is_asked_about_its_default_alone(target):
     (gate,) = target.modular_gates(MODELS["deepseek-r1"], "fp8_block", "DeepSeekV3")
-    assert (gate.ok, gate.reason) == (False, "the server's default is flashinfer_trtllm")
+    assert (gate.ok, gate.reason) == (False, "the kernel routes")
+    (gate,) = target.modular_gates(MODELS["grok-1"], "bf16", "Default")
+    assert (gate.ok, gate.reason) == (False, "the server's default is auto")
+
+
+def test_default_runner_runs_what_it_does_not_route(target, monkeypatch):
+    """Its kernel for bfloat16 has no gelu, and no gate says so before the forward pass."""
+    gemma = MODELS["gemma-4-26b-a4b"]
+    monkeypatch.setattr(target, "_server_runner", lambda model, scheme: "flashinfer_trtllm")
+    (gate,) = target.modular_gates(gemma, "bf16", "Unspecified")
+    assert gate.ok
+    (finding,) = target.modular_findings(gemma, "bf16")
+    assert (finding.kind, finding.where) == (Kind.RAISED, "forward")
+    assert "got 'gelu'" in finding.got
 
 
 def test_weights_of_less_precision_are_a_downcast(target):

@@ -312,11 +312,13 @@ class SglangTarget(FrameworkTarget):
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Return whether a kernel is given experts and weights by default.
 
-        A runner that has to be named for that is not run: it would double the questions.
+        A runner that has to be named for that is not run: it would double the questions. The one
+        whose kernels route is run as well if it is the default, where SGLang's own router serves a
+        model: it has to compute what it is given then.
         """
         # No layer takes such a runner by itself when a server leaves the choice to it.
-        default = self._server_runner(model, scheme)
-        if default != self._row(model, scheme).get("routed"):
+        default, row = self._server_runner(model, scheme), self._row(model, scheme)
+        if default not in (row["runner"], row.get("routed")):
             return (Gate("default runner", False, f"the server's default is {default}"),)
         refused = self._handed_over(model, scheme).get("refused")
         return (Gate("experts and weights are handed over", refused is None, refused or ""),)
@@ -332,7 +334,7 @@ class SglangTarget(FrameworkTarget):
         return Choice("the default runner", ()) if modular else None
 
     def _handed_over(self, model: ModelSpec, scheme: str) -> HandedOver:
-        question = self._question(model, scheme, self._row(model, scheme)["routed"])
+        question = self._question(model, scheme, self._server_runner(model, scheme))
         question["scale"] = model.router.routed_scaling_factor
         answer: HandedOver = self._remembered("handed_over", question)
         return answer

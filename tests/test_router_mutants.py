@@ -25,6 +25,7 @@ WHEELS = {
 }
 ROUTER = "vllm/model_executor/layers/fused_moe/router"
 TOPK = "sglang/srt/layers/moe/topk.py"
+GATE = "sglang/kernels/ops/moe/moe_fused_gate.py"
 #: Every place where the factor goes on the output.
 APPLY = "topk_weights *= routed_scaling_factor\n"
 
@@ -77,6 +78,10 @@ VLLM = {
     ],
 }  # fmt: skip
 SGLANG = {
+    "numbers of scoring functions swapped": [
+        Mutant(GATE, '"sqrtsoftplus": 1,\n    "softmax": 2', '"sqrtsoftplus": 2,\n    "softmax": 1', "mixtral-8x7b", "fused_topk"),
+        Mutant(GATE, '"sqrtsoftplus": 1,\n    "softmax": 2', '"sqrtsoftplus": 2,\n    "softmax": 1', "deepseek-v4-flash", "biased_topk_jit_kernel_impl"),
+    ],
     "wrong source of the weights": [
         Mutant(TOPK, "topk_weights = scores.gather(1, topk_ids)\n\n    if renormalize:\n        # fp32", "topk_weights = tmp_scores.gather(1, topk_ids)\n\n    if renormalize:\n        # fp32", "", "kimi_k2_biased_topk_impl"),
         Mutant(TOPK, "        topk_weights = scoring_func_impl(gating_output.float())", "        topk_weights = scoring_func_impl(gating_output.float() * 2)", "qwen3-30b-a3b", "fused_topk_torch_native"),

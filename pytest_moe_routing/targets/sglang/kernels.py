@@ -3,7 +3,7 @@
 From the docstrings and sources of `sglang/kernels/ops/moe/` of SGLang 0.5.23 (`moe_fused_gate.py`,
 `moe_topk_softmax.py`, `moe_topk_sigmoid.py`), and of FlashInfer's `fused_topk_deepseek`. The probe
 puts these in the place of the kernels on a CPU; `kernels/sglang.py` compares kernels with them on a
-GPU.
+GPU. From 0.5.18 on, `moe_fused_gate` is not replaced: `probe/triton_gate.py` runs it.
 """
 
 from __future__ import annotations
@@ -142,7 +142,6 @@ def _flat(score: str) -> Callable[..., None]:
 def in_torch() -> Mapping[str, Mapping[str, Callable[..., Any]]]:
     """Return torch functions for kernels, by module and name."""
     return {
-        f"{_OPS}.moe_fused_gate": {"moe_fused_gate": _moe_fused_gate},
         "flashinfer.fused_moe": {"fused_topk_deepseek": _fused_topk_deepseek},
         _OPS: {"topk_softmax": _flat("softmax")},
         f"{_OPS}.moe_topk_sigmoid": {"topk_sigmoid": _flat("sigmoid")},

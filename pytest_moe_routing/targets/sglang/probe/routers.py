@@ -1,8 +1,9 @@
 """Runs the routers of one release of SGLang on a CPU, and compares them with the model's router.
 
 It is run by `targets.server` with the arguments ROOT FLASHINFER VERSION. A model's own MoE block
-makes the TopK, as on CUDA with the Triton runner; SGLang's Python code runs as it is, and in the
-place of a compiled or Triton kernel runs what it is for (`targets.sglang.kernels`).
+makes the TopK, as on CUDA with the Triton runner; SGLang's Python code runs as it is. Its router in
+Triton runs on torch (`triton_gate`), and in the place of a compiled kernel runs what it is for
+(`targets.sglang.kernels`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
     values_of,
 )
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
+from pytest_moe_routing.targets.sglang.probe.triton_gate import gate
 from pytest_moe_routing.targets.sglang.probe.world import choose_runner, requested
 from pytest_moe_routing.targets.stubs import source_of
 
@@ -334,6 +336,8 @@ def _with_kernels(names: Names, root: str) -> ModuleType:
     """Return the module of TopK, which the world has changed, with kernels that a CPU runs."""
     for module, members in kernels.in_torch().items():
         vars(import_module(module)).update(members)
+    own = names.spelling("router-kernels-gate")
+    setattr(import_module(own.module), own.path, gate(root, own.module, own.path))
     for key, value in stand_ins().items():
         spelling = names.spelling(key)
         setattr(import_module(spelling.module), spelling.path, value)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.calls import arguments_of
-from pytest_moe_routing.oracle.exact import Gate, kernel_gates, meaning
+from pytest_moe_routing.oracle.exact import Gate, kernel_gates, meaning, same_calls
 from pytest_moe_routing.oracle.finding import Finding, source_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.target import Choice, Classification, Rule
@@ -119,7 +119,11 @@ class Judgement:
             return ()
         gates = kernel_gates(self.model, self.scheme, self.flashinfer)
         found = tuple(f"{gate.name}: {gate.reason}" for gate in gates if not gate.ok)
-        return found or ("no routing method of this release computes the router",)
+        router, entry = self.meant.router, self.flashinfer.entry_point(self.scheme)
+        is_asked = entry is not None and router.not_expressible is None
+        if not is_asked or same_calls(router, self.scheme, self.flashinfer):
+            return found
+        return (*found, "no routing method of this release computes the router")
 
     def record(self) -> VerdictRecord:
         """Return the judgement as plain data."""

@@ -152,9 +152,9 @@ def story(record: VerdictRecord) -> list[str]:
     lines += [f"  gate     {text}" for text in rejections or accepted]
     lines += consequences(record)
     if not record.verdict.is_good:
-        lines += [f"  exact    would be {call}" for call in record.exact] or [
-            f"  exact    none: {why}" for why in record.obstacles
-        ]
+        lines += [f"  exact    would be {call}" for call in record.exact]
+        if record.obstacles:
+            lines.append(f"  exact    none: {'; '.join(record.obstacles)}")
     return lines
 
 

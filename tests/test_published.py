@@ -83,7 +83,6 @@ def test_values_are_those_of_config_classes(name):
                 compared.add((architecture, key))
     expected = {
         "vllm": {
-            ("MiniMaxM3ForCausalLM", "swiglu_alpha"),
             ("NemotronHForCausalLM", "mlp_hidden_act"),
         },
         "sglang": {("MiMoV2FlashForCausalLM", "n_group"), ("NemotronHForCausalLM", "mlp_bias")},

@@ -100,15 +100,17 @@ class MoESession:
 
         models = load_models(goldens.packaged_directory(), *self.golden_dirs)
         ids: dict[Path, str] = {}
+        places = set[str]()
         for path in self.configs:
             place = os.path.realpath(config_file(path))
-            if any(place == os.path.realpath(config_file(p)) for p in ids):
+            if place in places:
                 raise MoERoutingError(f"--moe-config {path}: the file was given twice")
             model = read_config(path)
             while model.id in models:
                 model = replace(model, folder=Path(f"{model.id}.config"))
             models[model.id] = model
             ids[path] = model.id
+            places.add(place)
         chosen = select(models, self.model_patterns)
         for path, model_id in ids.items():
             if model_id not in {model.id for model in chosen}:

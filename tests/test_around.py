@@ -123,6 +123,18 @@ def test_a_failure_and_a_request_that_is_not_judged_are_told():
     assert (found.answered, found.unanswered) == (1, {"captured expert ids: no such stand-in": 1})
 
 
+def test_a_model_without_any_judged_request_is_not_answered_for():
+    unknown = Response(Answer.NOT_JUDGED, "no such stand-in")
+
+    class Unknown(Requested):
+        def around(self, model, scheme, method):
+            return {Request.CAPTURE: unknown}
+
+    target = Unknown(FlashInfer.of("0.7.0"))
+    found = ignored_requests(target, "fp8_block", [MODELS["deepseek-r1"]])
+    assert found == Requests((), 0, Counter({"captured expert ids: no such stand-in": 1}))
+
+
 def test_padding_rows_that_are_routed_are_one_line():
     rows = Response(Answer.IGNORED, "the kernel is given every row", ("--flag",))
     failure = of_ignored(TARGET, "bf16", Ignored(Request.PADDING, rows, ("glm-4.5",)))

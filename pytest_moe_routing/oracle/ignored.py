@@ -27,7 +27,7 @@ class Requests:
 
     Attributes:
         ignored: Each request that is ignored or fails, for the models that the experts accept.
-        answered: How many models the experts accept and answer for.
+        answered: For how many models that the experts accept at least one request is judged.
         unanswered: Why the target cannot be asked about how many models, or about one request.
     """
 
@@ -49,7 +49,7 @@ def ignored_requests(target: Target, scheme: str, models: Iterable[ModelSpec]) -
         except Unsupported as reason:
             unanswered[str(reason)] += 1
             continue
-        answered += 1
+        answered += any(each.answer is not Answer.NOT_JUDGED for each in responses.values())
         for request, response in responses.items():
             if response.answer is Answer.NOT_JUDGED:
                 unanswered[f"{request}: {response.why}"] += 1

@@ -362,6 +362,7 @@ def test_every_row_says_what_it_must():
             *("SplitsSharedExperts", "test_model_code", 1),
             "*minimax-m2: under sequence parallelism, its*",
         ),
+        ("SplitsSharedExperts", "test_model_code", 1, "model code: 1 model is not judged; -v *"),
         (
             *("KnowsNoRanks", "test_model_code", 1),
             "*model code: 1 model is not judged on ranks with other tokens*",

@@ -12,6 +12,7 @@ CONFIGS = "config sweep: {n} config{s} {are} not judged"
 CONCERNED = "config sweep: {n} model{s} {are} not compared with a cause"
 ROUTERS = "the framework's own routers: {n} run{s} {are} not judged"
 MODELS = "the framework's own routers: {n} model{s} {are} not judged"
+REQUESTS = "model code: {n} model{s} {are} not judged"
 SPLIT = "model code: {n} model{s} {are} not judged on ranks with other tokens"
 AROUND = "around kernel calls: {n} case{s} {are} not judged"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.report.failures import fail
-from pytest_moe_routing.report.unanswered import SPLIT, note
+from pytest_moe_routing.report.unanswered import REQUESTS, SPLIT, note
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -31,23 +31,25 @@ def test_model_code(
     from pytest_moe_routing.oracle.optional_keys import without_keys
     from pytest_moe_routing.suite.causes import of_left_out_key, of_model_code, of_split_experts
 
-    failures, unknown = [], {}
+    failures, unanswered = [], {}
     try:
         split = _moe_framework.split_shared_experts(moe_model)
         failures = [] if split is None else [of_split_experts(moe_model, split)]
     except Unsupported as reason:
-        unknown = {str(reason): 1}
+        unanswered[SPLIT] = {str(reason): 1}
+    judgement = None
     with unsupported_is_skipped():
         try:
             judgement = compare_request(moe_model, _moe_framework.layer_request(moe_model))
-        except Unsupported:
+        except Unsupported as reason:
+            # A skip would hide what was found before.
             if not failures:
                 raise
-        else:
-            note(_moe_property, {SPLIT: unknown})
-            failures += [of_model_code(judgement)] if judgement.findings else []
-            keys = without_keys(_moe_framework, judgement)
-            failures += [of_left_out_key(*found) for found in keys]
+            unanswered[REQUESTS] = {str(reason): 1}
+    note(_moe_property, unanswered)
+    if judgement is not None:
+        failures += [of_model_code(judgement)] if judgement.findings else []
+        failures += [of_left_out_key(*found) for found in without_keys(_moe_framework, judgement)]
     fail(_moe_property, failures)
 
 

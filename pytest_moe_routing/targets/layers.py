@@ -90,10 +90,10 @@ def is_loaded(tensor: Tensor, block: nn.Module, router: nn.Module | None = None)
     """
     inner = set() if router is None else {id(module) for module in router.modules()}
     filled = {
-        each.untyped_storage().data_ptr()
+        each.untyped_storage()._cdata
         for module in block.modules()
         if id(module) not in inner
         for each in (*module._parameters.values(), *module._buffers.values())
         if each is not None
     }
-    return tensor.untyped_storage().data_ptr() in filled
+    return tensor.untyped_storage()._cdata in filled

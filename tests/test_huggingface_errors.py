@@ -196,6 +196,14 @@ HOSTILE = {
         b"{" + b", ".join(b'"%d": 0' % i for i in range(100_000)) + b"}",
         "found neither this key",
     ),
+    "many unknown keys": (
+        json.dumps({**R1, **{f"k{i}": {"a": i} for i in range(200_000)}}).encode(),
+        ": found a config with more than 10000 keys that are not read, expected the config of a",
+    ),
+    "many keys in an unknown object": (
+        json.dumps({**R1, "foo": {f"num_expert_{i}": i for i in range(200_000)}}).encode(),
+        ": foo.num_expert_9",
+    ),
     "100 MB": (b'{"a": "' + b"x" * 100_000_000 + b'"}', "expected at most 16000000"),
 }
 

@@ -9,9 +9,12 @@ from functools import cache
 from typing import Any
 
 from pytest_moe_routing.data import read_data
+from pytest_moe_routing.models.huggingface.document import Section, shorten
 
 #: The lists of `config_keys.yaml`, in the order in which a key is looked up.
 LISTS = ("changes", "harmless", "routing", "other", "suspect")
+#: Keys that nothing reads, in one section; no published config seen has a hundredth of them.
+MAX_UNREAD = 10_000
 
 
 @dataclass(frozen=True)
@@ -101,35 +104,52 @@ def in_checkpoint(values: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def stated(values: Mapping[str, Any], read: Collection[str]) -> Iterator[tuple[str, str, Any]]:
+def stated(section: Section, read: Collection[str]) -> Iterator[tuple[str, str, Any]]:
     """Yield the path, name and value of each key that was not read.
 
     An object of which nothing is known, or of which single keys were read, may state anything: of
     the keys inside it, at any depth, those that a row knows are yielded as well.
+
+    Raises:
+        ModelError: There are more such keys than any config has.
     """
-    waiting = [(key, key, value, False) for key, value in list(values.items())[::-1]]
+    waiting = [(key, key, value, False) for key, value in list(section.values.items())[::-1]]
+    count = 0
     while waiting:
         path, name, value, is_inside = waiting.pop()
         if path in read:
             continue
+        count += 1
+        if count > MAX_UNREAD:
+            found = f"a config with more than {MAX_UNREAD} keys that are not read"
+            section.fail(shorten(path), found, "the config of a model")
         is_known = row_of(name) is not None
         is_partly_read = any(key.startswith(f"{path}.") for key in read)
         if not is_partly_read and (is_known or not is_inside):
             yield path, name, value
         if is_inside or is_partly_read or not is_known:
-            inner = dict(enumerate(value)) if isinstance(value, list) else value
-            pairs = list(inner.items()) if isinstance(inner, dict) else []
             waiting += [
-                (f"{path}.{key}", str(key), item, not is_partly_read) for key, item in pairs[::-1]
+                (f"{path}.{key}", key, item, not is_partly_read)
+                for key, item in list(_inside(value))[::-1]
             ]
 
 
-def unread(values: Mapping[str, Any], read: Collection[str]) -> Unread:
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the keys inside a value, each with its own: of a list, the objects and lists in it."""
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            if isinstance(item, (dict, list)):
+                yield str(place), item
+
+
+def unread(section: Section, read: Collection[str]) -> Unread:
     """Sort the keys that are there and were not read. A null states nothing."""
     changes: list[str] = []
     routing: list[str] = []
     unknown: list[str] = []
-    for path, name, value in stated(values, read):
+    for path, name, value in stated(section, read):
         if value is None:
             continue
         row = row_of(name)

@@ -209,14 +209,14 @@ class Reading:
             outer: The sections around the text model's.
         """
         known = self.read | self._restated({**vars(experts), **vars(router)})
-        found = unread(self.text.values, known)
+        found = unread(self.text, known)
         objects = {part.partition(".")[0] for part in known}
         doubted = self._suggest([key for key in self.text.values if key not in objects])
         routing = [key for key in found.routing if key not in doubted]
         strays = [
             (section.path(path), key, value)
             for section in outer
-            for path, key, value in stated(section.values, self.table.nested)
+            for path, key, value in stated(section, self.table.nested)
             if about_routing(key)
         ]
         defaulted = {key for name in self.defaulted for key in self._keys(name)}

@@ -83,7 +83,21 @@ def test_a_similar_name_is_not_the_same(tmp_path, architecture):
 def test_the_first_architecture_counts(tmp_path):
     known = "Qwen3MoeForCausalLM"
     assert open_questions(read(tmp_path, {**GROVE, "architectures": ["X", known]}))
-    assert not open_questions(read(tmp_path, {**GROVE, "architectures": [known, "X"]}))
+    first = read(tmp_path, {**GROVE, "architectures": [known, "X"]})
+    assert not open_questions(first)
+    note = f"architectures lists {known}, X; the config is read as that of the first"
+    assert note in first.notes
+    again = read(tmp_path, {**GROVE, "architectures": [known, known]})
+    assert not [note for note in again.notes if "architectures" in note]
+
+
+def test_a_second_architecture_with_another_router_is_not_judged(tmp_path):
+    """A release that does not know the first one would run the second."""
+    for other in ("MixtralForCausalLM", "Grok1ForCausalLM"):
+        config = {**GROVE, "architectures": ["Qwen3MoeForCausalLM", other]}
+        assert open_questions(read(tmp_path, config)) == [
+            f"architectures lists Qwen3MoeForCausalLM, {other}, which may have different routers"
+        ]
 
 
 def test_a_model_type_counts_where_there_is_no_architecture(tmp_path):
@@ -95,7 +109,11 @@ def test_an_architecture_overrules_the_model_type(tmp_path):
     config = {**GROVE, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "mixtral"}
     spec = read(tmp_path, config)
     assert spec.unproven == ()
-    assert "model_type is mixtral; the architecture Qwen3MoeForCausalLM decides" in spec.notes
+    note = (
+        "model_type is mixtral, that of another family; the config is read as that of its "
+        "architecture, Qwen3MoeForCausalLM"
+    )
+    assert note in spec.notes
 
 
 # -- nested configs -------------------------------------------------------------------------------

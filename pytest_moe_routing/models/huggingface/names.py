@@ -77,8 +77,9 @@ def check_experts(text: Section) -> None:
 def family_of(levels: list[Section], families: Table) -> Named:
     """Return the family of a config, by the names on each level.
 
-    A level's first architecture counts; its `model_type` counts where there is none. The names of
-    outer levels must be of the same family, a known wrapper of it, or another head of it.
+    A level's first architecture counts, as in vLLM, which runs the first one that it knows; its
+    `model_type` counts where there is none. The names of outer levels must be of the same family, a
+    known wrapper of it, or another head of it.
 
     Raises:
         ModelError: No name is there or none is known; or the family cannot be described.
@@ -102,7 +103,7 @@ def family_of(levels: list[Section], families: Table) -> Named:
                 "a family that can be judged; this one cannot be, because "
                 f"{families.refused[name]}",
             )
-        known = families.by_name.get(name) or _other_head(name, families)
+        known = _family_named(name, families)
         by_type = families.by_name.get(model_type)
         if family is None:
             family = known or by_type
@@ -127,8 +128,21 @@ def family_of(levels: list[Section], families: Table) -> Named:
                 )
         elif known not in (None, family):
             unproven.append(f"{name} has another router than its text model, {family.name}")
+        others = [other for other in dict.fromkeys(architectures) if other != name]
+        if others:
+            listed = f"architectures lists {_listed([name, *others])}"
+            families_of = [_family_named(other, families) for other in others]
+            if families.refused.keys() & {*others} or any(
+                f not in (None, known) for f in families_of
+            ):
+                unproven.append(f"{listed}, which may have different routers")
+            else:
+                notes.append(f"{listed}; the config is read as that of the first")
         if known is not None and architectures and by_type not in (None, known):
-            notes.append(f"model_type is {model_type}; the architecture {name} decides")
+            notes.append(
+                f"model_type is {model_type}, that of another family; the config is read as that "
+                f"of its architecture, {name}"
+            )
     if family is None:
         _fail(levels, families)
     read_as = list(family.architectures)
@@ -145,6 +159,11 @@ def family_of(levels: list[Section], families: Table) -> Named:
     )
 
 
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if names[4:] else ""
+    return f"{', '.join(map(shorten, names[:4]))}{more}"
+
+
 def _is_type(name: str) -> bool:
     """Whether a name is a `model_type`, which names a config and not a class."""
     return name == name.lower()
@@ -157,9 +176,11 @@ def texts(value: object) -> Iterator[str]:
             yield item
 
 
-def _other_head(name: str, families: Table) -> Family | None:
+def _family_named(name: str, families: Table) -> Family | None:
+    """Return the family that has this name, or another head of a class with this name."""
     base = base_of(name)
-    return families.by_base.get(base) if base != name else None
+    other_head = families.by_base.get(base) if base != name else None
+    return families.by_name.get(name) or other_head
 
 
 def _names(levels: list[Section]) -> list[str]:

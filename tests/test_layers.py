@@ -386,3 +386,8 @@ def test_packaged_models_with_clamps():
     assert [m.id for m in zoo.values() if m.experts.bias] == ["gpt-oss-120b", "gpt-oss-20b"]
     hashed = [m.id for m in zoo.values() if any(g.kind == "hash_moe" for g in m.layers)]
     assert hashed == ["deepseek-v4-flash", "deepseek-v4-flash-nvfp4", "deepseek-v4-pro"]
+
+
+def test_many_layers_are_counted_and_not_listed():
+    group = LayerGroup(layers="0, 2, 4, 6, 8, 10, 12, 14-15, 17-19, 21", kind="dense")
+    assert str(group) == "layers 0, 2, 4, 6, 8, 10, 12, 14-15 and 4 others are dense"

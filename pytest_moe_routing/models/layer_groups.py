@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pytest_moe_routing.models.kinds import Problem, key
@@ -75,7 +75,8 @@ class LayerGroup:
         differs = ", ".join(f"{name} {value}" for name, value in own.items())
         what = _WORDS.get(self.kind, f"different: {differs}")
         runs = self.layers.split(", ")
-        layers = ", ".join(runs[:8]) + (f" and {len(runs) - 8} more ranges" if runs[8:] else "")
+        more = len(replace(self, layers=", ".join(runs[8:])).indices) if runs[8:] else 0
+        layers = ", ".join(runs[:8]) + (f" and {more} others" if more else "")
         one = self.layers.isdigit()
         return f"layer{'' if one else 's'} {layers} {'is' if one else 'are'} {what}"
 

@@ -7,8 +7,10 @@ import shutil
 import pytest
 
 from pytest_moe_routing.cli import main
+from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.ledger import load_ledger
+from pytest_moe_routing.models import load_models
 
 
 @pytest.fixture
@@ -49,6 +51,16 @@ def test_links_that_lead_nowhere(folder, capsys):
     assert "dangling/model.yaml: cannot be read: No such file" in lines[0]
     assert "loop/model.yaml: cannot be read: Too many levels" in lines[2]
     assert lines[-1] == "2 valid, 2 wrong"
+
+
+def test_a_model_file_of_another_name_is_named(folder, capsys):
+    (folder / "deepseek-r1" / "model.yaml").rename(folder / "deepseek-r1" / "model.yml")
+    status, lines = checked(folder, capsys)
+    assert status == 1
+    assert lines[0] == "deepseek-r1: found the name model.yml, expected model.yaml"
+    assert lines[-1] == "1 valid, 1 wrong"
+    with pytest.raises(MoERoutingError, match=r"model\.yml: found the name model\.yml, expected"):
+        load_models(folder)
 
 
 def test_goldens_that_are_broken_or_not_written_yet(folder, capsys):

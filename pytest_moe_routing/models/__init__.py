@@ -8,6 +8,7 @@ from pytest_moe_routing.models.loader import (
     load_model,
     load_models,
     load_named,
+    misnamed_files,
     model_files,
     select,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "load_model",
     "load_models",
     "load_named",
+    "misnamed_files",
     "model_files",
     "read_config",
     "select",

@@ -143,7 +143,21 @@ def model_files(directory: Path) -> list[Path]:
     return [file for file in files if os.path.lexists(file)]
 
 
+def misnamed_files(directory: Path) -> list[Path]:
+    """Return the files that nothing reads, as they are called `model.yml` or `Model.yaml`."""
+    folders = sorted(directory.iterdir()) if directory.is_dir() else []
+    return [
+        file
+        for folder in folders
+        if folder.is_dir() and not os.path.lexists(folder / FILE_NAME)
+        for file in sorted(folder.iterdir())
+        if file.name.lower() in (FILE_NAME, "model.yml")
+    ]
+
+
 def _files(directory: Path) -> list[Path]:
+    for file in misnamed_files(directory):
+        raise ModelError(f"{file}: found the name {file.name}, expected {FILE_NAME}")
     files = model_files(directory)
     if not files:
         raise ModelError(f"{directory}: found no */{FILE_NAME}, expected a golden directory")

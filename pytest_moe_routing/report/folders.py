@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytest_moe_routing import goldens
 from pytest_moe_routing.errors import MoERoutingError
-from pytest_moe_routing.models import IncompleteModel, load_any, model_files
+from pytest_moe_routing.models import IncompleteModel, load_any, misnamed_files, model_files
 from pytest_moe_routing.oracle.judge import open_questions
 
 
@@ -34,10 +34,13 @@ def check(directory: Path) -> list[Folder]:
     Raises:
         MoERoutingError: The directory has no model folder.
     """
-    files = model_files(directory)
-    if not files:
+    files, misnamed = model_files(directory), misnamed_files(directory)
+    if not files and not misnamed:
         raise MoERoutingError(f"{directory}: found no */model.yaml, expected a golden directory")
     found, names = [], dict[str, str]()
+    for file in misnamed:
+        problem = f"found the name {file.name}, expected model.yaml"
+        found.append(Folder(file.parent.name, problem))
     for file in files:
         folder = _check(file)
         try:

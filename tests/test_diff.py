@@ -79,6 +79,22 @@ def test_new_failures_come_first_and_json_says_the_same(diff):
     assert found[0]["after"] == "wrong (wrong:recipe-scale)"
 
 
+def test_nothing_to_compare_is_misuse(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    files.write_report(path, [])
+    assert main(["diff", str(path), str(path)]) == 2
+    told = "found no case on either side, expected verdicts or tests to compare"
+    assert told in capsys.readouterr().err
+
+
+def test_a_change_is_one_line_whatever_its_names(diff):
+    status, lines = diff([], [verdict("a\n  b: exact -> wrong")])
+    assert (status, lines) == (
+        0,
+        ["other changes: 1", "  a b: exact -> wrong nvfp4: absent -> exact"],
+    )
+
+
 def test_a_report_of_several_releases_is_no_side(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     files.write_report(path, [verdict(), verdict(release="0.33.0")])

@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.escape import one_line
 from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import history, records
@@ -43,7 +44,8 @@ class Change:
     after: str
 
     def __str__(self) -> str:
-        return f"{self.case}: {self.before or 'absent'} -> {self.after or 'absent'}"
+        text = f"{self.case}: {self.before or 'absent'} -> {self.after or 'absent'}"
+        return one_line(text)
 
 
 def changes(before: Iterable[Record], after: Iterable[Record]) -> list[Change]:
@@ -54,9 +56,11 @@ def changes(before: Iterable[Record], after: Iterable[Record]) -> list[Change]:
     may hide one.
 
     Raises:
-        MoERoutingError: One side has several verdicts on a case.
+        MoERoutingError: One side has several verdicts on a case, or both sides are empty.
     """
     old, new = _by_case(before), _by_case(after)
+    if not old and not new:
+        raise MoERoutingError("found no case on either side, expected verdicts or tests to compare")
     found = []
     for case in sorted({**old, **new}):
         one, other = old.get(case), new.get(case)

@@ -130,7 +130,8 @@ def in_force(
     The target's own release is asked for only when an entry depends on it.
 
     Raises:
-        MoERoutingError: An entry has a range of releases, and the target does not say its own.
+        MoERoutingError: An entry has a range of releases, and the target does not say its own. Or
+            two entries are about the same cause of the same case.
     """
 
     def concerns(entry: KnownFailure) -> bool:
@@ -151,7 +152,16 @@ def in_force(
                 f"{where}: found {shorten(repr(found))}, expected a number"
             ) from None
 
-    return [entry for entry in entries if concerns(entry)]
+    found: dict[tuple[str, str, str | None], KnownFailure] = {}
+    for entry in filter(concerns, entries):
+        first = found.setdefault((entry.test, entry.case, entry.cause), entry)
+        if first is not entry:
+            cause = f"the cause {entry.cause!r}" if entry.cause else "failures without a cause"
+            raise MoERoutingError(
+                f"{entry.place}: found the case {shorten(repr(entry.case))} for {cause} again, "
+                f"expected it once; it is also in the entry at {first.place}"
+            )
+    return list(found.values())
 
 
 def _is_between(release: Version, since: str | None, until: str | None) -> bool:

@@ -103,6 +103,38 @@ def test_entries_in_force(tmp_path, keys, target, release, flashinfer, is_in_for
     assert found == (entries if is_in_force else [])
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_again"),
+    [
+        ({"reason": "again"}, True),
+        ({"cases": "[x-*, a-nvfp4]"}, True),
+        ({"cause": "wrong:other"}, False),
+        ({"case": "x-*"}, False),
+        ({"target": "vllm"}, False),
+        ({"flashinfer_since": "0.7.1"}, False),
+    ],
+    ids=str,
+)
+def test_a_cause_of_a_case_is_in_one_entry(tmp_path, changes, is_again):
+    """The reason and link of a second entry would never be shown."""
+    first = {**ENTRY, "case": "a-nvfp4"}
+    second = {**(ENTRY if "cases" in changes else first), **changes}
+    file = ledger(tmp_path / "known.yaml", first, second)
+    entries = load_ledger(file)
+    release = {"target": "builtin", "release": lambda: "1", "flashinfer": "0.7.0"}
+    if not is_again:
+        assert in_force(entries, **release) == [
+            e for e in entries if e.target == "builtin" and not e.flashinfer_since
+        ]
+        return
+    with pytest.raises(MoERoutingError) as caught:
+        in_force(entries, **release)
+    assert str(caught.value) == (
+        f"{file}:3: found the case 'a-nvfp4' for the cause 'a:cause' again, expected it once; it "
+        f"is also in the entry at {file}:2"
+    )
+
+
 def test_a_target_that_does_not_say_its_release(tmp_path):
     entries = load_ledger(ledger(tmp_path / "known.yaml", {**ENTRY, "since": "0.30.0"}))
 

@@ -12,6 +12,8 @@ from pytest_moe_routing.escape import printable
 
 #: The user property in which a test states the causes of its failure.
 PROPERTY = "moe_failures"
+#: Where a line that does not fit ends.
+CUT = "..."
 #: Lines of one block, and characters of a line.
 _BLOCK = 15
 _WIDTH = 100
@@ -97,7 +99,7 @@ class Failure:
             where = ", ".join(dict.fromkeys((self.case, *cases)))
             line = f"{self.lines[0]} ({'; '.join((where, *self.lines[1:]))})  [{self.cause}]"
             fits = width is None or len(line) <= width
-            return [line if fits else f"{line[: width - 3]}..."]  # type: ignore[operator]
+            return [line if fits else f"{line[: width - len(CUT)]}{CUT}"]  # type: ignore[operator]
         others = [case for case in dict.fromkeys(cases) if case != self.case]
         tail = [f"  cause    {self.cause}", *elsewhere]
         if self.entry:

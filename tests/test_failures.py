@@ -45,6 +45,8 @@ ___ latent: no known model meets these without an opt-in switch ___
 crash: top_k is 1 (bf16; more)  [sweep:1]
 crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]
+5 tests failed: 3 shown with their causes (failed), 2 for causes shown there
+  (repeated)
 """
 
 
@@ -68,6 +70,32 @@ def test_each_defect_is_one_block(host, monkeypatch, in_ci, workers):
     assert shown(result) == BRIEF.splitlines()
     assert result.parseoutcomes() == {"failed": 3, "passed": 1, "repeated": 2}
     assert "FAILED" not in result.stdout.str()
+
+
+def test_latent_lines_that_are_cut_say_how_to_see_them(host):
+    host.makepyfile(test_own=TESTS.replace('is {number}"', 'is {number} of " + 80 * "x"'))
+    lines = shown(host.runpytest_subprocess("test_own.py"))
+    place = lines.index("-v shows these lines in full")
+    assert [line[-4:] for line in lines[place - 3 : place]] == ["x..."] * 3
+    text = host.runpytest_subprocess("test_own.py", "-v").stdout.str()
+    assert "x (bf16; more)  [sweep:3]" in text
+    assert "in full" not in text
+
+
+def test_counts_add_up_with_those_that_are_expected(host):
+    xfail = "\n\n@pytest.mark.xfail\ndef test_known(): assert 0\n"
+    host.makepyfile(test_own=TESTS + xfail)
+    result = host.runpytest_subprocess("test_own.py", "-v")
+    counts = {"failed": 4, "passed": 1, "repeated": 1, "xfailed": 1}
+    assert result.parseoutcomes() == counts
+    result.stdout.fnmatch_lines(
+        [
+            "6 tests failed: 4 shown with their causes (failed), 1 for causes shown there",
+            "  (repeated), 1 as expected (xfailed)",
+        ]
+    )
+    host.makepyfile(test_own="def test_plain(): assert 0")
+    assert "tests failed" not in host.runpytest_subprocess("test_own.py").stdout.str()
 
 
 def test_verbose_output_has_everything(host):
@@ -132,4 +160,6 @@ def test_what_another_test_finds_again_is_one_block(host):
         "___ m1 mxfp8: silent ___",
         "  also     1 more: m2 mxfp8",
         "  cause    silent",
+        "9 tests failed: 4 shown with their causes (failed), 5 for causes shown there",
+        "  (repeated)",
     ]

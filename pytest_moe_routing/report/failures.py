@@ -8,6 +8,7 @@ Without `-v`, one defect in several places is one block, and what is latent is o
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from pytest_moe_routing.escape import printable
-from pytest_moe_routing.failure import PROPERTY, Failure, Rank, failures_of, joined, text_of
+from pytest_moe_routing.failure import CUT, PROPERTY, Failure, Rank, failures_of, joined, text_of
 
 _SAME = "repeated"
 #: The options of a short summary that nobody asked for.
@@ -148,7 +149,10 @@ class Grouping:
         if latent:
             free = [report for report, _ in self._shown if id(report) not in texts]
             owner = (free or [report for report, _ in self._shown])[-1]
-            lines = joined(f.block(self._cases[f.cause], width) for f in latent)
+            blocks = [f.block(self._cases[f.cause], width) for f in latent]
+            if any(line.endswith(CUT) for block in blocks for line in block):
+                blocks.append(["-v shows these lines in full"])
+            lines = joined(blocks)
             if free:
                 _entitle(owner, "latent: no known model meets these without an opt-in switch")
                 ranks[id(owner)] = Rank.LATENT
@@ -172,9 +176,28 @@ class Grouping:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Leave the tests out of the short summary that were shown just above, unless asked for."""
+        """Say how the counts add up, and shorten the summary.
+
+        Tests that were shown just above are left out of the short summary, unless asked for.
+        """
+        self._write_counts(terminalreporter)
         failed = {id(report) for report in terminalreporter.stats.get("failed", [])}
         is_default = terminalreporter.config.option.reportchars == _DEFAULT_SUMMARY
         if is_default and failed and failed <= {id(report) for report, _ in self._shown}:
             chars = terminalreporter.reportchars
             terminalreporter.reportchars = chars.replace("f", "")
+
+    def _write_counts(self, reporter: pytest.TerminalReporter) -> None:
+        """Write what each kind of failed test is, where one of them is not pytest's own."""
+        counts = {kind: len(reporter.stats.get(kind, ())) for kind in ("failed", _SAME, "xfailed")}
+        if not counts[_SAME] or reporter.verbosity < 0:
+            return
+        parts = [
+            f"{counts['failed']} shown with their causes (failed)",
+            f"{counts[_SAME]} for causes shown there (repeated)",
+        ]
+        if counts["xfailed"]:
+            parts.append(f"{counts['xfailed']} as expected (xfailed)")
+        text = f"{sum(counts.values())} tests failed: {', '.join(parts)}"
+        for line in textwrap.wrap(text, max(reporter._tw.fullwidth, 40), subsequent_indent="  "):
+            reporter.write_line(line)

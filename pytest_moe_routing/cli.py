@@ -14,7 +14,7 @@ from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import printable
 
 _MODELS = "comma-separated ids or shell patterns of models (default: all)"
-_SCHEMES = "comma-separated quantization schemes, such as nvfp4,fp8_block (default: all)"
+_SCHEMES = "comma-separated quantization schemes, such as nvfp4,fp8_block, or all (the default)"
 _RELEASE = (
     "FlashInfer release to judge against (default: for a target at a PATH, the release that it "
     "pins; otherwise the installed release, or else the newest known one)"

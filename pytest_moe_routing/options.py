@@ -40,7 +40,7 @@ OPTIONS = (
         "schemes",
         "args",
         "NAMES",
-        "comma-separated quantization schemes, such as nvfp4,fp8_block (default: all)",
+        "comma-separated quantization schemes, such as nvfp4,fp8_block, or all (the default)",
     ),
     (
         "flashinfer",
@@ -98,7 +98,13 @@ OPTIONS = (
         "",
         "run the target's code for every question, and neither reuse nor cache its answers",
     ),
-    ("report", "paths", "FILE", "write a .html, .md, .json or .jsonl report; may be repeated"),
+    (
+        "report",
+        "paths",
+        "FILE",
+        "write a .html, .md, .json or .jsonl report, and create its directory if it is missing; "
+        "may be repeated",
+    ),
 )
 
 

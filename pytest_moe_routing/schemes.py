@@ -345,7 +345,8 @@ def check_scheme(name: str) -> str:
         MoERoutingError: There is no such scheme, or no fused kernel serves it.
     """
     if name not in SERVED_SCHEMES:
-        raise MoERoutingError(f"unknown scheme {name!r}; schemes: {', '.join(SERVED_SCHEMES)}")
+        names = ", ".join(SERVED_SCHEMES)
+        raise MoERoutingError(f"unknown scheme {name!r}; schemes: {names}, or all")
     return name
 
 

@@ -127,10 +127,11 @@ class MoESession:
 
     @cached_property
     def schemes(self) -> list[str]:
-        """The chosen schemes."""
+        """The chosen schemes: those that are named, each once; every one for none and for `all`."""
         from pytest_moe_routing.schemes import SERVED_SCHEMES, check_scheme
 
-        return [check_scheme(name) for name in self.scheme_names or SERVED_SCHEMES]
+        named = [check_scheme(name) for name in self.scheme_names if name != "all"]
+        return list(SERVED_SCHEMES) if "all" in self.scheme_names or not named else named
 
     @cached_property
     def cases(self) -> list[tuple[ModelSpec, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,13 @@ def session(*configs, patterns=()):
         golden_dirs=[],
         configs=list(configs),
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "count"), [([], 8), (["all"], 8), (["nvfp4", "all"], 8), (["nvfp4", "bf16"], 2)]
+)
+def test_schemes_are_all_or_those_that_are_named(names, count):
+    assert len(set(replace(session(), scheme_names=names).schemes)) == count
 
 
 def test_a_config_that_is_given_twice(tmp_path, monkeypatch):

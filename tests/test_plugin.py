@@ -125,6 +125,7 @@ def test_an_unknown_flashinfer_release_is_a_stated_assumption(host):
         (("--moe-target", ""), "--moe-target: found '', expected a value"),
         (("--moe-flashinfer", ""), "--moe-flashinfer: found '', expected a value"),
         (("--moe-schemes", "nvfp5"), "unknown scheme 'nvfp5'; schemes: fp8_block"),
+        (("--moe-schemes", "all,nvfp5"), "unknown scheme 'nvfp5'; schemes: fp8_block"),
         (
             ("--moe-target", "vlm"),
             "unknown target 'vlm'; targets: builtin, flashinfer, sglang, transformers, vllm, or "

@@ -20,7 +20,7 @@ from pytest_moe_routing.report import matrix, text
 from pytest_moe_routing.report.models import unserved
 from pytest_moe_routing.report.records import FORMAT
 from pytest_moe_routing.routing import recipe_of
-from pytest_moe_routing.schemes import SERVED_SCHEMES, check_scheme
+from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.session import variants_of
 
 if TYPE_CHECKING:
@@ -87,10 +87,7 @@ def _answers(session: MoESession, model: ModelSpec) -> list[Answer]:
 
     Without any, each is judged in the schemes of its own layers.
     """
-    if session.scheme_names == ["all"]:
-        asked = list(SERVED_SCHEMES)
-    else:
-        asked = [check_scheme(scheme) for scheme in session.scheme_names]
+    asked = session.schemes if session.scheme_names else []
     return [
         (variant, record_of(session.target, variant, scheme))
         for variant in variants_of(model)

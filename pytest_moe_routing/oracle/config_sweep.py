@@ -171,7 +171,7 @@ def sweep(
         models: Those of which a cause says whether it concerns them.
         routers: Other routers than the sweep's, smallest first.
     """
-    candidates = list(swept_models(routers))
+    candidates = swept_models(routers)
     target.prepare(candidates, scheme)
 
     def judged(model: ModelSpec, reads: RouterConfig | None) -> Iterable[Judgement]:
@@ -194,7 +194,7 @@ def sweep_behind_gates(
     looked at where its method would mean what the router means, the scheme rejects it, and takes
     the same model with another method. What would crash is no cause: it would be noticed.
     """
-    candidates = list(swept_models(swept_routers(1) if routers is None else routers))
+    candidates = swept_models(swept_routers(1) if routers is None else routers)
     methods = [m for m in target.flashinfer.methods if m in target.method_numbers()]
     target.prepare_gates(candidates, scheme, methods)
     return _sweep(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from itertools import chain, combinations, product
@@ -135,15 +135,19 @@ def _size(router: RouterConfig) -> tuple[int, int, int, int, str]:
     return router.num_experts, router.top_k, groups, unlike, repr(router)
 
 
-def swept_models(routers: Iterable[RouterConfig] | None = None) -> Iterator[ModelSpec]:
+def swept_models(routers: Iterable[RouterConfig] | None = None) -> tuple[ModelSpec, ...]:
     """Return a model of each router; by default the sweep's, with experts of all kinds."""
-    yield from map(as_model, swept_routers() if routers is None else routers)
-    if routers is None:
-        for family, experts in product(_FAMILIES, _OTHER_EXPERTS):
-            yield as_model(RouterConfig(**{**_PLAIN, **family}), experts)
-        for family in _FAMILIES:
-            model = as_model(RouterConfig(**{**_PLAIN, **family}))
-            yield replace(model, dtype="float16")
+    return _all_models() if routers is None else tuple(map(as_model, routers))
+
+
+@cache
+def _all_models() -> tuple[ModelSpec, ...]:
+    families = [RouterConfig(**{**_PLAIN, **family}) for family in _FAMILIES]
+    return (
+        *map(as_model, swept_routers()),
+        *(as_model(router, experts) for router, experts in product(families, _OTHER_EXPERTS)),
+        *(replace(as_model(router), dtype="float16") for router in families),
+    )
 
 
 def as_model(router: RouterConfig, experts: ExpertsConfig = USUAL_EXPERTS) -> ModelSpec:

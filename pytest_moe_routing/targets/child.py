@@ -14,9 +14,10 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pytest_moe_routing.escape import excerpt
 from pytest_moe_routing.targets.server import HEADER, HOME, LOG, MARK, STACK
@@ -37,6 +38,14 @@ _LOG_BYTES, _LOG_LINES, _STACK_LINES, _WIDTH = 20_000, 15, 25, 500
 
 
 ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
+class Encoded(dict[str, Any]):
+    """An argument of many questions, which is encoded once."""
+
+    @cached_property
+    def text(self) -> str:
+        return ENCODER.encode(self)
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,14 @@ class Request(NamedTuple):
 
     question: str
     arguments: str
+
+    @classmethod
+    def of(cls, question: str, arguments: Mapping[str, Any]) -> Request:
+        texts = (
+            f'"{name}":{value.text if isinstance(value, Encoded) else ENCODER.encode(value)}'
+            for name, value in arguments.items()
+        )
+        return cls(question, f"{{{','.join(texts)}}}")
 
 
 class Child:

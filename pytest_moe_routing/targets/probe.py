@@ -17,7 +17,6 @@ from typing import Any, TypedDict
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets.answers import problem
 from pytest_moe_routing.targets.child import (
-    ENCODER,
     Child,
     Failure,
     Limits,
@@ -115,7 +114,7 @@ class Probe:
                 with something else than an answer. Then it is asked nothing more, and every
                 further question has the same error.
         """
-        request = Request(question, ENCODER.encode(arguments))
+        request = Request.of(question, arguments)
         if not self._is_known(request):
             if self._ended:
                 raise TargetError(self._ended, "no answers")
@@ -134,7 +133,7 @@ class Probe:
 
         `ask` then has the answers. A child that ends is no error before it is asked.
         """
-        asked = dict.fromkeys(Request(question, ENCODER.encode(each)) for each in many)
+        asked = dict.fromkeys(Request.of(question, each) for each in many)
         new = [request for request in asked if not self._is_known(request)]
         for start in range(0, len(new), _BATCH):
             if self._ended:

@@ -7,7 +7,7 @@ one of the Blackwell family (`targets/vllm/probe/main.py`).
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache, cached_property
@@ -36,6 +36,7 @@ from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
+from pytest_moe_routing.targets.vllm import questions
 from pytest_moe_routing.targets.vllm.answers import ANSWERS as ANSWERS_OF_PROBE
 from pytest_moe_routing.targets.vllm.model_code import ModelCode
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
@@ -82,6 +83,8 @@ class VllmTarget(FrameworkTarget):
         module = "pytest_moe_routing.targets.vllm.probe.main"
         arguments = str(source.root), flashinfer.release, source.version
         self._probe = Probe(str(self), module, *arguments, answers=ANSWERS_OF_PROBE)
+        #: By what gates are asked: most models of the config sweep are the same to them.
+        self._known_gates: dict[tuple[str, str, str, bool], tuple[Gate, ...]] = {}
         self._model_code = ModelCode(source, flashinfer)
         module = "pytest_moe_routing.targets.vllm.probe.routers"
         self._routers = RouterProbes(
@@ -121,7 +124,7 @@ class VllmTarget(FrameworkTarget):
 
     def classify(self, model: ModelSpec) -> Classification:
         """Return the method of the router that vLLM's factory makes for this model."""
-        method, *path = self._probe.ask("classify", model=_without(model, _NOT_CLASSIFIED_BY))
+        method, *path = self._probe.ask("classify", model=questions.classified(model))
         return Classification(method, tuple(path))
 
     def _require_served(self, scheme: str) -> None:
@@ -134,9 +137,7 @@ class VllmTarget(FrameworkTarget):
         Raises:
             Unsupported: The release has no such experts.
         """
-        self._require_served(scheme)
-        rows = self._probe.ask("gates", **_gates_question(model, method, scheme))
-        return tuple(Gate(*row) for row in rows)
+        return self._gates(model, method, scheme)
 
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Answer the same for experts that vLLM's own router gives ids and weights.
@@ -144,14 +145,23 @@ class VllmTarget(FrameworkTarget):
         Raises:
             Unsupported: The release has no such experts.
         """
+        return self._gates(model, method, scheme, modular=True)
+
+    def _gates(
+        self, model: ModelSpec, method: str, scheme: str, *, modular: bool = False
+    ) -> tuple[Gate, ...]:
         self._require_served(scheme)
-        asked = _gates_question(model, method, scheme, modular=True)
-        return tuple(Gate(*row) for row in self._probe.ask("gates", **asked))
+        asked = questions.of_gates(model, method, scheme, modular=modular)
+        key = asked["model"].text, method, scheme, modular
+        if key not in self._known_gates:
+            rows = self._probe.ask("gates", **asked)
+            self._known_gates[key] = tuple(Gate(*row) for row in rows)
+        return self._known_gates[key]
 
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
         """Return what is wrong on a way through the experts that are given ids and weights."""
         self._require_served(scheme)
-        answer = self._probe.ask("capture_modular", model=model.as_dict(), scheme=scheme)
+        answer = self._probe.ask("capture_modular", **questions.of_case(model, scheme))
         findings: list[Finding] = []
         for record in answer["calls"]:
             if "raised" in record:
@@ -173,7 +183,7 @@ class VllmTarget(FrameworkTarget):
         None for releases that have no selector for the scheme.
         """
         self._require_served(scheme)
-        asked = {"model": model.as_dict(), "scheme": scheme, "method": method, "modular": modular}
+        asked = {**questions.of_case(model, scheme), "method": method, "modular": modular}
         answer = self._probe.ask("choose", **asked)
         if answer is None:
             return None
@@ -187,8 +197,9 @@ class VllmTarget(FrameworkTarget):
 
     def rule(self, model: ModelSpec, scheme: str, method: str, gate: str) -> Rule:
         """Return the function of a gate, or of the selector, and what it takes by default."""
-        asked = {"model": model.as_dict(), "scheme": scheme, "method": method, "gate": gate}
-        answer = self._probe.ask("rule", **asked)
+        answer = self._probe.ask(
+            "rule", **questions.of_case(model, scheme), method=method, gate=gate
+        )
         return Rule() if answer is None else Rule(**answer)
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
@@ -198,7 +209,7 @@ class VllmTarget(FrameworkTarget):
             Unsupported: The release has no classes of experts.
         """
         self._require_served(scheme)
-        answers = self._probe.ask("around", model=model.as_dict(), scheme=scheme, method=method)
+        answers = self._probe.ask("around", **questions.of_case(model, scheme), method=method)
         if not answers:
             raise Unsupported(f"not judged: vLLM {self.version()} has no experts to ask")
         return read_responses(answers)
@@ -220,16 +231,14 @@ class VllmTarget(FrameworkTarget):
         """Ask about many models at once: each thing that a question looks at, once."""
         if scheme not in SCHEMES:
             return
-        self._probe.prepare(
-            "classify", ({"model": _without(model, _NOT_CLASSIFIED_BY)} for model in models)
-        )
+        self._probe.prepare("classify", ({"model": questions.classified(m)} for m in models))
         methods = [(m, c.method) for m, c in _answered(models, self.classify)]
-        self._probe.prepare("gates", (_gates_question(*case, scheme) for case in methods))
+        self._probe.prepare("gates", (questions.of_gates(*case, scheme) for case in methods))
         gates = _answered(methods, lambda case: self.gates(case[0], scheme, case[1]))
         self._probe.prepare(
             "capture",
             (
-                _capture_question(*case, scheme, thorough=thorough)
+                questions.of_capture(*case, scheme, thorough=thorough)
                 for case, answers in gates
                 if all(gate.ok for gate in answers)
             ),
@@ -247,7 +256,7 @@ class VllmTarget(FrameworkTarget):
         if scheme in SCHEMES:
             cases = ((model, name) for name in methods for model in models)
             self._probe.prepare(
-                "gates", (_gates_question(*case, scheme, modular=modular) for case in cases)
+                "gates", (questions.of_gates(*case, scheme, modular=modular) for case in cases)
             )
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
@@ -256,7 +265,7 @@ class VllmTarget(FrameworkTarget):
 
     def _capture(self, model: ModelSpec, scheme: str, method: str, *, thorough: bool) -> Captured:
         self._require_served(scheme)
-        question = _capture_question(model, method, scheme, thorough=thorough)
+        question = questions.of_capture(model, method, scheme, thorough=thorough)
         answer = self._probe.ask("capture", **question)
         calls = [(record, self._read(model, scheme, answer, record)) for record in answer["calls"]]
         first: KernelCall | None = calls[0][1].call
@@ -310,32 +319,6 @@ class VllmTarget(FrameworkTarget):
         if "raised" in record:
             return Captured(None, (_raised(record),))
         return read(model, scheme, record, _layer(answer, record), self.flashinfer)
-
-
-#: Settings of the router that a question does not look at: it is asked without them, and so once.
-_NOT_CLASSIFIED_BY = ("logits_dtype", "weight_on")
-_GATED_BY = ("num_experts", "top_k", "logits_dtype")
-
-
-def _without(model: ModelSpec, names: Container[str]) -> dict[str, Any]:
-    """Return what the probe is told of a model, without some settings of its router."""
-    asked = model.as_dict()
-    return {**asked, "router": {n: v for n, v in asked["router"].items() if n not in names}}
-
-
-def _gates_question(
-    model: ModelSpec, method: str, scheme: str, *, modular: bool = False
-) -> dict[str, Any]:
-    unseen = vars(model.router).keys() - set(_GATED_BY)
-    asked = {"model": _without(model, unseen), "scheme": scheme, "method": method}
-    return {**asked, "modular": True} if modular else asked
-
-
-def _capture_question(
-    model: ModelSpec, method: str, scheme: str, *, thorough: bool
-) -> dict[str, Any]:
-    asked = {"model": model.as_dict(), "scheme": scheme, "method": method}
-    return asked if thorough else {**asked, "thorough": False}
 
 
 def _answered(about: Iterable[_T], ask: Callable[[_T], _Answer]) -> list[tuple[_T, _Answer]]:

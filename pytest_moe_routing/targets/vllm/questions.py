@@ -1,0 +1,65 @@
+"""What the child of vLLM is asked: of each model, only what a question looks at.
+
+Models that do not differ in it have one question. The description of a model is made and encoded
+once, however many schemes and methods it is asked about with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from functools import lru_cache
+from typing import Any
+
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.targets.child import Encoded
+
+#: Settings of the router that the classifier does not look at.
+_NOT_CLASSIFIED_BY = ("logits_dtype", "weight_on")
+#: The only ones that gates look at.
+_GATED_BY = ("num_experts", "top_k", "logits_dtype")
+#: The config sweep has 3400 models.
+_MODELS = 1 << 13
+#: By its text, each description that gates tell apart: a few hundred.
+_GATED: dict[str, Encoded] = {}
+
+
+@lru_cache(_MODELS)
+def classified(model: ModelSpec) -> Encoded:
+    """Return what the classifier is told of a model."""
+    return _without(model, _NOT_CLASSIFIED_BY)
+
+
+@lru_cache(_MODELS)
+def gated(model: ModelSpec) -> Encoded:
+    """Return what gates are told of a model: one object for all that they cannot tell apart."""
+    asked = _without(model, vars(model.router).keys() - set(_GATED_BY))
+    return _GATED.setdefault(asked.text, asked)
+
+
+@lru_cache(_MODELS)
+def described(model: ModelSpec) -> Encoded:
+    """Return all that is told of a model."""
+    return Encoded(model.as_dict())
+
+
+def of_case(model: ModelSpec, scheme: str) -> dict[str, Any]:
+    return {"model": described(model), "scheme": scheme}
+
+
+def of_gates(
+    model: ModelSpec, method: str, scheme: str, *, modular: bool = False
+) -> dict[str, Any]:
+    asked = {"model": gated(model), "scheme": scheme, "method": method}
+    return {**asked, "modular": True} if modular else asked
+
+
+def of_capture(model: ModelSpec, method: str, scheme: str, *, thorough: bool) -> dict[str, Any]:
+    asked = {**of_case(model, scheme), "method": method}
+    return asked if thorough else {**asked, "thorough": False}
+
+
+def _without(model: ModelSpec, names: Container[str]) -> Encoded:
+    """Return what is told of a model, without some settings of its router."""
+    asked = model.as_dict()
+    router = {n: v for n, v in asked["router"].items() if n not in names}
+    return Encoded({**asked, "router": router})

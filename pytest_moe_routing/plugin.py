@@ -238,7 +238,7 @@ def moe_case(request: pytest.FixtureRequest, moe_model: ModelSpec) -> RoutingCas
 
 
 @pytest.fixture(scope="session")
-def moe_target(_moe_session: MoESession) -> Iterator[Target]:
+def moe_target(request: pytest.FixtureRequest, _moe_session: MoESession) -> Iterator[Target]:
     """Return the target of this run; a target that cannot be used fails the test in one line."""
     try:
         target, message = _moe_session.target, ""
@@ -246,7 +246,10 @@ def moe_target(_moe_session: MoESession) -> Iterator[Target]:
         target, message = None, str(error)
     if target is None:
         pytest.fail(message, pytrace=False)
-    yield target
+    from pytest_moe_routing.suite.ahead import asking_ahead
+
+    with asking_ahead(target, request.session.items, _moe_session):
+        yield target
     target.close()
 
 
@@ -335,10 +338,7 @@ def _moe_golden(
 
 @pytest.fixture
 def _moe_property(request: pytest.FixtureRequest) -> Callable[[str, Any], None]:
-    """Return a function of name and value, for reports.
-
-    pytest's `record_property` warns under `--junitxml`.
-    """
+    """Return a function of name and value; pytest's `record_property` warns with `--junitxml`."""
     return lambda name, value: request.node.user_properties.append((name, value))
 
 

@@ -158,9 +158,13 @@ class Child:
         except subprocess.TimeoutExpired:
             code = "no exit code, after closing its output"
         log = self._folder / LOG
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _LOG_BYTES))
-            text = file.read(_LOG_BYTES).decode("utf-8", "replace")
+        try:
+            with log.open("rb") as file:
+                file.seek(max(0, log.stat().st_size - _LOG_BYTES))
+                text = file.read(_LOG_BYTES).decode("utf-8", "replace")
+        except FileNotFoundError:
+            # Another thread has removed its folder.
+            return "its process was ended"
         # A crash of the interpreter is told with its stack after it, anything else comes last.
         _, crash, stack = text.rpartition("Fatal Python error")
         lines = text.splitlines()[-_LOG_LINES:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,7 @@ from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.expected import expected_kernel
 from pytest_moe_routing.targets.kept import Store, key_of_sources
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
-from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.probe import Probe, Question
 from pytest_moe_routing.targets.source import Source
 
 if TYPE_CHECKING:
@@ -50,6 +50,14 @@ class FrameworkTarget(Target):
 
     def probes(self) -> Iterable[Probe]:
         """Return the children whose answers depend on nothing but what `targets.kept` knows."""
+        return ()
+
+    def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Question]:
+        """Return what a method of the target will ask about models, of another child than most.
+
+        Args:
+            method: `layer_request`, `backend_request` or `router_runs`.
+        """
         return ()
 
     def keep_answers(self, store: Store) -> int:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from threading import Lock
+from typing import Any, NamedTuple, TypedDict
 
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets.answers import problem
@@ -41,6 +42,14 @@ class _Error(TypedDict):
 _Reply = tuple[str, Any]
 #: Questions of one exchange: few enough that it takes seconds.
 _BATCH = 200
+
+
+class Question(NamedTuple):
+    """A question that will be asked of a child."""
+
+    probe: Probe
+    name: str
+    arguments: Mapping[str, Any]
 
 
 class Probe:
@@ -78,6 +87,8 @@ class Probe:
         self._earlier: dict[Request, _Reply] = {}
         #: Why there will be no more answers, in the words of the first question without one.
         self._ended = ""
+        #: Held by the thread whose question is answered, and by the one whose turn is next.
+        self._now, self._next = Lock(), Lock()
 
     def keep(self, store: Store, sources: str, root: Path) -> int:
         """Take over the answers of earlier runs, and keep those of this one; return how many.
@@ -115,10 +126,12 @@ class Probe:
                 further question has the same error.
         """
         request = Request.of(question, arguments)
-        if not self._is_known(request):
-            if self._ended:
-                raise TargetError(self._ended, "no answers")
-            self._exchange([request])
+        if request not in self._replies:
+            with self._turn():
+                if not self._is_known(request):
+                    if self._ended:
+                        raise TargetError(self._ended, "no answers")
+                    self._exchange([request])
         kind, value = self._replies[request]
         if kind == "unsupported":
             raise Unsupported(f"{self._target}: {value}")
@@ -134,12 +147,42 @@ class Probe:
         `ask` then has the answers. A child that ends is no error before it is asked.
         """
         asked = dict.fromkeys(Request.of(question, each) for each in many)
-        new = [request for request in asked if not self._is_known(request)]
-        for start in range(0, len(new), _BATCH):
+        with self._turn():
+            new = [request for request in asked if not self._is_known(request)]
+            for start in range(0, len(new), _BATCH):
+                if self._ended:
+                    return
+                with suppress(TargetError):
+                    self._exchange(new[start : start + _BATCH])
+
+    def ask_ahead(self, question: str, **arguments: Any) -> bool:
+        """Ask one question in another thread than `ask` will, and return whether that went well.
+
+        A child that fails is ended, and `ask` starts another one. So what `ask` raises does not
+        depend on which thread was first.
+        """
+        request = Request.of(question, arguments)
+        with self._turn():
+            if self._is_known(request):
+                return True
             if self._ended:
-                return
-            with suppress(TargetError):
-                self._exchange(new[start : start + _BATCH])
+                return False
+            try:
+                self._exchange([request])
+            except TargetError:
+                self._ended = ""
+                return False
+        return True
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until no other thread is answered. Threads take turns: none overtakes another."""
+        with self._next:
+            self._now.acquire()
+        try:
+            yield
+        finally:
+            self._now.release()
 
     def _exchange(self, requests: Sequence[Request]) -> None:
         """Have the child reply to requests."""
@@ -153,12 +196,12 @@ class Probe:
             self._replies.update(zip(requests, self._checked(requests, data), strict=True))
         except Failure as failure:
             self._ended = f"target {self._target}: {question}: {failure}"
-            self.close()
+            self._end_child()
             raise TargetError(self._ended, "no answers") from None
         except BaseException:
             # An interrupt: nobody will read the answer.
             self._ended = f"target {self._target}: interrupted at {question}"
-            self.close()
+            self._end_child()
             raise
 
     def _checked(self, requests: Sequence[Request], data: bytes) -> list[_Reply]:
@@ -184,11 +227,16 @@ class Probe:
 
     def close(self) -> None:
         """End the child, and whatever it started; keep what it said."""
-        new = [request for request in self._replies if request not in self._earlier]
-        if self._kept is not None and new and not self._ended:
-            replies = {**self._earlier, **self._replies}
-            self._kept.write((*request, *reply) for request, reply in replies.items())
-            self._earlier = replies
+        # First, so that no thread goes on waiting for an answer.
+        self._end_child()
+        with self._turn():
+            new = [request for request in self._replies if request not in self._earlier]
+            if self._kept is not None and new and not self._ended:
+                replies = {**self._earlier, **self._replies}
+                self._kept.write((*request, *reply) for request, reply in replies.items())
+                self._earlier = replies
+
+    def _end_child(self) -> None:
         if self._child is not None:
             self._child.end()
             self._child = None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypedDict
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.probe import Probe, Question
 
 
 class _Deviation(TypedDict):
@@ -88,17 +89,28 @@ class RouterProbes:
                 readings.append(reason)
         return readings
 
+    def questions(self, models: Iterable[ModelSpec]) -> Iterator[Question]:
+        """Yield what `runs` asks, by child: the one that also reads configs comes last."""
+        chosen = list(models)
+        for probe in reversed(self.probes):
+            for model in chosen:
+                with suppress(Unsupported):
+                    yield Question(probe, "run", self._question(model))
+            yield Question(probe, "run_other", {})
+
     def refusals(self) -> dict[str, str]:
         """Return why models were not judged, by id, as far as `runs` asked about them."""
         return dict(self._refusals)
+
+    def _question(self, model: ModelSpec) -> dict[str, Any]:
+        return {"model": {**model.as_dict(), "id": model.id}, **self._more(model)}
 
     def _ask(self, probe: Probe, models: Iterable[ModelSpec]) -> dict[str, list[dict[str, Any]]]:
         """Return a child's answers by model id; "" has those for further configurations."""
         answers: dict[str, list[dict[str, Any]]] = {}
         for model in models:
-            asked = {**model.as_dict(), "id": model.id}
             try:
-                answers[model.id] = probe.ask("run", model=asked, **self._more(model))
+                answers[model.id] = probe.ask("run", **self._question(model))
             except Unsupported as reason:
                 answers[model.id] = []
                 self._refusals[model.id] = str(reason)

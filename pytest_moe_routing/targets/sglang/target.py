@@ -32,7 +32,7 @@ from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
-from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.probe import Probe, Question
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
@@ -127,6 +127,9 @@ class SglangTarget(FrameworkTarget):
     def probes(self) -> Iterable[Probe]:
         return (self._probe, *self._routers.probes)
 
+    def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Question]:
+        return self._routers.questions(models) if method == "router_runs" else ()
+
     def close(self) -> None:
         self._probe.close()
         self._routers.close()
@@ -215,7 +218,7 @@ class SglangTarget(FrameworkTarget):
         row = self._row(model, scheme)
         quantization, runner = row["quantization"], row["runner"]
         # Only this one is asserted on.
-        allowed = self._allowed if runner == TRTLLM else None
+        allowed = self._probe.ask("accepted_quantizations") if runner == TRTLLM else None
         switch, reason = f"--moe-runner-backend {runner}", ""
         told = {"architecture": model.architecture, "quantization": quantization, "runner": runner}
         if allowed is not None and quantization not in allowed:
@@ -343,11 +346,6 @@ class SglangTarget(FrameworkTarget):
     def _numbers(self) -> dict[str, int]:
         numbers: dict[str, int] = self._probe.ask("method_numbers")
         return numbers
-
-    @cached_property
-    def _allowed(self) -> list[str | None] | None:
-        allowed: list[str | None] | None = self._probe.ask("accepted_quantizations")
-        return allowed
 
     def _row(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """Return SGLang's view of a model's checkpoint in a scheme."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, TypedDict
@@ -21,7 +22,7 @@ from pytest_moe_routing.models.huggingface.published import (
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.routing import Recipe, recipe_of
 from pytest_moe_routing.targets.hf_configs import config_of
-from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.probe import Probe, Question
 from pytest_moe_routing.targets.source import Source
 
 _CHILD = "pytest_moe_routing.targets.vllm.probe.model_code"
@@ -115,19 +116,9 @@ class ModelCode:
             Unsupported: The block is not in the table, or not in this release, or cannot be built
                 on a CPU; or no recipe can be compared with its router.
         """
-        if model.router.not_expressible is not None:
-            raise Unsupported(
-                f"no recipe computes {model}'s router: {model.router.not_expressible}"
-            )
-        row, values = _published(model)
-        if without:
-            values.pop(without, None)
-            row["stated"].pop(without, None)
-            row = {**row, "published": {**(row.get("published") or {})}}
-            row["published"].pop(without, None)
-        router = asdict(model.router)
-        answer = self.probe.ask("layer_request", row=row, values=values, router=router)
-        return request_of(answer, row, model)
+        question = _layer_question(model, without)
+        answer = self.probe.ask("layer_request", **question)
+        return request_of(answer, question["row"], model)
 
     def split_shared_experts(self, model: ModelSpec) -> SplitExperts | None:
         """Return what of a model's shared experts is split over ranks that have other tokens.
@@ -135,8 +126,7 @@ class ModelCode:
         Raises:
             Unsupported: The block is not in the table, or not in this release, or cannot be built.
         """
-        row, values = _published(model)
-        answer = self.probe.ask("split_shared_experts", row=row, values=values)
+        answer = self.probe.ask("split_shared_experts", **_published(model))
         if not answer["layers"]:
             return None
         return SplitExperts(answer["block"], tuple(answer["layers"]), _SWITCHES)
@@ -150,15 +140,23 @@ class ModelCode:
             Unsupported: Neither vLLM nor transformers can be asked about it, or no recipe can be
                 compared with its router.
         """
-        if model.router.not_expressible is not None:
-            raise Unsupported(
-                f"no recipe computes {model}'s router: {model.router.not_expressible}"
-            )
-        question = {**config_of(model), "router": asdict(model.router)}
-        answer = self.backend.ask("backend_request", architecture=model.architecture, **question)
+        answer = self.backend.ask("backend_request", **_backend_question(model))
         if answer is None:
             return None
         return replace(request_of(answer, {}, model), switch="--model-impl transformers")
+
+    def questions(self, models: Iterable[ModelSpec]) -> Iterator[Question]:
+        """Yield what a model's block is asked with all of its config's keys."""
+        for model in models:
+            with suppress(Unsupported):
+                yield Question(self.probe, "split_shared_experts", _published(model))
+                yield Question(self.probe, "layer_request", _layer_question(model))
+
+    def backend_questions(self, models: Iterable[ModelSpec]) -> Iterator[Question]:
+        """Yield what the transformers backend is asked."""
+        for model in models:
+            with suppress(Unsupported):
+                yield Question(self.backend, "backend_request", _backend_question(model))
 
     def left_out(self, model: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
         """Yield each key about the router that a config may leave out, and what it then means."""
@@ -169,8 +167,31 @@ class ModelCode:
         self.backend.close()
 
 
-def _published(model: ModelSpec) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the row of a model's block, and the model's keys with their values.
+def _require_recipe(model: ModelSpec) -> None:
+    if model.router.not_expressible is not None:
+        raise Unsupported(f"no recipe computes {model}'s router: {model.router.not_expressible}")
+
+
+def _layer_question(model: ModelSpec, without: str = "") -> dict[str, Any]:
+    _require_recipe(model)
+    asked = _published(model)
+    if without:
+        row = asked["row"]
+        published = {**(row.get("published") or {})}
+        for keys in (asked["values"], row["stated"], published):
+            keys.pop(without, None)
+        asked["row"] = {**row, "published": published}
+    return {**asked, "router": asdict(model.router)}
+
+
+def _backend_question(model: ModelSpec) -> dict[str, Any]:
+    _require_recipe(model)
+    router = asdict(model.router)
+    return {"architecture": model.architecture, **config_of(model), "router": router}
+
+
+def _published(model: ModelSpec) -> dict[str, dict[str, Any]]:
+    """Return the row of a model's block, and the values of its config's keys.
 
     Raises:
         Unsupported: The block is not in the table.
@@ -182,7 +203,7 @@ def _published(model: ModelSpec) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     said = {**asdict(model.router), **asdict(model.experts)}
     values = {key: said[name] for name, key in row["keys"].items() if said[name] is not None}
-    return {**row, "stated": stated_keys(model)}, values
+    return {"row": {**row, "stated": stated_keys(model)}, "values": values}
 
 
 def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSpec) -> LayerRequest:

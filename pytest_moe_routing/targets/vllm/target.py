@@ -32,7 +32,7 @@ from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.hf_configs import without_transformers
 from pytest_moe_routing.targets.model_classes import Place
-from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.probe import Probe, Question
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
@@ -98,6 +98,14 @@ class VllmTarget(FrameworkTarget):
     def probes(self) -> Iterable[Probe]:
         apart = [self._model_code.probe] if self._model_code.is_apart else []
         return (self._probe, *self._routers.probes, self._model_code.backend, *apart)
+
+    def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Question]:
+        ask = {
+            "layer_request": self._model_code.questions,
+            "backend_request": self._model_code.backend_questions,
+            "router_runs": self._routers.questions,
+        }
+        return ask[method](models)
 
     def close(self) -> None:
         self._probe.close()

@@ -61,7 +61,9 @@ def target_of(*questions):
 
 def items(**config):
     path = SUITE / "test_router.py"
-    return [SimpleNamespace(originalname="test_router", path=path, config=SimpleNamespace(**config))]
+    return [
+        SimpleNamespace(originalname="test_router", path=path, config=SimpleNamespace(**config))
+    ]
 
 
 SESSION = SimpleNamespace(models=["a model"])

@@ -140,7 +140,22 @@ def test_one_cause_is_told_once_with_everyone_who_meets_it():
     failure = of_router(cause)
     assert failure.cause == "router:weights:f:the-routed-scaling-factor-is-missing"
     assert failure.rank is Rank.SILENT
+    # Weights are what is wrong here.
+    assert [line.split()[0] for line in failure.brief if "(expert: weight)" in line] == [
+        "wanted",
+        "got",
+    ]
     (opt_in,) = causes(runs[:1], WRONG)
     # What nobody meets by default is one line of the run.
     assert of_router(opt_in).rank is Rank.LATENT
     assert of_router(opt_in).cause == failure.cause
+
+
+def test_experts_that_are_named_need_no_selection_scores_in_a_terminal():
+    found = compare_router(routed(lambda w, i: (w, (i + 1) % 64)), RECIPE, 64, torch.float32)
+    run = RouterRun("Router", "f", "cuda", "one", "model", (), tuple(found))
+    failure = of_router(causes([run], ("experts",))[0])
+    assert any("(expert: selection score)" in line for line in failure.lines)
+    assert not any("(expert: selection score)" in line for line in failure.brief)
+    (token,) = (line for line in failure.brief if "token " in line and "instead of" in line)
+    assert token in failure.lines

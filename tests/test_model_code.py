@@ -322,6 +322,15 @@ def test_an_edit_above_a_block_does_not_change_the_cause():
     assert of_model_code(first).lines != of_model_code(later).lines
 
 
+def test_a_token_whose_logits_say_nothing_is_one_line_in_a_terminal():
+    failure = of_model_code(compared("deepseek-r1", routed_scaling_factor=1.0))
+    told = [line for line in failure.lines if line not in failure.brief]
+    assert told[0].strip() == "a token of 16 experts"
+    assert [line.split()[0] for line in told[1:]] == ["logits", "bias", "wanted", "got"]
+    (line,) = (line for line in failure.brief if line not in failure.lines)
+    assert line == "    a token of 16 experts: wanted 0-7: 0.3125, got 0-7: 0.125"
+
+
 def test_one_defect_in_two_blocks_is_told_once():
     blocks = "models/glm.py:104", "models/qwen.py:7", "GlmMoE", "a block"
     failures = [of_model_code(compared("glm-5", top_k=6, block=block)) for block in blocks]

@@ -203,30 +203,35 @@ def brief_story(record: VerdictRecord) -> Iterator[str]:
     left_out = {f"  note     {sentence(n)}" for n in record.notes if n.kind is Kind.DOWNCAST}
     if record.kernel == record.router:
         left_out.add(f"  kernel   {record.kernel}")
-    example = record.counterexample
-    first, one_line = "", ""
-    if example is not None and not any(example["logits"]) and not any(example["bias"] or ()):
-        head, *values = token(example)
-        wanted, got = (line for line in values if line.startswith(("wanted", "got")))
-        first, one_line = f"    {head}", f"    {head}: {_spaced(wanted)}, {_spaced(got)}"
-        left_out |= {f"    {wanted}", f"    {got}"}
-    for line in short_story(record):
-        if line == first:
-            yield one_line
-        elif line not in left_out:
+    shown = (line for line in short_story(record) if line not in left_out)
+    yield from _with_brief_token(shown, record.counterexample)
+
+
+def _with_brief_token(lines: Iterable[str], example: Mapping[str, Any] | None) -> Iterator[str]:
+    """Return lines with those of a token in one, if its logits and its bias say nothing."""
+    if example is None or any(example["logits"]) or any(example["bias"] or ()):
+        yield from lines
+        return
+    head, *values = (f"    {line}" for line in token(example))
+    wanted, got = (" ".join(line.split(maxsplit=1)) for line in values[-2:])
+    for line in lines:
+        if line == head:
+            yield f"{head}: {wanted}, {got}"
+        elif line not in values:
             yield line
 
 
-def _spaced(line: str) -> str:
-    return " ".join(line.split(maxsplit=1))
-
-
 def without_counts(lines: Iterable[str]) -> Iterator[str]:
-    """Return a router's cause without precision, count of further tokens, or what it says twice."""
+    """Return a router's cause without what is told twice, or nobody needs to see it.
+
+    That is precision, the count of further tokens, and selection scores: the experts are named, and
+    by how much the score of one is too low.
+    """
     told: set[str] = set()
     for line in lines:
         what = line.strip().removeprefix("because  ")
-        if what not in told and not what.startswith(("precision ", "... and ")):
+        is_further = what.startswith(("precision ", "... and "))
+        if what not in told and not is_further and not what.endswith("(expert: selection score)"):
             yield line
         told.add(what)
 
@@ -350,6 +355,13 @@ def _ranges(ids: list[int]) -> str:
 
 #: Who has what in a sentence about model code.
 CODE = "the model", "the model code asks for"
+
+
+def brief_model_code(judgement: CodeJudgement) -> Iterator[str]:
+    """Return `model_code` with a token whose logits say nothing in one line."""
+    example = judgement.counterexample
+    shown = None if example is None else example.as_dict()
+    return _with_brief_token(model_code(judgement), shown)
 
 
 def model_code(judgement: CodeJudgement) -> list[str]:

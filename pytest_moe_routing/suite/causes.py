@@ -206,10 +206,16 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
     fields = "+".join(dict.fromkeys(finding.field for finding in judgement.findings))
     site = _id(judgement.request.block)
     cause = _id("model-code", fields, site)
-    lines = tuple(text.model_code(judgement))
-    source = source_of(judgement.findings)
-    differs = _differs(str(judgement.model), judgement.findings)
-    return Failure(cause, Rank.SILENT, judgement.model.id, lines, source, site, differs=differs)
+    return Failure(
+        cause,
+        Rank.SILENT,
+        judgement.model.id,
+        tuple(text.model_code(judgement)),
+        source_of(judgement.findings),
+        site,
+        brief=tuple(text.brief_model_code(judgement)),
+        differs=_differs(str(judgement.model), judgement.findings),
+    )
 
 
 def of_split_experts(model: ModelSpec, split: SplitExperts) -> Failure:

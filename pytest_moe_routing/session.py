@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: The embedded default target; goldens are its decisions.
 BUILTIN = "builtin"
+#: What ids of the suite's tests begin with, wherever the package is installed.
+SUITE_IDS = "pytest_moe_routing/suite/"
 
 
 @dataclass

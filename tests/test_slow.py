@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,20 @@ def test_a_log_does_not(run, host):
     result = subprocess.run(run, cwd=host.path, capture_output=True, text=True, check=False)
     assert "1 passed" in result.stdout
     assert "running" not in result.stdout + result.stderr
+
+
+def test_suite_tests_that_pass_are_dots_on_a_terminal_only(host):
+    """A log has a line for each module. Tests of the host are shown as pytest shows them."""
+    suite = "test_verdicts.py::test_verdict[mixtral-8x7b-bf16]"
+    tests = ["test_host.py", f"pytest_moe_routing/suite/{suite}"]
+    run = [sys.executable, "-m", "pytest", "--moe-golden", "-p", "no:cacheprovider", *tests]
+    result = subprocess.run(run, cwd=host.path, capture_output=True, text=True, check=False)
+    assert "2 passed" in result.stdout
+    name = re.escape(suite.partition("::")[0])
+    assert re.search(r"^test_host.py \. ", result.stdout, re.MULTILINE)
+    assert re.search(rf"^\S*{name} +\[100%\]", result.stdout, re.MULTILINE)
+    shown = on_a_terminal(run, cwd=host.path)
+    assert re.search(rf"{name}\W.*\. .*100%", shown)
 
 
 def test_a_build_is_announced_on_a_terminal(tmp_path):

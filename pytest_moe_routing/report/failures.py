@@ -18,6 +18,7 @@ import pytest
 
 from pytest_moe_routing.escape import printable
 from pytest_moe_routing.failure import CUT, PROPERTY, Failure, Rank, failures_of, joined, text_of
+from pytest_moe_routing.session import SUITE_IDS
 
 _SAME = "repeated"
 #: The options of a short summary that nobody asked for.
@@ -74,10 +75,14 @@ class Grouping:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(
-        self, report: pytest.CollectReport | pytest.TestReport
+        self, report: pytest.CollectReport | pytest.TestReport, config: pytest.Config
     ) -> tuple[str, str, str] | None:
         if not isinstance(report, pytest.TestReport):
             return None
+        if report.passed and report.when == "call" and report.nodeid.startswith(SUITE_IDS):
+            # Nobody reads a thousand dots in a file.
+            terminal = config.pluginmanager.get_plugin("terminalreporter")
+            return None if terminal is None or terminal.isatty else ("passed", "", "PASSED")
         if report.skipped and not hasattr(report, "wasxfail"):
             # Most of thousands of tests do not suit the target: they are counted at the end.
             is_ours = "moe_case" in dict(report.user_properties)

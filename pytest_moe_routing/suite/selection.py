@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_moe_routing.session import SUITE_IDS
+
 if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
 
 SUITE = Path(__file__).resolve().parent
-#: What ids of the suite's tests begin with, wherever the package is installed.
-_PREFIX = "pytest_moe_routing/suite/"
 
 
 def module_id(path: Path) -> str:
     """Return the id of a module of the suite: the same in a checkout and in site-packages."""
-    return f"{_PREFIX}{path.name}"
+    return f"{SUITE_IDS}{path.name}"
 
 
 def resolve(argument: str) -> tuple[str, bool]:
@@ -26,7 +26,7 @@ def resolve(argument: str) -> tuple[str, bool]:
     Ids of the suite's tests name a path that need not exist; pasted, they mean the suite.
     """
     path, colons, test = argument.partition("::")
-    before, prefix, name = path.replace("\\", "/").rpartition(_PREFIX)
+    before, prefix, name = path.replace("\\", "/").rpartition(SUITE_IDS)
     is_pasted = bool(prefix) and not Path(path).exists() and (SUITE / name).is_file()
     # What stands before it leads from the working directory to pytest's root directory.
     if is_pasted and not before.strip("./"):

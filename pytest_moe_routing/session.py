@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.flashinfer import FlashInfer
     from pytest_moe_routing.kernels.process import RouterProcess
     from pytest_moe_routing.ledger import KnownFailure
-    from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.models import IncompleteModel, ModelSpec
     from pytest_moe_routing.oracle.target import Target
     from pytest_moe_routing.targets.kept import Store
     from pytest_moe_routing.targets.registry import Located, TargetId
@@ -94,13 +94,20 @@ class MoESession:
         return locate(self.target_id)
 
     @cached_property
+    def _described(self) -> tuple[dict[str, ModelSpec], dict[str, IncompleteModel]]:
+        """The models of the golden directories: those that can be judged, and the others."""
+        from pytest_moe_routing.models import load_all
+
+        return load_all(goldens.packaged_directory(), *self.golden_dirs)
+
+    @cached_property
     def models(self) -> list[ModelSpec]:
         """The chosen models, by id; a config's model is there besides one of the same id."""
         from dataclasses import replace
 
-        from pytest_moe_routing.models import config_file, load_models, read_config, select
+        from pytest_moe_routing.models import config_file, read_config, select
 
-        models = load_models(goldens.packaged_directory(), *self.golden_dirs)
+        models = dict(self._described[0])
         ids: dict[Path, str] = {}
         places = set[str]()
         for path in self.configs:
@@ -293,9 +300,7 @@ class MoESession:
 
     def _left_out(self) -> str:
         """How many models are known in part only, and so are not judged."""
-        from pytest_moe_routing.models import load_incomplete
-
-        count = len(load_incomplete(goldens.packaged_directory(), *self.golden_dirs))
+        count = len(self._described[1])
         return f" ({count} more incomplete, not judged)" if count else ""
 
     def describe(self) -> str:

@@ -3,6 +3,7 @@
 from pytest_moe_routing.models.huggingface import config_file, read_config
 from pytest_moe_routing.models.layer_groups import LayerGroup
 from pytest_moe_routing.models.loader import (
+    load_all,
     load_any,
     load_incomplete,
     load_model,
@@ -28,6 +29,7 @@ __all__ = [
     "RouterConfig",
     "config_file",
     "dump_model",
+    "load_all",
     "load_any",
     "load_incomplete",
     "load_model",

@@ -85,9 +85,7 @@ def load_models(*directories: Path) -> dict[str, ModelSpec]:
         ModelError: a directory is missing or holds no model, a model is wrong, or two folders of
             one directory describe a model under the same name.
     """
-    return {
-        id_: model for id_, model in _load_all(directories).items() if isinstance(model, ModelSpec)
-    }
+    return load_all(*directories)[0]
 
 
 def load_named(name: str, *directories: Path) -> ModelSpec:
@@ -113,14 +111,15 @@ def load_incomplete(*directories: Path) -> dict[str, IncompleteModel]:
     Raises:
         ModelError: as for `load_models`.
     """
-    return {
-        id_: model
-        for id_, model in _load_all(directories).items()
-        if isinstance(model, IncompleteModel)
-    }
+    return load_all(*directories)[1]
 
 
-def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteModel]:
+def load_all(*directories: Path) -> tuple[dict[str, ModelSpec], dict[str, IncompleteModel]]:
+    """Return what `load_models` and `load_incomplete` do, each file read once.
+
+    Raises:
+        ModelError: as for `load_models`.
+    """
     models: dict[str, ModelSpec | IncompleteModel] = {}
     for directory in directories:
         names: dict[str, Path] = {}
@@ -133,7 +132,11 @@ def _load_all(directories: Iterable[Path]) -> dict[str, ModelSpec | IncompleteMo
                 )
             names[model.model] = file
             models[model.id] = model
-    return dict(sorted(models.items()))
+    ordered = sorted(models.items())
+    return (
+        {id_: model for id_, model in ordered if isinstance(model, ModelSpec)},
+        {id_: model for id_, model in ordered if isinstance(model, IncompleteModel)},
+    )
 
 
 def model_files(directory: Path) -> list[Path]:

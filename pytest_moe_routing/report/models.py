@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.models import ModelSpec, RouterConfig, load_incomplete, load_models
+from pytest_moe_routing.models import ModelSpec, RouterConfig, load_all
 from pytest_moe_routing.oracle.exact import same_calls
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.schemes import SERVED_SCHEMES
@@ -33,8 +33,7 @@ experts.
 
 def page() -> str:
     """Return the whole page."""
-    models = load_models(packaged_directory())
-    incomplete = load_incomplete(packaged_directory())
+    models, incomplete = load_all(packaged_directory())
     lines = [_INTRODUCTION.format(newest=known_releases()[-1])]
     lines += ["| model | experts | router | methods |", "|---|---|---|---|"]
     lines += [

@@ -127,7 +127,7 @@ def test_the_recorder_has_the_entry_points_of_its_release():
         stubs.install(contract(third_party=("flashinfer",)), root)
         recorder.install(FlashInfer.of("0.6.4"))
         import flashinfer, flashinfer.fused_moe.core as core
-        print(hasattr(flashinfer, "trtllm_bf16_moe"), hasattr(flashinfer, "trtllm_gen_routing_moe"))
+        print(hasattr(core, "trtllm_bf16_moe"), hasattr(flashinfer, "trtllm_gen_routing_moe"))
         print(int(flashinfer.RoutingMethodType.Unspecified), core.ActivationType.Relu2.name)
         call = {name: name for name in "routing_logits routing_bias hidden_states gemm1_weights "
                 "gemm2_weights num_experts top_k n_group topk_group intermediate_size "

@@ -91,12 +91,13 @@ class Package:
         file = self.root / name
         return read_text(file, limit, ReleaseError) if file.exists() else None
 
-    def python_files(self, folder: str) -> list[str]:
-        """Return the Python files below a folder of the package, by their paths in it."""
+    def python_files(self, folder: str = "") -> list[str]:
+        """Return the Python files below the package or one of its folders, by their paths in it."""
+        below = f"flashinfer/{folder}/" if folder else "flashinfer/"
         if isinstance(self.root, Archive):
-            names = [n for n in self.root.names if n.startswith(f"flashinfer/{folder}/")]
+            names = [n for n in self.root.names if n.startswith(below)]
         else:
-            base = self.root / "flashinfer" / folder
+            base = self.root / below
             names = [f.relative_to(self.root).as_posix() for f in base.rglob("*.py")]
         return sorted(n.removeprefix("flashinfer/") for n in names if n.endswith(".py"))
 
@@ -143,7 +144,7 @@ class Package:
     def signatures(self) -> Mapping[str, tuple[str, ...]]:
         """The parameters of every entry point, each as `name` or `name=default`, `*` included."""
         return {
-            node.name: tuple(_parameters(node.args))
+            node.name: tuple(parameters_of(node.args))
             for name in _FUNCTION_FILES
             for node in self._tree(name).body
             if isinstance(node, ast.FunctionDef) and _ENTRY_POINT.fullmatch(node.name)
@@ -165,7 +166,7 @@ def _members(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
                 yield statement.targets[0].id, number
 
 
-def _parameters(arguments: ast.arguments) -> Iterator[str]:
+def parameters_of(arguments: ast.arguments) -> Iterator[str]:
     """Return the parameters without their annotations, written as in `signatures.yaml`."""
     starred = arguments.vararg is not None
     for name, default, by_name in each_parameter(arguments):

@@ -103,6 +103,21 @@ class Captured:
         return tuple(f for f in self.findings if f.kind is Kind.DOWNCAST)
 
 
+@dataclass(frozen=True)
+class Lacking:
+    """A name of FlashInfer that the target's code needs, and the judged release does not have.
+
+    Attributes:
+        name: The dotted name, or that of a function with `()` if it does not take a call.
+        why: Why it does not take the call.
+        places: Files and lines of the target's code.
+    """
+
+    name: str
+    why: str
+    places: tuple[str, ...]
+
+
 class Target:
     """Base class of targets: answers nothing, so that a subclass answers what it can.
 
@@ -125,6 +140,10 @@ class Target:
     def version(self) -> str:
         """Return the release of what is tested."""
         raise Unsupported(f"{self.name} does not state its version")
+
+    def lacking(self) -> Sequence[Lacking]:
+        """Return what the target's code needs of FlashInfer and the judged release lacks."""
+        raise Unsupported(f"{self.name} has no code that calls FlashInfer")
 
     def drift(self) -> tuple[str, ...]:
         """Return where a FlashInfer that the target bundles contradicts the bundled facts."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.model_code import CodeJudgement, SplitExperts
     from pytest_moe_routing.oracle.modular import MethodRejection
     from pytest_moe_routing.oracle.routers import Cause as RouterCause
-    from pytest_moe_routing.oracle.target import Choice, Target
+    from pytest_moe_routing.oracle.target import Choice, Lacking, Target
 
 _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 
@@ -69,6 +69,16 @@ def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
         return Failure(cause, Rank.LATENT, "", (what, "no gate of a chosen model accepts it"))
     lines = (what, f"  gate     all accept {finding.field} for {shown}")
     return Failure(cause, Rank.SILENT, finding.field, lines)
+
+
+def of_lacking(target: Target, lacking: Lacking) -> Failure:
+    """Describe a name of FlashInfer that the framework's code needs and the release lacks."""
+    what = f"{target} needs {lacking.name}, which {target.flashinfer} does not have"
+    if lacking.why:
+        what = f"{target} calls {lacking.name}, which {target.flashinfer} does not take so"
+    because = (f"  because  {lacking.why}",) if lacking.why else ()
+    lines = (what, *because, *(f"  at       {place}" for place in lacking.places))
+    return Failure(_id("flashinfer-name", lacking.name), Rank.LOUD, lacking.name, lines)
 
 
 def of_router(cause: RouterCause) -> Failure:

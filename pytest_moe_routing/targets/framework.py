@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pytest_moe_routing.data import packaged_directory, read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer.names import Names as FlashInferNames
+from pytest_moe_routing.flashinfer.names import listed_releases
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.target import Expected, Target
+from pytest_moe_routing.oracle.target import Expected, Lacking, Target
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.expected import expected_kernel
 from pytest_moe_routing.targets.kept import Store, key_of_sources
@@ -70,6 +72,28 @@ class FrameworkTarget(Target):
 
     def version(self) -> str:
         return self.source.version
+
+    def lacking(self) -> Sequence[Lacking]:
+        """Return what the release's MoE code needs of FlashInfer and the judged release lacks.
+
+        Raises:
+            Unsupported: The names of the judged release are not listed.
+        """
+        from pytest_moe_routing.targets.contract import Contract
+        from pytest_moe_routing.targets.uses import lacking
+
+        if not self.model_packages:
+            return super().lacking()
+        names = FlashInferNames.of(self.flashinfer.release)
+        if names is None:
+            first, *_, last = listed_releases()
+            raise Unsupported(
+                f"not judged: the names of FlashInfer {self.flashinfer.release}; those of most "
+                f"releases from {first} to {last} are listed"
+            )
+        run = Contract.of(self.package).run
+        layers = [name for name in run if not f"{name}.".startswith(self.model_packages)]
+        return lacking(self.source.root, layers, self.flashinfer, names)
 
     def not_served(self, scheme: str) -> Unsupported:
         """Return why a scheme that the adapter has no names for cannot be judged.

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer.names import Names
 from pytest_moe_routing.flashinfer.signatures import enum, functions
 from pytest_moe_routing.targets import marked
+from pytest_moe_routing.targets.limits import DoesNotBind, limit
+from pytest_moe_routing.targets.listed import Listed
 
 #: Where frameworks look for what is recorded.
 MODULES = (
@@ -47,10 +50,6 @@ class Reached(BaseException):
         self.output: Mapping[str, Any] = {}
 
 
-class DoesNotBind(Exception):
-    """A call that the release's entry point does not take."""
-
-
 def reached(function: str, arguments: Mapping[str, Any]) -> Any:
     """End a call in `Reached`."""
     raise Reached(function, arguments)
@@ -70,7 +69,8 @@ def install(
 ) -> None:
     """Give the stub modules of FlashInfer, already importable, what the release has.
 
-    An entry point that the release lacks is no attribute, as frameworks ask with `hasattr`.
+    What the release lacks is no module and no attribute, as frameworks ask with `hasattr`; where
+    its names are not listed, this holds for entry points alone.
 
     Args:
         answer: What comes of a call, given the entry point's name and all its arguments.
@@ -82,13 +82,22 @@ def install(
     }
     methods = {name: number for number, name in enumerate(flashinfer.methods)}
     members["RoutingMethodType"] = IntEnum("RoutingMethodType", methods)
-    members["mxfp8_quantize"] = _mxfp8_quantize
+    names = Names.of(flashinfer.release)
+    listed = None if names is None else Listed(names)
+    members["mxfp8_quantize"] = (
+        listed.checked("mxfp8_quantize", _mxfp8_quantize) if listed else _mxfp8_quantize
+    )
     present = functions(flashinfer.release)
     members.update({name: _recorded(name, flashinfer, answer) for name in present})
+    if listed is not None:
+        limit("flashinfer", listed)
     for name in MODULES:
+        if listed is not None and not listed.has_module(name):
+            continue
         module = import_module(name)
         module.__class__ = _without(type(module))
-        vars(module).update(members)
+        has = members if names is None else [each for each in members if names.has(name, each)]
+        vars(module).update({each: members[each] for each in has})
 
 
 def _mxfp8_quantize(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

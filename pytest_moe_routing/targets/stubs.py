@@ -28,6 +28,7 @@ from packaging.utils import canonicalize_name
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Contract
 from pytest_moe_routing.targets.definitions import Definitions
+from pytest_moe_routing.targets.limits import is_missing, limits_of
 
 
 class Stub:
@@ -120,6 +121,8 @@ class _StubModule(ModuleType):
             # A submodule becomes an attribute of its package only when its import is over.
             return import_module(full)
         value = _stand_ins[name] if name in _stand_ins else Stub(full)
+        if (limits := limits_of(self.__name__)) is not None:
+            value = limits.attribute(self.__name__, name, value)
         setattr(self, name, value)
         return value
 
@@ -143,7 +146,10 @@ class _Finder(MetaPathFinder, Loader):
             if fullname in self.contract.unbuilt or module_exists(self.root, fullname):
                 return self._stub(fullname, is_on_the_way=self._leads_to_real(fullname))
             return None
-        return self._stub(fullname) if top in self.absent else None
+        limits = limits_of(fullname)
+        if top not in self.absent or (limits is not None and not limits.has_module(fullname)):
+            return None
+        return self._stub(fullname)
 
     def is_real(self, name: str) -> bool:
         return any(name == real or name.startswith(f"{real}.") for real in self.real)
@@ -204,6 +210,7 @@ def real_module(name: str) -> ModuleType:
     Raises:
         Unsupported: The framework has no such module, or its import fails, or it imports what
             neither the METADATA nor the contract names.
+        Exception: The import fails as a package lacks what the framework needs of it.
     """
     finder = next(f for f in sys.meta_path if isinstance(f, _Finder))
     while True:
@@ -211,6 +218,8 @@ def real_module(name: str) -> ModuleType:
             # Most are imported already, and are asked for with every question.
             return sys.modules.get(name) or import_module(name)
         except ModuleNotFoundError as error:
+            if is_missing(error):
+                raise
             top = (error.name or "").partition(".")[0]
             if top in finder.absent or not _is_required(top, finder):
                 raise Unsupported(
@@ -223,6 +232,8 @@ def real_module(name: str) -> ModuleType:
                 del sys.modules[module]
         except Exception as error:
             # Whatever the framework's code raises while it is imported.
+            if is_missing(error):
+                raise
             raise Unsupported(
                 f"not judged: {name} does not import: {type(error).__name__}: {error}"
             ) from error

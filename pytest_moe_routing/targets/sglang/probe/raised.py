@@ -6,7 +6,7 @@ import traceback
 from pathlib import Path
 from textwrap import shorten
 
-from pytest_moe_routing.targets.recorder import DoesNotBind
+from pytest_moe_routing.targets.limits import is_missing
 from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.unwritten import is_unwritten
 
@@ -16,6 +16,9 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
 
     Code that does not build rejects a model when the server starts. What raises in a forward pass
     ends a server that has taken requests.
+
+    Raises:
+        Exception: The error, if code does not build as FlashInfer lacks what it needs.
     """
     frames = traceback.extract_tb(error.__traceback__)
     places = [_within(frame.filename) for frame in frames]
@@ -25,8 +28,11 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
     asked = next((i for i in reversed(range(len(frames))) if places[i]), -1)
     where = f"{places[asked] or Path(last.filename).name}:{frames[asked].lineno}"
     line = last.line or ""
-    if isinstance(error, DoesNotBind):
-        return "failed", str(error)
+    if is_missing(error):
+        if not is_built:
+            # Nobody has meant to reject the model.
+            raise error
+        return "failed", f"{text} ({where})"
     is_judged = not (_saw_a_stub(error) or is_unwritten(error, lambda file: bool(_within(file))))
     if place and "Stub" not in text and is_judged:
         if isinstance(error, AssertionError) or line.startswith("raise "):

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import TargetError, Unsupported
-from pytest_moe_routing.targets.recorder import DoesNotBind, Reached, plain
+from pytest_moe_routing.targets.limits import DoesNotBind, is_missing
+from pytest_moe_routing.targets.recorder import Reached, plain
 from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.unwritten import is_unwritten
 from pytest_moe_routing.targets.vllm.probe import release as release
@@ -32,7 +33,10 @@ from pytest_moe_routing.targets.vllm.probe.layer import Caller, Layer, intermedi
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What vLLM's own code raises when it will not go on.
-_REFUSALS = (AssertionError, DoesNotBind, ImportError, KeyError, NotImplementedError, ValueError)
+_REFUSALS = (
+    *(AssertionError, ImportError, KeyError, NotImplementedError, ValueError),
+    DoesNotBind,
+)
 
 
 def capture(
@@ -117,6 +121,8 @@ def recorded(
         with on_one_gpu():
             call()
     except AttributeError as error:
+        if is_missing(error):
+            return {"raised": _raised(error)}
         # What vLLM reads of the probe's own objects and does not find there.
         if not isinstance(error.obj, (Layer, Caller)):
             raise
@@ -130,7 +136,7 @@ def recorded(
         called = {"function": reached.function, "arguments": arguments, "at": _place(reached)}
         return called | dict(reached.output)
     except _REFUSALS as error:
-        if Stub.asked:
+        if Stub.asked and not is_missing(error):
             raise TargetError(f"{refusal(error)}, after stubs: {', '.join(Stub.asked)}") from error
         if is_unwritten(error, release.is_of_vllm):
             raise Unsupported(

@@ -24,11 +24,11 @@ def test_every_release_of_an_entry_point_has_a_valid_signature(function):
     [
         ("0.2.9", 3),
         ("0.2.10", 4),
-        ("0.5.3", 5),
-        ("0.6.0", 6),
-        ("0.6.12", 8),
-        ("0.6.18", 10),
-        ("0.7.2", 13),
+        ("0.5.3", 6),
+        ("0.6.0", 7),
+        ("0.6.12", 9),
+        ("0.6.18", 11),
+        ("0.7.2", 14),
     ],
 )
 def test_how_many_entry_points_a_release_has(release, count):

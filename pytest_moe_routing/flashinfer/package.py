@@ -26,8 +26,8 @@ MAX_BYTES = 8_000_000
 #: Where Python enums and entry points have been, newest place first.
 _ENUM_FILES = ("tllm_enums.py", "fused_moe/core.py")
 _FUNCTION_FILES = ("fused_moe/core.py", "fused_moe/trtllm_gen_routing.py")
-#: An entry point that is called with routing arguments (and not `trtllm_moe_*`, its helpers).
-_ENTRY_POINT = re.compile(r"trtllm_(?!moe_)\w+_moe|trtllm_gen_routing")
+#: An entry point that routes or is given what a router chose (and not `trtllm_moe_*`, its helpers).
+_ENTRY_POINT = re.compile(r"trtllm_(?!moe_)\w+_moe|trtllm_gen_routing|cutlass_fused_moe")
 
 
 @dataclass(frozen=True)

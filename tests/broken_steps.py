@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+from broken_kernels import other_kernels
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -237,13 +238,9 @@ def weights_on_input(target, models):
         response = found["router weight already on the input"]
         return [response.answer, response.why, response.switches]
 
-    cutlass = release.names().get("modular-cutlass-nvfp4")
-    flashinfer = release.names().get("modular-flashinfer-cutlass")
     yield "as they are", asked()
-    with broken(cutlass, "apply", weigh_nothing):
-        yield "vLLM's right", asked()
-        with broken(flashinfer, "apply", weigh_nothing):
-            yield "both right", asked()
+    with broken(release.names().get("modular-cutlass-nvfp4"), "apply", weigh_nothing):
+        yield "right", asked()
 
 
 def main(root, flashinfer, version):
@@ -262,6 +259,7 @@ def main(root, flashinfer, version):
     found["requests"] = dict(requests(target, models))
     found["devices"] = dict(devices(target, models))
     found["weights on the input"] = dict(weights_on_input(target, models))
+    found["other kernels"] = dict(other_kernels(target, models))
     found["choices"] = dict(choices(target, models))
     for name, record in contradictions(target, models):
         found[name] = [record.verdict, record.rejected_by, list(sentences(record.findings))]

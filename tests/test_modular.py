@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import broken_kernels
 import pytest
 import torch
 from wheels import run_on_vllm, wheels_since
@@ -326,21 +327,21 @@ def test_experts_that_run_on_each_blackwell_device(broken):
     assert broken["devices"]["as it is"][::2] == ["honored", ""]
 
 
-CUTLASS = "with CutlassExpertsFp4, it is applied twice, on the input"
-FLASHINFER = "with FlashInferExperts, it is applied on the input and on the output"
-
-
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        ("as they are", ["ignored", f"{CUTLASS}; {FLASHINFER}", ["--moe-backend cutlass"]]),
-        ("vLLM's right", ["ignored", FLASHINFER, ["--moe-backend flashinfer_cutlass"]]),
-        (
-            "both right",
-            ["honored", "with CutlassExpertsFp4, it is applied once", ["--moe-backend cutlass"]],
-        ),
+        ("as they are", ["ignored", "with CutlassExpertsFp4, it is applied twice, on the input"]),
+        ("right", ["honored", "with CutlassExpertsFp4, it is applied once"]),
     ],
 )
 def test_experts_that_weigh_an_input_again(broken, how, expected):
     """As vLLM is, a finding: docs/findings.md."""
-    assert broken["weights on the input"][how] == expected
+    found = broken["weights on the input"][how]
+    assert found == [*expected, ["--moe-backend cutlass"]]
+
+
+@pytest.mark.parametrize("mistake", broken_kernels.MISTAKES)
+def test_a_wrong_call_of_another_kernel_is_found(broken, mistake):
+    """Every mistake once, on the way that needs the least."""
+    _, _, _, *expected = broken_kernels.MISTAKES[mistake]
+    assert broken["other kernels"][mistake] == expected

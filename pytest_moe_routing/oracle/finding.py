@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from math import isfinite
 from typing import Any, Self
@@ -98,3 +98,13 @@ def source_of(findings: Iterable[Finding]) -> str:
     """Return the first file and line that findings name; empty if none does."""
     places = (match[0] for finding in findings if (match := _SOURCE.match(finding.where)))
     return next(places, "")
+
+
+def distinct(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Yield each finding once, at the first place that has it."""
+    seen = set()
+    for finding in findings:
+        what = replace(finding, where="")
+        if what not in seen:
+            seen.add(what)
+            yield finding

@@ -118,6 +118,24 @@ class Lacking:
     places: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class OtherCall:
+    """A call of experts of another kernel than TRT-LLM's, which are given a router's choice.
+
+    Attributes:
+        experts: Their name.
+        device: The GPU.
+        switches: What a user has to switch on for that GPU; empty if they are the default.
+        requests: Whether a switch names these experts.
+    """
+
+    experts: str
+    device: str
+    switches: tuple[str, ...]
+    requests: bool
+    findings: tuple[Finding, ...]
+
+
 class Target:
     """Base class of targets: answers nothing, so that a subclass answers what it can.
 
@@ -187,6 +205,10 @@ class Target:
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
         """Return what arrives wrongly at the kernel of experts that are given ids and weights."""
         raise Unsupported(f"{self.name} records no calls of modular experts")
+
+    def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
+        """Return the calls of other kernels that the target runs a model's experts in, if any."""
+        raise Unsupported(f"{self.name} runs no experts of other kernels")
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
         """Return the call that the target's own code makes; None if it is not recorded."""

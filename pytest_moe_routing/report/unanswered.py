@@ -14,6 +14,7 @@ ROUTERS = "the framework's own routers: {n} run{s} {are} not judged"
 MODELS = "the framework's own routers: {n} model{s} {are} not judged"
 REQUESTS = "model code: {n} model{s} {are} not judged"
 SPLIT = "model code: {n} model{s} {are} not judged on ranks with other tokens"
+OTHERS = "experts of other kernels: {n} model{s} {are} not judged"
 AROUND = "around kernel calls: {n} case{s} {are} not judged"
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.judgement import Judgement
     from pytest_moe_routing.oracle.model_code import CodeJudgement, SplitExperts
     from pytest_moe_routing.oracle.modular import MethodRejection
+    from pytest_moe_routing.oracle.other_experts import WrongCall
     from pytest_moe_routing.oracle.routers import Cause as RouterCause
     from pytest_moe_routing.oracle.target import Choice, Lacking, Target
 
@@ -31,6 +32,11 @@ def _id(*parts: str) -> str:
     """Return a cause's id: one word, which an edit elsewhere in a file does not change."""
     words = ":".join(part.replace(" ", "-") for part in parts if part)
     return re.sub(r"(\.py):\d+", r"\1", words)
+
+
+def _few(names: Sequence[str]) -> str:
+    """Return the first of many names, and how many others there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
 def of_target(error: TargetError) -> Failure:
@@ -62,7 +68,7 @@ def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
     """Describe a routing method whose number means another one to FlashInfer."""
     finding = mismatch.finding
     cases = mismatch.cases
-    shown = ", ".join(cases[:3]) + (f" and {len(cases) - 3} others" if len(cases) > 3 else "")
+    shown = _few(cases)
     what = f"{target}: {text.sentence(finding)} ({target.flashinfer})"
     cause = _id("enum", finding.field)
     if not cases:
@@ -150,6 +156,33 @@ def of_modular_call(
     # The place is the end of the cause's id.
     brief = lines[:-1] if len(lines) > 1 else ()
     return Failure(cause, rank, f"{model} {scheme}", lines, site=site, reach=reached, brief=brief)
+
+
+def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
+    """Return the failure of experts that call another kernel than TRT-LLM's."""
+    from pytest_moe_routing.oracle.judgement import reach_of
+
+    call, findings, model = wrong.call, wrong.findings, next(iter(wrong.models))
+    reach = reach_of(model, scheme, call.switches)
+    reached = f"{text.reached(reach, call.switches, by_default=True)} on {call.device}"
+    alike = [other for others in wrong.models.values() for other in others]
+    cases = dict.fromkeys([*(each.id for each in wrong.models), *alike])
+    told = tuple(text.sentences(findings))
+    what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
+    cause = _id("other-experts", what, call.experts)
+    if call.requests:
+        models = f"{len(cases)} models, such as {model.id}" if len(cases) > 1 else model.id
+        lines: tuple[str, ...] = (f"{scheme}: {call.experts}: {'; '.join(told)}", reached)
+        return Failure(cause, Rank.LATENT, models, lines, site=call.experts)
+    lines = (
+        f"{model} on {scheme}, {call.experts} of {target}: the call is wrong",
+        f"  reach    {reached}",
+        *(f"  because  {line}" for line in told),
+        f"  at       {findings[0].where}",
+        f"  models   {_few(list(cases))}",
+    )
+    rank = Rank.LOUD if findings[0].kind is Kind.RAISED else Rank.SILENT
+    return Failure(cause, rank, f"{model.id} {scheme}", lines, site=call.experts, reach=reached)
 
 
 def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.report.failures import fail
-from pytest_moe_routing.report.unanswered import AROUND, note
+from pytest_moe_routing.report.unanswered import AROUND, OTHERS, note
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -107,6 +107,28 @@ def test_modular_call(
             return
         choice = _moe_framework.choice(moe_model, moe_scheme, method, modular=True)
     fail(_moe_property, [of_modular_call(_moe_framework, moe_model, moe_scheme, findings, choice)])
+
+
+def test_other_experts(
+    _moe_framework: Target,
+    moe_scheme: str,
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
+) -> None:
+    """Experts and weights arrive in the other kernels that a server may run instead."""
+    from pytest_moe_routing.errors import Unsupported
+    from pytest_moe_routing.oracle.other_experts import other_calls
+    from pytest_moe_routing.suite.causes import of_other_experts
+
+    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    found = other_calls(_moe_framework, moe_scheme, models)
+    note(_moe_property, {OTHERS: found.unanswered})
+    with unsupported_is_skipped():
+        if not found.answered and found.unanswered:
+            raise Unsupported(found.unanswered.most_common(1)[0][0])
+    if not found.answered:
+        pytest.skip("no chosen model runs in experts of other kernels")
+    fail(_moe_property, [of_other_experts(_moe_framework, moe_scheme, w) for w in found.wrong])
 
 
 def test_around_call(

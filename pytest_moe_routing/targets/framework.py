@@ -12,11 +12,12 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names as FlashInferNames
 from pytest_moe_routing.flashinfer.names import listed_releases
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.target import Expected, Lacking, Target
+from pytest_moe_routing.oracle.target import Expected, Lacking, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.expected import expected_kernel
 from pytest_moe_routing.targets.kept import Store, key_of_sources
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
+from pytest_moe_routing.targets.other_experts import other_call
 from pytest_moe_routing.targets.probe import Probe, Question
 from pytest_moe_routing.targets.source import Source
 
@@ -45,6 +46,9 @@ class FrameworkTarget(Target):
     package: ClassVar[str]
     distributions: ClassVar[tuple[str, ...]]
     model_packages: ClassVar[tuple[str, ...]] = ()
+
+    #: The child that answers most questions.
+    _probe: Probe
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer)
@@ -94,6 +98,23 @@ class FrameworkTarget(Target):
         run = Contract.of(self.package).run
         layers = [name for name in run if not f"{name}.".startswith(self.model_packages)]
         return lacking(self.source.root, layers, self.flashinfer, names)
+
+    def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        """Return the arguments of the question about experts of other kernels.
+
+        Raises:
+            Unsupported: The adapter does not know how the framework runs such experts.
+        """
+        raise Unsupported(f"{self}: the adapter does not run experts of other kernels")
+
+    def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
+        """Return the calls of other kernels, on each GPU and with each number of ranks.
+
+        Raises:
+            Unsupported: The release has no such experts for the scheme, or cannot be asked.
+        """
+        answer = self._probe.ask("other_experts", **self.asked_of_others(model, scheme))
+        return tuple(other_call(model, record, self.flashinfer) for record in answer["calls"])
 
     def not_served(self, scheme: str) -> Unsupported:
         """Return why a scheme that the adapter has no names for cannot be judged.

@@ -8,6 +8,7 @@ output differ, and so do any two experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pytest_moe_routing.flashinfer.given import GivenExperts
+from pytest_moe_routing.reference.layouts import swizzle_scales
 
 #: Columns of one activation that are equal: no block that shares a scale is larger.
 BLOCK = 128
@@ -150,14 +154,41 @@ def routed(arguments: Mapping[str, Any]) -> Received:
     """
     ids, weights = _chosen(arguments["topk_ids"])
     hidden = activations(arguments["hidden_states"], arguments.get("hidden_states_scale"))
-    if len(hidden) != len(ids):
-        raise UnusableArgumentError("hidden_states", f"{len(ids)} tokens", f"{len(hidden)} tokens")
+    _require_tokens("hidden_states", hidden, len(ids))
     place = {name: arguments[name] for name in ("local_expert_offset", "local_num_experts")}
     for name, value in place.items():
-        if not isinstance(value, int):
-            raise UnusableArgumentError(name, "an integer", str(value))
+        _require_integer(name, value)
     output = _experts(hidden, ids, weights, *place.values())
     return Received(hidden, ids, weights, output)
+
+
+def given(arguments: Mapping[str, Any], entry: GivenExperts) -> Received:
+    """Compute the same for another entry point than TRT-LLM's.
+
+    Raises:
+        UnusableArgumentError: An argument does not have the shape or dtype that kernels read.
+    """
+    ids, weights = arguments[entry.ids], arguments[entry.weights]
+    for name, tensor, dtypes in (
+        (entry.ids, ids, entry.id_dtypes),
+        (entry.weights, weights, entry.weight_dtypes),
+    ):
+        _require(name, tensor, *(getattr(torch, dtype) for dtype in dtypes))
+    if ids.shape != weights.shape:
+        raise UnusableArgumentError(entry.weights, _shape(ids), _shape(weights))
+    hidden, scale = arguments[entry.hidden], arguments[entry.scale]
+    if scale is None and hidden.dtype == torch.float8_e4m3fn:
+        # One scale for all of them, which is 1 here, is among the other scales.
+        hidden = hidden.float()
+    else:
+        is_tiled = bool(arguments.get(entry.tiled, True))
+        names = entry.hidden, entry.scale
+        hidden = activations(hidden, scale, names=names, is_tiled=is_tiled)
+    _require_tokens(entry.hidden, hidden, len(ids))
+    _require_integer(entry.rank, arguments[entry.rank])
+    local = len(arguments[entry.experts])
+    output = _experts(hidden, ids.long(), weights, arguments[entry.rank] * local, local)
+    return Received(hidden, ids.long(), weights, output)
 
 
 def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, first: int, local: int) -> Tensor:
@@ -182,29 +213,40 @@ def _chosen(topk_ids: Any) -> tuple[Tensor, Tensor]:
     return ids.long(), weights.float()
 
 
-def activations(hidden: Tensor, scale: Tensor | None) -> Tensor:
-    """Return activations as the kernels read them: dtypes and shapes of FlashInfer's launchers."""
+def activations(
+    hidden: Tensor,
+    scale: Tensor | None,
+    *,
+    names: tuple[str, str] = ("hidden_states", "hidden_states_scale"),
+    is_tiled: bool = False,
+) -> Tensor:
+    """Return activations as the kernels read them: dtypes and shapes of FlashInfer's launchers.
+
+    Args:
+        names: The arguments, for errors.
+        is_tiled: Whether scales lie in tiles, see `layouts.swizzle_scales`.
+    """
     if hidden.dtype == torch.bfloat16:
         return hidden.float()
     tokens = len(hidden)
     if hidden.dtype == torch.uint8:
         block, elements = 16, (hidden == _ONE_E2M1).float().repeat_interleave(2, 1)
     else:
-        _require("hidden_states", hidden, torch.float8_e4m3fn)
+        _require(names[0], hidden, torch.float8_e4m3fn)
         elements = hidden.float()
         block = BLOCK if scale is not None and scale.dtype == torch.float32 else 32
     if scale is None:
-        raise UnusableArgumentError("hidden_states_scale", "a tensor", "none")
+        raise UnusableArgumentError(names[1], "a tensor", "none")
     wanted = (tokens, elements.shape[1] // block)
+    if is_tiled:
+        scale = _untiled(names[1], scale, wanted)
     if block == BLOCK:
         # Scales of 128 columns lie with the tokens last.
         wanted = wanted[::-1]
     if tuple(scale.shape) != wanted and not (
         block != BLOCK and scale.ndim == 1 and scale.numel() == wanted[0] * wanted[1]
     ):
-        raise UnusableArgumentError(
-            "hidden_states_scale", "x".join(map(str, wanted)), _shape(scale)
-        )
+        raise UnusableArgumentError(names[1], "x".join(map(str, wanted)), _shape(scale))
     values = scale.reshape(wanted)
     if block == BLOCK:
         values = values.t()
@@ -213,6 +255,28 @@ def activations(hidden: Tensor, scale: Tensor | None) -> Tensor:
     else:
         values = torch.exp2(values.view(torch.uint8).float() - _UE8M0_BIAS)
     return elements * values.repeat_interleave(block, 1)
+
+
+def _untiled(name: str, scale: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return scales that lie in tiles in rows and columns."""
+    count = math.prod(shape)
+    places = swizzle_scales(torch.arange(1, count + 1, dtype=torch.int32).reshape(shape))
+    flat = scale.contiguous().view(torch.uint8).flatten()
+    if flat.numel() != places.numel():
+        raise UnusableArgumentError(name, f"{places.numel()} scales in tiles", _shape(scale))
+    found = torch.empty(count, dtype=torch.uint8)
+    found[places[places > 0].long() - 1] = flat[places > 0]
+    return found.reshape(shape)
+
+
+def _require_tokens(name: str, hidden: Tensor, tokens: int) -> None:
+    if len(hidden) != tokens:
+        raise UnusableArgumentError(name, f"{tokens} tokens", f"{len(hidden)} tokens")
+
+
+def _require_integer(name: str, value: Any) -> None:
+    if not isinstance(value, int):
+        raise UnusableArgumentError(name, "an integer", str(value))
 
 
 def _require(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names
 from pytest_moe_routing.flashinfer.signatures import enum, functions
+from pytest_moe_routing.reference.layouts import swizzle_scales
 from pytest_moe_routing.targets import marked
 from pytest_moe_routing.targets.limits import DoesNotBind, limit
 from pytest_moe_routing.targets.listed import Listed
@@ -27,13 +28,16 @@ MODULES = (
     "flashinfer",
     "flashinfer.fused_moe",
     "flashinfer.fused_moe.core",
+    "flashinfer.fp4_quantization",
     "flashinfer.tllm_enums",
 )
+#: FlashInfer's names for what puts block scales into tiles.
+_SWIZZLES = ("block_scale_interleave", "nvfp4_block_scale_interleave")
 _ENUMS = ("ActivationType", "Fp8QuantizationType", "WeightLayout")
 
 
 #: Entry points that return a list, of which the first is the output.
-_LISTS = ("trtllm_fp4", "trtllm_mxint4")
+_LISTS = ("trtllm_fp4", "trtllm_mxint4", "cutlass")
 
 
 class Reached(BaseException):
@@ -84,9 +88,11 @@ def install(
     members["RoutingMethodType"] = IntEnum("RoutingMethodType", methods)
     names = Names.of(flashinfer.release)
     listed = None if names is None else Listed(names)
-    members["mxfp8_quantize"] = (
-        listed.checked("mxfp8_quantize", _mxfp8_quantize) if listed else _mxfp8_quantize
-    )
+    for name, function in {
+        "mxfp8_quantize": _mxfp8_quantize,
+        **dict.fromkeys(_SWIZZLES, swizzle_scales),
+    }.items():
+        members[name] = function if listed is None else listed.checked(name, function)
     present = functions(flashinfer.release)
     members.update({name: _recorded(name, flashinfer, answer) for name in present})
     if listed is not None:
@@ -147,6 +153,8 @@ def plain(value: Any, named: Mapping[str, Tensor | None]) -> Any:
         value = value.value
     if isinstance(value, (list, tuple)):
         return [plain(item, named) for item in value]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return {"type": type(value).__name__}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Required, TypedDict
 
 from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
+from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 
 
 class _Raised(TypedDict):
@@ -68,4 +69,5 @@ ANSWERS: Mapping[str, Any] = {
     "rule": RuleAnswer | None,
     "capture": _Calls,
     "capture_modular": _RoutedCalls,
+    "other_experts": OtherCallsAnswer,
 }

@@ -23,7 +23,7 @@ from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled, read, 
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.exact import Gate
-from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.finding import Finding, Kind, distinct
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
@@ -181,7 +181,10 @@ class VllmTarget(FrameworkTarget):
                 if "reduced" in record:
                     wrong = (*wrong, *misscaled(model, answer["router_factor"], layer))
             findings += [_at(finding, record) for finding in wrong]
-        return tuple(_distinct(findings))
+        return tuple(distinct(findings))
+
+    def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        return {"model": model.as_dict(), "scheme": scheme}
 
     def choice(
         self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False
@@ -291,7 +294,7 @@ class VllmTarget(FrameworkTarget):
                     if not (takes and finding.field in _DTYPES)
                 ]
         made = answer["calls"][0]
-        findings = list(_distinct(findings))
+        findings = list(distinct(findings))
         return Captured(first, tuple(findings), _site(made), source=made.get("at", ""))
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
@@ -379,13 +382,3 @@ def _other(first: KernelCall, other: KernelCall) -> Iterator[Finding]:
         wanted, got = getattr(first, name), getattr(other, name)
         if wanted != got:
             yield Finding(Kind.ARGUMENT, name, wanted, got)
-
-
-def _distinct(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Each finding once, at the first place that has it."""
-    seen = set()
-    for finding in findings:
-        what = replace(finding, where="")
-        if what not in seen:
-            seen.add(what)
-            yield finding

@@ -91,7 +91,7 @@ def choose(
         if setting.parallel:
             parallel = replace(parallel_config(2), **_PARALLEL[setting.parallel])
             asked = replace(asked, moe_parallel_config=parallel)
-        return _taken(found, asked, setting.variables)
+        return experts_taken(found, asked, setting.variables)
 
     everything = [_Setting(_variables()[-1], _REQUESTED, flags) for flags in _parallels(modular)]
     refusals = []
@@ -126,7 +126,7 @@ class Selector:
 
 def default_experts(selector: Selector) -> str:
     """Return what a selector takes by default, or why it takes nothing."""
-    taken = _taken(selector, selector.config, ())
+    taken = experts_taken(selector, selector.config, ())
     told = taken if isinstance(taken, str) else f"{taken.__name__} by default"
     backend = server_defaults.moe_backend()
     return told if backend == server_defaults.AUTO else f"{told} (--moe-backend is {backend})"
@@ -220,7 +220,7 @@ def _environment(variables: Iterable[str]) -> Iterator[None]:
         forget()
 
 
-def _taken(selector: Selector, config: Any, variables: tuple[str, ...]) -> Any:
+def experts_taken(selector: Selector, config: Any, variables: tuple[str, ...]) -> Any:
     """Return the class that a selector takes, or the text of its rejection."""
     with _environment(variables):
         try:

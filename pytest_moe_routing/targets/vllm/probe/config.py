@@ -174,16 +174,23 @@ def quant_config(
             "a1_gscale": each,
             "a2_gscale": each,
         }
-    # As the quantization methods do: they read these attributes of the layer.
+    arguments |= activation_parameters(model, limit)
+    return names().get("quant-config")(**names().accepted("quant-config", arguments))
+
+
+def activation_parameters(model: Mapping[str, Any], limit: float | None) -> dict[str, Any]:
+    """Return the activation's parameters as the quantization methods read them of the layer.
+
+    Args:
+        limit: What the layer has as its clamp limit.
+    """
     if model["experts"]["activation"] == "swigluoai":
-        arguments |= {
+        return {
             "gemm1_alpha": model["experts"]["activation_alpha"],
             "gemm1_beta": model["experts"]["activation_beta"],
             "gemm1_clamp_limit": model["experts"]["activation_limit"],
         }
-    elif limit:
-        arguments["gemm1_clamp_limit"] = limit
-    return names().get("quant-config")(**names().accepted("quant-config", arguments))
+    return {"gemm1_clamp_limit": limit} if limit else {}
 
 
 def layer_arguments(

@@ -49,6 +49,13 @@ class Caller:
         self.block_quant = block is not None
         self.weight_block_size = list(block) if block else None
 
+    def forward(self, **arguments: Any) -> Any:
+        """Run what a custom operator of vLLM runs on CUDA: only the unquantized method is one."""
+        return names().get("runs-unquantized.forward_cuda")(self, **arguments)
+
+    def forward_native(self, *arguments: Any) -> Any:
+        return names().get("runs-unquantized.forward_native")(self, *arguments)
+
     @property
     def unquantized_backend(self) -> Any:
         return names().get("chosen-unquantized")

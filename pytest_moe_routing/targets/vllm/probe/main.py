@@ -18,6 +18,7 @@ from pytest_moe_routing.targets.vllm.probe import choice as vllm_choice
 from pytest_moe_routing.targets.vllm.probe import factory as vllm_factory
 from pytest_moe_routing.targets.vllm.probe import gates as vllm_gates
 from pytest_moe_routing.targets.vllm.probe import modular as vllm_modular
+from pytest_moe_routing.targets.vllm.probe import other_experts as vllm_other
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.rule import rule
 
@@ -34,6 +35,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "rule": rule,
         "capture": vllm_capture.capture,
         "capture_modular": vllm_modular.capture_modular,
+        "other_experts": vllm_other.other_experts,
     }
 
 

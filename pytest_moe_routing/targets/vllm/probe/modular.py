@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets import marked
 from pytest_moe_routing.targets.marked import Marked, Received, UnusableArgumentError
 from pytest_moe_routing.targets.recorder import Reached, returned
@@ -67,7 +70,7 @@ def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
                 "shards": count,
                 "dispatched": dispatched,
             }
-            calls.append({**way, **_Run(experts, caller, layer, dispatched).answer()})
+            calls.append({**way, **Run(experts, caller, layer, dispatched).answer()})
     return {
         "calls": calls,
         "intermediate_size": intermediate_size(model),
@@ -75,12 +78,24 @@ def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     }
 
 
-class _Run:
-    """One call of a layer's method."""
+class Run:
+    """One call of a layer's method.
 
-    def __init__(self, experts: Any, caller: Any, layer: Layer, dispatched: bool) -> None:
+    Args:
+        make: Makes the layer's experts; None for those of the layer itself.
+    """
+
+    def __init__(
+        self,
+        experts: Any,
+        caller: Any,
+        layer: Layer,
+        dispatched: bool,
+        make: Callable[[], Any] | None = None,
+    ) -> None:
         self._caller, self._layer, self._dispatched = caller, layer, dispatched
         self._experts = experts
+        self._make = make or partial(layer.made, experts)
         self._given = Marked.make(TOKENS, HIDDEN, layer.global_num_experts, layer.top_k)
         self._at_kernel = self._given.gathered() if dispatched else self._given
         self._reached: Reached | None = None
@@ -100,43 +115,55 @@ class _Run:
             found |= self._applied(self._received, self._output)
         return {**found, "places": self._places}
 
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """Those that the kernel was given; none if it was not called."""
+        return {} if self._reached is None else self._reached.arguments
+
     def _call(self) -> None:
         """Run the layer's method; always ends in an exception, if the kernel is called."""
         layer = self._layer
-        fused = layer.made(self._experts)
-        prepare = prepare_finalize(layer, fused)
-        kernel = names().get("kernel")(prepare, fused)
-        self._places = {
-            "prepare": _place(type(prepare).prepare),
-            "experts": _place(type(fused).apply),
-            "finalize": _place(type(prepare).finalize),
-        }
-        stand_ins = {}
-        if names().has("pack"):
-            # A Triton kernel in some releases.
-            stand_ins[names().spelling("pack").path] = marked.pack
-        module = vars(sys.modules[self._experts.__module__])
-        with patch.object(release, "answer", self._kernel), patch.dict(module, stand_ins):
+        with patch.object(release, "answer", self._kernel), self._stand_ins():
+            fused = self._make()
+            prepare = prepare_finalize(layer, fused)
+            kernel = names().get("kernel")(prepare, fused)
+            self._places = {
+                "prepare": _place(type(prepare).prepare),
+                "experts": _place(type(fused).apply),
+                "finalize": _place(type(prepare).finalize),
+            }
             output, made_of = layer.hand_on(kernel, self._caller, self._given)
         if self._reached is not None:
             self._output, self._reached.output = output, made_of
             raise self._reached
 
+    def _stand_ins(self) -> Any:
+        """Replace what the experts' module has imported from others: a kernel, and the config."""
+        module, found = vars(sys.modules[self._experts.__module__]), {}
+        if names().has("pack"):
+            # A Triton kernel in some releases.
+            found[names().spelling("pack").path] = marked.pack
+        config = names().spelling("vllm-config")
+        if config.path in module:
+            found[config.path] = getattr(import_module(config.module), config.path)
+        return patch.dict(module, found)
+
     def _kernel(self, function: str, arguments: Mapping[str, Any]) -> Any:
         """Compute what FlashInfer's entry point computes, as far as it can be told."""
-        self._reached = Reached(function, arguments)
-        if "topk_ids" not in arguments:
+        self._reached, entry = Reached(function, arguments), given_experts(function)
+        if entry is None and "topk_ids" not in arguments:
             raise self._reached
         if arguments.get("do_finalize") is False:
             raise Unsupported(
                 f"not judged: {function} leaves the sum over the experts to its caller"
             )
         try:
-            self._received = marked.routed(arguments)
+            received = marked.given(arguments, entry) if entry else marked.routed(arguments)
         except UnusableArgumentError as error:
             self._unusable = error
             raise self._reached from None
-        output = self._received.output.bfloat16()
+        self._received = received
+        output = received.output.bfloat16()
         # That of the last token is the shared experts'.
         output[[0, -1] if self._dispatched else [-1]] = 0
         return returned(function, arguments, output)

@@ -119,9 +119,12 @@ def _fp4(
     return marked.ones_e2m1(*x.shape), scales
 
 
-def _mxfp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    ones = torch.ones_like(x, dtype=torch.float8_e4m3fn)
-    return ones, marked.to_ue8m0(marked.block_scales(x, 32))
+def _mxfp8(
+    x: Tensor, is_sf_swizzled_layout: bool = False, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    ones, scales = torch.ones_like(x, dtype=torch.float8_e4m3fn), marked.block_scales(x, 32)
+    scales = marked.to_ue8m0(scales)
+    return ones, swizzle_scales(scales) if is_sf_swizzled_layout else scales
 
 
 #: Quantization of activations, which needs a GPU: right as to shape and dtype, and as to the values

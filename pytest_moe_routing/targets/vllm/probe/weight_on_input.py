@@ -32,8 +32,8 @@ from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejection
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 _ONCE = "once"
-#: The value of `--moe-backend` for each class of experts; names are keys of `contract.yaml`.
-_BACKENDS = {"cutlass": "modular-cutlass-nvfp4", "flashinfer_cutlass": "modular-flashinfer-cutlass"}
+#: The value of `--moe-backend` for the experts, and their key of `contract.yaml`.
+_BACKENDS = {"cutlass": "modular-cutlass-nvfp4"}
 
 
 def weight_on_input(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any] | None:
@@ -86,7 +86,6 @@ def _times(model: Mapping[str, Any], scheme: str, method: str, experts: Any) -> 
     kernel = names().get("kernel")(prepare_finalize(layer, fused), fused)
     operators = _Operators(given.ids, count)
     module = vars(sys.modules[experts.__module__])
-    stand_ins = {"ops": operators, "flashinfer_cutlass_fused_moe": operators.fused_moe}
     # Those of the probe: a class of vLLM does not define them.
     weights = vars(layer.asked)
     arguments = {
@@ -101,7 +100,7 @@ def _times(model: Mapping[str, Any], scheme: str, method: str, experts: Any) -> 
         "apply_router_weight_on_input": True,
     }
     accepted = names().accepted("kernel-call", arguments)
-    with patch.dict(module, {name: f for name, f in stand_ins.items() if name in module}):
+    with patch.dict(module, {"ops": operators}):
         output = names().get("kernel-call")(kernel, **accepted)
     again = replace(given, hidden=(given.hidden * given.weights).bfloat16())
     outputs = {
@@ -125,21 +124,6 @@ class _Operators:
 
     def _experts(self, hidden: Tensor, weights: Tensor) -> Tensor:
         return Marked(hidden, self._ids, weights).output(0, self._num_experts, on_input=False)
-
-    def fused_moe(
-        self,
-        input: Tensor,
-        token_selected_experts: Tensor,
-        token_final_scales: Tensor,
-        output: Tensor,
-        input_sf: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        # Without scales of their own, they have the layer's, which is 1.
-        is_static = input_sf is None and input.dtype == torch.float8_e4m3fn
-        hidden = input.float() if is_static else marked.activations(input, input_sf)
-        output.copy_(self._experts(hidden, token_final_scales))
-        return output
 
     def shuffle_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         return x[rows.long()]

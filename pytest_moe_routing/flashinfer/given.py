@@ -1,0 +1,64 @@
+"""What entry points that are given a router's choice are told in their arguments: `given.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pytest_moe_routing.data import read_data
+
+#: What scales there are for a scheme, by argument: one, or those of a list in its order.
+Scales = Mapping[str, str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class GivenExperts:
+    """The meaning of the arguments of one entry point; see the header of `given.yaml`.
+
+    Attributes:
+        ids, weights, hidden, scale, tiled, experts, rank, activation: Names of arguments.
+        id_dtypes, weight_dtypes: The dtypes that the kernel accepts, by their names in torch.
+        numbers: The value of each integer, or the name of a number of the layer.
+        parameters: Names of arguments, by those of TRT-LLM's entry points.
+        biases: What each argument with biases has.
+        scales: By scheme; a scheme without an entry is none of the kernel's.
+        flags: By scheme, the arguments that must be true.
+    """
+
+    function: str
+    ids: str
+    id_dtypes: Sequence[str]
+    weights: str
+    weight_dtypes: Sequence[str]
+    hidden: str
+    scale: str
+    tiled: str
+    experts: str
+    rank: str
+    activation: str
+    numbers: Mapping[str, int | str]
+    parameters: Mapping[str, str]
+    biases: Mapping[str, str]
+    scales: Mapping[str, Scales]
+    flags: Mapping[str, Sequence[str]]
+
+
+@cache
+def _entry_points() -> Mapping[str, GivenExperts]:
+    data: Mapping[str, Mapping[str, Any]] = read_data(__package__, "given.yaml")["entry_points"]
+    return {name: _read(name, row) for name, row in data.items()}
+
+
+def _read(function: str, row: Mapping[str, Any]) -> GivenExperts:
+    ((ids, id_dtypes),) = row["ids"].items()
+    ((weights, weight_dtypes),) = row["weights"].items()
+    chosen = {"ids": ids, "weights": weights}
+    dtypes = {"id_dtypes": id_dtypes, "weight_dtypes": weight_dtypes}
+    return GivenExperts(function=function, **{**row, **chosen, **dtypes})
+
+
+def given_experts(function: str) -> GivenExperts | None:
+    """Return the meaning of an entry point's arguments; None if it is not one of these."""
+    return _entry_points().get(function)

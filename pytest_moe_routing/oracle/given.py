@@ -1,0 +1,117 @@
+"""What is wrong with a call that is given a router's choice, of another kernel than TRT-LLM's.
+
+What the arguments mean is in `flashinfer/given.yaml`; records are as in `oracle.arguments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isclose
+from typing import Any
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer.given import GivenExperts, given_experts
+from pytest_moe_routing.flashinfer.signatures import enum
+from pytest_moe_routing.models import ExpertsConfig, ModelSpec
+from pytest_moe_routing.oracle.calls import ACTIVATIONS, PARAMETERS
+from pytest_moe_routing.oracle.finding import Finding, Kind
+
+
+def read_given(
+    model: ModelSpec, record: Mapping[str, Any], flashinfer: FlashInfer
+) -> Iterator[Finding]:
+    """Yield what is wrong with a recorded call.
+
+    Args:
+        record: A call with its `function` and `arguments`, the number of `shards` of which the
+            layer is the last, what it is `stored` as (see `given.yaml`), the `roles` of tensors
+            by argument, and whether the layer `has_biases`.
+
+    Raises:
+        Unsupported: The meaning of the entry point's arguments is not known.
+    """
+    entry = given_experts(record["function"])
+    if entry is None or record["stored"] not in entry.scales:
+        raise Unsupported(
+            f"not judged: the arguments of {record['function']} for {record['stored']} are not "
+            "known"
+        )
+    arguments = record["arguments"]
+    yield from _wrong_numbers(entry, model, arguments, record["shards"])
+    yield from _wrong_choice(entry, arguments)
+    yield from _wrong_activation(entry, model.experts, arguments, flashinfer)
+    yield from _wrong_scales(entry, record)
+    for name in sorted({flag for flags in entry.flags.values() for flag in flags}):
+        wanted = name in entry.flags.get(record["stored"], ())
+        if arguments.get(name, wanted) is not wanted:
+            yield Finding(Kind.ARGUMENT, name, wanted, arguments[name])
+    dtype = arguments.get("output_dtype")
+    if dtype != model.dtype:
+        yield Finding(Kind.ARGUMENT, "output_dtype", model.dtype, str(dtype))
+
+
+def _wrong_numbers(
+    entry: GivenExperts, model: ModelSpec, arguments: Mapping[str, Any], shards: int
+) -> Iterator[Finding]:
+    local = model.router.num_experts // shards
+    layer = {"ep_size": shards, "ep_rank": shards - 1}
+    for name, value in entry.numbers.items():
+        wanted = layer[value] if isinstance(value, str) else value
+        if arguments[name] != wanted:
+            got = arguments[name]
+            yield Finding(Kind.ARGUMENT, name, wanted, got if isinstance(got, int) else str(got))
+    rows = arguments[entry.experts]["shape"][0]
+    if rows != local:
+        yield Finding(Kind.ARGUMENT, entry.experts, f"{local} experts", f"{rows} experts")
+
+
+def _wrong_choice(entry: GivenExperts, arguments: Mapping[str, Any]) -> Iterator[Finding]:
+    ids = arguments[entry.ids]
+    if ids is None or ids.get("is") != "ids":
+        yield Finding(Kind.ARGUMENT, entry.ids, "the layer's ids", "other values")
+    for name in (entry.ids, entry.weights, entry.hidden, entry.experts):
+        value = arguments[name]
+        if value is not None and not value["contiguous"]:
+            yield Finding(Kind.ARGUMENT, name, "contiguous", "not contiguous")
+
+
+def _wrong_activation(
+    entry: GivenExperts,
+    experts: ExpertsConfig,
+    arguments: Mapping[str, Any],
+    flashinfer: FlashInfer,
+) -> Iterator[Finding]:
+    names = ACTIVATIONS[experts.activation]
+    known = {number: name for name, number in enum("ActivationType", flashinfer.release).items()}
+    kind = arguments[entry.activation]
+    if known.get(kind) not in names:
+        got = str(known.get(kind, kind))
+        yield Finding(Kind.ARGUMENT, entry.activation, " or ".join(names), got)
+    for name, argument in entry.parameters.items() if names == ("Swiglu",) else ():
+        field, neutral = PARAMETERS[name]
+        stated, value = getattr(experts, field), arguments.get(argument)
+        wanted = neutral if stated is None else float(stated)
+        # A vector has one value for each expert.
+        number = neutral if value is None else value.get("all")
+        if number is None or not isclose(number, wanted, rel_tol=1e-6):
+            arrived = "values that differ" if number is None else number
+            yield Finding(Kind.ARGUMENT, argument, wanted, arrived)
+
+
+def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Finding]:
+    """Scales and biases in the place of others; one that is none of the layer's own is not read."""
+    roles: Mapping[str, Sequence[str | None]] = record["roles"]
+    for name, wanted in entry.scales[record["stored"]].items():
+        expected = [wanted] if isinstance(wanted, str) else list(wanted)
+        got = list(roles.get(name, ()))
+        if len(got) != len(expected):
+            yield Finding(Kind.ARGUMENT, name, f"{len(expected)} scales", f"{len(got)} scales")
+            continue
+        wrong = [(w, g) for w, g in zip(expected, got, strict=True) if g not in (w, None)]
+        if wrong:
+            yield Finding(Kind.ARGUMENT, name, *(", ".join(side) for side in zip(*wrong)))  # noqa: B905
+    for name, wanted in entry.biases.items() if record["has_biases"] else ():
+        (bias,) = roles.get(name) or ["none"]
+        if bias != wanted:
+            yield Finding(Kind.ARGUMENT, name, f"its {wanted}", str(bias or "another tensor"))

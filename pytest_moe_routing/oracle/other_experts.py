@@ -1,0 +1,92 @@
+"""Experts that call other kernels than TRT-LLM's, and are given what the target's router chose.
+
+What such experts hand on depends on the kind of layer, and not on how its router chooses, nor on
+how many experts of which width it has. So one model of each kind is asked, in each scheme.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.finding import Finding
+from pytest_moe_routing.oracle.target import OtherCall, Target
+
+
+@dataclass(frozen=True)
+class WrongCall:
+    """What is wrong with experts, and the way that needs the least of those that show it.
+
+    Attributes:
+        models: The models that were asked, each with the ids of those with layers of its kind.
+    """
+
+    call: OtherCall
+    findings: tuple[Finding, ...]
+    models: Mapping[ModelSpec, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class OtherCalls:
+    """What a target's other experts for a scheme make of a router's choice.
+
+    Attributes:
+        answered: How many models were asked or have a layer of the kind of one that was.
+        unanswered: Why how many models could not be asked.
+    """
+
+    wrong: tuple[WrongCall, ...]
+    answered: int
+    unanswered: Counter[str]
+
+
+def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> OtherCalls:
+    """Ask about a model of each kind that the target runs in such experts."""
+    kinds: dict[Any, list[ModelSpec]] = {}
+    for model in models:
+        kinds.setdefault(_kind(model), []).append(model)
+    found: dict[tuple[OtherCall, Finding], dict[ModelSpec, Sequence[str]]] = {}
+    answered, unanswered = 0, Counter[str]()
+    for members in kinds.values():
+        for model in members:
+            try:
+                calls = target.other_experts(model, scheme)
+            except Unsupported as reason:
+                unanswered[str(reason)] += 1
+                continue
+            if calls:
+                answered += len(members)
+                others = [other.id for other in members if other is not model]
+                for way, finding in _first(calls):
+                    found.setdefault((way, finding), {})[model] = others
+                break
+    # What is wrong with the same models is one mistake.
+    together: dict[Any, WrongCall] = {}
+    for (way, finding), asked in found.items():
+        key = way, tuple(asked)
+        before = together[key].findings if key in together else ()
+        together[key] = WrongCall(way, (*before, finding), asked)
+    return OtherCalls(tuple(together.values()), answered, unanswered)
+
+
+def _kind(model: ModelSpec) -> Any:
+    """Return what experts can see of a layer, but for its sizes."""
+    experts, router = model.experts, model.router
+    is_latent, has_shared = experts.latent_size is not None, experts.shared_experts > 0
+    layer = replace(experts, hidden_size=1, intermediate_size=1, shared_experts=0, latent_size=None)
+    return layer, is_latent, has_shared, router.weight_on, router.routed_scaling_factor == 1.0
+
+
+def _first(calls: Sequence[OtherCall]) -> Iterator[tuple[OtherCall, Finding]]:
+    """Yield each finding once, with the way that needs the least, which is without findings."""
+    seen = set[Any]()
+    for call in sorted(calls, key=lambda call: (call.requests, len(call.switches))):
+        for finding in call.findings:
+            key = call.experts, replace(finding, where="", fact="")
+            if key not in seen:
+                seen.add(key)
+                yield replace(call, findings=()), finding

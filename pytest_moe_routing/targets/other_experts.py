@@ -1,0 +1,75 @@
+"""Reads the answers about experts of other kernels than TRT-LLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Required, TypedDict
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.given import read_given
+from pytest_moe_routing.oracle.modular import misapplied
+from pytest_moe_routing.oracle.target import OtherCall
+
+
+class OtherCallAnswer(TypedDict, total=False):
+    """A call as a child recorded it; see `oracle.given` and `oracle.modular`.
+
+    Attributes:
+        experts, device, switches, requests: Those of `OtherCall`.
+        by: What calls the experts.
+        raised: The exception that ended the call, where no kernel was called.
+    """
+
+    experts: Required[str]
+    device: Required[str]
+    switches: Required[list[str]]
+    requests: Required[bool]
+    by: Required[str]
+    stored: Required[str]
+    has_biases: Required[bool]
+    shards: Required[int]
+    dispatched: bool
+    function: str
+    arguments: dict[str, Any]
+    roles: dict[str, list[str | None]]
+    places: dict[str, str]
+    unusable: dict[str, str]
+    applied: dict[str, list[int] | None]
+    same: bool
+    raised: dict[str, str]
+
+
+class OtherCallsAnswer(TypedDict):
+    """Every call that a child recorded."""
+
+    calls: list[OtherCallAnswer]
+
+
+def other_call(model: ModelSpec, record: Mapping[str, Any], flashinfer: FlashInfer) -> OtherCall:
+    """Return a recorded call, with what is wrong with it."""
+    return OtherCall(
+        record["experts"],
+        record["device"],
+        tuple(record["switches"]),
+        record["requests"],
+        tuple(_findings(model, record, flashinfer)),
+    )
+
+
+def _findings(
+    model: ModelSpec, record: Mapping[str, Any], flashinfer: FlashInfer
+) -> Iterator[Finding]:
+    if "raised" in record:
+        raised = record["raised"]
+        yield Finding(Kind.RAISED, raised["type"], None, raised["message"], raised["where"])
+        return
+    ranks = ", rank 1 of 2" if record["shards"] > 1 else ""
+    if record.get("dispatched"):
+        ranks += ", tokens gathered"
+    found = list(read_given(model, record, flashinfer))
+    found += misapplied(model, record, explained=bool(found))
+    for finding in found:
+        yield replace(finding, where=f"{record['by']}->{record['function']}{ranks}")

@@ -88,10 +88,9 @@ def install(
     members["RoutingMethodType"] = IntEnum("RoutingMethodType", methods)
     names = Names.of(flashinfer.release)
     listed = None if names is None else Listed(names)
-    for name, function in {
-        "mxfp8_quantize": _mxfp8_quantize,
-        **dict.fromkeys(_SWIZZLES, swizzle_scales),
-    }.items():
+    ours: dict[str, Callable[..., Any]] = dict.fromkeys(_SWIZZLES, swizzle_scales)
+    ours["mxfp8_quantize"] = _mxfp8_quantize
+    for name, function in ours.items():
         members[name] = function if listed is None else listed.checked(name, function)
     present = functions(flashinfer.release)
     members.update({name: _recorded(name, flashinfer, answer) for name in present})

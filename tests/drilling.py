@@ -309,10 +309,11 @@ def _answer(ask):
 
 
 def _bad(answer):
-    """What a test fails with: a verdict, or the first finding about modular experts; else None."""
+    """What a test fails with: a verdict with its findings, or one about modular experts; or None."""
     if isinstance(answer, dict):
         verdict = answer.get("verdict")
-        return None if verdict in _GREEN else verdict
+        causes = [f"{f['kind']} {f['field']}" for f in answer.get("findings", ())]
+        return None if verdict in _GREEN else ": ".join([verdict, *causes])
     return answer[1][0] if answer[1] else None
 
 

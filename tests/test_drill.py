@@ -92,3 +92,19 @@ def test_a_run_with_a_renamed_name_is_red(drilled, way, pytester, monkeypatch):
     result.stdout.fnmatch_lines(
         ["moe-routing: * not judged, although this framework release*", f"*{key}*"]
     )
+
+
+def test_a_crash_of_another_cause_is_seen():
+    def crash(kind, field):
+        findings = [{"kind": kind, "field": field, "got": 0}]
+        return ("judged", {"verdict": "crash", "findings": findings})
+
+    def became(*answer):
+        return drilling.outcome({"a": crash("limit", "n_group")}, {"a": answer}, "x")[0]
+
+    assert became(*crash("limit", "n_group")) == drilling.IDENTICAL
+    assert became(*crash("raised", "forward")) == drilling.RED
+    other = crash("limit", "n_group")
+    other[1]["notes"] = ["changed"]
+    assert became(*other) == drilling.SILENT
+    assert became("judged", {"verdict": "exact"}) == drilling.SILENT

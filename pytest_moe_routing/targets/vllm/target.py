@@ -75,15 +75,15 @@ class VllmTarget(FrameworkTarget):
     )
 
     def registered(self, names: Names, root: str) -> Mapping[str, Place]:
-        module = names.spelling("registry").module
-        return registered(names, ast.parse(source_of(root, module)))
+        return registered(names, ast.parse(source_of(root, names.spelling("registry").module)))
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
         module = "pytest_moe_routing.targets.vllm.probe.main"
         arguments = str(source.root), flashinfer.release, source.version
         self._probe = Probe(str(self), module, *arguments, answers=ANSWERS_OF_PROBE)
-        #: By what gates are asked: most models of the config sweep are the same to them.
+        #: By what the child is told: most models of the config sweep are the same to it.
+        self._classified: dict[str, Classification] = {}
         self._known_gates: dict[tuple[str, str, str, bool], tuple[Gate, ...]] = {}
         self._model_code = ModelCode(source, flashinfer)
         module = "pytest_moe_routing.targets.vllm.probe.routers"
@@ -132,8 +132,11 @@ class VllmTarget(FrameworkTarget):
 
     def classify(self, model: ModelSpec) -> Classification:
         """Return the method of the router that vLLM's factory makes for this model."""
-        method, *path = self._probe.ask("classify", model=questions.classified(model))
-        return Classification(method, tuple(path))
+        asked = questions.classified(model)
+        if asked.text not in self._classified:
+            method, *path = self._probe.ask("classify", model=asked)
+            self._classified[asked.text] = Classification(method, tuple(path))
+        return self._classified[asked.text]
 
     def _require_served(self, scheme: str) -> None:
         if scheme not in SCHEMES:
@@ -242,9 +245,11 @@ class VllmTarget(FrameworkTarget):
         """Ask about many models at once: each thing that a question looks at, once."""
         if scheme not in SCHEMES:
             return
-        self._probe.prepare("classify", ({"model": questions.classified(m)} for m in models))
+        told = {asked.text: asked for asked in map(questions.classified, models)}
+        new = ({"model": asked} for text, asked in told.items() if text not in self._classified)
+        self._probe.prepare("classify", new)
         methods = [(m, c.method) for m, c in _answered(models, self.classify)]
-        self._probe.prepare("gates", (questions.of_gates(*case, scheme) for case in methods))
+        self._prepare_gates(methods, scheme)
         gates = _answered(methods, lambda case: self.gates(case[0], scheme, case[1]))
         self._probe.prepare(
             "capture",
@@ -266,9 +271,14 @@ class VllmTarget(FrameworkTarget):
         """Ask for the gates of many models at once."""
         if scheme in SCHEMES:
             cases = ((model, name) for name in methods for model in models)
-            self._probe.prepare(
-                "gates", (questions.of_gates(*case, scheme, modular=modular) for case in cases)
-            )
+            self._prepare_gates(cases, scheme, modular=modular)
+
+    def _prepare_gates(
+        self, cases: Iterable[tuple[ModelSpec, str]], scheme: str, *, modular: bool = False
+    ) -> None:
+        told = {(questions.gated(model).text, method): (model, method) for model, method in cases}
+        asked = (questions.of_gates(*c, scheme, modular=modular) for c in told.values())
+        self._probe.prepare("gates", asked)
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
         """Return what vLLM's router on CUDA computes for each model."""
@@ -293,9 +303,8 @@ class VllmTarget(FrameworkTarget):
                     # A way that is only less precise than the other has its downcast reported.
                     if not (takes and finding.field in _DTYPES)
                 ]
-        made = answer["calls"][0]
-        findings = list(distinct(findings))
-        return Captured(first, tuple(findings), _site(made), source=made.get("at", ""))
+        made, found = answer["calls"][0], tuple(distinct(findings))
+        return Captured(first, found, _site(made), source=made.get("at", ""))
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
         """Return what the routers of vLLM's factory compute on CUDA and on its CPU platform."""

@@ -21,6 +21,7 @@ from pytest_moe_routing.oracle.exact import Gate, exact_calls, meaning
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.judgement import Judgement, reach_of
 from pytest_moe_routing.oracle.lost import held_to_expectation
+from pytest_moe_routing.oracle.modular import with_what_runs
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
@@ -84,7 +85,7 @@ def judge(
         Unsupported: The target cannot answer a question that the verdict needs.
     """
     judgement = _judge(target, model, scheme, recorded_only=recorded_only, chosen=chosen)
-    return held_to_expectation(target, judgement) if chosen else judgement
+    return held_to_expectation(target, with_what_runs(target, judgement)) if chosen else judgement
 
 
 def _judge(

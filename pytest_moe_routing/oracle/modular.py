@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.judgement import Judgement
 from pytest_moe_routing.oracle.target import Target
+from pytest_moe_routing.oracle.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,26 @@ def rejected_by_method(
     if not answered:
         raise reason or Unsupported(f"no model has a checkpoint for {scheme}")
     return [MethodRejection(*key, tuple(ids)) for key, ids in seen.items()]
+
+
+def with_what_runs(target: Target, judgement: Judgement) -> Judgement:
+    """Return a crash if a case is rejected, and the experts that run by default instead raise.
+
+    Those are given experts and weights. What else is wrong with their call is not the kernel's that
+    routes.
+    """
+    if judgement.verdict not in (Verdict.FALLBACK, Verdict.MISSED):
+        return judgement
+    model, scheme, method = judgement.model, judgement.scheme, judgement.classification.method
+    # A target that fails at these questions fails at a test of its own.
+    with suppress(Unsupported, TargetError):
+        if all(gate.ok for gate in target.modular_gates(model, scheme, method)):
+            findings = target.modular_findings(model, scheme)
+            raised = tuple(finding for finding in findings if finding.kind is Kind.RAISED)
+            choice = target.choice(model, scheme, method, modular=True) if raised else None
+            if choice is not None and choice.switches == ():
+                return replace(judgement, verdict=Verdict.CRASH, findings=raised, choice=choice)
+    return judgement
 
 
 #: The steps of modular experts: on which side a factor of each lies.

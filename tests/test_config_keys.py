@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pytest_moe_routing.errors import ModelError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import read_config
-from pytest_moe_routing.models.huggingface.config_keys import key_rows, row_of
+from pytest_moe_routing.models.huggingface.config_keys import in_checkpoint, key_rows, row_of
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.targets import load_target
 
@@ -385,3 +385,11 @@ def test_a_number_of_dense_layers_is_one(tmp_path, value):
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"first_k_dense_replace: found .* expected an integer"):
         read_config(path)
+
+
+def test_keys_that_describe_the_checkpoints_weights():
+    """Whatever else is in the config, and only with a value that changes something."""
+    others = {"foo": 1, "moe_bias": True, "num_zero_experts": 2}
+    assert in_checkpoint({**others, "mean_experts": {}}) == {}
+    found = in_checkpoint({**others, "mean_experts": {"0": [1]}})
+    assert found == {"mean_experts": "pruned experts are replaced by a constant"}

@@ -82,6 +82,17 @@ def test_indices_of_each_kind_of_token(tmp_path, key):
         read(tmp_path, {**QWEN, key: [3, "5"]})
 
 
+def test_more_kinds_than_layers(tmp_path):
+    """The layers after the model's last one predict further tokens."""
+    kinds = ["dense", *["sparse"] * 5, "dense", "sparse"]
+    spec = read(tmp_path, {**QWEN, "mlp_layer_types": kinds})
+    assert spec.num_layers == 6
+    assert [group.as_dict() for group in spec.layers] == [{"layers": "0", "kind": "dense"}]
+
+
 def test_layers_with_experts_of_an_unknown_number_of_layers(tmp_path):
     config = {key: value for key, value in QWEN.items() if key != "num_hidden_layers"}
     assert read(tmp_path, {**config, "moe_layers": [1, 2]}).num_layers is None
+    stepped = read(tmp_path, {**config, "decoder_sparse_step": 2, "moe_layer_end_index": 4})
+    assert (stepped.num_layers, stepped.layers) == (None, ())
+    assert "one layer in 2 is a mixture of experts (decoder_sparse_step)" in stepped.notes

@@ -271,6 +271,7 @@ def test_top_k_by_layer(tmp_path):
         ({"interleave_moe_layer_step": 2}, "0, 2, 4"),
         ({"moe_layers": [1, 3, 5]}, "0, 2, 4"),
         ({"expert_layer_period": 2, "expert_layer_offset": 1}, "0, 2, 4"),
+        ({"expert_layer_period": 2}, "1, 3, 5"),
         ({"moe_layer_start_index": 2, "moe_layer_end_index": 4}, "0-1, 5"),
         ({"hybrid_override_pattern": "MEM*ME"}, "0, 2-4"),
         ({"layers_block_type": ["mamba", "moe", "mamba", "attention", "mamba", "moe"]}, "0, 2-4"),

@@ -201,8 +201,7 @@ def _dense(text: Section, count: int | None) -> Iterator[int]:
     if last is not None and last >= 0:
         yield from range(last + 1, count)
     for key, start in _STEPS.items():
-        step = _integer(text, key)
-        if step is not None and step > 1:
+        if step := _integer(text, key):
             yield from (i for i in range(count) if (i - start(text, step)) % step)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from processes import is_alive, wait_until_gone
 
+import pytest_moe_routing
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets import probe as probes
 from pytest_moe_routing.targets.probe import Limits, Probe
@@ -336,6 +337,19 @@ def test_modules_of_the_users_directory_take_no_ones_place(child, tmp_path, monk
         TargetError, match="ModuleNotFoundError: No module named 'nothing_else_has_"
     ):
         probe.ask("run")
+
+
+def test_it_runs_this_package_even_if_another_copy_is_found_first(child, tmp_path):
+    other = tmp_path / "installed" / "pytest_moe_routing"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise RuntimeError('another copy')")
+    probe = child(
+        "import pytest_moe_routing\ndef run(): return [sys.path, pytest_moe_routing.__file__]",
+        variables={"PYTHONPATH": str(other.parent)},
+    )
+    places, file = probe.ask("run")
+    assert str(other.parent) in places
+    assert file == pytest_moe_routing.__file__
 
 
 def test_it_has_no_more_memory_than_its_limit(child):

@@ -195,18 +195,23 @@ class Child:
 
 
 def _bootstrap() -> str:
-    """Return the child's program, which finds this package and what this process finds.
+    """Return the child's program, which runs this package and finds what this process finds.
 
     The places of modules of this process come last: a module next to the tests takes the place of
-    none of the standard library or of an installed one. The working directory is left out.
+    none of the standard library or of an installed one. The working directory is left out. This
+    package is loaded from its file, as another copy of it may be installed.
     """
     here = os.path.realpath(os.curdir)
-    package = str(Path(__file__).resolve().parents[2])
+    package = Path(__file__).resolve().parents[1]
     places = [p for p in sys.path if Path(p).is_absolute() and os.path.realpath(p) != here]
     return (
         "import sys\n"
-        f"sys.path += [p for p in {[*places, package]!r} if p not in sys.path]\n"
-        "from pytest_moe_routing.targets import server\n"
+        "from importlib import util\n"
+        f"sys.path += [p for p in {[*places, str(package.parent)]!r} if p not in sys.path]\n"
+        f"spec = util.spec_from_file_location({package.name!r}, {str(package / '__init__.py')!r})\n"
+        "sys.modules[spec.name] = util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(sys.modules[spec.name])\n"
+        f"from {package.name}.targets import server\n"
         "server.main()\n"
     )
 

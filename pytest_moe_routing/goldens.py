@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.data import packaged_directory as packaged_directory
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.inputs import parse_json, read_text
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 
@@ -239,5 +240,4 @@ def _same(golden: Any, now: Any) -> bool:
 
 
 def _brief(value: Any) -> str:
-    text = json.dumps(_storable(value))
-    return text if len(text) <= 160 else text[:157] + "..."
+    return shorten(json.dumps(_storable(value)), 160)

@@ -182,6 +182,9 @@ def test_rounding_before_the_call_is_no_problem_but_said():
     assert (found.call.logits_dtype, found.call.bias_dtype) == ("bfloat16", "bfloat16")
     assert [finding.field for finding in found.downcasts] == ["logits", "bias"]
     assert found.wrong == ()
+    # Zeros are the same in every dtype.
+    zeros = reading(routing_bias=tensor("bfloat16", **{"is": "bias", "all": 0}))
+    assert zeros.downcasts == ()
 
 
 def test_a_factor_of_the_layer_multiplies_the_kernels():

@@ -146,6 +146,7 @@ UNKNOWN = [
     (groups(["re:(a*)*b"], **NVFP4), "is too complicated"),
     (groups(["re:(.*)(.*)(.*)(.*)(.*)(.*)x"], **NVFP4), "is too complicated"),
     (groups(["re:(x).*\\1"], **NVFP4), "is too complicated"),
+    (groups(["*a*b*c*d*e*experts*"], **NVFP4), "is too complicated"),
     (groups(["re:" + "x" * 600], **NVFP4), "is too long"),
     (
         {"quant_method": "auto-round", "data_type": "mx_fp", "bits": 3, "group_size": 32},

@@ -298,6 +298,11 @@ def test_the_message_leads_to_the_cause():
     assert "all weights are 0.4 times the wanted ones" in text
     assert "recipe     sigmoid -> + bias to choose -> best 4 of 8 groups" in text
     assert "... and 32 more tokens" in text
+    few = [rows[:8] for rows in (got.topk_ids, got.topk_weights, case.logits)]
+    with pytest.raises(AssertionError) as caught:
+        assert_routing(*few, DEEPSEEK, case.bias)
+    assert "8/8 tokens" in str(caught.value)
+    assert "more tokens" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

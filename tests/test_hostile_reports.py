@@ -84,6 +84,10 @@ LINE = {"format": records.FORMAT, **TEST.as_dict()}
         (json.dumps({**LINE, "format": "x" * 500}), "format: found 'xxxxxxxxx"),
         (json.dumps({**LINE, "kind": ["x" * 500]}), "kind: found ['xxxxxxxx"),
         (json.dumps({**LINE, "case": ["x" * 500]}), "case: found ['xxxxxx"),
+        (
+            json.dumps({**LINE, **VERDICT.as_dict(), "verdict": "fine"}),
+            "verdict: found 'fine', expected one of exact, wrong, crash, ",
+        ),
         ('"' + "x" * 2_000_001, "found 2000002 characters, expected at most 2000000"),
     ],
 )

@@ -82,6 +82,10 @@ def test_indices_of_each_kind_of_token(tmp_path, key):
         read(tmp_path, {**QWEN, key: [3, "5"]})
 
 
+def test_an_empty_list_of_layers_states_nothing(tmp_path):
+    assert read(tmp_path, {**QWEN, "moe_layers": []}).layers == ()
+
+
 def test_more_kinds_than_layers(tmp_path):
     """The layers after the model's last one predict further tokens."""
     kinds = ["dense", *["sparse"] * 5, "dense", "sparse"]

@@ -58,8 +58,8 @@ def _choice(recipe: Recipe, num_experts: int, weighed: bool) -> dict[str, Any]:
     # Scores keep the order of logits, but neither that of sums nor that of biased scores.
     if recipe.bias or ranks_sums:
         return {"score": recipe.score, "bias": recipe.bias, **groups}
-    # With a mask, what matters is whether scores can lie below it.
-    unmasked = not grouped or mask == -inf or recipe.score == "identity"
+    # With a mask, what matters is whether scores can lie below it. Without groups there is none.
+    unmasked = mask == -inf or recipe.score == "identity"
     return {"score": "identity" if unmasked else "sigmoid", **groups}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from pytest_moe_routing.errors import RecipeError
 from pytest_moe_routing.logits import integers
 from pytest_moe_routing.reference import routing
+from pytest_moe_routing.reference.threads import one_thread
 from pytest_moe_routing.routing.normal_form import normal_form, same
 from pytest_moe_routing.routing.recipe import Recipe
 
@@ -63,6 +64,7 @@ class Counterexample:
         }
 
 
+@one_thread()
 def counterexample(wanted: Recipe, got: Recipe, num_experts: int) -> Counterexample | None:
     """Return a smallest token that both recipes route differently; None if they mean the same.
 

@@ -13,6 +13,7 @@ from pytest_moe_routing.logits import PATTERNS, make_case
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.reference.routing import route, weigh
+from pytest_moe_routing.reference.threads import one_thread
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
@@ -73,6 +74,7 @@ def scheme_payload(model: ModelSpec, scheme: str) -> dict[str, Any]:
     return {"scheme": scheme, "from FlashInfer": by_release(verdict)}
 
 
+@one_thread()
 def routing_payload(model: ModelSpec, golden: dict[str, Any] | None = None) -> dict[str, Any]:
     """Experts and weights for a few tokens of each logits pattern, in float64.
 

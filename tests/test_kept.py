@@ -159,8 +159,11 @@ def test_what_else_answers_depend_on(probe, tree, monkeypatch):
     assert key_of_sources(tree, "mini", ["mini"]) != before
 
 
-def row(n, value):
-    return ["answer", json.dumps({"n": n}, separators=(",", ":")), "answer", value]
+ASKED = json.dumps({"n": 4}, separators=(",", ":"))
+
+
+def packed(*replies, rows=(("answer", ASKED, 0),), **more):
+    return zlib.compress(json.dumps({"replies": replies, "rows": rows, **more}).encode())
 
 
 @pytest.mark.parametrize(
@@ -171,12 +174,16 @@ def row(n, value):
         zlib.compress(b"garbage"),
         zlib.compress(b'{"answer": 3}'),
         zlib.compress(b"[" * 100_000),
-        zlib.compress(json.dumps([["answer", "{}", "error", 1], [1, 2], None]).encode()),
+        packed(["error", 1], ["answer"], 2, None, rows=[("answer", ASKED, n) for n in range(4)]),
+        packed(["answer", 999], rows=[("answer", ASKED, n) for n in (-1, 1, None, "0")]),
+        packed(["answer", 999], rows=[1, None, [], ["answer", ASKED], ["answer", {"n": 4}, 0]]),
+        packed(["answer", 999], rows=None),
         # Of another type than the question's answer has.
-        zlib.compress(json.dumps([row(4, "three"), row(4, None)]).encode()),
+        packed(["answer", "three"]),
+        packed(["answer", None]),
         # More than is read.
-        zlib.compress(json.dumps([row(4, 999), "x" * 5000]).encode()),
-        zlib.compress(json.dumps([row(4, 999)]).encode())[:-4],
+        packed(["answer", 999], more="x" * 5000),
+        packed(["answer", 999])[:-4],
     ],
 )
 def test_a_damaged_or_hostile_file_is_no_answer(data, probe, tmp_path, monkeypatch):
@@ -187,6 +194,20 @@ def test_a_damaged_or_hostile_file_is_no_answer(data, probe, tmp_path, monkeypat
     [file] = files(tmp_path)
     file.write_bytes(data)
     assert probe().ask("answer", n=4) == 3
+
+
+def test_a_file_has_an_answer_once(probe, tmp_path):
+    first = probe()
+    assert [first.ask("answer", n=n) for n in (5, 6, 12)] == [2, 2, 1]
+    first.close()
+    [file] = files(tmp_path)
+    kept_answers = json.loads(zlib.decompress(file.read_bytes()))
+    assert [len(kept_answers[name]) for name in ("replies", "rows")] == [2, 3]
+    assert [probe().ask("answer", n=n) for n in (5, 6, 12)] == [2, 2, 1]
+    file.write_bytes(packed(["answer", 999], rows=[("answer", f'{{"n":{n}}}', 0) for n in (3, 4)]))
+    second = probe()
+    assert [second.ask("answer", n=n) for n in (3, 4)] == [999, 999]
+    assert second._child is None
 
 
 def test_a_pipe_among_the_files_is_not_waited_for(probe, tmp_path):

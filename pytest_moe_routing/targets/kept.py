@@ -4,7 +4,10 @@ An answer holds as long as everything that it may depend on is unchanged: the fr
 data files, whether imported, read or only looked for; this package and its data; Python and every
 installed distribution, torch among them; the child's command line, with the FlashInfer release;
 and the environment that the child sees. A digest of all this names the folder. A file in it is read
-with limits, and its rows are checked like answers of the child.
+with limits, and its answers are checked like those of the child.
+
+Most questions have the same answer as another one, so a file has each answer once: `replies` is a
+list of the kind of a reply and what it says, `rows` one of question, arguments and place in it.
 """
 
 from __future__ import annotations
@@ -67,7 +70,10 @@ class Kept:
         self._store, self._key, self._name = store, key, f"{worker}.json.z"
 
     def rows(self) -> Iterator[Row]:
-        """Yield the answers; none from a file that is damaged, too large or no file of answers."""
+        """Yield the answers; none from a file that is damaged, too large or no file of answers.
+
+        What rows have in common is one object.
+        """
         folder = self._store.folder / self._key
         try:
             files = sorted(path for path in folder.iterdir() if path.name.endswith(".json.z"))
@@ -75,14 +81,20 @@ class Kept:
             return
         for path in files[:_FILES]:
             try:
-                rows = _unpacked(read_bytes(path, _STORED))
+                answers = _unpacked(read_bytes(path, _STORED))
             except (MoERoutingError, ValueError, zlib.error, RecursionError):
                 continue
-            yield from filter(_is_row, rows if isinstance(rows, list) else ())
+            yield from _rows(answers)
 
     def write(self, rows: Iterable[Row]) -> None:
         """Keep answers in this process's file; where that cannot be, none are kept."""
-        text = json.dumps([row for row in rows if row[2] in _KINDS], separators=(",", ":"))
+        replies: dict[str, int] = {}
+        kept = [
+            (question, arguments, replies.setdefault(_compact([kind, value]), len(replies)))
+            for question, arguments, kind, value in rows
+            if kind in _KINDS
+        ]
+        text = f'{{"replies":[{",".join(replies)}],"rows":{_compact(kept)}}}'
         data = zlib.compress(text.encode(), 3)
         if len(data) > _STORED or len(text) > _READ:
             return
@@ -103,10 +115,19 @@ def _unpacked(data: bytes) -> Any:
     return json.loads(text)
 
 
-def _is_row(row: object) -> bool:
-    if not isinstance(row, list) or len(row) != 4:
-        return False
-    return all(isinstance(part, str) for part in row[:3]) and row[2] in _KINDS
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _rows(answers: object) -> Iterator[Row]:
+    match answers:
+        case {"replies": list(replies), "rows": list(rows)}:
+            for row in rows:
+                match row:
+                    case [str(question), str(arguments), int(place)] if 0 <= place < len(replies):
+                        match replies[place]:
+                            case [str(kind), value] if kind in _KINDS:
+                                yield question, arguments, kind, value
 
 
 def _drop_oldest(folder: Path) -> None:

@@ -85,6 +85,8 @@ class Probe:
         self._kept: Kept | None = None
         #: Replies of earlier runs, which are checked when they are asked for.
         self._earlier: dict[Request, _Reply] = {}
+        #: By question, kind and identity of the value: many of them have one value in common.
+        self._is_valid: dict[tuple[str, str, int], bool] = {}
         #: Why there will be no more answers, in the words of the first question without one.
         self._ended = ""
         #: Held by the thread whose question is answered, and by the one whose turn is next.
@@ -109,12 +111,15 @@ class Probe:
         """Whether there is a reply, in this run or from an earlier one."""
         if request in self._replies:
             return True
-        if request in self._earlier:
-            kind, value = self._earlier[request]
-            with suppress(Failure):
-                self._replies[request] = self._checked_one(request.question, {kind: value})
-                return True
-        return False
+        if request not in self._earlier:
+            return False
+        reply = kind, value = self._earlier[request]
+        key = request.question, kind, id(value)
+        if key not in self._is_valid:
+            self._is_valid[key] = self._problem(request.question, kind, value) is None
+        if self._is_valid[key]:
+            self._replies[request] = reply
+        return self._is_valid[key]
 
     def ask(self, question: str, **arguments: Any) -> Any:
         """Return the child's answer to one question, which is asked once.
@@ -218,12 +223,15 @@ class Probe:
         if not isinstance(reply, dict) or len(reply) != 1:
             raise Failure("its answer is of an unknown kind; its process was ended")
         [(kind, value)] = reply.items()
-        hints = {"answer": self._answers.get(question, Any), "unsupported": str, "error": _Error}
-        if kind not in hints:
-            raise Failure("its answer is of an unknown kind; its process was ended")
-        if (found := problem(hints[kind], value)) is not None:
+        if (found := self._problem(question, kind, value)) is not None:
             raise Failure(f"{found}; its process was ended")
         return kind, value
+
+    def _problem(self, question: str, kind: str, value: Any) -> str | None:
+        hints = {"answer": self._answers.get(question, Any), "unsupported": str, "error": _Error}
+        if kind not in hints:
+            return "its answer is of an unknown kind"
+        return problem(hints[kind], value)
 
     def close(self) -> None:
         """End the child, and whatever it started; keep what it said."""

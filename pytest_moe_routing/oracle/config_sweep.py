@@ -280,10 +280,10 @@ def _lost(scheme: str, by_method: Mapping[str, Sequence[Judgement]]) -> Iterator
     was closed, or a row that was forgotten.
     """
     for method, judgements in by_method.items():
+        if any(found.verdict is Verdict.EXACT for found in judgements):
+            continue
         served = [
-            found
-            for found in judgements
-            if found.verdict is Verdict.EXACT or any(call.method == method for call in found.exact)
+            found for found in judgements if any(call.method == method for call in found.exact)
         ]
         if served and all(found.verdict is Verdict.MISSED for found in served):
             gates = tuple(gate.name for gate in served[0].rejections)

@@ -299,7 +299,7 @@ def _asked(
         classification=classification,
         gates=gates,
         wanted=recipe_of(reads or model.router),
-        exact=exact or (),
+        known_exact=exact or (),
         switches=switches,
         reach_question=question,
         reads=reads,
@@ -351,8 +351,8 @@ def _judge_call(
     base = replace(base, call=call, findings=wrong, site=captured.site, source=captured.source)
 
     def bad(verdict: Verdict, *more: Finding) -> Judgement:
-        exact = tuple(exact_calls(base.meant, scheme, flashinfer))
-        return replace(base, verdict=verdict, findings=(*wrong, *more), exact=exact)
+        # The config sweep has thousands of these, and tells of few what would be exact.
+        return replace(base, verdict=verdict, findings=(*wrong, *more), known_exact=None)
 
     if call is None:
         return bad(Verdict.CRASH)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.calls import arguments_of
-from pytest_moe_routing.oracle.exact import Gate, kernel_gates, meaning, same_calls
+from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning, same_calls
 from pytest_moe_routing.oracle.finding import Finding, source_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.target import Choice, Classification, Rule
@@ -33,7 +33,7 @@ class Judgement:
         call: What reaches the kernel (or would, had the gates accepted).
         got: What the kernel computes then; None if the kernel does not run.
         findings: What is wrong with a kernel call that the gates accept.
-        exact: The calls that would have computed the model's router.
+        known_exact: What `exact` returns; None to search for it when it is first asked for.
         downcasts: What the target makes less precise for a kernel that runs.
         notes: Matters of precision in the kernel itself.
         site: The code that makes the kernel call.
@@ -60,7 +60,7 @@ class Judgement:
     call: KernelCall | None = None
     got: Recipe | None = None
     findings: tuple[Finding, ...] = ()
-    exact: tuple[KernelCall, ...] = ()
+    known_exact: tuple[KernelCall, ...] | None = ()
     downcasts: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
     site: str = ""
@@ -89,6 +89,13 @@ class Judgement:
     def meant(self) -> ModelSpec:
         """The model with the router that a kernel has to compute."""
         return self.model if self.reads is None else replace(self.model, router=self.reads)
+
+    @cached_property
+    def exact(self) -> tuple[KernelCall, ...]:
+        """The calls that would have computed the model's router."""
+        if self.known_exact is not None:
+            return self.known_exact
+        return tuple(exact_calls(self.meant, self.scheme, self.flashinfer))
 
     @cached_property
     def counterexample(self) -> Counterexample | None:

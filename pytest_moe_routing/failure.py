@@ -70,21 +70,19 @@ class Failure:
         return self.rank, self.cause.removesuffix(self.site.replace(" ", "-"))
 
     def elsewhere(self, cases: Iterable[str], reach: str) -> str:
-        """Return one line about this failure below that of the same defect in another place.
+        """Return what is told of this failure below that of the same defect in another place.
 
         Args:
             reach: Who can meet that one.
         """
         told = f" ({self.reach})" if self.reach != reach else ""
-        return (
-            _listed(f"  also     {self.cause}: ", list(dict.fromkeys(cases)) or [self.case]) + told
-        )
+        return _listed(f"{self.cause}: ", list(dict.fromkeys(cases)) or [self.case]) + told
 
     def block(
         self,
         cases: Iterable[str] = (),
         width: int | None = None,
-        elsewhere: Iterable[str] = (),
+        elsewhere: Sequence[str] = (),
     ) -> list[str]:
         """Return the explanation in at most 15 lines, with the other cases and the cause's id.
 
@@ -93,7 +91,7 @@ class Failure:
         Args:
             width: Characters of that line, and `brief` explanations; if None, as many characters
                 as it takes and whole explanations.
-            elsewhere: Lines about the same defect in other places.
+            elsewhere: What is told of the same defect in other places, for one line.
         """
         if self.rank is Rank.LATENT:
             where = ", ".join(dict.fromkeys((self.case, *cases)))
@@ -101,7 +99,9 @@ class Failure:
             fits = width is None or len(line) <= width
             return [line if fits else f"{line[: width - len(CUT)]}{CUT}"]  # type: ignore[operator]
         others = [case for case in dict.fromkeys(cases) if case != self.case]
-        tail = [f"  cause    {self.cause}", *elsewhere]
+        tail = [f"  cause    {self.cause}"]
+        if elsewhere:
+            tail.append(f"  also     {'; '.join(elsewhere)}")
         if self.entry:
             tail.append(f"  known    in other cases: {self.entry} does not list these")
         lines = list(self.lines if width is None else self.brief or self.lines)

@@ -26,6 +26,7 @@ CASES = {
     "first": [wrong("m1", "nvfp4", "A->f", "everybody"), latent(3)],
     "second": [wrong("m2", "bf16", "B->g", "nobody")],
     "third": [wrong("m3", "bf16", "B->g", "nobody")],
+    "fourth": [wrong("m5", "mxfp8", "C->h", "everybody")],
     "good": [],
 }
 
@@ -37,7 +38,7 @@ BRIEF = """\
 ___ m1 on nvfp4: wrong ___
   because  of the scale
   cause    wrong:scale:A->f
-  also     wrong:scale:B->g: m2 bf16, m3 bf16 (nobody)
+  also     wrong:scale:B->g: m2 bf16, m3 bf16 (nobody); wrong:scale:C->h: m5 mxfp8
 ___ m4 on nvfp4: crash ___
   because  of a limit
   cause    crash:a
@@ -45,7 +46,7 @@ ___ latent: no known model meets these without an opt-in switch ___
 crash: top_k is 1 (bf16; more)  [sweep:1]
 crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]
-5 tests failed: 3 shown with their causes (failed), 2 for causes shown there
+6 tests failed: 3 shown with their causes (failed), 3 for causes shown there
   (repeated)
 """
 
@@ -68,7 +69,7 @@ def test_each_defect_is_one_block(host, monkeypatch, in_ci, workers):
     host.makepyfile(test_own=TESTS)
     result = host.runpytest_subprocess("test_own.py", *workers)
     assert shown(result) == BRIEF.splitlines()
-    assert result.parseoutcomes() == {"failed": 3, "passed": 1, "repeated": 2}
+    assert result.parseoutcomes() == {"failed": 3, "passed": 1, "repeated": 3}
     assert "FAILED" not in result.stdout.str()
 
 
@@ -86,11 +87,11 @@ def test_counts_add_up_with_those_that_are_expected(host):
     xfail = "\n\n@pytest.mark.xfail\ndef test_known(): assert 0\n"
     host.makepyfile(test_own=TESTS + xfail)
     result = host.runpytest_subprocess("test_own.py", "-v")
-    counts = {"failed": 4, "passed": 1, "repeated": 1, "xfailed": 1}
+    counts = {"failed": 5, "passed": 1, "repeated": 1, "xfailed": 1}
     assert result.parseoutcomes() == counts
     result.stdout.fnmatch_lines(
         [
-            "6 tests failed: 4 shown with their causes (failed), 1 for causes shown there",
+            "7 tests failed: 5 shown with their causes (failed), 1 for causes shown there",
             "  (repeated), 1 as expected (xfailed)",
         ]
     )
@@ -101,7 +102,7 @@ def test_counts_add_up_with_those_that_are_expected(host):
 def test_verbose_output_has_everything(host):
     host.makepyfile(test_own=TESTS)
     text = host.runpytest_subprocess("test_own.py", "-v").stdout.str()
-    assert text.count("  kernel   k\n") == 2
+    assert text.count("  kernel   k\n") == 3
     assert "___ test_it[second] ___" in text
     assert "  also     1 more: m3 bf16\n  cause    wrong:scale:B->g\n" in text
     assert "test_own.py::test_it[third] REPEATED" in text

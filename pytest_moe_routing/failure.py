@@ -100,17 +100,18 @@ class Failure:
             return [line if fits else f"{line[: width - len(CUT)]}{CUT}"]  # type: ignore[operator]
         others = [case for case in dict.fromkeys(cases) if case != self.case]
         tail = [f"  cause    {self.cause}"]
-        if elsewhere:
-            tail.append(f"  also     {'; '.join(elsewhere)}")
         if self.entry:
             tail.append(f"  known    in other cases: {self.entry} does not list these")
         lines = list(self.lines if width is None else self.brief or self.lines)
+        also = list(elsewhere)
+        if others and self.rank is not Rank.LOST:
+            also.insert(0, _listed(f"{len(others)} more: ", others))
+        if also:
+            tail.insert(0, f"  also     {'; '.join(also)}")
         if others and self.rank is Rank.LOST:
             # Who lost a kernel is what there is to know: all are named, if they fit.
             room = max(1, _BLOCK - len(lines) - len(tail))
             tail = [*_by_schemes([self.case, *others], room), *tail]
-        elif others:
-            tail = [_listed(f"  also     {len(others)} more: ", others), *tail]
         room = _BLOCK - len(tail)
         return (lines if len(lines) <= room else [*lines[: room - 1], "  ..."]) + tail
 

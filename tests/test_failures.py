@@ -20,9 +20,10 @@ def latent(number):
     return Failure(f"sweep:{number}", Rank.LATENT, "bf16", (f"crash: top_k is {number}", "more"))
 
 LOUD = Failure("crash:a", Rank.LOUD, "m4 nvfp4", ("m4 on nvfp4: crash", "  because  of a limit"))
+SECOND = Failure("crash:b", Rank.LOUD, "m4 nvfp4", ("m4 on nvfp4: hang", "  because  of ranks"))
 CASES = {
     "latent": [latent(1)],
-    "loud": [LOUD, latent(2)],
+    "loud": [LOUD, SECOND, latent(2)],
     "first": [wrong("m1", "nvfp4", "A->f", "everybody"), latent(3)],
     "second": [wrong("m2", "bf16", "B->g", "nobody")],
     "third": [wrong("m3", "bf16", "B->g", "nobody")],
@@ -37,11 +38,14 @@ def test_it(case, request):
 BRIEF = """\
 ___ m1 on nvfp4: wrong ___
   because  of the scale
-  cause    wrong:scale:A->f
   also     wrong:scale:B->g: m2 bf16, m3 bf16 (nobody); wrong:scale:C->h: m5 mxfp8
+  cause    wrong:scale:A->f
 ___ m4 on nvfp4: crash ___
   because  of a limit
   cause    crash:a
+m4 on nvfp4: hang
+  because  of ranks
+  cause    crash:b
 ___ latent: no known model meets these without an opt-in switch ___
 crash: top_k is 1 (bf16; more)  [sweep:1]
 crash: top_k is 2 (bf16; more)  [sweep:2]
@@ -150,9 +154,8 @@ def test_what_another_test_finds_again_is_one_block(host):
     result = host.runpytest_subprocess("test_own.py")
     assert shown(result) == [
         "___ m1: code ___",
-        "  also     1 more: m2",
+        "  also     1 more: m2; kernel: m1 nvfp4, m2 nvfp4",
         "  cause    code",
-        "  also     kernel: m1 nvfp4, m2 nvfp4",
         "___ m1 bf16: further ___",
         "  also     1 more: m3 bf16",
         "  cause    further",

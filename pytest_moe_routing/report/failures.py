@@ -11,6 +11,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,7 +151,7 @@ class Grouping:
             if id(report) in owners:
                 blocks = [self._block(defects[each], width) for each in owners[id(report)]]
                 _entitle(report, blocks[0].pop(0))
-                texts[id(report)] = joined(blocks)
+                texts[id(report)] = printable("\n".join(chain.from_iterable(blocks)))
         if latent:
             free = [report for report, _ in self._shown if id(report) not in texts]
             owner = (free or [report for report, _ in self._shown])[-1]

@@ -2,7 +2,8 @@
 
 A record is plain JSON: an argument is None, a number, a list, or for a tensor a mapping with
 `dtype`, `shape`, `contiguous`, `is` (which of the layer's tensors has its values, whatever the
-dtype: `router logits`, `bias`) and `all` (the one value of a vector, float32 or zero).
+dtype: `router logits`, `bias`, `gemm1 scales`, `gemm1 bias`), `all` (the one value of a vector,
+float32 or zero) and `each` (the values of a float32 vector for the first experts, if they repeat).
 
 What routes becomes a `KernelCall`, to be judged by its meaning. Everything else must be exactly
 what the layer has, or is a finding.
@@ -18,9 +19,10 @@ from typing import Any
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.grammar import KernelCall
 from pytest_moe_routing.flashinfer.signatures import enum
-from pytest_moe_routing.models import ExpertsConfig, ModelSpec
-from pytest_moe_routing.oracle.calls import ACTIVATIONS, PARAMETERS
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.calls import ACTIVATIONS
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.scales import Scales, wrong_parameters, wrong_scales
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.schemes import kernel_of
 
@@ -57,6 +59,8 @@ class RecordedLayer:
         are_summed: How often it has to be.
         told_otherwise: Fields of the layer's config that gates are asked about with other values:
             name, their value, and the layer's.
+        scales: The scales of whole tensors that its experts have, see `flashinfer/scales.yaml`, for
+            the first experts; they repeat. None if no tensor of the layer can be recognized.
     """
 
     rank: int = 0
@@ -67,6 +71,7 @@ class RecordedLayer:
     reduced: tuple[int, ...] = ()
     are_summed: int = 0
     told_otherwise: tuple[tuple[str, str, str], ...] = ()
+    scales: Scales | None = None
 
 
 def read(
@@ -104,7 +109,7 @@ def read(
         *_wrong_numbers(model, arguments, layer),
         *_wrong_tensors(arguments),
         *_wrong_memory(arguments),
-        *_wrong_activation(model, arguments, flashinfer),
+        *_wrong_experts(model, scheme, arguments, layer, flashinfer),
         *_downcasts(model, call),
         *_wrong_output(layer),
         *(Finding(Kind.CONFIG, *told) for told in layer.told_otherwise),
@@ -136,7 +141,7 @@ def read_routed(
         *_wrong_numbers(model, arguments, layer),
         *(Finding(Kind.ARGUMENT, "topk_ids", "the layer's ids and weights", got) for got in wrong),
         *_wrong_memory(arguments),
-        *_wrong_activation(model, arguments, flashinfer),
+        *_wrong_experts(model, scheme, arguments, layer, flashinfer),
     )
     return tuple(replace(finding, where=function) for finding in findings)
 
@@ -273,10 +278,15 @@ def _wrong_memory(arguments: Arguments) -> Iterator[Finding]:
             yield Finding(Kind.ARGUMENT, name, "contiguous", "not contiguous")
 
 
-def _wrong_activation(
-    model: ModelSpec, arguments: Arguments, flashinfer: FlashInfer
+def _wrong_experts(
+    model: ModelSpec,
+    scheme: str,
+    arguments: Arguments,
+    layer: RecordedLayer,
+    flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
-    experts = model.experts
+    """Yield what is wrong with the activation, its parameters, scales and biases."""
+    experts, kernel, scales = model.experts, kernel_of(scheme), layer.scales
     numbers = enum("ActivationType", flashinfer.release)
     names = ACTIVATIONS[experts.activation]
     known = {number: name for name, number in numbers.items()}
@@ -286,26 +296,9 @@ def _wrong_activation(
         got = str(known.get(number, number))
         yield Finding(Kind.ARGUMENT, "activation_type", " or ".join(names), got)
     if names == ("Swiglu",):
-        yield from _wrong_parameters(experts, arguments)
-
-
-def _wrong_parameters(experts: ExpertsConfig, arguments: Arguments) -> Iterator[Finding]:
-    """Parameters of the activation: all kinds of Swiglu are one kernel, told apart by them."""
-    for name, (field, neutral) in PARAMETERS.items():
-        stated = getattr(experts, field)
-        wanted = neutral if stated is None else float(stated)
-        got = _each(arguments.get(name), neutral)
-        if got is None or not isclose(got, wanted, rel_tol=1e-6):
-            received = _received(name, arguments.get(name)) if got is None else got
-            yield Finding(Kind.ARGUMENT, name, wanted, received)
-
-
-def _each(value: Any, absent: float) -> float | None:
-    """Return the single value of a vector; None if it has several."""
-    if value is None:
-        return absent
-    found = value.get("all")
-    return None if found is None else float(found)
+        yield from wrong_parameters(experts, kernel, arguments, scales or {})
+    if scales is not None:
+        yield from wrong_scales(experts, kernel, arguments, scales)
 
 
 def _downcasts(model: ModelSpec, call: KernelCall) -> Iterator[Finding]:

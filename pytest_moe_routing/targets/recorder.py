@@ -19,7 +19,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names
 from pytest_moe_routing.flashinfer.signatures import enum, functions
 from pytest_moe_routing.reference.layouts import swizzle_scales
-from pytest_moe_routing.targets import marked
+from pytest_moe_routing.targets import marked, scales
 from pytest_moe_routing.targets.limits import DoesNotBind, limit
 from pytest_moe_routing.targets.listed import Listed
 
@@ -166,14 +166,21 @@ def _tensor(value: Tensor, named: Mapping[str, Tensor | None]) -> dict[str, Any]
         "contiguous": value.is_contiguous(),
     }
     for name, tensor in named.items():
-        if tensor is None or value.shape != tensor.shape:
-            continue
-        if torch.equal(value, tensor.to(value.dtype)):
+        if tensor is not None and value.shape == tensor.shape and _is_same(value, tensor):
             said["is"] = name
     if value.ndim == 1 and value.dtype == torch.float32 and value.numel():
-        first = value[0]
-        if bool((value == first).all()):
-            said["all"] = first.item()
+        first = value[: len(scales.FIRST)]
+        if bool((value == first[0]).all()):
+            said["all"] = first[0].item()
+        elif torch.equal(value[len(first) :], value[: -len(first)]):
+            said["each"] = first.tolist()
     elif "is" not in said and value.ndim == 1 and not value.any():
         said["all"] = 0.0
     return said
+
+
+def _is_same(value: Tensor, tensor: Tensor) -> bool:
+    """Return whether a tensor has the values of another; of 8 bits, whether it has its bytes."""
+    if value.dtype.itemsize == tensor.dtype.itemsize == 1:
+        return torch.equal(value.view(torch.uint8), tensor.view(torch.uint8))
+    return torch.equal(value, tensor.to(value.dtype))

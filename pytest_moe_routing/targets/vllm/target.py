@@ -28,6 +28,7 @@ from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
+from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.hf_configs import without_transformers
@@ -359,9 +360,8 @@ def _layer(answer: Mapping[str, Any], record: Mapping[str, Any]) -> RecordedLaye
         shared=record.get("shared"),
         reduced=tuple(record.get("reduced", ())),
         are_summed=record.get("are_summed", 0),
-        told_otherwise=tuple(
-            (name, told, got) for name, (told, got) in record.get("told_otherwise", {}).items()
-        ),
+        scales=scales.GIVEN,
+        told_otherwise=tuple((n, *both) for n, both in record.get("told_otherwise", {}).items()),
     )
 
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from pytest_moe_routing.targets.vllm.probe.capture import methods_of, on_one_gpu, run_layer
+from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, run_layer
 from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.devices import other_device
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import TOKENS, Layer, layer_of
+from pytest_moe_routing.targets.vllm.probe.method import methods_of
 from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 from pytest_moe_routing.targets.vllm.probe.selectors import asked_of_selectors
@@ -41,7 +42,7 @@ def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict
     found: dict[str, dict[str, Any]] = {}
     if not isinstance(experts, type):
         return found
-    caller = methods_of(row.methods)[0]
+    caller = methods_of(row.methods, model)[0]
     is_whole = model["router"]["num_experts"] % 2 == 0
 
     def layer(*ranks: Any) -> Layer:
@@ -119,7 +120,7 @@ def _captured(experts: Any, caller: Any, make: Callable[[], Layer]) -> dict[str,
     handed_on: list[torch.Tensor] = []
     with rejections(), on_one_gpu():
         layer = make()
-        layer.bind(experts, handed_on.append)
+        layer.bind(experts, caller, handed_on.append)
 
     def write(arguments: Mapping[str, Any]) -> None:
         into = arguments.get("routing_replay_out")

@@ -9,7 +9,7 @@ the model's experts, top-k, groups and factors, and small widths.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -29,7 +29,8 @@ from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
-from pytest_moe_routing.targets.vllm.probe.layer import Caller, Layer, intermediate_size, layer_of
+from pytest_moe_routing.targets.vllm.probe.layer import Layer, intermediate_size, layer_of
+from pytest_moe_routing.targets.vllm.probe.method import Caller, methods_of
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What vLLM's own code raises when it will not go on.
@@ -57,7 +58,7 @@ def capture(
     names().require("verdicts", scheme)
     row = SCHEMES[scheme]
     experts = experts_of(row)
-    methods = methods_of(row.methods)
+    methods = methods_of(row.methods, model)
     if not methods:
         raise Unsupported(f"no layer of this release calls {experts.__name__}")
     shards = counts_of_ranks(model)
@@ -81,17 +82,6 @@ def capture(
 def counts_of_ranks(model: Mapping[str, Any]) -> list[int]:
     """Alone, and as one of two ranks where the experts can be shared out."""
     return [1, 2] if model["router"]["num_experts"] % 2 == 0 else [1]
-
-
-def methods_of(keys: Iterable[str]) -> list[Any]:
-    """Return the methods of layers that call experts, as functions."""
-    found = []
-    for key in keys:
-        for member in names().contract.members(key):
-            if names().has(member.key):
-                found.append(names().get(member.key))
-                break
-    return found
 
 
 def run_layer(

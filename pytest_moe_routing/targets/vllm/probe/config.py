@@ -123,6 +123,7 @@ def moe_config(
         "num_logical_experts": router["num_experts"],
         "activation": activation,
         "is_act_and_mul": widths["gated"],
+        "has_bias": widths["bias"],
         "device": "cpu",
         "routing_method": method_named(method),
         "moe_parallel_config": parallel_config(shards, dispatched=dispatched),
@@ -136,20 +137,11 @@ def moe_config(
     return names().get("moe-config")(**names().accepted("moe-config", arguments))
 
 
-def quant_config(
-    row: ServedScheme,
-    experts: int,
-    model: Mapping[str, Any],
-    limit: float | None,
-    *,
-    by_block: bool = False,
-) -> Any:
-    """Make the `FusedMoEQuantConfig` of a layer, with scales that are all 1.
+def quant_config(row: ServedScheme, experts: int) -> Any:
+    """Make a `FusedMoEQuantConfig` of experts that are not TRT-LLM's, with scales that are all 1.
 
     Args:
         experts: The layer's own experts.
-        limit: What the layer has as its clamp limit.
-        by_block: The scales of weights have the dimensions of those of blocks.
     """
     activations, weights, block = row.quantization
     one = torch.ones(())
@@ -161,7 +153,7 @@ def quant_config(
     }
     if activations or weights:
         scale = each.bfloat16() if weights == "int4" else each
-        scale = scale.reshape(-1, 1, 1) if by_block else scale
+        scale = scale.reshape(-1, 1, 1)
         arguments |= {"w1_scale": scale, "w2_scale": scale}
         # As the functions of `fused_moe/oracle` make it for these experts.
         arguments |= {"is_scale_swizzled": False, "is_nvfp4_scale_swizzled": False}
@@ -174,7 +166,6 @@ def quant_config(
             "a1_gscale": each,
             "a2_gscale": each,
         }
-    arguments |= activation_parameters(model, limit)
     return names().get("quant-config")(**names().accepted("quant-config", arguments))
 
 
@@ -211,6 +202,7 @@ def layer_arguments(
         "router_logits_dtype": told_dtype(model),
         "activation": activation_name(model),
         "shared_experts": experts["shared_experts"] > 0,
+        "has_bias": experts["bias"],
         **_activation_arguments(model),
     }
     if not experts["gated"]:

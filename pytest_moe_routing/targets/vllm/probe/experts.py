@@ -21,6 +21,9 @@ class ServedScheme:
         quantized: Activations as the experts get them: dtype, values a byte, values a scale (0: no
             scale), dtype of the scale.
         packed: Two weights a byte.
+        block_scales: The dtype of scales of blocks of weights; empty if there are none.
+        whole_scales: The name of a scale of a whole tensor of weights, next to which is one of the
+            input; empty if there is none.
         quantization: What vLLM's quantization config is told: dtype of the activations, of the
             weights, and the block.
     """
@@ -30,6 +33,8 @@ class ServedScheme:
     methods: tuple[str, ...]
     quantized: tuple[str, int, int, str]
     packed: bool = False
+    block_scales: str = ""
+    whole_scales: str = ""
     quantization: tuple[str, str, tuple[int, int] | None] = ("", "", None)
     modular: str | None = None
     modular_methods: tuple[str, ...] = ()
@@ -42,6 +47,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("keys.kFp8Static128BlockSym", "keys.kFp8Dynamic128Sym"),
         ("method-fp8", "method-w8a8-fp8"),
         ("float8_e4m3fn", 1, 128, "float32"),
+        block_scales="float32",
         quantization=("float8_e4m3fn", "", (128, 128)),
         modular="modular-fp8",
         modular_methods=("hands-fp8", "hands-w8a8-fp8"),
@@ -52,6 +58,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("keys-per-tensor.kFp8StaticTensorSym", "keys-per-tensor.kFp8StaticTensorSym"),
         ("method-modelopt-fp8", "method-fp8", "method-w8a8-fp8"),
         ("float8_e4m3fn", 1, 0, "float32"),
+        whole_scales="weight_scale",
         quantization=("float8_e4m3fn", "", None),
         modular="modular-fp8",
         modular_methods=("hands-modelopt-fp8", "hands-fp8", "hands-w8a8-fp8"),
@@ -62,6 +69,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("keys-mxfp8.kMxfp8Static", "keys-mxfp8.kMxfp8Dynamic"),
         ("method-modelopt-mxfp8", "method-w8a8-mxfp8"),
         ("float8_e4m3fn", 1, 32, "uint8"),
+        block_scales="uint8",
         quantization=("mxfp8", "", (1, 32)),
         modular="modular-fp8",
         modular_methods=("hands-modelopt-mxfp8", "hands-w8a8-mxfp8"),
@@ -73,6 +81,8 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("method-modelopt-nvfp4", "method-w4a4-nvfp4"),
         ("uint8", 2, 16, "uint8"),
         packed=True,
+        block_scales="float8_e4m3fn",
+        whole_scales="weight_scale_2",
         quantization=("nvfp4", "", None),
         modular="modular-nvfp4",
         modular_methods=("hands-modelopt-nvfp4", "hands-w4a4-nvfp4"),
@@ -93,6 +103,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("method-gpt-oss-mxfp4", "method-mxfp4"),
         ("float8_e4m3fn", 1, 32, "uint8"),
         packed=True,
+        block_scales="uint8",
         quantization=("mxfp8", "mxfp4", None),
         modular="modular-mxfp4",
         modular_methods=("hands-gpt-oss-mxfp4", "hands-mxfp4"),
@@ -104,6 +115,7 @@ SCHEMES: Mapping[str, ServedScheme] = {
         ("method-wna16", "method-wna16-marlin"),
         ("bfloat16", 1, 0, ""),
         packed=True,
+        block_scales="bfloat16",
         quantization=("", "int4", (0, 32)),
         selector="select-mxint4",
     ),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.marked import Marked
 from pytest_moe_routing.targets.recorder import Reached, returned
 from pytest_moe_routing.targets.vllm.probe import factory, release
@@ -20,11 +21,11 @@ from pytest_moe_routing.targets.vllm.probe.config import (
     layer_arguments,
     method_named,
     moe_config,
-    quant_config,
     told_dtype,
 )
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
 from pytest_moe_routing.targets.vllm.probe.factory import Made, Ranks
+from pytest_moe_routing.targets.vllm.probe.method import Caller, experts_made, loaded
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What a kernel does with its arguments.
@@ -37,40 +38,6 @@ def intermediate_size(model: Mapping[str, Any]) -> int:
     experts = model["experts"]
     hidden = experts["latent_size"] or experts["hidden_size"]
     return HIDDEN if experts["intermediate_size"] == hidden else INTERMEDIATE
-
-
-class Caller:
-    """What the layer's method is a method of: whatever the method asks of itself."""
-
-    def __init__(self, kernel: Any, row: ServedScheme, *, is_monolithic: bool = True) -> None:
-        self.moe_kernel = kernel
-        self.is_monolithic = is_monolithic
-        block = row.quantization[2]
-        self.block_quant = block is not None
-        self.weight_block_size = list(block) if block else None
-
-    def forward(self, **arguments: Any) -> Any:
-        """Run what a custom operator of vLLM runs on CUDA: only the unquantized method is one."""
-        return names().get("runs-unquantized.forward_cuda")(self, **arguments)
-
-    def forward_native(self, *arguments: Any) -> Any:
-        return names().get("runs-unquantized.forward_native")(self, *arguments)
-
-    @property
-    def unquantized_backend(self) -> Any:
-        return names().get("chosen-unquantized")
-
-    @property
-    def fp8_backend(self) -> Any:
-        return names().get("chosen-fp8")
-
-    @property
-    def mxfp8_backend(self) -> Any:
-        return names().get("chosen-fp8")
-
-    @property
-    def nvfp4_backend(self) -> Any:
-        return names().get("chosen-nvfp4")
 
 
 class _Prepared:
@@ -93,10 +60,13 @@ class _Prepared:
         return False
 
 
-def _kernel(experts: Any, layer: Layer) -> Any:
-    """Return the kernel object around the experts."""
+def _kernel(experts: Any, method: Any, layer: Layer) -> Any:
+    """Return the kernel object around the experts; None if the method has none."""
+    made = layer.made(experts, method)
+    if made is None:
+        return None
     kernel = object.__new__(names().get("kernel"))
-    kernel.impl = names().get("kernel-impl")(_Prepared(layer), experts)
+    kernel.impl = names().get("kernel-impl")(_Prepared(layer), made)
     return kernel
 
 
@@ -156,37 +126,46 @@ class Layer:
             self.scale = torch.zeros(shape, dtype=getattr(torch, scale_dtype))
 
     def give(self, layer: Any) -> None:
-        """Give weights and scales to what methods read; nobody reads their values."""
+        """Give weights, whose values nobody reads, and scales to what methods read."""
         local, inner = self.local_num_experts, self.intermediate_size_per_partition
         rows = inner * (2 if self.model["experts"]["gated"] else 1)
         dtype, per = getattr(torch, self.row.quantized[0]), 1
         if self.row.packed:
             dtype, per = torch.uint8, 2
-        each = torch.ones(local)
         # Past the checks of modules, which take longer than all else.
         given = vars(layer)
         for name, shape in (("w13", (rows, HIDDEN // per)), ("w2", (HIDDEN, inner // per))):
             weight = _memory(local * shape[0] * shape[1] * dtype.itemsize)
             weight = weight.view(dtype).view(local, *shape)
-            values = {
-                "weight": weight,
-                "weight_packed": weight,
-                "weight_scale": each.to(torch.float8_e4m3fn),
-                "weight_scale_inv": each,
-                "input_scale": each,
-            }
-            for suffix, value in values.items():
-                given[f"{name}_{suffix}"] = value
+            given[f"{name}_weight"] = given[f"{name}_weight_packed"] = weight
+        given.update(self._loaded())
+
+    def _loaded(self) -> dict[str, Tensor | None]:
+        """Return scales and biases as methods have them when weights are loaded."""
+        kept = loaded(self.row, self.local_num_experts, self.model["experts"]["bias"])
+        # vLLM's code changes scales of whole tensors in place.
+        return {
+            n: t.clone() if n.endswith("scale_2") and t is not None else t for n, t in kept.items()
+        }
 
     def named(self) -> dict[str, Tensor | None]:
         """Return the tensors that a kernel may be given, by the names that answers use."""
-        return {"router logits": self.logits, "bias": self.bias}
+        return {"router logits": self.logits, "bias": self.bias, **self.named_of_experts()}
 
-    def made(self, experts: Any, *, by_block: bool = False) -> Any:
-        """Return the layer's experts, of a class of vLLM; for `by_block` see `quant_config`."""
-        about = self.row, self.local_num_experts, self.model, self.asked.swiglu_limit
-        config = quant_config(*about, by_block=by_block)
-        return experts(self.config, config)
+    def named_of_experts(self) -> dict[str, Tensor | None]:
+        """Return those of them that are the experts'."""
+        given = loaded(self.row, self.local_num_experts, self.model["experts"]["bias"])
+        found = {}
+        for gemm, name in (("gemm1", "w13"), ("gemm2", "w2")):
+            if self.row.block_scales:
+                found[f"{gemm} scales"] = given[f"{name}_weight_scale"]
+            found[f"{gemm} bias"] = given.get(f"{name}_bias")
+        return found
+
+    def made(self, experts: Any, method: Any) -> Any:
+        """Return the layer's experts, of a class of vLLM, as a method has them; see `method`."""
+        vars(self.asked).update(self._loaded())
+        return experts_made(experts, method, self.row, self.config, self.asked)
 
     def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
         """Run a method that calls monolithic experts, down to the kernel and back if possible.
@@ -200,7 +179,7 @@ class Layer:
         """
         raise NotImplementedError
 
-    def bind(self, experts: Any, capture: Callable[[Tensor], None]) -> None:
+    def bind(self, experts: Any, method: Any, capture: Callable[[Tensor], None]) -> None:
         """Have vLLM bind a consumer of the ids that a kernel writes; see `factory.Made.bind`.
 
         Raises:
@@ -241,7 +220,8 @@ class StandIn(Layer):
         dispatched = ranks.dispatched
         self.asked = self
         self.config = moe_config(model, method, ranks.count, sizes, dispatched=dispatched)
-        self.swiglu_limit = getattr(self.config, "swiglu_limit", None)
+        for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
+            setattr(self, name, getattr(self.config, name, None))
         self.e_score_correction_bias = self.bias
         self.activation = self.config.activation
         self.routing_method_type = self.config.routing_method
@@ -263,17 +243,21 @@ class StandIn(Layer):
         self.hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
         self.renormalize = model["router"]["renormalize"]
         self.custom_routing_function = release.routing_function_of(model)
-        each = torch.ones(self.local_num_experts)
-        for name in ("scalar", "gate_scalar"):
-            setattr(self, f"output1_scales_{name}", each)
-        self.output2_scales_scalar = each
-        self.g1_scale_c = self.g1_alphas = self.g2_alphas = self.a1_gscale = each
+        w1, a1, w2, a2 = (scales.per_expert(n, self.local_num_experts) for n in scales.GIVEN)
+        self.output1_scales_gate_scalar = self.g1_alphas = w1 * a1
+        self.output1_scales_scalar = self.g1_scale_c = w1 * a1 / a2
+        self.output2_scales_scalar = self.g2_alphas = w2 * a2
+        self.a1_gscale = 1 / a1
+
+    def register_parameter(self, name: str, value: Tensor) -> None:
+        """Keep a tensor, as a module does."""
+        setattr(self, name, value)
 
     def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
-        kernel = _kernel(self.made(experts), self) if isinstance(experts, type) else None
+        kernel = _kernel(experts, method, self) if isinstance(experts, type) else None
         factor = self.model["router"]["routed_scaling_factor"]
         try:
-            method(Caller(kernel, self.row), self, self.hidden, self.logits)
+            method(Caller(kernel, self.row, self.config), self, self.hidden, self.logits)
         except Reached as reached:
             # What is done with the output is not run: the model's code says who applies the factor.
             reached.output = {"scale_after": factor / self.routed_scaling_factor}
@@ -281,7 +265,7 @@ class StandIn(Layer):
 
     def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
         arguments = {
-            "self": Caller(kernel, self.row, is_monolithic=False),
+            "self": Caller(kernel, self.row, self.config, is_monolithic=False),
             "layer": self,
             "x": marked.hidden.clone(),
             "topk_weights": marked.weights.clone(),
@@ -326,7 +310,7 @@ class OwnLayer(Layer):
         return found
 
     def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
-        asked = Caller(_kernel(self.made(experts), self), self.row)
+        asked = Caller(_kernel(experts, method, self), self.row, self.config)
         reached: list[Reached] = []
 
         def kernel(function: str, arguments: Mapping[str, Any]) -> Any:
@@ -345,12 +329,12 @@ class OwnLayer(Layer):
             reached[0].output = {**made_of, "told_otherwise": self.told_otherwise()}
             raise reached[0]
 
-    def bind(self, experts: Any, capture: Callable[[Tensor], None]) -> None:
-        self.layer.bind(_kernel(self.made(experts), self), capture)
+    def bind(self, experts: Any, method: Any, capture: Callable[[Tensor], None]) -> None:
+        self.layer.bind(_kernel(experts, method, self), capture)
 
     def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
         router = _Router(marked.weights.clone(), marked.ids.clone())
-        asked = Caller(kernel, self.row, is_monolithic=False)
+        asked = Caller(kernel, self.row, self.config, is_monolithic=False)
         hidden = marked.hidden.clone()
         finalized, output = self.layer.run(method, asked, self.logits, hidden, router)
         return finalized, self._read(output, finalized)

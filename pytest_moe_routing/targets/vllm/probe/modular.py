@@ -25,7 +25,7 @@ from pytest_moe_routing.targets.marked import Marked, Received, UnusableArgument
 from pytest_moe_routing.targets.recorder import Reached, returned
 from pytest_moe_routing.targets.vllm.probe import factory
 from pytest_moe_routing.targets.vllm.probe import release as release
-from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks, methods_of, recorded
+from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks, recorded
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
@@ -36,6 +36,7 @@ from pytest_moe_routing.targets.vllm.probe.layer import (
     intermediate_size,
     layer_of,
 )
+from pytest_moe_routing.targets.vllm.probe.method import methods_of
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 
@@ -52,7 +53,7 @@ def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     names().require("modular", scheme)
     row = SCHEMES[scheme]
     experts = experts_of(row, modular=True)
-    callers = methods_of(row.modular_methods)
+    callers = methods_of(row.modular_methods, model)
     if not callers:
         raise Unsupported(f"no layer of this release calls {experts.__name__}")
     method = factory.classify(model)[0]
@@ -95,7 +96,7 @@ class Run:
     ) -> None:
         self._caller, self._layer, self._dispatched = caller, layer, dispatched
         self._experts = experts
-        self._make = make or partial(layer.made, experts)
+        self._make = make or partial(layer.made, experts, caller)
         self._given = Marked.make(TOKENS, HIDDEN, layer.global_num_experts, layer.top_k)
         self._at_kernel = self._given.gathered() if dispatched else self._given
         self._reached: Reached | None = None
@@ -107,7 +108,8 @@ class Run:
     def answer(self) -> dict[str, Any]:
         """Run it, and say what came of it."""
         at = self._at_kernel
-        named = {"ids": at.ids, "weights": at.weights, "packed": at.packed()}
+        chosen = {"ids": at.ids, "weights": at.weights, "packed": at.packed()}
+        named = {**chosen, **self._layer.named_of_experts()}
         found = recorded(self._call, named, self._experts.__name__)
         if self._unusable is not None:
             found["unusable"] = vars(self._unusable)
@@ -124,14 +126,15 @@ class Run:
         """Run the layer's method; always ends in an exception, if the kernel is called."""
         layer = self._layer
         with patch.object(release, "answer", self._kernel), self._stand_ins():
-            fused = self._make()
-            prepare = prepare_finalize(layer, fused)
-            kernel = names().get("kernel")(prepare, fused)
-            self._places = {
-                "prepare": _place(type(prepare).prepare),
-                "experts": _place(type(fused).apply),
-                "finalize": _place(type(prepare).finalize),
-            }
+            kernel, fused = None, self._make()
+            if fused is not None:
+                prepare = prepare_finalize(layer, fused)
+                kernel = names().get("kernel")(prepare, fused)
+                self._places = {
+                    "prepare": _place(type(prepare).prepare),
+                    "experts": _place(type(fused).apply),
+                    "finalize": _place(type(prepare).finalize),
+                }
             output, made_of = layer.hand_on(kernel, self._caller, self._given)
         if self._reached is not None:
             self._output, self._reached.output = output, made_of

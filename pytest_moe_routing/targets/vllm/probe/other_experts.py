@@ -19,7 +19,7 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
 from pytest_moe_routing.targets.vllm.probe import release as release
-from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks, methods_of
+from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks
 from pytest_moe_routing.targets.vllm.probe.choice import (
     Selector,
     experts_taken,
@@ -35,6 +35,7 @@ from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES, ServedScheme
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import quant_keys
 from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of
+from pytest_moe_routing.targets.vllm.probe.method import methods_of
 from pytest_moe_routing.targets.vllm.probe.modular import Run
 from pytest_moe_routing.targets.vllm.probe.release import names
 
@@ -112,7 +113,7 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
         selector = selector_of(model, scheme, method)
     except NoActivation:
         return {"calls": []}
-    callers = methods_of(row.modular_methods)
+    callers = methods_of(row.modular_methods, model)
     if selector is None or not callers:
         raise Unsupported("no selector of this release chooses modular experts for the scheme")
     calls = []

@@ -213,6 +213,7 @@ def install(root: str, flashinfer: FlashInfer, version: str) -> None:
         ("ep-group", lambda: _Group()),
         ("workspaces", lambda: _Workspaces()),
         ("two-batches", lambda: False),
+        ("pre-processed", lambda: False),
         *_QUANTIZERS.items(),
     ):
         if _names.is_there(key):

@@ -23,7 +23,7 @@ from pytest_moe_routing.targets.marked import Marked
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
 from pytest_moe_routing.targets.vllm.probe.choice import selector_of
-from pytest_moe_routing.targets.vllm.probe.config import NoActivation
+from pytest_moe_routing.targets.vllm.probe.config import NoActivation, quant_config
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, TOKENS, layer_of
@@ -82,7 +82,7 @@ def _times(model: Mapping[str, Any], scheme: str, method: str, experts: Any) -> 
     layer = layer_of(model, row, method, Ranks())
     count = layer.global_num_experts
     given = Marked.make(TOKENS, HIDDEN, count, layer.top_k)
-    fused = layer.made(experts, by_block=True)
+    fused = experts(layer.config, quant_config(row, count))
     kernel = names().get("kernel")(prepare_finalize(layer, fused), fused)
     operators = _Operators(given.ids, count)
     module = vars(sys.modules[experts.__module__])

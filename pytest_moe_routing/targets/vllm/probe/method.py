@@ -1,0 +1,134 @@
+"""What stands for a layer's quantization method, and the experts that vLLM's code makes with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.targets import scales
+from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+#: The member of a method that makes the quantization config of its experts.
+_MAKES_CONFIG = "get_fused_moe_quant_config"
+#: Rows of the contract about methods for the checkpoints of gpt-oss alone, which take no other.
+_GPT_OSS = "gpt-oss"
+
+
+class Caller:
+    """What the layer's method is a method of: whatever the method reads from itself.
+
+    The attributes are those that a method of TRT-LLM experts has in the scheme's checkpoints.
+
+    Args:
+        kernel: vLLM's kernel around the experts, if they are made already.
+        config: vLLM's config of the layer.
+    """
+
+    def __init__(
+        self, kernel: Any, row: ServedScheme, config: Any, *, is_monolithic: bool = True
+    ) -> None:
+        self.moe_kernel = kernel
+        self.moe = config
+        self.is_monolithic = is_monolithic
+        block = row.quantization[2]
+        self.block_quant = block is not None
+        self.weight_block_size = list(block) if block else None
+        self.moe_block_shape = self.weight_block_size
+        self.weight_scale_name = "weight_scale_inv" if block else "weight_scale"
+        # In compressed-tensors: of blocks, tokens are quantized when they come.
+        self.input_quant = SimpleNamespace(strategy="group" if block else "tensor")
+        self.num_bits, self.group_size = 4, block[1] if block else 0
+        self.per_act_token_quant = self.use_a16 = False
+
+    def forward(self, **arguments: Any) -> Any:
+        """Run what a custom operator of vLLM runs on CUDA: only the unquantized method is one."""
+        return names().get("runs-unquantized.forward_cuda")(self, **arguments)
+
+    def forward_native(self, *arguments: Any) -> Any:
+        return names().get("runs-unquantized.forward_native")(self, *arguments)
+
+    @property
+    def unquantized_backend(self) -> Any:
+        return names().get("chosen-unquantized")
+
+    @property
+    def fp8_backend(self) -> Any:
+        return names().get("chosen-fp8")
+
+    @property
+    def mxfp8_backend(self) -> Any:
+        return names().get("chosen-fp8")
+
+    @property
+    def nvfp4_backend(self) -> Any:
+        return names().get("chosen-nvfp4")
+
+    @property
+    def mxfp4_backend(self) -> Any:
+        return names().get("chosen-mxfp4")
+
+    @property
+    def wna16_backend(self) -> Any:
+        return names().get("chosen-mxint4")
+
+
+def methods_of(keys: Iterable[str], model: Mapping[str, Any]) -> list[Any]:
+    """Return the methods of a model's layers that call experts, as functions."""
+    found: list[Any] = []
+    own: list[Any] = []
+    for key in keys:
+        for member in names().contract.members(key):
+            if not member.key.endswith(_MAKES_CONFIG) and names().has(member.key):
+                (own if _GPT_OSS in key else found).append(names().get(member.key))
+                break
+    return own if own and model["architecture"].startswith("GptOss") else found
+
+
+def experts_made(experts: Any, caller: Any, row: ServedScheme, config: Any, layer: Any) -> Any:
+    """Return a layer's experts, with the quantization config that its method makes for them.
+
+    Args:
+        experts: A class of vLLM.
+        caller: A method that calls the experts, as a function.
+        config: vLLM's config of the layer.
+        layer: What the methods of the layer are given.
+
+    Returns:
+        None if the method makes no such config: it calls the kernel itself.
+    """
+    # Methods are plain functions here: the class is where this one is defined.
+    owner = getattr(sys.modules[caller.__module__], caller.__qualname__.partition(".")[0])
+    made = owner.get_fused_moe_quant_config(Caller(None, row, config), layer)
+    if made is None:
+        return None
+    found = experts(config, made)
+    if names().has("experts-loaded"):
+        found.process_weights_after_loading(layer)
+    return found
+
+
+@cache
+def loaded(row: ServedScheme, experts: int, has_bias: bool) -> Mapping[str, Tensor | None]:
+    """Return the scales and biases of so many experts, by the names that methods read."""
+    found: dict[str, Tensor | None] = {}
+    for gemm, name in (("1", "w13"), ("2", "w2")):
+        each = scales.per_expert(f"w{gemm}_scale", experts)
+        if row.block_scales:
+            blocks = each.to(getattr(torch, row.block_scales))
+            found[f"{name}_weight_scale"] = found[f"{name}_weight_scale_inv"] = blocks
+        found[f"{name}_input_scale"] = None
+        if row.whole_scales:
+            found[f"{name}_{row.whole_scales}"] = each
+            of_input = scales.per_expert(f"a{gemm}_scale", experts)
+            # The largest of all experts; where there are no blocks, it is loaded as one number.
+            found[f"{name}_input_scale"] = of_input if row.block_scales else of_input[0]
+        if has_bias:
+            found[f"{name}_bias"] = each.unsqueeze(1) / 7
+    return found

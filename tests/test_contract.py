@@ -258,6 +258,8 @@ def test_sglangs_stand_ins_are_in_the_contract(frame):
         "get_w2_permute_indices_with_cache",
         "block_scale_interleave",
         "nvfp4_block_scale_interleave",
+        "reorder_rows_for_gated_act_gemm",
+        "shuffle_matrix_a",
         "CompressionFormat",
         "QuantizationArgs",
         "QuantizationStrategy",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from packaging.version import Version
@@ -92,7 +94,7 @@ def handed(give, scale=1.0, **answer):
     names.get = lambda _: (
         lambda weights, ids, _: type("Out", (), {"topk_ids": ids, "topk_weights": weights})
     )
-    return handed_over(names, run, calls, scale)
+    return handed_over(names, run, SimpleNamespace(calls=calls, experts={}), scale)
 
 
 def parts(answer):

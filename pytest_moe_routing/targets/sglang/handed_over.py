@@ -8,6 +8,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.arguments import RecordedLayer, read_routed, rounded_weights
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.sglang.model_configs import configs
 
 
@@ -31,7 +32,7 @@ def findings_of(
     """Return what is wrong with a call that was made on the second of two ranks."""
     if "failed" in answer:
         return (Finding(Kind.RAISED, "forward", None, answer["failed"], "forward"),)
-    layer = RecordedLayer(1, 2, configs()["sizes"]["intermediate_size"], 1.0)
+    layer = RecordedLayer(1, 2, configs()["sizes"]["intermediate_size"], 1.0, scales=scales.GIVEN)
     findings = read_routed(model, scheme, answer, layer, flashinfer)
     known = (finding for finding in findings if finding.field not in answer["unprepared"])
     return (*known, *rounded_weights(scheme, answer, flashinfer))

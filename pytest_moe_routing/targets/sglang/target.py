@@ -28,6 +28,7 @@ from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
+from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
@@ -288,18 +289,14 @@ class SglangTarget(FrameworkTarget):
         answer = self._run(model, scheme)
         if answer["failed"]:
             return Captured(None, (Finding(Kind.RAISED, "forward", None, answer["failed"]),))
-        sizes = configs()["sizes"]
-        layer = RecordedLayer(1, 2, sizes["intermediate_size"], answer["scale_after"])
+        size = configs()["sizes"]["intermediate_size"]
+        layer = RecordedLayer(1, 2, size, answer["scale_after"], scales=scales.GIVEN)
         captured = read(model, scheme, answer, layer, self.flashinfer)
         number = answer["arguments"]["routing_method_type"]
-        open_ = answer["unprepared"]
+        open_ = [f.field for f in captured.findings if f.field in answer["unprepared"]]
         findings = [f for f in captured.findings if f.field not in open_]
-        unknown = ""
-        if len(findings) < len(captured.findings):
-            unknown = (
-                f"{', '.join(open_)} are prepared when weights are loaded, by code that does not "
-                "run on a CPU"
-            )
+        when = "prepared when weights are loaded, by code that does not run on a CPU"
+        unknown = f"{', '.join(open_)}: {when}" if open_ else ""
         own = next((name for name, value in self._numbers.items() if value == number), None)
         if captured.call is not None and own not in (None, captured.call.method):
             findings.append(Finding(Kind.ENUM, own or "", number, captured.call.method))

@@ -75,6 +75,12 @@ def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
 
+def _prepared(
+    gemm1: Tensor, gemm2: Tensor, scales1: Tensor, scales2: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, ...]:
+    return gemm1, scales1, gemm2, scales2
+
+
 def _group_quantized(
     x: Tensor, group_size: int, *_: Any, scale_ue8m0: bool = False, **__: Any
 ) -> tuple[Tensor, Tensor]:
@@ -94,6 +100,9 @@ def stand_ins() -> dict[str, Any]:
         "get_w2_permute_indices_with_cache": _indices,
         "block_scale_interleave": _same,
         "nvfp4_block_scale_interleave": _same,
+        "prepare_static_weights_for_trtllm_fp4_moe": _prepared,
+        "reorder_rows_for_gated_act_gemm": _same,
+        "shuffle_matrix_a": _same,
         "reorder_w1w3_to_w3w1": lambda weight, scale, *_, **__: (weight, scale),
         # A kind of number, and all kinds by name, which other schemes than these read.
         "get_scalar_types": lambda: (stubs.Stub("ScalarType"), stubs.Stub("scalar_types")),

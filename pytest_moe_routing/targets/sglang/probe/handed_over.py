@@ -5,8 +5,8 @@ SGLang's router is replaced by one that gives recognizable ids and weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.recorder import plain
 from pytest_moe_routing.targets.sglang.probe.world import Call, packed, requesting
+
+
+class Ran(Protocol):
+    """What the run of a block leaves behind.
+
+    Attributes:
+        calls: Those of entry points.
+        experts: Tensors of its experts, by the names that answers use.
+    """
+
+    calls: list[Call]
+    experts: dict[str, Tensor | None]
 
 
 def router(names: Names, chosen: list[tuple[Tensor, Tensor]]) -> Callable[..., Any]:
@@ -31,13 +43,13 @@ def router(names: Names, chosen: list[tuple[Tensor, Tensor]]) -> Callable[..., A
 
 
 def handed_over(
-    names: Names, run: Callable[[], Mapping[str, Any]], calls: Sequence[Call], scale: float
+    names: Names, run: Callable[[], Mapping[str, Any]], ran: Ran, scale: float
 ) -> dict[str, Any]:
     """Return the call of the kernel, or what was `refused` or `failed`.
 
     Args:
         run: Builds and runs a block; the answer of `main.Blocks.capture`.
-        calls: Those of entry points in the last run.
+        ran: What the last run left behind.
         scale: The factor by which a model's own code may multiply the weights.
 
     Raises:
@@ -50,10 +62,10 @@ def handed_over(
         return {"failed": answer["failed"]}
     if not answer["by_choice"]:
         return {"refused": answer["refused"] or "the kernel routes"}
-    if len(calls) != 1:
-        raise Unsupported(f"the block calls {len(calls)} kernels, not one")
-    ((function, arguments),), ((ids, weights),) = calls, chosen
-    named: dict[str, Tensor | None] = {"ids": ids}
+    if len(ran.calls) != 1:
+        raise Unsupported(f"the block calls {len(ran.calls)} kernels, not one")
+    ((function, arguments),), ((ids, weights),) = ran.calls, chosen
+    named: dict[str, Tensor | None] = {"ids": ids, **ran.experts}
     given = arguments.get("topk_ids")
     for each in (weights, weights * scale):
         parts = {"weights": each, "packed": packed(ids, each)}

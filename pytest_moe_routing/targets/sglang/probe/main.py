@@ -37,7 +37,12 @@ from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
 from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
-from pytest_moe_routing.targets.sglang.probe.weights import stand_in_weights
+from pytest_moe_routing.targets.sglang.probe.weights import (
+    fill,
+    named_of_experts,
+    recognisable,
+    stand_in_weights,
+)
 from pytest_moe_routing.targets.sglang.probe.world import (
     Call,
     RoutedOutside,
@@ -82,6 +87,8 @@ class Blocks:
 
     def __init__(self, root: str, flashinfer: FlashInfer, version: str) -> None:
         self.calls: list[Call] = []
+        #: Tensors of the experts of the layer that ran last, see `named_of_experts`.
+        self.experts: dict[str, Tensor | None] = {}
         definitions = stubs.definitions("sglang", root)
         self.names = Names(Contract.of("sglang"), version, definitions, stubs.real_module)
         self.sources = Sources(self.names, root)
@@ -199,7 +206,7 @@ class Blocks:
     def handed_over(self, scale: float, **question: Any) -> dict[str, Any]:
         """Return the call that is given experts and weights; see `handed_over`."""
         self.names.require("modular", question["scheme"])
-        return handed_over(self.names, lambda: self.capture(**question), self.calls, scale)
+        return handed_over(self.names, lambda: self.capture(**question), self, scale)
 
     def _run(
         self,
@@ -215,7 +222,7 @@ class Blocks:
         try:
             with _watching(self.names, seen):
                 seen.block = _build(self.names, module, name, given, values, quantization)
-                _fill(seen.block, seen, values)
+                fill(seen.block, seen, values, _SIZE)
                 output = _forward(seen.block, values["num_experts"])
         except RoutedOutside as outside:
             answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
@@ -225,6 +232,7 @@ class Blocks:
             if kind == "unknown":
                 raise Unsupported(text) from error
             answer[kind] = text
+        self.experts = named_of_experts(seen.made[-1]) if seen.made else {}
         if len(seen.layers) != 1 or len(seen.topks) != 1:
             if answer["refused"] or answer["failed"]:
                 raise Unsupported(answer["refused"] or answer["failed"])
@@ -252,7 +260,7 @@ class Blocks:
         if len(seen.logits) != 1 or not isinstance(arguments["routing_logits"], Tensor):
             raise Unsupported("the logits that reach the kernel cannot be traced to the router")
         bias = seen.topks[0].topk_config.correction_bias
-        named = {"router logits": seen.logits[0], "bias": bias}
+        named = {"router logits": seen.logits[0], "bias": bias, **self.experts}
         return {
             "function": function,
             "arguments": {name: plain(value, named) for name, value in arguments.items()},
@@ -313,29 +321,6 @@ def _forward(block: nn.Module, num_experts: int) -> Any:
     return block(**{parameters[0].name: torch.zeros(_TOKENS, _SIZE)}, **rest)
 
 
-def _fill(block: nn.Module, seen: _Seen, values: Mapping[str, Any]) -> None:
-    """Zeros, so that all but the experts adds nothing; a bias that shows when it is rounded.
-
-    What widens the experts' output again takes its mean.
-    """
-    for tensor in (*block.parameters(), *block.buffers()):
-        tensor.zero_()
-    latent = values.get("routed_expert_hidden_size")
-    for tensor in block.parameters():
-        if latent and tensor.shape == (_SIZE, latent):
-            tensor.fill_(1 / latent)
-    for topk in seen.topks:
-        bias = topk.topk_config.correction_bias
-        if isinstance(bias, Tensor):
-            bias.copy_(_recognisable(len(bias)))
-
-
-def _recognisable(*shape: int) -> Tensor:
-    """Values all different, also between neighbors in bfloat16."""
-    count = torch.Size(shape).numel()
-    return (torch.arange(count, dtype=torch.float64) / 7 + 1 / 3).to(torch.float32).reshape(shape)
-
-
 @contextmanager
 def _watching(names: Names, seen: _Seen) -> Iterator[None]:
     """Note what the model's code asks of FusedMoE and TopK, and the logits that it routes by."""
@@ -359,7 +344,7 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
 
     def topk_call(self: Any, hidden_states: Tensor, router_logits: Tensor, **kwargs: Any) -> Any:
         if isinstance(router_logits, Tensor):
-            router_logits = _recognisable(*router_logits.shape).to(router_logits.dtype)
+            router_logits = recognisable(*router_logits.shape).to(router_logits.dtype)
             seen.logits.append(router_logits)
         tokens = requested(PADDING)
         further = {} if tokens is None else {PADDING: tokens}

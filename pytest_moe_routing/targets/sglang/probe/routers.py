@@ -49,6 +49,7 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
 )
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
 from pytest_moe_routing.targets.sglang.probe.triton_gate import gate
+from pytest_moe_routing.targets.sglang.probe.weights import fill
 from pytest_moe_routing.targets.sglang.probe.world import choose_runner, requested
 from pytest_moe_routing.targets.stubs import source_of
 
@@ -290,7 +291,7 @@ class Routers(blocks.Blocks):
                 block = seen.block = blocks._build(
                     self.names, module, name, given, config, None, config=made
                 )
-                blocks._fill(block, seen, config)
+                fill(block, seen, config, HIDDEN)
                 output = blocks._forward(block, config["num_experts"])
         except Exception as error:
             text = f"{type(error).__name__}: {error}"

@@ -303,7 +303,7 @@ def _modules() -> dict[str, Any]:
 
 
 def _quantizers() -> dict[str, Any]:
-    """Quantized activations, as to shape and dtype."""
+    """Quantized tensors, as to shape and dtype."""
     e4m3 = torch.float8_e4m3fn
 
     def fp8_groups(
@@ -324,6 +324,7 @@ def _quantizers() -> dict[str, Any]:
         return packed, torch.zeros(x.numel() // 16, dtype=torch.uint8)
 
     return {
+        "per_tensor_dequantize": lambda x, scale: x.to(torch.float16) * scale,
         "per_token_group_quant_fp8": fp8_groups,
         "scaled_fp8_quant": fp8_tensor,
         "flashinfer_mxfp8_quantize": mxfp8,

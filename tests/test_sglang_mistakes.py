@@ -9,6 +9,7 @@ from wheels import unpack, wheels_since
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request
+from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.report.text import sentences
 
@@ -40,6 +41,15 @@ def edit(root, file, *edits):
 
 #: The runner is named for a quantization no longer, and the layer takes it by itself.
 NAMED = '["fp8", "modelopt_fp8", "modelopt_fp4", "modelopt_mixed"]'
+#: Factors of the first GEMM that change places, and one of the second that is not dequantized.
+OUTPUTS = """output1_scales_scalar=quant_info.output1_scales_scalar,
+{0}output1_scales_gate_scalar=quant_info.output1_scales_gate_scalar,
+"""
+SWAPPED = """output1_scales_scalar=quant_info.output1_scales_gate_scalar,
+{0}output1_scales_gate_scalar=quant_info.output1_scales_scalar,
+"""
+INDENTS = (" " * 8, " " * 12)
+ALPHAS = '"g2_alphas",\n            (w2_input_scale * layer.w2_weight_scale_2)'
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +58,9 @@ def target(tmp_path_factory):
     root = unpack(wheels[-1], tmp_path_factory.mktemp("sglang")) if wheels else None
     if root is not None:
         edit(root, RUNNER, (PLACED, ""), (LOGITS, RAISES + LOGITS))
+        edit(root, RUNNER, *((OUTPUTS.format(i), SWAPPED.format(i)) for i in INDENTS))
+        quantization = "layers/quantization/modelopt_quant.py"
+        edit(root, quantization, (ALPHAS, ALPHAS.replace("w2_input_scale * ", "")))
         edit(root, "models/step3p5.py", (GATE, BF16_GATE))
         edit(root, "arg_groups/overrides.py", (NAMED, NAMED.replace('"modelopt_fp4", ', "")))
     yield from opened(root)
@@ -66,6 +79,30 @@ def test_a_default_that_is_lost_names_the_function_and_what_is_used_now(target):
     assert rule.source.startswith("sglang/srt/arg_groups/overrides.py:")
     assert rule.instead == (
         "SGLang's own top-k routes by default, and the layer takes flashinfer_trtllm by itself"
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "problems"),
+    [
+        (
+            "fp8_per_tensor",
+            [
+                "output1_scales_gate_scalar arrives as w1_scale * a1_scale / a2_scale, the layer "
+                "has w1_scale * a1_scale",
+                "output1_scales_scalar arrives as w1_scale * a1_scale, the layer has "
+                "w1_scale * a1_scale / a2_scale",
+            ],
+        ),
+        ("nvfp4", ["output2_scale_scalar arrives as w2_scale, the layer has w2_scale * a2_scale"]),
+        ("mxfp8", []),
+    ],
+)
+def test_factors_that_are_not_what_the_kernel_takes_them_for(target, scheme, problems):
+    record = judge(target, MODELS["qwen3-30b-a3b"], scheme).record()
+    assert (record.verdict, list(sentences(record.findings))) == (
+        "wrong" if problems else "exact",
+        problems,
     )
 
 

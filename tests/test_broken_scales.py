@@ -63,6 +63,10 @@ FOUND = {
             "w1_scale * a1_scale / a2_scale",
         ],
     ),
+    "first input scale not inverted": (
+        "exact",
+        ["input_scale arrives as a1_scale, the layer has 1 / a1_scale"],
+    ),
     "scaled twice": (
         "wrong",
         [

@@ -15,7 +15,7 @@ from pytest_moe_routing.kernels.fused import fused_arguments
 from pytest_moe_routing.kernels.weights import prepare
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.calls import PARAMETERS
-from pytest_moe_routing.oracle.scales import wrong_parameters, wrong_scales
+from pytest_moe_routing.oracle.scales import wrong_input, wrong_parameters, wrong_scales
 from pytest_moe_routing.report.text import sentence
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.recorder import plain
@@ -167,6 +167,25 @@ def test_a_clamp_is_in_units_of_accumulators(limit, problem):
     given = tensors(kernel_of("nvfp4"), **vectors(**right), gemm1_clamp_limit=limit)
     text = [] if problem is None else [f"gemm1_clamp_limit {problem}"]
     assert found_in(experts, "nvfp4", **given) == text
+
+
+@pytest.mark.parametrize(
+    ("scheme", "right", "inverted", "formula"),
+    [
+        ("fp8_per_tensor", 0.5, 2.0, ("a1_scale", "1 / a1_scale")),
+        ("nvfp4", 2.0, 0.5, ("1 / a1_scale", "a1_scale")),
+    ],
+)
+def test_the_input_is_quantized_with_the_scale_that_dequantizes_it(
+    scheme, right, inverted, formula
+):
+    assert [*wrong_input(scheme, {"input_scale": {"all": right}}, GIVEN)] == []
+    [found] = wrong_input(scheme, {"input_scale": {"all": inverted}}, GIVEN)
+    wanted, got = formula
+    assert sentence(found) == f"input_scale arrives as {got}, the layer has {wanted}"
+    # A step that the probe replaces, or a scheme without such a scale.
+    assert [*wrong_input(scheme, {}, GIVEN)] == []
+    assert [*wrong_input("mxfp8", {"input_scale": {"all": inverted}}, GIVEN)] == []
 
 
 def test_what_flashinfer_does_not_document_is_not_compared():

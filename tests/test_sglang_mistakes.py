@@ -50,6 +50,8 @@ SWAPPED = """output1_scales_scalar=quant_info.output1_scales_gate_scalar,
 """
 INDENTS = (" " * 8, " " * 12)
 ALPHAS = '"g2_alphas",\n            (w2_input_scale * layer.w2_weight_scale_2)'
+#: What the quantizer of the input is given.
+INPUT = '"w13_input_scale_quant",\n            (1 / w13_input_scale)'
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,7 @@ def target(tmp_path_factory):
         edit(root, RUNNER, *((OUTPUTS.format(i), SWAPPED.format(i)) for i in INDENTS))
         quantization = "layers/quantization/modelopt_quant.py"
         edit(root, quantization, (ALPHAS, ALPHAS.replace("w2_input_scale * ", "")))
+        edit(root, quantization, (INPUT, INPUT.replace("1 / ", "")))
         edit(root, "models/step3p5.py", (GATE, BF16_GATE))
         edit(root, "arg_groups/overrides.py", (NAMED, NAMED.replace('"modelopt_fp4", ', "")))
     yield from opened(root)
@@ -94,7 +97,13 @@ def test_a_default_that_is_lost_names_the_function_and_what_is_used_now(target):
                 "w1_scale * a1_scale / a2_scale",
             ],
         ),
-        ("nvfp4", ["output2_scale_scalar arrives as w2_scale, the layer has w2_scale * a2_scale"]),
+        (
+            "nvfp4",
+            [
+                "output2_scale_scalar arrives as w2_scale, the layer has w2_scale * a2_scale",
+                "input_scale arrives as a1_scale, the layer has 1 / a1_scale",
+            ],
+        ),
         ("mxfp8", []),
     ],
 )

@@ -92,3 +92,9 @@ def factors(kernel: KernelSpec, *, gated: bool) -> dict[str, Formula]:
 def unit(parameter: str, kernel: KernelSpec) -> Formula:
     """Return by what the model's number of a parameter of the activation is divided."""
     return Formula.of(_data()["units"][parameter] if kernel.scalars else "1")
+
+
+def input_scale(scheme: str) -> Formula | None:
+    """Return what the quantizer of the input is given; None where the input has no such scale."""
+    text = _data()["inputs"].get(scheme)
+    return None if text is None else Formula.of(text)

@@ -22,7 +22,7 @@ from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.calls import ACTIVATIONS
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.scales import Scales, wrong_parameters, wrong_scales
+from pytest_moe_routing.oracle.scales import Scales, wrong_input, wrong_parameters, wrong_scales
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.schemes import kernel_of
 
@@ -109,7 +109,7 @@ def read(
         *_wrong_numbers(model, arguments, layer),
         *_wrong_tensors(arguments),
         *_wrong_memory(arguments),
-        *_wrong_experts(model, scheme, arguments, layer, flashinfer),
+        *_wrong_experts(model, scheme, record, layer, flashinfer),
         *_downcasts(model, call),
         *_wrong_output(layer),
         *(Finding(Kind.CONFIG, *told) for told in layer.told_otherwise),
@@ -141,7 +141,7 @@ def read_routed(
         *_wrong_numbers(model, arguments, layer),
         *(Finding(Kind.ARGUMENT, "topk_ids", "the layer's ids and weights", got) for got in wrong),
         *_wrong_memory(arguments),
-        *_wrong_experts(model, scheme, arguments, layer, flashinfer),
+        *_wrong_experts(model, scheme, record, layer, flashinfer),
     )
     return tuple(replace(finding, where=function) for finding in findings)
 
@@ -281,11 +281,12 @@ def _wrong_memory(arguments: Arguments) -> Iterator[Finding]:
 def _wrong_experts(
     model: ModelSpec,
     scheme: str,
-    arguments: Arguments,
+    record: Mapping[str, Any],
     layer: RecordedLayer,
     flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
     """Yield what is wrong with the activation, its parameters, scales and biases."""
+    arguments = record["arguments"]
     experts, kernel, scales = model.experts, kernel_of(scheme), layer.scales
     numbers = enum("ActivationType", flashinfer.release)
     names = ACTIVATIONS[experts.activation]
@@ -299,6 +300,7 @@ def _wrong_experts(
         yield from wrong_parameters(experts, kernel, arguments, scales or {})
     if scales is not None:
         yield from wrong_scales(experts, kernel, arguments, scales)
+        yield from wrong_input(scheme, record, scales)
 
 
 def _downcasts(model: ModelSpec, call: KernelCall) -> Iterator[Finding]:

@@ -53,6 +53,20 @@ def wrong_scales(
             yield Finding(Kind.ARGUMENT, name, wanted, text)
 
 
+def wrong_input(scheme: str, record: Mapping[str, Any], given: Scales) -> Iterator[Finding]:
+    """Yield that the input is quantized with another scale than the kernel takes it for.
+
+    Args:
+        record: A call, with what its quantizer was given as `input_scale`, if one was called.
+    """
+    formula = scales.input_scale(scheme)
+    if formula is None or "input_scale" not in record:
+        return
+    got = _numbers(record["input_scale"], 1.0)
+    if got is None or not _same(got, formula.values(given)):
+        yield Finding(Kind.ARGUMENT, "input_scale", str(formula), _explained(got, given))
+
+
 def wrong_parameters(
     experts: ExpertsConfig, kernel: KernelSpec, arguments: Arguments, given: Scales
 ) -> Iterator[Finding]:
@@ -115,5 +129,7 @@ def _explained(got: Sequence[float] | None, given: Scales, number: float = 1.0) 
         for formula in scales.likely_formulas():
             if _same(ratios, formula.values(given)):
                 text = str(formula)
-                return text if number == 1.0 else f"{number:g} * {text}".removesuffix(" * 1")
+                if number == 1.0 or text == "1":
+                    return text if number == 1.0 else f"{number:g}"
+                return f"{number:g}{text[1:]}" if text.startswith("1 /") else f"{number:g} * {text}"
     return ", ".join(f"{value:.6g}" for value in got)

@@ -140,6 +140,12 @@ def _recorded(
     return record
 
 
+def input_scale() -> dict[str, Any]:
+    """Describe the scale that the input of a call was quantized with, as part of an answer."""
+    given = scales.quantized_by
+    return {"input_scale": plain(given[-1], {})} if given else {}
+
+
 def plain(value: Any, named: Mapping[str, Tensor | None]) -> Any:
     """Describe an argument in JSON; see `oracle.arguments`.
 

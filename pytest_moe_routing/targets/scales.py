@@ -22,6 +22,8 @@ GIVEN: Mapping[str, tuple[float, ...]] = {
 }
 #: The experts after which they repeat.
 FIRST = range(4)
+#: Scales of whole tensors that quantizers of activations were given since this was cleared.
+quantized_by: list[Tensor] = []
 
 
 def per_expert(name: str, experts: int) -> Tensor:
@@ -30,3 +32,9 @@ def per_expert(name: str, experts: int) -> Tensor:
 
     values = torch.tensor(GIVEN[name])
     return values.repeat(-(-experts // len(values)))[:experts]
+
+
+def note(scale: Tensor | None) -> None:
+    """Note the scale of a whole tensor that a quantizer is given, if it is given one."""
+    if scale is not None:
+        quantized_by.append(scale.float().flatten())

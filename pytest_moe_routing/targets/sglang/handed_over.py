@@ -21,6 +21,7 @@ class HandedOver(TypedDict, total=False):
 
     function: str
     arguments: dict[str, Any]
+    input_scale: dict[str, Any]
     unprepared: list[str]
     refused: str
     failed: str

@@ -52,6 +52,7 @@ class _Call(TypedDict, total=False):
 
     function: str
     arguments: dict[str, Any]
+    input_scale: dict[str, Any]
     logits_dtype: str
     scale_after: float
     #: Arguments whose values are not SGLang's own.

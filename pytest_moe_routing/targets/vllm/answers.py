@@ -37,6 +37,7 @@ class _ModularCall(_Call, total=False):
     dispatched: Required[bool]
     places: Required[dict[str, str]]
     unusable: dict[str, str]
+    input_scale: dict[str, Any]
     applied: dict[str, list[int] | None]
     same: bool
 

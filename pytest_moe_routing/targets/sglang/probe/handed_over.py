@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.recorder import plain
+from pytest_moe_routing.targets.recorder import input_scale, plain
 from pytest_moe_routing.targets.sglang.probe.world import Call, packed, requesting
 
 
@@ -73,6 +73,7 @@ def handed_over(
             named |= parts
     return {
         "function": function,
+        **input_scale(),
         "arguments": {name: plain(value, named) for name, value in arguments.items()},
         "unprepared": answer["unprepared"],
     }

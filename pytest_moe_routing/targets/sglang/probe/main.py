@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
-from pytest_moe_routing.targets import layers, stubs
+from pytest_moe_routing.targets import layers, scales, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
-from pytest_moe_routing.targets.recorder import plain
+from pytest_moe_routing.targets.recorder import input_scale, plain
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang.probe.around import PADDING, around
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
@@ -223,6 +223,7 @@ class Blocks:
             with _watching(self.names, seen):
                 seen.block = _build(self.names, module, name, given, values, quantization)
                 fill(seen.block, seen, values, _SIZE)
+                scales.quantized_by.clear()
                 output = _forward(seen.block, values["num_experts"])
         except RoutedOutside as outside:
             answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
@@ -263,6 +264,7 @@ class Blocks:
         named = {"router logits": seen.logits[0], "bias": bias, **self.experts}
         return {
             "function": function,
+            **input_scale(),
             "arguments": {name: plain(value, named) for name, value in arguments.items()},
             "logits_dtype": str(seen.logits[0].dtype).removeprefix("torch."),
             "scale_after": float(first),

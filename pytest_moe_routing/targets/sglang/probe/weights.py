@@ -163,7 +163,7 @@ def _prepare_scales(layer: Any) -> list[str]:
             # Releases that shuffle weights into tensors of their own know the runner by them.
             if is_packed and _held(layer, f"{name}_fp4_shuffled") is None:
                 setattr(layer, f"{name}_fp4_shuffled", torch.zeros(1, dtype=torch.uint8))
-        return [*missing, *(_SCALARS if _held(layer, computed) is None else ())]
+        return [*missing, *((*_SCALARS, "input_scale") if _held(layer, computed) is None else ())]
     finally:
         layer._parameters.update(weights)
     return []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pytest_moe_routing.flashinfer import FlashInfer
-from pytest_moe_routing.targets import layers, recorder, stubs
+from pytest_moe_routing.targets import layers, recorder, scales, stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import compressed
 
@@ -310,16 +310,18 @@ def _quantizers() -> dict[str, Any]:
         x: Tensor, group: int, *_: Any, column_major_scales: bool = False, **__: Any
     ) -> tuple[Tensor, Tensor]:
         rows, columns = len(x), x.shape[1] // group
-        scales = torch.ones(columns, rows).t() if column_major_scales else torch.ones(rows, columns)
-        return x.to(e4m3), scales
+        blocks = torch.ones(columns, rows).t() if column_major_scales else torch.ones(rows, columns)
+        return x.to(e4m3), blocks
 
     def fp8_tensor(x: Tensor, scale: Any = None, *_: Any, **__: Any) -> tuple[Tensor, Any]:
+        scales.note(scale)
         return x.to(e4m3), scale
 
     def mxfp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return x.to(e4m3), torch.zeros(x.numel() // 32, dtype=torch.uint8)
 
-    def fp4(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def fp4(x: Tensor, scale: Any = None, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        scales.note(scale)
         packed = torch.zeros(len(x), x.shape[1] // 2, dtype=torch.uint8)
         return packed, torch.zeros(x.numel() // 16, dtype=torch.uint8)
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer.given import given_experts
-from pytest_moe_routing.targets import marked
+from pytest_moe_routing.targets import marked, scales
 from pytest_moe_routing.targets.marked import Marked, Received, UnusableArgumentError
-from pytest_moe_routing.targets.recorder import Reached, returned
+from pytest_moe_routing.targets.recorder import Reached, input_scale, returned
 from pytest_moe_routing.targets.vllm.probe import factory
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks, recorded
@@ -110,7 +110,8 @@ class Run:
         at = self._at_kernel
         chosen = {"ids": at.ids, "weights": at.weights, "packed": at.packed()}
         named = {**chosen, **self._layer.named_of_experts()}
-        found = recorded(self._call, named, self._experts.__name__)
+        scales.quantized_by.clear()
+        found = recorded(self._call, named, self._experts.__name__) | input_scale()
         if self._unusable is not None:
             found["unusable"] = vars(self._unusable)
         if self._received is not None and self._output is not None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.reference.layouts import swizzle_scales
-from pytest_moe_routing.targets import marked, recorder, stubs
+from pytest_moe_routing.targets import marked, recorder, scales, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.vllm.probe.models import ModelSources, ScaledBy
 
@@ -97,26 +97,28 @@ def on_device(major: int, minor: int) -> Iterator[None]:
         yield
 
 
-def _fp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _fp8(x: Tensor, scale: Tensor | None = None, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    scales.note(scale)
     return x.to(torch.float8_e4m3fn), torch.ones(len(x), 1)
 
 
 def _fp8_groups(
     x: Tensor, group_size: int, *_: Any, column_major_scales: bool = False, **__: Any
 ) -> tuple[Tensor, Tensor]:
-    scales = marked.block_scales(x, group_size)
+    blocks = marked.block_scales(x, group_size)
     if column_major_scales:
-        scales = scales.t().contiguous().t()
-    return torch.ones_like(x, dtype=torch.float8_e4m3fn), scales
+        blocks = blocks.t().contiguous().t()
+    return torch.ones_like(x, dtype=torch.float8_e4m3fn), blocks
 
 
 def _fp4(
-    x: Tensor, *_: Any, is_sf_swizzled_layout: bool = True, **__: Any
+    x: Tensor, scale: Tensor, *_: Any, is_sf_swizzled_layout: bool = True, **__: Any
 ) -> tuple[Tensor, Tensor]:
-    scales = marked.block_scales(x, 16).to(torch.float8_e4m3fn).view(torch.uint8)
+    scales.note(scale)
+    blocks = marked.block_scales(x, 16).to(torch.float8_e4m3fn).view(torch.uint8)
     if is_sf_swizzled_layout:
-        scales = swizzle_scales(scales)
-    return marked.ones_e2m1(*x.shape), scales
+        blocks = swizzle_scales(blocks)
+    return marked.ones_e2m1(*x.shape), blocks
 
 
 def _mxfp8(

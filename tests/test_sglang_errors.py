@@ -67,5 +67,7 @@ def test_what_raises_when_a_server_starts_is_a_refusal_and_later_a_crash(
     errors = (ValueError, AssertionError, AttributeError, NotImplementedError)
     with pytest.raises(errors) as raised:
         names[function](value)
-    kind, text = verdict_on(raised.value, is_built=is_built)
+    kind, text, code = verdict_on(raised.value, is_built=is_built)
     assert (kind, text[: len(verdict[1])]) == verdict
+    innermost = {"call": "forward"}.get(function, function)
+    assert code == f"{raised.type.__name__}-in-some.py-{innermost}"

@@ -15,6 +15,8 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.suite.causes import of_modular_call
 from pytest_moe_routing.targets import stubs
@@ -59,6 +61,14 @@ def test_default_runner_runs_what_it_does_not_route(target, monkeypatch):
     (finding,) = target.modular_findings(gemma, "bf16")
     assert (finding.kind, finding.where) == (Kind.RAISED, "forward")
     assert "got 'gelu'" in finding.got
+    # The verdict agrees, although no kernel routes for the model.
+    record = judge(target, gemma, "bf16").record()
+    assert (record.verdict, record.by_default, record.fails) == (Verdict.CRASH, True, True)
+    assert "got 'gelu'" in record.findings[0].got
+    where = "flashinfer_trtllm.py-fused_experts_none_to_flashinfer_trtllm_bf16"
+    assert record.cause == f"crash:raised-AssertionError-in-{where}"
+    # Another finding about that call is no crash.
+    assert judge(target, MINIMAX, "nvfp4").verdict is not Verdict.CRASH
 
 
 def test_weights_of_less_precision_are_a_downcast(target):
@@ -117,10 +127,14 @@ def test_other_ids_and_weights_are_not():
 
 
 def test_a_block_that_hands_nothing_over():
-    assert handed(packed, failed="raises") == {"failed": "raises"}
+    failed = {"failed": "raises", "raised_in": "ValueError-in-some.py-run"}
+    assert handed(packed, **failed) == failed
     assert handed(packed, by_choice=False, refused=None) == {"refused": "the kernel routes"}
-    found = findings_of({"failed": "raises"}, MINIMAX, "nvfp4", FlashInfer.of("0.7.0"))
-    assert found == (Finding(Kind.RAISED, "forward", None, "raises", "forward"),)
+    found = findings_of(failed, MINIMAX, "nvfp4", FlashInfer.of("0.7.0"))
+    (finding,) = found
+    assert (finding.kind, finding.got, finding.where) == (Kind.RAISED, "raises", "forward")
+    # Neither the line nor the message is part of it.
+    assert finding.id == "raised-ValueError-in-some.py-run"
 
 
 def test_a_release_without_the_question(target):

@@ -66,12 +66,15 @@ def test_missing_code_is_not_judged(experts, method, line, says):
 
 
 @pytest.mark.parametrize(
-    ("method", "where", "message"),
+    ("method", "where", "message", "function"),
     [
-        ("check", "vllm/experts.py:15", "no such layout"),
-        ("run", "vllm/experts.py:5", "raise NotImplementedError"),
+        ("check", "vllm/experts.py:15", "no such layout", "check"),
+        ("run", "vllm/experts.py:5", "raise NotImplementedError", "apply"),
     ],
 )
-def test_what_a_release_calls_and_rejects_itself_is_a_crash(experts, method, where, message):
+def test_what_a_release_calls_and_rejects_itself_is_a_crash(
+    experts, method, where, message, function
+):
     raised = {"type": "NotImplementedError", "message": message, "where": where}
+    raised["code"] = f"NotImplementedError-in-experts.py-{function}"
     assert capture.recorded(experts(method), {}, "Method.apply") == {"raised": raised}

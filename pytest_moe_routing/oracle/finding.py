@@ -53,6 +53,7 @@ class Finding:
         wanted, got: What is right, and what is there instead.
         where: The place in the target's code or the way to the kernel, if it is known.
         fact: What is known about the FlashInfer release that explains the finding.
+        raised_in: Of an exception, its type, and file and name of the function that raised it.
     """
 
     kind: Kind
@@ -61,11 +62,17 @@ class Finding:
     got: Value = None
     where: str = ""
     fact: str = ""
+    raised_in: str = ""
 
     @property
     def cause(self) -> tuple[str, str, str]:
         """What findings of one cause share: neither numbers nor the model."""
-        return self.kind.value, self.field, self.fact
+        return self.kind.value, self.raised_in or self.field, self.fact
+
+    @property
+    def id(self) -> str:
+        """What it is about, as ids of causes have it: without values, messages and lines."""
+        return f"{self.kind}-{self.raised_in or self.field}"
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it, which knows no infinite number: such a value is text."""

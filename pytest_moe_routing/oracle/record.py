@@ -218,7 +218,7 @@ class VerdictRecord(_Record):
             kind = "lost" if self.lost_since else "missed"
             return ":".join(filter(None, (kind, what, method, self.rule))).replace(" ", "-")
         if self.verdict in (Verdict.WRONG, Verdict.CRASH):
-            what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in self.findings))
+            what = "+".join(dict.fromkeys(f.id for f in self.findings))
             return ":".join(filter(None, (self.verdict, what, self.site))).replace(" ", "-")
         return ""
 

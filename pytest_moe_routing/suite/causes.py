@@ -142,7 +142,7 @@ def of_modular_call(
         *(f"  because  {line}" for line in text.sentences(findings)),
         f"  at       {findings[0].where}",
     )
-    what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
+    what = "+".join(dict.fromkeys(f.id for f in findings))
     site = _id(findings[0].where.partition(",")[0])
     cause = _id("modular-call", what, site)
     kinds = {finding.kind for finding in findings}

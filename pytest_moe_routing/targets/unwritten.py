@@ -1,13 +1,15 @@
-"""Tells code that is not there from code that rejects its input.
+"""Tells exceptions of a framework's code apart.
 
-Both raise `NotImplementedError`. Only a framework's own `raise` says something about a model, and
-only if the framework, not the probe, chose to call that function.
+One kind says that code is not there, another that it rejects its input. Both raise
+`NotImplementedError`. Only a framework's own `raise` says something about a model, and only if the
+framework, not the probe, chose to call that function.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from pathlib import PurePath
 
 
 def is_unwritten(error: BaseException, is_own: Callable[[str], bool]) -> bool:
@@ -27,3 +29,17 @@ def is_unwritten(error: BaseException, is_own: Callable[[str], bool]) -> bool:
     # A module's `forward` is called by torch, for whoever called the module.
     caller = next((f.filename for f in reversed(callers) if "/torch/" not in f.filename), "")
     return not error.args and not is_own(caller)
+
+
+def raised_in(error: BaseException, is_own: Callable[[str], bool]) -> str:
+    """Return the type of an exception, with file and function of the framework that it came from.
+
+    Neither lines nor the message are part of it: other code and other values change those.
+
+    Args:
+        is_own: As above.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if is_own(frame.filename)), None)
+    place = "" if last is None else f"-in-{PurePath(last.filename).name}-{last.name.strip('<>')}"
+    return type(error).__name__ + place

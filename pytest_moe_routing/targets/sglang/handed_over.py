@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -25,6 +26,13 @@ class HandedOver(TypedDict, total=False):
     unprepared: list[str]
     refused: str
     failed: str
+    raised_in: str
+
+
+def raised(answer: Mapping[str, Any], where: str = "") -> Finding:
+    """Return that the forward pass of a block `failed`."""
+    told = answer["failed"]
+    return Finding(Kind.RAISED, "forward", None, told, where, raised_in=answer["raised_in"])
 
 
 def findings_of(
@@ -32,7 +40,7 @@ def findings_of(
 ) -> tuple[Finding, ...]:
     """Return what is wrong with a call that was made on the second of two ranks."""
     if "failed" in answer:
-        return (Finding(Kind.RAISED, "forward", None, answer["failed"], "forward"),)
+        return (raised(answer, "forward"),)
     layer = RecordedLayer(1, 2, configs()["sizes"]["intermediate_size"], 1.0, scales=scales.GIVEN)
     findings = read_routed(model, scheme, answer, layer, flashinfer)
     known = (finding for finding in findings if finding.field not in answer["unprepared"])

@@ -35,7 +35,7 @@ from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe, Question
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
-from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of
+from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of, raised
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
 from pytest_moe_routing.targets.sglang.model_configs import config_of, configs, published_of
 from pytest_moe_routing.targets.sglang.registry import registered
@@ -48,7 +48,7 @@ UNDECLARED = "undeclared"
 
 
 class _Call(TypedDict, total=False):
-    """The call of the kernel, if there is one."""
+    """The call of the kernel, or where a forward pass `failed`, if there is one."""
 
     function: str
     arguments: dict[str, Any]
@@ -58,6 +58,7 @@ class _Call(TypedDict, total=False):
     #: Arguments whose values are not SGLang's own.
     unprepared: list[str]
     bias_is_loaded: bool
+    raised_in: str
 
 
 class _Answer(_Call):
@@ -262,7 +263,7 @@ class SglangTarget(FrameworkTarget):
         runner = self._server_runner(model, scheme)
         if runner != _AUTO:
             return runner
-        question = {**self._block(model, scheme), "scheme": scheme}
+        question = self._block(model, scheme) | {"scheme": scheme}
         return str(self._remembered("layer_runner", question))
 
     def _server_runner(self, model: ModelSpec, scheme: str) -> str:
@@ -289,7 +290,7 @@ class SglangTarget(FrameworkTarget):
             raise Unsupported(f"{self}: the model's code has {declared}, not {method}")
         answer = self._run(model, scheme)
         if answer["failed"]:
-            return Captured(None, (Finding(Kind.RAISED, "forward", None, answer["failed"]),))
+            return Captured(None, (raised(answer),))
         size = configs()["sizes"]["intermediate_size"]
         layer = RecordedLayer(1, 2, size, answer["scale_after"], scales=scales.GIVEN)
         captured = read(model, scheme, answer, layer, self.flashinfer)

@@ -13,6 +13,7 @@ class _Raised(TypedDict):
     type: str
     message: str
     where: str
+    code: str
 
 
 class _End(TypedDict, total=False):

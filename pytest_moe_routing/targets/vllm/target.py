@@ -366,8 +366,9 @@ def _layer(answer: Mapping[str, Any], record: Mapping[str, Any]) -> RecordedLaye
 
 
 def _raised(record: Mapping[str, Any]) -> Finding:
-    raised = record["raised"]
-    return Finding(Kind.RAISED, raised["type"], None, raised["message"], raised["where"])
+    said = record["raised"]
+    where, code = said["where"], said["code"]
+    return Finding(Kind.RAISED, said["type"], None, said["message"], where, "", code)
 
 
 def _site(record: Mapping[str, Any]) -> str:

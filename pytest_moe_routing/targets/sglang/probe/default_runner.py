@@ -147,7 +147,7 @@ def rejection(
     except Unsupported:
         raise
     except Exception as error:
-        kind, text = verdict_on(error, is_built=False)
+        kind, text, _ = verdict_on(error, is_built=False)
         if kind != "refused":
             raise Unsupported(f"cannot determine whether a server starts: {text}") from error
         return text

@@ -59,7 +59,7 @@ def handed_over(
     with requesting(router=router(names, chosen)):
         answer = run()
     if answer["failed"]:
-        return {"failed": answer["failed"]}
+        return {name: answer[name] for name in ("failed", "raised_in")}
     if not answer["by_choice"]:
         return {"refused": answer["refused"] or "the kernel routes"}
     if len(ran.calls) != 1:

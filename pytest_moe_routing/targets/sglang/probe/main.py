@@ -144,7 +144,7 @@ class Blocks:
             except Exception as error:
                 # What follows the layer does not change its runner.
                 if not seen.made:
-                    _, text = verdict_on(error, is_built=False)
+                    _, text, _ = verdict_on(error, is_built=False)
                     raise Unsupported(f"{name} under {AUTO}: {text}") from error
             runners |= {layer_runner(self.names, layer) for layer in seen.made}
         if len(runners) != 1:
@@ -229,10 +229,10 @@ class Blocks:
             answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
             answer |= {"by_choice": True, "told": sorted(outside.told)}
         except Exception as error:
-            kind, text = verdict_on(error, is_built=seen.block is not None)
+            kind, text, raised_in = verdict_on(error, is_built=seen.block is not None)
             if kind == "unknown":
                 raise Unsupported(text) from error
-            answer[kind] = text
+            answer |= {kind: text, "raised_in": raised_in}
         self.experts = named_of_experts(seen.made[-1]) if seen.made else {}
         if len(seen.layers) != 1 or len(seen.topks) != 1:
             if answer["refused"] or answer["failed"]:

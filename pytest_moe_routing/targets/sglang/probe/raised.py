@@ -8,11 +8,13 @@ from textwrap import shorten
 
 from pytest_moe_routing.targets.limits import is_missing
 from pytest_moe_routing.targets.stubs import Stub
-from pytest_moe_routing.targets.unwritten import is_unwritten
+from pytest_moe_routing.targets.unwritten import is_unwritten, raised_in
 
 
-def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
+def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str, str]:
     """Return whether SGLang rejects a model, fails over the method, or nothing can be said.
+
+    The second is the exception in words, the third the place: see `Finding.raised_in`.
 
     Code that does not build rejects a model when the server starts. What raises in a forward pass
     ends a server that has taken requests.
@@ -27,21 +29,22 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str]:
     # Stand-ins fail in files of ours or of torch: what matters is who asked them.
     asked = next((i for i in reversed(range(len(frames))) if places[i]), -1)
     where = f"{places[asked] or Path(last.filename).name}:{frames[asked].lineno}"
+    code = raised_in(error, lambda file: bool(_within(file)))
     line = last.line or ""
     if is_missing(error):
         if not is_built:
             # Nobody has meant to reject the model.
             raise error
-        return "failed", f"{text} ({where})"
+        return "failed", f"{text} ({where})", code
     is_judged = not (_saw_a_stub(error) or is_unwritten(error, lambda file: bool(_within(file))))
     if place and "Stub" not in text and is_judged:
         if isinstance(error, AssertionError) or line.startswith("raise "):
             # An assertion without a message is told by what it asserts.
             shown = f"{text} ({where})" if str(error) else f"{text[:-1]} ({where}: {line})"
-            return "failed" if is_built else "refused", shown
+            return "failed" if is_built else "refused", shown, code
         if "routing_method_type" in line or "TopKOutput" in text:
-            return "failed", f"{text} ({where}: {line})"
-    return "unknown", f"it does not build and run on a CPU: {text} ({where})"
+            return "failed", f"{text} ({where}: {line})", code
+    return "unknown", f"it does not build and run on a CPU: {text} ({where})", code
 
 
 def _within(file: str) -> str:

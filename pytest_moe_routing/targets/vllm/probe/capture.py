@@ -24,7 +24,7 @@ from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets.limits import DoesNotBind, is_missing
 from pytest_moe_routing.targets.recorder import Reached, plain
 from pytest_moe_routing.targets.stubs import Stub
-from pytest_moe_routing.targets.unwritten import is_unwritten
+from pytest_moe_routing.targets.unwritten import is_unwritten, raised_in
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
@@ -151,12 +151,13 @@ def on_one_gpu() -> Iterator[None]:
 
 
 def _raised(error: BaseException) -> dict[str, str]:
-    """Describe an exception: `type`, `message`, and the line of vLLM that raised it."""
+    """Describe an exception: `type`, `message`, the line of vLLM that raised it, and the code."""
     message = " ".join(str(error).split())[:300]
     if not message:
         stack = traceback.extract_tb(error.__traceback__)
         message = next((f"{f.line}" for f in reversed(stack) if release.is_of_vllm(f[0])), "")
-    return {"type": type(error).__name__, "message": message, "where": _place(error)}
+    told = {"type": type(error).__name__, "message": message, "where": _place(error)}
+    return told | {"code": raised_in(error, release.is_of_vllm)}
 
 
 def _place(error: BaseException) -> str:

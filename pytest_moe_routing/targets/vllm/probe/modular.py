@@ -71,7 +71,9 @@ def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
                 "shards": count,
                 "dispatched": dispatched,
             }
-            calls.append({**way, **Run(experts, caller, layer, dispatched).answer()})
+            scales.quantized_by.clear()
+            answer = Run(experts, caller, layer, dispatched).answer()
+            calls.append({**way, **answer, **input_scale()})
     return {
         "calls": calls,
         "intermediate_size": intermediate_size(model),
@@ -110,8 +112,7 @@ class Run:
         at = self._at_kernel
         chosen = {"ids": at.ids, "weights": at.weights, "packed": at.packed()}
         named = {**chosen, **self._layer.named_of_experts()}
-        scales.quantized_by.clear()
-        found = recorded(self._call, named, self._experts.__name__) | input_scale()
+        found = recorded(self._call, named, self._experts.__name__)
         if self._unusable is not None:
             found["unusable"] = vars(self._unusable)
         if self._received is not None and self._output is not None:

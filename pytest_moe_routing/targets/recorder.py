@@ -187,6 +187,7 @@ def _tensor(value: Tensor, named: Mapping[str, Tensor | None]) -> dict[str, Any]
 
 def _is_same(value: Tensor, tensor: Tensor) -> bool:
     """Return whether a tensor has the values of another; of 8 bits, whether it has its bytes."""
-    if value.dtype.itemsize == tensor.dtype.itemsize == 1:
-        return torch.equal(value.view(torch.uint8), tensor.view(torch.uint8))
+    are_bytes = value.dtype.itemsize == 1, tensor.dtype.itemsize == 1
+    if any(are_bytes):
+        return all(are_bytes) and torch.equal(value.view(torch.uint8), tensor.view(torch.uint8))
     return torch.equal(value, tensor.to(value.dtype))

@@ -177,3 +177,24 @@ def test_a_leftover_fails_the_stray_test(host):
     )
     assert result.ret == 1
     result.stdout.fnmatch_lines([f"*an update that was killed left {left.name}; delete them"])
+
+
+@pytest.mark.parametrize(
+    ("golden", "now", "is_same"),
+    [
+        ("exact", "exact", True),
+        ("exact", "wrong", False),
+        (8, 8, True),
+        (1, True, False),
+        (True, 1, False),
+        (None, None, True),
+        (2.5, 2.5 + 1e-12, True),
+        (2.5, 2.501, False),
+        (0, 0.0, True),
+        (False, 0.0, False),
+        (None, 0.0, False),
+    ],
+)
+def test_leaves_of_a_golden(golden, now, is_same):
+    found = list(goldens.differences({"a": [golden]}, {"a": (now,)}))
+    assert [difference.where for difference in found] == ([] if is_same else ["a[0]"])

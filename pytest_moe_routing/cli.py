@@ -155,7 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="PATH",
         help="a wheel, an unpacked wheel or a checkout (default: the installed package)",
     )
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(words)
+    if not all(word.strip(" ,") for word in words):
+        parser.error("found an empty argument, expected a value")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # A name in letters that the terminal lacks is shown in escapes.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -271,8 +274,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from pytest_moe_routing.report.folders import check
 
     folders = [folder for directory in arguments.directory for folder in check(directory)]
-    for folder in folders:
-        _say(str(folder))
+    _say("\n".join(map(str, folders)))
     wrong = sum(bool(folder.problem) for folder in folders)
     _say(f"{len(folders) - wrong} valid, {wrong} wrong")
     return int(wrong > 0)
@@ -293,8 +295,7 @@ def _diff(arguments: argparse.Namespace) -> int:
         )
         sides.append(diff.side(name, session))
     changes = diff.changes(*sides)
-    text = diff.as_json(changes) if arguments.json else "\n".join(diff.lines(changes)) + "\n"
-    _say(text, end="")
+    _say(diff.as_json(changes).rstrip() if arguments.json else "\n".join(diff.lines(changes)))
     return int(diff.fails(changes))
 
 

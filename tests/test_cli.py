@@ -254,3 +254,14 @@ def test_layers_in_other_schemes_are_judged_in_theirs(tmp_path, capsys):
         ("0", "nvfp4"),
         ("1", "fp8_per_tensor"),
     ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("explain", ""), ("explain", "deepseek-r1", "--flashinfer", ""), ("check", " "), ("explain", "deepseek-r1", "--schemes", ",")],
+)  # fmt: skip
+def test_an_empty_argument_is_a_variable_that_is_not_set(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*words])
+    assert caught.value.code == 2
+    assert "error: found an empty argument, expected a value\n" in capsys.readouterr().err

@@ -393,3 +393,9 @@ def test_keys_that_describe_the_checkpoints_weights():
     assert in_checkpoint({**others, "mean_experts": {}}) == {}
     found = in_checkpoint({**others, "mean_experts": {"0": [1]}})
     assert found == {"mean_experts": "pruned experts are replaced by a constant"}
+
+
+def test_a_key_is_one_line_whatever_its_name(tmp_path):
+    spec = read(tmp_path, {**R1, "expert\n  router   softmax": 3})
+    told = "about experts or routing, and not read: expert router softmax"
+    assert spec.unproven == (told,)

@@ -9,7 +9,8 @@ from functools import cache
 from typing import Any
 
 from pytest_moe_routing.data import read_data
-from pytest_moe_routing.models.huggingface.document import Section, shorten
+from pytest_moe_routing.escape import shorten
+from pytest_moe_routing.models.huggingface.document import Section
 
 #: The lists of `config_keys.yaml`, in the order in which a key is looked up.
 LISTS = ("changes", "harmless", "routing", "other", "suspect")
@@ -67,7 +68,7 @@ def key_rows() -> tuple[KeyRow, ...]:
     return tuple(
         KeyRow(
             name,
-            re.compile(row["keys"]),
+            re.compile(row["keys"], re.DOTALL),
             row.get("reason", ""),
             tuple(row.get("neutral", ())),
             row.get("in_checkpoint", False),

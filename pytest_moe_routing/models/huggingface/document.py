@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.inputs import read_text
 
 #: The largest config seen, a quantization plan with one line per expert and layer, has 3 MB.
@@ -121,10 +122,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _integer(digits: str) -> int | float:
     """Integers as they are; absurdly long ones as floats, which no key accepts."""
     return int(digits) if len(digits) <= _DIGITS else float(digits)
-
-
-def shorten(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def show(value: object) -> str:

@@ -9,8 +9,9 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.models.huggingface.config_keys import about_routing
-from pytest_moe_routing.models.huggingface.document import Section, shorten, show
+from pytest_moe_routing.models.huggingface.document import Section, show
 from pytest_moe_routing.models.huggingface.families import Family, Table, base_of
 
 
@@ -140,8 +141,8 @@ def family_of(levels: list[Section], families: Table) -> Named:
                 notes.append(f"{listed}; the config is read as that of the first")
         if known is not None and architectures and by_type not in (None, known):
             notes.append(
-                f"model_type is {model_type}, that of another family; the config is read as that "
-                f"of its architecture, {name}"
+                f"model_type is {shorten(model_type)}, that of another family; the config is read "
+                f"as that of its architecture, {name}"
             )
     if family is None:
         _fail(levels, families)

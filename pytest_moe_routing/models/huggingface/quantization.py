@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from pytest_moe_routing.models.huggingface.document import Section, shorten, show
+from pytest_moe_routing.escape import shorten
+from pytest_moe_routing.models.huggingface.document import Section, show
 from pytest_moe_routing.models.huggingface.patterns import (
     Covers,
     Experts,

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from pytest_moe_routing.errors import ModelError
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.models.huggingface.config_keys import (
     about_experts,
     about_routing,
@@ -15,7 +16,7 @@ from pytest_moe_routing.models.huggingface.config_keys import (
     stated,
     unread,
 )
-from pytest_moe_routing.models.huggingface.document import ABSENT, Section, shorten, show
+from pytest_moe_routing.models.huggingface.document import ABSENT, Section, show
 from pytest_moe_routing.models.huggingface.families import DISPUTED, REFUSE, UNPROVEN, Family, Table
 from pytest_moe_routing.models.huggingface.layers import Layers
 from pytest_moe_routing.models.kinds import Kind, is_required

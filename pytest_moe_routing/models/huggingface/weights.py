@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_moe_routing.models.huggingface.document import Section, shorten, show
+from pytest_moe_routing.escape import shorten
+from pytest_moe_routing.models.huggingface.document import Section, show
 from pytest_moe_routing.schemes import SCHEMES, CheckpointNames
 
 _ROWS: Mapping[str, CheckpointNames] = {

@@ -140,3 +140,23 @@ def test_a_block_that_hands_nothing_over():
 def test_a_release_without_the_question(target):
     with pytest.raises(Unsupported):
         target.modular_gates(MINIMAX, "fp8_per_channel", "MiniMax2")
+
+
+def test_release_hands_the_choice_to_another_runner(target):
+    """CUTLASS kernels had no parameters of the activation before 0.5.21."""
+    m3 = MODELS["minimax-m3"]
+    loses = Version(target.version()) < Version("0.5.21")
+    lost = [
+        "swiglu_alpha arrives as 1, the layer has 1.702",
+        "swiglu_beta arrives as 0, the layer has 1",
+        "swiglu_limit arrives as inf, the layer has 7",
+    ]
+    for scheme in ("nvfp4", "bf16", "fp8_per_tensor"):
+        (call,) = target.other_experts(m3, scheme)
+        assert list(sentences(call.findings)) == lost * loses
+        assert call.switches == ("--moe-runner-backend flashinfer_cutlass",)
+    assert target.other_experts(m3, "fp8_block") == ()
+    (call,) = target.other_experts(MODELS["gpt-oss-20b"], "bf16")
+    assert "fc1_expert_biases arrives as none, the layer has its fc1 biases" in sentences(
+        call.findings
+    )

@@ -26,7 +26,8 @@ def read_given(
     Args:
         record: A call with its `function` and `arguments`, the number of `shards` of which the
             layer is the last, what it is `stored` as (see `given.yaml`), the `roles` of tensors
-            by argument, and whether the layer `has_biases`.
+            by argument, whether the layer `has_biases`, and what of the activation is
+            `unprepared`, if anything: its values are not the target's own.
 
     Raises:
         Unsupported: The meaning of the entry point's arguments is not known.
@@ -40,7 +41,10 @@ def read_given(
     arguments = record["arguments"]
     yield from _wrong_numbers(entry, model, arguments, record["shards"])
     yield from _wrong_choice(entry, arguments)
-    yield from _wrong_activation(entry, model.experts, arguments, flashinfer)
+    if "applied" not in record:
+        yield from _wrong_weights(entry, model, arguments[entry.weights])
+    known = () if record.get("unprepared") else entry.parameters.items()
+    yield from _wrong_activation(entry, model.experts, arguments, dict(known), flashinfer)
     yield from _wrong_scales(entry, record)
     for name in sorted({flag for flags in entry.flags.values() for flag in flags}):
         wanted = name in entry.flags.get(record["stored"], ())
@@ -70,16 +74,31 @@ def _wrong_choice(entry: GivenExperts, arguments: Mapping[str, Any]) -> Iterator
     ids = arguments[entry.ids]
     if ids is None or ids.get("is") != "ids":
         yield Finding(Kind.ARGUMENT, entry.ids, "the layer's ids", "other values")
+    for name, dtypes in ((entry.ids, entry.id_dtypes), (entry.weights, entry.weight_dtypes)):
+        value = arguments[name]
+        if value is not None and value["dtype"] not in dtypes:
+            yield Finding(Kind.ARGUMENT, name, " or ".join(dtypes), value["dtype"])
     for name in (entry.ids, entry.weights, entry.hidden, entry.experts):
         value = arguments[name]
         if value is not None and not value["contiguous"]:
             yield Finding(Kind.ARGUMENT, name, "contiguous", "not contiguous")
 
 
+def _wrong_weights(entry: GivenExperts, model: ModelSpec, weights: Any) -> Iterator[Finding]:
+    """Weights where no marked tokens show how often they are applied."""
+    is_router = weights is not None and weights.get("is") == "weights"
+    if model.router.weight_on == "input" and is_router:
+        wanted = "ones: the expert input has the weights"
+        yield Finding(Kind.ARGUMENT, entry.weights, wanted, "the router's weights")
+    elif model.router.weight_on == "output" and not is_router:
+        yield Finding(Kind.ARGUMENT, entry.weights, "the router's weights", "other values")
+
+
 def _wrong_activation(
     entry: GivenExperts,
     experts: ExpertsConfig,
     arguments: Mapping[str, Any],
+    parameters: Mapping[str, str],
     flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
     names = ACTIVATIONS[experts.activation]
@@ -88,7 +107,7 @@ def _wrong_activation(
     if known.get(kind) not in names:
         got = str(known.get(kind, kind))
         yield Finding(Kind.ARGUMENT, entry.activation, " or ".join(names), got)
-    for name, argument in entry.parameters.items() if names == ("Swiglu",) else ():
+    for name, argument in parameters.items() if names == ("Swiglu",) else ():
         field, neutral = PARAMETERS[name]
         stated, value = getattr(experts, field), arguments.get(argument)
         wanted = neutral if stated is None else float(stated)

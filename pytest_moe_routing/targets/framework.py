@@ -99,13 +99,12 @@ class FrameworkTarget(Target):
         layers = [name for name in run if not f"{name}.".startswith(self.model_packages)]
         return lacking(self.source.root, layers, self.flashinfer, names)
 
-    def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+    def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
         """Return the arguments of the question about experts of other kernels.
 
-        Raises:
-            Unsupported: The adapter does not know how the framework runs such experts.
+        None if no experts that the adapter runs have the scheme.
         """
-        raise Unsupported(f"{self}: the adapter does not run experts of other kernels")
+        raise Unsupported(f"{self.name} runs no experts of other kernels")
 
     def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
         """Return the calls of other kernels, on each GPU and with each number of ranks.
@@ -113,7 +112,8 @@ class FrameworkTarget(Target):
         Raises:
             Unsupported: The release has no such experts for the scheme, or cannot be asked.
         """
-        answer = self._probe.ask("other_experts", **self.asked_of_others(model, scheme))
+        asked = self.asked_of_others(model, scheme)
+        answer = {"calls": []} if asked is None else self._probe.ask("other_experts", **asked)
         return tuple(other_call(model, record, self.flashinfer) for record in answer["calls"])
 
     def not_served(self, scheme: str) -> Unsupported:

@@ -35,6 +35,7 @@ class OtherCallAnswer(TypedDict, total=False):
     function: str
     arguments: dict[str, Any]
     roles: dict[str, list[str | None]]
+    unprepared: list[str]
     places: dict[str, str]
     unusable: dict[str, str]
     applied: dict[str, list[int] | None]

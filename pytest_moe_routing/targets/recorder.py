@@ -191,3 +191,24 @@ def _is_same(value: Tensor, tensor: Tensor) -> bool:
     if any(are_bytes):
         return all(are_bytes) and torch.equal(value.view(torch.uint8), tensor.view(torch.uint8))
     return torch.equal(value, tensor.to(value.dtype))
+
+
+def roles_of(
+    arguments: Mapping[str, Any], sources: Mapping[str, Tensor]
+) -> dict[str, list[str | None]]:
+    """Return what the tensors of each argument are, known by their memory.
+
+    Args:
+        sources: The scales and biases of a layer, by what they are; see `flashinfer/given.yaml`.
+    """
+    places = {tensor.untyped_storage().data_ptr(): role for role, tensor in sources.items()}
+
+    def role(value: Any) -> str | None:
+        if not isinstance(value, Tensor):
+            return None
+        return places.get(value.untyped_storage().data_ptr())
+
+    lists = {name: value for name, value in arguments.items() if isinstance(value, (list, tuple))}
+    each = {name: [value] for name, value in arguments.items() if isinstance(value, Tensor)}
+    found = {name: [role(item) for item in value] for name, value in (lists | each).items()}
+    return {name: roles for name, roles in found.items() if name in lists or any(roles)}

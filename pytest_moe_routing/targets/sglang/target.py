@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, TypedDict
+from typing import Any
 
 from packaging.version import Version
 
@@ -29,12 +29,13 @@ from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
 from pytest_moe_routing.targets import scales
-from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
+from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe, Question
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
+from pytest_moe_routing.targets.sglang.answers import ANSWERS as ANSWERS_OF_PROBE
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of, raised
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
 from pytest_moe_routing.targets.sglang.model_configs import config_of, configs, published_of
@@ -47,41 +48,6 @@ from pytest_moe_routing.targets.stubs import source_of
 UNDECLARED = "undeclared"
 
 
-class _Call(TypedDict, total=False):
-    """The call of the kernel, or where a forward pass `failed`, if there is one."""
-
-    function: str
-    arguments: dict[str, Any]
-    input_scale: dict[str, Any]
-    logits_dtype: str
-    scale_after: float
-    #: Arguments whose values are not SGLang's own.
-    unprepared: list[str]
-    bias_is_loaded: bool
-    raised_in: str
-
-
-class _Answer(_Call):
-    place: str
-    declared: str | None
-    refused: str | None
-    failed: str | None
-    by_choice: bool
-
-
-#: The type of each answer of the child.
-_ANSWERS: Mapping[str, Any] = {
-    "method_numbers": dict[str, int],
-    "accepted_quantizations": list[str | None] | None,
-    "replaced_runner": str,
-    "capture": _Answer,
-    "around": dict[str, RequestAnswer],
-    "handed_over": HandedOver,
-    "rule": RuleAnswer | None,
-    "runner_rules": list[RuleAnswer],
-    "default_runner": str,
-    "layer_runner": str,
-}
 #: The runner of most schemes, and what a layer chooses further from.
 TRTLLM, _AUTO = "flashinfer_trtllm", "auto"
 #: The gate that rejects a model where SGLang's own router chooses the experts.
@@ -118,7 +84,7 @@ class SglangTarget(FrameworkTarget):
         module = "pytest_moe_routing.targets.sglang.probe.main"
         name = f"{self.name} {source.version}"
         arguments = str(source.root), flashinfer.release, source.version
-        self._probe = Probe(name, module, *arguments, answers=_ANSWERS)
+        self._probe = Probe(name, module, *arguments, answers=ANSWERS_OF_PROBE)
         module = "pytest_moe_routing.targets.sglang.probe.routers"
         answers = {**ANSWERS, "layer_request": Asked}
         self._torch = Probe(name, module, *arguments, answers=answers)
@@ -328,6 +294,15 @@ class SglangTarget(FrameworkTarget):
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
         """Return what is wrong with the call that is given experts and weights."""
         return findings_of(self._handed_over(model, scheme), model, scheme, self.flashinfer)
+
+    def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
+        runner = configs()["schemes"].get(scheme, {}).get("other")
+        return runner and {
+            **self._question(model, scheme, runner),
+            "scale": model.router.routed_scaling_factor,
+            "server": self._server(model, scheme),
+            "served_as": self._row(model, scheme)["quantization"],
+        }
 
     def choice(
         self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False

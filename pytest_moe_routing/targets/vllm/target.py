@@ -187,8 +187,8 @@ class VllmTarget(FrameworkTarget):
             findings += [_at(finding, record) for finding in wrong]
         return tuple(distinct(findings))
 
-    def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
-        return {"model": model.as_dict(), "scheme": scheme}
+    def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
+        return {"model": model.as_dict(), "scheme": scheme} if scheme in SCHEMES else None
 
     def choice(
         self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from types import FrameType
 from typing import Any, Unpack
 
 import torch
@@ -33,9 +32,10 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     rejection,
 )
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
+from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
-from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rules
+from pytest_moe_routing.targets.sglang.probe.rule import line_of_model, rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.weights import (
     fill,
@@ -189,15 +189,20 @@ class Blocks:
                 raise Unsupported(f"{architecture} has MoE blocks that differ: {first}, {block}")
         return answers[first]
 
+    def rejection(self, server: Checkpoint, options: Mapping[str, Any]) -> str | None:
+        """Return why a server does not start with these arguments, as far as a model's code says.
+
+        Before 0.5.18, no model's code is asked about the arguments of a server.
+        """
+        if not self.names.expects("overrides-collect"):
+            return None
+        return rejection(self.names, self._defaults(), server, options)
+
     def around(self, server: Checkpoint, **question: Any) -> dict[str, dict[str, Any]]:
         """Return what becomes of each request around routing, given the arguments of `capture`."""
 
         def rejects(options: Mapping[str, Any]) -> str | None:
-            # Before 0.5.18, no model's code is asked about the arguments of a server.
-            if not self.names.expects("overrides-collect"):
-                return None
-            given = {FIELD: question["runner"], **options}
-            return rejection(self.names, self._defaults(), server, given)
+            return self.rejection(server, {FIELD: question["runner"], **options})
 
         compiles = question["quantization"] is not None and self.names.expects("router-output")
         run = partial(self.capture, **question)
@@ -207,6 +212,11 @@ class Blocks:
         """Return the call that is given experts and weights; see `handed_over`."""
         self.names.require("modular", question["scheme"])
         return handed_over(self.names, lambda: self.capture(**question), self, scale)
+
+    def other_experts(self, **question: Any) -> dict[str, Any]:
+        """Return the call of experts of another kernel; see `other_experts`."""
+        self.names.require("modular", question["scheme"])
+        return other_experts(self, **question)
 
     def _run(
         self,
@@ -334,7 +344,7 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
     def layer_init(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        seen.layers.append((bound.arguments["routing_method_type"], _caller(models)))
+        seen.layers.append((bound.arguments["routing_method_type"], line_of_model(models)))
         seen.on_input = bool(bound.arguments.get("apply_router_weight_on_input"))
         make_layer(self, *args, **kwargs)
         seen.made.append(self)
@@ -359,23 +369,13 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
         layer.__init__, topk.__init__, topk.forward_cuda = make_layer, make_topk, call_topk
 
 
-def _caller(models: str) -> str:
-    """File and line of the model's code that is constructing a layer."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith(models):
-        frame = frame.f_back
-    if frame is None:
-        return "?"
-    name = frame.f_globals["__name__"].removeprefix("sglang.srt.").replace(".", "/")
-    return f"{name}.py:{frame.f_lineno}"
-
-
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Return what answers questions about an SGLang."""
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
+    runs = ("capture", "around", "handed_over", "other_experts")
     names = ("method_numbers", "accepted_quantizations", "default_runner", "layer_runner")
     return {
-        **{name: getattr(blocks, name) for name in (*names, "capture", "around", "handed_over")},
+        **{name: getattr(blocks, name) for name in (*names, *runs)},
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),
         "rule": lambda **asked: rule(blocks.names, lambda: blocks.capture(**asked)),
         "runner_rules": lambda **asked: runner_rules(lambda: blocks.default_runner(**asked)),

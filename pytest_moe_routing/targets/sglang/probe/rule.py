@@ -75,3 +75,14 @@ def _answer(frame: FrameType) -> RuleAnswer:
     module = frame.f_globals["__name__"].replace(".", "/")
     source = f"{module}.py:{frame.f_lineno}"
     return {"name": frame.f_code.co_qualname, "source": source, "instead": ""}
+
+
+def line_of_model(models: str) -> str:
+    """Return file and line of the model's code that is constructing a layer."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith(models):
+        frame = frame.f_back
+    if frame is None:
+        return "?"
+    name = frame.f_globals["__name__"].removeprefix("sglang.srt.").replace(".", "/")
+    return f"{name}.py:{frame.f_lineno}"

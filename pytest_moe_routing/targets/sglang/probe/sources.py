@@ -29,6 +29,7 @@ class Sources:
         self.definitions = lru_cache(maxsize=None)(self._definitions)
         self._imports = lru_cache(maxsize=None)(self._imports_of)
         self.blocks = lru_cache(maxsize=None)(self._blocks)
+        self.accepted_quantizations = lru_cache(maxsize=None)(self._accepted_quantizations)
         self._reached: dict[str, list[Place]] = {}
 
     @cached_property
@@ -149,8 +150,8 @@ class Sources:
         names = {name for _, name in self._reached[architecture] if "DecoderLayer" in name}
         return any(name in strategy for name in names)
 
-    def accepted_quantizations(self) -> list[str | None] | None:
-        """Return the `quantization` values that the server allows with the TRT-LLM runner.
+    def _accepted_quantizations(self, runner: str = _RUNNER) -> list[str | None] | None:
+        """Return the `quantization` values that the server allows with a runner.
 
         None for a release from the time before there was an assertion (before 0.5.6).
 
@@ -159,17 +160,17 @@ class Sources:
         """
         modules = self._server_modules()
         for module in modules:
-            if _RUNNER not in self.source(module):
+            if runner not in self.source(module):
                 continue
             for node in ast.walk(self.tree(module)):
-                if isinstance(node, ast.If) and _asks_for_runner(node.test):
+                if isinstance(node, ast.If) and _asks_for_runner(node.test, runner):
                     for allowed in map(_allowed_quantizations, node.body):
                         if allowed is not None:
                             return allowed
         if self.names.expects("server-assertion"):
             raise Unsupported(
                 f"not judged: {', '.join(modules[:1])} and its groups in SGLang "
-                f"{self.names.version} assert nothing about the quantizations of {_RUNNER}"
+                f"{self.names.version} assert nothing about the quantizations of {runner}"
             )
         return None
 
@@ -253,8 +254,8 @@ def _constants(call: ast.Call | None) -> dict[str, Any]:
     }
 
 
-def _asks_for_runner(test: ast.expr) -> bool:
-    """Whether a condition is that the runner is ours, alone or among others."""
+def _asks_for_runner(test: ast.expr, runner: str) -> bool:
+    """Whether a condition is that the runner is this one, alone or among others."""
     if not isinstance(test, ast.Compare) or not ast.unparse(test.left).endswith(
         "moe_runner_backend"
     ):
@@ -262,7 +263,7 @@ def _asks_for_runner(test: ast.expr) -> bool:
     if not isinstance(test.ops[0], (ast.Eq, ast.In)):
         return False
     values = {n.value for n in ast.walk(test) if isinstance(n, ast.Constant)}
-    return _RUNNER in values
+    return runner in values
 
 
 def _allowed_quantizations(statement: ast.stmt) -> list[str | None] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.sglang.probe.world import EP_RANK, EP_SIZE
+from pytest_moe_routing.targets.sglang.probe.world import EP_RANK, EP_SIZE, requested
 
 #: Arguments of the kernel that SGLang computes from a layer's config while it loads weights.
 _ACTIVATION = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
@@ -88,6 +88,8 @@ def stand_in_weights(names: Names, layer: Any) -> list[str]:
         for name in _OF_SCALES:
             if _held(layer, name) is None:
                 setattr(layer, name, torch.ones(1))
+    if (prepared := requested("prepared")) is not None:
+        prepared(layer)
     return unprepared
 
 
@@ -141,6 +143,12 @@ def _prepare(names: Names, layer: Any) -> list[str]:
         names.get("prepare-fp8")(method, layer)
     elif scheme in ("modelopt_fp4", "modelopt_fp8"):
         return _prepare_scales(layer)
+    elif scheme is None and requested("prepared") is not None:
+        try:
+            method.process_weights_after_loading(layer)
+        except Exception:
+            # It runs on a GPU, in some releases.
+            return [*_ACTIVATION]
     return []
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets import layers, recorder, scales, stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import compressed
@@ -112,12 +113,13 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
         replay = arguments.get("routing_replay_out")
         if replay is not None:
             replay.copy_(torch.arange(replay.numel()).reshape(replay.shape))
-        states, output = arguments["hidden_states"], arguments.get("output")
+        entry, output = given_experts(function), arguments.get("output")
+        states = arguments[entry.hidden if entry else "hidden_states"]
         if output is None:
             width = states.shape[1] * (2 if states.dtype == torch.uint8 else 1)
             output = torch.empty(len(states), width, dtype=torch.bfloat16)
         output.fill_(1)
-        return [output] if "fp4" in function or "mxint4" in function else output
+        return recorder.returned(function, {}, output)
 
     recorder.install(flashinfer, answer)
     _choose_runner(names)
@@ -249,6 +251,11 @@ def _options(names: Names) -> dict[str, Any]:
             "placement", init_new=lambda *_, **__: requested("placement")
         ),
         "get_global_experts_capturer": lambda: requested("capturer"),
+        # How many tokens a tuner tries.
+        "deployment_attn_dp_size": lambda: 1,
+        "get_disagg": lambda: stubs.known("disagg", disaggregation_mode="null"),
+        "get_schedule": lambda: stubs.known("schedule", max_prefill_tokens=8192),
+        "max_prefill_buffer_tokens": lambda: None,
         "get_exec": lambda: stubs.known("exec", moe=options, features=options),
         "get_flags": lambda: flags,
         "get_forward": lambda: stubs.known("forward", moe_output_buffer=None),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.recorder import roles_of
 from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks
@@ -103,7 +104,7 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     Raises:
         Unsupported: The release has no such experts, or nothing that chooses them.
     """
-    if scheme not in SCHEMES or SCHEMES[scheme].modular is None:
+    if SCHEMES[scheme].modular is None:
         return {"calls": []}
     names().require("modular", scheme)
     if not _kinds(scheme):
@@ -198,12 +199,13 @@ def _call(experts: Any, caller: Any, layer: Layer, way: _Way, stored: str) -> di
     if stored == _UNQUANTIZED_ACTIVATIONS:
         row = replace(row, quantization=("", *row.quantization[1:]))
     sources, ranks = _sources(row, layer, stored), way.ranks
+    named = {_ROLES[name]: tensor for name, tensor in sources.items()}
     make = partial(_made, experts, layer, row, sources)
     run = Run(experts, caller, layer, ranks.dispatched, make)
     about = {"by": caller.__qualname__.split(".")[0], "shards": ranks.count}
     about |= {"dispatched": ranks.dispatched}
     about |= {"has_biases": _BIASES[0] in sources}
-    return {**about, **run.answer(), "roles": _roles(run.arguments, sources)}
+    return {**about, **run.answer(), "roles": roles_of(run.arguments, named)}
 
 
 def _sources(row: ServedScheme, layer: Layer, stored: str) -> dict[str, Tensor]:
@@ -236,21 +238,3 @@ def _made(experts: Any, layer: Layer, row: ServedScheme, sources: Mapping[str, T
     }
     config = names().get("quant-config")(**names().accepted("quant-config", arguments))
     return experts(layer.config, config)
-
-
-def _roles(
-    arguments: Mapping[str, Any], sources: Mapping[str, Tensor]
-) -> dict[str, list[str | None]]:
-    """Return what the tensors of each argument are: a scale or a bias, known by its memory."""
-    places = {tensor.untyped_storage().data_ptr(): name for name, tensor in sources.items()}
-
-    def role(value: Any) -> str | None:
-        if not isinstance(value, Tensor):
-            return None
-        name = places.get(value.untyped_storage().data_ptr())
-        return None if name is None else _ROLES[name]
-
-    lists = {name: value for name, value in arguments.items() if isinstance(value, (list, tuple))}
-    each = {name: [value] for name, value in arguments.items() if isinstance(value, Tensor)}
-    found = {name: [role(item) for item in value] for name, value in (lists | each).items()}
-    return {name: roles for name, roles in found.items() if name in lists or any(roles)}

@@ -1,0 +1,48 @@
+"""The types of the answers that SGLang's child process gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
+from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
+from pytest_moe_routing.targets.sglang.handed_over import HandedOver
+
+
+class _Call(TypedDict, total=False):
+    """The call of the kernel, or where a forward pass `failed`, if there is one."""
+
+    function: str
+    arguments: dict[str, Any]
+    input_scale: dict[str, Any]
+    logits_dtype: str
+    scale_after: float
+    #: Arguments whose values are not SGLang's own.
+    unprepared: list[str]
+    bias_is_loaded: bool
+    raised_in: str
+
+
+class Answer(_Call):
+    place: str
+    declared: str | None
+    refused: str | None
+    failed: str | None
+    by_choice: bool
+
+
+#: The type of each answer of the child.
+ANSWERS: Mapping[str, Any] = {
+    "method_numbers": dict[str, int],
+    "accepted_quantizations": list[str | None] | None,
+    "replaced_runner": str,
+    "capture": Answer,
+    "around": dict[str, RequestAnswer],
+    "handed_over": HandedOver,
+    "other_experts": OtherCallsAnswer,
+    "rule": RuleAnswer | None,
+    "runner_rules": list[RuleAnswer],
+    "default_runner": str,
+    "layer_runner": str,
+}

@@ -1,0 +1,206 @@
+"""Calls of other kernels than TRT-LLM's: what is read of one, which models are asked, and the report."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.failure import Rank
+from pytest_moe_routing.flashinfer import FlashInfer, known_releases
+from pytest_moe_routing.flashinfer.given import given_experts
+from pytest_moe_routing.flashinfer.signatures import parameters
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.given import read_given
+from pytest_moe_routing.oracle.other_experts import other_calls
+from pytest_moe_routing.oracle.target import OtherCall, Target
+from pytest_moe_routing.report.text import sentence
+from pytest_moe_routing.suite.causes import of_other_experts
+
+MODELS = load_models(packaged_directory())
+FLASHINFER = FlashInfer.of(known_releases()[-1])
+R1, SCOUT = MODELS["deepseek-r1"], MODELS["llama-4-scout"]
+
+
+def tensor(dtype, *shape, **more):
+    return {"dtype": dtype, "shape": list(shape), "contiguous": True, **more}
+
+
+def recorded(model=R1, **changes):
+    """A call on rank 1 of 2 in bf16, as it should be, without marked tokens."""
+    local, top_k = model.router.num_experts // 2, model.router.top_k
+    arguments = {
+        "input": tensor("bfloat16", 8, 512),
+        "token_selected_experts": tensor("int32", 8, top_k, **{"is": "ids"}),
+        "token_final_scales": tensor("float32", 8, top_k, **{"is": "weights"}),
+        "fc1_expert_weights": tensor("bfloat16", local, 512, 512),
+        "output_dtype": "bfloat16",
+        "tp_size": 1,
+        "tp_rank": 0,
+        "ep_size": 2,
+        "ep_rank": 1,
+        "cluster_size": 1,
+        "cluster_rank": 0,
+        "activation_type": 3,
+    }
+    record = {"function": "cutlass_fused_moe", "stored": "bf16", "shards": 2, "roles": {}}
+    record |= {"has_biases": False, "arguments": arguments}
+    for name, value in changes.items():
+        (record if name in record or name == "unprepared" else arguments)[name] = value
+    return record
+
+
+def sentences(model=R1, **changes):
+    return [sentence(f) for f in read_given(model, recorded(model, **changes), FLASHINFER)]
+
+
+def test_every_argument_is_one_of_the_entry_point():
+    """The facts about arguments name no argument that the newest release does not have."""
+    entry = given_experts("cutlass_fused_moe")
+    known = {p.partition("=")[0] for p in parameters(entry.function, FLASHINFER.release)}
+    scales = {name for row in entry.scales.values() for name in row}
+    flags = {name for row in entry.flags.values() for name in row}
+    single = {entry.ids, entry.weights, entry.hidden, entry.scale, entry.tiled, entry.experts}
+    named = single | {entry.rank, entry.activation} | {*entry.numbers, *entry.biases}
+    assert named | scales | flags | set(entry.parameters.values()) <= known
+
+
+def test_a_right_call():
+    assert sentences() == []
+    assert sentences(MODELS["minimax-m3"], unprepared=["gemm1_alpha"]) == []
+    ones = tensor("float32", 8, 1)
+    assert sentences(SCOUT, token_final_scales=ones) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "found"),
+    [
+        (
+            R1,
+            {"token_final_scales": tensor("float32", 8, 8)},
+            "token_final_scales arrives as other values, the layer has the router's weights",
+        ),
+        (
+            SCOUT,
+            {},
+            "token_final_scales arrives as the router's weights, the layer has ones: the expert "
+            "input has the weights",
+        ),
+        (
+            R1,
+            {"token_selected_experts": tensor("int64", 8, 8, **{"is": "ids"})},
+            "token_selected_experts arrives as int64, the layer has int32",
+        ),
+        (
+            R1,
+            {"fc1_expert_weights": tensor("bfloat16", 256, 512, 512)},
+            "fc1_expert_weights arrives as 256 experts, the layer has 128 experts",
+        ),
+        (
+            R1,
+            {"input": {**tensor("bfloat16", 8, 512), "contiguous": False}},
+            "input arrives as not contiguous, the layer has contiguous",
+        ),
+        (
+            R1,
+            {"swiglu_limit": tensor("float32", 128)},
+            "swiglu_limit arrives as values that differ, the layer has inf",
+        ),
+        (
+            R1,
+            {"use_mxfp8_act_scaling": True},
+            "use_mxfp8_act_scaling arrives as yes, the layer has no",
+        ),
+    ],
+)
+def test_a_wrong_call(model, changes, found):
+    assert sentences(model, **changes) == [found]
+
+
+def test_an_entry_point_whose_arguments_are_not_known():
+    for changes in ({"function": "other_fused_moe"}, {"stored": "mxint4"}):
+        with pytest.raises(Unsupported, match=r"arguments of .* are not known"):
+            sentences(**changes)
+
+
+class Experts(Target):
+    """A target whose experts give these calls, by model; it remembers who was asked."""
+
+    name = "fake"
+
+    def __init__(self, calls, unknown=()):
+        super().__init__(FLASHINFER)
+        self.calls, self.unknown, self.asked = calls, unknown, []
+
+    def version(self):
+        return "1.0"
+
+    def other_experts(self, model, scheme):
+        self.asked.append(model.id)
+        if model.id in self.unknown:
+            raise Unsupported("no code")
+        return self.calls
+
+
+def call(*switches, requests=False, findings=()):
+    return OtherCall("Experts", "Hopper", switches, requests, tuple(findings))
+
+
+RANK = Finding(Kind.ARGUMENT, "ep_rank", 1, 0, "there, rank 1 of 2")
+SIZE = Finding(Kind.ARGUMENT, "ep_size", 2, 1, "there, rank 1 of 2")
+
+
+def test_one_model_of_each_kind_is_asked():
+    """Kimi-K2's experts differ from DeepSeek-R1's in their number alone; Llama 4's do not."""
+    target = Experts([call()])
+    models = [R1, MODELS["kimi-k2"], SCOUT]
+    found = other_calls(target, "bf16", models)
+    assert (target.asked, found.answered, found.wrong) == (["deepseek-r1", "llama-4-scout"], 3, ())
+
+
+def test_another_model_answers_for_one_that_cannot_be_asked():
+    target = Experts([call()], unknown=["deepseek-r1"])
+    found = other_calls(target, "bf16", [R1, MODELS["kimi-k2"]])
+    assert (target.asked, found.answered) == (["deepseek-r1", "kimi-k2"], 2)
+    assert found.unanswered == {"no code": 1}
+
+
+def test_a_mistake_is_told_once_on_the_way_that_needs_least():
+    ways = [
+        call("--moe-backend x", requests=True, findings=[RANK, SIZE]),
+        call("--ep", findings=[RANK]),
+    ]
+    found = other_calls(Experts(ways), "bf16", [R1, SCOUT]).wrong
+    assert [(each.call.switches, each.findings) for each in found] == [
+        (("--ep",), (RANK,)),
+        (("--moe-backend x",), (SIZE,)),
+    ]
+    assert [model.id for model in found[0].models] == ["deepseek-r1", "llama-4-scout"]
+
+
+def test_a_mistake_that_needs_a_backend_is_one_line():
+    target = Experts([call("--moe-backend x", requests=True, findings=[RANK])])
+    models = [R1, MODELS["kimi-k2"]]
+    [wrong] = other_calls(target, "bf16", models).wrong
+    failure = of_other_experts(target, "bf16", wrong)
+    assert failure.rank is Rank.LATENT
+    assert failure.block(width=None) == [
+        "bf16: Experts: ep_rank arrives as 0, the layer has 1 (2 models, such as deepseek-r1; only "
+        "with an opt-in switch: --moe-backend x on Hopper)  "
+        "[other-experts:argument-ep_rank:Experts]"
+    ]
+
+
+def test_a_mistake_by_default_is_a_block():
+    target = Experts([call(findings=[RANK])])
+    [wrong] = other_calls(target, "bf16", [R1]).wrong
+    failure = of_other_experts(target, "bf16", wrong)
+    assert failure.rank is Rank.SILENT
+    assert failure.lines == (
+        "deepseek-r1 on bf16, Experts of fake 1.0: the call is wrong",
+        "  reach    a checkpoint that anyone could produce, by default on Hopper",
+        "  because  ep_rank arrives as 0, the layer has 1",
+        "  at       there, rank 1 of 2",
+        "  models   deepseek-r1",
+    )

@@ -46,6 +46,14 @@ BROKEN = {
         *(SCALE, r"(fused_output \*= self.routed_scaling_factor)", r"\1; \1"),
         *("deepseek-r1", "nvfp4"),
     ),
+    "not scaled for one token": (
+        *(SCALE, r"(routed_scaling_factor != 1.0)", r"\1 and len(fused_output) > 4"),
+        *("deepseek-r1", "nvfp4"),
+    ),
+    "not scaled for many tokens": (
+        *(SCALE, r"(routed_scaling_factor != 1.0)", r"\1 and len(fused_output) <= 512"),
+        *("deepseek-r1", "fp8_block"),
+    ),
     "shared twice": (
         *(FORWARD, r"= shared_output \+ fused_output", "= shared_output * 2 + fused_output"),
         *("glm-4.5", "fp8_block"),

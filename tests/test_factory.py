@@ -15,6 +15,8 @@ FOUND = {
     "factor to both": ("wrong", f"{FACTOR} 6.25", ""),
     "factor to neither": ("wrong", f"{FACTOR} 1", "routed_scaling_factor is applied nowhere;"),
     "scaled twice": ("wrong", f"{FACTOR} 6.25", "routed_scaling_factor is applied twice;"),
+    "not scaled for one token": ("wrong", "scale_after arrives as 1 (with 1 token), the", ""),
+    "not scaled for many tokens": ("wrong", "scale_after arrives as 1 (with 1025 tokens),", ""),
     "shared twice": ("wrong", f"{SHARED} twice; the layer adds it once", f"{SHARED} twice;"),
     "shared dropped": ("wrong", f"{SHARED} nowhere;", f"{SHARED} nowhere;"),
     "reduced twice": ("wrong", "other ranks' output of the shared experts is added twice;", None),

@@ -52,6 +52,8 @@ INDENTS = (" " * 8, " " * 12)
 ALPHAS = '"g2_alphas",\n            (w2_input_scale * layer.w2_weight_scale_2)'
 #: What the quantizer of the input is given.
 INPUT = '"w13_input_scale_quant",\n            (1 / w13_input_scale)'
+#: What the FP8 kernel multiplies by, which is lost for a few tokens.
+FACTOR = '"routed_scaling_factor": routed_scaling_factor,'
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,8 @@ def target(tmp_path_factory):
         edit(root, quantization, (ALPHAS, ALPHAS.replace("w2_input_scale * ", "")))
         edit(root, quantization, (INPUT, INPUT.replace("1 / ", "")))
         edit(root, "models/step3p5.py", (GATE, BF16_GATE))
+        lost = FACTOR.replace(",", " if len(hidden_states) > 8 else None,")
+        edit(root, "layers/moe/flashinfer_trtllm_moe.py", (FACTOR, lost))
         edit(root, "arg_groups/overrides.py", (NAMED, NAMED.replace('"modelopt_fp4", ', "")))
     yield from opened(root)
 
@@ -74,6 +78,12 @@ def test_a_placement_that_fails_in_the_forward_pass_is_no_rejection(target):
     assert answer.answer is Answer.FAILED
     assert answer.why.startswith("NotImplementedError: ")
     assert "--enable-eplb" in answer.switches
+
+
+def test_a_factor_that_is_lost_for_a_few_tokens(target):
+    record = judge(target, MODELS["deepseek-r1"], "fp8_block").record()
+    text = "routed_scaling_factor arrives as 1 (with 1 token), the layer has 2.5"
+    assert (record.verdict, list(sentences(record.findings))) == ("wrong", [text])
 
 
 def test_a_default_that_is_lost_names_the_function_and_what_is_used_now(target):

@@ -12,7 +12,7 @@ what the layer has, or is a finding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isclose
 from typing import Any
 
@@ -309,3 +309,11 @@ def _downcasts(model: ModelSpec, call: KernelCall) -> Iterator[Finding]:
         yield Finding(Kind.DOWNCAST, "logits", *_PRECISION)
     if call.bias == "router" and (router.correction_bias, call.bias_dtype) == _PRECISION:
         yield Finding(Kind.DOWNCAST, "bias", *_PRECISION)
+
+
+def differing(first: KernelCall, other: KernelCall) -> Iterator[Finding]:
+    """Yield the arguments in which a call is not the first one."""
+    for name in (f.name for f in fields(KernelCall)):
+        wanted, got = getattr(first, name), getattr(other, name)
+        if wanted != got:
+            yield Finding(Kind.ARGUMENT, name, wanted, got)

@@ -115,3 +115,19 @@ def distinct(findings: Iterable[Finding]) -> Iterator[Finding]:
         if what not in seen:
             seen.add(what)
             yield finding
+
+
+def only_with(
+    tokens: int, findings: Iterable[Finding], others: Iterable[Finding]
+) -> Iterator[Finding]:
+    """Yield findings about a call with so many tokens, but none that is among others.
+
+    Those are about calls with another number of tokens, so the number is part of what is wrong.
+    """
+    known = {replace(finding, where="") for finding in others}
+    count = f"with {tokens} token{'s' * (tokens > 1)}"
+    for finding in findings:
+        if replace(finding, where="") not in known:
+            got = "none" if finding.got is None else finding.got
+            shown = f"{got:.6g}" if isinstance(got, float) else got
+            yield replace(finding, got=f"{shown} ({count})")

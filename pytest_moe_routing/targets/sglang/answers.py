@@ -38,6 +38,7 @@ ANSWERS: Mapping[str, Any] = {
     "accepted_quantizations": list[str | None] | None,
     "replaced_runner": str,
     "capture": Answer,
+    "with_tokens": Answer,
     "around": dict[str, RequestAnswer],
     "handed_over": HandedOver,
     "other_experts": OtherCallsAnswer,

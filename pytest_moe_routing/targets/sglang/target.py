@@ -20,15 +20,13 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.models.huggingface.published import left_out, nesting
-from pytest_moe_routing.oracle.arguments import RecordedLayer, read
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.exact import Gate
-from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind
+from pytest_moe_routing.oracle.finding import Finding
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
-from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
@@ -36,9 +34,10 @@ from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe, Question
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.sglang.answers import ANSWERS as ANSWERS_OF_PROBE
-from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of, raised
+from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
 from pytest_moe_routing.targets.sglang.model_configs import config_of, configs, published_of
+from pytest_moe_routing.targets.sglang.recorded import TOKENS, captured_of, with_tokens
 from pytest_moe_routing.targets.sglang.registry import registered
 from pytest_moe_routing.targets.sglang.runner_rule import deciding
 from pytest_moe_routing.targets.source import Source
@@ -250,32 +249,19 @@ class SglangTarget(FrameworkTarget):
         }
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
-        """Return the call that the model's block ends in, on the second of two ranks."""
+        """Return the call that the model's block ends in, on the second of two ranks.
+
+        A call with another number of tokens that differs is a finding.
+        """
         declared = self.classify(model).method
         if method != declared:
             raise Unsupported(f"{self}: the model's code has {declared}, not {method}")
-        answer = self._run(model, scheme)
-        if answer["failed"]:
-            return Captured(None, (raised(answer),))
-        size = configs()["sizes"]["intermediate_size"]
-        layer = RecordedLayer(1, 2, size, answer["scale_after"], scales=scales.GIVEN)
-        captured = read(model, scheme, answer, layer, self.flashinfer)
-        number = answer["arguments"]["routing_method_type"]
-        open_ = [f.field for f in captured.findings if f.field in answer["unprepared"]]
-        findings = [f for f in captured.findings if f.field not in open_]
-        when = "prepared when weights are loaded, by code that does not run on a CPU"
-        unknown = f"{', '.join(open_)}: {when}" if open_ else ""
-        own = next((name for name, value in self._numbers.items() if value == number), None)
-        if captured.call is not None and own not in (None, captured.call.method):
-            findings.append(Finding(Kind.ENUM, own or "", number, captured.call.method))
-        if not answer["bias_is_loaded"]:
-            findings.append(NOT_LOADED)
-        arriving = None if captured.call is None else captured.call.logits_dtype
-        if (answer["logits_dtype"], arriving) == ("bfloat16", "float32"):
-            findings.append(Finding(Kind.DOWNCAST, "gate", "float32", "bfloat16"))
-        # The line of the model's code that makes the layer.
-        source = "" if answer["place"] == "?" else f"sglang/srt/{answer['place']}"
-        return Captured(captured.call, tuple(findings), answer["function"], unknown, source)
+        question = self._question(model, scheme)
+        answers = {n: self._remembered("with_tokens", {**question, "tokens": n}) for n in TOKENS}
+        about = model, scheme, self.flashinfer, self._numbers
+        # Where SGLang's own router serves so many tokens, other tests judge it.
+        others = {n: captured_of(a, *about) for n, a in answers.items() if not a["refused"]}
+        return with_tokens(captured_of(self._run(model, scheme), *about), others)
 
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Return whether a kernel is given experts and weights by default.

@@ -22,6 +22,7 @@ class _End(TypedDict, total=False):
     function: str
     arguments: dict[str, Any]
     raised: _Raised
+    tokens: int
     scale_after: float | None
     shared: float | None
     reduced: list[int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any, TypeVar
 
@@ -19,11 +19,17 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
-from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled, read, read_routed
+from pytest_moe_routing.oracle.arguments import (
+    RecordedLayer,
+    differing,
+    misscaled,
+    read,
+    read_routed,
+)
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.exact import Gate
-from pytest_moe_routing.oracle.finding import Finding, Kind, distinct
+from pytest_moe_routing.oracle.finding import Finding, Kind, distinct, only_with
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
@@ -293,6 +299,7 @@ class VllmTarget(FrameworkTarget):
         first: KernelCall | None = calls[0][1].call
         findings = list(self._enum_mismatch(method))
         for record, captured in calls:
+            start = len(findings)
             findings += [_at(finding, record) for finding in captured.findings]
             if captured.call is None:
                 first = None
@@ -300,10 +307,12 @@ class VllmTarget(FrameworkTarget):
                 takes = not self.flashinfer.violations(captured.call)
                 findings += [
                     _at(finding, record)
-                    for finding in _other(first, captured.call)
+                    for finding in differing(first, captured.call)
                     # A way that is only less precise than the other has its downcast reported.
                     if not (takes and finding.field in _DTYPES)
                 ]
+            if "tokens" in record:
+                findings[start:] = only_with(record["tokens"], findings[start:], findings[:start])
         made, found = answer["calls"][0], tuple(distinct(findings))
         return Captured(first, found, _site(made), source=made.get("at", ""))
 
@@ -384,11 +393,3 @@ def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
     if record.get("dispatched"):
         rank += ", tokens gathered"
     return replace(finding, where=f"{_site(record)}{rank}")
-
-
-def _other(first: KernelCall, other: KernelCall) -> Iterator[Finding]:
-    """Return the arguments in which a call is not the first one."""
-    for name in (f.name for f in fields(KernelCall)):
-        wanted, got = getattr(first, name), getattr(other, name)
-        if wanted != got:
-            yield Finding(Kind.ARGUMENT, name, wanted, got)

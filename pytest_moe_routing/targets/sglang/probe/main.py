@@ -22,6 +22,7 @@ from pytest_moe_routing.targets import layers, scales, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import input_scale, plain
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.sglang.probe import world
 from pytest_moe_routing.targets.sglang.probe.around import PADDING, around
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
@@ -55,8 +56,7 @@ from pytest_moe_routing.targets.stubs import Stub
 #: More than the largest batch of any special gate kernel.
 _TOKENS = 64
 #: A layer of experts in every model: the first few are dense, or routed by a table.
-_LAYER = 5
-_SIZE = 256
+_LAYER, _SIZE = 5, 256
 
 
 class _Config(layers.Config):
@@ -245,10 +245,9 @@ class Blocks:
             answer |= {kind: text, "raised_in": raised_in}
         self.experts = named_of_experts(seen.made[-1]) if seen.made else {}
         if len(seen.layers) != 1 or len(seen.topks) != 1:
-            if answer["refused"] or answer["failed"]:
-                raise Unsupported(answer["refused"] or answer["failed"])
+            why = answer["refused"] or answer["failed"]
             made = f"{len(seen.layers)} MoE layers and {len(seen.topks)} TopK layers"
-            raise Unsupported(f"the block makes {made}, not one of each")
+            raise Unsupported(why or f"the block makes {made}, not one of each")
         ((declared, place),) = seen.layers
         answer |= {"place": place, "declared": None if declared is None else declared.name}
         if not (answer["refused"] or answer["failed"]):
@@ -323,14 +322,15 @@ def _build(
 def _forward(block: nn.Module, num_experts: int) -> Any:
     """One pass; a block that gets its logits from outside has ours anyway."""
     parameters = list(inspect.signature(block.forward).parameters.values())
+    tokens = requested(world.TOKENS) or _TOKENS
     known = {
-        "router_logits": torch.zeros(_TOKENS, num_experts),
+        "router_logits": torch.zeros(tokens, num_experts),
         "forward_batch": Stub("forward_batch"),
         "visual_token_mask": None,
     }
     needed = [p.name for p in parameters[1:] if p.default is inspect.Parameter.empty]
     rest = {name: known[name] for name in needed if name in known}
-    return block(**{parameters[0].name: torch.zeros(_TOKENS, _SIZE)}, **rest)
+    return block(**{parameters[0].name: torch.zeros(tokens, _SIZE)}, **rest)
 
 
 @contextmanager
@@ -376,6 +376,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     names = ("method_numbers", "accepted_quantizations", "default_runner", "layer_runner")
     return {
         **{name: getattr(blocks, name) for name in (*names, *runs)},
+        "with_tokens": partial(world.with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),
         "rule": lambda **asked: rule(blocks.names, lambda: blocks.capture(**asked)),
         "runner_rules": lambda **asked: runner_rules(lambda: blocks.default_runner(**asked)),

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,15 @@ Call = tuple[str, dict[str, Any]]
 EP_SIZE, EP_RANK = 2, 1
 
 
+_Answer = TypeVar("_Answer")
+
 #: The runner that is named on the command line of a server, by its name there.
 TRTLLM = "flashinfer_trtllm"
 _chosen = [TRTLLM]
 
 
+#: How many tokens a block is given, which is requested by this name.
+TOKENS = "tokens_of_block"
 #: That a server compiles models, which is requested by this name.
 COMPILED = "enable_torch_compile"
 #: What the server is asked for besides the runner, by the name of its option or stand-in.
@@ -54,6 +58,12 @@ def requesting(**options: Any) -> Iterator[None]:
         yield
     finally:
         _requested.clear()
+
+
+def with_tokens(run: Callable[..., _Answer], tokens: int, **question: Any) -> _Answer:
+    """Run a question about a block that is given so many tokens."""
+    with requesting(**{TOKENS: tokens}):
+        return run(**question)
 
 
 def requested(name: str) -> Any:

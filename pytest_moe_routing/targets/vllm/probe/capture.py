@@ -40,14 +40,19 @@ _REFUSALS = (
 )
 
 
+#: Tokens of further calls, as in decoding and in a prefill: code often branches on their number.
+_TOKENS = (1, 1025)
+
+
 def capture(
     model: Mapping[str, Any], scheme: str, method: str, thorough: bool = True
 ) -> dict[str, Any]:
     """Record what reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
 
-    Each of the `calls` is `by` whom, in how many `shards`, and either the `function` and its
-    `arguments` or the exception that is `raised`; and what came of the kernel's output, see
-    `layer.Layer.run`. `intermediate_size` is that of the layer's experts.
+    Each of the `calls` is `by` whom, in how many `shards`, with how many `tokens` if it is one more
+    call for that, and either the `function` and its `arguments` or the exception that is `raised`;
+    and what came of the kernel's output, see `layer.Layer.run`. `intermediate_size` is that of the
+    layer's experts.
 
     Args:
         thorough: Take every way to the kernel, and not only the first one.
@@ -66,16 +71,16 @@ def capture(
         methods, shards = methods[:1], shards[:1]
     is_class = isinstance(experts, type)
 
-    def called(caller: Any, count: int) -> dict[str, Any]:
+    def called(caller: Any, ranks: Ranks) -> dict[str, Any]:
         # One for each call, as one that fails on the way leaves things behind.
-        layer = layer_of(model, row, method, Ranks(count), is_class=is_class)
-        return run_layer(experts, caller, layer)
+        layer = layer_of(model, row, method, ranks, is_class=is_class)
+        way = {"by": caller.__qualname__.split(".")[0], "shards": ranks.count}
+        return {**way, **run_layer(experts, caller, layer)}
 
-    calls = [
-        {"by": caller.__qualname__.split(".")[0], "shards": count, **called(caller, count)}
-        for caller in methods
-        for count in shards
-    ]
+    calls = [called(caller, Ranks(count)) for caller in methods for count in shards]
+    if thorough:
+        for tokens in _TOKENS:
+            calls.append({**called(methods[0], Ranks(tokens=tokens)), "tokens": tokens})
     return {"calls": calls, "intermediate_size": intermediate_size(model)}
 
 

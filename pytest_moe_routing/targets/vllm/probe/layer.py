@@ -30,7 +30,7 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What a kernel does with its arguments.
 _Write = Callable[[Mapping[str, Any]], None]
-TOKENS, HIDDEN, INTERMEDIATE = 8, 512, 256
+HIDDEN, INTERMEDIATE = 512, 256
 
 
 def intermediate_size(model: Mapping[str, Any]) -> int:
@@ -50,7 +50,7 @@ class _Prepared:
         self, hidden: Tensor, router_logits: Tensor, *_: Any, defer_input_quant: bool, **__: Any
     ) -> Any:
         if defer_input_quant:
-            return torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16), None, router_logits
+            return torch.zeros_like(hidden), None, router_logits
         return self._layer.hidden, self._layer.scale, router_logits
 
     def finalize(self, fused_expert_output: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class Layer:
     config: Any
     asked: Any
 
-    def __init__(self, model: Mapping[str, Any], row: ServedScheme, shards: int) -> None:
+    def __init__(self, model: Mapping[str, Any], row: ServedScheme, ranks: Ranks) -> None:
         router = model["router"]
         experts = router["num_experts"]
-        self.model, self.row = model, row
-        logits = torch.linspace(-3.3, 3.1, TOKENS * experts).reshape(TOKENS, experts)
+        self.model, self.row, self.tokens = model, row, ranks.tokens
+        logits = torch.linspace(-3.3, 3.1, self.tokens * experts).reshape(-1, experts)
         self.logits = logits.to(told_dtype(model) or getattr(torch, model["dtype"]))
         self.bias = None
         if router["correction_bias"] is not None:
@@ -107,8 +107,8 @@ class Layer:
             bias = torch.linspace(0.101, 0.907, experts)
             self.bias = bias.to(getattr(torch, router["correction_bias"]))
         self.global_num_experts = experts
-        self.local_num_experts = experts // shards
-        self.ep_rank = shards - 1
+        self.local_num_experts = experts // ranks.count
+        self.ep_rank = ranks.count - 1
         self.top_k = router["top_k"]
         stated = release.router_arguments(model)
         self.num_expert_group, self.topk_group = stated["num_expert_group"], stated["topk_group"]
@@ -119,10 +119,10 @@ class Layer:
 
     def _make_activations(self) -> None:
         name, a_byte, a_scale, scale_dtype = self.row.quantized
-        self.hidden = torch.zeros(TOKENS, HIDDEN // a_byte, dtype=getattr(torch, name))
+        self.hidden = torch.zeros(self.tokens, HIDDEN // a_byte, dtype=getattr(torch, name))
         self.scale = None
         if a_scale:
-            shape = (TOKENS, HIDDEN // a_scale)
+            shape = (self.tokens, HIDDEN // a_scale)
             self.scale = torch.zeros(shape, dtype=getattr(torch, scale_dtype))
 
     def give(self, layer: Any) -> None:
@@ -215,7 +215,7 @@ class StandIn(Layer):
         ranks: Ranks,
         is_class: bool,
     ) -> None:
-        super().__init__(model, row, ranks.count)
+        super().__init__(model, row, ranks)
         sizes = HIDDEN, intermediate_size(model)
         dispatched = ranks.dispatched
         self.asked = self
@@ -240,7 +240,7 @@ class StandIn(Layer):
 
     def _before_classes(self, model: Mapping[str, Any]) -> None:
         """Provide what the layer's methods read and quantize themselves, without experts."""
-        self.hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+        self.hidden = torch.zeros(self.tokens, HIDDEN, dtype=torch.bfloat16)
         self.renormalize = model["router"]["renormalize"]
         self.custom_routing_function = release.routing_function_of(model)
         w1, a1, w2, a2 = (scales.per_expert(n, self.local_num_experts) for n in scales.GIVEN)
@@ -282,7 +282,7 @@ class OwnLayer(Layer):
     def __init__(
         self, model: Mapping[str, Any], row: ServedScheme, method: str, ranks: Ranks
     ) -> None:
-        super().__init__(model, row, ranks.count)
+        super().__init__(model, row, ranks)
         self._method = method
         sizes = HIDDEN, intermediate_size(model)
         self.layer = Made(layer_arguments(model, sizes, self.bias), ranks, self.give)
@@ -312,6 +312,7 @@ class OwnLayer(Layer):
     def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
         asked = Caller(_kernel(experts, method, self), self.row, self.config)
         reached: list[Reached] = []
+        written = factory.kernel_output(self.tokens, HIDDEN)
 
         def kernel(function: str, arguments: Mapping[str, Any]) -> Any:
             walked = [*traceback.walk_stack(sys._getframe())]
@@ -319,13 +320,13 @@ class OwnLayer(Layer):
             reached.append(Reached(function, arguments, line))
             if write is not None:
                 write(arguments)
-            return returned(function, arguments, factory.kernel_output(TOKENS, HIDDEN).clone())
+            return returned(function, arguments, written.clone())
 
-        hidden = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)
+        hidden = torch.zeros(self.tokens, HIDDEN, dtype=torch.bfloat16)
         with patch.object(release, "answer", kernel):
             _, output = self.layer.run(method, asked, self.logits, hidden)
         if reached:
-            made_of = self._read(output, factory.kernel_output(TOKENS, HIDDEN))
+            made_of = self._read(output, written)
             reached[0].output = {**made_of, "told_otherwise": self.told_otherwise()}
             raise reached[0]
 

@@ -27,11 +27,10 @@ from pytest_moe_routing.targets.vllm.probe import factory
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks, recorded
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
-from pytest_moe_routing.targets.vllm.probe.factory import Ranks
+from pytest_moe_routing.targets.vllm.probe.factory import TOKENS, Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import (
     HIDDEN,
-    TOKENS,
     Layer,
     intermediate_size,
     layer_of,

@@ -188,8 +188,18 @@ def test_a_mistake_that_needs_a_backend_is_one_line():
     assert failure.block(width=None) == [
         "bf16: Experts: ep_rank arrives as 0, the layer has 1 (2 models, such as deepseek-r1; only "
         "with an opt-in switch: --moe-backend x on Hopper)  "
-        "[other-experts:argument-ep_rank:Experts]"
+        "[requested-experts:argument-ep_rank:Experts]"
     ]
+
+
+def test_a_flag_makes_a_block_where_a_checkpoint_is_published():
+    """R1 is published in FP8 blocks, and not in bfloat16."""
+    target = Experts([call("--ep", findings=[RANK])])
+    ranks = {}
+    for scheme in ("fp8_block", "bf16"):
+        [wrong] = other_calls(target, scheme, [R1]).wrong
+        ranks[scheme] = of_other_experts(target, scheme, wrong).rank
+    assert ranks == {"fp8_block": Rank.SILENT, "bf16": Rank.LATENT}
 
 
 def test_a_mistake_by_default_is_a_block():

@@ -41,7 +41,7 @@ def read_given(
     arguments = record["arguments"]
     yield from _wrong_numbers(entry, model, arguments, record["shards"])
     yield from _wrong_choice(entry, arguments)
-    if "applied" not in record:
+    if not {"applied", "unusable"} & record.keys():
         yield from _wrong_weights(entry, model, arguments[entry.weights])
     known = () if record.get("unprepared") else entry.parameters.items()
     yield from _wrong_activation(entry, model.experts, arguments, dict(known), flashinfer)

@@ -7,7 +7,7 @@ how many experts of which width it has. So one model of each kind is asked, in e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +22,12 @@ class WrongCall:
     """What is wrong with experts, and the way that needs the least of those that show it.
 
     Attributes:
-        models: The models that were asked, each with the ids of those with layers of its kind.
+        models: The models that were asked, and then those with layers of their kinds.
     """
 
     call: OtherCall
     findings: tuple[Finding, ...]
-    models: Mapping[ModelSpec, Sequence[str]]
+    models: tuple[ModelSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Oth
     kinds: dict[Any, list[ModelSpec]] = {}
     for model in models:
         kinds.setdefault(_kind(model), []).append(model)
-    found: dict[tuple[OtherCall, Finding], dict[ModelSpec, Sequence[str]]] = {}
+    found: dict[tuple[OtherCall, Finding], dict[ModelSpec, Sequence[ModelSpec]]] = {}
     answered, unanswered = 0, Counter[str]()
     for members in kinds.values():
         for model in members:
@@ -60,7 +60,7 @@ def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Oth
                 continue
             if calls:
                 answered += len(members)
-                others = [other.id for other in members if other is not model]
+                others = [other for other in members if other is not model]
                 for way, finding in _first(calls):
                     found.setdefault((way, finding), {})[model] = others
                 break
@@ -69,7 +69,8 @@ def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Oth
     for (way, finding), asked in found.items():
         key = way, tuple(asked)
         before = together[key].findings if key in together else ()
-        together[key] = WrongCall(way, (*before, finding), asked)
+        alike = (other for others in asked.values() for other in others)
+        together[key] = WrongCall(way, (*before, finding), (*asked, *alike))
     return OtherCalls(tuple(together.values()), answered, unanswered)
 
 

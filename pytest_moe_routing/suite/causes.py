@@ -162,16 +162,20 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
     """Return the failure of experts that call another kernel than TRT-LLM's."""
     from pytest_moe_routing.oracle.judgement import reach_of
 
-    call, findings, model = wrong.call, wrong.findings, next(iter(wrong.models))
+    call, findings = wrong.call, wrong.findings
+    published = [model for model in wrong.models if scheme in model.checkpoints]
+    model = (published or list(wrong.models))[0]
     reach = reach_of(model, scheme, call.switches)
     reached = f"{text.reached(reach, call.switches, by_default=True)} on {call.device}"
-    alike = [other for others in wrong.models.values() for other in others]
-    cases = dict.fromkeys([*(each.id for each in wrong.models), *alike])
     told = tuple(text.sentences(findings))
     what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
-    cause = _id("other-experts", what, call.experts)
-    if call.requests:
-        models = f"{len(cases)} models, such as {model.id}" if len(cases) > 1 else model.id
+    # One that nobody meets unasked must not hide the same one where somebody does.
+    is_latent = call.requests or (bool(call.switches) and not published)
+    name = "requested-experts" if is_latent else "other-experts"
+    cause = _id(name, what, call.experts)
+    ids = list(dict.fromkeys(each.id for each in (model, *wrong.models)))
+    if is_latent:
+        models = f"{len(ids)} models, such as {model.id}" if len(ids) > 1 else model.id
         lines: tuple[str, ...] = (f"{scheme}: {call.experts}: {'; '.join(told)}", reached)
         return Failure(cause, Rank.LATENT, models, lines, site=call.experts)
     lines = (
@@ -179,7 +183,7 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         f"  reach    {reached}",
         *(f"  because  {line}" for line in told),
         f"  at       {findings[0].where}",
-        f"  models   {_few(list(cases))}",
+        f"  models   {_few(ids)}",
     )
     rank = Rank.LOUD if findings[0].kind is Kind.RAISED else Rank.SILENT
     return Failure(cause, rank, f"{model.id} {scheme}", lines, site=call.experts, reach=reached)

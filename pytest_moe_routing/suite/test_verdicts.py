@@ -62,13 +62,15 @@ def test_method_numbers(
     fail(_moe_property, [of_enum(moe_target, mismatch) for mismatch in mismatches])
 
 
-def test_flashinfer_names(moe_target: Target, _moe_property: Callable[[str, Any], None]) -> None:
+def test_flashinfer_names(
+    _moe_framework: Target, _moe_property: Callable[[str, Any], None]
+) -> None:
     """FlashInfer has every name that the framework's MoE code needs, and takes its calls."""
     from pytest_moe_routing.suite.causes import of_lacking
 
     with unsupported_is_skipped():
-        lacking = moe_target.lacking()
-    fail(_moe_property, [of_lacking(moe_target, each) for each in lacking])
+        lacking = _moe_framework.lacking()
+    fail(_moe_property, [of_lacking(_moe_framework, each) for each in lacking])
 
 
 def test_modular(

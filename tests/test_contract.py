@@ -17,6 +17,7 @@ from wheels import wheels_since
 import pytest_moe_routing
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.errors import DataError, Unsupported
+from pytest_moe_routing.flashinfer import preparation
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.schemes import SERVED_SCHEMES
@@ -254,12 +255,7 @@ def test_sglangs_stand_ins_are_in_the_contract(frame):
     theirs = {
         "mxfp8_quantize",
         "scaled_fp4_quant",
-        "_maybe_get_cached_w3_w1_permute_indices",
-        "get_w2_permute_indices_with_cache",
-        "block_scale_interleave",
-        "nvfp4_block_scale_interleave",
-        "reorder_rows_for_gated_act_gemm",
-        "shuffle_matrix_a",
+        *preparation.FUNCTIONS,
         "CompressionFormat",
         "QuantizationArgs",
         "QuantizationStrategy",

@@ -59,11 +59,16 @@ def unpack(wheel, root):
 
 def run_on_vllm(script, wheel):
     """Run a script of this folder on the vLLM of a wheel, and return what it prints last, JSON."""
-    located = locate(TargetId.parse(f"vllm@{wheel}"))
+    return run_on(f"vllm@{wheel}", script)
+
+
+def run_on(target, script):
+    """Run a script of this folder on the framework of a target, `name@wheel`, in the same way."""
+    located = locate(TargetId.parse(target))
     done = subprocess.run(
         [
             *(sys.executable, Path(__file__).with_name(script)),
-            *(str(wheel), located.pinned_flashinfer, located.source.version),
+            *(target.partition("@")[2], located.pinned_flashinfer, located.source.version),
         ],
         capture_output=True,
         text=True,

@@ -34,6 +34,9 @@ class Kind(StrEnum):
     CONFIG = "config"
     #: The selector `field` takes experts although their gates `got` reject the layer.
     CHOICE = "choice"
+    #: The kernel reads tensors (`field`) that lie otherwise, as `got` says; or the flag `field` of
+    #: the call is `wanted`, and the weights are `got`.
+    LAYOUT = "layout"
     #: An argument is less precise (`got`) than the layer (`wanted`).
     DOWNCAST = "downcast"
     #: A matter of precision in the kernel itself, told by `fact`.

@@ -136,6 +136,23 @@ class OtherCall:
     findings: tuple[Finding, ...]
 
 
+@dataclass(frozen=True)
+class LaidOut:
+    """The call of a kernel that is given the weights of a checkpoint.
+
+    Attributes:
+        function: The entry point.
+        method: The file and the class that prepare the weights.
+        findings: What lies otherwise than the entry point reads it.
+        switches: Those without which the call is not made.
+    """
+
+    function: str
+    method: str
+    findings: tuple[Finding, ...]
+    switches: tuple[str, ...] = ()
+
+
 class Target:
     """Base class of targets: answers nothing, so that a subclass answers what it can.
 
@@ -205,6 +222,17 @@ class Target:
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
         """Return what arrives wrongly at the kernel of experts that are given ids and weights."""
         raise Unsupported(f"{self.name} records no calls of modular experts")
+
+    def weight_path(self, model: ModelSpec, scheme: str) -> str | None:
+        """Return what tells the ways apart in which weights get to the scheme's kernels.
+
+        None if no kernel of the scheme is called for the model.
+        """
+        raise Unsupported(f"{self.name} does not prepare weights")
+
+    def laid_out(self, model: ModelSpec, scheme: str) -> LaidOut:
+        """Return how weights and scales lie in the call of the scheme's kernel."""
+        raise Unsupported(f"{self.name} does not prepare weights")
 
     def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
         """Return the calls of other kernels that the target runs a model's experts in, if any."""

@@ -80,6 +80,10 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
         case Kind.RAISED:
             at = f"{finding.where}: " if finding.where else ""
             return f"{at}{field}: {got}" if finding.got else f"{at}{field}"
+        case Kind.LAYOUT if finding.wanted is not None:
+            return f"{field} says {wanted}, the weights are {got}"
+        case Kind.LAYOUT:
+            return f"{field}: {got}"
         case Kind.DOWNCAST:
             return _DOWNCASTS.get(field, f"{field} is downcast from {wanted} to {got}")
     return finding.fact

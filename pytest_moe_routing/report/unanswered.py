@@ -17,6 +17,8 @@ SPLIT = "model code: {n} model{s} {are} not judged on ranks with other tokens"
 OTHERS = "experts of other kernels: {n} model{s} {are} not judged"
 AROUND = "around kernel calls: {n} case{s} {are} not judged"
 
+LAYOUTS = "layouts of weights: {n} model{s} {are} not judged"
+
 
 def note(
     record_property: Callable[[str, Any], None], reasons: Mapping[str, Mapping[str, int]]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.enum_numbers import EnumMismatch
     from pytest_moe_routing.oracle.ignored import Ignored
     from pytest_moe_routing.oracle.judgement import Judgement
+    from pytest_moe_routing.oracle.layouts import WrongLayout
     from pytest_moe_routing.oracle.model_code import CodeJudgement, SplitExperts
     from pytest_moe_routing.oracle.modular import MethodRejection
     from pytest_moe_routing.oracle.other_experts import WrongCall
@@ -187,6 +188,34 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
     )
     rank = Rank.LOUD if findings[0].kind is Kind.RAISED else Rank.SILENT
     return Failure(cause, rank, f"{model.id} {scheme}", lines, site=call.experts, reach=reached)
+
+
+def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
+    """Return the failure of weights or scales that lie otherwise than their kernel reads them."""
+    from pytest_moe_routing.oracle.judgement import reach_of
+
+    call, model = wrong.at, wrong.models[0]
+    switches = call.switches
+    reached = text.reached(reach_of(model, scheme, switches), switches, by_default=not switches)
+    models = _few([each.id for each in wrong.models])
+    lines = (
+        f"{model} on {scheme}, {target}: {call.function} reads other elements than it is given",
+        f"  reach    {reached}",
+        *(f"  because  {line}" for line in text.sentences(call.findings)),
+        f"  at       {call.method}",
+        f"  models   {models}",
+    )
+    source, _, name = call.method.partition(" ")
+    what = "+".join(dict.fromkeys(f"{f.field}-{f.got}" for f in call.findings))
+    return Failure(
+        _id("layout", re.sub(r"[^\w+-]+", "-", what), name),
+        Rank.SILENT,
+        f"{model.id} {scheme}",
+        lines,
+        source,
+        name,
+        reached,
+    )
 
 
 def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.report.failures import fail
-from pytest_moe_routing.report.unanswered import AROUND, OTHERS, note
+from pytest_moe_routing.report.unanswered import AROUND, LAYOUTS, OTHERS, note
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -150,3 +150,25 @@ def test_around_call(
         nothing = [("the experts accept no chosen model", 0)]
         pytest.skip((found.unanswered.most_common(1) or nothing)[0][0])
     fail(_moe_property, [of_ignored(_moe_framework, moe_scheme, each) for each in found.ignored])
+
+
+def test_layouts(
+    _moe_framework: Target,
+    moe_scheme: str,
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
+) -> None:
+    """Weights and scales lie as the kernel reads them, once a checkpoint is loaded."""
+    from pytest_moe_routing.errors import Unsupported
+    from pytest_moe_routing.oracle.layouts import wrong_layouts
+    from pytest_moe_routing.suite.causes import of_layout
+
+    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    found = wrong_layouts(_moe_framework, moe_scheme, models)
+    note(_moe_property, {LAYOUTS: found.unanswered})
+    with unsupported_is_skipped():
+        if not found.answered and found.unanswered:
+            raise Unsupported(found.unanswered.most_common(1)[0][0])
+    if not found.answered:
+        pytest.skip("no chosen model runs in kernels of this scheme")
+    fail(_moe_property, [of_layout(_moe_framework, moe_scheme, each) for each in found.wrong])

@@ -21,7 +21,7 @@ from pytest_moe_routing.targets.definitions import Definitions
 
 #: What a probe is asked; a row names those that have no answer without it.
 QUESTIONS = (
-    *("numbers", "verdicts", "modular", "model_code", "routers"),
+    *("numbers", "verdicts", "modular", "layouts", "model_code", "routers"),
     "transformers_backend",
 )
 _ROW = {"is", "members", "own", "use", "without", "schemes"}

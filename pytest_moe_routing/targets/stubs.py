@@ -239,6 +239,24 @@ def real_module(name: str) -> ModuleType:
             ) from error
 
 
+def run_apart(name: str) -> ModuleType:
+    """Import a module of the framework for real, of which everybody else has a stub.
+
+    Raises:
+        Unsupported: As in `real_module`.
+    """
+    finder = next(f for f in sys.meta_path if isinstance(f, _Finder))
+    kept, real = sys.modules.pop(name, None), finder.real
+    finder.real = (*real, name)
+    try:
+        return real_module(name)
+    finally:
+        finder.real = real
+        sys.modules.pop(name, None)
+        if kept is not None:
+            sys.modules[name] = kept
+
+
 def _is_required(top: str, finder: _Finder) -> bool:
     """Return whether the framework's own METADATA requires a package, by its import name."""
     for name in finder.contract.distributions:

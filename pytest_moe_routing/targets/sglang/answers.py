@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
+from pytest_moe_routing.targets.layouts import LaidOutAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver
 
@@ -42,6 +43,7 @@ ANSWERS: Mapping[str, Any] = {
     "around": dict[str, RequestAnswer],
     "handed_over": HandedOver,
     "other_experts": OtherCallsAnswer,
+    "layouts": LaidOutAnswer,
     "rule": RuleAnswer | None,
     "runner_rules": list[RuleAnswer],
     "default_runner": str,

@@ -26,10 +26,11 @@ from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
+from pytest_moe_routing.oracle.target import Captured, Choice, Classification, LaidOut, Rule
 from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
+from pytest_moe_routing.targets.layouts import laid_out
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe, Question
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
@@ -289,6 +290,22 @@ class SglangTarget(FrameworkTarget):
             "server": self._server(model, scheme),
             "served_as": self._row(model, scheme)["quantization"],
         }
+
+    def weight_path(self, model: ModelSpec, scheme: str) -> str | None:
+        runner = self._runner_given(model, scheme)
+        return runner and json.dumps([self._row(model, scheme), runner], sort_keys=True)
+
+    def laid_out(self, model: ModelSpec, scheme: str) -> LaidOut:
+        question = self._question(model, scheme, self._runner_given(model, scheme))
+        return laid_out(self._remembered("layouts", question), self.opt_in(model, scheme))
+
+    def _runner_given(self, model: ModelSpec, scheme: str) -> str | None:
+        """Return the runner whose kernel routes for a model, or is given experts by default."""
+        method = self.classify(model).method
+        if all(gate.ok for gate in self.gates(model, scheme, method)):
+            return str(self._row(model, scheme)["runner"])
+        is_given = all(gate.ok for gate in self.modular_gates(model, scheme, method))
+        return self._server_runner(model, scheme) if is_given else None
 
     def choice(
         self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False

@@ -18,7 +18,8 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
-from pytest_moe_routing.targets.sglang.probe.world import COMPILED, Call, requesting
+from pytest_moe_routing.targets.sglang.probe.requests import COMPILED, requesting
+from pytest_moe_routing.targets.sglang.probe.world import Call
 
 #: The argument of TopK that tells how many rows are tokens.
 PADDING = "num_token_non_padded"

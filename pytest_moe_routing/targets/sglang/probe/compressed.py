@@ -81,14 +81,6 @@ def _prepared(
     return gemm1, scales1, gemm2, scales2
 
 
-def _group_quantized(
-    x: Tensor, group_size: int, *_: Any, scale_ue8m0: bool = False, **__: Any
-) -> tuple[Tensor, Tensor]:
-    shape = (*x.shape[:-1], x.shape[-1] // group_size)
-    dtype = torch.uint8 if scale_ue8m0 else torch.float32
-    return x.to(torch.float8_e4m3fn), torch.ones(shape, dtype=dtype)
-
-
 def stand_ins() -> dict[str, Any]:
     """Return replacements by bare name, as `world.stand_ins` does."""
     return {
@@ -106,7 +98,6 @@ def stand_ins() -> dict[str, Any]:
         "reorder_w1w3_to_w3w1": lambda weight, scale, *_, **__: (weight, scale),
         # A kind of number, and all kinds by name, which other schemes than these read.
         "get_scalar_types": lambda: (stubs.Stub("ScalarType"), stubs.Stub("scalar_types")),
-        "per_token_group_quant": _group_quantized,
         # Nothing outside the layer waits for its output.
         "zero_copy_context": stubs.known(
             "zero_copy_context", get_moe_output_spec=lambda *_, **__: None

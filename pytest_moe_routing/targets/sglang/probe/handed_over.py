@@ -14,7 +14,8 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.recorder import input_scale, plain
-from pytest_moe_routing.targets.sglang.probe.world import Call, packed, requesting
+from pytest_moe_routing.targets.sglang.probe.requests import requesting
+from pytest_moe_routing.targets.sglang.probe.world import Call, packed
 
 
 class Ran(Protocol):

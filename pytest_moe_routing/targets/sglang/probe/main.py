@@ -22,7 +22,6 @@ from pytest_moe_routing.targets import layers, scales, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import input_scale, plain
 from pytest_moe_routing.targets.server import serve
-from pytest_moe_routing.targets.sglang.probe import world
 from pytest_moe_routing.targets.sglang.probe.around import PADDING, around
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
@@ -33,9 +32,11 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     rejection,
 )
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
+from pytest_moe_routing.targets.sglang.probe.layouts import layouts
 from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
+from pytest_moe_routing.targets.sglang.probe.requests import TOKENS, requested, with_tokens
 from pytest_moe_routing.targets.sglang.probe.rule import line_of_model, rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.weights import (
@@ -44,13 +45,7 @@ from pytest_moe_routing.targets.sglang.probe.weights import (
     recognisable,
     stand_in_weights,
 )
-from pytest_moe_routing.targets.sglang.probe.world import (
-    Call,
-    RoutedOutside,
-    choose_runner,
-    enter,
-    requested,
-)
+from pytest_moe_routing.targets.sglang.probe.world import Call, RoutedOutside, choose_runner, enter
 from pytest_moe_routing.targets.stubs import Stub
 
 #: More than the largest batch of any special gate kernel.
@@ -322,7 +317,7 @@ def _build(
 def _forward(block: nn.Module, num_experts: int) -> Any:
     """One pass; a block that gets its logits from outside has ours anyway."""
     parameters = list(inspect.signature(block.forward).parameters.values())
-    tokens = requested(world.TOKENS) or _TOKENS
+    tokens = requested(TOKENS) or _TOKENS
     known = {
         "router_logits": torch.zeros(tokens, num_experts),
         "forward_batch": Stub("forward_batch"),
@@ -376,7 +371,8 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     names = ("method_numbers", "accepted_quantizations", "default_runner", "layer_runner")
     return {
         **{name: getattr(blocks, name) for name in (*names, *runs)},
-        "with_tokens": partial(world.with_tokens, blocks.capture),
+        "layouts": partial(layouts, blocks),
+        "with_tokens": partial(with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),
         "rule": lambda **asked: rule(blocks.names, lambda: blocks.capture(**asked)),
         "runner_rules": lambda **asked: runner_rules(lambda: blocks.default_runner(**asked)),

@@ -36,6 +36,7 @@ from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe import ways
 from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
+from pytest_moe_routing.targets.sglang.probe.requests import requested
 from pytest_moe_routing.targets.sglang.probe.router_case import (
     HIDDEN,
     Case,
@@ -50,7 +51,7 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
 from pytest_moe_routing.targets.sglang.probe.triton_gate import gate
 from pytest_moe_routing.targets.sglang.probe.weights import fill
-from pytest_moe_routing.targets.sglang.probe.world import choose_runner, requested
+from pytest_moe_routing.targets.sglang.probe.world import choose_runner
 from pytest_moe_routing.targets.stubs import source_of
 
 #: Rows of the contract for the kernels that run in torch.

@@ -23,8 +23,8 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.around import Capturer
+from pytest_moe_routing.targets.sglang.probe.requests import requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import exact
-from pytest_moe_routing.targets.sglang.probe.world import requesting
 
 #: A way differs from the others in one point, which any logits show.
 PLAIN = ("plain",)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.sglang.probe.world import EP_RANK, EP_SIZE, requested
+from pytest_moe_routing.targets.sglang.probe.requests import PREPARES, requested
+from pytest_moe_routing.targets.sglang.probe.world import EP_RANK, EP_SIZE
 
 #: Arguments of the kernel that SGLang computes from a layer's config while it loads weights.
 _ACTIVATION = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
@@ -73,10 +74,10 @@ def stand_in_weights(names: Names, layer: Any) -> list[str]:
     Returns the arguments of the kernel's call whose values are none of SGLang's, as SGLang's own
     code that computes them does not run here.
     """
-    layer.dispatcher = _Dispatcher(names)
-    layer.trtllm_padded_hidden_size = None
-    for name in _ACTIVATION:
-        setattr(layer, f"_flashinfer_trtllm_{name}", None)
+    _surround(names, layer)
+    if (prepare := requested(PREPARES)) is not None:
+        prepare(layer)
+        return []
     _give(layer)
     unprepared = _prepare(names, layer)
     for name in (*_ACTIVATION, *_OF_SCALES):
@@ -91,6 +92,14 @@ def stand_in_weights(names: Names, layer: Any) -> list[str]:
     if (prepared := requested("prepared")) is not None:
         prepared(layer)
     return unprepared
+
+
+def _surround(names: Names, layer: Any) -> None:
+    """Give a layer what it has of SGLang's before its weights are loaded."""
+    layer.dispatcher = _Dispatcher(names)
+    layer.trtllm_padded_hidden_size = None
+    for name in _ACTIVATION:
+        setattr(layer, f"_flashinfer_trtllm_{name}", None)
 
 
 def _is_given(name: str) -> bool:

@@ -8,20 +8,27 @@ block is built and run on a CPU, up to the call of FlashInfer's entry point.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer import FlashInfer, preparation
 from pytest_moe_routing.flashinfer.given import given_experts
-from pytest_moe_routing.targets import layers, recorder, scales, stubs
+from pytest_moe_routing.targets import layers, recorder, stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import compressed
+from pytest_moe_routing.targets.sglang.probe.quantizers import quantizers
+from pytest_moe_routing.targets.sglang.probe.requests import (
+    COMPILED,
+    OWN,
+    by_request,
+    requested,
+)
 
 #: An entry point of FlashInfer, and the arguments it was called with.
 Call = tuple[str, dict[str, Any]]
@@ -29,46 +36,15 @@ Call = tuple[str, dict[str, Any]]
 EP_SIZE, EP_RANK = 2, 1
 
 
-_Answer = TypeVar("_Answer")
-
 #: The runner that is named on the command line of a server, by its name there.
 TRTLLM = "flashinfer_trtllm"
 _chosen = [TRTLLM]
-
-
-#: How many tokens a block is given, which is requested by this name.
-TOKENS = "tokens_of_block"
-#: That a server compiles models, which is requested by this name.
-COMPILED = "enable_torch_compile"
-#: What the server is asked for besides the runner, by the name of its option or stand-in.
-_requested: dict[str, Any] = {}
 
 
 def packed(ids: Tensor, weights: Tensor) -> Tensor:
     """Return ids and weights in one int32 each, as SGLang's `PackTopkIds.vanilla` packs them."""
     bits = weights.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
     return (ids.to(torch.int32) << 16) | bits
-
-
-@contextmanager
-def requesting(**options: Any) -> Iterator[None]:
-    """Have the server asked for more than the runner; see `around`."""
-    _requested.update(options)
-    try:
-        yield
-    finally:
-        _requested.clear()
-
-
-def with_tokens(run: Callable[..., _Answer], tokens: int, **question: Any) -> _Answer:
-    """Run a question about a block that is given so many tokens."""
-    with requesting(**{TOKENS: tokens}):
-        return run(**question)
-
-
-def requested(name: str) -> Any:
-    """Return what the server is asked for under a name; None if it is asked for nothing."""
-    return _requested.get(name)
 
 
 def choose_runner(runner: str) -> None:
@@ -140,14 +116,17 @@ def stand_ins(names: Names) -> dict[str, Any]:
 
     By bare name, as such things are imported from different modules in different releases.
     """
-    return {
+    replaced = {
         **_utilities(),
         **_parallel(),
         **_options(names),
         **_modules(),
-        **_quantizers(),
+        **quantizers(),
         **compressed.stand_ins(),
     }
+    # By SGLang's own code or as its kernels take them only where that is what is asked.
+    exact = {**preparation.FUNCTIONS, **dict.fromkeys(OWN)}
+    return replaced | {name: by_request(name, replaced.get(name), f) for name, f in exact.items()}
 
 
 class Options:
@@ -195,7 +174,8 @@ def _utilities() -> dict[str, Any]:
         "is_sm100_supported": lambda *_: True,
         "next_power_of_2": lambda n: 1 << max(n - 1, 0).bit_length(),
         "round_up": lambda x, to: -(-x // to) * to,
-        "set_weight_attrs": lambda weight, attributes: None,
+        "set_weight_attrs": _set_attributes,
+        "narrow_padded_param_and_loaded_weight": _narrowed,
         "use_symmetric_memory": lambda *_, **__: nullcontext(),
     }
 
@@ -204,6 +184,25 @@ def _keep(module: nn.Module, name: str, value: Tensor) -> None:
     """Keep a value that a layer is prepared with, not as a parameter: those are zeroed."""
     module._parameters.pop(name, None)
     setattr(module, name, value)
+
+
+def _set_attributes(weight: Tensor, attributes: Mapping[str, Any] | None) -> None:
+    for name, value in (attributes or {}).items():
+        setattr(weight, name, value)
+
+
+def _narrowed(
+    parameter: Tensor,
+    loaded: Tensor,
+    parameter_start: int,
+    start: int,
+    dim: int,
+    size: int,
+    narrows: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return the part of a parameter that is loaded, and its source: nothing is padded."""
+    loaded = loaded.narrow(dim, start, size) if narrows else loaded
+    return parameter.narrow(dim, parameter_start, size), loaded
 
 
 def _parallel() -> dict[str, Any]:
@@ -316,40 +315,6 @@ def _modules() -> dict[str, Any]:
         "RMSNorm": layers.Activation,
         "silu_and_mul_clamp": lambda _, output, *__: output.zero_(),
         "linear_bf16_fp32": lambda x, y, *_, **__: functional.linear(x.float(), y.float()),
-    }
-
-
-def _quantizers() -> dict[str, Any]:
-    """Quantized tensors, as to shape and dtype."""
-    e4m3 = torch.float8_e4m3fn
-
-    def fp8_groups(
-        x: Tensor, group: int, *_: Any, column_major_scales: bool = False, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        rows, columns = len(x), x.shape[1] // group
-        blocks = torch.ones(columns, rows).t() if column_major_scales else torch.ones(rows, columns)
-        return x.to(e4m3), blocks
-
-    def fp8_tensor(x: Tensor, scale: Any = None, *_: Any, **__: Any) -> tuple[Tensor, Any]:
-        scales.note(scale)
-        return x.to(e4m3), scale
-
-    def mxfp8(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return x.to(e4m3), torch.zeros(x.numel() // 32, dtype=torch.uint8)
-
-    def fp4(x: Tensor, scale: Any = None, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        scales.note(scale)
-        packed = torch.zeros(len(x), x.shape[1] // 2, dtype=torch.uint8)
-        return packed, torch.zeros(x.numel() // 16, dtype=torch.uint8)
-
-    return {
-        "per_tensor_dequantize": lambda x, scale: x.to(torch.float16) * scale,
-        "per_token_group_quant_fp8": fp8_groups,
-        "scaled_fp8_quant": fp8_tensor,
-        "flashinfer_mxfp8_quantize": mxfp8,
-        "mxfp8_quantize": mxfp8,
-        "fp4_quantize": fp4,
-        "scaled_fp4_quant": fp4,
     }
 
 

@@ -1,0 +1,119 @@
+"""FlashInfer's functions that bring weights and scales into the order of its kernels, on a CPU.
+
+Names, parameters and defaults are those of flashinfer-python 0.7.2.post1 (`fused_moe/core.py`,
+`utils.py`, `quantization/fp4_quantization.py`, `quantization/fp8_quantization.py`); what they do
+has been the same since 0.5. Those whose name starts with `quantize` have the flags for the order of
+scales that the functions of that kind have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.reference.layouts import (
+    block_major,
+    interleave_rows,
+    shuffle_rows,
+    swizzle_scales,
+)
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    return torch.arange(len(rows)).unsqueeze(1)
+
+
+def shuffle_matrix_a(input_tensor: Tensor, epilogue_tile_m: int) -> Tensor:
+    return shuffle_rows(input_tensor, epilogue_tile_m)
+
+
+def shuffle_matrix_sf_a(
+    input_tensor: Tensor, epilogue_tile_m: int, num_elts_per_sf: int = 16
+) -> Tensor:
+    return swizzle_scales(shuffle_rows(input_tensor, epilogue_tile_m))
+
+
+def reorder_rows_for_gated_act_gemm(x: Tensor) -> Tensor:
+    return interleave_rows(x)
+
+
+def reorder_indices(x: Tensor) -> Tensor:
+    return interleave_rows(_numbers(x)).squeeze(1)
+
+
+def shuffle_indices(
+    input_tensor: Tensor, epilogue_tile_m: int, num_elts_per_sf: int = 16
+) -> Tensor:
+    return shuffle_rows(_numbers(input_tensor), epilogue_tile_m).squeeze(1)
+
+
+def w3_w1_indices(
+    _cache_permute_indices: Any,
+    dst_w3_w1_weight: Tensor,
+    epilogue_tile_m: int,
+    num_elts_per_sf: int | None = None,
+    is_gated_act_gemm: bool = True,
+) -> Tensor:
+    numbers = _numbers(dst_w3_w1_weight)
+    numbers = interleave_rows(numbers) if is_gated_act_gemm else numbers
+    return shuffle_rows(numbers, epilogue_tile_m).squeeze(1)
+
+
+def w2_indices(
+    _cache_permute_indices: Any,
+    dst_w2_weight: Tensor,
+    epilogue_tile_m: int,
+    num_elts_per_sf: int | None = None,
+    is_gated_act_gemm: bool | None = None,
+) -> Tensor:
+    return shuffle_indices(dst_w2_weight, epilogue_tile_m)
+
+
+def convert_to_block_layout(input_tensor: Tensor, blockK: int) -> Tensor:  # noqa: N803
+    return block_major(input_tensor, blockK * input_tensor.element_size())
+
+
+def block_scale_interleave(unswizzled_sf: Tensor, *, out: Tensor | None = None) -> Tensor:
+    return swizzle_scales(unswizzled_sf).flatten()
+
+
+#: Those functions, by FlashInfer's names.
+FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "shuffle_matrix_a": shuffle_matrix_a,
+    "shuffle_matrix_sf_a": shuffle_matrix_sf_a,
+    "reorder_rows_for_gated_act_gemm": reorder_rows_for_gated_act_gemm,
+    "get_reorder_rows_for_gated_act_gemm_row_indices": reorder_indices,
+    "get_shuffle_matrix_a_row_indices": shuffle_indices,
+    "get_shuffle_matrix_sf_a_row_indices": shuffle_indices,
+    "_maybe_get_cached_w3_w1_permute_indices": w3_w1_indices,
+    "get_w2_permute_indices_with_cache": w2_indices,
+    "convert_to_block_layout": convert_to_block_layout,
+    "block_scale_interleave": block_scale_interleave,
+    "nvfp4_block_scale_interleave": block_scale_interleave,
+}
+
+
+def fp4_scales(
+    input: Tensor,
+    global_scale: Tensor | None = None,
+    sf_vec_size: int = 16,
+    sf_use_ue8m0: bool = False,
+    is_sf_swizzled_layout: bool = True,
+    is_sf_8x4_layout: bool = False,
+    **_: Any,
+) -> tuple[int, bool]:
+    """Return the columns that share a scale and whether scales lie in tiles, of `fp4_quantize`."""
+    return sf_vec_size, is_sf_swizzled_layout
+
+
+def mxfp8_scales(
+    input: Tensor,
+    is_sf_swizzled_layout: bool = True,
+    alignment: int = 32,
+    **_: Any,
+) -> tuple[int, bool]:
+    """Return the same of `mxfp8_quantize`."""
+    return 32, is_sf_swizzled_layout

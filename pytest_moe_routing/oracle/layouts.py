@@ -1,0 +1,150 @@
+"""Whether the weights and scales that a kernel is given lie as its call says that they do.
+
+What a framework does with weights depends on the checkpoint and on the kind of experts, not on how
+their router chooses, nor on how many there are. So one model of each kind is asked, in each scheme.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.target import LaidOut, Target
+
+#: FlashInfer's `WeightLayout`, whose numbers have never moved.
+_LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
+
+
+@dataclass(frozen=True)
+class WrongLayout:
+    """What a kernel finds in other places than its call says.
+
+    Attributes:
+        models: The model that was asked, and those with experts of its kind.
+    """
+
+    at: LaidOut
+    models: tuple[ModelSpec, ...]
+
+
+@dataclass(frozen=True)
+class LayoutsFound:
+    """How a target hands over weights and scales in a scheme.
+
+    Attributes:
+        answered: How many models were asked or have experts of the kind of one that was.
+        unanswered: Why how many models could not be asked.
+    """
+
+    wrong: tuple[WrongLayout, ...]
+    answered: int
+    unanswered: Counter[str]
+
+
+def wrong_layouts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> LayoutsFound:
+    """Ask about a model of each kind that the target runs in the scheme's kernels."""
+    kinds: dict[Any, list[ModelSpec]] = {}
+    unanswered = Counter[str]()
+    for model in models:
+        try:
+            way = target.weight_path(model, scheme)
+        except Unsupported as reason:
+            unanswered[str(reason)] += 1
+            continue
+        if way is not None:
+            kinds.setdefault((way, _kind(model)), []).append(model)
+    wrong: dict[Any, tuple[LaidOut, list[ModelSpec]]] = {}
+    answered = 0
+    for members in kinds.values():
+        first, found = _ask(target, scheme, members)
+        if isinstance(found, Unsupported):
+            unanswered[str(found)] += len(members)
+            continue
+        answered += len(members)
+        if found.findings:
+            # Entry points that a method hands the same weights show one mistake.
+            key = found.method, tuple(replace(each, where="") for each in found.findings)
+            others = [model for model in members if model is not first]
+            wrong.setdefault(key, (found, []))[1].extend([first, *others])
+    mistakes = (WrongLayout(at, tuple(given)) for at, given in wrong.values())
+    return LayoutsFound(tuple(mistakes), answered, unanswered)
+
+
+def _ask(
+    target: Target, scheme: str, models: Iterable[ModelSpec]
+) -> tuple[ModelSpec, LaidOut | Unsupported]:
+    """Ask about the model with the fewest experts, or another that routes by another method."""
+    asked: dict[str, tuple[ModelSpec, Unsupported]] = {}
+    for model in sorted(models, key=lambda model: model.router.num_experts):
+        method = target.classify(model).method
+        if method in asked:
+            continue
+        try:
+            return model, target.laid_out(model, scheme)
+        except Unsupported as reason:
+            asked[method] = model, reason
+    return next(iter(asked.values()))
+
+
+def _kind(model: ModelSpec) -> Any:
+    return model.experts.activation, model.experts.bias
+
+
+def layout_findings(orders: Sequence[Mapping[str, Any]], where: str) -> tuple[Finding, ...]:
+    """Return what is wrong with the orders of a call's tensors.
+
+    Args:
+        orders: For each tensor its `name`, the order that is `read` and the one that is `found`
+            (None for one that is not known), and the flags that the call is `told`.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    flags: dict[Finding, None] = {}
+    for order in orders:
+        for wanted, what in _differences(order):
+            if wanted:
+                flag, value = wanted
+                flags[Finding(Kind.LAYOUT, flag, value, what, where)] = None
+            else:
+                found.setdefault(("", what), []).append(order["name"])
+    told = (
+        Finding(Kind.LAYOUT, " and ".join(names), None, what, where)
+        for (_, what), names in found.items()
+    )
+    return (*flags, *told)
+
+
+def _differences(order: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str] | None, str]]:
+    """Yield how a tensor lies otherwise than it is read, and the flag that says so, if any."""
+    read, found, told = order["read"], order["found"], order["told"]
+    if found is None:
+        yield None, "its rows and columns lie in no order that a kernel reads"
+        return
+    if found["up_first"] != read["up_first"]:
+        yield None, "gate and up halves are swapped"
+    if found["interleaved"] != read["interleaved"]:
+        yield (
+            None,
+            f"gate and up rows {'alternate' if found['interleaved'] else 'do not alternate'}",
+        )
+    if found["tile"] != read["tile"]:
+        if not (found["tile"] and read["tile"]):
+            state = "shuffled" if found["tile"] else "not shuffled"
+            flag = "use_shuffled_weight"
+            is_told = flag in told
+            yield ((flag, str(bool(told[flag]))), state) if is_told else (None, f"rows are {state}")
+        else:
+            yield None, f"rows are shuffled in tiles of {found['tile']}, not of {read['tile']}"
+    if found["weight_layout"] != read["weight_layout"]:
+        is_, says = _LAYOUTS[found["weight_layout"]], _LAYOUTS[read["weight_layout"]]
+        if "weight_layout" in told:
+            yield ("weight_layout", says), is_
+        else:
+            yield None, f"it lies as {is_}, the kernel reads {says}"
+    if found["tiled"] != read["tiled"]:
+        places = ("rows in their order", "128x4 tiles")
+        yield None, f"it lies in {places[found['tiled']]}, the kernel reads {places[read['tiled']]}"

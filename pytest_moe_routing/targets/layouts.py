@@ -1,0 +1,36 @@
+"""What a child says about the order of a kernel's weights and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypedDict
+
+from pytest_moe_routing.oracle.layouts import layout_findings
+from pytest_moe_routing.oracle.target import LaidOut
+
+
+class WrongOrder(TypedDict):
+    """A tensor that lies otherwise than its kernel reads it; see `marked_weights.orders`."""
+
+    name: str
+    read: dict[str, Any]
+    found: dict[str, Any] | None
+    told: dict[str, int]
+
+
+class LaidOutAnswer(TypedDict):
+    """The entry point, the code that prepares its weights, and what lies wrongly."""
+
+    function: str
+    method: str
+    orders: list[WrongOrder]
+
+
+def laid_out(answer: LaidOutAnswer, switches: Iterable[str]) -> LaidOut:
+    """Read an answer.
+
+    Args:
+        switches: Those without which the call is not made.
+    """
+    function, method = answer["function"], answer["method"]
+    return LaidOut(function, method, layout_findings(answer["orders"], function), tuple(switches))

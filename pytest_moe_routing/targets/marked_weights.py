@@ -1,0 +1,230 @@
+"""A checkpoint of random bytes, and where its elements lie in what a kernel is given.
+
+Bytes are random as only their order matters: two orders of the same rows differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import QuantizationError, Unsupported
+from pytest_moe_routing.reference.kernel_layouts import Layout, layout_of
+from pytest_moe_routing.reference.layouts import swap_halves, swizzle_scales
+from pytest_moe_routing.schemes import KernelSpec, kernel_of
+
+#: Tokens that fill a tile of scales: no order of rows of fewer tokens is the same.
+TOKENS = 256
+_SEED = 12
+#: The first experts, which are compared.
+_EXPERTS = 2
+#: So many experts differ; they repeat.
+_DIFFERENT = 5
+#: Exponents of scales, in bytes.
+_EXPONENTS = (100, 140)
+_INPUT = "hidden_states_scale"
+#: What turns the offset binary of checkpoints' 4-bit integers into two's complement, two a byte.
+_SIGNS = 0x88
+#: FlashInfer's `WeightLayout`, whose numbers have never moved.
+LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
+#: Tiles of rows that may be shuffled.
+_TILES = (0, 64, 128)
+
+
+@dataclass(frozen=True)
+class Order:
+    """How a matrix of a checkpoint lies in memory.
+
+    Attributes:
+        up_first: The up rows precede the gate rows, in halves or in pairs.
+        interleaved: Up and gate rows alternate.
+        tile: Rows are shuffled for an epilogue of so many; 0 for not at all.
+        weight_layout: A number of FlashInfer's `WeightLayout`, see `LAYOUTS`.
+        tiled: Scales lie in 128x4 tiles.
+    """
+
+    up_first: bool = False
+    interleaved: bool = False
+    tile: int = 0
+    weight_layout: int = 0
+    tiled: bool = False
+
+    def lay(self, matrix: Tensor, *, gated: bool) -> Tensor:
+        """Return a matrix `[rows, columns]`, gate before up, in this order."""
+        layout = Layout(self.tile, self.interleaved, LAYOUTS[self.weight_layout] == "BlockMajorK")
+        given = swap_halves(matrix) if gated and not self.up_first else matrix
+        laid = layout.elements(given, gated)
+        if LAYOUTS[self.weight_layout] == "MajorMn":
+            laid = laid.transpose(-2, -1).contiguous()
+        return swizzle_scales(laid) if self.tiled else laid
+
+
+@dataclass
+class MarkedCheckpoint:
+    """What a layer's weights are loaded from.
+
+    Attributes:
+        parts: Its tensors of each expert, by the name of the layer's parameter and the name of the
+            part of a gated expert (`w1` gate, `w3` up), or `w2`.
+    """
+
+    parts: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
+
+    def make(self, name: str, part: str, experts: int, like: Tensor) -> list[Tensor]:
+        """Return a tensor of each expert with the shape and dtype of another.
+
+        Scales are powers of two, which all formats of scales have; weights are small integers.
+        """
+        random = torch.Generator().manual_seed(_SEED + len(self.parts) + len(part))
+        shape = (min(experts, _DIFFERENT), *like.shape)
+        if like.dtype in (torch.uint8, torch.int8, torch.int32):
+            # Exponents of scales stay in the range of every format.
+            low, high = _EXPONENTS if "scale" in name else (0, 128)
+            made = torch.randint(low, high, shape, generator=random)
+        else:
+            exponents = torch.randint(-3, 4, shape, generator=random)
+            made = torch.exp2(exponents.float())
+            if "scale" not in name:
+                made = made * torch.randint(0, 2, shape, generator=random).mul(2).sub(1)
+        different = list(made.to(like.dtype))
+        found = [different[expert % len(different)] for expert in range(experts)]
+        self.parts.setdefault(name, {})[part] = found
+        return found
+
+    def matrix(self, name: str, expert: int) -> Tensor:
+        """Return a matrix of an expert as kernels read it, gate before up."""
+        parts = self.parts[name]
+        every = [parts[part][expert] for part in ("w1", "w3", "w2") if part in parts]
+        raw = torch.cat([each.view(torch.uint8) for each in every], -2)
+        if every[0].dtype == torch.int32:
+            return raw ^ _SIGNS
+        return raw.view(every[0].dtype)
+
+    def named(self, gemm: str, *, scales: bool) -> str | None:
+        """Return the parameter with a GEMM's weights or block scales."""
+        start = "w13" if gemm == "gemm1" else "w2"
+        names = [n for n in self.parts if n.startswith(start) and ("scale" in n) == scales]
+        return names[0] if names else None
+
+
+def orders(
+    scheme: str, arguments: Mapping[str, Any], checkpoint: MarkedCheckpoint, *, gated: bool
+) -> list[dict[str, Any]]:
+    """Return where a call's weights and scales lie otherwise than the kernel reads them.
+
+    Returns:
+        For each such argument its `name`, the order that is `read` and the one that is `found`, as
+        fields of `Order`; None for one that is none of these. `told` are the flags of the call.
+
+    Raises:
+        Unsupported: An argument cannot be compared with the checkpoint.
+    """
+    kernel = kernel_of(scheme)
+    flags = ("use_shuffled_weight", "weight_layout")
+    told = {name: int(arguments[name]) for name in flags if name in arguments}
+    found = []
+    for gemm, scales in product(("gemm1", "gemm2"), (False, True)):
+        if scales and kernel.weight_scales not in ("tiles", "square"):
+            continue
+        name = f"{gemm}_{kernel.scale_argument if scales else 'weights'}"
+        halves = gated and gemm == "gemm1"
+        read = _read(kernel, told, scales=scales, gated=halves)
+        parameter, value = checkpoint.named(gemm, scales=scales), arguments.get(name)
+        if parameter is None or not isinstance(value, Tensor):
+            raise Unsupported(f"{name} cannot be compared with the layer's parameters")
+        # The last one shows whether experts are in their order.
+        few = {*range(len(value))[:_EXPERTS], len(value) - 1}
+        pairs = [(value[expert], checkpoint.matrix(parameter, expert)) for expert in few]
+        order = _order_of(pairs, read, gated=halves)
+        if order != read:
+            as_found = None if order is None else vars(order)
+            found.append({"name": name, "read": vars(read), "found": as_found, "told": told})
+    return [*found, *_order_of_activations(arguments, kernel)]
+
+
+def activation_scales(tokens: int, blocks: int, dtype: torch.dtype, is_tiled: bool) -> Tensor:
+    """Return scales of activations that are known by their place, uint8 or float32.
+
+    Args:
+        is_tiled: Whether they lie in 128x4 tiles.
+    """
+    random = torch.Generator().manual_seed(_SEED)
+    scales = torch.randint(*_EXPONENTS, (tokens, blocks), generator=random).to(dtype)
+    return swizzle_scales(scales) if is_tiled else scales
+
+
+def _order_of_activations(
+    arguments: Mapping[str, Any], kernel: KernelSpec
+) -> Iterator[dict[str, Any]]:
+    """Yield how the scales of hidden states lie otherwise than the kernel reads them."""
+    scales, tokens = arguments.get(_INPUT), TOKENS
+    if not kernel.input_scales:
+        return
+    if not isinstance(scales, Tensor) or bool((scales == scales.flatten()[0]).all()):
+        raise Unsupported(f"{_INPUT} cannot be compared with the scales of activations")
+    dtype = torch.uint8 if scales.element_size() == 1 else torch.float32
+    rows = activation_scales(tokens, scales.numel() // tokens, dtype, is_tiled=False)
+    read = Order(weight_layout=int(kernel.input_scales == "block"))
+    candidates = (read, Order(), Order(weight_layout=1), Order(tiled=True))
+    laid = ((order, order.lay(rows, gated=False)) for order in candidates)
+    found = next((order for order, scale in laid if _same_bytes(scales, scale)), None)
+    if found != read:
+        as_found = None if found is None else vars(found)
+        yield {"name": _INPUT, "read": vars(read), "found": as_found, "told": {}}
+
+
+def _read(kernel: KernelSpec, told: Mapping[str, int], *, scales: bool, gated: bool) -> Order:
+    """Return the order in which a kernel reads a matrix."""
+    if scales and kernel.weight_scales == "square":
+        return Order(up_first=gated)
+    usual = layout_of(kernel)
+    is_shuffled = told.get("use_shuffled_weight", usual.tile)
+    number = told.get("weight_layout", LAYOUTS.index("BlockMajorK") if usual.block_major else 0)
+    tile = (128 if kernel.fused_activation else 64) if is_shuffled else 0
+    interleaved = bool(gated and is_shuffled and kernel.fused_activation)
+    return Order(gated, interleaved, tile, 0 if scales else number, tiled=scales)
+
+
+def _order_of(pairs: list[tuple[Tensor, Tensor]], first: Order, *, gated: bool) -> Order | None:
+    """Return the order that tensors have of their matrices; None for one that is not known.
+
+    Args:
+        first: The order that is tried first.
+    """
+    for order in (first, *_likely(first, gated=gated)):
+        try:
+            if all(_same_bytes(part, order.lay(matrix, gated=gated)) for part, matrix in pairs):
+                return order
+        except QuantizationError:
+            # Rows or columns do not fill the blocks of this order.
+            continue
+    return None
+
+
+def _likely(read: Order, *, gated: bool) -> Iterator[Order]:
+    """Yield orders, those that differ least from the right one first."""
+    choices = product(
+        (True, False) if gated else (False,),
+        (True, False) if gated else (False,),
+        _TILES,
+        (0,) if read.tiled else range(len(LAYOUTS)),
+        (True, False) if read.tiled else (False,),
+    )
+    every = [Order(*choice) for choice in choices]
+
+    def distance(order: Order) -> int:
+        return sum(vars(order)[name] != value for name, value in vars(read).items())
+
+    yield from sorted(every, key=distance)
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    if one.element_size() == 1 and other.dtype == torch.float32:
+        other = other.to(torch.float8_e8m0fnu)
+    first, second = (x.contiguous().view(torch.uint8).flatten() for x in (one, other))
+    return first.shape == second.shape and torch.equal(first, second)

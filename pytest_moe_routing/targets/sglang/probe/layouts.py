@@ -1,0 +1,132 @@
+"""Loads marked weights into a layer of SGLang's, and says how its kernel is given them.
+
+SGLang's own code loads them, prepares them and hands them over; what it calls of FlashInfer is in
+`flashinfer.preparation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets import marked_weights, stubs
+from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.marked_weights import MarkedCheckpoint
+from pytest_moe_routing.targets.sglang.probe.handed_over import router
+from pytest_moe_routing.targets.sglang.probe.requests import (
+    MARKED,
+    OWN,
+    PREPARES,
+    TOKENS,
+    requesting,
+)
+from pytest_moe_routing.targets.sglang.probe.world import Call
+
+#: The quantization whose checkpoints have the weights of all experts in one tensor.
+_WHOLE = "mxfp4"
+
+
+class Blocks(Protocol):
+    """What builds and runs blocks of models; see `main.Blocks`."""
+
+    names: Names
+    calls: list[Call]
+
+    @property
+    def capture(self) -> Callable[..., Mapping[str, Any]]: ...
+
+
+def layouts(blocks: Blocks, **question: Any) -> dict[str, Any]:
+    """Return what lies otherwise than the kernel reads it, given the arguments of `capture`.
+
+    Returns:
+        `function`, the entry point; `method`, the code that prepares the weights; and `orders`, see
+        `marked_weights.orders`.
+
+    Raises:
+        Unsupported: The weights cannot be loaded, prepared or traced.
+    """
+    blocks.names.require("layouts", question["scheme"])
+    loaded, calls = _Loaded(), blocks.calls
+    own_router = router(blocks.names, [])
+    options = {
+        PREPARES: loaded,
+        TOKENS: marked_weights.TOKENS,
+        MARKED: _own(blocks.names),
+        "router": own_router,
+    }
+    with requesting(**options):
+        answer = blocks.capture(**question)
+    if answer["failed"] or len(calls) != 1:
+        raise Unsupported(answer["failed"] or answer["refused"] or "no kernel is called")
+    ((function, arguments),) = calls
+    found = marked_weights.orders(
+        question["scheme"], arguments, loaded.checkpoint, gated=loaded.is_gated
+    )
+    return {"function": function, "method": loaded.method, "orders": found}
+
+
+def _own(names: Names) -> dict[str, Any]:
+    """Return SGLang's own functions that the probe replaces elsewhere, by name."""
+    module = stubs.run_apart(names.spelling("own-preparation").module)
+    return {name: getattr(module, name) for name in OWN if hasattr(module, name)}
+
+
+class _Loaded:
+    """Loads a layer as a checkpoint's loader does, and prepares it as SGLang does then."""
+
+    def __init__(self) -> None:
+        self.checkpoint, self.is_gated, self.method = MarkedCheckpoint(), True, ""
+
+    def __call__(self, layer: Any) -> None:
+        self.is_gated = bool(layer.moe_runner_config.is_gated)
+        for name, parameter in [*layer._parameters.items()]:
+            if isinstance(parameter, Tensor):
+                self._load(layer, name, parameter)
+        method = layer.quant_method
+        scheme = getattr(layer, "scheme", None)
+        kind = type(method if scheme is None else scheme)
+        self.method = f"{kind.__module__.replace('.', '/')}.py {kind.__name__}"
+        method.process_weights_after_loading(layer)
+        for name, parameter in [*layer._parameters.items()]:
+            # Tensors of their own rather than parameters: those are zeroed.
+            if isinstance(parameter, Tensor):
+                del layer._parameters[name]
+                setattr(layer, name, parameter.data)
+
+    def _load(self, layer: Any, name: str, parameter: Any) -> None:
+        data = parameter.data
+        if data.ndim != 3 or "bias" in name:
+            data.copy_(torch.ones_like(data))
+            return
+        is_first = name.startswith("w13")
+        if layer.quant_config is not None and layer.quant_config.get_name() == _WHOLE:
+            self._load_whole(layer, name, parameter)
+            return
+        parts = ("w1", "w3") if is_first and self.is_gated else ("w1",) if is_first else ("w2",)
+        rows = data.shape[1] // len(parts)
+        for part in parts:
+            made = self.checkpoint.make(name, part, len(data), data[0, :rows])
+            for expert, tensor in enumerate(made):
+                layer._weight_loader_impl(
+                    param=parameter,
+                    loaded_weight=tensor,
+                    weight_name=f"experts.{name}",
+                    shard_id=part,
+                    expert_id=expert,
+                )
+
+    def _load_whole(self, layer: Any, name: str, parameter: Any) -> None:
+        """Load all experts at once, gate and up rows alternating as in gpt-oss' checkpoints."""
+        data = parameter.data
+        parts = ("w1", "w3") if name.startswith("w13") else ("w2",)
+        like = data[0, : data.shape[1] // len(parts)]
+        made = [torch.stack(self.checkpoint.make(name, part, len(data), like)) for part in parts]
+        whole = torch.stack(made, 2).flatten(1, 2)
+        layer.weight_loader(
+            parameter, whole, weight_name=f"experts.{name}", shard_id=None, expert_id=None
+        )

@@ -1,0 +1,54 @@
+"""What a run of a block is requested to do besides routing, for as long as it is requested."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from pytest_moe_routing.targets import stubs
+
+_Answer = TypeVar("_Answer")
+#: How many tokens a block is given, which is requested by this name.
+TOKENS = "tokens_of_block"
+#: A function that prepares a layer, which is requested by this name.
+PREPARES = "prepares"
+#: SGLang's own `OWN` by name, which are requested by this name: the order of elements matters then.
+MARKED = "marked"
+OWN = ("reorder_w1w3_to_w3w1", "prepare_static_weights_for_trtllm_fp4_moe")
+#: That a server compiles models, which is requested by this name.
+COMPILED = "enable_torch_compile"
+#: What the server is asked for besides the runner, by the name of its option or stand-in.
+_requested: dict[str, Any] = {}
+
+
+@contextmanager
+def requesting(**options: Any) -> Iterator[None]:
+    """Have the server asked for more than the runner; see `around`."""
+    _requested.update(options)
+    try:
+        yield
+    finally:
+        _requested.clear()
+
+
+def with_tokens(run: Callable[..., _Answer], tokens: int, **question: Any) -> _Answer:
+    """Run a question about a block that is given so many tokens."""
+    with requesting(**{TOKENS: tokens}):
+        return run(**question)
+
+
+def requested(name: str) -> Any:
+    """Return what the server is asked for under a name; None if it is asked for nothing."""
+    return _requested.get(name)
+
+
+def by_request(name: str, usual: Any, exact: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return a function that is exact where the order of weights is asked for."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        own = requested(MARKED)
+        function = (usual or stubs.Stub(name)) if own is None else own.get(name, exact)
+        return function(*args, **options)
+
+    return call

@@ -1,0 +1,120 @@
+"""Edits SGLang's preparation of weights one at a time, and prints what is found, as JSON.
+
+`python tests/broken_layouts.py ROOT FLASHINFER VERSION`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+import textwrap
+from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
+from types import SimpleNamespace
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.layouts import wrong_layouts
+from pytest_moe_routing.report.text import sentences
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.sglang.probe import main as child
+from pytest_moe_routing.targets.sglang.target import SglangTarget
+from pytest_moe_routing.targets.source import Source
+
+LAYERS = "sglang.srt.layers"
+RUNNER = f"{LAYERS}.moe.moe_runner.flashinfer_trtllm"
+MXFP4 = (
+    f"{LAYERS}.quantization.mxfp4_flashinfer_trtllm_moe",
+    "Mxfp4FlashinferTrtllmMoEMethod.process_weights_after_loading",
+)
+BF16 = (
+    f"{LAYERS}.quantization.unquant",
+    "UnquantizedFusedMoEMethod._apply_trtllm_bf16_block_layout",
+)
+KERNEL = (f"{LAYERS}.moe.flashinfer_trtllm_moe", "trtllm_fp8_block_scale_moe_out_wrapper")
+LOADER = (f"{LAYERS}.moe.fused_moe_triton.layer", "FusedMoE._load_w13")
+#: What is broken: the function, what is replaced in it and by what, the model and the scheme.
+BROKEN = {
+    "nothing bf16": (*BF16, "clone", "clone", "qwen3-30b-a3b", "bf16"),
+    "blocks not made": (
+        *(*BF16, r"= convert_to_block_layout\([^()]*\)", "= tile"),
+        *("qwen3-30b-a3b", "bf16"),
+    ),
+    "nothing mxfp4": (*MXFP4, "128", "128", "deepseek-v4-flash", "mxfp4"),
+    "halves not swapped": (
+        *(*MXFP4, r"reorder_w1w3_to_w3w1\(\s", "(lambda *both: both)( "),
+        *("deepseek-v4-flash", "mxfp4"),
+    ),
+    "loaded swapped": (
+        *(*LOADER, 'switch_w13 and shard_id == "w1"', 'switch_w13 and shard_id == "w3"'),
+        *("llama-4-scout", "nvfp4"),
+    ),
+    "not shuffled": (
+        *(*MXFP4, r"g2_w.append\(w2_u8\[perm.to\(w2_u8.device\)\]", "g2_w.append(w2_u8"),
+        *("deepseek-v4-flash", "mxfp4"),
+    ),
+    "layout says blocks": (
+        *(*KERNEL, "weight_layout: int = 0", "weight_layout: int = 2"),
+        *("llama-4-scout", "mxfp8"),
+    ),
+    "not interleaved": (
+        *(RUNNER, "align_fp8_moe_weights_for_flashinfer_trtllm"),
+        *(r"reorder_rows_for_gated_act_gemm\(w13_weight\[i\]\)", "w13_weight[i]"),
+        *("llama-4-scout", "fp8_per_tensor"),
+    ),
+    "scales of activations swizzled": (
+        *(RUNNER, "quantize_hidden_states_fp4", r"False,  # is_sf_swizzled_layout", "True,"),
+        *("llama-4-scout", "nvfp4"),
+    ),
+    "scales of weights not in tiles": (
+        *(RUNNER, "align_mxfp8_moe_weights_for_flashinfer_trtllm"),
+        *(r"(?s)block_scale_interleave(\(\s+w2_scale_linear)", r"(lambda x: x)\1"),
+        *("llama-4-scout", "mxfp8"),
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def edited(module, path, old, new):
+    """Run a function of SGLang from an edited source for a while, whoever has imported it."""
+    right = attrgetter(path)(stubs.real_module(module))
+    text = textwrap.dedent(inspect.getsource(right))
+    wrong, count = re.subn(old, new, text, count=1)
+    assert count == 1, (path, old)
+    # Annotations are not evaluated.
+    wrong = f"from __future__ import annotations\n{wrong[wrong.index('def ') :]}"
+    names = {}
+    exec(compile(wrong, right.__code__.co_filename, "exec"), right.__globals__, names)
+    made = names[right.__name__]
+    kept = right.__code__, right.__defaults__
+    right.__code__, right.__defaults__ = made.__code__, made.__defaults__
+    try:
+        yield
+    finally:
+        right.__code__, right.__defaults__ = kept
+
+
+def main(root, flashinfer, version):
+    handlers = child.handlers(root, flashinfer, version)
+    models = load_models(packaged_directory())
+    target = SglangTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
+    target._probe = SimpleNamespace(
+        ask=lambda question, **given: handlers[question](**given), prepare=lambda *_: None
+    )
+    handlers["method_numbers"]()
+    found = {}
+    for name, (module, path, old, new, model, scheme) in BROKEN.items():
+        with edited(module, path, old, new):
+            target._answers.clear()
+            wrong = wrong_layouts(target, scheme, [models[model]])
+        told = [[e.at.method.rpartition("/")[2], *sentences(e.at.findings)] for e in wrong.wrong]
+        found[name] = [wrong.answered, *told]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

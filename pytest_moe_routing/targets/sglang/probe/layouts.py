@@ -7,6 +7,8 @@ SGLang's own code loads them, prepares them and hands them over; what it calls o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -56,7 +58,7 @@ def layouts(blocks: Blocks, **question: Any) -> dict[str, Any]:
     options = {
         PREPARES: loaded,
         TOKENS: marked_weights.TOKENS,
-        MARKED: _own(blocks.names),
+        MARKED: _Own(blocks.names),
         "router": own_router,
     }
     with requesting(**options):
@@ -70,10 +72,23 @@ def layouts(blocks: Blocks, **question: Any) -> dict[str, Any]:
     return {"function": function, "method": loaded.method, "orders": found}
 
 
-def _own(names: Names) -> dict[str, Any]:
-    """Return SGLang's own functions that the probe replaces elsewhere, by name."""
-    module = stubs.run_apart(names.spelling("own-preparation").module)
-    return {name: getattr(module, name) for name in OWN if hasattr(module, name)}
+class _Own:
+    """SGLang's own functions that the probe replaces elsewhere, by name; they are imported late."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    def get(self, name: str, other: Any) -> Any:
+        """Return one of them, or else another function."""
+        if name not in OWN:
+            return other
+        return getattr(_module(self._names.spelling("own-preparation").module), name, other)
+
+
+# Each question would run it again.
+@cache
+def _module(name: str) -> ModuleType:
+    return stubs.run_apart(name)
 
 
 class _Loaded:

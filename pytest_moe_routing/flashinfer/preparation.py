@@ -51,25 +51,31 @@ def shuffle_indices(
 
 
 def w3_w1_indices(
-    _cache_permute_indices: Any,
+    _cache_permute_indices: dict[Any, Tensor],
     dst_w3_w1_weight: Tensor,
     epilogue_tile_m: int,
     num_elts_per_sf: int | None = None,
     is_gated_act_gemm: bool = True,
 ) -> Tensor:
-    numbers = _numbers(dst_w3_w1_weight)
-    numbers = interleave_rows(numbers) if is_gated_act_gemm else numbers
-    return shuffle_rows(numbers, epilogue_tile_m).squeeze(1)
+    key = "w3_w1", len(dst_w3_w1_weight), epilogue_tile_m, is_gated_act_gemm
+    if key not in _cache_permute_indices:
+        numbers = _numbers(dst_w3_w1_weight)
+        numbers = interleave_rows(numbers) if is_gated_act_gemm else numbers
+        _cache_permute_indices[key] = shuffle_rows(numbers, epilogue_tile_m).squeeze(1)
+    return _cache_permute_indices[key]
 
 
 def w2_indices(
-    _cache_permute_indices: Any,
+    _cache_permute_indices: dict[Any, Tensor],
     dst_w2_weight: Tensor,
     epilogue_tile_m: int,
     num_elts_per_sf: int | None = None,
     is_gated_act_gemm: bool | None = None,
 ) -> Tensor:
-    return shuffle_indices(dst_w2_weight, epilogue_tile_m)
+    key = "w2", len(dst_w2_weight), epilogue_tile_m
+    if key not in _cache_permute_indices:
+        _cache_permute_indices[key] = shuffle_indices(dst_w2_weight, epilogue_tile_m)
+    return _cache_permute_indices[key]
 
 
 def convert_to_block_layout(input_tensor: Tensor, blockK: int) -> Tensor:  # noqa: N803

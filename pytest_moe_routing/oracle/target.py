@@ -144,13 +144,13 @@ class LaidOut:
         function: The entry point.
         method: The file and the class that prepare the weights.
         findings: What lies otherwise than the entry point reads it.
-        switches: Those without which the call is not made.
+        switches: Those without which the call is not made; None if that cannot be asked.
     """
 
     function: str
     method: str
     findings: tuple[Finding, ...]
-    switches: tuple[str, ...] = ()
+    switches: tuple[str, ...] | None = ()
 
 
 class Target:

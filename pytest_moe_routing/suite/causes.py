@@ -196,7 +196,9 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
 
     call, model = wrong.at, wrong.models[0]
     switches = call.switches
-    reached = text.reached(reach_of(model, scheme, switches), switches, by_default=not switches)
+    reached = "whether by default cannot be asked of this release"
+    if switches is not None:
+        reached = text.reached(reach_of(model, scheme, switches), switches, by_default=not switches)
     models = _few([each.id for each in wrong.models])
     lines = (
         f"{model} on {scheme}, {target}: {call.function} reads other elements than it is given",

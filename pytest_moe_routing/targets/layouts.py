@@ -26,11 +26,16 @@ class LaidOutAnswer(TypedDict):
     orders: list[WrongOrder]
 
 
-def laid_out(answer: LaidOutAnswer, switches: Iterable[str]) -> LaidOut:
+def laid_out(answer: LaidOutAnswer, switches: Iterable[str] | None) -> LaidOut:
     """Read an answer.
 
     Args:
-        switches: Those without which the call is not made.
+        switches: Those without which the call is not made; None if that cannot be asked.
     """
     function, method = answer["function"], answer["method"]
-    return LaidOut(function, method, layout_findings(answer["orders"], function), tuple(switches))
+    return LaidOut(
+        function,
+        method,
+        layout_findings(answer["orders"], function),
+        None if switches is None else tuple(switches),
+    )

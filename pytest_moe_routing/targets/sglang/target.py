@@ -297,7 +297,11 @@ class SglangTarget(FrameworkTarget):
 
     def laid_out(self, model: ModelSpec, scheme: str) -> LaidOut:
         question = self._question(model, scheme, self._runner_given(model, scheme))
-        return laid_out(self._remembered("layouts", question), self.opt_in(model, scheme))
+        answer, switches = self._remembered("layouts", question), None
+        # Before 0.5.18, nobody can ask which runner is the default.
+        with suppress(Unsupported):
+            switches = self.opt_in(model, scheme)
+        return laid_out(answer, switches)
 
     def _runner_given(self, model: ModelSpec, scheme: str) -> str | None:
         """Return the runner whose kernel routes for a model, or is given experts by default."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from enum import Enum, StrEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from pytest_moe_routing.flashinfer import preparation
 from pytest_moe_routing.targets import stubs
 
 
@@ -66,11 +66,6 @@ class QuantizationArgs:
         return cls(values)
 
 
-def _indices(_cache: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Return rows in their own order: what a kernel's layout is does not matter here."""
-    return torch.arange(len(x))
-
-
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return x
 
@@ -83,13 +78,14 @@ def _prepared(
 
 def stand_ins() -> dict[str, Any]:
     """Return replacements by bare name, as `world.stand_ins` does."""
+    # SGLang keeps indices of rows: they are right from the first call on.
     return {
         "CompressionFormat": CompressionFormat,
         "QuantizationArgs": QuantizationArgs,
         "QuantizationStrategy": QuantizationStrategy,
         "QuantizationType": QuantizationType,
-        "_maybe_get_cached_w3_w1_permute_indices": _indices,
-        "get_w2_permute_indices_with_cache": _indices,
+        "_maybe_get_cached_w3_w1_permute_indices": preparation.w3_w1_indices,
+        "get_w2_permute_indices_with_cache": preparation.w2_indices,
         "block_scale_interleave": _same,
         "nvfp4_block_scale_interleave": _same,
         "prepare_static_weights_for_trtllm_fp4_moe": _prepared,

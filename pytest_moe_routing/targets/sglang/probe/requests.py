@@ -15,7 +15,11 @@ TOKENS = "tokens_of_block"
 PREPARES = "prepares"
 #: SGLang's own `OWN` by name, which are requested by this name: the order of elements matters then.
 MARKED = "marked"
-OWN = ("reorder_w1w3_to_w3w1", "prepare_static_weights_for_trtllm_fp4_moe")
+OWN = (
+    "prepare_static_weights_for_trtllm_fp4_moe",
+    "reorder_w1w3_to_w3w1",
+    "replace_parameter",
+)
 #: That a server compiles models, which is requested by this name.
 COMPILED = "enable_torch_compile"
 #: What the server is asked for besides the runner, by the name of its option or stand-in.

@@ -82,7 +82,7 @@ class _Own:
         """Return one of them, or else another function."""
         if name not in OWN:
             return other
-        return getattr(_module(self._names.spelling("own-preparation").module), name, other)
+        return getattr(_module(self._names.spelling("stand-ins.preparation").module), name, other)
 
 
 # Each question would run it again.

@@ -14,11 +14,13 @@ from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
+from pytest_moe_routing.suite.causes import of_downcast
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
 MODELS = load_models(packaged_directory())
 EXPERTS = "model_executor/layers/fused_moe/experts/trtllm_nvfp4_moe.py"
+PREPARE = "model_executor/layers/fused_moe/prepare_finalize"
 #: File, what is in it, and what is there instead.
 MISTAKES = (
     (EXPERTS, "p.is_device_capability_family(100)", "p.is_device_capability(100)"),
@@ -42,6 +44,16 @@ MISTAKES = (
         "models/hy_v4/nvidia/moe.py",
         "swiglu_limit=moe_swiglu_limit,",
         "swiglu_limit=None,",
+    ),
+    (
+        f"{PREPARE}/naive_dp_ep.py",
+        "            a1q,\n            router_logits,\n            is_",
+        "            a1q,\n            router_logits.to(torch.bfloat16),\n            is_",
+    ),
+    (
+        f"{PREPARE}/no_dp_ep.py",
+        "return a1q, a1q_scale, router_logits",
+        "return a1q, a1q_scale.flip(0) if a1q.dtype == torch.uint8 else a1q_scale, router_logits",
     ),
 )
 
@@ -102,3 +114,27 @@ def test_experts_that_are_not_clamped(target):
     found = compare_request(model, target.layer_request(model))
     text = "activation_limit: the model has 10, the model code asks for none (swiglu_limit=None)"
     assert text in code_sentences(found)
+
+
+def test_logits_that_are_rounded_before_they_are_gathered(target):
+    found = judge(target, MODELS["glm-4.5"], "bf16")
+    assert found.verdict is Verdict.EXACT
+    (downcast,) = found.downcasts
+    assert downcast.where == (
+        "UnquantizedFusedMoEMethod->trtllm_bf16_moe, rank 1 of 2, tokens gathered"
+    )
+    lines = of_downcast(found, downcast).lines
+    assert lines[1:3] == (
+        "  reach    only with an opt-in switch: --enable-expert-parallel --data-parallel-size 2",
+        "  because  the float32 router logits are downcast to bfloat16 before the call",
+    )
+
+
+def test_activations_that_are_prepared_wrongly(target):
+    found = judge(target, MODELS["qwen3-30b-a3b"], "nvfp4")
+    assert found.verdict is Verdict.WRONG
+    assert list(sentences(found.findings)) == [
+        "hidden_states arrives as other values, the layer has the layer's values"
+    ]
+    # With tokens gathered, another step prepares them.
+    assert {finding.switches for finding in found.findings} == {""}

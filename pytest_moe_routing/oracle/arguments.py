@@ -61,6 +61,8 @@ class RecordedLayer:
             name, their value, and the layer's.
         scales: The scales of whole tensors that its experts have, see `flashinfer/scales.yaml`, for
             the first experts; they repeat. None if no tensor of the layer can be recognized.
+        misread: Of activations that do not arrive as the layer has them, the argument, what is
+            right, and what is there instead.
     """
 
     rank: int = 0
@@ -72,6 +74,7 @@ class RecordedLayer:
     are_summed: int = 0
     told_otherwise: tuple[tuple[str, str, str], ...] = ()
     scales: Scales | None = None
+    misread: tuple[str, ...] = ()
 
 
 def read(
@@ -113,6 +116,7 @@ def read(
         *_downcasts(model, call),
         *_wrong_output(layer),
         *(Finding(Kind.CONFIG, *told) for told in layer.told_otherwise),
+        *((Finding(Kind.ARGUMENT, *layer.misread),) if layer.misread else ()),
     )
     return Captured(call, tuple(replace(finding, where=function) for finding in findings))
 

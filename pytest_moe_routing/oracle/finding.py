@@ -57,6 +57,8 @@ class Finding:
         where: The place in the target's code or the way to the kernel, if it is known.
         fact: What is known about the FlashInfer release that explains the finding.
         raised_in: Of an exception, its type, and file and name of the function that raised it.
+        switches: The flags with which a server takes the way to the kernel; empty for those that
+            each server takes.
     """
 
     kind: Kind
@@ -66,6 +68,7 @@ class Finding:
     where: str = ""
     fact: str = ""
     raised_in: str = ""
+    switches: str = ""
 
     @property
     def cause(self) -> tuple[str, str, str]:
@@ -110,11 +113,17 @@ def source_of(findings: Iterable[Finding]) -> str:
     return next(places, "")
 
 
+def switches_of(findings: Iterable[Finding]) -> tuple[str, ...]:
+    """Return the flags without which nothing of this would be wrong; none if something would."""
+    needed = {finding.switches for finding in findings}
+    return () if "" in needed else tuple(sorted(needed))
+
+
 def distinct(findings: Iterable[Finding]) -> Iterator[Finding]:
     """Yield each finding once, at the first place that has it."""
     seen = set()
     for finding in findings:
-        what = replace(finding, where="")
+        what = replace(finding, where="", switches="")
         if what not in seen:
             seen.add(what)
             yield finding

@@ -12,7 +12,7 @@ from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.calls import arguments_of
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning, same_calls
-from pytest_moe_routing.oracle.finding import Finding, source_of
+from pytest_moe_routing.oracle.finding import Finding, source_of, switches_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.target import Choice, Classification, Rule
 from pytest_moe_routing.oracle.verdict import Verdict
@@ -74,10 +74,12 @@ class Judgement:
 
     @property
     def opt_in(self) -> tuple[str, ...]:
-        """What has to be switched on for the target to take this path."""
+        """What has to be switched on for the target to take this path, with what is wrong on it."""
+        of_way = switches_of(self.findings)
         if self.choice is None:
-            return self.switches or ()
-        return self.choice.device if self.choice.switches is None else self.choice.switches
+            return (*(self.switches or ()), *of_way)
+        switches = self.choice.switches
+        return (*(self.choice.device if switches is None else switches), *of_way)
 
     @property
     def by_default(self) -> bool:

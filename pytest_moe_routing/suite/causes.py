@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.failure import Failure, Rank
-from pytest_moe_routing.oracle.finding import Finding, Kind, source_of
+from pytest_moe_routing.oracle.finding import Finding, Kind, source_of, switches_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import text
@@ -134,6 +134,8 @@ def of_modular_call(
     from pytest_moe_routing.oracle.judgement import reach_of
 
     switches = () if choice is None else choice.switches
+    if switches is not None:
+        switches = (*switches, *switches_of(findings))
     reach = Reach.NO_MODEL if switches is None else reach_of(model, scheme, switches)
     is_default = choice is not None and switches == ()
     reached = text.reached(reach, switches or (), by_default=is_default)
@@ -265,10 +267,13 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
     from pytest_moe_routing.oracle.downcasts import PATTERNS, share_of_tokens
 
     share = share_of_tokens(judgement, downcast.field)
-    record = judgement.record()
+    record, switches = judgement.record(), switches_of([downcast])
+    reached = text.reached(Reach.OPT_IN, switches, by_default=False)
+    reach = [f"  reach    {reached}"] if switches else []
     lines = (
         f"{record.model} on {record.scheme}, decided by {text.decider(record)}: less precise than "
         "the kernel allows",
+        *reach,
         f"  because  {text.sentence(downcast)}",
         f"  kernel   {record.method} accepts float32 without loss",
         f"  shown by {share:.1%} of the tokens of the logits pattern '{PATTERNS[downcast.field]}', "

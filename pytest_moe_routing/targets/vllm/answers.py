@@ -28,15 +28,16 @@ class _End(TypedDict, total=False):
     reduced: list[int]
     are_summed: int
     told_otherwise: dict[str, list[str]]
+    misread: list[str]
 
 
 class _Call(_End):
     by: str
     shards: int
+    dispatched: bool
 
 
 class _ModularCall(_Call, total=False):
-    dispatched: Required[bool]
     places: Required[dict[str, str]]
     unusable: dict[str, str]
     input_scale: dict[str, Any]

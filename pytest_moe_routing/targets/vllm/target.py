@@ -53,6 +53,8 @@ _T = TypeVar("_T")
 _Answer = TypeVar("_Answer")
 #: Arguments that a downcast on the way changes.
 _DTYPES = ("logits_dtype", "bias_dtype")
+#: With them, each rank has tokens of its own, which are gathered for the experts.
+_GATHERED = "--enable-expert-parallel --data-parallel-size 2"
 
 
 @cache
@@ -371,6 +373,7 @@ def _layer(answer: Mapping[str, Any], record: Mapping[str, Any]) -> RecordedLaye
         are_summed=record.get("are_summed", 0),
         scales=scales.GIVEN,
         told_otherwise=tuple((n, *both) for n, both in record.get("told_otherwise", {}).items()),
+        misread=tuple(record.get("misread", ())),
     )
 
 
@@ -387,9 +390,10 @@ def _site(record: Mapping[str, Any]) -> str:
 
 def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
     """Return a finding with the path on which the call was made."""
+    dispatched = record["dispatched"]
+    switches = _GATHERED if dispatched else ""
     if finding.kind is Kind.RAISED:
-        return finding
+        return replace(finding, switches=switches)
     rank = ", rank 1 of 2" if record["shards"] > 1 else ""
-    if record.get("dispatched"):
-        rank += ", tokens gathered"
-    return replace(finding, where=f"{_site(record)}{rank}")
+    gathered = ", tokens gathered" if dispatched else ""
+    return replace(finding, where=f"{_site(record)}{rank}{gathered}", switches=switches)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from pytest_moe_routing.targets.recorder import Reached, plain
 from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.unwritten import is_unwritten, raised_in
 from pytest_moe_routing.targets.vllm.probe import release as release
+from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
@@ -49,10 +51,13 @@ def capture(
 ) -> dict[str, Any]:
     """Record what reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
 
-    Each of the `calls` is `by` whom, in how many `shards`, with how many `tokens` if it is one more
-    call for that, and either the `function` and its `arguments` or the exception that is `raised`;
-    and what came of the kernel's output, see `layer.Layer.run`. `intermediate_size` is that of the
-    layer's experts.
+    Where the experts take that, it is also recorded as rank 1 of 2 whose tokens are gathered first,
+    through the first method whose kernel gathers: methods hand over the same, and do not gather.
+
+    Each of the `calls` is `by` whom, in how many `shards`, whether tokens were `dispatched`, with
+    how many `tokens` if it is one more call for that, and either the `function` and its `arguments`
+    or the exception that is `raised`; and what came of the kernel's output, see `layer.Layer.run`.
+    `intermediate_size` is that of the layer's experts.
 
     Args:
         thorough: Take every way to the kernel, and not only the first one.
@@ -71,17 +76,40 @@ def capture(
         methods, shards = methods[:1], shards[:1]
     is_class = isinstance(experts, type)
 
+    def layer_on(ranks: Ranks) -> Layer:
+        return layer_of(model, row, method, ranks, is_class=is_class)
+
+    ways = [(caller, Ranks(count)) for caller in methods for count in shards]
+    if is_class and thorough and len(shards) > 1 and _takes_gathered(experts):
+        ranks = Ranks(2, dispatched=True)
+        gathering = (m for m in methods if _gathers(experts, m, layer_on(ranks)))
+        ways += [(caller, ranks) for caller in islice(gathering, 1)]
+
     def called(caller: Any, ranks: Ranks) -> dict[str, Any]:
         # One for each call, as one that fails on the way leaves things behind.
-        layer = layer_of(model, row, method, ranks, is_class=is_class)
-        way = {"by": caller.__qualname__.split(".")[0], "shards": ranks.count}
-        return {**way, **run_layer(experts, caller, layer)}
+        layer = layer_on(ranks)
+        by = caller.__qualname__.split(".")[0]
+        where = {"by": by, "shards": ranks.count, "dispatched": ranks.dispatched}
+        return where | run_layer(experts, caller, layer)
 
-    calls = [called(caller, Ranks(count)) for caller in methods for count in shards]
+    calls = [called(*way) for way in ways]
     if thorough:
         for tokens in _TOKENS:
             calls.append({**called(methods[0], Ranks(tokens=tokens)), "tokens": tokens})
     return {"calls": calls, "intermediate_size": intermediate_size(model)}
+
+
+def _takes_gathered(experts: Any) -> bool:
+    """Return whether experts run on tokens that are gathered from ranks with their own."""
+    config = parallel_config(2, dispatched=True)
+    takes: bool = experts._supports_parallel_config(config)
+    return takes
+
+
+def _gathers(experts: Any, method: Any, layer: Layer) -> bool:
+    """Return whether a method has vLLM's kernel; what gathers for another one is not run."""
+    with on_one_gpu():
+        return layer.made(experts, method) is not None
 
 
 def counts_of_ranks(model: Mapping[str, Any]) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import scales
-from pytest_moe_routing.targets.marked import Marked
+from pytest_moe_routing.targets.marked import Marked, in_reverse
 from pytest_moe_routing.targets.recorder import Reached, returned
 from pytest_moe_routing.targets.vllm.probe import factory, release
 from pytest_moe_routing.targets.vllm.probe.config import (
@@ -26,6 +26,7 @@ from pytest_moe_routing.targets.vllm.probe.config import (
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
 from pytest_moe_routing.targets.vllm.probe.factory import Made, Ranks
 from pytest_moe_routing.targets.vllm.probe.method import Caller, experts_made, loaded
+from pytest_moe_routing.targets.vllm.probe.prepared import misread, prepare_finalize
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What a kernel does with its arguments.
@@ -40,33 +41,17 @@ def intermediate_size(model: Mapping[str, Any]) -> int:
     return HIDDEN if experts["intermediate_size"] == hidden else INTERMEDIATE
 
 
-class _Prepared:
-    """Stands for the step before the experts: its activations are quantized already."""
-
-    def __init__(self, layer: Layer) -> None:
-        self._layer = layer
-
-    def prepare(
-        self, hidden: Tensor, router_logits: Tensor, *_: Any, defer_input_quant: bool, **__: Any
-    ) -> Any:
-        if defer_input_quant:
-            return torch.zeros_like(hidden), None, router_logits
-        return self._layer.hidden, self._layer.scale, router_logits
-
-    def finalize(self, fused_expert_output: Tensor) -> Tensor:
-        return fused_expert_output
-
-    def output_is_reduced(self) -> bool:
-        return False
-
-
 def _kernel(experts: Any, method: Any, layer: Layer) -> Any:
-    """Return the kernel object around the experts; None if the method has none."""
+    """Return the kernel object around the experts, with vLLM's own steps before and after them.
+
+    None if the method has none.
+    """
     made = layer.made(experts, method)
     if made is None:
         return None
     kernel = object.__new__(names().get("kernel"))
-    kernel.impl = names().get("kernel-impl")(_Prepared(layer), made)
+    prepare = prepare_finalize(layer.config, made, is_monolithic=True)
+    kernel.impl = names().get("kernel-impl")(prepare, made)
     return kernel
 
 
@@ -89,7 +74,8 @@ class Layer:
         config: vLLM's config of the layer.
         asked: What the methods of the layer are given.
         bias: What the model's code gives to the layer as its correction bias.
-        hidden, scale: Activations as the scheme's experts have them.
+        hidden: What the layer is given, of marked tokens: bfloat16, [tokens, columns].
+        ranks: Where the layer runs.
     """
 
     config: Any
@@ -98,7 +84,7 @@ class Layer:
     def __init__(self, model: Mapping[str, Any], row: ServedScheme, ranks: Ranks) -> None:
         router = model["router"]
         experts = router["num_experts"]
-        self.model, self.row, self.tokens = model, row, ranks.tokens
+        self.model, self.row, self.ranks, self.tokens = model, row, ranks, ranks.tokens
         logits = torch.linspace(-3.3, 3.1, self.tokens * experts).reshape(-1, experts)
         self.logits = logits.to(told_dtype(model) or getattr(torch, model["dtype"]))
         self.bias = None
@@ -115,15 +101,11 @@ class Layer:
         self.routed_scaling_factor = release.router_factor(model)
         self.apply_router_weight_on_input = router["weight_on"] == "input"
         self.intermediate_size_per_partition = intermediate_size(model)
-        self._make_activations()
+        self.hidden = Marked.make(self.tokens, HIDDEN, experts, self.top_k).hidden
 
-    def _make_activations(self) -> None:
-        name, a_byte, a_scale, scale_dtype = self.row.quantized
-        self.hidden = torch.zeros(self.tokens, HIDDEN // a_byte, dtype=getattr(torch, name))
-        self.scale = None
-        if a_scale:
-            shape = (self.tokens, HIDDEN // a_scale)
-            self.scale = torch.zeros(shape, dtype=getattr(torch, scale_dtype))
+    def at_kernel(self, x: Tensor) -> Tensor:
+        """Return the rows that a kernel is given of a tensor with one for each of our tokens."""
+        return in_reverse(x) if self.ranks.dispatched else x
 
     def give(self, layer: Any) -> None:
         """Give weights, whose values nobody reads, and scales to what methods read."""
@@ -150,7 +132,8 @@ class Layer:
 
     def named(self) -> dict[str, Tensor | None]:
         """Return the tensors that a kernel may be given, by the names that answers use."""
-        return {"router logits": self.logits, "bias": self.bias, **self.named_of_experts()}
+        logits = self.at_kernel(self.logits)
+        return {"router logits": logits, "bias": self.bias, **self.named_of_experts()}
 
     def named_of_experts(self) -> dict[str, Tensor | None]:
         """Return those of them that are the experts'."""
@@ -240,7 +223,6 @@ class StandIn(Layer):
 
     def _before_classes(self, model: Mapping[str, Any]) -> None:
         """Provide what the layer's methods read and quantize themselves, without experts."""
-        self.hidden = torch.zeros(self.tokens, HIDDEN, dtype=torch.bfloat16)
         self.renormalize = model["router"]["renormalize"]
         self.custom_routing_function = release.routing_function_of(model)
         w1, a1, w2, a2 = (scales.per_expert(n, self.local_num_experts) for n in scales.GIVEN)
@@ -257,10 +239,13 @@ class StandIn(Layer):
         kernel = _kernel(experts, method, self) if isinstance(experts, type) else None
         factor = self.model["router"]["routed_scaling_factor"]
         try:
-            method(Caller(kernel, self.row, self.config), self, self.hidden, self.logits)
+            method(Caller(kernel, self.row, self.config), self, self.hidden.clone(), self.logits)
         except Reached as reached:
             # What is done with the output is not run: the model's code says who applies the factor.
             reached.output = {"scale_after": factor / self.routed_scaling_factor}
+            if kernel is not None:
+                given = misread(reached.arguments, self.row, self.at_kernel(self.hidden))
+                reached.output["misread"] = list(given)
             raise
 
     def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
@@ -320,14 +305,15 @@ class OwnLayer(Layer):
             reached.append(Reached(function, arguments, line))
             if write is not None:
                 write(arguments)
-            return returned(function, arguments, written.clone())
+            wrong.append(misread(arguments, self.row, self.at_kernel(self.hidden)))
+            return returned(function, arguments, self.at_kernel(written).clone())
 
-        hidden = torch.zeros(self.tokens, HIDDEN, dtype=torch.bfloat16)
+        wrong: list[tuple[str, ...]] = []
         with patch.object(release, "answer", kernel):
-            _, output = self.layer.run(method, asked, self.logits, hidden)
+            _, output = self.layer.run(method, asked, self.logits, self.hidden.clone())
         if reached:
-            made_of = self._read(output, written)
-            reached[0].output = {**made_of, "told_otherwise": self.told_otherwise()}
+            of_layer = {"told_otherwise": self.told_otherwise(), "misread": list(wrong[0])}
+            reached[0].output = {**self._read(output, written), **of_layer}
             raise reached[0]
 
     def bind(self, experts: Any, method: Any, capture: Callable[[Tensor], None]) -> None:

@@ -36,6 +36,7 @@ from pytest_moe_routing.targets.vllm.probe.layer import (
     layer_of,
 )
 from pytest_moe_routing.targets.vllm.probe.method import methods_of
+from pytest_moe_routing.targets.vllm.probe.prepared import prepare_finalize
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 
@@ -129,7 +130,7 @@ class Run:
         with patch.object(release, "answer", self._kernel), self._stand_ins():
             kernel, fused = None, self._make()
             if fused is not None:
-                prepare = prepare_finalize(layer, fused)
+                prepare = prepare_finalize(layer.config, fused)
                 kernel = names().get("kernel")(prepare, fused)
                 self._places = {
                     "prepare": _place(type(prepare).prepare),
@@ -192,17 +193,6 @@ class Run:
             },
             "same": marked.times(output[:-1].float(), wanted[:-1]) is not None,
         }
-
-
-def prepare_finalize(layer: Layer, fused: Any) -> Any:
-    """Make the steps before and after the experts as vLLM makes them for the parallel config."""
-    arguments = {
-        "moe": layer.config,
-        "quant_config": fused.quant_config,
-        "allow_new_interface": True,
-        "use_monolithic": False,
-    }
-    return names().get("prepare-factory")(**names().accepted("prepare-factory", arguments))
 
 
 def _place(function: Any) -> str:

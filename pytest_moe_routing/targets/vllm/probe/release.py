@@ -152,6 +152,12 @@ class _PluggableLayer(nn.Module):
         return lambda decorated: decorated
 
 
+def _gathered(extra_tensors: list[Tensor] | None, *given: Tensor) -> tuple[Any, ...]:
+    """Return the tensors of both ranks, those besides in a list of their own if there are any."""
+    found = tuple(marked.in_reverse(x) for x in given)
+    return found if extra_tensors is None else (*found, [*map(marked.in_reverse, extra_tensors)])
+
+
 class _Group:
     """The group of two ranks of expert parallelism, of which this is the second.
 
@@ -169,11 +175,16 @@ class _Group:
         is_sequence_parallel: bool = False,
         extra_tensors: list[Tensor] | None = None,
     ) -> tuple[Any, ...]:
-        given = (hidden_states, topk_weights, topk_ids)
-        gathered = tuple(marked.in_reverse(x) for x in given)
-        if extra_tensors is None:
-            return gathered
-        return *gathered, [marked.in_reverse(x) for x in extra_tensors]
+        return _gathered(extra_tensors, hidden_states, topk_weights, topk_ids)
+
+    def dispatch_router_logits(
+        self,
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[Tensor] | None = None,
+    ) -> tuple[Any, ...]:
+        return _gathered(extra_tensors, hidden_states, router_logits)
 
     def allocate_combine_input(
         self, shape: Any, dtype: torch.dtype, device: Any, is_sequence_parallel: bool = False

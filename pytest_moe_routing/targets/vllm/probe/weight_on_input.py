@@ -27,7 +27,7 @@ from pytest_moe_routing.targets.vllm.probe.config import NoActivation, quant_con
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import TOKENS, Ranks
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, layer_of
-from pytest_moe_routing.targets.vllm.probe.modular import prepare_finalize
+from pytest_moe_routing.targets.vllm.probe.prepared import prepare_finalize
 from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 
@@ -83,7 +83,7 @@ def _times(model: Mapping[str, Any], scheme: str, method: str, experts: Any) -> 
     count = layer.global_num_experts
     given = Marked.make(TOKENS, HIDDEN, count, layer.top_k)
     fused = experts(layer.config, quant_config(row, count))
-    kernel = names().get("kernel")(prepare_finalize(layer, fused), fused)
+    kernel = names().get("kernel")(prepare_finalize(layer.config, fused), fused)
     operators = _Operators(given.ids, count)
     module = vars(sys.modules[experts.__module__])
     # Those of the probe: a class of vLLM does not define them.

@@ -1,0 +1,55 @@
+"""The steps before and after experts, as vLLM makes them, and what a kernel gets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.targets import marked
+from pytest_moe_routing.targets.marked import UnusableArgumentError
+from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+
+def prepare_finalize(config: Any, fused: Any, *, is_monolithic: bool = False) -> Any:
+    """Make the steps before and after the experts as vLLM makes them for the parallel config.
+
+    Args:
+        config: vLLM's config of the layer.
+        fused: The experts.
+    """
+    arguments = {
+        "moe": config,
+        "quant_config": fused.quant_config,
+        "allow_new_interface": True,
+        "use_monolithic": is_monolithic,
+    }
+    return names().get("prepare-factory")(**names().accepted("prepare-factory", arguments))
+
+
+def misread(arguments: Mapping[str, Any], row: ServedScheme, hidden: Tensor) -> tuple[str, ...]:
+    """Return what is wrong with the activations that a kernel is given; nothing if they are right.
+
+    Args:
+        arguments: Those of the kernel.
+        row: How its scheme has activations.
+        hidden: What the layer was given, of marked tokens: bfloat16, [tokens, columns].
+
+    Returns:
+        Nothing; or an argument, what is right, and what is there instead.
+    """
+    got, scale = arguments["hidden_states"], arguments.get("hidden_states_scale")
+    dtype, _, per_scale, _ = row.quantized
+    found = str(got.dtype).removeprefix("torch.")
+    if found != dtype:
+        return "hidden_states", dtype, found
+    try:
+        # Scales of whole tensors, which are 1 here, are among the experts' own.
+        read = marked.activations(got, scale) if per_scale else got.float()
+    except UnusableArgumentError as error:
+        return error.name, error.wanted, error.got
+    is_same = read.shape == hidden.shape and torch.equal(read, hidden.float())
+    return () if is_same else ("hidden_states", "the layer's values", "other values")

@@ -97,7 +97,13 @@ def handed(give, scale=1.0, **answer):
         output = requested("router")(router_logits=torch.zeros(4, 8), topk_config=Config())
         arguments = {"topk_ids": give(output.topk_ids, output.topk_weights)}
         calls[:] = [("trtllm_routed_moe", arguments)]
-        said = {"refused": "given experts", "failed": None, "by_choice": True, "unprepared": []}
+        said = {
+            "refused": "given experts",
+            "failed": None,
+            "by_choice": True,
+            "unprepared": [],
+            "shared": 0,
+        }
         return {**said, **answer}
 
     names = Names(Contract.of("sglang"), "0.5.23", stubs.definitions("sglang", "nowhere"))

@@ -11,6 +11,7 @@ from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
 
 MODELS = load_models(packaged_directory())
@@ -54,6 +55,8 @@ ALPHAS = '"g2_alphas",\n            (w2_input_scale * layer.w2_weight_scale_2)'
 INPUT = '"w13_input_scale_quant",\n            (1 / w13_input_scale)'
 #: What the FP8 kernel multiplies by, which is lost for a few tokens.
 FACTOR = '"routed_scaling_factor": routed_scaling_factor,'
+#: A server with this runner keeps shared experts apart, now but for one scheme.
+APART = 'if runner in ("flashinfer_trtllm", "experimental_sgl_trtllm")'
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +73,7 @@ def target(tmp_path_factory):
         lost = FACTOR.replace(",", " if len(hidden_states) > 8 else None,")
         edit(root, "layers/moe/flashinfer_trtllm_moe.py", (FACTOR, lost))
         edit(root, "arg_groups/overrides.py", (NAMED, NAMED.replace('"modelopt_fp4", ', "")))
+        edit(root, "arg_groups/overrides.py", (APART, f'{APART} and view.quantization != "mxfp8"'))
     yield from opened(root)
 
 
@@ -137,3 +141,20 @@ def test_columns_of_shared_experts_are_no_logits(target):
     model = MODELS["glm-4.7-flash"]
     found = compare_request(model, target.layer_request(model))
     assert (found.request.gate_dtype, found.findings) == ("float32", ())
+
+
+def test_shared_experts_that_a_server_no_longer_keeps_apart(target):
+    """DeepSeek-R1 has one. In newer releases, SGLang's own router chooses among 257 experts then."""
+    found = judge(target, MODELS["deepseek-r1"], "mxfp8")
+    findings = found.findings
+    if found.verdict is not Verdict.CRASH:
+        assert found.lost_since
+        findings = target.modular_findings(MODELS["deepseek-r1"], "mxfp8")
+    text = "num_experts is 257, expected a multiple of 4 and more than top_k: "
+    assert any(sentence.startswith(text) for sentence in sentences(findings))
+    assert found.record().fails
+
+
+def test_shared_experts_that_a_models_code_keeps_apart(target):
+    """The code of Kimi-K2.5 does not put any among its 384 experts."""
+    assert judge(target, MODELS["kimi-k2.5"], "mxfp8").call.num_experts == 384

@@ -215,6 +215,16 @@ class FlashInfer:
         )
         return sorted((v for v in found if v), key=lambda violation: not violation.is_error)
 
+    def size_violations(self, scheme: str, num_experts: int, top_k: int) -> list[Violation]:
+        """Return the errors of a launcher that is given so many experts, whatever routes."""
+        call = KernelCall(scheme, "Default", num_experts, top_k, logits_dtype="float32")
+        found = (
+            rule.violation(call)
+            for rule in _kernel(self.judged_as, scheme, call.method).limits
+            if not (rule.methods or rule.when) and {*rule.require} <= {"num_experts", "top_k"}
+        )
+        return [each for each in found if each and each.is_error]
+
     def facts(self, call: KernelCall, about: Collection[str] | None = None) -> list[str]:
         """Return why fields of `recipe`, all or these, differ from the method's row."""
         kernel = _kernel(self.judged_as, call.scheme, call.method)

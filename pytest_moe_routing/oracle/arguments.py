@@ -61,6 +61,7 @@ class RecordedLayer:
             name, their value, and the layer's.
         scales: The scales of whole tensors that its experts have, see `flashinfer/scales.yaml`, for
             the first experts; they repeat. None if no tensor of the layer can be recognized.
+        fused: Shared experts that it has among the routed ones on purpose.
         misread: Of activations that do not arrive as the layer has them, the argument, what is
             right, and what is there instead.
     """
@@ -74,6 +75,7 @@ class RecordedLayer:
     are_summed: int = 0
     told_otherwise: tuple[tuple[str, str, str], ...] = ()
     scales: Scales | None = None
+    fused: int = 0
     misread: tuple[str, ...] = ()
 
 
@@ -144,10 +146,18 @@ def read_routed(
         *_wrong_function(scheme, function, flashinfer, routed=True),
         *_wrong_numbers(model, arguments, layer),
         *(Finding(Kind.ARGUMENT, "topk_ids", "the layer's ids and weights", got) for got in wrong),
+        *_too_many(scheme, arguments, flashinfer),
         *_wrong_memory(arguments),
         *_wrong_experts(model, scheme, record, layer, flashinfer),
     )
     return tuple(replace(finding, where=function) for finding in findings)
+
+
+def _too_many(scheme: str, arguments: Arguments, flashinfer: FlashInfer) -> Iterator[Finding]:
+    """Yield that a launcher rejects the number of experts that a call is given."""
+    sizes = arguments["num_experts"], arguments["top_k"]
+    for v in flashinfer.size_violations(scheme, *sizes):
+        yield Finding(Kind.LIMIT, v.field, v.required, v.found, fact=v.rule.fact)
 
 
 def rounded_weights(
@@ -250,10 +260,10 @@ def _wrong_function(
 def _wrong_numbers(
     model: ModelSpec, arguments: Arguments, layer: RecordedLayer
 ) -> Iterator[Finding]:
-    local = model.router.num_experts // layer.shards
+    local = model.router.num_experts // layer.shards + layer.fused
     wanted = {
-        "num_experts": model.router.num_experts,
-        "top_k": model.router.top_k,
+        "num_experts": model.router.num_experts + layer.fused,
+        "top_k": model.router.top_k + layer.fused,
         "intermediate_size": layer.intermediate_size,
         "local_expert_offset": layer.rank * local,
         "local_num_experts": local,

@@ -149,7 +149,8 @@ def of_modular_call(
     site = _id(findings[0].where.partition(",")[0])
     cause = _id("modular-call", what, site)
     kinds = {finding.kind for finding in findings}
-    rank = {Kind.RAISED: Rank.LOUD, Kind.DOWNCAST: Rank.DOWNCAST}.get(findings[0].kind, Rank.SILENT)
+    ranks = {Kind.RAISED: Rank.LOUD, Kind.LIMIT: Rank.LOUD, Kind.DOWNCAST: Rank.DOWNCAST}
+    rank = ranks.get(findings[0].kind, Rank.SILENT)
     if len(kinds) > 1:
         rank = Rank.SILENT
     if reach is Reach.NO_MODEL and choice is not None:

@@ -31,6 +31,7 @@ class Answer(_Call):
     refused: str | None
     failed: str | None
     by_choice: bool
+    shared: int
 
 
 #: The type of each answer of the child.
@@ -47,5 +48,6 @@ ANSWERS: Mapping[str, Any] = {
     "rule": RuleAnswer | None,
     "runner_rules": list[RuleAnswer],
     "default_runner": str,
+    "keeps_shared_apart": bool,
     "layer_runner": str,
 }

@@ -18,12 +18,14 @@ class HandedOver(TypedDict, total=False):
 
     Attributes:
         unprepared: Arguments whose values are not SGLang's own.
+        shared: Shared experts among the routed ones.
     """
 
     function: str
     arguments: dict[str, Any]
     input_scale: dict[str, Any]
     unprepared: list[str]
+    shared: int
     refused: str
     failed: str
     raised_in: str
@@ -35,13 +37,25 @@ def raised(answer: Mapping[str, Any], where: str = "") -> Finding:
     return Finding(Kind.RAISED, "forward", None, told, where, raised_in=answer["raised_in"])
 
 
+def layer_of(shared: int, scale_after: float = 1.0) -> RecordedLayer:
+    """Return where a layer was run; see `probe.main.Blocks.capture`.
+
+    Args:
+        shared: Shared experts among the routed ones.
+        scale_after: See `RecordedLayer`.
+    """
+    rank, ranks = (0, 1) if shared else (1, 2)
+    size = configs()["sizes"]["intermediate_size"]
+    given = scales.GIVEN
+    return RecordedLayer(rank, ranks, size, scale_after, scales=given, fused=shared)
+
+
 def findings_of(
     answer: HandedOver, model: ModelSpec, scheme: str, flashinfer: FlashInfer
 ) -> tuple[Finding, ...]:
-    """Return what is wrong with a call that was made on the second of two ranks."""
+    """Return what is wrong with a call."""
     if "failed" in answer:
         return (raised(answer, "forward"),)
-    layer = RecordedLayer(1, 2, configs()["sizes"]["intermediate_size"], 1.0, scales=scales.GIVEN)
-    findings = read_routed(model, scheme, answer, layer, flashinfer)
+    findings = read_routed(model, scheme, answer, layer_of(answer["shared"]), flashinfer)
     known = (finding for finding in findings if finding.field not in answer["unprepared"])
     return (*known, *rounded_weights(scheme, answer, flashinfer))

@@ -30,6 +30,16 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
     return {**values, **{name: [values[name]] * 2 for name in pairs}}
 
 
+def deciding_of(model: ModelSpec) -> dict[str, Any]:
+    """Return what else of a config code may read that decides about a model's shared experts."""
+    text = configs()["text_architectures"].get(model.architecture)
+    return {
+        "architectures": [model.architecture],
+        "encoder_only": False,
+        "text_config": {"architectures": [text]} if text else {},
+    }
+
+
 def published_of(model: ModelSpec, without: str) -> dict[str, Any]:
     """Return the keys that a model's config.json has, with the sizes of the block that is built."""
     data, latent = configs(), published_keys(model.architecture).get("latent_size")

@@ -8,12 +8,10 @@ from typing import Any
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.arguments import RecordedLayer, differing, read
+from pytest_moe_routing.oracle.arguments import differing, read
 from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind, only_with
 from pytest_moe_routing.oracle.target import Captured
-from pytest_moe_routing.targets import scales
-from pytest_moe_routing.targets.sglang.handed_over import raised
-from pytest_moe_routing.targets.sglang.model_configs import configs
+from pytest_moe_routing.targets.sglang.handed_over import layer_of, raised
 
 #: Tokens of further calls, as in decoding and in a prefill: code often branches on their number.
 TOKENS = (1, 1025)
@@ -26,15 +24,14 @@ def captured_of(
     flashinfer: FlashInfer,
     numbers: Mapping[str, int],
 ) -> Captured:
-    """Return the call that the child recorded, on the second of two ranks.
+    """Return the call that the child recorded.
 
     Args:
         numbers: SGLang's numbers of the routing methods.
     """
     if answer["failed"]:
         return Captured(None, (raised(answer),))
-    size = configs()["sizes"]["intermediate_size"]
-    layer = RecordedLayer(1, 2, size, answer["scale_after"], scales=scales.GIVEN)
+    layer = layer_of(answer["shared"], answer["scale_after"])
     captured = read(model, scheme, answer, layer, flashinfer)
     number = answer["arguments"]["routing_method_type"]
     open_ = [f.field for f in captured.findings if f.field in answer["unprepared"]]

@@ -37,7 +37,12 @@ from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.sglang.answers import ANSWERS as ANSWERS_OF_PROBE
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
-from pytest_moe_routing.targets.sglang.model_configs import config_of, configs, published_of
+from pytest_moe_routing.targets.sglang.model_configs import (
+    config_of,
+    configs,
+    deciding_of,
+    published_of,
+)
 from pytest_moe_routing.targets.sglang.recorded import TOKENS, captured_of, with_tokens
 from pytest_moe_routing.targets.sglang.registry import registered
 from pytest_moe_routing.targets.sglang.runner_rule import deciding
@@ -285,7 +290,8 @@ class SglangTarget(FrameworkTarget):
     def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
         runner = configs()["schemes"].get(scheme, {}).get("other")
         return runner and {
-            **self._question(model, scheme, runner),
+            # On two ranks: there, models keep their shared experts apart.
+            **self._asked(model, scheme, runner),
             "scale": model.router.routed_scaling_factor,
             "server": self._server(model, scheme),
             "served_as": self._row(model, scheme)["quantization"],
@@ -349,8 +355,15 @@ class SglangTarget(FrameworkTarget):
         return answer
 
     def _question(self, model: ModelSpec, scheme: str, runner: str | None = None) -> dict[str, Any]:
-        """Return what a child runs a model's block with, and which runner."""
+        """Return what a child runs a model's block with, the runner, and what the server says."""
         runner = runner or self._row(model, scheme)["runner"]
+        server = {**self._server(model, scheme), "scheme": scheme, "runner": runner}
+        asked = self._asked(model, scheme, runner)
+        if self._remembered("keeps_shared_apart", server):
+            return asked
+        return {**asked, "deciding": deciding_of(model)}
+
+    def _asked(self, model: ModelSpec, scheme: str, runner: str) -> dict[str, Any]:
         return {**self._block(model, scheme), "scheme": scheme, "runner": runner}
 
     def _block(self, model: ModelSpec, scheme: str) -> dict[str, Any]:

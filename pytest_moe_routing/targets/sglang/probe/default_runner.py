@@ -19,6 +19,8 @@ from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 AUTO = "auto"
 #: The argument of a server that names the runner.
 FIELD = "moe_runner_backend"
+#: The one that keeps shared experts apart from the routed ones.
+APART = "disable_shared_experts_fusion"
 
 
 def layer_runner(names: Names, layer: Any) -> str:
@@ -127,6 +129,30 @@ def _resolved(
     for key in ("overrides-deepseek", "overrides-quantization"):
         server.take(key, names.get(key)(server))
     return server
+
+
+def keeps_shared_apart(
+    names: Names, defaults: Mapping[str, Any], checkpoint: Checkpoint, runner: str
+) -> bool:
+    """Return whether a server with this runner keeps shared experts apart from the routed ones.
+
+    If it does not, the model's code decides; see `shared_experts`. The arguments are those of
+    `_resolved`.
+
+    Raises:
+        Unsupported: SGLang's code does not say it here.
+    """
+    try:
+        server = _resolved(names, defaults, checkpoint, {FIELD: runner})
+        server.take("overrides-fusion", names.get("overrides-fusion")(server))
+    except Unsupported:
+        raise
+    except Exception as error:
+        raise Unsupported(
+            f"cannot determine whether a server with {runner} keeps shared experts apart: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return bool(getattr(server, APART))
 
 
 def rejection(

@@ -56,6 +56,7 @@ def handed_over(
     Raises:
         Unsupported: More than one kernel is called, or the block's run cannot be judged.
     """
+    # A block is run twice if that decides where its shared experts are; the last run counts.
     chosen: list[tuple[Tensor, Tensor]] = []
     with requesting(router=router(names, chosen)):
         answer = run()
@@ -65,7 +66,7 @@ def handed_over(
         return {"refused": answer["refused"] or "the kernel routes"}
     if len(ran.calls) != 1:
         raise Unsupported(f"the block calls {len(ran.calls)} kernels, not one")
-    ((function, arguments),), ((ids, weights),) = ran.calls, chosen
+    ((function, arguments),), (ids, weights) = ran.calls, chosen[-1]
     named: dict[str, Tensor | None] = {"ids": ids, **ran.experts}
     given = arguments.get("topk_ids")
     for each in (weights, weights * scale):
@@ -77,6 +78,7 @@ def handed_over(
         **input_scale(),
         "arguments": {name: plain(value, named) for name, value in arguments.items()},
         "unprepared": answer["unprepared"],
+        "shared": answer["shared"],
     }
 
 

@@ -22,12 +22,15 @@ from pytest_moe_routing.targets import layers, scales, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import input_scale, plain
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.sglang.probe import weights
 from pytest_moe_routing.targets.sglang.probe.around import PADDING, around
+from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig, quant_config
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
     FIELD,
     Checkpoint,
     default_runner,
+    keeps_shared_apart,
     layer_runner,
     rejection,
 )
@@ -35,16 +38,11 @@ from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
 from pytest_moe_routing.targets.sglang.probe.layouts import layouts
 from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
+from pytest_moe_routing.targets.sglang.probe.ranks import fusing
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
 from pytest_moe_routing.targets.sglang.probe.requests import TOKENS, requested, with_tokens
 from pytest_moe_routing.targets.sglang.probe.rule import line_of_model, rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
-from pytest_moe_routing.targets.sglang.probe.weights import (
-    fill,
-    named_of_experts,
-    recognisable,
-    stand_in_weights,
-)
 from pytest_moe_routing.targets.sglang.probe.world import Call, RoutedOutside, choose_runner, enter
 from pytest_moe_routing.targets.stubs import Stub
 
@@ -52,12 +50,6 @@ from pytest_moe_routing.targets.stubs import Stub
 _TOKENS = 64
 #: A layer of experts in every model: the first few are dense, or routed by a table.
 _LAYER, _SIZE = 5, 256
-
-
-class _Config(layers.Config):
-    """The config object of a model of SGLang."""
-
-    reads = "SGLang's code reads {!r} of the model's config"
 
 
 @dataclass
@@ -71,6 +63,8 @@ class _Seen:
     made: list[Any] = field(default_factory=list)
     topks: list[Any] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    #: Shared experts that the layer has among the routed ones.
+    shared: int = 0
     #: Whether the layer is told to weigh the experts' input.
     on_input: bool = False
     #: Arguments of the kernel's call that the layer was not prepared for.
@@ -109,6 +103,14 @@ class Blocks:
         if not self.names.expects("overrides-collect"):
             raise Unsupported("this release chooses runners in a way that the probe does not know")
         return default_runner(self.names, self._defaults(), checkpoint)
+
+    def keeps_shared_apart(self, runner: str, scheme: str, **told: Unpack[Checkpoint]) -> bool:
+        """Return whether a server keeps shared experts apart; see `keeps_shared_apart`."""
+        self.names.require("verdicts", scheme)
+        self._enter()
+        # Before, no code of a server is run. It says so of each runner of TRT-LLM's.
+        is_asked = self.names.expects("overrides-fusion")
+        return not is_asked or keeps_shared_apart(self.names, self._defaults(), told, runner)
 
     def layer_runner(
         self,
@@ -153,8 +155,12 @@ class Blocks:
         scheme: str,
         quantization: Mapping[str, Any] | None,
         runner: str,
+        deciding: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return what the model's code asks for, and what reaches the kernel.
+
+        This is on the second of two ranks that share out the experts; or on one rank, if only that
+        has the model's code put shared experts among the routed ones.
 
         Args:
             architecture: Name of the model's class.
@@ -164,6 +170,8 @@ class Blocks:
                 see `configs.yaml`, or what the checkpoint's config has; None for a model that is
                 not quantized.
             runner: What `--moe-runner-backend` says.
+            deciding: What else of the config decides about shared experts, if the server leaves
+                that to the model's code; None if it keeps them apart from the routed ones.
 
         Raises:
             Unsupported: The block cannot be found, built or run, or there are several that differ.
@@ -171,6 +179,18 @@ class Blocks:
         self.names.require("verdicts", scheme)
         self._enter()
         choose_runner(runner)
+        if deciding is not None:
+            model = getattr(stubs.real_module(self.sources.place(architecture)), architecture)
+            made = quant_config(self.names, quantization)
+            with fusing(self.names, model, {**config, **deciding}, made):
+                answer = self._captured(architecture, config, quantization)
+            if answer["shared"]:
+                return answer
+        return self._captured(architecture, config, quantization)
+
+    def _captured(
+        self, architecture: str, config: dict[str, Any], quantization: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
         answers: dict[str, dict[str, Any]] = {}
         for module, name, given in self.sources.blocks(architecture):
             block = f"{module.removeprefix('sglang.srt.')}.{name}"
@@ -227,7 +247,7 @@ class Blocks:
         try:
             with _watching(self.names, seen):
                 seen.block = _build(self.names, module, name, given, values, quantization)
-                fill(seen.block, seen, values, _SIZE)
+                weights.fill(seen.block, seen, values, _SIZE)
                 scales.quantized_by.clear()
                 output = _forward(seen.block, values["num_experts"])
         except RoutedOutside as outside:
@@ -238,13 +258,14 @@ class Blocks:
             if kind == "unknown":
                 raise Unsupported(text) from error
             answer |= {kind: text, "raised_in": raised_in}
-        self.experts = named_of_experts(seen.made[-1]) if seen.made else {}
+        self.experts = weights.named_of_experts(seen.made[-1]) if seen.made else {}
         if len(seen.layers) != 1 or len(seen.topks) != 1:
             why = answer["refused"] or answer["failed"]
             made = f"{len(seen.layers)} MoE layers and {len(seen.topks)} TopK layers"
             raise Unsupported(why or f"the block makes {made}, not one of each")
         ((declared, place),) = seen.layers
-        answer |= {"place": place, "declared": None if declared is None else declared.name}
+        method = None if declared is None else declared.name
+        answer |= {"place": place, "declared": method, "shared": seen.shared}
         if not (answer["refused"] or answer["failed"]):
             answer |= self._call(output, seen)
         return answer
@@ -277,14 +298,6 @@ class Blocks:
         }
 
 
-def _quant_config(names: Names, row: Mapping[str, Any] | None) -> Any:
-    """Return the quantization config of a checkpoint in this scheme; None if it needs none."""
-    if row is None:
-        return None
-    make = names.get(row["name"])
-    return make(row["in_checkpoint"]) if "in_checkpoint" in row else make(True, **row["arguments"])
-
-
 def _build(
     names: Names,
     module: str,
@@ -297,8 +310,8 @@ def _build(
 ) -> nn.Module:
     """Make the block as a decoder layer would, from the attributes of a config or the object."""
     known = {
-        "config": config or _Config({**values, "dtype": torch.get_default_dtype()}),
-        "quant_config": _quant_config(names, quantization),
+        "config": config or ModelConfig({**values, "dtype": torch.get_default_dtype()}),
+        "quant_config": quant_config(names, quantization),
         "prefix": f"model.layers.{_LAYER}.mlp",
         "layer_id": _LAYER,
         "layer_idx": _LAYER,
@@ -340,10 +353,11 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         seen.layers.append((bound.arguments["routing_method_type"], line_of_model(models)))
+        seen.shared = bound.arguments.get("num_fused_shared_experts") or 0
         seen.on_input = bool(bound.arguments.get("apply_router_weight_on_input"))
         make_layer(self, *args, **kwargs)
         seen.made.append(self)
-        seen.unprepared = stand_in_weights(names, self)
+        seen.unprepared = weights.stand_in_weights(names, self)
 
     def topk_init(self: Any, *args: Any, **kwargs: Any) -> None:
         make_topk(self, *args, **kwargs)
@@ -351,7 +365,7 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
 
     def topk_call(self: Any, hidden_states: Tensor, router_logits: Tensor, **kwargs: Any) -> Any:
         if isinstance(router_logits, Tensor):
-            router_logits = recognisable(*router_logits.shape).to(router_logits.dtype)
+            router_logits = weights.recognisable(*router_logits.shape).to(router_logits.dtype)
             seen.logits.append(router_logits)
         tokens = requested(PADDING)
         further = {} if tokens is None else {PADDING: tokens}
@@ -368,9 +382,9 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     """Return what answers questions about an SGLang."""
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
     runs = ("capture", "around", "handed_over", "other_experts")
-    names = ("method_numbers", "accepted_quantizations", "default_runner", "layer_runner")
+    own = ("method_numbers", "accepted_quantizations", "default_runner", "keeps_shared_apart")
     return {
-        **{name: getattr(blocks, name) for name in (*names, *runs)},
+        **{name: getattr(blocks, name) for name in (*own, "layer_runner", *runs)},
         "layouts": partial(layouts, blocks),
         "with_tokens": partial(with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),

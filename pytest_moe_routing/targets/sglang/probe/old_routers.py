@@ -248,7 +248,7 @@ class OldRouters:
         try:
             with (
                 patch.dict(self._server, quantization=quantization),
-                patch.object(blocks, "_quant_config", lambda *_: quantization and config),
+                patch.object(blocks, "quant_config", lambda *_: quantization and config),
             ):
                 block, topk = self._made(architecture, values)
             bias = (

@@ -19,9 +19,10 @@ from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.recorder import plain, roles_of
 from pytest_moe_routing.targets.sglang.probe.default_runner import FIELD, Checkpoint
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
+from pytest_moe_routing.targets.sglang.probe.ranks import EP_SIZE
 from pytest_moe_routing.targets.sglang.probe.requests import requesting
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
-from pytest_moe_routing.targets.sglang.probe.world import EP_SIZE, Call
+from pytest_moe_routing.targets.sglang.probe.world import Call
 
 #: What the attributes of a layer are to a kernel, see `flashinfer/given.yaml`.
 _ROLES: Mapping[str, str] = {

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.probe.ranks import RANKS
 from pytest_moe_routing.targets.sglang.probe.requests import PREPARES, requested
-from pytest_moe_routing.targets.sglang.probe.world import EP_RANK, EP_SIZE
 
 #: Arguments of the kernel that SGLang computes from a layer's config while it loads weights.
 _ACTIVATION = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
@@ -48,12 +48,12 @@ class Seen(Protocol):
 class _Dispatcher:
     """Dispatch where nothing is sent: every rank has all tokens."""
 
-    moe_ep_size, moe_ep_rank = EP_SIZE, EP_RANK
     local_expert_mapping = None
     is_told = False
 
     def __init__(self, names: Names) -> None:
         self._output = names.get("dispatch-output")
+        self.moe_ep_size, self.moe_ep_rank = RANKS.count, RANKS.count - 1
 
     def dispatch(self, hidden_states: Tensor, topk_output: Any, **_: Any) -> Any:
         return self._output(

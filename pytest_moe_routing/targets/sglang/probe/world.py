@@ -23,6 +23,7 @@ from pytest_moe_routing.targets import layers, recorder, stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import compressed
 from pytest_moe_routing.targets.sglang.probe.quantizers import quantizers
+from pytest_moe_routing.targets.sglang.probe.ranks import RANKS
 from pytest_moe_routing.targets.sglang.probe.requests import (
     COMPILED,
     OWN,
@@ -32,8 +33,6 @@ from pytest_moe_routing.targets.sglang.probe.requests import (
 
 #: An entry point of FlashInfer, and the arguments it was called with.
 Call = tuple[str, dict[str, Any]]
-#: The rank under test is the second of two, each with half of the experts.
-EP_SIZE, EP_RANK = 2, 1
 
 
 #: The runner that is named on the command line of a server, by its name there.
@@ -145,7 +144,7 @@ class _Server(Options):
 
     def __getattr__(self, name: str) -> Any:
         super().__getattr__(name)
-        return requested(name)
+        return RANKS.apart if name == "disable_shared_experts_fusion" else requested(name)
 
     @property
     def moe_runner_backend(self) -> str:
@@ -206,12 +205,8 @@ def _narrowed(
 
 
 def _parallel() -> dict[str, Any]:
-    """Two ranks of expert parallelism, nothing else parallel."""
+    """Two ranks of expert parallelism, or one; nothing else parallel."""
     sizes = {
-        "tp_size": EP_SIZE,
-        "tp_rank": EP_RANK,
-        "moe_ep_size": EP_SIZE,
-        "moe_ep_rank": EP_RANK,
         "moe_tp_size": 1,
         "moe_tp_rank": 0,
         "moe_dp_size": 1,
@@ -223,10 +218,6 @@ def _parallel() -> dict[str, Any]:
         "enable_shared_experts_attn_tp": False,
     }
     functions = {
-        "tensor_model_parallel_world_size": EP_SIZE,
-        "tensor_model_parallel_rank": EP_RANK,
-        "moe_expert_parallel_world_size": EP_SIZE,
-        "moe_expert_parallel_rank": EP_RANK,
         "moe_tensor_parallel_world_size": 1,
         "moe_tensor_parallel_rank": 0,
         "moe_data_parallel_world_size": 1,
@@ -234,9 +225,18 @@ def _parallel() -> dict[str, Any]:
         "attention_tp_rank": 0,
     }
     reductions = ("tensor_model_parallel", "moe_tensor_model_parallel", "moe_expert_parallel")
+    shared_out = ("tensor_model_parallel", "moe_expert_parallel")
+
+    def parallel() -> Any:
+        count, rank = RANKS.count, RANKS.count - 1
+        of_experts = {"moe_ep_size": count, "moe_ep_rank": rank}
+        return stubs.known("parallel", tp_size=count, tp_rank=rank, **of_experts, **sizes)
+
     return {
-        "get_parallel": lambda: stubs.known("parallel", **sizes),
+        "get_parallel": parallel,
         **{f"get_{name}": lambda value=value: value for name, value in functions.items()},
+        **{f"get_{name}_world_size": lambda: RANKS.count for name in shared_out},
+        **{f"get_{name}_rank": lambda: RANKS.count - 1 for name in shared_out},
         **{f"{name}_all_reduce": lambda x, *_, **__: x for name in reductions},
     }
 
@@ -244,15 +244,17 @@ def _parallel() -> dict[str, Any]:
 def _options(names: Names) -> dict[str, Any]:
     """Make a server with the runner as its only argument, and what follows from it."""
     options = _Server(
-        disable_shared_experts_fusion=True,
         ep_num_redundant_experts=0,
         flashinfer_mxfp4_moe_precision="default",
     )
 
-    flags = stubs.known("flags", moe=Options(), disable_shared_experts_fusion=True)
+    def flags() -> Any:
+        moe = RANKS.kept.setdefault("flags", Options())
+        return stubs.known("flags", moe=moe, disable_shared_experts_fusion=RANKS.apart)
 
     def model() -> Any:
-        return stubs.known("model", shared_experts=names.get("shared-experts")())
+        shared = names.get("shared-experts")() if RANKS.shared is None else RANKS.shared
+        return stubs.known("model", shared_experts=shared)
 
     return {
         # Experts lie in order unless a placement is requested.
@@ -266,7 +268,7 @@ def _options(names: Names) -> dict[str, Any]:
         "get_schedule": lambda: stubs.known("schedule", max_prefill_tokens=8192),
         "max_prefill_buffer_tokens": lambda: None,
         "get_exec": lambda: stubs.known("exec", moe=options, features=options),
-        "get_flags": lambda: flags,
+        "get_flags": flags,
         "get_forward": lambda: stubs.known("forward", moe_output_buffer=None),
         "get_global_server_args": lambda: options,
         "get_model": model,

@@ -1,0 +1,89 @@
+"""The ranks that share out a layer's experts, and what was decided about its shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig
+from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
+
+#: Ranks that share out the experts, unless models treat a single one otherwise.
+EP_SIZE = 2
+
+
+@dataclass
+class Ranks:
+    """Where a layer runs, and how SGLang's server has been set up for it.
+
+    Attributes:
+        count: Ranks that experts are shared out to, of which the last one is run.
+        apart: Whether the server keeps shared experts apart from the routed ones.
+        shared: What the model's code has decided about its shared experts, as SGLang has it.
+        kept: What SGLang's code keeps of that elsewhere.
+    """
+
+    count: int = EP_SIZE
+    apart: bool = True
+    shared: Any = None
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+#: Those of the layer that is being made or run: SGLang's functions find them without an argument.
+RANKS = Ranks()
+
+
+@contextmanager
+def fusing(
+    names: Names, model: Any, values: Mapping[str, Any], quantization: Any
+) -> Iterator[None]:
+    """Have a server leave shared experts to the model's code, on one rank that has all experts.
+
+    Models put none among the routed experts where several ranks share those out. The arguments are
+    those of `_decide`.
+
+    Raises:
+        Unsupported: SGLang's code does not decide here.
+    """
+    RANKS.count, RANKS.apart = 1, False
+    try:
+        with patch.object(torch.cuda, "get_device_capability", lambda *_: (10, 0)):
+            _decide(names, model, values, quantization)
+            yield
+    finally:
+        RANKS.__init__()  # type: ignore[misc]
+
+
+def _decide(names: Names, model: Any, values: Mapping[str, Any], quantization: Any) -> None:
+    """Have the code of a model decide about its shared experts, as SGLang's loader does.
+
+    Args:
+        model: The model's class.
+        values: Attributes of its config. Those of the config of its text model, in `text_config`,
+            are the same but for what is there.
+        quantization: The config of its quantization.
+
+    """
+    text = ModelConfig({**values, **values["text_config"]})
+    replaced: dict[str, Any] = {}
+    if names.has("shared-experts"):
+        # The base of the class, of a package that is not here, would keep what it is made with.
+        own = {"__init__": lambda shared, **given: shared.__dict__.update(given)}
+        kept = type("Shared", (names.get("shared-experts"),), own)
+        replaced[names.spelling("shared-experts").path] = kept
+    module = vars(import_module(names.spelling("shared-experts-decided").module))
+    config = ModelConfig({**values, "text_config": text})
+    try:
+        with patch.dict(module, replaced):
+            RANKS.shared = names.get("shared-experts-decided")(model, config, quantization)
+    except Exception as error:
+        why = verdict_on(error, is_built=False)[1]
+        raise Unsupported(f"whether shared experts are among the routed ones: {why}") from error

@@ -140,6 +140,8 @@ def orders(
         # The last one shows whether experts are in their order.
         few = {*range(len(value))[:_EXPERTS], len(value) - 1}
         pairs = [(value[expert], checkpoint.matrix(parameter, expert)) for expert in few]
+        if any(part.numel() > matrix.numel() for part, matrix in pairs):
+            raise Unsupported(f"{name} has more elements than the checkpoint")
         order = _order_of(pairs, read, gated=halves)
         if order != read:
             as_found = None if order is None else vars(order)

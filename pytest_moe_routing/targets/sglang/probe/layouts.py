@@ -124,6 +124,9 @@ class _Loaded:
             return
         parts = ("w1", "w3") if is_first and self.is_gated else ("w1",) if is_first else ("w2",)
         rows = data.shape[1] // len(parts)
+        if is_first and not self.is_gated:
+            # Some releases have room for a gate that such experts do not have.
+            rows //= layer.w13_weight.shape[1] // layer.intermediate_size_per_partition
         for part in parts:
             made = self.checkpoint.make(name, part, len(data), data[0, :rows])
             for expert, tensor in enumerate(made):

@@ -200,6 +200,7 @@ def _narrowed(
     narrows: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the part of a parameter that is loaded, and its source: nothing is padded."""
+    size = min(size, loaded.shape[dim] - start)
     loaded = loaded.narrow(dim, start, size) if narrows else loaded
     return parameter.narrow(dim, parameter_start, size), loaded
 

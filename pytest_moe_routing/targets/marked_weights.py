@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class MarkedCheckpoint:
 
         Scales are powers of two, which all formats of scales have; weights are small integers.
         """
-        random = torch.Generator().manual_seed(_SEED + len(self.parts) + len(part))
+        random = torch.Generator().manual_seed(crc32(f"{name} {part}".encode()))
         shape = (min(experts, _DIFFERENT), *like.shape)
         if like.dtype in (torch.uint8, torch.int8, torch.int32):
             # Exponents of scales stay in the range of every format.

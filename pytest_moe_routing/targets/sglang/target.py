@@ -302,8 +302,10 @@ class SglangTarget(FrameworkTarget):
         return runner and json.dumps([self._row(model, scheme), runner], sort_keys=True)
 
     def laid_out(self, model: ModelSpec, scheme: str) -> LaidOut:
-        question = self._question(model, scheme, self._runner_given(model, scheme))
-        answer, switches = self._remembered("layouts", question), None
+        runner = self._runner_given(model, scheme) or self._row(model, scheme)["runner"]
+        # Once: where shared experts are decides nothing about the order of weights.
+        answer = self._remembered("layouts", self._asked(model, scheme, runner))
+        switches = None
         # Before 0.5.18, nobody can ask which runner is the default.
         with suppress(Unsupported):
             switches = self.opt_in(model, scheme)

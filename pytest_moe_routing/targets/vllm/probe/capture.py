@@ -79,12 +79,6 @@ def capture(
     def layer_on(ranks: Ranks) -> Layer:
         return layer_of(model, row, method, ranks, is_class=is_class)
 
-    ways = [(caller, Ranks(count)) for caller in methods for count in shards]
-    if is_class and thorough and len(shards) > 1 and _takes_gathered(experts):
-        ranks = Ranks(2, dispatched=True)
-        gathering = (m for m in methods if _gathers(experts, m, layer_on(ranks)))
-        ways += [(caller, ranks) for caller in islice(gathering, 1)]
-
     def called(caller: Any, ranks: Ranks) -> dict[str, Any]:
         # One for each call, as one that fails on the way leaves things behind.
         layer = layer_on(ranks)
@@ -92,7 +86,14 @@ def capture(
         where = {"by": by, "shards": ranks.count, "dispatched": ranks.dispatched}
         return where | run_layer(experts, caller, layer)
 
+    ways = [(caller, Ranks(count)) for caller in methods for count in shards]
     calls = [called(*way) for way in ways]
+    if is_class and thorough and len(shards) > 1 and _takes_gathered(experts):
+        ranks = Ranks(2, dispatched=True)
+        # One that does not get as far alone raises the same again.
+        reaching = [way[0] for way, call in zip(ways, calls, strict=True) if "function" in call]
+        gathering = (m for m in reaching if _gathers(experts, m, layer_on(ranks)))
+        calls += [called(caller, ranks) for caller in islice(gathering, 1)]
     if thorough:
         for tokens in _TOKENS:
             calls.append({**called(methods[0], Ranks(tokens=tokens)), "tokens": tokens})

@@ -397,5 +397,4 @@ def test_keys_that_describe_the_checkpoints_weights():
 
 def test_a_key_is_one_line_whatever_its_name(tmp_path):
     spec = read(tmp_path, {**R1, "expert\n  router   softmax": 3})
-    told = "about experts or routing, and not read: expert router softmax"
-    assert spec.unproven == (told,)
+    assert spec.unproven == ("about experts or routing, and not read: expert router softmax",)

@@ -9,6 +9,7 @@ import pytest
 import wheels
 from test_probes import run, write
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.listing import Reader, timeline
@@ -291,6 +292,18 @@ def test_what_code_imports_lazily_elsewhere(tmp_path):
 )
 def test_what_code_may_need(tmp_path, code):
     assert uses(tmp_path, code) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import torch", "files do not mention FlashInfer, or moved"),
+        ("import flashinfer\ndef f(:", r"frame/moe/experts\.py cannot be parsed \(SyntaxError\)"),
+    ],
+)
+def test_code_that_says_nothing_is_not_judged(tmp_path, code, reason):
+    with pytest.raises(Unsupported, match=f"not judged: .*{reason}"):
+        uses(tmp_path, code)
 
 
 def test_a_missing_name_is_told_once_with_all_its_lines(tmp_path):

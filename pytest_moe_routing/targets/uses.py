@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pytest_moe_routing.errors import TargetError
+from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names, is_in_any_release
 from pytest_moe_routing.inputs import Archive, read_text
@@ -36,8 +36,14 @@ _Scope = dict[str, str]
 def lacking(
     root: Path, modules: Sequence[str], flashinfer: FlashInfer, names: Names
 ) -> list[Lacking]:
-    """Return what the code of modules, and of those below them, needs and the release lacks."""
+    """Return what the code of modules, and of those below them, needs and the release lacks.
+
+    Raises:
+        Unsupported: No file of the modules mentions FlashInfer, or one that does cannot be parsed.
+    """
     trees = dict(_trees(root, modules))
+    if not trees:
+        raise Unsupported("not judged: the MoE layers' files do not mention FlashInfer, or moved")
     lazy = {name: full for tree in trees.values() for name, full in _lazily_imported(tree)}
     found: dict[tuple[str, str], list[str]] = {}
     for file, tree in trees.items():
@@ -54,9 +60,9 @@ def _trees(root: Path, modules: Sequence[str]) -> Iterator[tuple[str, ast.Module
         if _PACKAGE in text:
             try:
                 yield file, ast.parse(text)
-            except (SyntaxError, ValueError, RecursionError, MemoryError):
-                # The probes report it, if it is of a module that they run.
-                continue
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                what = type(error).__name__
+                raise Unsupported(f"not judged: {file} cannot be parsed ({what})") from None
 
 
 def _texts(root: Path, modules: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import pytest
 
 from pytest_moe_routing.errors import Unsupported
+
+
+class Found(Protocol):
+    """What was found in a scheme.
+
+    Attributes:
+        answered: How many models were asked.
+        unanswered: Why how many models could not be asked.
+    """
+
+    @property
+    def answered(self) -> int: ...
+
+    @property
+    def unanswered(self) -> Counter[str]: ...
+
+
+def skip_without(found: Found, nothing: str) -> None:
+    """Skip a test for which no model was asked, with the most common reason.
+
+    Args:
+        nothing: The reason if there is no model to ask.
+    """
+    if not found.answered:
+        pytest.skip((found.unanswered.most_common(1) or [(nothing, 0)])[0][0])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.report.unanswered import AROUND, LAYOUTS, OTHERS, note
-from pytest_moe_routing.suite.skips import unsupported_is_skipped
+from pytest_moe_routing.suite.skips import skip_without, unsupported_is_skipped
 
 if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
@@ -118,18 +118,13 @@ def test_other_experts(
     _moe_property: Callable[[str, Any], None],
 ) -> None:
     """Experts and weights arrive in the other kernels that a server may run instead."""
-    from pytest_moe_routing.errors import Unsupported
     from pytest_moe_routing.oracle.other_experts import other_calls
     from pytest_moe_routing.suite.causes import of_other_experts
 
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     found = other_calls(_moe_framework, moe_scheme, models)
     note(_moe_property, {OTHERS: found.unanswered})
-    with unsupported_is_skipped():
-        if not found.answered and found.unanswered:
-            raise Unsupported(found.unanswered.most_common(1)[0][0])
-    if not found.answered:
-        pytest.skip("no chosen model runs in experts of other kernels")
+    skip_without(found, "no chosen model runs in experts of other kernels")
     fail(_moe_property, [of_other_experts(_moe_framework, moe_scheme, w) for w in found.wrong])
 
 
@@ -146,9 +141,7 @@ def test_around_call(
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     found = ignored_requests(_moe_framework, moe_scheme, models)
     note(_moe_property, {AROUND: found.unanswered})
-    if not found.answered:
-        nothing = [("the experts accept no chosen model", 0)]
-        pytest.skip((found.unanswered.most_common(1) or nothing)[0][0])
+    skip_without(found, "the experts accept no chosen model")
     fail(_moe_property, [of_ignored(_moe_framework, moe_scheme, each) for each in found.ignored])
 
 
@@ -159,16 +152,11 @@ def test_layouts(
     _moe_property: Callable[[str, Any], None],
 ) -> None:
     """Weights and scales lie as the kernel reads them, once a checkpoint is loaded."""
-    from pytest_moe_routing.errors import Unsupported
     from pytest_moe_routing.oracle.layouts import wrong_layouts
     from pytest_moe_routing.suite.causes import of_layout
 
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     found = wrong_layouts(_moe_framework, moe_scheme, models)
     note(_moe_property, {LAYOUTS: found.unanswered})
-    with unsupported_is_skipped():
-        if not found.answered and found.unanswered:
-            raise Unsupported(found.unanswered.most_common(1)[0][0])
-    if not found.answered:
-        pytest.skip("no chosen model runs in kernels of this scheme")
+    skip_without(found, "no chosen model runs in kernels of this scheme")
     fail(_moe_property, [of_layout(_moe_framework, moe_scheme, each) for each in found.wrong])

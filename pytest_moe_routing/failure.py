@@ -70,7 +70,7 @@ class Failure:
         return self.rank, self.cause.removesuffix(self.site.replace(" ", "-"))
 
     def elsewhere(self, cases: Iterable[str], reach: str) -> str:
-        """Return what is told of this failure below that of the same defect in another place.
+        """Return the line about this failure that follows one with the same defect elsewhere.
 
         Args:
             reach: Who can meet that one.

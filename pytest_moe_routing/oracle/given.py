@@ -119,7 +119,10 @@ def _wrong_activation(
 
 
 def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Finding]:
-    """Scales and biases in the place of others; one that is none of the layer's own is not read."""
+    """Yield scales in the place of others, and biases that are not the layer's.
+
+    A scale that is not a tensor of the layer's own is not compared.
+    """
     roles: Mapping[str, Sequence[str | None]] = record["roles"]
     for name, wanted in entry.scales[record["stored"]].items():
         expected = [wanted] if isinstance(wanted, str) else list(wanted)

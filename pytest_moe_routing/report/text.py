@@ -226,7 +226,7 @@ def _with_brief_token(lines: Iterable[str], example: Mapping[str, Any] | None) -
 
 
 def without_counts(lines: Iterable[str]) -> Iterator[str]:
-    """Return a router's cause without what is told twice, or nobody needs to see it.
+    """Return a router's cause without repetitions and without details that explain nothing.
 
     That is precision, the count of further tokens, and selection scores: the experts are named, and
     by how much the score of one is too low.

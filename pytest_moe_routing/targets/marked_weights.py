@@ -120,7 +120,7 @@ def orders(
 
     Returns:
         For each such argument its `name`, the order that is `read` and the one that is `found`, as
-        fields of `Order`; None for one that is none of these. `told` are the flags of the call.
+        fields of `Order`; None for an order that is not known. `told` are the flags of the call.
 
     Raises:
         Unsupported: An argument cannot be compared with the checkpoint.

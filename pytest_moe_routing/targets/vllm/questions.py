@@ -59,7 +59,7 @@ def of_capture(model: ModelSpec, method: str, scheme: str, *, thorough: bool) ->
 
 
 def _without(model: ModelSpec, names: Container[str]) -> Encoded:
-    """Return what is told of a model, without some settings of its router."""
+    """Return the description of a model without some settings of its router."""
     asked = model.as_dict()
     router = {n: v for n, v in asked["router"].items() if n not in names}
     return Encoded({**asked, "router": router})

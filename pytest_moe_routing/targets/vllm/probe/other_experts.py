@@ -18,8 +18,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.recorder import roles_of
-from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
-from pytest_moe_routing.targets.vllm.probe import release as release
+from pytest_moe_routing.targets.vllm.probe import factory, release, server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks
 from pytest_moe_routing.targets.vllm.probe.choice import (
     Selector,

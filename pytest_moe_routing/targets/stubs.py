@@ -127,6 +127,10 @@ class _StubModule(ModuleType):
         return value
 
 
+#: Modules whose frames are between a finder and the code that imports.
+_OF_IMPORTS = (__name__, "importlib", "importlib._bootstrap", "importlib.util")
+
+
 class _Finder(MetaPathFinder, Loader):
     def __init__(self, contract: Contract, root: str) -> None:
         self.contract, self.root = contract, root
@@ -149,6 +153,9 @@ class _Finder(MetaPathFinder, Loader):
         limits = limits_of(fullname)
         if top not in self.absent or (limits is not None and not limits.has_module(fullname)):
             return None
+        if fullname.rpartition(".")[2].startswith("_") and _importer() == "torch":
+            # It asks whether there is such a thing, and a stub's values are none of its own.
+            return None
         return self._stub(fullname)
 
     def is_real(self, name: str) -> bool:
@@ -168,6 +175,14 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run."""
+
+
+def _importer() -> str:
+    """Return the package whose code imports what is being imported."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"] in _OF_IMPORTS:
+        frame = frame.f_back
+    return str(frame.f_globals["__name__"]).partition(".")[0]
 
 
 def known(name: str, **values: Any) -> Stub:

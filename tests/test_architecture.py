@@ -197,7 +197,7 @@ def test_a_type_checker_sees_the_names_that_python_loads():
     assert (PACKAGE / "py.typed").exists()
 
 
-PAGE = (PACKAGE.parent / "ARCHITECTURE.md").read_text("utf-8")
+PAGE = (Path(__file__).parents[1] / "ARCHITECTURE.md").read_text("utf-8")
 
 
 def test_the_page_of_the_architecture_has_the_order_of_the_test():

@@ -86,6 +86,9 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
 
     torch.mm = mm_on_a_cpu  # type: ignore[assignment]
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.get_device_capability = lambda *_: (10, 0)
+    # A torch built for CUDA has CUDA's streams, which nothing runs in without a GPU.
+    torch.get_device_module = lambda *_: torch.cpu  # type: ignore[assignment]
     for level in ("info", "warning"):
         # SGLang's server adds these.
         setattr(logging.Logger, f"{level}_once", getattr(logging.Logger, level))

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.formats import unlike_formats
 from pytest_moe_routing.oracle.layouts import wrong_layouts
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets import stubs
@@ -36,6 +37,10 @@ BF16 = (
     "UnquantizedFusedMoEMethod._apply_trtllm_bf16_block_layout",
 )
 KERNEL = (f"{LAYERS}.moe.flashinfer_trtllm_moe", "trtllm_fp8_block_scale_moe_out_wrapper")
+W4A4 = (
+    f"{LAYERS}.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_nvfp4_moe",
+    "CompressedTensorsW4A4Nvfp4MoE.apply_weights",
+)
 LOADER = (f"{LAYERS}.moe.fused_moe_triton.layer", "FusedMoE._load_w13")
 #: What is broken: the function, what is replaced in it and by what, the model and the scheme.
 BROKEN = {
@@ -75,6 +80,15 @@ BROKEN = {
         *(r"(?s)block_scale_interleave(\(\s+w2_scale_linear)", r"(lambda x: x)\1"),
         *("llama-4-scout", "mxfp8"),
     ),
+    "swapped in another format": (
+        *(RUNNER, "align_fp8_moe_weights_for_flashinfer_trtllm"),
+        *("swap_w13_halves: bool = False", "swap_w13_halves: bool = True"),
+        *("deepseek-r1", "fp8_per_tensor"),
+    ),
+    "scales of another format": (
+        *(*W4A4, "g2_alphas=layer.g2_alphas", "g2_alphas=layer.g1_alphas"),
+        *("deepseek-r1", "nvfp4"),
+    ),
 }  # fmt: skip
 
 
@@ -110,9 +124,14 @@ def main(root, flashinfer, version):
     for name, (module, path, old, new, model, scheme) in BROKEN.items():
         with edited(module, path, old, new):
             target._answers.clear()
-            wrong = wrong_layouts(target, scheme, [models[model]])
-        told = [[e.at.method.rpartition("/")[2], *sentences(e.at.findings)] for e in wrong.wrong]
-        found[name] = [wrong.answered, *told]
+            usual = wrong_layouts(target, scheme, [models[model]])
+            others = unlike_formats(target, scheme, [models[model]])
+        told = [
+            [e.at.method.rpartition("/")[2], *sentences(e.at.findings)]
+            for e in (*usual.wrong, *others.layouts)
+        ]
+        unlike = [[e.format, *sentences(e.record.findings)] for e in others.unlike]
+        found[name] = [usual.answered, *told, *unlike]
     print(json.dumps(found))
 
 

@@ -23,6 +23,10 @@ FOUND = {
     "scales of weights not in tiles": [
         "gemm2_weights_scale: it lies in rows in their order, the kernel reads 128x4 tiles"
     ],
+    "swapped in another format": ["gemm1_weights: gate and up halves are swapped"],
+    "scales of another format": [
+        "output2_scale_scalar arrives as w1_scale * a1_scale, the layer has w2_scale * a2_scale"
+    ],
 }
 
 

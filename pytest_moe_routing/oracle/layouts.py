@@ -57,7 +57,7 @@ def wrong_layouts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> L
             unanswered[str(reason)] += 1
             continue
         if way is not None:
-            kinds.setdefault((way, _kind(model)), []).append(model)
+            kinds.setdefault((way, kind_of(model)), []).append(model)
     wrong: dict[Any, tuple[LaidOut, list[ModelSpec]]] = {}
     answered = 0
     for members in kinds.values():
@@ -91,7 +91,8 @@ def _ask(
     return next(iter(asked.values()))
 
 
-def _kind(model: ModelSpec) -> Any:
+def kind_of(model: ModelSpec) -> Any:
+    """Return what tells apart kinds of experts, whose weights get to a kernel in different ways."""
     return model.experts.activation, model.experts.bias
 
 

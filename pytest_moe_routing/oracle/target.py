@@ -234,6 +234,13 @@ class Target:
         """Return how weights and scales lie in the call of the scheme's kernel."""
         raise Unsupported(f"{self.name} does not prepare weights")
 
+    def formats(self, scheme: str) -> Mapping[str, Target]:
+        """Return the target as it serves other checkpoints of a scheme, by what these say.
+
+        A scheme's usual checkpoint is the one that all other questions are about.
+        """
+        return {}
+
     def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
         """Return the calls of other kernels that the target runs a model's experts in, if any."""
         raise Unsupported(f"{self.name} runs no experts of other kernels")

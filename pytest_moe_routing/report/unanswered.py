@@ -16,8 +16,8 @@ REQUESTS = "model code: {n} model{s} {are} not judged"
 SPLIT = "model code: {n} model{s} {are} not judged on ranks with other tokens"
 OTHERS = "experts of other kernels: {n} model{s} {are} not judged"
 AROUND = "around kernel calls: {n} case{s} {are} not judged"
-
 LAYOUTS = "layouts of weights: {n} model{s} {are} not judged"
+FORMATS = "checkpoints of other formats: {n} model{s} {are} not judged"
 
 
 def note(

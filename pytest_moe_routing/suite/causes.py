@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.config_sweep import Cause
     from pytest_moe_routing.oracle.enum_numbers import EnumMismatch
+    from pytest_moe_routing.oracle.formats import UnlikeFormat
     from pytest_moe_routing.oracle.ignored import Ignored
     from pytest_moe_routing.oracle.judgement import Judgement
     from pytest_moe_routing.oracle.layouts import WrongLayout
@@ -220,6 +222,21 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
         source,
         name,
         reached,
+    )
+
+
+def of_format(unlike: UnlikeFormat) -> Failure:
+    """Return the failure of a checkpoint that is served otherwise than the scheme's usual one."""
+    failure = of_verdict(unlike.record)
+    cause = unlike.record.cause or ":".join((unlike.record.verdict, *unlike.record.rejected_by))
+    title, *lines = failure.lines
+    told = f"  format   {unlike.format}; in the scheme's usual checkpoint, the verdict is exact"
+    return replace(
+        failure,
+        cause=_id("format", cause),
+        lines=(title, told, *lines),
+        brief=(failure.brief[0], told, *failure.brief[1:]),
+        differs=(),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.report.failures import fail
-from pytest_moe_routing.report.unanswered import AROUND, LAYOUTS, OTHERS, note
+from pytest_moe_routing.report.unanswered import AROUND, FORMATS, LAYOUTS, OTHERS, note
 from pytest_moe_routing.suite.skips import skip_without, unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -151,12 +151,19 @@ def test_layouts(
     _moe_session: MoESession,
     _moe_property: Callable[[str, Any], None],
 ) -> None:
-    """Weights and scales lie as the kernel reads them, once a checkpoint is loaded."""
+    """Weights and scales lie as the kernel reads them, once a checkpoint is loaded.
+
+    Checkpoints of the scheme's other formats have the same verdict as the usual one.
+    """
+    from pytest_moe_routing.oracle.formats import unlike_formats
     from pytest_moe_routing.oracle.layouts import wrong_layouts
-    from pytest_moe_routing.suite.causes import of_layout
+    from pytest_moe_routing.suite.causes import of_format, of_layout
 
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     found = wrong_layouts(_moe_framework, moe_scheme, models)
-    note(_moe_property, {LAYOUTS: found.unanswered})
+    others = unlike_formats(_moe_framework, moe_scheme, models)
+    note(_moe_property, {LAYOUTS: found.unanswered, FORMATS: others.unanswered})
     skip_without(found, "no chosen model runs in kernels of this scheme")
-    fail(_moe_property, [of_layout(_moe_framework, moe_scheme, each) for each in found.wrong])
+    wrong = (*found.wrong, *others.layouts)
+    causes = [of_layout(_moe_framework, moe_scheme, each) for each in wrong]
+    fail(_moe_property, [*causes, *map(of_format, others.unlike)])

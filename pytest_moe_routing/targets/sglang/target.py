@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -51,8 +52,6 @@ from pytest_moe_routing.targets.stubs import source_of
 
 #: The method of a model whose code names none: what its layer gets depends on the scheme.
 UNDECLARED = "undeclared"
-
-
 #: The runner of most schemes, and what a layer chooses further from.
 TRTLLM, _AUTO = "flashinfer_trtllm", "auto"
 #: The gate that rejects a model where SGLang's own router chooses the experts.
@@ -86,17 +85,17 @@ class SglangTarget(FrameworkTarget):
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
-        module = "pytest_moe_routing.targets.sglang.probe.main"
+        probe = "pytest_moe_routing.targets.sglang.probe"
         name = f"{self.name} {source.version}"
         arguments = str(source.root), flashinfer.release, source.version
-        self._probe = Probe(name, module, *arguments, answers=ANSWERS_OF_PROBE)
-        module = "pytest_moe_routing.targets.sglang.probe.routers"
+        self._probe = Probe(name, f"{probe}.main", *arguments, answers=ANSWERS_OF_PROBE)
         answers = {**ANSWERS, "layer_request": Asked}
-        self._torch = Probe(name, module, *arguments, answers=answers)
+        self._torch = Probe(name, f"{probe}.routers", *arguments, answers=answers)
         self._routers = RouterProbes(
             [self._torch], self.routers, lambda m: {"config": config_of(m)}
         )
         self._answers: dict[str, Any] = {}
+        self._served: dict[str, Any] = {}  # By scheme, a row of `formats` in `configs.yaml`.
 
     def probes(self) -> Iterable[Probe]:
         return (self._probe, *self._routers.probes)
@@ -301,6 +300,13 @@ class SglangTarget(FrameworkTarget):
         runner = self._runner_given(model, scheme)
         return runner and json.dumps([self._row(model, scheme), runner], sort_keys=True)
 
+    def formats(self, scheme: str) -> Mapping[str, SglangTarget]:
+        rows = configs()["schemes"].get(scheme, {}).get("formats", {})
+        found = {name: copy(self) for name in rows}
+        for name, other in found.items():
+            other._served = {scheme: rows[name]}
+        return found
+
     def laid_out(self, model: ModelSpec, scheme: str) -> LaidOut:
         runner = self._runner_given(model, scheme) or self._row(model, scheme)["runner"]
         # Once: where shared experts are decides nothing about the order of weights.
@@ -349,7 +355,7 @@ class SglangTarget(FrameworkTarget):
                 f"{self}: checkpoints of {model.architecture} in {scheme} are known to SGLang from "
                 f"{since} on"
             )
-        return own
+        return {**own, **self._served.get(scheme, {})}
 
     def _run(self, model: ModelSpec, scheme: str, runner: str | None = None) -> dict[str, Any]:
         """One run of the model's block, with the scheme's TRT-LLM runner unless one is given."""

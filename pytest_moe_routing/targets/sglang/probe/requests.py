@@ -19,6 +19,7 @@ OWN = (
     "prepare_static_weights_for_trtllm_fp4_moe",
     "reorder_w1w3_to_w3w1",
     "replace_parameter",
+    "swap_w13_to_w31",
 )
 #: That a server compiles models, which is requested by this name.
 COMPILED = "enable_torch_compile"

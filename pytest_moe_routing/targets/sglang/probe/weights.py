@@ -29,6 +29,8 @@ _OF_SCALES = (
 )
 #: Methods whose weights SGLang's own code prepares here from beginning to end.
 _WHOLE = ("method-mxfp4", "method-mxfp4-experts")
+#: Weights, as ModelOpt's and compressed-tensors' checkpoints have them.
+_WEIGHTS = ("w13_weight", "w2_weight", "w13_weight_packed", "w2_weight_packed")
 #: Rows and columns of weights while they are prepared: nobody reads them.
 _SMALL = 32
 
@@ -118,6 +120,9 @@ def _give(layer: Any) -> None:
         )
         if "bias" in name:
             each = each / 7
+        if "global" in name:
+            # compressed-tensors divides by its factors.
+            each = 1 / each.float()
         parameter.data.copy_(each.view(-1, *[1] * (parameter.ndim - 1)))
 
 
@@ -148,10 +153,10 @@ def _prepare(names: Names, layer: Any) -> list[str]:
     scheme = None if layer.quant_config is None else layer.quant_config.get_name()
     if type(method).__name__ in [names.spelling(key).path for key in _WHOLE if names.has(key)]:
         method.process_weights_after_loading(layer)
+    elif any("input" in name for name, _ in layer.named_parameters()):
+        return _prepare_scales(layer)
     elif scheme in ("fp8", "mxfp8") and names.has("prepare-fp8"):
         names.get("prepare-fp8")(method, layer)
-    elif scheme in ("modelopt_fp4", "modelopt_fp8"):
-        return _prepare_scales(layer)
     elif scheme is None and requested("prepared") is not None:
         try:
             method.process_weights_after_loading(layer)
@@ -163,8 +168,8 @@ def _prepare(names: Names, layer: Any) -> list[str]:
 
 def _prepare_scales(layer: Any) -> list[str]:
     """Run what computes factors of a checkpoint's scales, and the activation's parameters."""
-    weights = {name: layer._parameters[name] for name in ("w13_weight", "w2_weight")}
-    is_packed = weights["w2_weight"].dtype == torch.uint8
+    weights = {n: p for n, p in layer._parameters.items() if n in _WEIGHTS}
+    is_packed = any(weight.dtype == torch.uint8 for weight in weights.values())
     if not is_packed:
         # Nobody reads them, and they are quantized again, expert by expert.
         for name, weight in weights.items():

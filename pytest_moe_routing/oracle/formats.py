@@ -1,0 +1,92 @@
+"""Whether a scheme's other checkpoints are served as those that models are judged with.
+
+A framework has a class of its own for each format of a scheme, such as ModelOpt's or
+compressed-tensors'. What it makes of a router depends on neither, so one model of each kind of
+experts is asked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.layouts import WrongLayout, kind_of, wrong_layouts
+from pytest_moe_routing.oracle.record import VerdictRecord
+from pytest_moe_routing.oracle.target import Target
+from pytest_moe_routing.oracle.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class UnlikeFormat:
+    """A model that is exact in the scheme's usual checkpoint, and not in another one.
+
+    Attributes:
+        format: What the other checkpoint says, as `Target.formats` calls it.
+        record: The verdict on it.
+    """
+
+    format: str
+    record: VerdictRecord
+
+
+@dataclass(frozen=True)
+class FormatsFound:
+    """How a target serves a scheme's other checkpoints.
+
+    Attributes:
+        answered: How many models were asked, each format counted.
+        unanswered: Why how many could not be asked.
+    """
+
+    unlike: tuple[UnlikeFormat, ...]
+    layouts: tuple[WrongLayout, ...]
+    answered: int
+    unanswered: Counter[str]
+
+
+def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> FormatsFound:
+    """Ask about every other format of a scheme that the target knows."""
+    formats = target.formats(scheme)
+    usual = list(_usual(target, scheme, models)) if formats else []
+    unlike: list[UnlikeFormat] = []
+    layouts: list[WrongLayout] = []
+    answered, unanswered = 0, Counter[str]()
+    for name, other in formats.items():
+        for model in usual:
+            try:
+                found = judge(other, model, scheme, chosen=False)
+                # A checkpoint that does not load is not served.
+                runs = found.verdict in (Verdict.EXACT, Verdict.WRONG)
+                placed = wrong_layouts(other, scheme, [model]) if runs else None
+            except Unsupported as reason:
+                unanswered[f"{name}: {reason}"] += 1
+                continue
+            if placed is not None and placed.unanswered:
+                unanswered.update(f"{name}: {reason}" for reason in placed.unanswered)
+                continue
+            answered += 1
+            layouts += placed.wrong if placed else ()
+            if found.verdict is not Verdict.EXACT:
+                unlike.append(UnlikeFormat(name, found.record()))
+    return FormatsFound(tuple(unlike), tuple(layouts), answered, unanswered)
+
+
+def _usual(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Iterator[ModelSpec]:
+    """Yield a model of each kind of experts that a kernel of the scheme computes exactly."""
+    kinds = set()
+    for model in sorted(models, key=lambda model: model.router.num_experts):
+        kind = kind_of(model), model.experts.activation_limit is None
+        if kind in kinds:
+            continue
+        try:
+            judged = judge(target, model, scheme, chosen=False)
+        except Unsupported:
+            # Its own verdict says so.
+            continue
+        if judged.verdict is Verdict.EXACT:
+            kinds.add(kind)
+            yield model

@@ -10,6 +10,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Callable
+from math import isnan
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -131,6 +132,20 @@ def parse_json(text: str, where: str, error: Error = MoERoutingError) -> Any:
         raise error(f"{where}: {cause}") from cause
     _check_depth(value, where, error)
     return value
+
+
+def path_of_nan(value: object) -> str | None:
+    """Return the keys that lead to a NaN in nested objects and lists; None if there is none."""
+    rest: list[tuple[str, object]] = [("", value)]
+    while rest:
+        path, value = rest.pop()
+        if isinstance(value, float) and isnan(value):
+            return path.lstrip(".")
+        if isinstance(value, dict):
+            rest += ((f"{path}.{key}", inner) for key, inner in value.items())
+        elif isinstance(value, list):
+            rest += ((f"{path}[{i}]", inner) for i, inner in enumerate(value))
+    return None
 
 
 def _check_depth(value: Any, where: str, error: Error) -> None:

@@ -113,11 +113,19 @@ ERRORS = {
     "absurd": ({**R1, "hidden_size": 10**4000}, "hidden_size: found Infinity"),
     "infinite": (
         {**R1, "routed_scaling_factor": float("inf")},
-        "routed_scaling_factor: found Infinity, expected a number > 0",
+        "routed_scaling_factor: found Infinity, expected a number >= 1e-06 and <= 1e+06",
     ),
     "not a number": (
         {**R1, "routed_scaling_factor": float("nan")},
-        "routed_scaling_factor: found NaN, expected a number > 0",
+        "routed_scaling_factor: found NaN, expected a number",
+    ),
+    "not a number, as an unknown key": (
+        {**R1, "rope_scaling": {"factors": [1.0, float("nan")]}},
+        "rope_scaling.factors[1]: found NaN, expected a number",
+    ),
+    "subnormal": (
+        {**R1, "routed_scaling_factor": 5e-324},
+        "routed_scaling_factor: found 5e-324, expected a number >= 1e-06",
     ),
     "more than there are": (
         {**R1, "num_experts_per_tok": 300},

@@ -113,7 +113,21 @@ MISTAKES = {
         13,
         "router.routed_scaling_factor",
         "'.nan'",
-        "a number > 0",
+        "a number >= 1e-06",
+    ),
+    "not a number, as a key of a config": (
+        edit("router:\n", "raw_config: {rope: [1.0, .nan]}\nrouter:\n"),
+        1,
+        "raw_config.rope[1]",
+        "NaN",
+        "a number",
+    ),
+    "subnormal": (
+        edit("factor: 2", "factor: 5.0e-324"),
+        13,
+        "router.routed_scaling_factor",
+        "'5.0e-324'",
+        "a number >= 1e-06",
     ),
     "infinite": (
         edit("factor: 2", "factor: .inf"),

@@ -23,7 +23,6 @@ class Kind:
     type: type
     choices: tuple[Any, ...] = ()
     minimum: float | None = None
-    above: float | None = None
     maximum: float | None = None
     nullable: bool = False
     many: bool = False
@@ -43,9 +42,7 @@ class Kind:
             return str(self)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low_enough = self.maximum is None or value <= self.maximum
-            high_enough = (self.minimum is None or value >= self.minimum) and (
-                self.above is None or value > self.above
-            )
+            high_enough = self.minimum is None or value >= self.minimum
             if not (low_enough and high_enough):
                 return str(self)
         return None
@@ -57,7 +54,7 @@ class Kind:
 
     def __str__(self) -> str:
         text = "one of " + ", ".join(map(str, self.choices)) if self.choices else _TYPES[self.type]
-        signs = {">=": self.minimum, ">": self.above, "<=": self.maximum}
+        signs = {">=": self.minimum, "<=": self.maximum}
         limits = [
             f"{sign} {limit if isinstance(limit, int) else f'{limit:g}'}"
             for sign, limit in signs.items()

@@ -12,6 +12,7 @@ import yaml
 
 from pytest_moe_routing.errors import ModelError
 from pytest_moe_routing.escape import shorten
+from pytest_moe_routing.inputs import path_of_nan
 from pytest_moe_routing.models.kinds import is_required
 from pytest_moe_routing.models.spec import LISTS, SECTIONS, schema
 from pytest_moe_routing.models.yaml_nodes import compose, construct, show
@@ -141,6 +142,9 @@ class Section:
             if kind.type is str and isinstance(value, (int, float)) and not kind.choices:
                 expected += f" (YAML reads {show(node)} as a number; write it in quotes)"
             self.fail(key, show(node), expected)
+        nan = path_of_nan(value)
+        if nan is not None:
+            self.fail(f"{key}.{nan}", "NaN", "a number")
         return tuple(value) if kind.many else value
 
 

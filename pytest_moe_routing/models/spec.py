@@ -27,6 +27,8 @@ ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep", "situ")
 _WIDTH = {"minimum": 1, "maximum": 2**20}
 # Routing is run on this many columns: a slip in a config must not become an allocation of 100 GB.
 _EXPERTS = {"minimum": 1, "maximum": 2**16}
+#: Factors and limits of published models lie between 1 and 25. A subnormal one makes them zero.
+_POSITIVE = {"minimum": 1e-6, "maximum": 1e6}
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class RouterConfig:
     topk_group: int | None = key(int, default=None, nullable=True, **_EXPERTS)
     group_score: str | None = key(str, default=None, choices=GROUP_SCORES, nullable=True)
     renormalize_epsilon: float = key(float, default=0.0, minimum=0, maximum=1)
-    routed_scaling_factor: float = key(float, default=1.0, above=0, maximum=1e6)
+    routed_scaling_factor: float = key(float, default=1.0, **_POSITIVE)
     weight_on: str = key(str, default="output", choices=("output", "input"))
     #: Why no recipe computes what this router does. The other keys are then the nearest recipe's,
     #: and no kernel can mean the same.
@@ -125,9 +127,9 @@ class ExpertsConfig:
     #: Width that the routed experts see when it is not hidden_size (latent MoE).
     latent_size: int | None = key(int, default=None, nullable=True, **_WIDTH)
     #: Clamp of the two halves, `swiglu_limit` in configs; null for none.
-    activation_limit: float | None = key(float, default=None, nullable=True, above=0, maximum=1e6)
+    activation_limit: float | None = key(float, default=None, nullable=True, **_POSITIVE)
     #: `swiglu_alpha` or `activation_situ_beta` in configs; null where the activation takes none.
-    activation_alpha: float | None = key(float, default=None, nullable=True, above=0, maximum=1e6)
+    activation_alpha: float | None = key(float, default=None, nullable=True, **_POSITIVE)
     #: `swiglu_beta` or `activation_situ_linear_beta` in configs; null where there is none.
     activation_beta: float | None = key(float, default=None, nullable=True, minimum=0, maximum=1e6)
     #: Whether both projections of every expert have a bias (gpt-oss).

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from pytest_moe_routing.errors import ModelError
 from pytest_moe_routing.escape import shorten
-from pytest_moe_routing.inputs import read_text
+from pytest_moe_routing.inputs import path_of_nan, read_text
 
 #: The largest config seen, a quantization plan with one line per expert and layer, has 3 MB.
 MAX_BYTES = 16_000_000
@@ -90,7 +90,8 @@ def read_json(file: Path) -> Section:
 
     Raises:
         ModelError: It is no readable file, too large, not JSON, nested too deeply, has a key twice
-            in one object, or holds something else than an object.
+            in one object, holds something else than an object, or has NaN as a value. Infinities
+            are valid, as published configs have some.
     """
     text = read_text(file, MAX_BYTES, ModelError)
     try:
@@ -103,6 +104,9 @@ def read_json(file: Path) -> Section:
         raise ModelError(f"{file}: {error}: found the key twice, expected it once") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file}: found {show(values)}, expected an object")
+    nan = path_of_nan(values) if "NaN" in text else None
+    if nan is not None:
+        raise ModelError(f"{file}: {shorten(nan, 120)}: found NaN, expected a number")
     return Section(file, values)
 
 

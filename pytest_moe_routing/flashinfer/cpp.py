@@ -157,7 +157,7 @@ def _function(code: str, name: str, end: float) -> tuple[tuple[str, ...], int]:
 
 def _is_type(code: str, end: int) -> bool:
     """Return whether a type stands before a name: a declaration, and no call."""
-    least = max(0, end - _LONGEST - 1)
+    least = max(0, end - _LONGEST)
     start = max(code.rfind(mark, least, end) for mark in ";{}")
     if start < 0 < least:
         return False
@@ -176,7 +176,7 @@ def _inside(code: str, start: int) -> str:
         _Unreadable: It has none.
     """
     depth = 1
-    for mark in _BRACKETS.finditer(code, start, start + _LONGEST + 1):
+    for mark in _BRACKETS.finditer(code, start, start + _LONGEST):
         depth += {"(": 1, ")": -1}.get(mark[0], 0)
         if depth == 0:
             return code[start : mark.start()]

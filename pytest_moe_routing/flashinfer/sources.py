@@ -98,11 +98,12 @@ def block_scale_top_k(package: Package) -> Mapping[str, Tiers]:
             break
     edge = re.search(rf"kNumKimiK2Experts = {_NUMBER};", code)
     sizes = rf"<= kNumKimiK2Experts \? {_NUMBER} : {_NUMBER};"
-    by_size = re.compile(sizes).search(code, edge.end()) if edge else None
-    if edge and by_size:
-        small, large = map(int, by_size.groups())
-        found["DeepSeekV3"] = ((int(edge[1]), small), (512, large))
-        return found
+    if edge:
+        by_size = re.compile(sizes).search(code, edge.end())
+        if by_size:
+            small, large = map(int, by_size.groups())
+            found["DeepSeekV3"] = ((int(edge[1]), small), (512, large))
+            return found
     for statement in code.split(";"):
         flat = re.search(rf"args->top_k <= {_NUMBER}", statement)
         if flat and "with groups" in statement[flat.end() :]:

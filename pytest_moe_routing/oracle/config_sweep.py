@@ -13,9 +13,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
-from pytest_moe_routing.oracle.exact import Gate, exact_calls
+from pytest_moe_routing.oracle.exact import exact_calls
 from pytest_moe_routing.oracle.finding import Kind
 from pytest_moe_routing.oracle.judge import judge, judge_behind_gates, judge_swept
 from pytest_moe_routing.oracle.judgement import Judgement
@@ -112,32 +111,19 @@ class CachedTarget(Target):
         self.method_numbers = cache(target.method_numbers)  # type: ignore[method-assign]
         self.classify = cache(target.classify)  # type: ignore[method-assign]
         self.opt_in = cache(target.opt_in)  # type: ignore[method-assign]
-
-    def gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
-        return self._target.gates(model, scheme, method)
+        self.gates = target.gates  # type: ignore[method-assign]
+        self.prepare_gates = target.prepare_gates  # type: ignore[method-assign]
+        self.kernel_call = target.kernel_call  # type: ignore[method-assign]
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
         ask = self._target.capture_first if is_far(model) else self._target.capture
         return ask(model, scheme, method)
-
-    def kernel_call(self, model: ModelSpec, scheme: str, method: str) -> KernelCall:
-        return self._target.kernel_call(model, scheme, method)
 
     def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:
         """Ask ahead about configs near a family and far from all, each as `capture` will."""
         for far in (False, True):
             chosen = [model for model in models if is_far(model) is far]
             self._target.prepare(chosen, scheme, thorough=not far)
-
-    def prepare_gates(
-        self,
-        models: Sequence[ModelSpec],
-        scheme: str,
-        methods: Iterable[str],
-        *,
-        modular: bool = False,
-    ) -> None:
-        self._target.prepare_gates(models, scheme, methods, modular=modular)
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
         keys = [(m.router, m.architecture, m.experts, m.dtype) for m in models]

@@ -63,6 +63,18 @@ def problems(found):
     return [sentence(finding) for finding in found.wrong]
 
 
+def test_shared_experts_among_the_routed_ones_are_experts_and_slots_of_a_rank():
+    """SGLang gives each rank a copy of them, which every token selects besides."""
+    layer = replace(LAYER, fused=1)
+    fused = {"num_experts": 257, "top_k": 9, "local_num_experts": 129, "local_expert_offset": 129}
+    assert problems(reading(layer=layer, **fused)) == []
+    found = problems(reading(layer=layer, **{**fused, "top_k": 8, "num_experts": 256}))
+    assert found == [
+        "num_experts arrives as 256, the layer has 257",
+        "top_k arrives as 8, the layer has 9",
+    ]
+
+
 @pytest.mark.parametrize(
     ("layer", "problem"),
     [

@@ -92,6 +92,26 @@ def test_no_weight_is_allowed_that_the_recipe_cannot_give():
     assert "expert 0 weighs -1e-09, allowed 0 to 1\n" in found.message()
 
 
+@pytest.mark.parametrize(("factor", "told"), [(1.015, True), (1.005, False)])
+def test_a_factor_that_all_weights_share_is_told_where_it_is_more_than_a_percent(factor, told):
+    recipe = Recipe(top_k=2, score="sigmoid")
+    logits = torch.tensor([[0.0, 1.0, -1.0]])
+    found = compare_routing(
+        torch.tensor([[1, 0]]), factor * logits[:, [1, 0]].sigmoid(), logits, recipe
+    )
+    assert (f"; all weights are {factor} times the wanted ones" in found.message()) is told
+    assert not found.ok
+
+
+def test_only_experts_outside_of_the_kept_groups_are_said_to_lie_there():
+    """Expert 2 is kept's third best and wrong as well, but it lies in the kept group."""
+    recipe = Recipe(top_k=2, score="identity", n_group=2, group_score="top2_sum")
+    logits = torch.tensor([[4.0, 3, 1, 2, 2, 0]])
+    message = compare_routing(torch.tensor([[2, 3]]), None, logits, recipe).message()
+    assert "experts [2, 3] instead of [0, 1]" in message
+    assert "because experts 3 lie in group 1, which is not kept; the kept group is 0" in message
+
+
 def routed(logits, recipe, bias, /, **other):
     """Experts and weights of another recipe."""
     recipe = replace(recipe, **other)

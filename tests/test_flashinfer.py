@@ -12,7 +12,7 @@ import yaml
 from packaging.version import Version
 
 from pytest_moe_routing.errors import DataError, ReleaseError
-from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases
+from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, known_releases, rules
 from pytest_moe_routing.flashinfer.check import check_data
 from pytest_moe_routing.flashinfer.grammar import in_words
 from pytest_moe_routing.flashinfer.rules import _data
@@ -132,6 +132,13 @@ def test_every_backend_has_an_entry_point():
 )
 def test_a_release_in_between_is_judged_as_the_one_before(asked, judged_as):
     assert FlashInfer.of(asked).judged_as == judged_as
+
+
+def test_the_installed_release_is_judged_before_the_newest_known(monkeypatch):
+    monkeypatch.setattr(rules, "installed_release", lambda: "0.6.12")
+    assert FlashInfer.of().release == "0.6.12"
+    monkeypatch.setattr(rules, "installed_release", lambda: None)
+    assert FlashInfer.of().release == known_releases()[-1]
 
 
 @pytest.mark.parametrize("release", ["0.2.8", "newest", "1.x"])

@@ -158,6 +158,14 @@ def test_rows_have_values_that_can_be(family):
             assert kinds[name].metadata["kind"].problem(value) is None, (name, value)
 
 
+@pytest.mark.parametrize("family", table().families.values(), ids=lambda family: family.name)
+def test_the_default_of_a_key_is_a_value_without_doubt(family):
+    """A config without the key has the config class's value, which the family's code supports."""
+    for case in family.cases:
+        if case.default is not None:
+            assert not {"unproven", "disputed"} & case.fixed(case.default).keys(), case
+
+
 def test_no_name_means_two_families():
     families = table().families.values()
     all_names = [n for f in families for n in {f.name, *f.model_types, *f.architectures}]

@@ -78,6 +78,9 @@ LIMITS = [
     (NEWEST, {**GROUPED, "n_group": 8}, "topk_group", 4, 5, "error"),
     (NEWEST, {**GROUPED, "n_group": 2}, "topk_group", 1, 0, "garbage"),
     ("0.6.3", {**GROUPED, "n_group": 8}, "topk_group", 3, 0, "garbage"),
+    # The kernel compares it with MaxNumTopGroups = 4, whether or not there are groups.
+    ("0.4.0", FLAT, "topk_group", 4, 5, "error"),
+    *((release, GROUPED, "topk_group", 4, 5, "error") for release in ("0.6.0", "0.6.5")),
     *(
         (
             "0.6.0",

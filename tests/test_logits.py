@@ -73,6 +73,12 @@ def test_each_pattern_is_what_it_says():
     narrow = case("narrow-bias").bias
     assert len(narrow.bfloat16().unique()) < 20 < len(narrow.unique())
     near = case("near-ties").logits
+    assert near.min() >= 1  # below 2, bfloat16's steps are 2**-7
+    assert near.max() < 2
+    for name in ("plain", "all-negative", "below-minus-100"):
+        # A quarter: a score's largest slope, so that a bias is worth at most one unit of a logit.
+        least, most = case(name).bias.aminmax()
+        assert -0.25 <= least < -0.24 < 0.24 < most <= 0.25
     assert len(near[0].unique()) == 256
     assert len(near[0].bfloat16().unique()) < 16
     assert (

@@ -249,6 +249,14 @@ def test_a_difference_is_named_with_both_values(name, changes, problem):
     assert model_code(found)[0].startswith(f"{name}: a.Block")
 
 
+def test_a_bias_that_the_router_does_not_have_is_no_downcast():
+    model = MODELS["deepseek-v2"]
+    asked = {**NOTHING_SPECIAL, **RIGHT["deepseek-v2"], "bias_dtype": "bfloat16"}
+    found = code_sentences(compare_request(model, request_of(asked, {}, model)))
+    assert "the float32 bias is downcast to bfloat16" not in found
+    assert found
+
+
 def test_a_limit_that_a_config_class_fills_in_is_not_compared():
     model = MODELS["hy4-preview"]
     unlimited = replace(model, experts=replace(model.experts, activation_limit=None))

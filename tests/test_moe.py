@@ -104,6 +104,13 @@ def test_unquantized_it_is_the_plain_loops(name, on_input):
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
+def test_generated_biases_have_both_signs_and_are_small_beside_what_they_are_added_to():
+    expert = generated(biases=True)[0]
+    for bias in (expert.bias1, expert.bias2):
+        assert -0.5 <= bias.min() < -0.4 < 0.4 < bias.max() <= 0.5
+        assert abs(bias.mean()) < 0.1
+
+
 @pytest.mark.parametrize("scheme", sorted(COMPUTED_SCHEMES))
 def test_quantized_it_is_close_to_the_plain_loops(scheme):
     """Within what its coarsest rounding makes of it, on average: no format is taken for another."""

@@ -100,6 +100,27 @@ def test_calls_that_fit(tmp_path):
     assert found.calls == 4
 
 
+def test_an_argument_with_a_default_may_be_left_out(tmp_path):
+    core = CORE.replace(", routed_scaling_factor=routed_scaling_factor or factor)", ")")
+    core = core.replace(
+        "routed_scaling_factor=None):\n    factor = 1.0 if routed_scaling_factor is None else routed_scaling_factor",
+        "):",
+    )
+    found = compare_operators(package(tmp_path, core))
+    assert (found.calls, found.differences, found.unread) == (4, (), ())
+
+
+def test_names_that_stand_for_each_other_stand_for_no_operator(tmp_path):
+    core = """
+def loop(module, inputs):
+    run = again
+    again = run
+    again(inputs)
+"""
+    found = compare_operators(package(tmp_path, CORE + core))
+    assert (found.calls, found.differences, found.unread) == (4, (), ())
+
+
 def test_a_method_need_not_read_its_self(tmp_path):
     method = "\nclass Plan:\n    def size(self, top_k):\n        get_module().size(top_k)\n"
     found = compare_operators(package(tmp_path, CORE + method))

@@ -311,11 +311,15 @@ def test_a_run_that_stops_early_writes_no_ledger(host):
     host.runpytest_subprocess(*wrong, *chosen)
     # The entry lists its cases: the cause in another one fails.
     text = (host.path / "known.yaml").read_text()
+    assert "\n- test: test_verdict\n  cause: " in text
     assert "cases: [deepseek-r1-fp8_block, deepseek-r1-nvfp4]" in text
     known = ("--moe-golden", *target, *chosen, "--moe-known-failures", "known.yaml")
+    known += ("--moe-write-known-failures", "new.yaml")
     (host.path / "known.yaml").write_text(text.replace("deepseek-r1-fp8_block, ", ""))
     result = host.runpytest_subprocess(*known)
     assert result.parseoutcomes()["failed"] == result.parseoutcomes()["xfailed"] == 1
+    # A case that is known already is in no further ledger.
+    assert "cases: [deepseek-r1-fp8_block]\n" in (host.path / "new.yaml").read_text()
 
 
 def test_a_ledger_that_cannot_be_written_fails_the_run(host):

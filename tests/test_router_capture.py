@@ -45,9 +45,16 @@ from .base_router import BaseRouter
 def create_fused_moe_router(eplb_state=None, enable_eplb=False):
     return BaseRouter(eplb_state, enable_eplb)
 """,
+    # Reads what vLLM 0.15.0's reads of its layer.
     "layer.py": """
 class FusedMoE:
     def forward_impl(self, hidden_states, router_logits):
+        self.ensure_moe_quant_config_init()
+        self.ensure_dp_chunking_init()
+        chunked, shared = self.use_dp_chunking, self.shared_experts is not None
+        _, copied = self._maybe_setup_shared_experts_stream(hidden_states, shared, chunked)
+        assert not (chunked or shared or copied or self.gate or self.dp_size * self.pcp_size > 1)
+        assert not self.quant_method.is_monolithic
         weights, ids = self.router.select_experts(hidden_states, router_logits)
         self.capture(ids)
         return self.quant_method.apply(

@@ -168,3 +168,14 @@ def test_configurations_that_a_release_does_not_have_are_left_out(made):
     assert {ZERO, SHARED, SIMULATED} <= subjects(made())
     lost = subjects(made()) - subjects(made("num_fused_shared_experts", "shared_experts"))
     assert lost == {SHARED}
+
+
+def test_groups_and_experts_of_the_factory_are_those_that_a_configuration_is_named_after(made):
+    names = made()
+    subject = "sigmoid and bias, 60 experts in 8 groups, scale 2.5"
+    [case] = [case for case in router_configs.cases(names) if case.subject == subject]
+    router = case.make(None)
+    assert (router.global_num_experts, router.num_expert_group) == (60, 8)
+    assert (router.topk_group, router.top_k) == (4, case.recipe.top_k)
+    assert router.top_k > 1
+    assert (router.scoring_func, router.routed_scaling_factor) == ("sigmoid", 2.5)

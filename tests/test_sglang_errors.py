@@ -71,3 +71,20 @@ def test_what_raises_when_a_server_starts_is_a_refusal_and_later_a_crash(
     assert (kind, text[: len(verdict[1])]) == verdict
     innermost = {"call": "forward"}.get(function, function)
     assert code == f"{raised.type.__name__}-in-some.py-{innermost}"
+
+
+def test_an_error_outside_of_sglang_is_told_where_it_was_raised():
+    def inner():
+        raise KeyError("size")
+
+    def outer():
+        inner()
+
+    with pytest.raises(KeyError) as raised:
+        outer()
+    kind, text, _ = verdict_on(raised.value, is_built=True)
+    line = inner.__code__.co_firstlineno + 1
+    assert (kind, text) == (
+        "unknown",
+        f"it does not build and run on a CPU: KeyError: 'size' (test_sglang_errors.py:{line})",
+    )

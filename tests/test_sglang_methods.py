@@ -40,6 +40,7 @@ def before(returned):
     ("body", "returned"),
     [
         ("return cutlass(x, layer.w13)", ["cutlass"]),
+        ("if fast:\n    return\nreturn triton(x, routed_scaling_factor)", ["nothing"]),
         ("return triton(x, routed_scaling_factor=routed_scaling_factor)", []),
         ("y = cutlass(x)\ny *= routed_scaling_factor\nreturn y", []),
         # A factor of None is no factor.

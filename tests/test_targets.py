@@ -18,9 +18,11 @@ from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.enum_numbers import enum_mismatches
-from pytest_moe_routing.oracle.exact import Gate
+from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.modular import rejected_by_method
+from pytest_moe_routing.oracle.record import Reach
+from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.report.text import sentence, story
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.suite.causes import of_enum
@@ -32,6 +34,15 @@ MODELS = load_models(packaged_directory())
 #: The spine: models whose verdicts were worked out by hand.
 SPINE = "deepseek-r1 llama-4-maverick llama-4-scout minimax-m2 nemotron-3-nano nemotron-3-super step-3.7-flash"
 CASES = [(MODELS[m], b) for m in SPINE.split() for b in MODELS[m].checkpoints]
+
+
+NEWEST = known_releases()[-1]
+
+
+class Anonymous(Target):
+    """A target with nothing of its own."""
+
+    name = "anonymous"
 
 
 def told(judgement):
@@ -207,6 +218,30 @@ def test_questions_without_an_answer_are_no_verdicts():
         judge(miniatures.AnswersNothing(FlashInfer.of("0.7.0")), model, "nvfp4")
     with pytest.raises(Unsupported, match="cloudy"):
         judge(miniatures.OnlyClassifies(FlashInfer.of("0.7.0")), model, "nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reach"), [("fp8_block", Reach.PUBLISHED), ("mxint4", Reach.PRODUCIBLE)]
+)
+def test_who_can_run_a_model_is_told_by_its_published_checkpoints(scheme, reach):
+    judgement = judge(BuiltinTarget(FlashInfer.of()), MODELS["deepseek-r1"], scheme)
+    assert judgement.record().reach is reach
+
+
+def test_a_target_that_does_not_state_its_version_says_so():
+    with pytest.raises(Unsupported, match=r"^anonymous does not state its version$"):
+        Anonymous(FlashInfer.of()).version()
+
+
+@pytest.mark.parametrize(
+    ("release", "scheme", "method"),
+    [("0.5.2", "nvfp4", "Renormalize"), (NEWEST, "fp8_block", "Renormalize")],
+)
+def test_a_method_without_groups_is_given_none(release, scheme, method):
+    """Launchers reject them, as rules of releases.yaml state; DeepSeekV3 alone has groups."""
+    flashinfer = FlashInfer.of(release)
+    call = kernel_call(MODELS["qwen3-30b-a3b"].router, scheme, method, flashinfer)
+    assert not flashinfer.violations(call)
 
 
 def test_registered_targets():

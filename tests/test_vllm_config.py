@@ -1,12 +1,16 @@
-"""What the quantization config of vLLM's CUTLASS experts is told in each scheme."""
+"""What vLLM's configs are told in each scheme, and the stand-ins around what is made with them."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 
-from pytest_moe_routing.targets.vllm.probe import config
+from pytest_moe_routing.targets.contract import Contract
+from pytest_moe_routing.targets.vllm.probe import config, routers, weight_on_input
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.world import Installed
 
 WEIGHTS = {"w1_scale", "w2_scale"}
 #: Where the scales of weights are not swizzled, the config says so.
@@ -58,3 +62,49 @@ def test_a_scheme(scheme):
     wanted = torch.bfloat16 if scheme == "mxint4" else torch.float32
     assert {scales[key].dtype for key in WEIGHTS & scales.keys()} <= {wanted}
     assert not any(told[key] for key in told.keys() - scales.keys())
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [("method-", "methods"), ("hands-", "modular_methods"), ("select-", "selector")],
+)
+def test_the_contract_names_for_a_scheme_what_serves_it(kind, field):
+    """The table of the probe and the contract, which state it twice."""
+    rows = Contract.of("vllm").rows.items()
+    said = {(k, scheme) for k, row in rows if k.startswith(kind) for scheme in row.schemes or ()}
+    said = {(key, scheme) for key, scheme in said if not set(".(") & set(key)}
+    used = {scheme: getattr(row, field) for scheme, row in SCHEMES.items()}
+    listed = {s: (keys,) if isinstance(keys, str) else keys for s, keys in used.items()}
+    # What selects GPT-OSS's MXFP4 is chosen by its architecture.
+    assert {(key, scheme) for scheme, keys in listed.items() for key in keys} == said - {
+        ("select-gpt-oss-mxfp4", "mxfp4")
+    }
+
+
+def test_operators_that_a_stand_in_does_not_have_are_not_there():
+    """A stand-in without one is no reason to pass over what vLLM asks of it."""
+    operators = weight_on_input._Operators(torch.zeros(2, 1), 4)
+    assert operators.cutlass_fp4_moe_mm
+    for stand_in in (operators, routers._Cpu()):
+        with pytest.raises(AttributeError, match="cutlass_blockscaled"):
+            getattr(stand_in, "cutlass_blockscaled")  # noqa: B009
+
+
+def test_an_installed_release_is_imported_from_where_it_lies(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    folder = tmp_path / "vllm/model_executor/layers/fused_moe"
+    folder.mkdir(parents=True)
+    folder.joinpath("config.py").write_text("class RoutingMethodType: ...\n")
+    try:
+        assert (
+            Installed(str(tmp_path), "0.32.0").names.get("methods").__name__ == "RoutingMethodType"
+        )
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+            del sys.modules[name]
+
+
+def test_a_release_without_a_selector_has_no_experts_that_weigh_the_input(monkeypatch):
+    monkeypatch.setattr(weight_on_input, "selector_of", lambda *_: None)
+    model = {"router": {"weight_on": "input"}}
+    assert weight_on_input.weight_on_input(model, "nvfp4", "Llama4") is None

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.errors import ReleaseError, Unsupported
-from pytest_moe_routing.flashinfer import FlashInfer, signatures
+from pytest_moe_routing.flashinfer import FlashInfer, signatures, sources
 from pytest_moe_routing.flashinfer.drift import drift, examine
 from pytest_moe_routing.flashinfer.package import Package
 from pytest_moe_routing.targets import load_target
@@ -100,6 +100,23 @@ def test_a_package_that_says_what_we_say(release, tmp_path):
     found = examine(Package.of(path))
     assert (found.differences, found.unread) == ((), ())
     assert found.methods["Unspecified"] == len(found.methods) - 1
+
+
+def test_a_launcher_with_one_bound_for_groups(tmp_path):
+    """As 0.6.3 to 0.6.6 have it, whose other checks of top_k are about other methods."""
+    launcher = """
+class Fp8BlockScaleLauncher : public FusedMoeLauncher {
+  void check_routing() {
+    if (n_group <= 1) {
+      TVM_FFI_ICHECK(args->top_k <= 10) << "Current routing kernel (no groups) only supports top_k<=10";
+    } else {
+      TVM_FFI_ICHECK(args->top_k <= 7) << "Current routing kernel (with groups) only supports top_k<=7";
+    }
+  }
+};
+"""
+    package = Package.of(wheel(tmp_path / "a.whl", {**files(), LAUNCHER: launcher}))
+    assert sources.block_scale_top_k(package) == {"DeepSeekV3": ((256, 7),)}
 
 
 def test_every_form_of_a_package_is_read(tmp_path):

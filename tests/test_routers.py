@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from packaging.version import Version
 from wheels import wheels_since
 
@@ -193,6 +194,45 @@ def test_on_a_gpu_the_functions_are_called_that_sglang_chooses(wheel, runs_of):
         loses_bias = router.scoring_func == "softmax" and router.correction_bias is not None
         wanted = [run.router] if run.router in kernels and not loses_bias else []
         assert set(wanted) <= set(ways), run.subject
+
+
+@pytest.mark.parametrize("wheel", SGLANG, ids=name)
+def test_sglang_is_run_in_the_ways_that_a_model_has(wheel, runs_of):
+    """With bfloat16 logits where they are float32, and by a table in DeepSeek-V4's first layers."""
+    ways = {model: set() for model in MODELS}
+    for run in runs_of(wheel):
+        ways.get(run.subject, set()).add(run.way)
+    routed = {model for model, found in ways.items() if "cuda" in found}
+    float32 = {model for model in routed if MODELS[model].router.logits_dtype == "float32"}
+    assert {m for m, found in ways.items() if "cuda, with bfloat16 logits" in found} == float32
+    hashed = {m for m, found in ways.items() if any("routes by a table" in way for way in found)}
+    assert hashed == {model for model in routed if model.startswith("deepseek-v4")}
+
+
+def test_functions_with_groups_are_given_numbers_on_a_gpu():
+    """`biased_grouped_topk_gpu` of topk.py computes with both, where a model has no groups too."""
+    given = [
+        (arguments["num_expert_group"], arguments["topk_group"])
+        for model in MODELS.values()
+        for _, arguments, _ in sglang_jit.ways(model.router)
+        if "num_expert_group" in arguments
+    ]
+    assert {(8, 4), (1, 1)} <= set(given)
+
+
+def test_the_gate_of_old_releases_takes_groups_by_place():
+    """`sgl_kernel.moe_fused_gate(input, bias, num_expert_group, topk_group, topk)` of 0.4.5."""
+    logits = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
+    bias = torch.linspace(-0.1, 0.1, 16)
+    weights, ids = kernels.old_in_torch()["moe_fused_gate"](logits, bias, 4, 2, 3)
+    scores = logits.sigmoid()
+    best = (scores + bias).unflatten(1, (4, 4)).topk(2).values.sum(2).topk(2).indices
+    for token, groups in enumerate(best.tolist()):
+        keys = scores[token] + bias
+        kept = sorted((e for e in range(16) if e // 4 in groups), key=lambda e: -keys[e])[:3]
+        assert set(ids[token].tolist()) == set(kept)
+        wanted = scores[token, ids[token].long()]
+        torch.testing.assert_close(weights[token], wanted / wanted.sum())
 
 
 # -- names of the contract -------------------------------------------------------------------------

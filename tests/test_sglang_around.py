@@ -17,7 +17,7 @@ from pytest_moe_routing.suite.causes import of_ignored
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.probe.around import around
-from pytest_moe_routing.targets.sglang.probe.world import requested
+from pytest_moe_routing.targets.sglang.probe.world import requested, stand_ins
 
 MODELS = load_models(packaged_directory())
 R1 = MODELS["deepseek-r1"]
@@ -195,3 +195,10 @@ def test_the_answer_of_sglang_that_routes_outside_the_kernel_is_named_with_its_l
     rule = target.rule(model, "nvfp4", target.classify(model).method, "the kernel routes")
     assert rule.name == "_can_bypass_trtllm_routing"
     assert source_line(target.source.root, rule.source) == "return False"
+
+
+def test_every_stand_in_tells_the_same_gpu():
+    told = stand_ins(Names(Contract.of("sglang"), "0.5.23", stubs.definitions("sglang", "nowhere")))
+    major, minor = told["get_device_capability"]()
+    numbers = {told["get_device_sm"](), told["get_platform"]().device_sm, 10 * major + minor}
+    assert numbers == {100}  # Blackwell, of which `is_sm100_supported` speaks

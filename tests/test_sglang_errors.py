@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.sglang.probe import ranks
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 
 RAISING = """
@@ -88,3 +92,17 @@ def test_an_error_outside_of_sglang_is_told_where_it_was_raised():
         "unknown",
         f"it does not build and run on a CPU: KeyError: 'size' (test_sglang_errors.py:{line})",
     )
+
+
+def test_code_that_fails_to_decide_about_shared_experts_decides_nothing():
+    def decide(*_):
+        raise ValueError("no quant_method")
+
+    names = SimpleNamespace(
+        has=lambda key: False,
+        get=lambda key: decide,
+        spelling=lambda key: SimpleNamespace(module="types"),
+    )
+    told = "whether shared experts are among the routed ones: .*ValueError: no quant_method"
+    with pytest.raises(Unsupported, match=told):
+        ranks._decide(names, None, {"text_config": {}}, None)

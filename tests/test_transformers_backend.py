@@ -5,6 +5,8 @@ Releases are those of which MOE_WHEELS has a wheel; without one, the tests are s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from packaging.version import Version
 from wheels import wheels_since
@@ -13,6 +15,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.models.huggingface.families import Case, Family
 from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.targets import hf_configs
 from pytest_moe_routing.targets.source import Source
@@ -73,3 +76,16 @@ def test_it_is_asked_where_transformers_is_known(monkeypatch, version, is_asked)
     assert why == (
         "" if is_asked else "tests of the transformers backend (without transformers>=5.19)"
     )
+
+
+def test_keys_of_a_config_are_those_that_two_cases_decide():
+    cases = (
+        Case("score", "sigmoid", (("sigmoid", {}), ("softmax", {"scoring_func": "softmax"})), None),
+        Case("normed", False, ((False, {}), (True, {"renormalize": True})), None),
+    )
+    fixed = {"scoring_func": "sigmoid", "renormalize": False}
+    family = Family("made", "sigmoid", fixed=fixed, cases=cases)
+    model = MODELS["deepseek-r1"]
+    model = replace(model, router=replace(model.router, scoring_func="softmax", renormalize=True))
+    keys = dict(hf_configs._keys(family, model))
+    assert (keys["score"], keys["normed"]) == ("softmax", True)

@@ -85,6 +85,14 @@ def test_the_real_routers_classify(target, model, method, router):
     assert found.path[-1].startswith(router)
 
 
+def test_a_model_without_code_in_the_release_is_classified_by_its_config(target):
+    model = replace(MODELS["deepseek-r1"], architecture="NovelForCausalLM", architectures=())
+    found = target.classify(model)
+    assert found.method == "DeepSeekV3"
+    assert found.path[0] == "no NovelForCausalLM in this release, so by the config alone"
+    assert "in this release" not in target.classify(MODELS["deepseek-r1"]).path[0]
+
+
 def test_the_real_gates_answer_and_know_no(target):
     gates = {g.name: g for g in target.gates(MODELS["deepseek-r1"], "fp8_block", "DeepSeekV3")}
     assert {"device", "activation", "routing method", "is_supported_config"} <= set(gates)

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from pytest_moe_routing.targets.contract import Contract
-from pytest_moe_routing.targets.vllm.probe import config, routers, weight_on_input
+from pytest_moe_routing.targets.vllm.probe import (
+    config,
+    gates,
+    other_experts,
+    routers,
+    weight_on_input,
+)
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.world import Installed
 
@@ -108,3 +114,26 @@ def test_a_release_without_a_selector_has_no_experts_that_weigh_the_input(monkey
     monkeypatch.setattr(weight_on_input, "selector_of", lambda *_: None)
     model = {"router": {"weight_on": "input"}}
     assert weight_on_input.weight_on_input(model, "nvfp4", "Llama4") is None
+
+
+def test_what_answers_for_all_gates_is_the_function_of_a_class(monkeypatch):
+    class Experts:
+        @staticmethod
+        def is_supported_config(cls, config):
+            raise AssertionError
+
+    def experts(config):
+        raise AssertionError
+
+    monkeypatch.setattr(gates, "experts_of", lambda _: Experts)
+    assert gates.function_of("nvfp4", gates.ALL) is Experts.is_supported_config
+    assert gates.function_of("nvfp4", "no such gate") is None
+    # Old releases have a function in the place of the class.
+    monkeypatch.setattr(gates, "experts_of", lambda _: experts)
+    assert gates.function_of("nvfp4", gates.ALL) is experts
+
+
+@pytest.mark.parametrize(("num_experts", "ranks"), [(60, [1, 2, 2]), (257, [1])])
+def test_experts_are_shared_out_where_their_number_is_even(num_experts, ranks):
+    ways = other_experts._ways({"router": {"num_experts": num_experts}})
+    assert [way.ranks.count for way in ways] == ranks

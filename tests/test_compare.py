@@ -220,6 +220,18 @@ def test_each_precision_allows_its_own_errors_and_no_more(precision):
             assert found.ok == ok, (error, side)
 
 
+def test_weights_of_a_kernel_that_rounds_may_be_scaled_before_or_after():
+    recipe = Recipe(top_k=2, score="sigmoid", scale=2.5, weight_dtype="bfloat16")
+    logits = torch.tensor([[0.3, 1.1, -2.0]])
+    ids, exact = torch.tensor([[1, 0]]), logits[:, [1, 0]].sigmoid()
+    for weights, ok in (
+        ((exact * 2.5).bfloat16(), True),
+        (exact.bfloat16().float() * 2.5, True),
+        (exact * 2.5, False),
+    ):
+        assert compare_routing(ids, weights, logits, recipe).ok == ok
+
+
 @pytest.mark.parametrize(("share", "ok"), [(0.0, True), (1.0, True), (4.0, False)])
 def test_a_weight_that_underflows_may_be_zero_before_it_is_scaled(share, ok):
     """Kernels flush subnormal numbers: a third of 2**-125 is one, and scaled by 16 it is none."""

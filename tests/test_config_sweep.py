@@ -14,9 +14,10 @@ from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import ModelSpec, load_models
+from pytest_moe_routing.models.spec import ACTIVATIONS
 from pytest_moe_routing.oracle.config_sweep import CachedTarget, sweep, sweep_behind_gates
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
-from pytest_moe_routing.oracle.swept_configs import swept_routers
+from pytest_moe_routing.oracle.swept_configs import swept_models, swept_routers
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.report.text import story
 from pytest_moe_routing.schemes import SERVED_SCHEMES
@@ -42,6 +43,12 @@ def test_the_sweep_is_bounded_valid_and_in_order():
     sizes = [(router.num_experts, router.top_k) for router in routers]
     assert sizes == sorted(sizes)
     assert set(swept_routers(1)) <= set(routers)
+
+
+def test_the_sweep_has_experts_of_every_activation():
+    """Gated but for relu2, which is what no fused kernel gates."""
+    there = {(model.experts.activation, model.experts.gated) for model in swept_models()}
+    assert there == {(activation, activation != "relu2") for activation in ACTIVATIONS}
 
 
 def test_the_sweep_surrounds_every_expressible_model():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from fake_gpu import FAKE_GPU
@@ -122,6 +123,22 @@ def test_each_worker_gets_its_gpu(worker, mask, count, device):
     environ = {key: value for key, value in environ.items() if value is not None}
     place_worker(environ, count)
     assert environ.get("CUDA_VISIBLE_DEVICES") == device
+
+
+@pytest.mark.parametrize(("prebuilt", "told"), [("/prebuilt", "/prebuilt"), (None, "/jit")])
+def test_a_report_tells_where_the_kernels_are_from(monkeypatch, prebuilt, told):
+    from pytest_moe_routing.kernels import build
+    from pytest_moe_routing.kernels.hopper import PREBUILT
+
+    parts = {
+        "flashinfer.jit.env": SimpleNamespace(FLASHINFER_JIT_DIR="/jit"),
+        "flashinfer.artifacts": SimpleNamespace(),
+    }
+    monkeypatch.setattr(build, "import_module", parts.__getitem__)
+    monkeypatch.delenv(PREBUILT, raising=False)
+    if prebuilt:
+        monkeypatch.setenv(PREBUILT, prebuilt)
+    assert build.software.__wrapped__()["kernels"] == told
 
 
 @pytest.mark.parametrize(("workers", "threads"), [(None, 8), ("3", 2), ("16", 1)])

@@ -136,6 +136,7 @@ def test_the_right_request_has_no_problem(name):
         ("glm-5", {"use_grouped_topk": False, "num_expert_group": None, "topk_group": None}),
         ("glm-5", {"apply_routed_scale_to_output": True}),
         ("qwen3-30b-a3b", {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}),
+        ("glm-5", {"topk_group": None}),
         ("qwen3-30b-a3b", {"routed_scaling_factor": None}),
         ("qwen3-30b-a3b", {"logits_dtype": "float32", "router_logits_dtype": "float32"}),
         # As old releases did: the model's code scales the routed experts and adds the shared ones.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from pytest_moe_routing.oracle.routers import NOT_JUDGED, Output
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
-from pytest_moe_routing.targets.vllm.probe import release, router_configs
+from pytest_moe_routing.targets.vllm.probe import release, router_case, router_configs
 
 #: Routers that are right, but for what a test changes.
 SOURCES = {
@@ -179,3 +180,14 @@ def test_groups_and_experts_of_the_factory_are_those_that_a_configuration_is_nam
     assert (router.topk_group, router.top_k) == (4, case.recipe.top_k)
     assert router.top_k > 1
     assert (router.scoring_func, router.routed_scaling_factor) == ("sigmoid", 2.5)
+
+
+@pytest.mark.parametrize(
+    ("before", "kind"), [("pass", "crash"), ("bool(Stub('kernels'))", NOT_JUDGED)]
+)
+def test_what_fails_after_a_stand_in_was_asked_is_no_crash_of_vllm(made, before, kind):
+    code = f"from pytest_moe_routing.targets.stubs import Stub; {before}; raise ValueError('x')"
+    names = made("logits = logits.double()", code)
+    [case] = [case for case in router_configs.cases(names) if case.subject.startswith("softmax")]
+    found = router_case.compare(case, Output())["deviations"]
+    assert {deviation["kind"] for deviation in found} == {kind}

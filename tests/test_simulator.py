@@ -11,8 +11,10 @@ from pytest_moe_routing.compare import assert_moe, assert_routing
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.kernels.fused import fused_arguments, launch_fused, rows_of, without_routing
 from pytest_moe_routing.kernels.weights import prepare
+from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.schemes import KERNEL_SCHEMES, kernel_of
+from pytest_moe_routing.simulator.explain import dense
 from pytest_moe_routing.simulator.simulator import Simulator
 
 FLASHINFER = FlashInfer.of(known_releases()[-1])
@@ -65,6 +67,26 @@ def test_shards_add_up_and_rows_are_weighted():
         total = (found.rows.float() * found.weights.float().unsqueeze(-1)).sum(1)
         torch.testing.assert_close(output.float(), total, rtol=2**-7, atol=1e-6)
         assert (found.local == ((problem.routing.topk_ids // 4) == first // 4)).all()
+
+
+@pytest.mark.parametrize("method", ["DeepSeekV3", "MiniMax2"])
+def test_a_bias_chooses_and_does_not_weigh(method):
+    grouped = {"n_group": 1, "topk_group": 1} if method == "DeepSeekV3" else {}
+    call = fused_cases.call(
+        "bf16", method=method, bias="router", routed_scaling_factor=2.5, **grouped
+    )
+    problem = fused_cases.problem(FLASHINFER, call, "bf16", num_tokens=32)
+    unbiased = route(problem.logits, replace(problem.recipe, bias=False)).topk_ids
+    assert (problem.routing.topk_ids != unbiased).any()
+    (output,) = run(problem, call)
+    assert_moe(output, problem)
+
+
+def test_a_routing_as_weights_by_expert_counts_slots_without_one():
+    ids = torch.tensor([[0, 2], [2, -1], [0, 3]])
+    found = dense(ids, torch.tensor([[0.25, 0.5], [1.0, 7.0], [0.5, 9.0]]), 3)
+    assert found[:, :3].tolist() == [[0.25, 0, 0.5], [0, 0, 1.0], [0.5, 0, 0]]
+    assert found[:, 3].tolist() == [0, 1, 1]
 
 
 def test_weight_on_the_input():

@@ -37,7 +37,8 @@ def _router_triton_kernel(
         e = tl.exp(x - tl.max(x, axis=1)[:, None])
         x = e / tl.sum(e, axis=1)[:, None]
     best = tl.max(x, axis=1)
-    lane = tl.where(x == best[:, None], columns[None, :], N)
+    beyond = tl.full((1, BLOCK_N), N, dtype=tl.int32)
+    lane = tl.where(x == best[:, None], columns[None, :], beyond)
     tl.store(weights_ptr + rows, best, mask=rows < M)
     tl.store(ids_ptr + rows, tl.min(lane, axis=1), mask=rows < M)
 

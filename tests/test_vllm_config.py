@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_model
 from pytest_moe_routing.targets.contract import Contract
 from pytest_moe_routing.targets.vllm.probe import (
     config,
@@ -137,3 +140,14 @@ def test_what_answers_for_all_gates_is_the_function_of_a_class(monkeypatch):
 def test_experts_are_shared_out_where_their_number_is_even(num_experts, ranks):
     ways = other_experts._ways({"router": {"num_experts": num_experts}})
     assert [way.ranks.count for way in ways] == ranks
+
+
+@pytest.mark.parametrize(("model", "width"), [("nemotron-3-super", 1024), ("deepseek-r1", 7168)])
+def test_routed_experts_of_a_latent_width_have_that_width(monkeypatch, model, width):
+    for name in ("_activation", "_activation_arguments", "method_named", "told_dtype"):
+        monkeypatch.setattr(config, name, lambda *_: {})
+    monkeypatch.setattr(config, "parallel_config", lambda *_, **__: None)
+    monkeypatch.setattr(config.server_defaults, "moe_backend", lambda: "auto")
+    spec = asdict(load_model(packaged_directory() / model / "model.yaml"))
+    told = config.moe_config({**spec, "architecture": ""}, "DeepSeekV3")
+    assert told["hidden_dim"] == width

@@ -128,11 +128,11 @@ def test_what_answers_for_all_gates_is_the_function_of_a_class(monkeypatch):
     def experts(config):
         raise AssertionError
 
-    monkeypatch.setattr(gates, "experts_of", lambda _: Experts)
+    monkeypatch.setattr(gates, "experts_of", lambda *_, modular: Experts)
     assert gates.function_of("nvfp4", gates.ALL) is Experts.is_supported_config
     assert gates.function_of("nvfp4", "no such gate") is None
     # Old releases have a function in the place of the class.
-    monkeypatch.setattr(gates, "experts_of", lambda _: experts)
+    monkeypatch.setattr(gates, "experts_of", lambda *_, modular: experts)
     assert gates.function_of("nvfp4", gates.ALL) is experts
 
 

@@ -99,9 +99,9 @@ def gates(
     return [*answers, [ALL, bool(supported), reason or ""]]
 
 
-def function_of(scheme: str, gate: str) -> Any:
+def function_of(scheme: str, gate: str, *, modular: bool = False) -> Any:
     """Return the function of a scheme's experts that answers for a gate; None if it has none."""
-    owner = experts_of(SCHEMES[scheme])
+    owner = experts_of(SCHEMES[scheme], modular=modular)
     if gate == ALL and not isinstance(owner, type):
         return owner
     functions = {ALL: ALL, **{title: function for title, function, _ in _GATES}}

@@ -90,7 +90,8 @@ def test_no_gate_and_sigmoid_within_their_errors_exceed_the_activations_budget(g
         for move in (-error, 0.0, error)
         for off in (-2.5e-4, 0.0, 2.5e-4)
     )
-    assert reached <= budget <= 1.05 * reached + 1.7 * error**2
+    # Twice half of the largest second derivative of the functions, which is 0.8 of gelu.
+    assert reached <= budget <= 1.05 * reached + 2 * 0.8 / 2 * error**2 + 1e-9
 
 
 @pytest.mark.parametrize(("ulps", "crosses"), [(2.0, True), (4.0, False)])

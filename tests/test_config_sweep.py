@@ -49,6 +49,13 @@ def test_the_sweep_has_experts_of_every_activation():
     """Gated but for relu2, which is what no fused kernel gates."""
     there = {(model.experts.activation, model.experts.gated) for model in swept_models()}
     assert there == {(activation, activation != "relu2") for activation in ACTIVATIONS}
+    # With the parameters of models.
+    fields = ("activation", "activation_alpha", "activation_beta")
+    swept, known = (
+        {tuple(getattr(m.experts, name) for name in fields) for m in models}
+        for models in (swept_models(), MODELS.values())
+    )
+    assert {row for row in swept if row[1] is not None} == {row for row in known if row[1]}
 
 
 def test_the_sweep_surrounds_every_expressible_model():

@@ -100,6 +100,14 @@ def test_calls_fit_the_installed_package(scheme, activated, routed):
     assert given.get("activation_type", 3) == enums.ActivationType[member]
 
 
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES)
+def test_experts_may_have_biases_where_the_entry_point_takes_them(scheme):
+    """NVFP4 with scales of tokens has the entry point of NVFP4, and no documented use of biases."""
+    kernel = kernel_of(scheme)
+    takes = "gemm1_bias" in signatures.parameters(kernel.function(), known_releases()[-1])
+    assert kernel.biases is (takes and scheme != "nvfp4_per_token")
+
+
 def test_routing_call_fits_the_signature():
     flashinfer = FlashInfer.of(known_releases()[-1])
     call = fused_cases.call()

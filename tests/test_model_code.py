@@ -254,8 +254,8 @@ def test_a_bias_that_the_router_does_not_have_is_no_downcast():
     model = MODELS["deepseek-v2"]
     asked = {**NOTHING_SPECIAL, **RIGHT["deepseek-v2"], "bias_dtype": "bfloat16"}
     found = code_sentences(compare_request(model, request_of(asked, {}, model)))
-    assert "the float32 bias is downcast to bfloat16" not in found
     assert found
+    assert not any("bias is downcast" in sentence for sentence in found)
 
 
 def test_a_limit_that_a_config_class_fills_in_is_not_compared():

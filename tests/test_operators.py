@@ -110,6 +110,16 @@ def test_an_argument_with_a_default_may_be_left_out(tmp_path):
     assert (found.calls, found.differences, found.unread) == (4, (), ())
 
 
+def test_an_argument_that_is_taken_by_name_alone_is_given_by_name(tmp_path):
+    core = CORE.replace(
+        "top_k, routed_scaling_factor=1.0):", "top_k, *, routed_scaling_factor=1.0):"
+    )
+    assert compare_operators(package(tmp_path / "a", core)).differences == ()
+    by_place = core.replace("top_k=top_k, routed_scaling_factor=routed", "top_k, routed")
+    found = compare_operators(package(tmp_path / "b", by_place)).differences
+    assert any("4 arguments by place" in line and line.endswith("takes 3") for line in found), found
+
+
 def test_names_that_stand_for_each_other_stand_for_no_operator(tmp_path):
     core = """
 def loop(module, inputs):
@@ -264,7 +274,7 @@ def test_both_branches_of_a_condition_are_compared(tmp_path):
     core = """
 def run(module, fast, output, size):
     run_moe = module.fused_moe_runner.run_fast if fast else module.fused_moe_runner.run
-    extra = [size] if fast else []
+    extra: list = [size] if fast else []
     run_moe(output, *extra)
 """
     methods = """
@@ -299,6 +309,11 @@ def run(module, fast, output, size):
 def test_names_of_parameters(parameters, names):
     text = f"static void f({parameters}) {{}}\nTVM_FFI_DLL_EXPORT_TYPED_FUNC(g, f);"
     assert operators("a.cu", text)["g"].parameters == names
+
+
+def test_a_type_may_be_one_letter_behind_the_end_of_a_statement():
+    text = "int n;T f(TensorView x) {}\nTVM_FFI_DLL_EXPORT_TYPED_FUNC(g, f);"
+    assert operators("a.cu", text)["g"].parameters == ("x",)
 
 
 def test_a_definition_outranks_its_declaration():

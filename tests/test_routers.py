@@ -218,6 +218,7 @@ def test_functions_with_groups_are_given_numbers_on_a_gpu():
         if "num_expert_group" in arguments
     ]
     assert {(8, 4), (1, 1)} <= set(given)
+    assert {type(number) for numbers in given for number in numbers} == {int}
 
 
 def test_the_gate_of_old_releases_takes_groups_by_place():

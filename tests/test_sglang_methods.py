@@ -43,6 +43,7 @@ def before(returned):
         ("if fast:\n    return\nreturn triton(x, routed_scaling_factor)", ["nothing"]),
         ("return triton(x, routed_scaling_factor=routed_scaling_factor)", []),
         ("y = cutlass(x)\ny *= routed_scaling_factor\nreturn y", []),
+        ("routed_scaling_factor = 1.0\nreturn cutlass(x)", ["cutlass"]),
         # A factor of None is no factor.
         ("if routed_scaling_factor is not None:\n    x *= routed_scaling_factor\nreturn x", []),
         # One of two backends loses it.

@@ -15,6 +15,7 @@ from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.reference.shard import Shard
 from pytest_moe_routing.schemes import KERNEL_SCHEMES, kernel_of
 from pytest_moe_routing.simulator.explain import dense
+from pytest_moe_routing.simulator.faults import FAULTS
 from pytest_moe_routing.simulator.simulator import Simulator
 
 FLASHINFER = FlashInfer.of(known_releases()[-1])
@@ -25,7 +26,7 @@ LAYOUTS = [
 ]
 
 
-def run(problem, call, *, layout="", shard=None, **how):
+def run(problem, call, *, layout="", shard=None, fault=None, **how):
     kernel = kernel_of(problem.layer.scheme)
     prepared = prepare(
         problem.experts,
@@ -35,7 +36,8 @@ def run(problem, call, *, layout="", shard=None, **how):
         shard=shard,
     )
     given = fused_arguments(problem, call, prepared, FLASHINFER, **how)
-    return launch_fused(Simulator(FLASHINFER), kernel.function(how.get("routed", False)), given)
+    simulator = Simulator(FLASHINFER, FAULTS[fault] if fault else None)
+    return launch_fused(simulator, kernel.function(how.get("routed", False)), given)
 
 
 @pytest.mark.parametrize("routed", [False, True], ids=["logits", "routed"])
@@ -80,6 +82,15 @@ def test_a_bias_chooses_and_does_not_weigh(method):
     assert (problem.routing.topk_ids != unbiased).any()
     (output,) = run(problem, call)
     assert_moe(output, problem)
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "mxint4"])
+def test_a_factor_that_given_weights_include_is_applied_again_by_the_fault_that_is_named_so(scheme):
+    """Whether they are given as pairs or packed, as of mxint4."""
+    call = fused_cases.call(scheme, routed_scaling_factor=2.0)
+    problem = fused_cases.problem(FLASHINFER, call, scheme)
+    right, again = (run(problem, call, routed=True, fault=f)[0] for f in (None, "scaled-again"))
+    torch.testing.assert_close(again.float(), 2 * right.float(), rtol=2**-7, atol=1e-6)
 
 
 def test_a_routing_as_weights_by_expert_counts_slots_without_one():

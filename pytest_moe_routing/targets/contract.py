@@ -259,6 +259,7 @@ class Names:
         self._found: dict[str, Spelling | None] = {}
         # The same few questions are asked for every model, and a release does not change.
         self._lacking = cache(self._find_lacking)
+        self.has = cache(self.has)  # type: ignore[method-assign]
 
     def _find(self, row: Row) -> Spelling | None:
         """Return the spelling that the release has: of the expected ones, else of all."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -57,10 +58,9 @@ class Marked:
     def make(cls, tokens: int, columns: int, experts: int, top_k: int) -> Marked:
         """Mark so many tokens, whose experts lie on every rank."""
         token, slot = torch.arange(tokens).unsqueeze(1), torch.arange(top_k)
-        block = torch.arange(columns) // BLOCK
         stride = experts // tokens + 1
         return cls(
-            hidden=torch.exp2((token + block) % 4).bfloat16(),
+            hidden=hidden_states(tokens, columns),
             ids=((token * stride + slot * (experts // top_k)) % experts).int(),
             weights=torch.exp2(-1.0 - (token + slot) % 4),
         )
@@ -90,6 +90,17 @@ class Received:
     ids: Tensor
     weights: Tensor
     output: Tensor
+
+
+@lru_cache(16)
+def hidden_states(tokens: int, columns: int) -> Tensor:
+    """Return the activations of so many tokens: each time the same, so that nobody may change them.
+
+    Returns:
+        bfloat16, [tokens, columns].
+    """
+    token, block = torch.arange(tokens).unsqueeze(1), torch.arange(columns) // BLOCK
+    return torch.exp2((token + block) % 4).bfloat16()
 
 
 def in_reverse(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from enum import Enum, IntEnum
 from importlib import import_module
+from inspect import Parameter
 from types import ModuleType
 from typing import Any
 
@@ -126,8 +127,15 @@ def _recorded(
 ) -> Callable[..., Any]:
     signature = flashinfer.signature(name)
     assert signature is not None
+    parameters = signature.parameters.values()
+    is_plain = all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters)
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    required = {name for name, default in defaults.items() if default is Parameter.empty}
 
     def record(*args: Any, **kwargs: Any) -> Any:
+        if is_plain and not args and required <= kwargs.keys() <= defaults.keys():
+            # As `bind` would do it, in a tenth of its time.
+            return answer(name, {**defaults, **kwargs})
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -152,16 +160,16 @@ def plain(value: Any, named: Mapping[str, Tensor | None]) -> Any:
     Args:
         named: The tensors that a kernel may be given, by the names that answers use.
     """
-    if isinstance(value, Tensor):
-        return _tensor(value, named)
     if isinstance(value, Enum):
         value = value.value
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return _tensor(value, named)
     if isinstance(value, (list, tuple)):
         return [plain(item, named) for item in value]
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
     return {"type": type(value).__name__}
 
 

@@ -227,11 +227,13 @@ def real_module(name: str) -> ModuleType:
             neither the METADATA nor the contract names.
         Exception: The import fails as a package lacks what the framework needs of it.
     """
+    # Most are imported already, and are asked for with every question.
+    if (imported := sys.modules.get(name)) is not None:
+        return imported
     finder = next(f for f in sys.meta_path if isinstance(f, _Finder))
     while True:
         try:
-            # Most are imported already, and are asked for with every question.
-            return sys.modules.get(name) or import_module(name)
+            return import_module(name)
         except ModuleNotFoundError as error:
             if is_missing(error):
                 raise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import scales
-from pytest_moe_routing.targets.marked import Marked, in_reverse
+from pytest_moe_routing.targets.marked import Marked, hidden_states, in_reverse
 from pytest_moe_routing.targets.recorder import Reached, returned
 from pytest_moe_routing.targets.vllm.probe import factory, release
 from pytest_moe_routing.targets.vllm.probe.config import (
@@ -101,7 +101,7 @@ class Layer:
         self.routed_scaling_factor = release.router_factor(model)
         self.apply_router_weight_on_input = router["weight_on"] == "input"
         self.intermediate_size_per_partition = intermediate_size(model)
-        self.hidden = Marked.make(self.tokens, HIDDEN, experts, self.top_k).hidden
+        self.hidden = hidden_states(self.tokens, HIDDEN)
 
     def at_kernel(self, x: Tensor) -> Tensor:
         """Return the rows that a kernel is given of a tensor with one for each of our tokens."""

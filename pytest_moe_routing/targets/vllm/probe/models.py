@@ -50,6 +50,8 @@ class ModelSources:
         self._names, self._root = names, root
         self._layer, self._made = cache(self._find_layer), cache(self._find_made)
         self._tree = cache(lambda module: ast.parse(source_of(root, module)))
+        # Architectures share modules, and each of these reads one from end to end.
+        self._calls, self._led = cache(self._find_calls), cache(self._find_led)
         # Each reads whole modules, and is asked for every layer and router that is made.
         for name in ("scaled_by", "stated", "passes_limit", "routing_function"):
             setattr(self, name, cache(getattr(self, name)))
@@ -189,10 +191,20 @@ class ModelSources:
         if start is None:
             return None
         for module, tree in self._modules(start):
-            for call in _calls(tree):
-                if isinstance(call.func, ast.Name) and call.func.id in self._factories:
-                    return _Layer(module, tree, call)
+            if calls := self._calls(module):
+                return _Layer(module, tree, calls[0])
         return None
+
+    def _find_calls(self, module: str) -> list[ast.Call]:
+        """Return the calls that make a MoE layer."""
+        text = source_of(self._root, module)
+        if not any(name in text for name in self._factories):
+            return []
+        return [
+            call
+            for call in _calls(self._tree(module))
+            if isinstance(call.func, ast.Name) and call.func.id in self._factories
+        ]
 
     @cached_property
     def _factories(self) -> set[str]:
@@ -216,16 +228,18 @@ class ModelSources:
             for name in level:
                 tree = self._tree(name)
                 yield name, tree
-                is_package = source_of(self._root, f"{name}.__init__")
-                package = name if is_package else name.rpartition(".")[0]
-                led = dict.fromkeys(m for m in self._led_to(tree, package) if m not in seen)
+                led = dict.fromkeys(m for m in self._led(name) if m not in seen)
                 seen.update(led)
                 further += led
             level = sorted(further, key=lambda m: not m.startswith(f"{module}."))
 
-    def _led_to(self, tree: ast.Module, package: str) -> Iterator[str]:
-        """Yield modules of models that a module imports, or names by their architecture."""
-        for node in ast.walk(tree):
+    def _find_led(self, module: str) -> list[str]:
+        """Return modules of models that a module imports, or names by their architecture."""
+        is_package = source_of(self._root, f"{module}.__init__")
+        return list(self._led_to(module, module if is_package else module.rpartition(".")[0]))
+
+    def _led_to(self, module: str, package: str) -> Iterator[str]:
+        for node in ast.walk(self._tree(module)):
             if isinstance(node, ast.ImportFrom) and node.module:
                 above = package.split(".")
                 above = above[: len(above) - (node.level - 1)] if node.level else []

@@ -15,7 +15,7 @@ from pytest_moe_routing.suite.ahead import asking_ahead
 from pytest_moe_routing.suite.selection import SUITE
 from pytest_moe_routing.targets import probe as probes
 from pytest_moe_routing.targets.framework import FrameworkTarget
-from pytest_moe_routing.targets.probe import Limits, Probe, Question
+from pytest_moe_routing.targets.probe import Limits, Probe, Questions
 
 CHILD = """
 import os, time
@@ -70,7 +70,7 @@ SESSION = SimpleNamespace(models=["a model"])
 
 
 def test_a_thread_asks_what_the_tests_will_ask(probe):
-    questions = [Question(probe, "note", {"word": word}) for word in ("a", "b")]
+    questions = [Questions(probe, "note", [{"word": word}]) for word in ("a", "b")]
     with asking_ahead(target_of(*questions), items(), SESSION):
         # A test waits for the question that the thread asks.
         while not probe._replies:
@@ -80,7 +80,7 @@ def test_a_thread_asks_what_the_tests_will_ask(probe):
 
 
 def test_processes_of_a_parallel_run_ask_nothing_ahead(probe):
-    questions = [Question(probe, "note", {"word": "a"})]
+    questions = [Questions(probe, "note", [{"word": "a"}])]
     with asking_ahead(target_of(*questions), items(workerinput={}), SESSION):
         assert threading.active_count() == 1
         assert probe.ask("note", word="b") == ["b"]
@@ -88,7 +88,7 @@ def test_processes_of_a_parallel_run_ask_nothing_ahead(probe):
 
 def test_threads_take_turns(probe):
     """A question of a test comes next, however many others the thread has."""
-    questions = [Question(probe, "note", {"word": n, "seconds": 0.1}) for n in range(30)]
+    questions = [Questions(probe, "note", [{"word": n, "seconds": 0.1}]) for n in range(30)]
     with asking_ahead(target_of(*questions), items(), SESSION):
         while not probe._replies:
             time.sleep(0.01)
@@ -98,18 +98,18 @@ def test_threads_take_turns(probe):
 
 def test_a_child_that_fails_ahead_is_asked_again(probe):
     """What a test says does not depend on what a thread asked before."""
-    assert probe.ask_ahead("note", word="a")
-    assert not probe.ask_ahead("die")
+    assert probe.ask_ahead("note", [{"word": "a"}])
+    assert not probe.ask_ahead("die", [{}])
     assert probe.ask("note", word="b") == ["b"]
     with pytest.raises(TargetError, match="target mine: die: its process ended with 3"):
         probe.ask("die")
     with pytest.raises(TargetError, match="target mine: die: its process ended with 3"):
         probe.ask("note", word="c")
-    assert not probe.ask_ahead("note", word="c")
+    assert not probe.ask_ahead("note", [{"word": "c"}])
 
 
 def test_the_thread_ends_at_a_child_that_fails(probe):
-    questions = [Question(probe, "die", {}), Question(probe, "note", {"word": "a"})]
+    questions = [Questions(probe, "die", [{}]), Questions(probe, "note", [{"word": "a"}])]
     with asking_ahead(target_of(*questions), items(), SESSION):
         for thread in threading.enumerate():
             if thread.name == "moe-routing-ahead":
@@ -120,7 +120,7 @@ def test_the_thread_ends_at_a_child_that_fails(probe):
 def test_the_end_of_a_run_ends_the_child_of_a_question_without_end(probe, monkeypatch):
     monkeypatch.setattr("pytest_moe_routing.suite.ahead._GRACE", 0.2)
     pid = probe.ask("pid")
-    questions = [Question(probe, "note", {"word": "a", "seconds": 1000})]
+    questions = [Questions(probe, "note", [{"word": "a", "seconds": 1000}])]
     start = time.monotonic()
     with asking_ahead(target_of(*questions), items(), SESSION):
         time.sleep(0.2)

@@ -21,6 +21,7 @@ from pytest_moe_routing.oracle.judgement import Judgement
 from pytest_moe_routing.oracle.swept_configs import (
     UNTOLD,
     USUAL_EXPERTS,
+    by_distance,
     is_far,
     swept_models,
     swept_routers,
@@ -121,9 +122,8 @@ class CachedTarget(Target):
 
     def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:
         """Ask ahead about configs near a family and far from all, each as `capture` will."""
-        for far in (False, True):
-            chosen = [model for model in models if is_far(model) is far]
-            self._target.prepare(chosen, scheme, thorough=not far)
+        for chosen, thorough in by_distance(models):
+            self._target.prepare(chosen, scheme, thorough=thorough)
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
         keys = [(m.router, m.architecture, m.experts, m.dtype) for m in models]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from itertools import chain, combinations, product
@@ -176,3 +176,12 @@ def _near() -> frozenset[RouterConfig]:
 def is_far(model: ModelSpec) -> bool:
     """Whether a model is one of the sweep's whose router is two steps away from all families."""
     return model.folder == _FOLDER and model.router not in _near()
+
+
+def by_distance(models: Iterable[ModelSpec]) -> Iterator[tuple[list[ModelSpec], bool]]:
+    """Yield the models near a family and those far from all, and whether every way is asked for."""
+    parts: dict[bool, list[ModelSpec]] = {False: [], True: []}
+    for model in models:
+        parts[is_far(model)].append(model)
+    for far, part in parts.items():
+        yield part, not far

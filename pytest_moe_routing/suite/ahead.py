@@ -1,16 +1,17 @@
-"""Asks a framework ahead: while tests ask its first child, a thread asks the others.
+"""Asks a framework ahead: while tests judge answers, threads have its children give the next ones.
 
-The children of a framework's target are processes. In a serial run, tests ask one of them after the
-other, and one core would do all the work.
+The children of a framework's target are processes. Without this, one of them would work, or this
+process, and one core would do all the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Event, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.suite.selection import SUITE
 from pytest_moe_routing.targets.framework import FrameworkTarget
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.target import Target
     from pytest_moe_routing.session import MoESession
+    from pytest_moe_routing.targets.probe import Questions
 
 #: By test, the target's method whose questions are asked of another child than most.
 _METHODS = {
@@ -28,6 +30,8 @@ _METHODS = {
     "test_router": "router_runs",
     "test_router_precision": "router_runs",
 }
+#: The tests that ask most of what the first child is asked.
+_SWEEP, _VERDICT, _MODULAR = "test_config_sweep", "test_verdict", "test_modular_call"
 #: Seconds in which a question may be answered that nobody waits for any more.
 _GRACE = 5.0
 
@@ -36,44 +40,96 @@ _GRACE = 5.0
 def asking_ahead(
     target: Target, items: Sequence[pytest.Item], session: MoESession
 ) -> Iterator[None]:
-    """Ask what the tests will ask of a framework's further children, in a thread.
+    """Ask what the tests will ask of a framework's children: the first in a thread of its own.
 
-    A test waits for the thread's question, and for no other. If a child fails, the thread ends, and
-    the tests ask by themselves: what they report does not depend on the thread.
+    A test waits for a few of a thread's questions, and for no others. If a child fails, its thread
+    ends, and the tests ask by themselves: what they report does not depend on the threads.
     """
-    models = _models(items, session)
-    if not models or not isinstance(target, FrameworkTarget):
-        yield
-        return
     stop = Event()
-
-    def ask() -> None:
-        for method, about in models.items():
-            for probe, question, arguments in target.questions_ahead(method, about):
-                if stop.is_set() or not probe.ask_ahead(question, **arguments):
-                    return
-
-    # A daemon, as a question may have no end: closing the target then ends the child.
-    thread = Thread(target=ask, name="moe-routing-ahead", daemon=True)
-    thread.start()
+    threads = []
+    if isinstance(target, FrameworkTarget):
+        for asked in (_of_others(target, items, session), _of_first(target, items)):
+            # A daemon, as a question may have no end: closing the target then ends the child.
+            thread = Thread(target=_ask, args=(asked, stop), name="moe-routing-ahead", daemon=True)
+            thread.start()
+            threads.append(thread)
     try:
         yield
     finally:
         stop.set()
-        thread.join(_GRACE)
+        for thread in threads:
+            thread.join(_GRACE)
 
 
-def _models(items: Sequence[pytest.Item], session: MoESession) -> Mapping[str, list[ModelSpec]]:
-    """Return the models that tests are about, by method, in the order in which tests are run.
+def _ask(asked: Iterable[Questions], stop: Event) -> None:
+    for probe, question, many in asked:
+        if stop.is_set() or not probe.ask_ahead(question, many):
+            return
+
+
+def _of_others(
+    target: FrameworkTarget, items: Sequence[pytest.Item], session: MoESession
+) -> Iterator[Questions]:
+    """Yield what is asked of other children than the first."""
+    for method, about in _models(items, session).items():
+        yield from target.questions_ahead(method, about)
+
+
+def _of_first(target: FrameworkTarget, items: Sequence[pytest.Item]) -> Iterator[Questions]:
+    """Yield most of what is asked of the first child, about in the order of the tests."""
+    from pytest_moe_routing.oracle.swept_configs import by_distance, swept_models
+
+    swept, verdicts = _cases(items, _SWEEP), _cases(items, _VERDICT)
+    for scheme in dict.fromkeys((*swept, *verdicts)):
+        for models, thorough in by_distance(swept_models() if scheme in swept else ()):
+            yield from target.verdict_questions(models, scheme, thorough=thorough)
+        yield from target.verdict_questions(_read(target, verdicts.get(scheme, ())), scheme)
+    for scheme, about in _cases(items, _MODULAR).items():
+        yield from target.modular_questions(about, scheme)
+
+
+def _read(target: Target, models: Iterable[ModelSpec]) -> list[ModelSpec]:
+    """Return models as they are judged, without those that are not."""
+    from pytest_moe_routing.oracle.judge import as_read_by, open_questions
+
+    read = []
+    for model in models:
+        try:
+            read.append(as_read_by(target, model))
+        except MoERoutingError:
+            continue
+    return [model for model in read if not open_questions(model)]
+
+
+def _of_suite(items: Iterable[pytest.Item]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the suite's tests of this process with their parameters.
 
     Processes of a parallel run work side by side as they are: there, nothing is asked ahead.
     """
-    models: dict[str, list[ModelSpec]] = {}
     for item in items:
-        method = _METHODS.get(getattr(item, "originalname", ""))
-        if method is None or item.path.parent != SUITE or hasattr(item.config, "workerinput"):
+        if item.path.parent == SUITE and not hasattr(item.config, "workerinput"):
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            yield getattr(item, "originalname", ""), params
+
+
+def _cases(items: Iterable[pytest.Item], test: str) -> Mapping[str, list[ModelSpec]]:
+    """Return the schemes of a test, and the models of each if it has some, in its order."""
+    cases: dict[str, list[ModelSpec]] = {}
+    for name, params in _of_suite(items):
+        if name == test:
+            models = cases.setdefault(params["moe_scheme"], [])
+            models += [params["moe_model"]] if "moe_model" in params else []
+    return cases
+
+
+def _models(items: Iterable[pytest.Item], session: MoESession) -> Mapping[str, list[ModelSpec]]:
+    """Return the models that tests are about, by method, in the order in which tests are run."""
+    models: dict[str, list[ModelSpec]] = {}
+    for name, params in _of_suite(items):
+        method = _METHODS.get(name)
+        if method is None:
             continue
-        about = item.callspec.params.get("moe_model") if hasattr(item, "callspec") else None
+        about = params.get("moe_model")
         if about is None:
             models[method] = session.models
         else:

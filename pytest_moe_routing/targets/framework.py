@@ -18,7 +18,7 @@ from pytest_moe_routing.targets.expected import expected_kernel
 from pytest_moe_routing.targets.kept import Store, key_of_sources
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
 from pytest_moe_routing.targets.other_experts import other_call
-from pytest_moe_routing.targets.probe import Probe, Question
+from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.source import Source
 
 if TYPE_CHECKING:
@@ -58,13 +58,27 @@ class FrameworkTarget(Target):
         """Return the children whose answers depend on nothing but what `targets.kept` knows."""
         return ()
 
-    def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Question]:
+    def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Questions]:
         """Return what a method of the target will ask about models, of another child than most.
 
         Args:
             method: `layer_request`, `backend_request` or `router_runs`.
         """
         return ()
+
+    def verdict_questions(
+        self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True
+    ) -> Iterable[Questions]:
+        """Yield what `prepare` asks, each after what it depends on is answered."""
+        return ()
+
+    def modular_questions(self, models: Sequence[ModelSpec], scheme: str) -> Iterable[Questions]:
+        """Yield what `modular_gates` and `modular_findings` ask, likewise."""
+        return ()
+
+    def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:
+        for probe, question, many in self.verdict_questions(models, scheme, thorough=thorough):
+            probe.prepare(question, many)
 
     def keep_answers(self, store: Store) -> int:
         """Take over the answers of earlier runs, and keep new ones; return how many there are."""

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypedDict
@@ -40,16 +41,16 @@ class _Error(TypedDict):
 
 #: The kind of a reply, `answer`, `unsupported` or `error`, and what it says.
 _Reply = tuple[str, Any]
-#: Questions of one exchange: few enough that it takes seconds.
-_BATCH = 200
+#: Questions of one exchange: few enough that another thread waits no second for its turn.
+_BATCH = 50
 
 
-class Question(NamedTuple):
-    """A question that will be asked of a child."""
+class Questions(NamedTuple):
+    """One question that will be asked of a child, with each of many arguments."""
 
     probe: Probe
     name: str
-    arguments: Mapping[str, Any]
+    many: Iterable[Mapping[str, Any]]
 
 
 class Probe:
@@ -151,33 +152,43 @@ class Probe:
 
         `ask` then has the answers. A child that ends is no error before it is asked.
         """
-        asked = dict.fromkeys(Request.of(question, each) for each in many)
-        with self._turn():
-            new = [request for request in asked if not self._is_known(request)]
-            for start in range(0, len(new), _BATCH):
-                if self._ended:
-                    return
-                with suppress(TargetError):
-                    self._exchange(new[start : start + _BATCH])
+        rest = _requests(question, many)
+        with suppress(TargetError):
+            while self._exchange_some(rest):
+                pass
 
-    def ask_ahead(self, question: str, **arguments: Any) -> bool:
-        """Ask one question in another thread than `ask` will, and return whether that went well.
+    def ask_ahead(self, question: str, many: Iterable[Mapping[str, Any]]) -> bool:
+        """Do what `prepare` does in another thread, and return whether that went well.
 
         A child that fails is ended, and `ask` starts another one. So what `ask` raises does not
         depend on which thread was first.
         """
-        request = Request.of(question, arguments)
+        rest = _requests(question, many)
+        try:
+            while self._exchange_some(rest, is_ahead=True):
+                pass
+        except TargetError:
+            return False
+        return not self._ended
+
+    def _exchange_some(self, rest: Iterator[Request], *, is_ahead: bool = False) -> bool:
+        """Have the child reply to the next few requests without a reply; return if there are any.
+
+        Args:
+            is_ahead: Whether another child may be started after one that fails.
+        """
         with self._turn():
-            if self._is_known(request):
-                return True
             if self._ended:
                 return False
+            new = list(islice((each for each in rest if not self._is_known(each)), _BATCH))
             try:
-                self._exchange([request])
+                if new:
+                    self._exchange(new)
             except TargetError:
-                self._ended = ""
-                return False
-        return True
+                if is_ahead:
+                    self._ended = ""
+                raise
+        return bool(new)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -248,3 +259,8 @@ class Probe:
         if self._child is not None:
             self._child.end()
             self._child = None
+
+
+def _requests(question: str, many: Iterable[Mapping[str, Any]]) -> Iterator[Request]:
+    """Yield each request once."""
+    return iter(dict.fromkeys(Request.of(question, each) for each in many))

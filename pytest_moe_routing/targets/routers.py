@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.targets.probe import Probe, Question
+from pytest_moe_routing.targets.probe import Probe, Questions
 
 
 class _Deviation(TypedDict):
@@ -89,14 +89,14 @@ class RouterProbes:
                 readings.append(reason)
         return readings
 
-    def questions(self, models: Iterable[ModelSpec]) -> Iterator[Question]:
+    def questions(self, models: Iterable[ModelSpec]) -> Iterator[Questions]:
         """Yield what `runs` asks, by child: the one that also reads configs comes last."""
         chosen = list(models)
         for probe in reversed(self.probes):
             for model in chosen:
                 with suppress(Unsupported):
-                    yield Question(probe, "run", self._question(model))
-            yield Question(probe, "run_other", {})
+                    yield Questions(probe, "run", [self._question(model)])
+            yield Questions(probe, "run_other", [{}])
 
     def refusals(self) -> dict[str, str]:
         """Return why models were not judged, by id, as far as `runs` asked about them."""

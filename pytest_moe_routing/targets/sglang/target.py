@@ -33,7 +33,7 @@ from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.layouts import laid_out
 from pytest_moe_routing.targets.model_classes import Place
-from pytest_moe_routing.targets.probe import Probe, Question
+from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.sglang.answers import ANSWERS as ANSWERS_OF_PROBE
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of
@@ -100,7 +100,7 @@ class SglangTarget(FrameworkTarget):
     def probes(self) -> Iterable[Probe]:
         return (self._probe, *self._routers.probes)
 
-    def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Question]:
+    def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Questions]:
         return self._routers.questions(models) if method == "router_runs" else ()
 
     def close(self) -> None:

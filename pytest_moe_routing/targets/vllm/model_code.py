@@ -22,7 +22,7 @@ from pytest_moe_routing.models.huggingface.published import (
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.routing import Recipe, recipe_of
 from pytest_moe_routing.targets.hf_configs import config_of
-from pytest_moe_routing.targets.probe import Probe, Question
+from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.source import Source
 
 _CHILD = "pytest_moe_routing.targets.vllm.probe.model_code"
@@ -145,18 +145,18 @@ class ModelCode:
             return None
         return replace(request_of(answer, {}, model), switch="--model-impl transformers")
 
-    def questions(self, models: Iterable[ModelSpec]) -> Iterator[Question]:
+    def questions(self, models: Iterable[ModelSpec]) -> Iterator[Questions]:
         """Yield what a model's block is asked with all of its config's keys."""
         for model in models:
             with suppress(Unsupported):
-                yield Question(self.probe, "split_shared_experts", _published(model))
-                yield Question(self.probe, "layer_request", _layer_question(model))
+                yield Questions(self.probe, "split_shared_experts", [_published(model)])
+                yield Questions(self.probe, "layer_request", [_layer_question(model)])
 
-    def backend_questions(self, models: Iterable[ModelSpec]) -> Iterator[Question]:
+    def backend_questions(self, models: Iterable[ModelSpec]) -> Iterator[Questions]:
         """Yield what the transformers backend is asked."""
         for model in models:
             with suppress(Unsupported):
-                yield Question(self.backend, "backend_request", _backend_question(model))
+                yield Questions(self.backend, "backend_request", [_backend_question(model)])
 
     def left_out(self, model: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
         """Yield each key about the router that a config may leave out, and what it then means."""

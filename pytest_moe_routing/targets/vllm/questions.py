@@ -6,13 +6,17 @@ once, however many schemes and methods it is asked about with.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
+from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.targets.child import Encoded
 
+_T = TypeVar("_T")
+_Answer = TypeVar("_Answer")
 #: Settings of the router that the classifier does not look at.
 _NOT_CLASSIFIED_BY = ("logits_dtype", "weight_on")
 #: The only ones that gates look at.
@@ -56,6 +60,15 @@ def of_gates(
 def of_capture(model: ModelSpec, method: str, scheme: str, *, thorough: bool) -> dict[str, Any]:
     asked = {**of_case(model, scheme), "method": method}
     return asked if thorough else {**asked, "thorough": False}
+
+
+def answered(about: Iterable[_T], ask: Callable[[_T], _Answer]) -> list[tuple[_T, _Answer]]:
+    """Return what has an answer, with it."""
+    found = []
+    for each in about:
+        with suppress(Unsupported, TargetError):
+            found.append((each, ask(each)))
+    return found
 
 
 def _without(model: ModelSpec, names: Container[str]) -> Encoded:

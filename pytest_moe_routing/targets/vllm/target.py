@@ -7,16 +7,15 @@ one of the Blackwell family (`targets/vllm/probe/main.py`).
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
-from pytest_moe_routing.errors import TargetError, Unsupported
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.arguments import (
@@ -39,7 +38,7 @@ from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.hf_configs import without_transformers
 from pytest_moe_routing.targets.model_classes import Place
-from pytest_moe_routing.targets.probe import Probe, Question
+from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
@@ -49,8 +48,6 @@ from pytest_moe_routing.targets.vllm.model_code import ModelCode
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.registry import registered
 
-_T = TypeVar("_T")
-_Answer = TypeVar("_Answer")
 #: Arguments that a downcast on the way changes.
 _DTYPES = ("logits_dtype", "bias_dtype")
 #: With them, each rank has tokens of its own, which are gathered for the experts.
@@ -108,7 +105,7 @@ class VllmTarget(FrameworkTarget):
         apart = [self._model_code.probe] if self._model_code.is_apart else []
         return (self._probe, *self._routers.probes, self._model_code.backend, *apart)
 
-    def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Question]:
+    def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Questions]:
         ask = {
             "layer_request": self._model_code.questions,
             "backend_request": self._model_code.backend_questions,
@@ -250,24 +247,36 @@ class VllmTarget(FrameworkTarget):
         """Return the call on the first way, without expert parallelism."""
         return self._capture(model, scheme, method, thorough=False)
 
-    def prepare(self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True) -> None:
-        """Ask about many models at once: each thing that a question looks at, once."""
+    def verdict_questions(
+        self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True
+    ) -> Iterator[Questions]:
+        accepted = yield from self._accepted(models, scheme)
+        many = (questions.of_capture(*case, scheme, thorough=thorough) for case in accepted)
+        yield Questions(self._probe, "capture", many)
+
+    def modular_questions(self, models: Sequence[ModelSpec], scheme: str) -> Iterator[Questions]:
+        accepted = yield from self._accepted(models, scheme, modular=True)
+        many = (questions.of_case(model, scheme) for model, _ in accepted)
+        yield Questions(self._probe, "capture_modular", many)
+
+    def _accepted(
+        self, models: Sequence[ModelSpec], scheme: str, *, modular: bool = False
+    ) -> Generator[Questions, None, list[tuple[ModelSpec, str]]]:
+        """Yield what decides about models, and return those that all gates accept, with methods.
+
+        Each thing that a question looks at is asked about once.
+        """
         if scheme not in SCHEMES:
-            return
+            return []
         told = {asked.text: asked for asked in map(questions.classified, models)}
-        new = ({"model": asked} for text, asked in told.items() if text not in self._classified)
-        self._probe.prepare("classify", new)
-        methods = [(m, c.method) for m, c in _answered(models, self.classify)]
-        self._prepare_gates(methods, scheme)
-        gates = _answered(methods, lambda case: self.gates(case[0], scheme, case[1]))
-        self._probe.prepare(
-            "capture",
-            (
-                questions.of_capture(*case, scheme, thorough=thorough)
-                for case, answers in gates
-                if all(gate.ok for gate in answers)
-            ),
+        new = [{"model": asked} for text, asked in told.items() if text not in self._classified]
+        yield Questions(self._probe, "classify", new)
+        methods = [(m, c.method) for m, c in questions.answered(models, self.classify)]
+        yield self._gate_questions(methods, scheme, modular=modular)
+        gates = questions.answered(
+            methods, lambda case: self._gates(*case, scheme, modular=modular)
         )
+        return [case for case, answers in gates if all(gate.ok for gate in answers)]
 
     def prepare_gates(
         self,
@@ -280,14 +289,15 @@ class VllmTarget(FrameworkTarget):
         """Ask for the gates of many models at once."""
         if scheme in SCHEMES:
             cases = ((model, name) for name in methods for model in models)
-            self._prepare_gates(cases, scheme, modular=modular)
+            probe, question, many = self._gate_questions(cases, scheme, modular=modular)
+            probe.prepare(question, many)
 
-    def _prepare_gates(
-        self, cases: Iterable[tuple[ModelSpec, str]], scheme: str, *, modular: bool = False
-    ) -> None:
+    def _gate_questions(
+        self, cases: Iterable[tuple[ModelSpec, str]], scheme: str, *, modular: bool
+    ) -> Questions:
         told = {(questions.gated(model).text, method): (model, method) for model, method in cases}
-        asked = (questions.of_gates(*c, scheme, modular=modular) for c in told.values())
-        self._probe.prepare("gates", asked)
+        asked = [questions.of_gates(*case, scheme, modular=modular) for case in told.values()]
+        return Questions(self._probe, "gates", asked)
 
     def read_routers(self, models: Sequence[ModelSpec]) -> Sequence[RouterConfig | Unsupported]:
         """Return what vLLM's router on CUDA computes for each model."""
@@ -351,15 +361,6 @@ class VllmTarget(FrameworkTarget):
         if "raised" in record:
             return Captured(None, (_raised(record),))
         return read(model, scheme, record, _layer(answer, record), self.flashinfer)
-
-
-def _answered(about: Iterable[_T], ask: Callable[[_T], _Answer]) -> list[tuple[_T, _Answer]]:
-    """Return what has an answer, with it."""
-    found = []
-    for each in about:
-        with suppress(Unsupported, TargetError):
-            found.append((each, ask(each)))
-    return found
 
 
 def _layer(answer: Mapping[str, Any], record: Mapping[str, Any]) -> RecordedLayer:

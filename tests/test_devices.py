@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.targets.vllm.probe import blocks, devices, release, sequence_parallel
+from pytest_moe_routing.targets.vllm.probe import (
+    blocks,
+    choice,
+    devices,
+    release,
+    sequence_parallel,
+)
 from pytest_moe_routing.targets.vllm.probe.apart import Apart, Linear, SplitLinear
 
 PLATFORM = release._Blackwell()
@@ -73,7 +79,7 @@ def asked(monkeypatch):
         selector = SimpleNamespace(function=select)
         monkeypatch.setattr(devices, "selector_of", lambda *_: selector)
         monkeypatch.setattr(devices, "default_experts", lambda _: takes())
-        monkeypatch.setattr(devices, "forget", lambda: forgotten.append(one_device()))
+        monkeypatch.setattr(choice, "forget", lambda: forgotten.append(one_device()))
         answer = devices.other_device({}, "nvfp4", "DeepSeekV3")
         # What functions have cached is forgotten before and after, and the device is back.
         assert forgotten[-2:] == [True, True]

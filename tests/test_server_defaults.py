@@ -82,6 +82,15 @@ def test_an_option_that_keeps_what_the_config_has(reads):
     )
 
 
+def test_another_placement_or_way_to_gather(reads):
+    assert reads(server_defaults.expert_placement) == "linear"
+    changed = PARALLEL, '"linear"', '"round_robin"'
+    assert reads(server_defaults.expert_placement, *changed) == "round_robin"
+    assert reads(server_defaults.all2all_backend) == "allgather_reducescatter"
+    changed = OPTIONS, "ParallelConfig.all2all_backend", '"nixl_ep"'
+    assert reads(server_defaults.all2all_backend, *changed) == "nixl_ep"
+
+
 @pytest.mark.parametrize(
     ("module", "old", "new", "found"),
     [
@@ -104,8 +113,7 @@ def test_a_backend_that_cannot_be_read(reads, module, old, new, found):
         (PARALLEL, "enable_eplb: bool = False", "enable_eplb: bool = True", "enable_eplb in"),
         (PARALLEL, "default=1", "default=2", "EngineArgs.tensor_parallel_size in vLLM 0.33.0 is 2"),
         (PARALLEL, "Field(1", "Field(2", "data_parallel_size in vLLM 0.33.0 is 2 by default; the"),
-        (PARALLEL, '"linear"', '"round_robin"', "is 'round_robin' by default; the probe asks as"),
-        (OPTIONS, "ParallelConfig.all2all_backend", '"naive"', "a server with 'allgather_red"),
+        (OPTIONS, "ParallelConfig.enable_eplb", "True", "is True by default; the probe asks as"),
         (OPTIONS, "ParallelConfig.enable_dbo", "not no", "EngineArgs.enable_dbo in vLLM 0.33.0 is"),
     ],
 )

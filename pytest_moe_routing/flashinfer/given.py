@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from packaging.version import Version
+
 from pytest_moe_routing.data import read_data
 
 #: What scales there are for a scheme, by argument: one, or those of a list in its order.
@@ -25,6 +27,7 @@ class GivenExperts:
         biases: What each argument with biases has.
         scales: By scheme; a scheme without an entry is none of the kernel's.
         flags: By scheme, the arguments that must be true.
+        devices: By scheme, the first and the last compute capability that the kernel runs on.
     """
 
     function: str
@@ -43,6 +46,7 @@ class GivenExperts:
     biases: Mapping[str, str]
     scales: Mapping[str, Scales]
     flags: Mapping[str, Sequence[str]]
+    devices: Mapping[str, Sequence[str]]
 
 
 @cache
@@ -62,3 +66,24 @@ def _read(function: str, row: Mapping[str, Any]) -> GivenExperts:
 def given_experts(function: str) -> GivenExperts | None:
     """Return the meaning of an entry point's arguments; None if it is not one of these."""
     return _entry_points().get(function)
+
+
+def refused_on(function: str | None, scheme: str, device: str) -> str | None:
+    """Return the compute capabilities that a kernel runs on, as text; None if `device` is one.
+
+    Args:
+        function: One of these entry points; None for those of TRT-LLM.
+        scheme: That of the weights, or a way to store it that the entry point knows.
+    """
+    if function is None:
+        limits = [read_data(__package__, "given.yaml")["trtllm_devices"]]
+    else:
+        entry = _entry_points()[function]
+        stored = [name for name in entry.scales if name == scheme or name.startswith(f"{scheme}_")]
+        limits = [entry.devices.get(name, ("0", "99")) for name in stored]
+    if any(Version(first) <= Version(device) <= Version(last) for first, last in limits):
+        return None
+    return " or ".join(
+        first if first == last else f"{first} to {last.partition('.')[0]}.x"
+        for first, last in limits
+    )

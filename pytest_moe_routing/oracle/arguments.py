@@ -62,7 +62,7 @@ class RecordedLayer:
         scales: The scales of whole tensors that its experts have, see `flashinfer/scales.yaml`, for
             the first experts; they repeat. None if no tensor of the layer can be recognized.
         fused: Shared experts that it has among the routed ones on purpose.
-        misread: Of activations that do not arrive as the layer has them, the argument, what is
+        misread: Of what does not arrive as the layer has it, the argument, what is
             right, and what is there instead.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
-from pytest_moe_routing.flashinfer.given import GivenExperts, given_experts
+from pytest_moe_routing.flashinfer.given import GivenExperts, given_experts, refused_on
 from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.oracle.calls import ACTIVATIONS, PARAMETERS
@@ -53,6 +53,19 @@ def read_given(
     dtype = arguments.get("output_dtype")
     if dtype != model.dtype:
         yield Finding(Kind.ARGUMENT, "output_dtype", model.dtype, str(dtype))
+
+
+def refusal(function: str | None, scheme: str, device: str) -> Finding | None:
+    """Return that FlashInfer does not run a kernel on a GPU; None if it does.
+
+    The arguments are those of `flashinfer.given.refused_on`.
+    """
+    runs_on = refused_on(function, scheme, device)
+    if runs_on is None:
+        return None
+    kernel = function or "TRT-LLM's kernels"
+    fact = f"FlashInfer runs {kernel} for {scheme} on compute capability {runs_on}, not on {device}"
+    return Finding(Kind.LIMIT, "compute capability", fact=fact)
 
 
 def _wrong_numbers(

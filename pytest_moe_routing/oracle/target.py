@@ -13,6 +13,7 @@ from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
+from pytest_moe_routing.oracle.placed import KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.routers import RouterRun
 
 
@@ -281,6 +282,18 @@ class Target:
         Args:
             gate: The first gate that rejects the model; empty if the kernel runs with a switch.
         """
+        return Rule()
+
+    def known_placements(self, model: ModelSpec, scheme: str) -> KnownPlacements | None:
+        """Return where the target must take its experts; None if the model is not asked about."""
+        return None
+
+    def placements(self, model: ModelSpec, scheme: str) -> Placements:
+        """Return where the target takes experts of FlashInfer for a model."""
+        raise Unsupported(f"{self.name} takes no experts of FlashInfer")
+
+    def placement_rule(self, model: ModelSpec, scheme: str, place: Placed) -> Rule:
+        """Return which code keeps experts from a place, as far as that is known."""
         return Rule()
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.layouts import WrongLayout
     from pytest_moe_routing.oracle.model_code import CodeJudgement, SplitExperts
     from pytest_moe_routing.oracle.modular import MethodRejection
+    from pytest_moe_routing.oracle.moved import Moved
     from pytest_moe_routing.oracle.other_experts import WrongCall
     from pytest_moe_routing.oracle.routers import Cause as RouterCause
     from pytest_moe_routing.oracle.target import Choice, Lacking, Target
@@ -188,10 +189,10 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         f"{model} on {scheme}, {call.experts} of {target}: the call is wrong",
         f"  reach    {reached}",
         *(f"  because  {line}" for line in told),
-        f"  at       {findings[0].where}",
+        *([f"  at       {findings[0].where}"] if findings[0].where else []),
         f"  models   {_few(ids)}",
     )
-    rank = Rank.LOUD if findings[0].kind is Kind.RAISED else Rank.SILENT
+    rank = Rank.LOUD if findings[0].kind in (Kind.RAISED, Kind.LIMIT) else Rank.SILENT
     return Failure(cause, rank, f"{model.id} {scheme}", lines, site=call.experts, reach=reached)
 
 
@@ -278,6 +279,41 @@ def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
             f"  at       {response.source}",
         )
     return Failure(cause, rank, scheme, lines, response.source)
+
+
+def of_moved(target: Target, scheme: str, moved: Moved) -> Failure:
+    """Return the failure of experts that run elsewhere than their release is known to run them."""
+    from pytest_moe_routing.oracle.judgement import reach_of
+
+    first, rule, switches = moved.places[0], moved.rule, moved.switches
+    name = first.name or f"{first.experts} experts"
+    how = " by default" if first.by_default else ""
+    reached = reach_of(moved.model, scheme, switches)
+    reach = text.reached(reached, switches, by_default=not switches)
+    devices = ", ".join(sorted({place.device for place in moved.places}, key=float))
+    placements = _few([*dict.fromkeys(place.placement for place in moved.places)])
+    lines = [
+        f"  reach    {reach}",
+        f"  where    on compute capability {devices}, with {placements}",
+    ]
+    known = f"as {target.name} {moved.since} is known to"
+    if rule is not None:
+        what = f"{target}, {scheme}: {name} no longer run{how} where they did"
+        lines += [f"  expected the experts of FlashInfer, {known}", f"  now      {rule.instead}"]
+        lines += [f"  at       {rule.name}, {rule.source}"]
+        cause, rank = _id("lost-place", first.experts, rule.name), Rank.LOST
+    elif moved.refused is not None:
+        what = f"{target}, {scheme}: {name} run{how} where FlashInfer does not run their kernel"
+        lines += [f"  because  {line}" for line in text.sentences([moved.refused])]
+        kind = "other" if first.by_default else "requested"
+        cause, rank = _id(f"{kind}-experts", moved.refused.id, name), Rank.LOUD
+    else:
+        what = f"{target}, {scheme}: {name} run{how} where {target.name} {moved.since} does not"
+        lines.append("  because  nobody has asked what arrives at their kernel there")
+        asked = "by default" if first.by_default else "if requested"
+        cause, rank = _id("new-place", name, asked), Rank.LOST
+    source = "" if rule is None else rule.source
+    return Failure(cause, rank, scheme, (what, *lines), source)
 
 
 def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:

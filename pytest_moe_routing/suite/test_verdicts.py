@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.report.failures import fail
-from pytest_moe_routing.report.unanswered import AROUND, FORMATS, LAYOUTS, OTHERS, note
+from pytest_moe_routing.report.unanswered import AROUND, FORMATS, LAYOUTS, OTHERS, PLACES, note
 from pytest_moe_routing.suite.skips import skip_without, unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -167,3 +167,21 @@ def test_layouts(
     wrong = (*found.wrong, *others.layouts)
     causes = [of_layout(_moe_framework, moe_scheme, each) for each in wrong]
     fail(_moe_property, [*causes, *map(of_format, others.unlike)])
+
+
+def test_placements(
+    _moe_framework: Target,
+    moe_scheme: str,
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
+) -> None:
+    """Experts run on the GPUs, and however shared out to them, where their release runs them."""
+    from pytest_moe_routing.oracle.moved import moved_placements
+    from pytest_moe_routing.suite.causes import of_moved
+
+    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    with unsupported_is_skipped():
+        found = moved_placements(_moe_framework, moe_scheme, models)
+    note(_moe_property, {PLACES: found.unanswered})
+    skip_without(found, "where experts run is not known of any chosen model")
+    fail(_moe_property, [of_moved(_moe_framework, moe_scheme, each) for each in found.moved])

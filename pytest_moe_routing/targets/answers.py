@@ -37,6 +37,22 @@ class RuleAnswer(TypedDict):
     instead: str
 
 
+class _Taken(TypedDict):
+    experts: str
+    name: str
+    device: str
+    requested: bool
+    placements: list[str]
+
+
+class PlacementsAnswer(TypedDict):
+    """Where experts of FlashInfer are taken; see `oracle.target.Placements`."""
+
+    taken: list[_Taken]
+    flags: dict[str, list[str]]
+    requests: dict[str, str]
+
+
 def problem(hint: Any, value: object, where: str = "the answer") -> str | None:
     """Return what is wrong with a value that JSON had; None if it is of the type."""
     found = _check(hint)(value)

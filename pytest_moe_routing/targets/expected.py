@@ -3,6 +3,7 @@
 Next to a framework's contract, `not_judged.yaml` lists which questions about them a release leaves
 open: whatever is not in it must be judged, as a run that asks fewer questions than it could is no
 pass. `fused.yaml` lists the cases whose fused kernel runs: a case that loses it fails.
+`placements.yaml` lists on which GPUs, and how shared out to them, experts run.
 
 A release without a row is held to the row before it; one that is newer than all, or whose version
 is no number, to the newest.
@@ -19,8 +20,12 @@ from typing import Any
 from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
+from pytest_moe_routing.oracle.placed import KnownPlacements
 from pytest_moe_routing.oracle.target import Expected
 from pytest_moe_routing.targets.contract import release_of
+
+#: The parts of a row of `fused.yaml` and `placements.yaml`.
+_SECTIONS = (("by_default", True), ("with_switch", False))
 
 
 @cache
@@ -63,8 +68,25 @@ def expected_kernel(package: str, version: str, model: str, scheme: str) -> Expe
     if row is None:
         return None
     release, sections = row
-    for section, by_default in (("by_default", True), ("with_switch", False)):
+    for section, by_default in _SECTIONS:
         models = sections.get(section, {}).get(scheme, ())
         if any(fnmatchcase(model, pattern) for pattern in models):
             return Expected(str(release), by_default)
     return None
+
+
+def known_placements(package: str, version: str, model: str, scheme: str) -> KnownPlacements | None:
+    """Return where a release takes its experts; None for models that are not asked about."""
+    row = _row(package, "placements.yaml", version)
+    sections = None if row is None else row[1].get(scheme, {}).get(model)
+    if row is None or sections is None:
+        return None
+    places = {
+        (experts, device, placement): by_default
+        for section, by_default in _SECTIONS
+        for experts, devices in sections.get(section, {}).items()
+        for listed, placements in devices.items()
+        for device in listed.split()
+        for placement in placements
+    }
+    return KnownPlacements(str(row[0]), row[0] == release_of(version), places)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,9 +13,10 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names as FlashInferNames
 from pytest_moe_routing.flashinfer.names import listed_releases
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.target import Expected, Lacking, OtherCall, Target
+from pytest_moe_routing.oracle.placed import KnownPlacements, Placed, Placements
+from pytest_moe_routing.oracle.target import Expected, Lacking, OtherCall, Rule, Target
 from pytest_moe_routing.schemes import kernel_of
-from pytest_moe_routing.targets.expected import expected_kernel
+from pytest_moe_routing.targets.expected import expected_kernel, known_placements
 from pytest_moe_routing.targets.kept import Store, key_of_sources
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
 from pytest_moe_routing.targets.other_experts import other_call
@@ -162,6 +164,40 @@ class FrameworkTarget(Target):
         if model.folder.parent != packaged_directory():
             return None
         return expected_kernel(self.package, self.version(), str(model), scheme)
+
+    def known_placements(self, model: ModelSpec, scheme: str) -> KnownPlacements | None:
+        """Return where this release, or the newest known one before it, takes its experts."""
+        if model.folder.parent != packaged_directory():
+            return None
+        return known_placements(self.package, self.version(), str(model), scheme)
+
+    def asked_of_placements(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        """Return the arguments of the question about places."""
+        return {"model": model.as_dict(), "scheme": scheme}
+
+    def placements(self, model: ModelSpec, scheme: str) -> Placements:
+        """Return where the selectors of this release take experts of FlashInfer.
+
+        Raises:
+            Unsupported: The release has no selector for the scheme, or cannot be asked.
+        """
+        answer = self._probe.ask("placements", **self.asked_of_placements(model, scheme))
+        flags = {name: tuple(switches) for name, switches in answer["flags"].items()}
+        found = Placements({}, flags, answer["requests"])
+        taken = {}
+        for row in answer["taken"]:
+            experts, device, by_default = row["experts"], row["device"], not row["requested"]
+            for placement in row["placements"]:
+                key = experts, device, placement
+                switches = found.switches(key, by_default)
+                taken[key] = Placed(*key, by_default, row["name"], switches)
+        return replace(found, taken=taken)
+
+    def placement_rule(self, model: ModelSpec, scheme: str, place: Placed) -> Rule:
+        """Return the gate, or the selector, that keeps experts from a place."""
+        asked = {name: getattr(place, name) for name in ("experts", "device", "placement")}
+        question = self.asked_of_placements(model, scheme) | asked
+        return Rule(**self._probe.ask("placement_rule", **question, requested=not place.by_default))
 
     def unknown_architectures(self) -> list[str]:
         """Return the architectures with experts that are not known; see `targets.architectures`.

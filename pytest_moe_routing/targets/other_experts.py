@@ -9,7 +9,7 @@ from typing import Any, Required, TypedDict
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.given import read_given
+from pytest_moe_routing.oracle.given import read_given, refusal
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.target import OtherCall
 
@@ -21,6 +21,7 @@ class OtherCallAnswer(TypedDict, total=False):
         experts, device, switches, requests: Those of `OtherCall`.
         by: What calls the experts.
         raised: The exception that ended the call, where no kernel was called.
+        capability: That of the GPU, where FlashInfer does not run the kernel, which is not called.
     """
 
     experts: Required[str]
@@ -41,6 +42,7 @@ class OtherCallAnswer(TypedDict, total=False):
     applied: dict[str, list[int] | None]
     same: bool
     raised: dict[str, str]
+    capability: str
 
 
 class OtherCallsAnswer(TypedDict):
@@ -63,6 +65,11 @@ def other_call(model: ModelSpec, record: Mapping[str, Any], flashinfer: FlashInf
 def _findings(
     model: ModelSpec, record: Mapping[str, Any], flashinfer: FlashInfer
 ) -> Iterator[Finding]:
+    if "capability" in record:
+        refused = refusal(record["function"], record["stored"], record["capability"])
+        if refused is not None:
+            yield refused
+        return
     if "raised" in record:
         raised = record["raised"]
         yield Finding(Kind.RAISED, raised["type"], None, raised["message"], raised["where"])

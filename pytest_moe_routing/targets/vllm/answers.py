@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Required, TypedDict
 
-from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
+from pytest_moe_routing.targets.answers import PlacementsAnswer, RequestAnswer, RuleAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 
 
@@ -71,6 +71,8 @@ ANSWERS: Mapping[str, Any] = {
     "around": dict[str, RequestAnswer],
     "choose": _Chosen | None,
     "rule": RuleAnswer | None,
+    "placements": PlacementsAnswer,
+    "placement_rule": RuleAnswer,
     "capture": _Calls,
     "capture_modular": _RoutedCalls,
     "other_experts": OtherCallsAnswer,

@@ -84,7 +84,10 @@ def capture(
         layer = layer_on(ranks)
         by = caller.__qualname__.split(".")[0]
         where = {"by": by, "shards": ranks.count, "dispatched": ranks.dispatched}
-        return where | run_layer(experts, caller, layer)
+        record = run_layer(experts, caller, layer)
+        if "function" in record and not record.get("misread"):
+            record["misread"] = misplaced(layer.asked.expert_map, record["arguments"])
+        return where | record
 
     ways = [(caller, Ranks(count)) for caller in methods for count in shards]
     calls = [called(*way) for way in ways]
@@ -98,6 +101,25 @@ def capture(
         for tokens in _TOKENS:
             calls.append({**called(methods[0], Ranks(tokens=tokens)), "tokens": tokens})
     return {"calls": calls, "intermediate_size": intermediate_size(model)}
+
+
+def misplaced(placed: Tensor | None, arguments: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the range of experts that a kernel is given; see `misread`.
+
+    Args:
+        placed: The place of each expert on the layer's rank, -1 for those of other ranks; None if
+            it has all of them.
+        arguments: Those of the kernel.
+    """
+    if placed is None:
+        return []
+    first, local = arguments["local_expert_offset"], arguments["local_num_experts"]
+    here = torch.nonzero(placed >= 0).flatten().tolist()
+    if here == [*range(first, first + local)]:
+        return []
+    few = ", ".join(map(str, here[:3]))
+    got = f"{first}, for experts {first} to {first + local - 1}"
+    return ["local_expert_offset", f"experts {few} and so on, up to {here[-1]}", got]
 
 
 def _takes_gathered(experts: Any) -> bool:

@@ -93,7 +93,7 @@ def choose(
             asked = replace(asked, moe_parallel_config=parallel)
         return experts_taken(found, asked, setting.variables)
 
-    everything = [_Setting(_variables()[-1], _REQUESTED, flags) for flags in _parallels(modular)]
+    everything = [_Setting(all_switches(), _REQUESTED, flags) for flags in _parallels(modular)]
     refusals = []
     for setting in everything:
         refusals.append(taken(setting))
@@ -190,6 +190,11 @@ def _variables() -> list[tuple[str, ...]]:
     return list(dict.fromkeys([(), *((name,) for name in known), known]))
 
 
+def all_switches() -> tuple[str, ...]:
+    """Return all opt-in variables of the release."""
+    return _variables()[-1]
+
+
 def _parallels(modular: bool) -> list[tuple[str, ...]]:
     """Return flags of parallel configs to try; experts that route have a gate for them."""
     return [(), *_PARALLEL] if modular else [()]
@@ -228,6 +233,15 @@ def experts_taken(selector: Selector, config: Any, variables: tuple[str, ...]) -
                 return selector(config)
         except Rejected as rejected:
             return str(rejected)
+
+
+@contextmanager
+def on_capability(major: int, minor: int) -> Iterator[None]:
+    """Have vLLM's code find another GPU for a while, also where it has cached an answer."""
+    forget()
+    with release.on_device(major, minor):
+        yield
+    forget()
 
 
 def forget() -> None:

@@ -12,8 +12,11 @@ from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.answers import RuleAnswer
-from pytest_moe_routing.targets.vllm.probe import release as release
-from pytest_moe_routing.targets.vllm.probe.choice import default_experts, forget, selector_of
+from pytest_moe_routing.targets.vllm.probe.choice import (
+    default_experts,
+    on_capability,
+    selector_of,
+)
 from pytest_moe_routing.targets.vllm.probe.gates import ALL, function_of, gates
 from pytest_moe_routing.targets.vllm.probe.rule import rule_of
 
@@ -28,10 +31,8 @@ _SELECTOR = "selector"
 def other_device(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, Any]:
     """Return what becomes of a layer on the other device, as `around` does."""
     here = _answers(model, scheme, method)
-    forget()
-    with release.on_device(*_OTHER):
+    with on_capability(*_OTHER):
         there = _answers(model, scheme, method)
-    forget()
     rules = {}
     for key in _deciding([key for key in here if here[key] != there.get(key)]):
         rule = _rule(model, scheme, method, *key)

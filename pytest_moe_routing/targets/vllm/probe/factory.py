@@ -53,13 +53,13 @@ class Ranks:
     Attributes:
         count: Ranks that the experts are shared out to.
         dispatched: Each rank has tokens of its own, which an all-gather brings to the others.
-        placement: How vLLM is told to place the experts.
+        placement: How vLLM is told to place the experts; None if it is not told.
         tokens: How many tokens the layer is given.
     """
 
     count: int = 1
     dispatched: bool = False
-    placement: str = "linear"
+    placement: str | None = None
     tokens: int = TOKENS
 
     @property
@@ -80,7 +80,7 @@ class Ranks:
                 all2all_backend="allgather_reducescatter",
                 enable_eplb=False,
                 enable_dbo=False,
-                expert_placement_strategy=self.placement,
+                expert_placement_strategy=self.placement or server_defaults.expert_placement(),
                 elastic_ep_max_dp_size=None,
             ),
             compilation_config=Surroundings(

@@ -11,7 +11,7 @@ from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES, ServedScheme
 from pytest_moe_routing.targets.vllm.probe.release import accepted, names
 
 #: Gates in the order in which vLLM asks them: title, name of the function, what it is asked about.
-_GATES = (
+GATES = (
     ("device", "_supports_current_device", "{device}"),
     ("gated experts", "_supports_no_act_and_mul", "gated={gated}"),
     ("activation", "_supports_activation", "{activation}"),
@@ -86,7 +86,7 @@ def gates(
         "hidden_dim": layer.hidden_dim,
     }
     answers: list[list[Any]] = []
-    for gate, function, what in _GATES:
+    for gate, function, what in GATES:
         found = _gate(owner, function)
         if found is None:
             continue
@@ -104,7 +104,7 @@ def function_of(scheme: str, gate: str, *, modular: bool = False) -> Any:
     owner = experts_of(SCHEMES[scheme], modular=modular)
     if gate == ALL and not isinstance(owner, type):
         return owner
-    functions = {ALL: ALL, **{title: function for title, function, _ in _GATES}}
+    functions = {ALL: ALL, **{title: function for title, function, _ in GATES}}
     return _gate(owner, functions[gate]) if gate in functions else None
 
 

@@ -16,7 +16,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.marked import Marked, hidden_states, in_reverse
 from pytest_moe_routing.targets.recorder import Reached, returned
-from pytest_moe_routing.targets.vllm.probe import factory, release
+from pytest_moe_routing.targets.vllm.probe import factory, release, server_defaults
 from pytest_moe_routing.targets.vllm.probe.config import (
     layer_arguments,
     method_named,
@@ -214,6 +214,11 @@ class StandIn(Layer):
         if ranks.count > 1:
             experts, local = self.global_num_experts, self.local_num_experts
             self.expert_map = torch.full((experts,), -1, dtype=torch.int32)
+            if ranks.placement is None and server_defaults.expert_placement() != "linear":
+                raise Unsupported(
+                    "not judged: by default, experts of this release do not lie in order, and the "
+                    "code that places them is not run"
+                )
             is_every = ranks.placement == "round_robin"
             here = slice(self.ep_rank, None, ranks.count) if is_every else slice(-local, None)
             self.expert_map[here] = torch.arange(local, dtype=torch.int32)

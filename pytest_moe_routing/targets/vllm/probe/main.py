@@ -19,6 +19,7 @@ from pytest_moe_routing.targets.vllm.probe import factory as vllm_factory
 from pytest_moe_routing.targets.vllm.probe import gates as vllm_gates
 from pytest_moe_routing.targets.vllm.probe import modular as vllm_modular
 from pytest_moe_routing.targets.vllm.probe import other_experts as vllm_other
+from pytest_moe_routing.targets.vllm.probe import placements as vllm_placements
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.rule import rule
 
@@ -33,6 +34,8 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "around": vllm_around.around,
         "choose": vllm_choice.choose,
         "rule": rule,
+        "placements": vllm_placements.placements,
+        "placement_rule": vllm_placements.placement_rule,
         "capture": vllm_capture.capture,
         "capture_modular": vllm_modular.capture_modular,
         "other_experts": vllm_other.other_experts,

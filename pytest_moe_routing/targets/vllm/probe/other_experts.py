@@ -8,7 +8,6 @@ it. Their scales are all 1, each in memory of its own, so that a call shows whic
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer.given import refused_on
 from pytest_moe_routing.targets.recorder import roles_of
-from pytest_moe_routing.targets.vllm.probe import factory, release, server_defaults
+from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks
 from pytest_moe_routing.targets.vllm.probe.choice import (
     Selector,
     experts_taken,
-    forget,
+    on_capability,
     selector_of,
 )
 from pytest_moe_routing.targets.vllm.probe.config import (
@@ -47,10 +47,12 @@ class _Kind:
     Attributes:
         key: Its row of the contract.
         backend: The value of `--moe-backend` that asks for it.
+        function: The entry point of FlashInfer that it calls.
     """
 
     key: str
     backend: str
+    function: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class _Way:
     flags: tuple[str, ...] = ()
 
 
-_KINDS = (_Kind("modular-flashinfer-cutlass", "flashinfer_cutlass"),)
+_KINDS = (_Kind("modular-flashinfer-cutlass", "flashinfer_cutlass", "cutlass_fused_moe"),)
 #: The compute capability of each GPU that the selectors are asked for.
 _DEVICES = {"Blackwell": (10, 0), "Hopper": (9, 0)}
 _EXPERT_PARALLEL = "--enable-expert-parallel"
@@ -90,6 +92,8 @@ _OF_WEIGHTS = ("w1_scale", "w2_scale")
 _BIASES = ("w1_bias", "w2_bias")
 #: Schemes whose methods give a layer the biases of its experts.
 _WITH_BIASES = ("bf16", "fp8_block", "mxfp4")
+#: What a record has besides where the kernel cannot be called.
+_NO_CALL: Mapping[str, Any] = {"by": "", "has_biases": False}
 _OF_BOTH = ("g1_alphas", "g2_alphas", "a1_gscale", "a2_gscale")
 
 
@@ -98,7 +102,8 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
 
     Each of the `calls` is as those of `capture_modular`, with the name of the `experts`, the
     `device`, the `switches` that a user needs, what the call is `stored` as (see
-    `flashinfer/given.yaml`) and the `roles` of its tensors.
+    `flashinfer/given.yaml`) and the `roles` of its tensors. Where FlashInfer does not run the
+    kernel, nothing is run, and the record has the `capability` of the GPU.
 
     Raises:
         Unsupported: The release has no such experts, or nothing that chooses them.
@@ -122,17 +127,23 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
         for way in _ways(model):
             found = []
             for device in devices:
-                with _on(device):
+                with on_capability(*_DEVICES[device]):
                     switches = _switches(selector, kind, experts, way)
-                if switches is not None:
-                    found.append((len(switches), device, switches))
+                if switches is None:
+                    continue
+                about = {"experts": experts.__name__, "device": device, "stored": stored}
+                about |= {"switches": switches, "requests": switches != list(way.flags)}
+                capability = "{}.{}".format(*_DEVICES[device])
+                if refused_on(kind.function, stored, capability) is None:
+                    found.append(about)
+                else:
+                    about |= {"function": kind.function, "capability": capability}
+                    calls.append({**about, **_NO_CALL, "shards": way.ranks.count})
             if not found:
                 continue
             # A class is the same on each of them: the one is taken that needs the least.
-            _, device, switches = min(found)
-            about = {"experts": experts.__name__, "device": device, "stored": stored}
-            about |= {"switches": switches, "requests": switches != list(way.flags)}
-            with _on(device):
+            about = min(found, key=lambda about: (len(about["switches"]), about["device"]))
+            with on_capability(*_DEVICES[about["device"]]):
                 layer = layer_of(model, row, method, way.ranks)
                 calls.append({**about, **_call(experts, callers[0], layer, way, stored)})
     return {"calls": calls}
@@ -147,20 +158,11 @@ def _kinds(scheme: str) -> dict[tuple[_Kind, str], list[str]]:
     found: dict[tuple[_Kind, str], list[str]] = {}
     for kind in _KINDS:
         for device in _DEVICES if names().has(kind.key) else ():
-            with _on(device):
+            with on_capability(*_DEVICES[device]):
                 stored = _stored(names().get(kind.key), scheme)
             if stored:
                 found.setdefault((kind, stored), []).append(device)
     return found
-
-
-@contextmanager
-def _on(device: str) -> Iterator[None]:
-    """Have vLLM's code find another GPU for a while, also where it has cached an answer."""
-    forget()
-    with release.on_device(*_DEVICES[device]):
-        yield
-    forget()
 
 
 def _ways(model: Mapping[str, Any]) -> Iterator[_Way]:

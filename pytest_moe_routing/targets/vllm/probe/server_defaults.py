@@ -18,15 +18,13 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 AUTO = "auto"
 #: Rows of the contract: options, and the fields of configs that they fill.
 _OPTIONS, _PARALLEL, _KERNEL = "server-options", "server-parallel", "server-kernel"
-#: Everything else is asked as of a server that does this.
+#: Of the parallel config, everything else is asked as of a server that does this.
 _ASSUMED: Mapping[str, Any] = {
     "tensor_parallel_size": 1,
     "data_parallel_size": 1,
     "enable_expert_parallel": False,
     "enable_eplb": False,
     "enable_dbo": False,
-    "expert_placement_strategy": "linear",
-    "all2all_backend": "allgather_reducescatter",
 }
 
 
@@ -46,6 +44,28 @@ def moe_backend() -> str:
 
 
 @cache
+def expert_placement() -> str:
+    """Return how a server places experts on ranks.
+
+    Raises:
+        Unsupported: The default cannot be read.
+    """
+    value: str = _parallel("expert_placement_strategy")
+    return value
+
+
+@cache
+def all2all_backend() -> str:
+    """Return what brings tokens to the ranks of their experts.
+
+    Raises:
+        Unsupported: The default cannot be read.
+    """
+    value: str = _parallel("all2all_backend")
+    return value
+
+
+@cache
 def check_parallel() -> None:
     """Check that a server is not parallel by default, and what it does when it is.
 
@@ -53,13 +73,18 @@ def check_parallel() -> None:
         Unsupported: It is otherwise, or that cannot be read.
     """
     for name, assumed in _ASSUMED.items():
-        option = f"{_OPTIONS}.{name}"
-        found = _default(option, f"{_PARALLEL}.{name}")
+        found = _parallel(name)
         if found != assumed:
+            option = names().spelling(f"{_OPTIONS}.{name}")
             raise Unsupported(
-                f"not judged: {names().spelling(option)} in vLLM {names().version} is {found!r} "
+                f"not judged: {option} in vLLM {names().version} is {found!r} "
                 f"by default; the probe asks as of a server with {assumed!r}"
             )
+
+
+def _parallel(name: str) -> Any:
+    """Return the default of an option that fills a field of the parallel config."""
+    return _default(f"{_OPTIONS}.{name}", f"{_PARALLEL}.{name}")
 
 
 def _default(key: str, field: str | None = None) -> Any:

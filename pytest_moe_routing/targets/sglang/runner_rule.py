@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pytest_moe_routing.oracle.target import Rule
 from pytest_moe_routing.targets.answers import RuleAnswer
+
+#: Runs experts that route in TRT-LLM's kernels on Blackwell, and in CUTLASS's on Hopper.
+_MXFP4 = "flashinfer_mxfp4"
+
+
+def runners_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the runners of a scheme, see `configs.yaml`, by the kind of their experts."""
+    first = "mxfp4" if row["runner"] == _MXFP4 else "monolithic"
+    kinds = {first: row["runner"], "modular": row.get("routed"), "cutlass": row.get("other")}
+    return {
+        kind: runner
+        for kind, runner in kinds.items()
+        if runner is not None and (kind == first or runner != row["runner"])
+    }
 
 
 def deciding(asked: Sequence[RuleAnswer], elsewhere: Iterable[RuleAnswer]) -> Rule:

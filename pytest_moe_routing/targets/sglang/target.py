@@ -46,7 +46,7 @@ from pytest_moe_routing.targets.sglang.model_configs import (
 )
 from pytest_moe_routing.targets.sglang.recorded import TOKENS, captured_of, with_tokens
 from pytest_moe_routing.targets.sglang.registry import registered
-from pytest_moe_routing.targets.sglang.runner_rule import deciding
+from pytest_moe_routing.targets.sglang.runner_rule import deciding, runners_of
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
 
@@ -295,6 +295,11 @@ class SglangTarget(FrameworkTarget):
             "server": self._server(model, scheme),
             "served_as": self._row(model, scheme)["quantization"],
         }
+
+    def asked_of_placements(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        row = self._row(model, scheme)
+        told = {"server": self._server(model, scheme), "quantization": row["quantization"]}
+        return {**told, "runners": runners_of(row)}
 
     def weight_path(self, model: ModelSpec, scheme: str) -> str | None:
         runner = self._runner_given(model, scheme)

@@ -168,8 +168,36 @@ def rejection(
     Raises:
         Unsupported: SGLang's code does not say it here.
     """
+    server = _started(names, defaults, checkpoint, options)
+    return server if isinstance(server, str) else None
+
+
+def taken_runner(
+    names: Names,
+    defaults: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    options: Mapping[str, Any],
+) -> str | None:
+    """Return the runner of a server with these arguments; None if it does not start.
+
+    The arguments are those of `_resolved`.
+
+    Raises:
+        Unsupported: SGLang's code does not say it here.
+    """
+    server = _started(names, defaults, checkpoint, options)
+    return None if isinstance(server, str) else str(getattr(server, FIELD))
+
+
+def _started(
+    names: Names,
+    defaults: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    options: Mapping[str, Any],
+) -> _Server | str:
+    """Return a server, or why it does not start."""
     try:
-        _resolved(names, defaults, checkpoint, options)
+        return _resolved(names, defaults, checkpoint, options)
     except Unsupported:
         raise
     except Exception as error:
@@ -177,7 +205,6 @@ def rejection(
         if kind != "refused":
             raise Unsupported(f"cannot determine whether a server starts: {text}") from error
         return text
-    return None
 
 
 def default_runner(names: Names, defaults: Mapping[str, Any], checkpoint: Checkpoint) -> str:

@@ -37,6 +37,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
 from pytest_moe_routing.targets.sglang.probe.layouts import layouts
 from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
+from pytest_moe_routing.targets.sglang.probe.placements import placement_questions
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import fusing
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
@@ -81,14 +82,14 @@ class Blocks:
         definitions = stubs.definitions("sglang", root)
         self.names = Names(Contract.of("sglang"), version, definitions, stubs.real_module)
         self.sources = Sources(self.names, root)
-        self._defaults = cache(self.sources.server_defaults)
-        self._enter = cache(lambda: enter(self.names, root, flashinfer, self.calls))
+        self.defaults = cache(self.sources.server_defaults)
+        self.enter = cache(lambda: enter(self.names, root, flashinfer, self.calls))
         torch.set_default_dtype(torch.bfloat16)
         torch.set_grad_enabled(False)
 
     def method_numbers(self) -> dict[str, int]:
         self.names.require("numbers")
-        self._enter()
+        self.enter()
         return {member.name: int(member) for member in self.names.get("methods")}
 
     def accepted_quantizations(self) -> list[str | None] | None:
@@ -99,18 +100,18 @@ class Blocks:
     def default_runner(self, **checkpoint: Unpack[Checkpoint]) -> str:
         """Return the runner of a server to which none was named; see `default_runner`."""
         self.names.require("verdicts")
-        self._enter()
+        self.enter()
         if not self.names.expects("overrides-collect"):
             raise Unsupported("this release chooses runners in a way that the probe does not know")
-        return default_runner(self.names, self._defaults(), checkpoint)
+        return default_runner(self.names, self.defaults(), checkpoint)
 
     def keeps_shared_apart(self, runner: str, scheme: str, **told: Unpack[Checkpoint]) -> bool:
         """Return whether a server keeps shared experts apart; see `keeps_shared_apart`."""
         self.names.require("verdicts", scheme)
-        self._enter()
+        self.enter()
         # Before, no code of a server is run. It says so of each runner of TRT-LLM's.
         is_asked = self.names.expects("overrides-fusion")
-        return not is_asked or keeps_shared_apart(self.names, self._defaults(), told, runner)
+        return not is_asked or keeps_shared_apart(self.names, self.defaults(), told, runner)
 
     def layer_runner(
         self,
@@ -127,7 +128,7 @@ class Blocks:
             Unsupported: No layer is made here, or its runner is not known.
         """
         self.names.require("verdicts", scheme)
-        self._enter()
+        self.enter()
         choose_runner(AUTO)
         if self.names.has("runner-marlin"):
             # Kernels of other schemes, which are not here, import it: that registers the runner.
@@ -177,7 +178,7 @@ class Blocks:
             Unsupported: The block cannot be found, built or run, or there are several that differ.
         """
         self.names.require("verdicts", scheme)
-        self._enter()
+        self.enter()
         choose_runner(runner)
         if deciding is not None:
             model = getattr(stubs.real_module(self.sources.place(architecture)), architecture)
@@ -211,7 +212,7 @@ class Blocks:
         """
         if not self.names.expects("overrides-collect"):
             return None
-        return rejection(self.names, self._defaults(), server, options)
+        return rejection(self.names, self.defaults(), server, options)
 
     def around(self, server: Checkpoint, **question: Any) -> dict[str, dict[str, Any]]:
         """Return what becomes of each request around routing, given the arguments of `capture`."""
@@ -385,6 +386,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     own = ("method_numbers", "accepted_quantizations", "default_runner", "keeps_shared_apart")
     return {
         **{name: getattr(blocks, name) for name in (*own, "layer_runner", *runs)},
+        **placement_questions(blocks),
         "layouts": partial(layouts, blocks),
         "with_tokens": partial(with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),

@@ -11,6 +11,8 @@ from pytest_moe_routing.targets import stubs
 _Answer = TypeVar("_Answer")
 #: How many tokens a block is given, which is requested by this name.
 TOKENS = "tokens_of_block"
+#: The compute capability of the GPU, which is requested by this name.
+DEVICE = "device"
 #: A function that prepares a layer, which is requested by this name.
 PREPARES = "prepares"
 #: SGLang's own `OWN` by name, which are requested by this name: the order of elements matters then.

@@ -83,7 +83,7 @@ class Routers(blocks.Blocks):
                 "the factor by which this release's Triton runner multiplies its output "
                 "is not known"
             )
-        self._enter()
+        self.enter()
         stubs.stand_in(config_classes.stand_ins())
         package = self.names.spelling("configs").module
         self._config_classes = ConfigClasses(self.names, package, "config-registry")

@@ -26,6 +26,7 @@ from pytest_moe_routing.targets.sglang.probe.quantizers import quantizers
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS
 from pytest_moe_routing.targets.sglang.probe.requests import (
     COMPILED,
+    DEVICE,
     OWN,
     by_request,
     requested,
@@ -163,23 +164,40 @@ def _utilities() -> dict[str, Any]:
         "get_bool_env_var": lambda _, default="false": default.lower() in ("1", "true"),
         "get_quantization_config": lambda c: (c.quantization_config or {}).get("quant_method"),
         "has_fp8_weights_in_checkpoint": lambda *_: False,
-        "get_device_capability": lambda *_: (10, 0),
-        "get_device_sm": lambda *_: 100,
-        "get_platform": lambda: stubs.known(
-            "platform", is_blackwell=True, is_sm100=True, device_sm=100
-        ),
-        "is_blackwell_supported": lambda *_: True,
+        "get_device_capability": lambda *_: _capability(),
+        "get_device_sm": lambda *_: _sm(),
+        "get_platform": _platform,
+        "is_blackwell_supported": lambda *_: _capability() >= (10, 0),
         "is_cuda": lambda: True,
         "is_cuda_alike": lambda: True,
         "is_flashinfer_available": lambda: True,
         "is_layer_skipped": lambda *_, **__: False,
-        "is_sm100_supported": lambda *_: True,
+        "is_sm90_supported": lambda *_: _capability()[0] == 9,
+        "is_sm100_supported": lambda *_: _capability()[0] == 10,
+        "is_sm120_supported": lambda *_: _capability()[0] == 12,
         "next_power_of_2": lambda n: 1 << max(n - 1, 0).bit_length(),
         "round_up": lambda x, to: -(-x // to) * to,
         "set_weight_attrs": _set_attributes,
         "narrow_padded_param_and_loaded_weight": _narrowed,
         "use_symmetric_memory": lambda *_, **__: nullcontext(),
     }
+
+
+def _capability() -> tuple[int, int]:
+    """Return the compute capability of the GPU: one of the Blackwell family, or a requested one."""
+    found: tuple[int, int] = requested(DEVICE) or (10, 0)
+    return found
+
+
+def _sm() -> int:
+    major, minor = _capability()
+    return 10 * major + minor
+
+
+def _platform() -> Any:
+    major, _ = _capability()
+    families = {f"is_sm{family}": major == family // 10 for family in (90, 100, 110, 120)}
+    return stubs.known("platform", is_blackwell=major >= 10, device_sm=_sm(), **families)
 
 
 def _keep(module: nn.Module, name: str, value: Tensor) -> None:

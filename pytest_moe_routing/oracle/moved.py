@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding
@@ -19,8 +19,9 @@ from pytest_moe_routing.oracle.placed import Key, KnownPlacements, Placed, Place
 from pytest_moe_routing.oracle.target import Rule, Target
 
 #: Where other tests ask what arrives at the kernel: the GPUs by kind of experts, and placements.
-#: They are asked as on the first of the Blackwell family, and whether they are so on the second.
-_FAMILY, _SECOND = ("10.0", "10.3"), "10.3"
+#: They are asked as on the first of the Blackwell family.
+_FIRST = "10.0"
+_FAMILY = (_FIRST, "10.3")
 _ASKED_ON: Mapping[str, tuple[str, ...]] = {
     "monolithic": _FAMILY,
     "modular": _FAMILY,
@@ -42,13 +43,14 @@ class Moved:
     """Placements where a target runs experts otherwise than its release is known to.
 
     Attributes:
+        models: Those that were asked about.
         places: Those that the same code decides about, of one class of experts.
         since: The release that the data describe.
         rule: Of places where the experts are lost, the code that says no, and what is taken there.
         refused: Why FlashInfer does not run the experts where they are taken; None if it does.
     """
 
-    model: ModelSpec
+    models: tuple[ModelSpec, ...]
     places: tuple[Placed, ...]
     since: str
     rule: Rule | None = None
@@ -95,7 +97,7 @@ def moved_placements(target: Target, scheme: str, models: Iterable[ModelSpec]) -
         for place in _new(known, found, scheme):
             refused = _refusal(place, scheme)
             if refused is not None or known.is_own:
-                moved.append(Moved(model, (place,), known.release, refused=refused))
+                moved.append(Moved((model,), (place,), known.release, refused=refused))
             else:
                 unanswered[f"{place.name} run {place}, which no known release does"] += 1
     return MovedPlacements(tuple(_together(moved)), answered, unanswered)
@@ -111,7 +113,7 @@ def _lost(
             name = "" if place is None else place.name
             lost = Placed(*key, by_default, name, found.switches(key, by_default))
             rule = target.placement_rule(model, scheme, lost)
-            yield Moved(model, (lost,), known.release, rule)
+            yield Moved((model,), (lost,), known.release, rule)
 
 
 def _is_lost(place: Placed | None, by_default: bool) -> bool:
@@ -121,13 +123,12 @@ def _is_lost(place: Placed | None, by_default: bool) -> bool:
 def _is_told_elsewhere(key: Key, found: Placements, by_default: bool) -> bool:
     """Return whether the loss of a place is none, or another test fails because of it."""
     experts, device, placement = key
-    others = (found.taken.get((other, device, placement)) for other in _BETTER[experts])
-    if any(not _is_lost(other, by_default) and other is not None for other in others):
-        # A switch for one kind of experts is none for others, but for both of TRT-LLM's.
-        return by_default or experts == "modular"
-    # `Request.DEVICE` compares gates and selectors of TRT-LLM's experts.
-    first = found.taken.get((experts, _FAMILY[0], placement))
-    return device == _SECOND and experts != "cutlass" and not _is_lost(first, by_default)
+    for better in _BETTER[experts]:
+        is_asked = by_default or found.requests[better] == found.requests[experts]
+        if is_asked and not _is_lost(found.taken.get((better, device, placement)), by_default):
+            return True
+    first = found.taken.get((experts, _FIRST, placement))
+    return device in found.compared and experts != "cutlass" and not _is_lost(first, by_default)
 
 
 def _new(known: KnownPlacements, found: Placements, scheme: str) -> Iterator[Placed]:
@@ -161,5 +162,6 @@ def _together(moved: Iterable[Moved]) -> Iterator[Moved]:
         groups.setdefault((name, place.by_default, why), []).append(each)
     for group in groups.values():
         first = group[0]
+        models = tuple(dict.fromkeys(model for each in group for model in each.models))
         places = tuple(place for each in group for place in each.places)
-        yield Moved(first.model, places, first.since, first.rule, first.refused)
+        yield replace(first, models=models, places=places)

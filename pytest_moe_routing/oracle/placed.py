@@ -40,11 +40,13 @@ class Placements:
     Attributes:
         flags: What a user switches on, by placement.
         requests: What names experts, by their kind.
+        compared: GPUs on which other questions compare gates with those on the first Blackwell.
     """
 
     taken: Mapping[Key, Placed]
     flags: Mapping[str, tuple[str, ...]]
     requests: Mapping[str, str]
+    compared: tuple[str, ...] = ()
 
     def switches(self, key: Key, by_default: bool) -> tuple[str, ...]:
         """Return what a user has to switch on in a place."""

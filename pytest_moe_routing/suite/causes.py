@@ -288,20 +288,23 @@ def of_moved(target: Target, scheme: str, moved: Moved) -> Failure:
     first, rule, switches = moved.places[0], moved.rule, moved.switches
     name = first.name or f"{first.experts} experts"
     how = " by default" if first.by_default else ""
-    reached = reach_of(moved.model, scheme, switches)
+    reached = reach_of(moved.models[0], scheme, switches)
     reach = text.reached(reached, switches, by_default=not switches)
     devices = ", ".join(sorted({place.device for place in moved.places}, key=float))
     placements = _few([*dict.fromkeys(place.placement for place in moved.places)])
     lines = [
         f"  reach    {reach}",
         f"  where    on compute capability {devices}, with {placements}",
+        f"  models   asked about: {_few([model.id for model in moved.models])}",
     ]
     known = f"as {target.name} {moved.since} is known to"
     if rule is not None:
         what = f"{target}, {scheme}: {name} no longer run{how} where they did"
         lines += [f"  expected the experts of FlashInfer, {known}", f"  now      {rule.instead}"]
-        lines += [f"  at       {rule.name}, {rule.source}"]
-        cause, rank = _id("lost-place", first.experts, rule.name), Rank.LOST
+        lines += [f"  at       {', '.join(filter(None, (rule.name, rule.source)))}"]
+        # Of several functions, it is not known which one decides.
+        by = rule.name if " or " not in rule.name else "by-one-of-several"
+        cause, rank = _id("lost-place", first.experts, by), Rank.LOST
     elif moved.refused is not None:
         what = f"{target}, {scheme}: {name} run{how} where FlashInfer does not run their kernel"
         lines += [f"  because  {line}" for line in text.sentences([moved.refused])]

@@ -51,6 +51,7 @@ class PlacementsAnswer(TypedDict):
     taken: list[_Taken]
     flags: dict[str, list[str]]
     requests: dict[str, str]
+    compared: list[str]
 
 
 def problem(hint: Any, value: object, where: str = "the answer") -> str | None:

@@ -183,7 +183,7 @@ class FrameworkTarget(Target):
         """
         answer = self._probe.ask("placements", **self.asked_of_placements(model, scheme))
         flags = {name: tuple(switches) for name, switches in answer["flags"].items()}
-        found = Placements({}, flags, answer["requests"])
+        found = Placements({}, flags, answer["requests"], tuple(answer["compared"]))
         taken = {}
         for row in answer["taken"]:
             experts, device, by_default = row["experts"], row["device"], not row["requested"]

@@ -7,6 +7,7 @@ server to which none was named, and whether one accepts a runner that is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import Unsupported
@@ -116,6 +117,7 @@ def placements(server: _Server, runners: Mapping[str, str]) -> PlacementsAnswer:
         ],
         "flags": {name: list(_flags(options)) for name, options in _placements().items()},
         "requests": {kind: f"--moe-runner-backend {runner}" for kind, runner in runners.items()},
+        "compared": [],
     }
 
 
@@ -134,17 +136,30 @@ def placement_rule(
     placement: str,
     requested: bool,
 ) -> RuleAnswer:
-    """Return the function that names another runner, or that names none although it could."""
+    """Return the function that names another runner, or that names none although it could.
+
+    Which function could is known of one that names the runner elsewhere. Of others, all are named,
+    with the place of the last, which is asked about each model.
+    """
     major, minor = map(int, device.split("."))
-    named = runners[experts] if requested else ""
-    taken: list[str | None] = []
-    rules = runner_rules(lambda: taken.append(server.runner((major, minor), placement, named)))
-    naming = [rule for rule in rules if rule["instead"]]
-    none: RuleAnswer = {"name": "", "source": "", "instead": ""}
-    rule = naming[-1] if naming else next(iter(rules), none)
-    runner = taken[0]
-    told = "the server does not start" if runner is None else f"--moe-runner-backend {runner}"
-    return {**rule, "instead": told}
+    runner, taken = runners[experts], list[str | None]()
+
+    def rules(device: tuple[int, int], placement: str, named: str = "") -> list[RuleAnswer]:
+        return runner_rules(lambda: taken.append(server.runner(device, placement, named)))
+
+    asked = rules((major, minor), placement, runner if requested else "")
+    now = taken[0]
+    told = "the server does not start" if now is None else f"--moe-runner-backend {now}"
+    if requested and now == runner:
+        name = f"the server's assertion about {runner}"
+        return {"name": name, "source": "", "instead": "the server does not start"}
+    if naming := [rule for rule in asked if rule["instead"]]:
+        return {**naming[-1], "instead": told}
+    elsewhere = (rule for place in product(_DEVICES, _placements()) for rule in rules(*place))
+    able = {rule["name"] for rule in elsewhere if rule["instead"] == runner}
+    deciding = [rule for rule in asked if rule["name"] in able] or asked
+    names, source = " or ".join(rule["name"] for rule in deciding), deciding[-1]["source"]
+    return {"name": names, "source": source, "instead": told}
 
 
 def placement_questions(blocks: Blocks) -> dict[str, Callable[..., Any]]:

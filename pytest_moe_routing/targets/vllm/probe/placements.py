@@ -120,7 +120,8 @@ def placements(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     rows = [{**dict(zip(fields, key, strict=True)), "placements": p} for key, p in taken.items()]
     flags = {name: list(given) for name, (given, _) in _placements().items()}
     requests = {kind.name: f"--moe-backend {kind.backend}" for kind in _kinds(scheme)}
-    return {"taken": rows, "flags": flags, "requests": requests}
+    # `devices` compares gates and selectors.
+    return {"taken": rows, "flags": flags, "requests": requests, "compared": ["10.3"]}
 
 
 def _selector(model: Mapping[str, Any], scheme: str) -> Selector:

@@ -7,7 +7,7 @@ told is the default, or that the experts are requested.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -34,6 +34,9 @@ _DEVICES = ((9, 0), (10, 0), (10, 3), (12, 0))
 _EP, _DP = "--enable-expert-parallel", "--data-parallel-size 2"
 #: What asks for another way to bring tokens to the ranks of their experts.
 _ALL2ALL = "--all2all-backend"
+#: Which placements experts support does not depend on the activation: all are asked about once, and
+#: these for each other activation.
+_FEW = ("tp", "ep")
 #: Names that the config of a server replaces by that of another one.
 _REPLACED = ("naive", "pplx")
 
@@ -109,11 +112,14 @@ def placements(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     Raises:
         Unsupported: The release has no selector for the scheme, or one that cannot be asked.
     """
-    selector = _selector(model, scheme)
+    selector, asked = _selector(model, scheme), list(_placements())
+    # Checkpoints of gpt-oss have a selector of their own.
+    if model["experts"]["activation"] != "silu" and scheme != "mxfp4":
+        asked = list(_FEW)
     taken: dict[tuple[str, str, str, bool], list[str]] = {}
     for device in _DEVICES:
         with on_capability(*device):
-            for kind, name, requested, place in _taken(selector, scheme):
+            for kind, name, requested, place in _taken(selector, scheme, asked):
                 key = kind, name, "{}.{}".format(*device), requested
                 taken.setdefault(key, []).append(place)
     fields = ("experts", "name", "device", "requested")
@@ -135,11 +141,18 @@ def _selector(model: Mapping[str, Any], scheme: str) -> Selector:
     return selector
 
 
-def _taken(selector: Selector, scheme: str) -> Iterator[tuple[str, str, bool, str]]:
-    """Yield kind, name, whether it is requested, and placement, of all that is taken."""
+def _taken(
+    selector: Selector, scheme: str, asked: Sequence[str]
+) -> Iterator[tuple[str, str, bool, str]]:
+    """Yield kind, name, whether it is requested, and placement, of all that is taken.
+
+    Args:
+        asked: The placements.
+    """
     kinds = {cls: kind for kind in _kinds(scheme) if (cls := _class(kind)) is not None}
     backends = dict.fromkeys(kind.backend for kind in kinds.values())
-    for place, (_, parallel) in _placements().items():
+    for place in asked:
+        _, parallel = _placements()[place]
         default = _asked(selector, parallel, server_defaults.moe_backend(), ())
         if default in kinds:
             yield kinds[default].name, default.__name__, False, place

@@ -53,6 +53,10 @@ def anything(*_):
     return True
 
 
+def gated(activation):
+    return activation.is_gated
+
+
 def on_blackwell_and_hopper():
     return True
 
@@ -100,6 +104,10 @@ MOVED = {
         lambda: replaced("modular-flashinfer-cutlass", "_supports_parallel_config", alone_only),
         "fp8_block",
     ),
+    "gated experts alone": (
+        lambda: replaced("modular-flashinfer-cutlass", "_supports_activation", gated),
+        "fp8_per_tensor",
+    ),
     "other experts first": (tritons_first, "bf16"),
     "another way to gather": (
         lambda: patch.object(server_defaults, "all2all_backend", lambda: "deepep_low_latency"),
@@ -110,7 +118,9 @@ MOVED = {
 
 def moved(target, scheme):
     placements._placements.cache_clear()
-    found = moved_placements(target, scheme, [MODELS["qwen3-30b-a3b"], MODELS["deepseek-r1"]])
+    # The last one has experts without gates.
+    models = ["qwen3-30b-a3b", "deepseek-r1", "nemotron-3-nano"]
+    found = moved_placements(target, scheme, [MODELS[name] for name in models])
     told = [of_moved(target, scheme, each) for each in found.moved]
     placements._placements.cache_clear()
     failures = [[failure.cause, failure.rank.name, *failure.lines] for failure in told]

@@ -11,8 +11,10 @@ from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.oracle.moved import moved_placements
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
+from pytest_moe_routing.suite.causes import of_moved
 
 MODELS = load_models(packaged_directory())
 RUNNER = "layers/moe/moe_runner/flashinfer_trtllm.py"
@@ -59,6 +61,12 @@ FACTOR = '"routed_scaling_factor": routed_scaling_factor,'
 APART = 'if runner in ("flashinfer_trtllm", "experimental_sgl_trtllm")'
 
 
+#: RTX Blackwell no longer gets the runner of gpt-oss.
+GPT_OSS = ("is_sm120_supported() and is_mxfp4", "get_platform().is_sm120 and is_mxfp4")
+#: What may be served with the runner of experts that are given ids and weights, but for FP8.
+ROUTED = '"flashinfer_trtllm_routed":'
+
+
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     wheels = wheels_since("0.5.18", "sglang")
@@ -73,6 +81,13 @@ def target(tmp_path_factory):
         lost = FACTOR.replace(",", " if len(hidden_states) > 8 else None,")
         edit(root, "layers/moe/flashinfer_trtllm_moe.py", (FACTOR, lost))
         edit(root, "arg_groups/overrides.py", (NAMED, NAMED.replace('"modelopt_fp4", ', "")))
+        split = root / "sglang/srt/arg_groups/model_overrides/gpt_oss.py"
+        file = "model_overrides/gpt_oss.py" if split.exists() else "overrides.py"
+        edit(root, f"arg_groups/{file}", *((test, f"False and {test}") for test in GPT_OSS))
+        split = root / "sglang/srt/arg_groups/moe_hook.py"
+        path = split if split.exists() else root / "sglang/srt/server_args.py"
+        before, assertion, after = path.read_text().partition(ROUTED)
+        path.write_text(before + assertion + after.replace('"fp8",', "", 1))
         edit(root, "arg_groups/overrides.py", (APART, f'{APART} and view.quantization != "mxfp8"'))
     yield from opened(root)
 
@@ -97,6 +112,45 @@ def test_a_default_that_is_lost_names_the_function_and_what_is_used_now(target):
     assert rule.instead == (
         "SGLang's own top-k routes by default, and the layer takes flashinfer_trtllm by itself"
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme", "cause", "where", "now"),
+    [
+        (
+            "deepseek-r1",
+            "nvfp4",
+            "monolithic:by-one-of-several",
+            "10.0, 10.3, with tp, ep, ep+eplb",
+            "--moe-runner-backend auto",
+        ),
+        (
+            "gpt-oss-120b",
+            "mxfp4",
+            "mxfp4:",
+            "12.0, with tp, ep, ep+eplb and 5 others",
+            "--moe-runner-backend ",
+        ),
+        (
+            "qwen3-30b-a3b",
+            "fp8_block",
+            "modular:the-server's-assertion-about-flashinfer_trtllm_routed",
+            "10.0, with tp, ep",
+            "the server does not start",
+        ),
+    ],
+)
+def test_a_runner_that_is_lost_somewhere(target, model, scheme, cause, where, now):
+    found = moved_placements(target, scheme, [MODELS[model]])
+    failure, *others = [of_moved(target, scheme, moved) for moved in found.moved]
+    assert not others, others
+    assert failure.cause.startswith(f"lost-place:{cause}")
+    assert failure.lines[2] == f"  where    on compute capability {where}"
+    assert failure.lines[5].startswith(f"  now      {now}")
+
+
+def test_a_runner_that_is_not_lost(target):
+    assert not moved_placements(target, "bf16", [MODELS["qwen3-30b-a3b"]]).moved
 
 
 @pytest.mark.parametrize(

@@ -157,9 +157,8 @@ def _together(moved: Iterable[Moved]) -> Iterator[Moved]:
     groups: dict[object, list[Moved]] = {}
     for each in moved:
         (place,) = each.places
-        name = place.name or place.experts
         why = each.rule and each.rule.source, each.refused is None
-        groups.setdefault((name, place.by_default, why), []).append(each)
+        groups.setdefault((place.experts, place.by_default, why), []).append(each)
     for group in groups.values():
         first = group[0]
         models = tuple(dict.fromkeys(model for each in group for model in each.models))

@@ -286,7 +286,8 @@ def of_moved(target: Target, scheme: str, moved: Moved) -> Failure:
     from pytest_moe_routing.oracle.judgement import reach_of
 
     first, rule, switches = moved.places[0], moved.rule, moved.switches
-    name = first.name or f"{first.experts} experts"
+    names = (place.name for place in moved.places if place.name)
+    name = next(names, f"{first.experts} experts")
     how = " by default" if first.by_default else ""
     reached = reach_of(moved.models[0], scheme, switches)
     reach = text.reached(reached, switches, by_default=not switches)

@@ -220,16 +220,18 @@ def test_each_precision_allows_its_own_errors_and_no_more(precision):
             assert found.ok == ok, (error, side)
 
 
-def test_weights_of_a_kernel_that_rounds_may_be_scaled_before_or_after():
-    recipe = Recipe(top_k=2, score="sigmoid", scale=2.5, weight_dtype="bfloat16")
-    logits = torch.tensor([[0.3, 1.1, -2.0]])
-    ids, exact = torch.tensor([[1, 0]]), logits[:, [1, 0]].sigmoid()
-    for weights, ok in (
-        ((exact * 2.5).bfloat16(), True),
-        (exact.bfloat16().float() * 2.5, True),
-        (exact * 2.5, False),
+def test_weights_of_a_kernel_that_rounds_are_bfloat16_before_or_after_they_are_scaled():
+    """2.5 times 0.76 lies between 1.8984375 and 1.90625 of bfloat16; 0.76 itself, near 0.7617."""
+    recipe = Recipe(top_k=1, score="sigmoid", scale=2.5, weight_dtype="bfloat16")
+    logits = torch.logit(torch.tensor([[0.76, 0.1]], dtype=torch.float64))
+    for weight, ok in (
+        (1.8984375, True),
+        (1.90625, True),
+        (2.5 * 0.76171875, True),
+        (1.905, False),
     ):
-        assert compare_routing(ids, weights, logits, recipe).ok == ok
+        weights = torch.tensor([[weight]], dtype=torch.float64)
+        assert compare_routing(torch.tensor([[0]]), weights, logits, recipe).ok == ok, weight
 
 
 @pytest.mark.parametrize(("share", "ok"), [(0.0, True), (1.0, True), (4.0, False)])

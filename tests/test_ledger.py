@@ -6,12 +6,15 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pytest_moe_routing.errors import ModelError, MoERoutingError, Unsupported
+from pytest_moe_routing.failure import PROPERTY, Failure, Rank
 from pytest_moe_routing.ledger import in_force, load_ledger
 from pytest_moe_routing.report import records
+from pytest_moe_routing.report.known import LedgerWriter
 
 LINK = "https://example.com/1"
 ENTRY = {"cause": "a:cause", "target": "builtin", "reason": "because", "link": LINK}
@@ -326,3 +329,16 @@ def test_a_mistake_is_misuse(host):
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         result.stderr.fnmatch_lines(["ERROR: known.yaml:2: target: found 'vlm', expected one of *"])
         assert "Traceback" not in result.stderr.str() + result.stdout.str()
+
+
+def test_a_cause_of_a_test_that_did_not_fail_is_not_written(tmp_path):
+    """Such as one that another plugin runs again, and that passes then."""
+    failure = Failure("a:cause", Rank.LOUD, "deepseek-r1-nvfp4", ("what is wrong",))
+    stated = [(PROPERTY, [failure.as_dict()])]
+    writer = LedgerWriter(SimpleNamespace(), tmp_path / "known.yaml")
+    for failed in (False, True):
+        report = SimpleNamespace(
+            nodeid="t.py::test_verdict[x]", user_properties=stated, failed=failed
+        )
+        writer.pytest_runtest_logreport(report)
+        assert bool(writer.causes) is failed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import Linear, functional
+from torch.nn import Linear, Parameter, functional
 
 from pytest_moe_routing.targets.dtypes import Dtypes
 
@@ -67,3 +67,39 @@ def test_another_dtype_is_named():
     with torch.no_grad(), Dtypes() as dtypes:
         logits = (X.float() @ GATE.float().t()).half().float()
     assert dtypes.of(logits) == {"float16", "float32"}
+
+
+def weight_of(dtype):
+    """A block whose router's weight has this dtype."""
+    block = Linear(HIDDEN, EXPERTS, bias=False)
+    block.weight = Parameter(GATE.to(dtype))
+    return block
+
+
+@pytest.mark.parametrize(
+    ("dtype", "through", "product"),
+    [
+        (torch.float32, {"float32"}, lambda w: X.float() @ w.t()),
+        (torch.float32, {"float32"}, lambda w: functional.linear(X.float(), w).bfloat16().float()),
+        (BF16, {"bfloat16", "float32"}, lambda w: functional.linear(X.float(), w.float())),
+        (BF16, {"bfloat16"}, lambda w: (X @ w.t()).float()),
+        (torch.float32, {"bfloat16", "float32"}, lambda w: X.float() @ w.to(BF16).float().t()),
+        (torch.float32, {"float32"}, lambda w: torch.einsum("th,eh->te", X.float(), w) * 2 + 1),
+        (torch.float32, set(), lambda w: X.float() @ GATE.float().t()),
+    ],
+)
+def test_the_dtypes_of_the_weight_are_told(dtype, through, product):
+    block = weight_of(dtype)
+    with torch.no_grad(), Dtypes() as dtypes:
+        logits = product(block.weight)
+    assert dtypes.of_weight(logits, block) == through
+
+
+def test_a_weight_of_an_earlier_product_and_a_bias_are_not_the_routers():
+    block = torch.nn.Sequential(
+        Linear(HIDDEN, HIDDEN, dtype=BF16), Linear(HIDDEN, EXPERTS, dtype=torch.float32)
+    )
+    block[1].bias = Parameter(torch.zeros(EXPERTS, dtype=BF16))
+    with torch.no_grad(), Dtypes() as dtypes:
+        logits = functional.linear(block[0](X).float(), block[1].weight, block[1].bias.float())
+    assert dtypes.of_weight(logits, block) == {"float32"}

@@ -46,19 +46,27 @@ def test_another_dtype_than_bfloat16_is_the_models_own():
 
 @pytest.mark.parametrize("wheel", [WHEELS[0], WHEELS[-1]] if WHEELS else [], ids=lambda w: w.stem)
 def test_what_vllms_code_hands_over(wheel):
-    """Each model's block is built and run; the logits that reach its layer have the dtype."""
+    """Each model's block is built and run; the logits that reach its layer have the dtype.
+
+    So has the router's weight, where it is known.
+    """
     target = load_target(f"vllm@{wheel}", FLASHINFER)
-    measured, recorded = {}, {}
+    measured, recorded, weights = {}, {}, {}
     for model in {model.architecture: model for model in MODELS.values()}.values():
         try:
-            measured[model.architecture] = target.layer_request(model).logits_dtype
+            request = target.layer_request(model)
         except Unsupported:
             continue
+        measured[model.architecture] = request.logits_dtype
+        if model.router.router_weight_dtype is not None:
+            weights[model.architecture] = request.router_weight_dtype
         recorded[model.architecture] = target.logits_dtype(model)
     target.close()
     assert len(measured) >= 25
     assert measured == recorded
     assert len(ROWS.keys() & measured.keys()) >= len(ROWS) - 1
+    assert len(weights) >= 4
+    assert set(weights.values()) == {"float32"}
 
 
 @pytest.mark.parametrize("wheel", WHEELS[-1:], ids=lambda wheel: wheel.stem)

@@ -28,6 +28,7 @@ NOTHING_SPECIAL = {
     "block": "a.Block",
     "config_class": "",
     "gate_dtypes": ["bfloat16"],
+    "router_weight_dtypes": ["bfloat16"],
     "scoring_func": "softmax",
     "renormalize": True,
     "use_grouped_topk": False,
@@ -100,6 +101,7 @@ RIGHT["hy4-preview"] = {
     "num_experts": 256,
     "top_k": 8,
     "routed_scaling_factor": 2.827,
+    "router_weight_dtypes": ["float32"],
     "activation": {"swiglu_limit": 10.0},
 }
 RIGHT["kimi-k3"] = {
@@ -108,6 +110,14 @@ RIGHT["kimi-k3"] = {
     "top_k": 16,
     "routed_scaling_factor": MODELS["kimi-k3"].router.routed_scaling_factor,
     "activation": {"activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0},
+}
+RIGHT["minimax-m2"] = {
+    **RIGHT["minimax-m3"],
+    "num_experts": 256,
+    "top_k": 8,
+    "routed_scaling_factor": 1.0,
+    "router_weight_dtypes": ["float32"],
+    "activation": {},
 }
 RIGHT["deepseek-r1"] = {
     **RIGHT["glm-5"],
@@ -206,6 +216,11 @@ def test_what_means_the_same_is_no_problem(name, changes):
             "(router_logits_dtype=None)",
         ),
         ("glm-5", {"gate_dtypes": ["bfloat16"]}, "router logits are downcast to bfloat16"),
+        (
+            "minimax-m2",
+            {"router_weight_dtypes": ["bfloat16", "float32"]},
+            "the router's weight, float32 in checkpoints, is downcast to bfloat16",
+        ),
         ("qwen3-30b-a3b", {"renormalize": False}, "renormalize: the model has softmax"),
         ("gpt-oss-20b", {"top_k": 2}, "top_k: the model has 4"),
         (
@@ -256,6 +271,23 @@ def test_a_bias_that_the_router_does_not_have_is_no_downcast():
     found = code_sentences(compare_request(model, request_of(asked, {}, model)))
     assert found
     assert not any("bias is downcast" in sentence for sentence in found)
+
+
+def test_a_router_weight_of_which_nothing_is_known_is_not_compared():
+    found = compared("minimax-m3", router_weight_dtypes=["bfloat16"])
+    assert (found.findings, found.unanswered) == ((), None)
+
+
+def test_logits_that_are_rounded_hide_the_weight():
+    changes = {"router_weight_dtypes": ["bfloat16"], "gate_dtypes": ["bfloat16"]}
+    found = compared("minimax-m2", **changes)
+    assert [finding.field for finding in found.findings] == ["logits"]
+
+
+def test_a_router_weight_that_cannot_be_traced_is_not_judged():
+    found = compared("minimax-m2", router_weight_dtypes=[])
+    assert found.findings == ()
+    assert found.unanswered == "a.Block computes logits of no weight that can be traced"
 
 
 def test_a_limit_that_a_config_class_fills_in_is_not_compared():

@@ -165,6 +165,7 @@ R1 = {
     "bias_is_loaded": True,
     "logits_dtype": "float32",
     "gate_dtypes": ["float32"],
+    "router_weight_dtypes": ["bfloat16", "float32"],
     "on_input": False,
     "output_factor": 2.5,
 }

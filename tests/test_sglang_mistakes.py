@@ -53,6 +53,8 @@ SWAPPED = """output1_scales_scalar=quant_info.output1_scales_gate_scalar,
 """
 INDENTS = (" " * 8, " " * 12)
 ALPHAS = '"g2_alphas",\n            (w2_input_scale * layer.w2_weight_scale_2)'
+WEIGHT = "F.linear(hidden_states.to(self.dtype), self.weight, None)"
+ROUNDED_WEIGHT = WEIGHT.replace("weight,", "weight.bfloat16().to(self.dtype),")
 #: What the quantizer of the input is given.
 INPUT = '"w13_input_scale_quant",\n            (1 / w13_input_scale)'
 #: What the FP8 kernel multiplies by, which is lost for a few tokens.
@@ -78,6 +80,7 @@ def target(tmp_path_factory):
         edit(root, quantization, (ALPHAS, ALPHAS.replace("w2_input_scale * ", "")))
         edit(root, quantization, (INPUT, INPUT.replace("1 / ", "")))
         edit(root, "models/step3p5.py", (GATE, BF16_GATE))
+        edit(root, "models/mimo_v2.py", (WEIGHT, ROUNDED_WEIGHT))
         lost = FACTOR.replace(",", " if len(hidden_states) > 8 else None,")
         edit(root, "layers/moe/flashinfer_trtllm_moe.py", (FACTOR, lost))
         edit(root, "arg_groups/overrides.py", (NAMED, NAMED.replace('"modelopt_fp4", ', "")))
@@ -187,6 +190,13 @@ def test_logits_of_a_bare_product_in_bfloat16_are_a_downcast(target):
     model = MODELS["step-3.5-flash"]
     found = compare_request(model, target.layer_request(model))
     text = "the float32 router logits are downcast to bfloat16 before the call"
+    assert list(sentences(found.findings)) == [text]
+
+
+def test_a_router_weight_that_is_rounded_before_the_product(target):
+    model = MODELS["mimo-v2-flash"]
+    found = compare_request(model, target.layer_request(model))
+    text = "the router's weight, float32 in checkpoints, is downcast to bfloat16"
     assert list(sentences(found.findings)) == [text]
 
 

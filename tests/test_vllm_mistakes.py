@@ -41,6 +41,11 @@ MISTAKES = (
         "        router_logits.mul_(-1)\n        kwargs = dict(\n",
     ),
     (
+        "model_executor/models/minimax_m2.py",
+        "params_dtype=torch.float32,",
+        "params_dtype=None,",
+    ),
+    (
         "models/hy_v4/nvidia/moe.py",
         "swiglu_limit=moe_swiglu_limit,",
         "swiglu_limit=None,",
@@ -100,6 +105,13 @@ def test_logits_of_a_bare_product_in_bfloat16_are_a_downcast(target):
     model = MODELS["glm-4.5"]
     found = compare_request(model, target.layer_request(model))
     text = "the float32 router logits are downcast to bfloat16 before the call"
+    assert list(sentences(found.findings)) == [text]
+
+
+def test_a_router_weight_that_is_rounded_when_it_is_loaded(target):
+    model = MODELS["minimax-m2"]
+    found = compare_request(model, target.layer_request(model))
+    text = "the router's weight, float32 in checkpoints, is downcast to bfloat16"
     assert list(sentences(found.findings)) == [text]
 
 

@@ -269,7 +269,7 @@ def config_of(model):
     if family.name == "deepseek_v2" and (model.router.n_group or 1) > 1:
         config["topk_method"] = "group_limited_greedy"
     if family.name == "bailing_moe_v2":
-        config["moe_router_enable_expert_bias"] = True
+        config |= {"moe_router_enable_expert_bias": True, "router_dtype": "fp32"}
     if family.name in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm5_next_text"):
         config |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     if family.name == "gemma4_text":

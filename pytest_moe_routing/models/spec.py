@@ -45,6 +45,9 @@ class RouterConfig:
     #: takes the gate's product in float32. A target whose code hands others to its experts is
     #: judged with those (`Target.logits_dtype`).
     logits_dtype: str = key(str, choices=MODEL_DTYPES)
+    #: dtype of the router's weight in checkpoints where it must not be loaded as the model's own;
+    #: null where it is the model's own, and where no source tells or sources disagree.
+    router_weight_dtype: str | None = key(str, default=None, choices=DTYPES, nullable=True)
     #: Llama4, gpt-oss: choose on the raw logits, score only what was chosen.
     topk_before_score: bool = key(bool, default=False)
     n_group: int | None = key(int, default=None, nullable=True, **_EXPERTS)

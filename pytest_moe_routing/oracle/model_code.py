@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Precision of the factor that is measured on what a block returns.
 _MEASURED = 1e-3
+#: What becomes of a float32 tensor that is rounded to the dtype of a model.
+_ROUNDED = ("float32", "bfloat16")
 #: Fields of a recipe that are compared, in the order of computation.
 _FIELDS = (
     "score",
@@ -51,6 +53,8 @@ class LayerRequest:
         logits_dtype: dtype of those that it is handed, for bfloat16 hidden states.
         gate_dtype: dtype in which they were computed, or to which they were cast on the way, where
             that is lesser.
+        router_weight_dtype: The least precise dtype that the router's weight had before the
+            product; empty where the product could not be traced to a weight.
         output_factor: What the model code multiplies the layer's output by.
         shared_experts: Whether the layer's output has the shared experts in it.
         own_factor: The part of `output_factor` that is not the router's, but for all experts.
@@ -69,6 +73,7 @@ class LayerRequest:
     told_dtype: str
     logits_dtype: str
     gate_dtype: str
+    router_weight_dtype: str = ""
     output_factor: float = 1.0
     shared_experts: bool = False
     own_factor: float = 1.0
@@ -107,6 +112,13 @@ class CodeJudgement:
     notes: tuple[Finding, ...]
     counterexample: Counterexample | None = None
 
+    @property
+    def unanswered(self) -> str | None:
+        """Why the router's weight is not judged; None if it is, or if nothing is known about it."""
+        if self.model.router.router_weight_dtype is None or self.request.router_weight_dtype:
+            return None
+        return f"{self.request.block} computes logits of no weight that can be traced"
+
 
 def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
     """Find where model code asks for another routing or activation than the model has.
@@ -143,10 +155,12 @@ def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
         findings.append(Finding(Kind.ARGUMENT, "factor on the shared experts", 1.0, factor))
     if wanted.bias and asked.bias and not request.bias_is_loaded:
         findings.append(NOT_LOADED)
-    if wanted.bias and (wanted.bias_dtype, asked.bias_dtype) == ("float32", "bfloat16"):
-        findings.append(Finding(Kind.DOWNCAST, "bias", "float32", "bfloat16"))
+    if wanted.bias and (wanted.bias_dtype, asked.bias_dtype) == _ROUNDED:
+        findings.append(Finding(Kind.DOWNCAST, "bias", *_ROUNDED))
     findings += _activation(model, request)
     unequal, notes = _logits(router.logits_dtype, request)
+    if not unequal and (router.router_weight_dtype, request.router_weight_dtype) == _ROUNDED:
+        unequal.append(Finding(Kind.DOWNCAST, "router weight", *_ROUNDED))
     return CodeJudgement(model, request, asked, (*findings, *unequal), tuple(notes), example)
 
 

@@ -19,7 +19,9 @@ model's `golden/<id>/model.yaml`.
 
 The column *router* shows what each router computes, step by step. `+ bias to choose` means that
 the bias affects which experts are chosen, but not their weights. `/ sum` divides the weights by
-their sum.
+their sum. `router weight in float32` means that checkpoints have the router's weight in float32, so
+that loading it as bfloat16 rounds it. Where this is not stated, no source tells or the sources
+disagree, and no framework is judged by the dtype of that weight.
 
 The column *methods* lists the routing methods of FlashInfer {newest} that compute the same as the
 router. The release in parentheses is the first in which the method computes the same as the router;
@@ -68,7 +70,9 @@ def _router(model: ModelSpec) -> str:
     text = str(recipe_of(router))
     if router.not_expressible:
         return f"*not expressible*: {router.not_expressible} (nearest: {text})"
-    return f"{text}, {router.logits_dtype} logits"
+    kept = router.router_weight_dtype
+    weight = f", router weight in {kept}" if kept else ""
+    return f"{text}, {router.logits_dtype} logits{weight}"
 
 
 def _methods(router: RouterConfig) -> str:

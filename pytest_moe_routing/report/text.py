@@ -31,6 +31,7 @@ _DOWNCASTS: Mapping[str, str] = {
     "logits": "the float32 router logits are downcast to bfloat16 before the call",
     "gate": "the router logits are computed in bfloat16 and widened to float32",
     "bias": "the float32 bias is downcast to bfloat16 before the call",
+    "router weight": "the router's weight, float32 in checkpoints, is downcast to bfloat16",
     "weights": "the float32 router weights are downcast to bfloat16 before the call",
 }
 #: Names of the recipe's fields for readers.

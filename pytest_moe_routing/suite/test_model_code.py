@@ -46,6 +46,8 @@ def test_model_code(
             if not failures:
                 raise
             unanswered[REQUESTS] = {str(reason): 1}
+    if judgement is not None and judgement.unanswered is not None:
+        unanswered[REQUESTS] = {judgement.unanswered: 1}
     note(_moe_property, unanswered)
     if judgement is not None:
         failures += [of_model_code(judgement)] if judgement.findings else []

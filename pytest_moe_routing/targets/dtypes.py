@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Operators whose result has no dtypes but its own: what its factors had before is theirs.
@@ -25,6 +25,10 @@ class Dtypes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._dtypes: dict[int, set[torch.dtype]] = {}
+        #: What a tensor was made of without a product, and the factors of the product that it was,
+        #: each with the dtypes through which it went.
+        self._made_of: dict[int, dict[int, set[torch.dtype]]] = {}
+        self._factors: dict[int, dict[int, set[torch.dtype]]] = {}
         #: Storages are known by their addresses, so none may be freed.
         self._alive: list[Any] = []
 
@@ -46,17 +50,71 @@ class Dtypes(TorchDispatchMode):
             for tensor in _tensors(result):
                 if tensor.is_floating_point():
                     self._of(tensor).update({*before, tensor.dtype})
+        self._trace(name in _PRODUCTS, [*_tensors((args, kwargs))], [*_tensors(result)])
         return result
+
+    def _trace(self, is_product: bool, given: list[Tensor], made: list[Tensor]) -> None:
+        """Note of what an operator made its results."""
+        for tensor in made:
+            if not tensor.is_floating_point():
+                continue
+            key = self._key(tensor)
+            if is_product:
+                self._made_of[key] = {}
+                self._factors[key] = _joined(self._sources(each) for each in given)
+                continue
+            factors = _joined(self._factors.get(self._key(each), {}) for each in given)
+            if factors:
+                self._factors[key] = _joined([self._factors.get(key, {}), factors])
+            sources = _joined(self._sources(each) for each in given if self._key(each) != key)
+            if sources:
+                before = self._made_of.get(key, {})
+                through = {source: {*had, tensor.dtype} for source, had in sources.items()}
+                self._made_of[key] = _joined([before, through])
+
+    def _sources(self, tensor: Tensor) -> dict[int, set[torch.dtype]]:
+        key = self._key(tensor)
+        return self._made_of.get(key) or {key: {tensor.dtype}}
+
+    def of_weight(self, tensor: Tensor, module: nn.Module) -> set[str]:
+        """Return the dtypes that the weight of a tensor's product went through; none if unknown.
+
+        Args:
+            module: What the weight is a parameter or a buffer of; a bias is none.
+        """
+        weights = {
+            self._key(weight)
+            for weight in (*module.parameters(), *module.buffers())
+            if weight.dim() > 1
+        }
+        factors = self._factors.get(self._key(tensor), {})
+        dtypes = {dtype for key in factors.keys() & weights for dtype in factors[key]}
+        return {str(dtype).removeprefix("torch.") for dtype in dtypes}
 
     def of(self, tensor: Tensor) -> set[str]:
         """Return the names of dtypes that a tensor has had since it was a product."""
         return {str(dtype).removeprefix("torch.") for dtype in self._of(tensor)}
 
     def _of(self, tensor: Tensor) -> set[torch.dtype]:
+        return self._dtypes[self._key(tensor)]
+
+    def _key(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._dtypes:
+        key: int = storage._cdata
+        if key not in self._dtypes:
             self._alive.append(storage)
-        return self._dtypes.setdefault(storage._cdata, set())
+            self._dtypes[key] = set()
+        return key
+
+
+def _joined(
+    several: Iterable[Mapping[int, set[torch.dtype]]],
+) -> dict[int, set[torch.dtype]]:
+    joined: dict[int, set[torch.dtype]] = {}
+    for each in several:
+        for key, dtypes in each.items():
+            joined[key] = joined.get(key, set()) | dtypes
+    return joined
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

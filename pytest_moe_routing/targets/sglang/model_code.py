@@ -11,6 +11,7 @@ from pytest_moe_routing.errors import RecipeError
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.routing import Recipe, recipe_of
+from pytest_moe_routing.targets.dtype_names import narrowest
 
 
 class Asked(TypedDict):
@@ -29,6 +30,7 @@ class Asked(TypedDict):
     bias_is_loaded: bool
     logits_dtype: str
     gate_dtypes: list[str]
+    router_weight_dtypes: list[str]
     on_input: bool
     output_factor: float
 
@@ -44,8 +46,6 @@ _BEHIND: Mapping[str, tuple[str, ...]] = {
 }
 
 
-#: dtypes of logits, the least precise first.
-_WIDTHS = ("float8_e5m2", "float8_e4m3fn", "bfloat16", "float16", "float32", "float64")
 #: A factor is measured on bfloat16 outputs.
 _MEASURED = 2.0**-8
 
@@ -102,7 +102,8 @@ def request_of(
         # TopK is not told a dtype: it takes what it is handed.
         told_dtype=answer["logits_dtype"],
         logits_dtype=answer["logits_dtype"],
-        gate_dtype=min(answer["gate_dtypes"], key=_WIDTHS.index, default="float32"),
+        gate_dtype=narrowest(answer["gate_dtypes"], default="float32"),
+        router_weight_dtype=narrowest(answer["router_weight_dtypes"], default=""),
         output_factor=output_factor,
         bias_is_loaded=answer["bias_is_loaded"],
         otherwise=otherwise,

@@ -21,14 +21,13 @@ from pytest_moe_routing.models.huggingface.published import (
 )
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.routing import Recipe, recipe_of
+from pytest_moe_routing.targets.dtype_names import narrowest
 from pytest_moe_routing.targets.hf_configs import config_of
 from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.source import Source
 
 _CHILD = "pytest_moe_routing.targets.vllm.probe.model_code"
 _BACKEND = "pytest_moe_routing.targets.vllm.probe.backend"
-#: dtypes in which no router logits are rounded.
-_WIDE = ("float32", "float64")
 #: The arguments of vLLM's layer for the parameters of an activation, by key of `ExpertsConfig`.
 _SWIGLU = {
     "activation_limit": "swiglu_limit",
@@ -61,6 +60,7 @@ class _Asked(TypedDict):
     router_logits_dtype: str | None
     logits_dtype: str
     gate_dtypes: list[str]
+    router_weight_dtypes: list[str]
     output_factor: float
     shared_experts: bool
     custom_routing: str | None
@@ -267,7 +267,8 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
         # The layer takes the dtype of the hidden states when it is told nothing.
         told_dtype=answer["router_logits_dtype"] or "bfloat16",
         logits_dtype=answer["logits_dtype"],
-        gate_dtype=next((d for d in answer["gate_dtypes"] if d not in _WIDE), "float32"),
+        gate_dtype=narrowest(answer["gate_dtypes"], default="float32"),
+        router_weight_dtype=narrowest(answer["router_weight_dtypes"], default=""),
         output_factor=answer["output_factor"],
         bias_is_loaded=answer["bias_is_loaded"],
         shared_experts=answer["shared_experts"],

@@ -18,7 +18,7 @@ from pytest_moe_routing.targets.child import Encoded
 _T = TypeVar("_T")
 _Answer = TypeVar("_Answer")
 #: Settings of the router that the classifier does not look at.
-_NOT_CLASSIFIED_BY = ("logits_dtype", "weight_on")
+_NOT_CLASSIFIED_BY = ("logits_dtype", "router_weight_dtype", "weight_on")
 #: The only ones that gates look at.
 _GATED_BY = ("num_experts", "top_k", "logits_dtype")
 #: The config sweep has 3400 models.

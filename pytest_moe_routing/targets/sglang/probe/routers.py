@@ -171,6 +171,7 @@ class Routers(blocks.Blocks):
             "bias_is_loaded": bias is None or is_loaded(bias, seen.block, topk),
             "logits_dtype": _dtype(seen.logits[0]),
             "gate_dtypes": sorted(dtypes.of(seen.logits[0])),
+            "router_weight_dtypes": sorted(dtypes.of_weight(seen.logits[0], seen.block)),
             "on_input": seen.on_input,
             "output_factor": factor,
         }

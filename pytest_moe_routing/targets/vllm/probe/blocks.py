@@ -173,6 +173,7 @@ def answer_of(
         "block": block.name,
         "config_class": block.config_class,
         "gate_dtypes": sorted(dtypes.of(logits)),
+        "router_weight_dtypes": sorted(dtypes.of_weight(logits, block.module)),
         "logits_dtype": _name(logits.dtype),
         "bias_is_loaded": _reads_loaded_bias(block.module, layer),
         **_answer(layer, output, router),

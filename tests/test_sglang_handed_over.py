@@ -87,14 +87,22 @@ def test_weights_of_less_precision_are_a_downcast(target):
 
 class Config:
     top_k = 2
+    apply_routed_scaling_factor_on_output = False
+    routed_scaling_factor = 3.0
 
 
-def handed(give, scale=1.0, **answer):
+class Folding(Config):
+    """Of a router that multiplies its weights by the factor."""
+
+    apply_routed_scaling_factor_on_output = True
+
+
+def handed(give, scale=1.0, config=Config, **answer):
     """Run a block that gives a kernel what `give` makes of ids and weights."""
     calls = []
 
     def run():
-        output = requested("router")(router_logits=torch.zeros(4, 8), topk_config=Config())
+        output = requested("router")(router_logits=torch.zeros(4, 8), topk_config=config())
         arguments = {"topk_ids": give(output.topk_ids, output.topk_weights)}
         calls[:] = [("trtllm_routed_moe", arguments)]
         said = {
@@ -103,6 +111,7 @@ def handed(give, scale=1.0, **answer):
             "by_choice": True,
             "unprepared": [],
             "shared": 0,
+            "scale_after": 1.0,
         }
         return {**said, **answer}
 
@@ -130,6 +139,21 @@ def test_other_ids_and_weights_are_not():
     assert parts(handed(lambda ids, weights: (ids, weights * 3))) == ["ids", None]
     assert parts(handed(lambda ids, weights: (ids + 1, weights))) == [None, "weights"]
     assert parts(handed(lambda ids, weights: packed(ids, weights * 2))) == [None]
+
+
+def test_the_factor_of_the_weights_is_told():
+    """SGLang's router may have it, or Step's code, or what follows the kernel."""
+
+    def scaled(ids, weights):
+        return ids, weights * 3
+
+    answers = [
+        handed(lambda *chosen: chosen, scale=3.0),
+        handed(scaled, scale=3.0),
+        handed(packed, scale=3.0, config=Folding),
+        handed(scaled, scale=3.0, config=Folding),
+    ]
+    assert [answer["router_factor"] for answer in answers] == [1.0, 3.0, 3.0, 9.0]
 
 
 def test_a_block_that_hands_nothing_over():

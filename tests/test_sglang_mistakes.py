@@ -55,6 +55,9 @@ INDENTS = (" " * 8, " " * 12)
 ALPHAS = '"g2_alphas",\n            (w2_input_scale * layer.w2_weight_scale_2)'
 WEIGHT = "F.linear(hidden_states.to(self.dtype), self.weight, None)"
 ROUNDED_WEIGHT = WEIGHT.replace("weight,", "weight.bfloat16().to(self.dtype),")
+#: Where what follows the CUTLASS kernel applies the factor, and applies it again.
+SCALED = 'if quant_info.quant_type in ("bf16", "fp8"):\n'
+SCALED_TWICE = "        output.mul_(runner_config.routed_scaling_factor or 1.0)\n"
 #: What the quantizer of the input is given.
 INPUT = '"w13_input_scale_quant",\n            (1 / w13_input_scale)'
 #: What the FP8 kernel multiplies by, which is lost for a few tokens.
@@ -80,6 +83,7 @@ def target(tmp_path_factory):
         edit(root, quantization, (ALPHAS, ALPHAS.replace("w2_input_scale * ", "")))
         edit(root, quantization, (INPUT, INPUT.replace("1 / ", "")))
         edit(root, "models/step3p5.py", (GATE, BF16_GATE))
+        edit(root, "layers/moe/moe_runner/flashinfer_cutlass.py", (SCALED, SCALED + SCALED_TWICE))
         edit(root, "models/mimo_v2.py", (WEIGHT, ROUNDED_WEIGHT))
         lost = FACTOR.replace(",", " if len(hidden_states) > 8 else None,")
         edit(root, "layers/moe/flashinfer_trtllm_moe.py", (FACTOR, lost))
@@ -198,6 +202,15 @@ def test_a_router_weight_that_is_rounded_before_the_product(target):
     found = compare_request(model, target.layer_request(model))
     text = "the router's weight, float32 in checkpoints, is downcast to bfloat16"
     assert list(sentences(found.findings)) == [text]
+
+
+@pytest.mark.parametrize(("scheme", "times"), [("bf16", "twice"), ("nvfp4", None)])
+def test_a_factor_that_is_applied_twice_behind_another_kernel(target, scheme, times):
+    """In NVFP4, SGLang's router has it, and nothing follows the kernel."""
+    (call,) = target.other_experts(MODELS["deepseek-r1"], scheme)
+    text = f"routed_scaling_factor is applied {times}; the layer applies it once"
+    assert list(sentences(call.findings)) == ([text] if times else [])
+    assert call.switches == ("--moe-runner-backend flashinfer_cutlass",)
 
 
 def test_columns_of_shared_experts_are_no_logits(target):

@@ -78,6 +78,13 @@ class GatedActivation(Activation):
         return x[..., : x.shape[-1] // 2]
 
 
+def factor_of(output: Any) -> float | None:
+    """Return by what a block multiplies its experts' output of ones; None if by no one number."""
+    first = output.flatten()[0] if isinstance(output, Tensor) else 0.0
+    is_number = first and bool((output == first).all())
+    return float(first) if is_number else None
+
+
 def is_loaded(tensor: Tensor, block: nn.Module, router: nn.Module | None = None) -> bool:
     """Return whether a tensor that a router reads is one that the weights of a checkpoint fill.
 

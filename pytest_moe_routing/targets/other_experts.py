@@ -8,6 +8,7 @@ from typing import Any, Required, TypedDict
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.given import read_given, refusal
 from pytest_moe_routing.oracle.modular import misapplied
@@ -22,6 +23,9 @@ class OtherCallAnswer(TypedDict, total=False):
         by: What calls the experts.
         raised: The exception that ended the call, where no kernel was called.
         capability: That of the GPU, where FlashInfer does not run the kernel, which is not called.
+        router_factor: The scaling factor that the weights have, where no marked tokens show it.
+        scale_after: The factor by which the layer multiplies the kernel's output; None if the
+            layer's output is something else.
     """
 
     experts: Required[str]
@@ -43,6 +47,8 @@ class OtherCallAnswer(TypedDict, total=False):
     same: bool
     raised: dict[str, str]
     capability: str
+    router_factor: float
+    scale_after: float | None
 
 
 class OtherCallsAnswer(TypedDict):
@@ -79,5 +85,8 @@ def _findings(
         ranks += ", tokens gathered"
     found = list(read_given(model, record, flashinfer))
     found += misapplied(model, record, explained=bool(found))
+    if "router_factor" in record:
+        layer = RecordedLayer(scale_after=record["scale_after"])
+        found += misscaled(model, record["router_factor"], layer)
     for finding in found:
         yield replace(finding, where=f"{record['by']}->{record['function']}{ranks}")

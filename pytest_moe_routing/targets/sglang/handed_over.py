@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypedDict
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.arguments import RecordedLayer, read_routed, rounded_weights
+from pytest_moe_routing.oracle.arguments import (
+    RecordedLayer,
+    misscaled,
+    read_routed,
+    rounded_weights,
+)
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.sglang.model_configs import configs
@@ -19,6 +25,8 @@ class HandedOver(TypedDict, total=False):
     Attributes:
         unprepared: Arguments whose values are not SGLang's own.
         shared: Shared experts among the routed ones.
+        router_factor: The scaling factor that the weights have.
+        scale_after: See `RecordedLayer`.
     """
 
     function: str
@@ -26,6 +34,8 @@ class HandedOver(TypedDict, total=False):
     input_scale: dict[str, Any]
     unprepared: list[str]
     shared: int
+    router_factor: float
+    scale_after: float | None
     refused: str
     failed: str
     raised_in: str
@@ -37,7 +47,7 @@ def raised(answer: Mapping[str, Any], where: str = "") -> Finding:
     return Finding(Kind.RAISED, "forward", None, told, where, raised_in=answer["raised_in"])
 
 
-def layer_of(shared: int, scale_after: float = 1.0) -> RecordedLayer:
+def layer_of(shared: int, scale_after: float | None = 1.0) -> RecordedLayer:
     """Return where a layer was run; see `probe.main.Blocks.capture`.
 
     Args:
@@ -56,6 +66,13 @@ def findings_of(
     """Return what is wrong with a call."""
     if "failed" in answer:
         return (raised(answer, "forward"),)
-    findings = read_routed(model, scheme, answer, layer_of(answer["shared"]), flashinfer)
+    layer = layer_of(answer["shared"], answer["scale_after"])
+    findings = read_routed(model, scheme, answer, layer, flashinfer)
     known = (finding for finding in findings if finding.field not in answer["unprepared"])
-    return (*known, *rounded_weights(scheme, answer, flashinfer))
+    scaled = misscaled(model, answer["router_factor"], layer)
+    where = answer["function"]
+    return (
+        *known,
+        *(replace(finding, where=where) for finding in scaled),
+        *rounded_weights(scheme, answer, flashinfer),
+    )

@@ -6,6 +6,7 @@ SGLang's router is replaced by one that gives recognizable ids and weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,14 +31,31 @@ class Ran(Protocol):
     experts: dict[str, Tensor | None]
 
 
-def router(names: Names, chosen: list[tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class Chosen:
+    """What the stand-in for SGLang's router gave.
+
+    Attributes:
+        ids: int32, [tokens, top_k].
+        weights: float32, [tokens, top_k], not multiplied by any factor.
+        factor: The factor by which SGLang's own router would have multiplied the weights.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    factor: float
+
+
+def router(names: Names, chosen: list[Chosen]) -> Callable[..., Any]:
     """Return a router that gives recognizable ids and weights, and appends them to `chosen`."""
 
     def route(*, router_logits: Tensor, topk_config: Any, **_: Any) -> Any:
         tokens, experts = router_logits.shape
         places = torch.arange(tokens * topk_config.top_k).reshape(tokens, -1)
         ids, weights = (places % experts).int(), (places / 7 + 1 / 3).float()
-        chosen.append((ids, weights))
+        is_scaled = topk_config.apply_routed_scaling_factor_on_output
+        factor = topk_config.routed_scaling_factor if is_scaled else None
+        chosen.append(Chosen(ids, weights, 1.0 if factor is None else factor))
         return names.get("router-output")(weights, ids, router_logits)
 
     return route
@@ -57,7 +75,7 @@ def handed_over(
         Unsupported: More than one kernel is called, or the block's run cannot be judged.
     """
     # A block is run twice if that decides where its shared experts are; the last run counts.
-    chosen: list[tuple[Tensor, Tensor]] = []
+    chosen: list[Chosen] = []
     with requesting(router=router(names, chosen)):
         answer = run()
     if answer["failed"]:
@@ -66,19 +84,23 @@ def handed_over(
         return {"refused": answer["refused"] or "the kernel routes"}
     if len(ran.calls) != 1:
         raise Unsupported(f"the block calls {len(ran.calls)} kernels, not one")
-    ((function, arguments),), (ids, weights) = ran.calls, chosen[-1]
-    named: dict[str, Tensor | None] = {"ids": ids, **ran.experts}
-    given = arguments.get("topk_ids")
-    for each in (weights, weights * scale):
-        parts = {"weights": each, "packed": packed(ids, each)}
+    ((function, arguments),), choice = ran.calls, chosen[-1]
+    named: dict[str, Tensor | None] = {"ids": choice.ids, **ran.experts}
+    given, scaled = arguments.get("topk_ids"), 1.0
+    for factor in (scale, 1.0):
+        each = choice.weights * factor
+        parts = {"weights": each, "packed": packed(choice.ids, each)}
         if any(part.get("is") in parts for part in _parts(plain(given, parts))):
             named |= parts
+            scaled = factor
     return {
         "function": function,
         **input_scale(),
         "arguments": {name: plain(value, named) for name, value in arguments.items()},
         "unprepared": answer["unprepared"],
         "shared": answer["shared"],
+        "router_factor": choice.factor * scaled,
+        "scale_after": answer["scale_after"],
     }
 
 

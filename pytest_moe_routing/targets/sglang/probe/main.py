@@ -280,9 +280,10 @@ class Blocks:
         ((function, arguments),) = self.calls
         if "routing_logits" not in arguments:
             refused = f"{function} is given experts and weights"
-            return {"refused": refused, "by_choice": True, "unprepared": seen.unprepared}
-        first = output.flatten()[0] if isinstance(output, Tensor) else 0.0
-        if not first or not bool((output == first).all()):
+            after = {"unprepared": seen.unprepared, "scale_after": layers.factor_of(output)}
+            return {"refused": refused, "by_choice": True, **after}
+        scale_after = layers.factor_of(output)
+        if scale_after is None:
             raise Unsupported("the kernel's output cannot be traced through the block")
         if len(seen.logits) != 1 or not isinstance(arguments["routing_logits"], Tensor):
             raise Unsupported("the logits that reach the kernel cannot be traced to the router")
@@ -293,7 +294,7 @@ class Blocks:
             **input_scale(),
             "arguments": {name: plain(value, named) for name, value in arguments.items()},
             "logits_dtype": str(seen.logits[0].dtype).removeprefix("torch."),
-            "scale_after": float(first),
+            "scale_after": scale_after,
             "unprepared": seen.unprepared,
             "bias_is_loaded": bias is None or layers.is_loaded(bias, seen.block, seen.topks[0]),
         }

@@ -18,7 +18,7 @@ from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.recorder import plain, roles_of
 from pytest_moe_routing.targets.sglang.probe.default_runner import FIELD, Checkpoint
-from pytest_moe_routing.targets.sglang.probe.handed_over import router
+from pytest_moe_routing.targets.sglang.probe.handed_over import Chosen, router
 from pytest_moe_routing.targets.sglang.probe.ranks import EP_SIZE
 from pytest_moe_routing.targets.sglang.probe.requests import requesting
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
@@ -86,7 +86,7 @@ def other_experts(
     blocks.method_numbers()
     if blocks.rejection(server, {FIELD: runner}):
         return {"calls": []}
-    chosen: list[tuple[Tensor, Tensor]] = []
+    chosen: list[Chosen] = []
     layers: list[Any] = []
     with requesting(router=router(blocks.names, chosen), prepared=partial(_keep, layers)):
         answer = blocks.capture(**question)
@@ -106,19 +106,26 @@ def other_experts(
         return {"calls": [{**about, "raised": raised}]}
     if not answer["by_choice"] or len(blocks.calls) != 1:
         raise Unsupported(answer["refused"] or f"the block calls {len(blocks.calls)} kernels")
-    ((function, arguments),), ((ids, weights),) = blocks.calls, chosen
+    ((function, arguments),), (choice,) = blocks.calls, chosen
     entry = given_experts(function)
     if entry is None:
         raise Unsupported(f"not judged: the arguments of {function} are not known")
-    named: dict[str, Tensor | None] = {"ids": ids, "weights": weights}
+    named: dict[str, Tensor | None] = {"ids": choice.ids, "weights": choice.weights}
     if not isinstance(plain(arguments[entry.weights], named), dict):
         raise Unsupported(f"not judged: {entry.weights} is no tensor")
+    scaled = 1.0
     if plain(arguments[entry.weights], named).get("is") is None:
-        named["weights"] = weights * scale
+        named["weights"] = choice.weights * scale
+        scaled = scale if plain(arguments[entry.weights], named).get("is") else 1.0
     sources = ((role, getattr(layers[-1], name, None)) for name, role in _ROLES.items())
     known = {role: tensor for role, tensor in sources if isinstance(tensor, Tensor)}
     described = {name: plain(value, named) for name, value in arguments.items()}
-    call = {"function": function, "arguments": described, "roles": roles_of(arguments, known)}
+    call: dict[str, Any] = {
+        "function": function,
+        "arguments": described,
+        "roles": roles_of(arguments, known),
+    }
+    call |= {"router_factor": choice.factor * scaled, "scale_after": answer["scale_after"]}
     unprepared = [name for name in answer["unprepared"] if name in entry.parameters]
     return {"calls": [{**about, **call, "unprepared": unprepared}]}
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
-from pytest_moe_routing.targets.sglang.probe import ranks
+from pytest_moe_routing.targets.sglang.probe import ranks, weights
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
+from pytest_moe_routing.targets.sglang.probe.requests import requesting
 
 RAISING = """
 def refuse(value):
@@ -106,3 +108,51 @@ def test_code_that_fails_to_decide_about_shared_experts_decides_nothing():
     told = "whether shared experts are among the routed ones: .*ValueError: no quant_method"
     with pytest.raises(Unsupported, match=told):
         ranks._decide(names, None, {"text_config": {}}, None)
+
+
+def prepare(scheme, run):
+    """Prepare a layer whose quantization method runs this."""
+    method = SimpleNamespace(process_weights_after_loading=run)
+    config = scheme and SimpleNamespace(get_name=lambda: scheme)
+    small = torch.zeros(2, 64, 64)
+    layer = SimpleNamespace(quant_method=method, quant_config=config)
+    layer.dispatcher = SimpleNamespace(is_told=False)
+    layer._parameters = {"w13_weight": small, "w2_weight": small}
+    names = SimpleNamespace(has=lambda _: False)
+    with requesting(prepared=lambda _: None):
+        return weights._prepare(names, layer)
+
+
+def subtract_from_a_stand_in(_layer):
+    return stubs.Stub("swizzled") - 1
+
+
+def fail_in_torch(_layer):
+    torch.zeros(2).reshape(3)
+
+
+def fail_itself(_layer):
+    raise RuntimeError("no such layout")
+
+
+def miss_a_key(_layer):
+    return {}["w1"]
+
+
+@pytest.mark.parametrize("run", [subtract_from_a_stand_in, fail_in_torch])
+def test_a_preparation_that_needs_a_gpu_leaves_the_activation_open(run):
+    assert "gemm1_clamp_limit" in prepare("modelopt_fp8", run)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "run", "error"),
+    [
+        ("modelopt_fp8", fail_itself, RuntimeError),
+        ("modelopt_fp8", miss_a_key, KeyError),
+        (None, miss_a_key, KeyError),
+        (None, fail_in_torch, RuntimeError),
+    ],
+)
+def test_a_preparation_that_fails_otherwise_is_an_error(scheme, run, error):
+    with pytest.raises(error):
+        prepare(scheme, run)

@@ -47,6 +47,17 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str, str]:
     return "unknown", f"it does not build and run on a CPU: {text} ({where})", code
 
 
+def is_of_stand_ins(error: Exception) -> bool:
+    """Return whether an exception comes of what is not here: a GPU, its libraries, whole weights.
+
+    Such an operator of torch raises a `RuntimeError` where no code of SGLang raises it. Everything
+    else is SGLang's own doing.
+    """
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    of_torch = isinstance(error, RuntimeError) and not (last.line or "").startswith("raise ")
+    return of_torch or "Stub" in str(error) or _saw_a_stub(error)
+
+
 def _within(file: str) -> str:
     """Return the path of a file within SGLang's code; "" for any other file."""
     return file.replace("\\", "/").partition("/sglang/srt/")[2]

@@ -94,11 +94,13 @@ def test_the_failure_names_who_asks():
 
 def test_a_request_that_fails_in_the_forward_pass_is_loud():
     raised = "NotImplementedError: placed experts (layers/moe/topk.py:418)"
-    failed = Response(Answer.FAILED, raised, ("--enable-eplb",))
+    failed = Response(
+        Answer.FAILED, raised, ("--enable-eplb",), "", "NotImplementedError-in-topk.py-forward"
+    )
     failure = of_ignored(TARGET, "nvfp4", Ignored(Request.BALANCING, failed, ("deepseek-r1",)))
     assert (failure.rank, failure.cause) == (
         Rank.LOUD,
-        "fails:expert-placement-by-load-(EPLB)",
+        "fails:expert-placement-by-load-(EPLB):NotImplementedError-in-topk.py-forward",
     )
     assert failure.lines == (
         f"{TARGET}, experts for nvfp4: expert placement by load (EPLB) fails in the forward pass",

@@ -142,7 +142,7 @@ def test_only_what_raises_before_a_forward_pass_is_a_rejection():
 
     runs = {
         "num_token_non_padded": {"refused": "an assertion of the layer"},
-        "placement": {"failed": "raises in topk.py"},
+        "placement": {"failed": "raises in topk.py", "raised_in": "ValueError-in-topk.py-run"},
     }
     assert answers_of(runs, replay=True, rejects=rejects) == {
         Request.PADDING: ("rejected", "an assertion of the layer"),
@@ -155,7 +155,7 @@ def test_only_what_raises_before_a_forward_pass_is_a_rejection():
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        ({"failed": "an assertion"}, ("failed", "an assertion")),
+        ({"failed": "an assertion", "raised_in": "AssertionError"}, ("failed", "an assertion")),
         ({"refused": "given experts", "by_choice": True}, ("rejected", "given experts")),
         ({}, ("honored", "the kernel routes")),
     ],

@@ -45,3 +45,11 @@ def test_a_crash_with_one_number_is_a_crash():
     found = with_tokens(Captured(CALL), {1: Captured(None, (CRASH,)), 1025: Captured(CALL)})
     assert found.call is None
     assert found.findings[0].kind is Kind.RAISED
+
+
+def test_a_number_of_tokens_that_the_kernel_does_not_route_leaves_the_call_unknown():
+    refused = {1: "SGLang's own top-k routes"}
+    found = with_tokens(Captured(CALL), {1025: Captured(CALL)}, refused)
+    assert (found.call, found.findings) == (CALL, ())
+    assert found.unknown == "with 1 token: SGLang's own top-k routes"
+    assert with_tokens(Captured(CALL), {1025: Captured(CALL)}).unknown == ""

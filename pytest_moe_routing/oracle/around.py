@@ -50,12 +50,14 @@ class Response:
         why: The code that decides, or what the kernel receives.
         switches: What a user has to switch on to make the request.
         source: File and line of that code, if they are known.
+        raised_in: Of a forward pass that raises, see `Finding.raised_in`.
     """
 
     answer: Answer
     why: str
     switches: tuple[str, ...] = ()
     source: str = ""
+    raised_in: str = ""
 
 
 def read(answers: Mapping[str, Mapping[str, Any]]) -> dict[Request, Response]:
@@ -66,6 +68,7 @@ def read(answers: Mapping[str, Mapping[str, Any]]) -> dict[Request, Response]:
             given["why"],
             tuple(given["switches"]),
             given.get("source", ""),
+            given.get("raised_in", ""),
         )
         for name, given in answers.items()
     }

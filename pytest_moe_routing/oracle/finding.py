@@ -129,6 +129,11 @@ def distinct(findings: Iterable[Finding]) -> Iterator[Finding]:
             yield finding
 
 
+def number_of_tokens(tokens: int) -> str:
+    """Return which call is meant, of those that differ in their number of tokens."""
+    return f"with {tokens} token{'s' * (tokens > 1)}"
+
+
 def only_with(
     tokens: int, findings: Iterable[Finding], others: Iterable[Finding]
 ) -> Iterator[Finding]:
@@ -137,7 +142,7 @@ def only_with(
     Those are about calls with another number of tokens, so the number is part of what is wrong.
     """
     known = {replace(finding, where="") for finding in others}
-    count = f"with {tokens} token{'s' * (tokens > 1)}"
+    count = number_of_tokens(tokens)
     for finding in findings:
         if replace(finding, where="") not in known:
             got = "none" if finding.got is None else finding.got

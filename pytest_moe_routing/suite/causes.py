@@ -256,7 +256,7 @@ def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
         f"  models   {', '.join(ignored.models)}",
     )
     if is_loud:
-        return Failure(_id("fails", request), Rank.LOUD, scheme, lines)
+        return Failure(_id("fails", request, response.raised_in), Rank.LOUD, scheme, lines)
     rank = Rank.SILENT
     if request is Request.PADDING:
         # What such rows compute is dropped: they cost time.

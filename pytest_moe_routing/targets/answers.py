@@ -27,6 +27,7 @@ class RequestAnswer(_Response, total=False):
     """What becomes of a request around routing; see `oracle.around`."""
 
     source: str
+    raised_in: str
 
 
 class RuleAnswer(TypedDict):

@@ -9,7 +9,13 @@ from typing import Any
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.arguments import differing, read
-from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind, only_with
+from pytest_moe_routing.oracle.finding import (
+    NOT_LOADED,
+    Finding,
+    Kind,
+    number_of_tokens,
+    only_with,
+)
 from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.targets.sglang.handed_over import layer_of, raised
 
@@ -51,13 +57,17 @@ def captured_of(
     return Captured(captured.call, tuple(findings), answer["function"], unknown, source)
 
 
-def with_tokens(captured: Captured, others: Mapping[int, Captured]) -> Captured:
+def with_tokens(
+    captured: Captured, others: Mapping[int, Captured], refused: Mapping[int, str] | None = None
+) -> Captured:
     """Return a call with what is wrong only with other numbers of tokens.
 
     Args:
         others: The calls with these numbers.
+        refused: Why the kernel does not route that many, which leaves a call unknown.
     """
-    call, findings = captured.call, captured.findings
+    call, findings, unknown = captured.call, captured.findings, [captured.unknown]
+    unknown += [f"{number_of_tokens(n)}: {why}" for n, why in (refused or {}).items()]
     for tokens, other in others.items():
         more = [*other.findings]
         if call is not None and other.call is not None:
@@ -65,4 +75,4 @@ def with_tokens(captured: Captured, others: Mapping[int, Captured]) -> Captured:
         findings += tuple(only_with(tokens, more, captured.findings))
     if any(other.call is None for other in others.values()):
         call = None
-    return replace(captured, call=call, findings=findings)
+    return replace(captured, call=call, findings=findings, unknown="; ".join(filter(None, unknown)))

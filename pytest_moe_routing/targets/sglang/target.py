@@ -264,9 +264,9 @@ class SglangTarget(FrameworkTarget):
         question = self._question(model, scheme)
         answers = {n: self._remembered("with_tokens", {**question, "tokens": n}) for n in TOKENS}
         about = model, scheme, self.flashinfer, self._numbers
-        # Where SGLang's own router serves so many tokens, other tests judge it.
-        others = {n: captured_of(a, *about) for n, a in answers.items() if not a["refused"]}
-        return with_tokens(captured_of(self._run(model, scheme), *about), others)
+        refused = {n: a["refused"] for n, a in answers.items() if a["refused"]}
+        others = {n: captured_of(a, *about) for n, a in answers.items() if n not in refused}
+        return with_tokens(captured_of(self._run(model, scheme), *about), others, refused)
 
     def modular_gates(self, model: ModelSpec, scheme: str, method: str) -> tuple[Gate, ...]:
         """Return whether a kernel is given experts and weights by default.

@@ -120,7 +120,7 @@ def _verdict(answer: Mapping[str, Any], handed_on: str) -> dict[str, str] | None
         handed_on: The argument in which SGLang's own router gets the request, if there is one.
     """
     if answer["failed"]:
-        return {"answer": "failed", "why": answer["failed"]}
+        return {"answer": "failed", "why": answer["failed"], "raised_in": answer["raised_in"]}
     if not answer["refused"]:
         return None
     if answer["by_choice"] and handed_on and handed_on not in answer["told"]:

@@ -145,4 +145,4 @@ def _captured(experts: Any, caller: Any, make: Callable[[], Layer]) -> dict[str,
 def _failed(record: Mapping[str, Any]) -> dict[str, str]:
     raised = record["raised"]
     why = f"{raised['where']}: {raised['type']}: {raised['message']}"
-    return {"answer": "failed", "why": why}
+    return {"answer": "failed", "why": why, "raised_in": raised["code"]}

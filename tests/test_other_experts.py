@@ -47,7 +47,7 @@ def recorded(model=R1, **changes):
     record = {"function": "cutlass_fused_moe", "stored": "bf16", "shards": 2, "roles": {}}
     record |= {"has_biases": False, "arguments": arguments}
     for name, value in changes.items():
-        (record if name in record or name == "unprepared" else arguments)[name] = value
+        (record if name in (*record, "unprepared", "scales") else arguments)[name] = value
     return record
 
 
@@ -62,6 +62,8 @@ def test_every_argument_is_one_of_the_entry_point():
     scales = {name for row in entry.scales.values() for name in row}
     flags = {name for row in entry.flags.values() for name in row}
     single = {entry.ids, entry.weights, entry.hidden, entry.scale, entry.tiled, entry.experts}
+    roles = {role for row in entry.scales.values() for wanted in row.values() for role in wanted}
+    assert set(entry.factors) <= roles
     named = single | {entry.rank, entry.activation} | {*entry.numbers, *entry.biases}
     assert named | scales | flags | set(entry.parameters.values()) <= known
 
@@ -116,6 +118,45 @@ def test_a_right_call():
 )
 def test_a_wrong_call(model, changes, found):
     assert sentences(model, **changes) == [found]
+
+
+#: Scales of a checkpoint, and what its NVFP4 kernel is given for its first two experts.
+WHOLE = {"w1_scale": (3.0, 5.0), "a1_scale": (0.5,), "w2_scale": (9.0, 7.0), "a2_scale": (0.25,)}
+NVFP4 = {
+    "fc1 quantization": tensor("float32", all=2.0),
+    "fc1 weights": tensor("int32", 128, 4, 4),
+    "fc1 dequantization": tensor("float32", 128, each=[1.5, 2.5]),
+    "fc2 quantization": tensor("float32", all=4.0),
+    "fc2 weights": tensor("int32", 128, 4, 4),
+    "fc2 dequantization": tensor("float32", 128, each=[2.25, 1.75]),
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({}, []),
+        ({"fc2 quantization": tensor("float32", 128, all=4.0)}, []),
+        (
+            {"fc2 quantization": tensor("float32", all=0.25)},
+            ["a2_scale, the layer has 1 / a2_scale as fc2 quantization"],
+        ),
+        (
+            {"fc1 dequantization": tensor("float32", 128, each=[0.75, 1.25])},
+            ["w1_scale * a2_scale, the layer has w1_scale * a1_scale as fc1 dequantization"],
+        ),
+        (
+            {"fc2 dequantization": tensor("float32", 128)},
+            ["other values, the layer has w2_scale * a2_scale as fc2 dequantization"],
+        ),
+    ],
+)
+def test_scales_that_are_computed_for_a_call(changed, found):
+    """They are no tensors of the layer, so their values tell what they are."""
+    roles = {"quant_scales": [None] * len(NVFP4)}
+    values = [*{**NVFP4, **changed}.values()]
+    about = {"stored": "nvfp4", "scales": WHOLE, "roles": roles, "quant_scales": values}
+    assert sentences(**about) == [f"quant_scales arrives as {text}" for text in found]
 
 
 def test_an_entry_point_whose_arguments_are_not_known():

@@ -10,6 +10,7 @@ from typing import Any
 from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
+from pytest_moe_routing.flashinfer.scales import Formula
 
 #: What scales there are for a scheme, by argument: one, or those of a list in its order.
 Scales = Mapping[str, str | Sequence[str]]
@@ -26,6 +27,7 @@ class GivenExperts:
         parameters: Names of arguments, by those of TRT-LLM's entry points.
         biases: What each argument with biases has.
         scales: By scheme; a scheme without an entry is none of the kernel's.
+        factors: What scales of whole tensors are, by what they are to the kernel.
         flags: By scheme, the arguments that must be true.
         devices: By scheme, the first and the last compute capability that the kernel runs on.
     """
@@ -45,6 +47,7 @@ class GivenExperts:
     parameters: Mapping[str, str]
     biases: Mapping[str, str]
     scales: Mapping[str, Scales]
+    factors: Mapping[str, Formula]
     flags: Mapping[str, Sequence[str]]
     devices: Mapping[str, Sequence[str]]
 
@@ -60,7 +63,8 @@ def _read(function: str, row: Mapping[str, Any]) -> GivenExperts:
     ((weights, weight_dtypes),) = row["weights"].items()
     chosen = {"ids": ids, "weights": weights}
     dtypes = {"id_dtypes": id_dtypes, "weight_dtypes": weight_dtypes}
-    return GivenExperts(function=function, **{**row, **chosen, **dtypes})
+    factors = {"factors": {role: Formula.of(text) for role, text in row["factors"].items()}}
+    return GivenExperts(function=function, **{**row, **chosen, **dtypes, **factors})
 
 
 def given_experts(function: str) -> GivenExperts | None:

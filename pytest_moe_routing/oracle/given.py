@@ -16,6 +16,7 @@ from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.oracle.calls import ACTIVATIONS, PARAMETERS
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.scales import Scales, wrong_factor
 
 
 def read_given(
@@ -27,7 +28,8 @@ def read_given(
         record: A call with its `function` and `arguments`, the number of `shards` of which the
             layer is the last, what it is `stored` as (see `given.yaml`), the `roles` of tensors
             by argument, whether the layer `has_biases`, and what of the activation is
-            `unprepared`, if anything: its values are not the target's own.
+            `unprepared`, if anything: its values are not the target's own; and the `scales` of
+            whole tensors that its experts have, if any are known, as in `RecordedLayer`.
 
     Raises:
         Unsupported: The meaning of the entry point's arguments is not known.
@@ -132,11 +134,12 @@ def _wrong_activation(
 
 
 def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Finding]:
-    """Yield scales in the place of others, and biases that are not the layer's.
+    """Yield scales in the place of others or of another value, and biases that are not the layer's.
 
-    A scale that is not a tensor of the layer's own is not compared.
+    Scales of blocks are compared only where they are tensors of the layer's own.
     """
     roles: Mapping[str, Sequence[str | None]] = record["roles"]
+    given: Scales = record.get("scales") or {}
     for name, wanted in entry.scales[record["stored"]].items():
         expected = [wanted] if isinstance(wanted, str) else list(wanted)
         got = list(roles.get(name, ()))
@@ -146,6 +149,12 @@ def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Fi
         wrong = [(w, g) for w, g in zip(expected, got, strict=True) if g not in (w, None)]
         if wrong:
             yield Finding(Kind.ARGUMENT, name, *(", ".join(side) for side in zip(*wrong)))  # noqa: B905
+            continue
+        value = record["arguments"].get(name)
+        values = value if isinstance(value, list) else [value]
+        for role, scale in zip(expected, values, strict=False):
+            if role in entry.factors and given:
+                yield from wrong_factor(name, scale, role, entry.factors[role], given)
     for name, wanted in entry.biases.items() if record["has_biases"] else ():
         (bias,) = roles.get(name) or ["none"]
         if bias != wanted:

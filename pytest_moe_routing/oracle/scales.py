@@ -67,6 +67,22 @@ def wrong_input(scheme: str, record: Mapping[str, Any], given: Scales) -> Iterat
         yield Finding(Kind.ARGUMENT, "input_scale", str(formula), _explained(got, given))
 
 
+def wrong_factor(
+    name: str, value: Any, role: str, formula: scales.Formula, given: Scales
+) -> Iterator[Finding]:
+    """Yield that a scale of a call is not what its kernel takes it for.
+
+    Args:
+        name: The argument that holds the scale.
+        value: The scale as a record describes it.
+        role: What the scale is to the kernel.
+    """
+    got = _numbers(value, 1.0)
+    if got is None or not _same(got, formula.values(given)):
+        wanted = f"{formula} as {role}"
+        yield Finding(Kind.ARGUMENT, name, wanted, _explained(got, given))
+
+
 def wrong_parameters(
     experts: ExpertsConfig, kernel: KernelSpec, arguments: Arguments, given: Scales
 ) -> Iterator[Finding]:

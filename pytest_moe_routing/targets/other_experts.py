@@ -12,7 +12,13 @@ from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.given import read_given, refusal
 from pytest_moe_routing.oracle.modular import misapplied
+from pytest_moe_routing.oracle.scales import Scales
 from pytest_moe_routing.oracle.target import OtherCall
+from pytest_moe_routing.targets import scales
+
+#: Schemes whose checkpoints have scales of whole tensors. Those of others are 1.
+_WITH_WHOLE_SCALES = ("fp8_per_tensor", "nvfp4")
+_WITHOUT: Scales = {"w1_scale": (1.0,)}
 
 
 class OtherCallAnswer(TypedDict, total=False):
@@ -83,7 +89,8 @@ def _findings(
     ranks = ", rank 1 of 2" if record["shards"] > 1 else ""
     if record.get("dispatched"):
         ranks += ", tokens gathered"
-    found = list(read_given(model, record, flashinfer))
+    given = scales.GIVEN if record["stored"] in _WITH_WHOLE_SCALES else _WITHOUT
+    found = list(read_given(model, {**record, "scales": given}, flashinfer))
     found += misapplied(model, record, explained=bool(found))
     if "router_factor" in record:
         layer = RecordedLayer(scale_after=record["scale_after"])

@@ -182,7 +182,8 @@ def _tensor(value: Tensor, named: Mapping[str, Tensor | None]) -> dict[str, Any]
     for name, tensor in named.items():
         if tensor is not None and value.shape == tensor.shape and _is_same(value, tensor):
             said["is"] = name
-    if value.ndim == 1 and value.dtype == torch.float32 and value.numel():
+    if value.ndim <= 1 and value.dtype == torch.float32 and value.numel():
+        value = value.flatten()
         first = value[: len(scales.FIRST)]
         if bool((value == first[0]).all()):
             said["all"] = first[0].item()

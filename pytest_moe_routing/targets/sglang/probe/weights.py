@@ -28,6 +28,8 @@ _OF_SCALES = (
     *("w2_input_scale_quant", "w13_input_scale", "w2_input_scale"),
     *_SCALARS,
 )
+#: Those of CUTLASS kernels alone.
+_OF_CUTLASS = ("fc1_dequant", "fc1_input_dequant", "fc2_quant", "fc2_dequant")
 #: Methods whose weights SGLang's own code prepares here from beginning to end.
 _WHOLE = ("method-mxfp4", "method-mxfp4-experts")
 #: Weights, as ModelOpt's and compressed-tensors' checkpoints have them.
@@ -83,7 +85,7 @@ def stand_in_weights(names: Names, layer: Any) -> list[str]:
         return []
     _give(layer)
     unprepared = _prepare(names, layer)
-    for name in (*_ACTIVATION, *_OF_SCALES):
+    for name in (*_ACTIVATION, *_OF_SCALES, *_OF_CUTLASS):
         # A tensor of its own rather than a parameter or a buffer: those are zeroed.
         for registered in (layer._parameters, layer._buffers):
             if (value := registered.pop(name, None)) is not None:

@@ -2,7 +2,8 @@
 
 They are run as `modular` runs TRT-LLM's, and only where a selector of the release takes them: on
 each GPU that they are for, by default or for `--moe-backend`, with expert parallelism and without
-it. Their scales are all 1, each in memory of its own, so that a call shows which is which.
+it. Each of their scales is in memory of its own, so that a call shows which is which, and those of
+whole tensors have the values of `targets.scales`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer.given import refused_on
+from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.recorder import roles_of
 from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks
@@ -219,9 +221,12 @@ def _sources(row: ServedScheme, layer: Layer, stored: str) -> dict[str, Tensor]:
         shape = (local,) if per_tensor else (local, 1, 1)
         found |= {name: torch.ones(shape) for name in _OF_WEIGHTS}
     if activations == "nvfp4" or per_tensor:
+        w1, a1, w2, a2 = (scales.per_expert(name, local) for name in scales.GIVEN)
+        values = {"g1_alphas": w1 * a1, "g2_alphas": w2 * a2}
+        values |= {"a1_gscale": 1 / a1, "a2_gscale": 1 / a2, "a1_scale": a1, "a2_scale": a2}
         shared = _SHARED.get(activations, ())
-        of_each = {name: torch.ones(local) for name in _OF_BOTH if name not in shared}
-        found |= of_each | {name: torch.ones(()) for name in shared}
+        of_each = {name: values[name] for name in _OF_BOTH if name not in shared}
+        found |= of_each | {name: values[name][0].clone() for name in shared}
     if layer.model["experts"]["bias"] and stored.startswith(_WITH_BIASES):
         found |= {name: torch.zeros(local, 1) for name in _BIASES}
     return found

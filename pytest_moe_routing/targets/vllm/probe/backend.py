@@ -122,8 +122,9 @@ class Backend:
                 ) from error
         made_of = blocks.Block(name, "", block)
         answer = blocks.answer_of(made_of, recorders, output, dtypes, RouterConfig(**router))
+        # What makes the whole model decides about the dtypes of its parameters, and is not run.
+        answer["router_weight_dtypes"] = []
         if answer["bias_dtype"] is not None:
-            # What makes the whole model decides about its dtype, and is not run.
             answer["bias_dtype"] = router["correction_bias"] or "float32"
         return answer
 

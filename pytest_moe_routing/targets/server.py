@@ -39,8 +39,6 @@ _FILE_BYTES = 64_000_000
 #: Processes and threads that judged code may add to those of the user.
 _TASKS = 4096
 
-#: New objects after which garbage is looked for.
-_NEW_OBJECTS = 20_000
 
 #: The one channel of this process. It is opened before a framework's module, which calls `serve`,
 #: is imported.
@@ -205,7 +203,7 @@ def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None
     """
     assert _channel is not None
     decode, encode = JSONDecoder().decode, JSONEncoder().encode
-    keep, collect_after = gc.freeze, gc.set_threshold
+    keep = gc.freeze
     while True:
         number, data = _channel.next()
         replies = []
@@ -224,7 +222,6 @@ def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None
         if number == 1:
             # The framework is imported by now. A fifth of the time went into looking at it again.
             keep()
-            collect_after(_NEW_OBJECTS)
 
 
 def _place(error: Exception, package: str) -> str:

@@ -74,8 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         if golden:
             asks = not (hasattr(config, "workerinput") or config.option.collectonly)
-            session.check(ask=asks)
             config.pluginmanager.register(options.LongLived(config))
+            session.check(ask=asks)
         if golden and _is_updating(config):
             _check_update(config)
         if session.ledgers:

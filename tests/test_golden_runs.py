@@ -241,11 +241,12 @@ def test_garbage_collection_is_given_back():
 import gc, sys, pytest
 class Watch:
     def pytest_sessionfinish(self):
-        self.frozen = gc.get_freeze_count()
-watch = Watch()
+        self.frozen, self.threshold = gc.get_freeze_count(), gc.get_threshold()
+watch, before = Watch(), gc.get_threshold()
 arguments = ["--moe-golden", "--moe-models", "minimax-m2", "-k", "test_method_numbers"]
 assert pytest.main([*arguments, "-q", "-p", "no:cacheprovider"], plugins=[watch]) == 0
-sys.exit(not (watch.frozen and not gc.get_freeze_count()))
+assert watch.frozen and not gc.get_freeze_count()
+assert watch.threshold > before == gc.get_threshold()
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

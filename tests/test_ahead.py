@@ -10,7 +10,10 @@ from types import SimpleNamespace
 import pytest
 from processes import wait_until_gone
 
+from pytest_moe_routing.data import packaged_directory
 from pytest_moe_routing.errors import TargetError
+from pytest_moe_routing.models import load_named
+from pytest_moe_routing.oracle.swept_configs import is_far, swept_models
 from pytest_moe_routing.suite.ahead import asking_ahead
 from pytest_moe_routing.suite.selection import SUITE
 from pytest_moe_routing.targets import probe as probes
@@ -69,6 +72,11 @@ def items(**config):
 SESSION = SimpleNamespace(models=["a model"])
 
 
+def item(name, file, **params):
+    config, callspec = SimpleNamespace(), SimpleNamespace(params=params)
+    return SimpleNamespace(originalname=name, path=SUITE / file, config=config, callspec=callspec)
+
+
 def test_a_thread_asks_what_the_tests_will_ask(probe):
     questions = [Questions(probe, "note", [{"word": word}]) for word in ("a", "b")]
     with asking_ahead(target_of(*questions), items(), SESSION):
@@ -77,6 +85,49 @@ def test_a_thread_asks_what_the_tests_will_ask(probe):
             time.sleep(0.01)
         assert probe.ask("note", word="b") == ["a", "b"]
     assert probe.ask("note", word="a") == ["a"]
+
+
+def test_the_first_child_is_asked_what_the_sweep_and_models_need(probe):
+    """Scheme by scheme: routers near a family, routers far from all, and the tests' own models."""
+    model = load_named("deepseek-r1", packaged_directory())
+    near, far = ([n for n in swept_models() if is_far(n) is other] for other in (False, True))
+    told = {tuple(near): "near", tuple(far): "far", (model,): "model"}
+
+    class Mine(FrameworkTarget):
+        name = package = "mine"
+
+        def verdict_questions(self, models, scheme, *, thorough=True):
+            word = f"{scheme} {told[tuple(models)]} {thorough}"
+            yield Questions(probe, "note", [{"word": word}])
+            # Each after the answers to those before it.
+            assert probe._replies
+
+        def modular_questions(self, models, scheme):
+            yield Questions(probe, "note", [{"word": f"{scheme} {told[tuple(models)]} modular"}])
+
+    verdicts = "test_verdicts.py"
+    tests = [
+        item("test_config_sweep", "test_config_sweep.py", moe_scheme="bf16"),
+        item("test_verdict", verdicts, moe_model=model, moe_scheme="nvfp4"),
+        item("test_verdict", verdicts, moe_model=model, moe_scheme="bf16"),
+        item("test_modular_call", verdicts, moe_model=model, moe_scheme="nvfp4"),
+    ]
+    with asking_ahead(Mine.__new__(Mine), tests, SESSION):
+        for thread in threading.enumerate():
+            if thread.name == "moe-routing-ahead":
+                thread.join()
+    *_, last = (value for _, value in probe._replies.values())
+    assert last == [
+        *("bf16 near True", "bf16 far False", "bf16 model True"),
+        *("nvfp4 model True", "nvfp4 model modular"),
+    ]
+
+
+def test_many_questions_are_asked_a_few_at_a_time(probe):
+    """So another thread has its turn soon."""
+    assert probe.ask_ahead("note", [{"word": n} for n in range(120)])
+    assert probe._number == 3
+    assert probe.ask("note", word=119) == [*range(120)]
 
 
 def test_processes_of_a_parallel_run_ask_nothing_ahead(probe):

@@ -81,8 +81,9 @@ def _of_first(target: FrameworkTarget, items: Sequence[pytest.Item]) -> Iterator
 
     swept, verdicts = _cases(items, _SWEEP), _cases(items, _VERDICT)
     for scheme in dict.fromkeys((*swept, *verdicts)):
-        for models, thorough in by_distance(swept_models() if scheme in swept else ()):
-            yield from target.verdict_questions(models, scheme, thorough=thorough)
+        if scheme in swept:
+            for models, thorough in by_distance(swept_models()):
+                yield from target.verdict_questions(models, scheme, thorough=thorough)
         yield from target.verdict_questions(_read(target, verdicts.get(scheme, ())), scheme)
     for scheme, about in _cases(items, _MODULAR).items():
         yield from target.modular_questions(about, scheme)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -19,7 +18,6 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.arguments import (
-    RecordedLayer,
     differing,
     misscaled,
     read,
@@ -33,7 +31,6 @@ from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
-from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.hf_configs import without_transformers
@@ -46,12 +43,11 @@ from pytest_moe_routing.targets.vllm import questions
 from pytest_moe_routing.targets.vllm.answers import ANSWERS as ANSWERS_OF_PROBE
 from pytest_moe_routing.targets.vllm.model_code import ModelCode
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.recorded import at_site, layer_of, raised, site_of
 from pytest_moe_routing.targets.vllm.registry import registered
 
 #: Arguments that a downcast on the way changes.
 _DTYPES = ("logits_dtype", "bias_dtype")
-#: With them, each rank has tokens of its own, which are gathered for the experts.
-_GATHERED = "--enable-expert-parallel --data-parallel-size 2"
 
 
 @cache
@@ -182,14 +178,14 @@ class VllmTarget(FrameworkTarget):
         findings: list[Finding] = []
         for record in answer["calls"]:
             if "raised" in record:
-                wrong: tuple[Finding, ...] = (_raised(record),)
+                wrong: tuple[Finding, ...] = (raised(record),)
             else:
-                layer = _layer(answer, record)
+                layer = layer_of(answer, record)
                 wrong = read_routed(model, scheme, record, layer, self.flashinfer)
                 wrong = (*wrong, *misapplied(model, record, explained=bool(wrong)))
                 if "reduced" in record:
                     wrong = (*wrong, *misscaled(model, answer["router_factor"], layer))
-            findings += [_at(finding, record) for finding in wrong]
+            findings += [at_site(finding, record) for finding in wrong]
         return tuple(distinct(findings))
 
     def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
@@ -312,13 +308,13 @@ class VllmTarget(FrameworkTarget):
         findings = list(self._enum_mismatch(method))
         for record, captured in calls:
             start = len(findings)
-            findings += [_at(finding, record) for finding in captured.findings]
+            findings += [at_site(finding, record) for finding in captured.findings]
             if captured.call is None:
                 first = None
             elif first is not None and captured.call != first:
                 takes = not self.flashinfer.violations(captured.call)
                 findings += [
-                    _at(finding, record)
+                    at_site(finding, record)
                     for finding in differing(first, captured.call)
                     # A way that is only less precise than the other has its downcast reported.
                     if not (takes and finding.field in _DTYPES)
@@ -326,7 +322,7 @@ class VllmTarget(FrameworkTarget):
             if "tokens" in record:
                 findings[start:] = only_with(record["tokens"], findings[start:], findings[:start])
         made, found = answer["calls"][0], tuple(distinct(findings))
-        return Captured(first, found, _site(made), source=made.get("at", ""))
+        return Captured(first, found, site_of(made), source=made.get("at", ""))
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:
         """Return what the routers of vLLM's factory compute on CUDA and on its CPU platform."""
@@ -359,42 +355,5 @@ class VllmTarget(FrameworkTarget):
         self, model: ModelSpec, scheme: str, answer: Mapping[str, Any], record: Mapping[str, Any]
     ) -> Captured:
         if "raised" in record:
-            return Captured(None, (_raised(record),))
-        return read(model, scheme, record, _layer(answer, record), self.flashinfer)
-
-
-def _layer(answer: Mapping[str, Any], record: Mapping[str, Any]) -> RecordedLayer:
-    return RecordedLayer(
-        rank=record["shards"] - 1,
-        shards=record["shards"],
-        intermediate_size=answer["intermediate_size"],
-        scale_after=record.get("scale_after"),
-        shared=record.get("shared"),
-        reduced=tuple(record.get("reduced", ())),
-        are_summed=record.get("are_summed", 0),
-        scales=scales.GIVEN,
-        told_otherwise=tuple((n, *both) for n, both in record.get("told_otherwise", {}).items()),
-        misread=tuple(record.get("misread", ())),
-    )
-
-
-def _raised(record: Mapping[str, Any]) -> Finding:
-    said = record["raised"]
-    where, code = said["where"], said["code"]
-    return Finding(Kind.RAISED, said["type"], None, said["message"], where, "", code)
-
-
-def _site(record: Mapping[str, Any]) -> str:
-    """Name the layer's method and the entry point that it calls, if it gets there."""
-    return "->".join(filter(None, (record["by"], record.get("function", ""))))
-
-
-def _at(finding: Finding, record: Mapping[str, Any]) -> Finding:
-    """Return a finding with the path on which the call was made."""
-    dispatched = record["dispatched"]
-    switches = _GATHERED if dispatched else ""
-    if finding.kind is Kind.RAISED:
-        return replace(finding, switches=switches)
-    rank = ", rank 1 of 2" if record["shards"] > 1 else ""
-    gathered = ", tokens gathered" if dispatched else ""
-    return replace(finding, where=f"{_site(record)}{rank}{gathered}", switches=switches)
+            return Captured(None, (raised(record),))
+        return read(model, scheme, record, layer_of(answer, record), self.flashinfer)

@@ -66,18 +66,19 @@ def wrong_layouts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> L
             unanswered[str(found)] += len(members)
             continue
         answered += len(members)
-        if found.findings:
+        others = [model for model in members if model is not first]
+        for at in found:
             # Entry points that a method hands the same weights show one mistake.
-            key = found.method, tuple(replace(each, where="") for each in found.findings)
-            others = [model for model in members if model is not first]
-            wrong.setdefault(key, (found, []))[1].extend([first, *others])
-    mistakes = (WrongLayout(at, tuple(given)) for at, given in wrong.values())
+            key = at.method, tuple(replace(each, where="") for each in at.findings)
+            if at.findings:
+                wrong.setdefault(key, (at, []))[1].extend([first, *others])
+    mistakes = (WrongLayout(at, tuple(dict.fromkeys(given))) for at, given in wrong.values())
     return LayoutsFound(tuple(mistakes), answered, unanswered)
 
 
 def _ask(
     target: Target, scheme: str, models: Iterable[ModelSpec]
-) -> tuple[ModelSpec, LaidOut | Unsupported]:
+) -> tuple[ModelSpec, tuple[LaidOut, ...] | Unsupported]:
     """Ask about the model with the fewest experts, or another that routes by another method."""
     asked: dict[str, tuple[ModelSpec, Unsupported]] = {}
     for model in sorted(models, key=lambda model: model.router.num_experts):

@@ -40,6 +40,13 @@ def wrong_scales(
             yield from _tensor(name, arguments, name.replace("_", " "))
         elif (value := arguments.get(name)) is not None and value.get("all") != 0:
             yield Finding(Kind.ARGUMENT, name, "none", "a tensor")
+    yield from wrong_factors(experts, kernel, arguments, given)
+
+
+def wrong_factors(
+    experts: ExpertsConfig, kernel: KernelSpec, arguments: Arguments, given: Scales
+) -> Iterator[Finding]:
+    """Yield factors of each expert that are not what the entry point takes them for."""
     if not scales.is_documented(experts.activation, kernel):
         return
     given = given if kernel.scalars else {}

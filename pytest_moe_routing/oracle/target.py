@@ -231,8 +231,11 @@ class Target:
         """
         raise Unsupported(f"{self.name} does not prepare weights")
 
-    def laid_out(self, model: ModelSpec, scheme: str) -> LaidOut:
-        """Return how weights and scales lie in the call of the scheme's kernel."""
+    def laid_out(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
+        """Return how weights and scales lie in the calls of the scheme's kernel.
+
+        There is one for each way in which the target prepares them and calls the kernel.
+        """
         raise Unsupported(f"{self.name} does not prepare weights")
 
     def formats(self, scheme: str) -> Mapping[str, Target]:

@@ -18,7 +18,14 @@ class WrongOrder(TypedDict):
     told: dict[str, int]
 
 
-class LaidOutAnswer(TypedDict):
+class _Factors(TypedDict, total=False):
+    """Where whole tensors have scales: what comes of them, and what a quantizer is given."""
+
+    factors: dict[str, Any]
+    input_scale: dict[str, Any]
+
+
+class LaidOutAnswer(_Factors):
     """The entry point, the code that prepares its weights, and what lies wrongly."""
 
     function: str

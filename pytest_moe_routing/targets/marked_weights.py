@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from typing import Any
 from zlib import crc32
@@ -35,6 +36,8 @@ _SIGNS = 0x88
 LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
 #: Tiles of rows that may be shuffled.
 _TILES = (0, 64, 128)
+#: What a kernel is given of a matrix, block scales after its weights.
+_KINDS = ("weights", "scale", "bias")
 
 
 @dataclass(frozen=True)
@@ -81,36 +84,45 @@ class MarkedCheckpoint:
 
         Scales are powers of two, which all formats of scales have; weights are small integers.
         """
-        random = torch.Generator().manual_seed(crc32(f"{name} {part}".encode()))
         shape = (min(experts, _DIFFERENT), *like.shape)
-        if like.dtype in (torch.uint8, torch.int8, torch.int32):
-            # Exponents of scales stay in the range of every format.
-            low, high = _EXPONENTS if "scale" in name else (0, 128)
-            made = torch.randint(low, high, shape, generator=random)
-        else:
-            exponents = torch.randint(-3, 4, shape, generator=random)
-            made = torch.exp2(exponents.float())
-            if "scale" not in name:
-                made = made * torch.randint(0, 2, shape, generator=random).mul(2).sub(1)
-        different = list(made.to(like.dtype))
+        different = list(_made(f"{name} {part}", shape, like.dtype))
         found = [different[expert % len(different)] for expert in range(experts)]
         self.parts.setdefault(name, {})[part] = found
         return found
 
     def matrix(self, name: str, expert: int) -> Tensor:
-        """Return a matrix of an expert as kernels read it, gate before up."""
+        """Return a matrix of an expert as kernels read it, gate before up; biases as a column."""
         parts = self.parts[name]
         every = [parts[part][expert] for part in ("w1", "w3", "w2") if part in parts]
+        if every[0].ndim == 1:
+            every = [each.unsqueeze(1) for each in every]
         raw = torch.cat([each.view(torch.uint8) for each in every], -2)
         if every[0].dtype == torch.int32:
             return raw ^ _SIGNS
         return raw.view(every[0].dtype)
 
-    def named(self, gemm: str, *, scales: bool) -> str | None:
-        """Return the parameter with a GEMM's weights or block scales."""
+    def named(self, gemm: str, kind: str) -> str | None:
+        """Return the parameter with a GEMM's weights, block scales or biases; see `_KINDS`."""
         start = "w13" if gemm == "gemm1" else "w2"
-        names = [n for n in self.parts if n.startswith(start) and ("scale" in n) == scales]
-        return names[0] if names else None
+        names = (name for name in self.parts if name.startswith(start))
+        return next((name for name in names if _kind_of(name) == kind), None)
+
+
+# Methods of the same scheme are given the same.
+@cache
+def _made(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of a parameter; see `MarkedCheckpoint.make`."""
+    random = torch.Generator().manual_seed(crc32(name.encode()))
+    if dtype in (torch.uint8, torch.int8, torch.int32):
+        # Exponents of scales stay in the range of every format.
+        low, high = _EXPONENTS if "scale" in name else (0, 128)
+        made = torch.randint(low, high, shape, generator=random)
+    else:
+        exponents = torch.randint(-3, 4, shape, generator=random)
+        made = torch.exp2(exponents.float())
+        if "scale" not in name:
+            made = made * torch.randint(0, 2, shape, generator=random).mul(2).sub(1)
+    return made.to(dtype)
 
 
 def orders(
@@ -129,18 +141,24 @@ def orders(
     flags = ("use_shuffled_weight", "weight_layout")
     told = {name: int(arguments[name]) for name in flags if name in arguments}
     found = []
-    for gemm, scales in product(("gemm1", "gemm2"), (False, True)):
-        if scales and kernel.weight_scales not in ("tiles", "square"):
+    for gemm, kind in product(("gemm1", "gemm2"), _KINDS):
+        parameter = checkpoint.named(gemm, kind)
+        if kind == "scale" and kernel.weight_scales not in ("tiles", "square"):
             continue
-        name = f"{gemm}_{kernel.scale_argument if scales else 'weights'}"
+        name = f"{gemm}_{kernel.scale_argument if kind == 'scale' else kind}"
+        if kind == "bias" and (parameter is None or name not in arguments):
+            continue
         halves = gated and gemm == "gemm1"
-        read = _read(kernel, told, scales=scales, gated=halves)
-        parameter, value = checkpoint.named(gemm, scales=scales), arguments.get(name)
+        read = _read(kernel, told, kind, gated=halves)
+        value = arguments.get(name)
         if parameter is None or not isinstance(value, Tensor):
             raise Unsupported(f"{name} cannot be compared with the layer's parameters")
         # The last one shows whether experts are in their order.
         few = {*range(len(value))[:_EXPERTS], len(value) - 1}
         pairs = [(value[expert], checkpoint.matrix(parameter, expert)) for expert in few]
+        if kind == "bias":
+            # Kernels take them in another dtype than checkpoints have.
+            pairs = [(part, matrix.to(part.dtype)) for part, matrix in pairs]
         if any(part.numel() > matrix.numel() for part, matrix in pairs):
             raise Unsupported(f"{name} has more elements than the checkpoint")
         order = _order_of(pairs, read, gated=halves)
@@ -181,16 +199,22 @@ def _order_of_activations(
         yield {"name": _INPUT, "read": vars(read), "found": as_found, "told": {}}
 
 
-def _read(kernel: KernelSpec, told: Mapping[str, int], *, scales: bool, gated: bool) -> Order:
-    """Return the order in which a kernel reads a matrix."""
-    if scales and kernel.weight_scales == "square":
+def _kind_of(parameter: str) -> str:
+    """Return which of `_KINDS` a parameter of a layer is."""
+    return next((kind for kind in _KINDS[1:] if kind in parameter), _KINDS[0])
+
+
+def _read(kernel: KernelSpec, told: Mapping[str, int], kind: str, *, gated: bool) -> Order:
+    """Return the order in which a kernel reads a matrix, or its scales or biases."""
+    if kind == "scale" and kernel.weight_scales == "square":
         return Order(up_first=gated)
     usual = layout_of(kernel)
     is_shuffled = told.get("use_shuffled_weight", usual.tile)
     number = told.get("weight_layout", LAYOUTS.index("BlockMajorK") if usual.block_major else 0)
     tile = (128 if kernel.fused_activation else 64) if is_shuffled else 0
     interleaved = bool(gated and is_shuffled and kernel.fused_activation)
-    return Order(gated, interleaved, tile, 0 if scales else number, tiled=scales)
+    is_weight = kind == "weights"
+    return Order(gated, interleaved, tile, number if is_weight else 0, tiled=kind == "scale")
 
 
 def _order_of(pairs: list[tuple[Tensor, Tensor]], first: Order, *, gated: bool) -> Order | None:

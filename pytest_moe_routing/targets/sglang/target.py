@@ -312,7 +312,7 @@ class SglangTarget(FrameworkTarget):
             other._served = {scheme: rows[name]}
         return found
 
-    def laid_out(self, model: ModelSpec, scheme: str) -> LaidOut:
+    def laid_out(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
         runner = self._runner_given(model, scheme) or self._row(model, scheme)["runner"]
         # Once: where shared experts are decides nothing about the order of weights.
         answer = self._remembered("layouts", self._asked(model, scheme, runner))
@@ -320,7 +320,7 @@ class SglangTarget(FrameworkTarget):
         # Before 0.5.18, nobody can ask which runner is the default.
         with suppress(Unsupported):
             switches = self.opt_in(model, scheme)
-        return laid_out(answer, switches)
+        return (laid_out(answer, switches),)
 
     def _runner_given(self, model: ModelSpec, scheme: str) -> str | None:
         """Return the runner whose kernel routes for a model, or is given experts by default."""

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 import sys
-import textwrap
-from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
+
+from edited import edited
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
@@ -21,7 +18,6 @@ from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.formats import unlike_formats
 from pytest_moe_routing.oracle.layouts import wrong_layouts
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.sglang.probe import main as child
 from pytest_moe_routing.targets.sglang.target import SglangTarget
 from pytest_moe_routing.targets.source import Source
@@ -90,26 +86,6 @@ BROKEN = {
         *("deepseek-r1", "nvfp4"),
     ),
 }  # fmt: skip
-
-
-@contextmanager
-def edited(module, path, old, new):
-    """Run a function of SGLang from an edited source for a while, whoever has imported it."""
-    right = attrgetter(path)(stubs.real_module(module))
-    text = textwrap.dedent(inspect.getsource(right))
-    wrong, count = re.subn(old, new, text, count=1)
-    assert count == 1, (path, old)
-    # Annotations are not evaluated.
-    wrong = f"from __future__ import annotations\n{wrong[wrong.index('def ') :]}"
-    names = {}
-    exec(compile(wrong, right.__code__.co_filename, "exec"), right.__globals__, names)
-    made = names[right.__name__]
-    kept = right.__code__, right.__defaults__
-    right.__code__, right.__defaults__ = made.__code__, made.__defaults__
-    try:
-        yield
-    finally:
-        right.__code__, right.__defaults__ = kept
 
 
 def main(root, flashinfer, version):

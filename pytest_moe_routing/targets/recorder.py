@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer import FlashInfer, preparation
 from pytest_moe_routing.flashinfer.names import Names
 from pytest_moe_routing.flashinfer.signatures import enum, functions
 from pytest_moe_routing.reference.layouts import swizzle_scales
@@ -106,10 +106,12 @@ def install(
         vars(module).update({each: members[each] for each in has})
 
 
-def _mxfp8_quantize(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _mxfp8_quantize(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """Activations and their scales in the shape of FlashInfer's; marked ones keep their values."""
-    scales = marked.to_ue8m0(marked.block_scales(x.reshape(-1, x.shape[-1]), 32))
-    return torch.ones_like(x, dtype=torch.float8_e4m3fn), scales.flatten()
+    width, is_tiled = preparation.mxfp8_scales(x, *args, **options)
+    scales = marked.to_ue8m0(marked.block_scales(x.reshape(-1, x.shape[-1]), width))
+    scales = swizzle_scales(scales) if is_tiled else scales.flatten()
+    return torch.ones_like(x, dtype=torch.float8_e4m3fn), scales
 
 
 def _without(base: type[ModuleType]) -> type[ModuleType]:

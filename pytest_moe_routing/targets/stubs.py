@@ -143,7 +143,9 @@ class _Finder(MetaPathFinder, Loader):
         top = fullname.partition(".")[0]
         if top == self.package:
             if self.is_real(fullname):
-                spec = PathFinder.find_spec(fullname, path if path is not None else [self.root])
+                # A package around it that has nothing else to run was found without a folder.
+                folder = "/".join([self.root, *fullname.split(".")[:-1]])
+                spec = PathFinder.find_spec(fullname, path or [folder])
                 if spec is None and module_exists(self.root, fullname):
                     return self._stub(fullname, is_on_the_way=True)
                 return spec

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Required, TypedDict
 
 from pytest_moe_routing.targets.answers import PlacementsAnswer, RequestAnswer, RuleAnswer
+from pytest_moe_routing.targets.layouts import LaidOutAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 
 
@@ -76,4 +77,5 @@ ANSWERS: Mapping[str, Any] = {
     "capture": _Calls,
     "capture_modular": _RoutedCalls,
     "other_experts": OtherCallsAnswer,
+    "layouts": list[LaidOutAnswer],
 }

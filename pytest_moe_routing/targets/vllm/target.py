@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -30,10 +32,14 @@ from pytest_moe_routing.oracle.finding import Finding, Kind, distinct, only_with
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Rule
+from pytest_moe_routing.oracle.scales import wrong_factors, wrong_input
+from pytest_moe_routing.oracle.target import Captured, Choice, Classification, LaidOut, Rule
+from pytest_moe_routing.schemes import kernel_of
+from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.hf_configs import without_transformers
+from pytest_moe_routing.targets.layouts import laid_out
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
@@ -187,6 +193,38 @@ class VllmTarget(FrameworkTarget):
                     wrong = (*wrong, *misscaled(model, answer["router_factor"], layer))
             findings += [at_site(finding, record) for finding in wrong]
         return tuple(distinct(findings))
+
+    def weight_path(self, model: ModelSpec, scheme: str) -> str | None:
+        ways = self._ways(model, scheme)
+        # Checkpoints of gpt-oss are loaded in a way of their own.
+        is_own = model.architecture.startswith("GptOss")
+        return f"{ways} {is_own}" if ways else None
+
+    def laid_out(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
+        method, found = self.classify(model).method, []
+        for modular in self._ways(model, scheme):
+            question = {**questions.of_case(model, scheme), "modular": modular}
+            choice = self.choice(model, scheme, method, modular=modular)
+            for answer in self._probe.ask("layouts", **question):
+                at = laid_out(answer, None if choice is None else choice.switches)
+                experts, factors = model.experts, answer.get("factors", {})
+                wrong = (
+                    *wrong_factors(experts, kernel_of(scheme), factors, scales.GIVEN),
+                    *wrong_input(scheme, answer, scales.GIVEN),
+                )
+                placed = (replace(finding, where=at.function) for finding in wrong)
+                found.append(replace(at, findings=(*at.findings, *placed)))
+        return tuple(found)
+
+    def _ways(self, model: ModelSpec, scheme: str) -> list[bool]:
+        """Return whether experts are given ids and weights, for each kind that takes a model."""
+        method, found = self.classify(model).method, []
+        if all(gate.ok for gate in self.gates(model, scheme, method)):
+            found.append(False)
+        with suppress(Unsupported):
+            if all(gate.ok for gate in self.modular_gates(model, scheme, method)):
+                found.append(True)
+        return found
 
     def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
         return {"model": model.as_dict(), "scheme": scheme} if scheme in SCHEMES else None

@@ -29,7 +29,7 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: Rows of the contract whose modules make and run a layer.
 _MODULES = ("layer-factory", "layer", "runner", "runner-shared", "moe-config")
-_PREFIX = "model.layers.3.mlp.experts"
+PREFIX = "model.layers.3.mlp.experts"
 #: What an all-reduce multiplies by: no scaling factor comes near it, and it is exact in bfloat16.
 _REDUCED = 2.0**20
 #: How far two products in bfloat16 may be off.
@@ -119,7 +119,7 @@ class _Off:
         return lambda *_, **__: False
 
 
-def _stand_ins() -> dict[str, Any]:
+def stand_ins() -> dict[str, Any]:
     """Return what the modules that make and run a layer find around them, by name."""
     return {
         "get_current_vllm_config": lambda: _config,
@@ -139,18 +139,19 @@ def _stand_ins() -> dict[str, Any]:
 
 
 @cache
-def _enter() -> None:
+def enter() -> None:
     """Put the stand-ins around the factory and what it makes."""
     global _config
     _config = _ranks.config(torch.bfloat16)
     for key in _MODULES:
         if names().has(key):
             known = vars(stubs.real_module(names().spelling(key).module))
-            known.update({name: value for name, value in _stand_ins().items() if name in known})
+            known.update({name: value for name, value in stand_ins().items() if name in known})
 
 
 @contextmanager
-def _around(ranks: Ranks, config: Surroundings) -> Iterator[None]:
+def around(ranks: Ranks, config: Surroundings) -> Iterator[None]:
+    """Have vLLM's code that makes and runs a layer find these for a while."""
     global _ranks, _config
     before = _ranks, _config
     _ranks, _config = ranks, config
@@ -236,17 +237,17 @@ class Made:
     def __init__(
         self, arguments: Mapping[str, Any], ranks: Ranks, give: Callable[[Any], None]
     ) -> None:
-        _enter()
+        enter()
         self.ranks, self._config = ranks, ranks.config(arguments["params_dtype"])
         self._method = _method_class().__new__(_method_class())
         self._method.give, self._method.moe_quant_config = give, None
         self._method.moe_kernel = None
-        given = {**arguments, **ranks.arguments(), "quant_config": self._method, "prefix": _PREFIX}
+        given = {**arguments, **ranks.arguments(), "quant_config": self._method, "prefix": PREFIX}
         self._factor = given.get("routed_scaling_factor", 1.0)
         self._has_shared = bool(given.get("shared_experts"))
         given["shared_experts"] = _SharedExperts() if self._has_shared else None
         factory = names().get("layer-factory")
-        with _around(ranks, self._config):
+        with around(ranks, self._config):
             try:
                 self.runner = factory(**given)
             except Exception as error:
@@ -274,7 +275,7 @@ class Made:
         self._method.moe_kernel = asked.moe_kernel
         if router is not None:
             self.runner.router = router
-        with _around(self.ranks, self._config):
+        with around(self.ranks, self._config):
             output: Tensor = self.runner.forward(hidden, logits)
         return self._method.returned, output
 
@@ -283,7 +284,7 @@ class Made:
         self._method.moe_kernel = kernel
         model = SimpleNamespace(modules=lambda: [self.runner])
         capturer = SimpleNamespace(capture=lambda _layer_id, ids: capture(ids))
-        with _around(self.ranks, self._config):
+        with around(self.ranks, self._config):
             names().get("bind-capturer")(model, capturer)
 
     def read(self, output: Tensor, routed: Tensor) -> dict[str, Any]:
@@ -329,7 +330,7 @@ def router_of(model: Mapping[str, Any]) -> Any:
     """
     if not is_run(model):
         return release.make_router(model)
-    _enter()
+    enter()
     spelling, factory = names().spelling("router-factory"), names().get("layer-factory")
     module = stubs.real_module(names().spelling("layer-factory").module)
     make = names().get("router-factory")
@@ -341,7 +342,7 @@ def router_of(model: Mapping[str, Any]) -> Any:
 
     arguments = {**router_part(model), **Ranks().arguments()}
     config = Ranks().config(arguments["params_dtype"])
-    with patch.object(module, spelling.path, stop), _around(Ranks(), config):
+    with patch.object(module, spelling.path, stop), around(Ranks(), config):
         try:
             factory(**arguments)
         except _RouterMade:

@@ -325,7 +325,7 @@ class OwnLayer(Layer):
         self.layer.bind(_kernel(experts, method, self), capture)
 
     def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
-        router = _Router(marked.weights.clone(), marked.ids.clone())
+        router = ChosenExperts(marked.weights.clone(), marked.ids.clone())
         asked = Caller(kernel, self.row, self.config, is_monolithic=False)
         hidden = marked.hidden.clone()
         finalized, output = self.layer.run(method, asked, self.logits, hidden, router)
@@ -346,7 +346,7 @@ def _said(value: Any) -> str:
     return str(value.value if isinstance(value, Enum) else value).removeprefix("torch.")
 
 
-class _Router:
+class ChosenExperts:
     """A router that has chosen already."""
 
     def __init__(self, weights: Tensor, ids: Tensor) -> None:

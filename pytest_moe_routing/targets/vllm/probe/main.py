@@ -17,6 +17,7 @@ from pytest_moe_routing.targets.vllm.probe import capture as vllm_capture
 from pytest_moe_routing.targets.vllm.probe import choice as vllm_choice
 from pytest_moe_routing.targets.vllm.probe import factory as vllm_factory
 from pytest_moe_routing.targets.vllm.probe import gates as vllm_gates
+from pytest_moe_routing.targets.vllm.probe import layouts as vllm_layouts
 from pytest_moe_routing.targets.vllm.probe import modular as vllm_modular
 from pytest_moe_routing.targets.vllm.probe import other_experts as vllm_other
 from pytest_moe_routing.targets.vllm.probe import placements as vllm_placements
@@ -39,6 +40,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "capture": vllm_capture.capture,
         "capture_modular": vllm_modular.capture_modular,
         "other_experts": vllm_other.other_experts,
+        "layouts": vllm_layouts.layouts,
     }
 
 

@@ -91,6 +91,11 @@ def methods_of(keys: Iterable[str], model: Mapping[str, Any]) -> list[Any]:
     return own if own and model["architecture"].startswith("GptOss") else found
 
 
+def class_of(method: Any) -> Any:
+    """Return the class in which a method is defined, of the plain function that it is here."""
+    return getattr(sys.modules[method.__module__], method.__qualname__.partition(".")[0])
+
+
 def experts_made(experts: Any, caller: Any, row: ServedScheme, config: Any, layer: Any) -> Any:
     """Return a layer's experts, with the quantization config that its method makes for them.
 
@@ -103,9 +108,7 @@ def experts_made(experts: Any, caller: Any, row: ServedScheme, config: Any, laye
     Returns:
         None if the method makes no such config: it calls the kernel itself.
     """
-    # Methods are plain functions here: the class is where this one is defined.
-    owner = getattr(sys.modules[caller.__module__], caller.__qualname__.partition(".")[0])
-    made = owner.get_fused_moe_quant_config(Caller(None, row, config), layer)
+    made = class_of(caller).get_fused_moe_quant_config(Caller(None, row, config), layer)
     if made is None:
         return None
     found = experts(config, made)

@@ -11,6 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import StrEnum, auto
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer import FlashInfer, preparation
 from pytest_moe_routing.reference.layouts import swizzle_scales
 from pytest_moe_routing.targets import marked, recorder, scales, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
@@ -80,7 +81,7 @@ class _Blackwell:
         return torch.float8_e4m3fn
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith(("is_", "has_", "supports_")):
+        if name.startswith(("is_", "has_", "supports_", "use_")):
             return lambda *_, **__: False
         raise AttributeError(name)
 
@@ -152,6 +153,33 @@ class _PluggableLayer(nn.Module):
         return lambda decorated: decorated
 
 
+class _QuantizeMethod(stubs.StubBase):
+    """The base class of vLLM's quantization methods."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Do nothing, as vLLM's own does."""
+
+
+class _QuantizationStrategy(StrEnum):
+    """That of compressed-tensors: what shares a scale."""
+
+    TENSOR = auto()
+    CHANNEL = auto()
+    GROUP = auto()
+    BLOCK = auto()
+    TOKEN = auto()
+    TENSOR_GROUP = auto()
+
+
+#: What stub modules have under a name.
+_STAND_INS = {
+    **preparation.FUNCTIONS,
+    "PluggableLayer": _PluggableLayer,
+    "QuantizeMethodBase": _QuantizeMethod,
+    "QuantizationStrategy": _QuantizationStrategy,
+}
+
+
 def _gathered(extra_tensors: list[Tensor] | None, *given: Tensor) -> tuple[Any, ...]:
     """Return the tensors of both ranks, those besides in a list of their own if there are any."""
     found = tuple(marked.in_reverse(x) for x in given)
@@ -218,7 +246,7 @@ def install(root: str, flashinfer: FlashInfer, version: str) -> None:
     # Nothing is compiled here, and torch's compiler takes seconds to import.
     torch.compile = lambda f=None, *_, **__: f or (lambda g: g)  # type: ignore[assignment]
     torch.compiler.assume_constant_result = lambda f: f
-    stubs.install(contract, root, {"PluggableLayer": _PluggableLayer})
+    stubs.install(contract, root, _STAND_INS)
     recorder.install(flashinfer, lambda *call: answer(*call))
     for key, value in (
         ("current-platform", _Blackwell()),

@@ -1,0 +1,98 @@
+"""Says where marked weights and scales lie in a call of the kernel, loaded and prepared by vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets import marked_weights
+from pytest_moe_routing.targets.recorder import input_scale, plain
+from pytest_moe_routing.targets.vllm.probe import factory
+from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, refusal
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.gates import ALL, experts_of
+from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, surroundings
+from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+#: Experts of a layer, for what does not depend on their number.
+_EXPERTS, _TOP_K, _GROUPS = 8, 2, 2
+
+
+def layouts(model: Mapping[str, Any], scheme: str, modular: bool = False) -> list[dict[str, Any]]:
+    """Return what lies otherwise than the kernel reads it, for each method of a checkpoint.
+
+    Args:
+        modular: In the experts that are given ids and weights, not in those that route.
+
+    Returns:
+        See `targets.layouts.LaidOutAnswer`.
+
+    Raises:
+        Unsupported: The weights cannot be loaded, prepared or traced.
+    """
+    names().require("modular" if modular else "verdicts", scheme)
+    if not factory.is_run(model):
+        raise Unsupported(f"not judged: what makes a layer of vLLM {names().version} is not run")
+    names().require("layouts", scheme)
+    row = SCHEMES[scheme]
+    callers = methods_of(row.modular_methods if modular else row.methods, model)
+    if not callers:
+        raise Unsupported("no layer of this release calls such experts")
+    few = _with_few_experts(model)
+    return [_laid_out(few, scheme, class_of(caller), modular) for caller in callers]
+
+
+def _laid_out(model: Mapping[str, Any], scheme: str, method: Any, modular: bool) -> dict[str, Any]:
+    place = f"{method.__module__.replace('.', '/')}.py {method.__name__}"
+    try:
+        with surroundings(), on_one_gpu(), _taking(scheme, modular):
+            layer = LoadedLayer(model, scheme, method)
+            call = layer.call()
+    except Unsupported:
+        raise
+    except Exception as error:
+        # Whatever vLLM's code raises: another reason than the weights cannot be excluded.
+        raise Unsupported(
+            f"not judged: {place} of vLLM {names().version} prepares no weights here: "
+            f"{refusal(error)}"
+        ) from error
+    experts = experts_of(SCHEMES[scheme], modular=modular)
+    if layer.method.experts_cls is not experts:
+        taken = layer.method.experts_cls.__name__
+        raise Unsupported(f"not judged: {place} takes {taken}, not {experts.__name__}")
+    arguments, gated = call.arguments, model["experts"]["gated"]
+    found = marked_weights.orders(scheme, arguments, layer.checkpoint, gated=gated)
+    factors = {name: value for name, value in arguments.items() if "scalar" in name}
+    return {
+        "function": call.function,
+        "method": place,
+        "orders": found,
+        "factors": {name: plain(value, {}) for name, value in factors.items()},
+        **input_scale(),
+    }
+
+
+@contextmanager
+def _taking(scheme: str, modular: bool) -> Iterator[None]:
+    """Have vLLM's selector reject the experts that route, if others are asked about."""
+    routing = experts_of(SCHEMES[scheme])
+    rejects = staticmethod(lambda *_, **__: (False, "others are asked about"))
+    with patch.object(routing, ALL, rejects if modular else getattr(routing, ALL)):
+        yield
+
+
+def _with_few_experts(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model with fewer experts and groups, and the same kind of router."""
+    router = dict(model["router"])
+    limits = {
+        "num_experts": _EXPERTS,
+        "top_k": _TOP_K,
+        "n_group": _GROUPS,
+        "topk_group": 1,
+    }
+    router |= {name: min(router[name], most) for name, most in limits.items() if router[name]}
+    return {**model, "router": router}

@@ -1,0 +1,278 @@
+"""A layer that vLLM's own code makes, loads and prepares, for a checkpoint of marked weights.
+
+Unlike `factory.Made`, whose quantization method is given the probe's tensors, the method is vLLM's
+own from beginning to end. Only what quantizes on a GPU and what FlashInfer computes is ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets import marked, marked_weights, scales, stubs
+from pytest_moe_routing.targets.marked_weights import MarkedCheckpoint
+from pytest_moe_routing.targets.recorder import Reached
+from pytest_moe_routing.targets.vllm.probe import factory, release
+from pytest_moe_routing.targets.vllm.probe.config import layer_arguments, told_dtype
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.factory import Ranks, Surroundings
+from pytest_moe_routing.targets.vllm.probe.layer import (
+    HIDDEN,
+    ChosenExperts,
+    intermediate_size,
+)
+from pytest_moe_routing.targets.vllm.probe.release import names
+
+#: vLLM's modules of functions that load and prepare weights, by key of the contract.
+_TOOLS = (
+    *("weight-tools", "weight-parameters", "weight-fp8", "weight-mxfp8", "weight-w8a8"),
+    "weight-wna16",
+)
+#: What a server is asked for, so that gates alone decide.
+_BACKENDS = {"mxfp4": "flashinfer_trtllm_afp8"}
+_BACKEND = "flashinfer_trtllm"
+#: Formats of scales of activations, by how many elements share one; others are float32.
+_FORMATS = {16: torch.float8_e4m3fn, 32: torch.float8_e8m0fnu}
+
+
+class Quantization(Surroundings):
+    """What vLLM's methods read of a checkpoint's quantization config.
+
+    Args:
+        scheme: That of the checkpoint.
+        method: The class of the layer's method.
+        are_whole: The checkpoint has the weights of all experts in one tensor.
+    """
+
+    def __init__(self, scheme: str, method: Any, *, are_whole: bool) -> None:
+        block = list(SCHEMES[scheme].quantization[2] or ())
+        is_square = block == [128, 128]
+        super().__init__(
+            # Of Fp8Config.
+            is_checkpoint_fp8_serialized=True,
+            activation_scheme="dynamic" if is_square else "static",
+            weight_block_size=block if is_square else None,
+            # Of ModelOpt's.
+            is_checkpoint_nvfp4_serialized=True,
+            is_checkpoint_mxfp8_serialized=True,
+            quant_method=scheme.upper(),
+            group_size=16,
+            moe_activation_override=None,
+        )
+        self._method, self._are_whole = method, are_whole
+        strategy = "block" if is_square else "group" if block else "tensor"
+        self._weights = SimpleNamespace(
+            strategy=strategy,
+            block_structure=block or None,
+            dynamic=False,
+            symmetric=True,
+            num_bits=4,
+            group_size=block[1] if block else None,
+            actorder=None,
+        )
+        self._activations = SimpleNamespace(
+            strategy="group" if block else "tensor", dynamic=bool(block)
+        )
+
+    def get_name(self) -> str:
+        return "gpt_oss_mxfp4" if self._are_whole else "other"
+
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
+        """Make the layer's method with what it asks for."""
+        return self._method(
+            **release.accepted(
+                self._method,
+                {
+                    "quant_config": self,
+                    "layer": layer,
+                    "moe": layer.moe_config,
+                    "moe_config": layer.moe_config,
+                    "weight_quant": self._weights,
+                    "input_quant": self._activations,
+                    "layer_name": prefix,
+                },
+            )
+        )
+
+
+@contextmanager
+def surroundings() -> Iterator[None]:
+    """Have vLLM's code find its own tools for weights, and what quantizes exactly."""
+    fp8 = names().spelling("quantizers.scaled_fp8_quant")
+    with ExitStack() as stack:
+        for module, name, value in _tools(len(sys.modules)):
+            stack.enter_context(patch.object(module, name, value))
+        stack.enter_context(patch.object(import_module(fp8.module), fp8.path, _to_fp8))
+        for member in names().contract.members("weight-ranks"):
+            ranks = names().spelling(member.key)
+            value = factory.stand_ins()[ranks.path]
+            stack.enter_context(patch.object(import_module(ranks.module), ranks.path, value))
+        stack.enter_context(patch.object(marked, "block_scales", _block_scales))
+        # Some tools reject tensors that are not on a GPU, and need none.
+        stack.enter_context(patch.object(torch.Tensor, "is_cuda", True))
+        yield
+
+
+def _to_fp8(
+    x: Tensor, scale: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor | None]:
+    scales.note(scale)
+    quotient = x.float() if scale is None else x.float() / scale
+    return quotient.to(torch.float8_e4m3fn), scale
+
+
+def _block_scales(x: Tensor, width: int) -> Tensor:
+    """Return scales of activations that are known by their place, float32."""
+    kind = _FORMATS.get(width)
+    dtype = torch.float32 if kind is None else torch.uint8
+    made = marked_weights.activation_scales(len(x), x.shape[1] // width, dtype, is_tiled=False)
+    return made if kind is None else made.view(kind).float()
+
+
+@cache
+def _tools(_modules: int) -> list[tuple[ModuleType, str, Any]]:
+    """Return the stubs of vLLM's tools: module, name, and what vLLM has under that name.
+
+    Cached, but looked for again when modules were imported.
+    """
+    found: list[tuple[ModuleType, str, Any]] = []
+    for key in filter(names().has, _TOOLS):
+        name = names().spelling(key).module
+        own = vars(_own(name))
+        importing = [m for n, m in list(sys.modules.items()) if n.startswith("vllm.")]
+        for module in (*importing, *_apart()):
+            names_in = [n for n, value in vars(module).items() if isinstance(value, stubs.Stub)]
+            for each in names_in:
+                if vars(module)[each].__name__ == f"{name}.{each}" and each in own:
+                    found.append((module, each, own[each]))
+        # Functions import others when they are called.
+        stub = import_module(name)
+        there = vars(stub)
+        found += [
+            (stub, each, value)
+            for each, value in own.items()
+            if not each.startswith("__") and each not in there
+        ]
+    return found
+
+
+def _apart() -> list[ModuleType]:
+    return [_own(names().spelling(key).module) for key in _TOOLS if names().has(key)]
+
+
+# A release does not change.
+@cache
+def _own(name: str) -> ModuleType:
+    """Import a module of which everybody else has a stub."""
+    module = stubs.run_apart(name)
+    known = vars(module)
+    known.update({each: v for each, v in factory.stand_ins().items() if each in known})
+    return module
+
+
+class LoadedLayer:
+    """A layer with a few experts, with the weights and scales of a checkpoint.
+
+    Args:
+        model: The model, as `few_experts` makes it.
+        method: The class of the layer's quantization method.
+
+    Attributes:
+        checkpoint: What it was loaded from.
+
+    Raises:
+        Unsupported: vLLM's code makes no such layer here, or has parameters that are not known.
+    """
+
+    def __init__(self, model: Mapping[str, Any], scheme: str, method: Any) -> None:
+        factory.enter()
+        self.checkpoint = MarkedCheckpoint()
+        self._model, self._is_gated = model, model["experts"]["gated"]
+        self._are_whole = model["architecture"].startswith("GptOss") and scheme == "mxfp4"
+        experts, ranks = model["router"]["num_experts"], Ranks()
+        bias = None
+        if model["router"]["correction_bias"] is not None:
+            bias = torch.zeros(experts, dtype=getattr(torch, model["router"]["correction_bias"]))
+        arguments = layer_arguments(model, (HIDDEN, intermediate_size(model)), bias)
+        self._config = ranks.config(arguments["params_dtype"])
+        self._config.kernel_config.moe_backend = _BACKENDS.get(scheme, _BACKEND)
+        given = {
+            **arguments,
+            **ranks.arguments(),
+            "quant_config": Quantization(scheme, method, are_whole=self._are_whole),
+            "prefix": factory.PREFIX,
+            "shared_experts": None,
+        }
+        with factory.around(ranks, self._config):
+            self._runner = names().get("layer-factory")(**given)
+            self._experts = self._runner.routed_experts
+            for name, parameter in [*self._experts.named_parameters()]:
+                self._load(name, parameter)
+            self.method = self._experts.quant_method
+            self.method.process_weights_after_loading(self._experts)
+
+    def call(self) -> Reached:
+        """Return the call of the kernel when the layer is run.
+
+        Raises:
+            Unsupported: It calls none.
+        """
+        experts, tokens = self._model["router"]["num_experts"], marked_weights.TOKENS
+        dtype = told_dtype(self._model) or getattr(torch, self._model["dtype"])
+        logits = torch.zeros(tokens, experts, dtype=dtype)
+        hidden = torch.zeros(tokens, HIDDEN, dtype=getattr(torch, self._model["dtype"]))
+        if not self.method.is_monolithic:
+            ids = torch.zeros(tokens, self._model["router"]["top_k"], dtype=torch.int32)
+            self._runner.router = ChosenExperts(torch.ones_like(ids, dtype=torch.float32), ids)
+        scales.quantized_by.clear()
+        with factory.around(Ranks(), self._config):
+            try:
+                self._runner.forward(hidden, logits)
+            except Reached as reached:
+                return reached
+        raise Unsupported("the layer calls no kernel")
+
+    def _load(self, name: str, parameter: Any) -> None:
+        data = parameter.data
+        if "weight_shape" in name:
+            data.fill_(1)
+            return
+        is_factor = "scale" in name and data.ndim < 3
+        if not is_factor and data.ndim < 3 and "bias" not in name:
+            raise Unsupported(f"not judged: the probe does not know the parameter {name}")
+        parts = ("w1", "w3") if name.startswith("w13") and self._is_gated else ("w1",)
+        parts = parts if name.startswith("w13") else ("w2",)
+        make = _factors if is_factor else self._marked(name, data, len(parts))
+        made = {part: make(name, part, len(data)) for part in parts}
+        if self._are_whole:
+            # Gate and up rows alternate in gpt-oss' checkpoints.
+            whole = torch.stack([torch.stack(each) for each in made.values()], 2).flatten(1, 2)
+            parameter.weight_loader(parameter, whole, name, shard_id=None, expert_id=None)
+            return
+        for part, tensors in made.items():
+            for expert, tensor in enumerate(tensors):
+                parameter.weight_loader(
+                    parameter, tensor, f"{factory.PREFIX}.{name}", shard_id=part, expert_id=expert
+                )
+
+    def _marked(self, name: str, data: Tensor, parts: int) -> Callable[..., list[Tensor]]:
+        like = data[0, : data.shape[1] // parts]
+        return lambda name, part, experts: self.checkpoint.make(name, part, experts, like)
+
+
+def _factors(name: str, _part: str, experts: int) -> list[Tensor]:
+    """Return a scale of a whole tensor of each expert, as a checkpoint has it."""
+    of, gemm = "a" if "input" in name else "w", 1 if name.startswith("w13") else 2
+    values = scales.per_expert(f"{of}{gemm}_scale", experts)
+    # compressed-tensors has the factor that values were multiplied by.
+    return list(1 / values if "global_scale" in name else values)

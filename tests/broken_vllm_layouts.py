@@ -1,0 +1,145 @@
+"""Edits vLLM's preparation of weights one at a time, and prints what is found, as JSON.
+
+`python tests/broken_vllm_layouts.py ROOT FLASHINFER VERSION`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from edited import edited
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.layouts import wrong_layouts
+from pytest_moe_routing.report.text import sentences
+from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.vllm.probe import main as child
+from pytest_moe_routing.targets.vllm.target import VllmTarget
+
+LAYERS = "vllm.model_executor.layers"
+QUANT, MOE = f"{LAYERS}.quantization", f"{LAYERS}.fused_moe"
+UTILS, FP4 = f"{QUANT}.utils.flashinfer_utils", f"{QUANT}.utils.flashinfer_fp4_moe"
+DEEPSEEK = UTILS, "_shuffle_deepseek_fp8_moe_weights"
+MXFP8 = UTILS, "_shuffle_mxfp8_moe_weights"
+FP8 = UTILS, "prepare_fp8_moe_layer_for_fi"
+PER_TENSOR = UTILS, "rotate_weights_for_fi_trtllm_fp8_per_tensor_moe"
+KERNEL = f"{MOE}.experts.trtllm_fp8_moe"
+MODELOPT = f"{QUANT}.modelopt", "ModelOptNvFp4FusedMoE.process_weights_after_loading"
+TENSORS = f"{QUANT}.compressed_tensors.compressed_tensors_moe"
+LOADER = f"{MOE}.routed_experts", "RoutedExperts._load_w13"
+MXFP4 = f"{MOE}.oracle.mxfp4"
+GPT_OSS = MXFP4, "convert_gpt_oss_weight_to_mxfp4_moe_kernel_format"
+#: What is broken: the function, what is replaced in it and by what, the model and the scheme.
+BROKEN = {
+    "tile of the epilogue": (
+        *(*DEEPSEEK, "epilogue_tile_m = 64", "epilogue_tile_m = 128"),
+        *("deepseek-r1", "fp8_block"),
+    ),
+    "size of blocks": (*DEEPSEEK, "block_k = 128", "block_k = 64", "deepseek-r1", "fp8_block"),
+    "layout of experts that route": (
+        *(KERNEL, "TrtLlmFp8ExpertsMonolithic._apply_block_scale"),
+        *("WeightLayout.BlockMajorK", "WeightLayout.MajorK", "deepseek-r1", "fp8_block"),
+    ),
+    "layout of experts that do not": (
+        *(KERNEL, "TrtLlmFp8ExpertsModular.apply"),
+        *("WeightLayout.BlockMajorK", "WeightLayout.MajorK", "deepseek-r1", "fp8_block"),
+    ),
+    "said not to be shuffled": (
+        *(KERNEL, "TrtLlmFp8ExpertsMonolithic._apply_block_scale"),
+        *("use_shuffled_weight = True", "use_shuffled_weight = False", "minimax-m3", "mxfp8"),
+    ),
+    "halves of weights": (*FP8, r"swap_w13_to_w31\(w13\)", "w13", "minimax-m3", "mxfp8"),
+    "halves of square scales": (
+        *(*FP8, r"(?s)(block_quant:\s+w13_scale = )swap_w13_to_w31\(", r"\1("),
+        *("deepseek-r1", "fp8_block"),
+    ),
+    "loaded swapped": (
+        *(*LOADER, r"(?s)(dim, )0(, shard_size.*?dim, )shard_size(, shard_size)"),
+        *(r"\1shard_size\g<2>0\3", "mixtral-8x7b", "bf16"),
+    ),
+    "scales not in tiles": (
+        *(*MXFP8, r"block_scale_interleave\(s\[:, idx\]\)", "s[:, idx]"),
+        *("minimax-m3", "mxfp8"),
+    ),
+    "scales in tiles twice": (
+        *(*MXFP8, r"interleaved\.reshape\(s\.shape\)"),
+        r"block_scale_interleave(interleaved.reshape(s.shape)).reshape(s.shape)",
+        *("minimax-m3", "mxfp8"),
+    ),
+    "gate rows that are none": (
+        *(*PER_TENSOR, "if is_gated_activation", "if True"),
+        *("nemotron-3-nano", "fp8_per_tensor"),
+    ),
+    "no gate rows": (
+        *(*PER_TENSOR, "if is_gated_activation", "if False"),
+        *("mixtral-8x7b", "fp8_per_tensor"),
+    ),
+    "tile of packed integers": (
+        *(f"{QUANT}.utils.flashinfer_mxint4_moe", "prepare_static_weights_for_trtllm_mxint4_moe"),
+        *("epilogue_tile_m = 128", "epilogue_tile_m = 64", "mixtral-8x7b", "mxint4"),
+    ),
+    "halves of blocks": (
+        *(UTILS, "convert_moe_weights_to_flashinfer_trtllm_block_layout"),
+        *(r"(?s)if is_gated_act_gemm:(\s+permute)", r"if False:\1", "mixtral-8x7b", "bf16"),
+    ),
+    "order of pairs": (
+        *(MXFP4, "convert_weight_to_mxfp4_moe_kernel_format"),
+        *(r"\[w3_weight, w1_weight\]", "[w1_weight, w3_weight]", "deepseek-v4-flash", "mxfp4"),
+    ),
+    "order of biases": (
+        *(*GPT_OSS, r"swap_every_two_rows\(w13_bias, -1\)", "w13_bias", "gpt-oss-20b", "mxfp4"),
+    ),
+    "tile of biases": (
+        *(*GPT_OSS, r"(?s)(w2_bias\[i\]\.clone\(\)\.reshape\(-1, 1\),\s+)epilogue_tile_m", r"\g<1>64"),
+        *("gpt-oss-20b", "mxfp4"),
+    ),
+    "scales of activations in tiles": (
+        *(f"{MOE}.oracle.nvfp4", "make_nvfp4_moe_quant_config"),
+        *(r"(?s)is_scale_swizzled=\(.*?\n        \)", "is_scale_swizzled=True"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "scales of inputs swapped": (
+        *(*MODELOPT, "a13_scale=layer.w13_input_scale", "a13_scale=layer.w2_input_scale"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "one factor for all experts": (
+        *(KERNEL, "TrtLlmFp8ExpertsMonolithic.__init__"),
+        *(r"\(w1_scale \* a1_scale\)", "(w1_scale.max() * a1_scale).repeat(len(w1_scale))"),
+        *("mixtral-8x7b", "fp8_per_tensor"),
+    ),
+    "factor of another checkpoint": (
+        f"{TENSORS}.compressed_tensors_moe_w4a4_nvfp4",
+        "CompressedTensorsW4A4Nvfp4MoEMethod.process_weights_after_loading",
+        *(r"1\.0 / layer\.w2_weight_global_scale", "layer.w2_weight_global_scale"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "nothing with biases": (*GPT_OSS, "128", "128", "gpt-oss-20b", "mxfp4"),
+    "nothing without gates": (*DEEPSEEK, "64", "64", "nemotron-3-nano", "nvfp4"),
+    "nothing with SiTU": (*DEEPSEEK, "64", "64", "kimi-k3", "nvfp4"),
+}  # fmt: skip
+
+
+def main(root, flashinfer, version):
+    handlers = child.handlers(root, flashinfer, version)
+    models = load_models(packaged_directory())
+    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
+    target._probe = SimpleNamespace(
+        ask=lambda question, **given: handlers[question](**given), prepare=lambda *_: None
+    )
+    handlers["numbers"]()
+    found = {}
+    for name, (module, path, old, new, model, scheme) in BROKEN.items():
+        with edited(module, path, old, new):
+            wrong = wrong_layouts(target, scheme, [models[model]])
+        answers = [[e.at.method.rpartition("/")[2], *sentences(e.at.findings)] for e in wrong.wrong]
+        found[name] = [wrong.answered, *answers]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

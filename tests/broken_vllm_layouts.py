@@ -107,6 +107,21 @@ BROKEN = {
         *(*MODELOPT, "a13_scale=layer.w13_input_scale", "a13_scale=layer.w2_input_scale"),
         *("mixtral-8x7b", "nvfp4"),
     ),
+    "scale of the first input": (
+        *(FP4, "prepare_nvfp4_moe_layer_for_fi_or_cutlass"),
+        *(r"amax_for_moe_activation_quant\(a13_scale, enable_eplb\)", "a13_scale.flatten()[:1]"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "up rows in the padding of gate rows": (
+        *(UTILS, "align_fp4_moe_weights_for_fi"),
+        r"padded_w13\[:, padded_intermediate : padded_intermediate \+ intermediate, :\]",
+        *("padded_w13[:, intermediate : 2 * intermediate, :]", "mixtral-8x7b", "nvfp4"),
+    ),
+    "columns after their padding": (
+        *(UTILS, "align_moe_weights_for_fi"),
+        *(r"padded_w2\[:, :, :intermediate\]", "padded_w2[:, :, -intermediate:]"),
+        *("nemotron-3-nano", "fp8_per_tensor"),
+    ),
     "one factor for all experts": (
         *(KERNEL, "TrtLlmFp8ExpertsMonolithic.__init__"),
         *(r"\(w1_scale \* a1_scale\)", "(w1_scale.max() * a1_scale).repeat(len(w1_scale))"),

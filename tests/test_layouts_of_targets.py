@@ -115,6 +115,21 @@ OF_VLLM = {
             "input_scale arrives as 1 / a2_scale, the layer has 1 / a1_scale",
         ],
     ),
+    "scale of the first input": (
+        NVFP4,
+        [
+            "output1_scale_gate_scalar arrives as 0.5, 0.833333, 1.16667, 1.5, the layer has "
+            "w1_scale * a1_scale",
+            "output1_scale_scalar arrives as 1024, 1706.67, 2389.33, 3072, the layer has "
+            "w1_scale * a1_scale / a2_scale",
+            "input_scale arrives as 6, the layer has 1 / a1_scale",
+        ],
+    ),
+    "up rows in the padding of gate rows": (NVFP4, [f"gemm1_weights: {NO_ORDER}"]),
+    "columns after their padding": (
+        [*FP8, "ModelOptFp8MoEMethod"],
+        [f"gemm2_weights: {NO_ORDER}"],
+    ),
     "one factor for all experts": (
         [*FP8, "ModelOptFp8MoEMethod"],
         [

@@ -200,14 +200,17 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
     """Return the failure of weights or scales that lie otherwise than their kernel reads them."""
     from pytest_moe_routing.oracle.judgement import reach_of
 
-    call, model = wrong.at, wrong.models[0]
-    switches = call.switches
+    call, switches = wrong.at, wrong.at.switches
+    published = [model for model in wrong.models if scheme in model.checkpoints]
+    model = (published or list(wrong.models))[0]
     reached = "whether by default cannot be asked of this release"
     if switches is not None:
         reached = text.reached(reach_of(model, scheme, switches), switches, by_default=not switches)
-    models = _few([each.id for each in wrong.models])
+    models = _few(list(dict.fromkeys(each.id for each in (model, *wrong.models))))
+    is_order = all(finding.kind is Kind.LAYOUT for finding in call.findings)
+    what = "reads other elements than it is given" if is_order else "is given other factors"
     lines = (
-        f"{model} on {scheme}, {target}: {call.function} reads other elements than it is given",
+        f"{model} on {scheme}, {target}: {call.function} {what}",
         f"  reach    {reached}",
         *(f"  because  {line}" for line in text.sentences(call.findings)),
         f"  at       {call.method}",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 from itertools import product
 from typing import Any
 from zlib import crc32
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_moe_routing.errors import QuantizationError, Unsupported
 from pytest_moe_routing.reference.kernel_layouts import Layout, layout_of
@@ -68,6 +69,31 @@ class Order:
         return swizzle_scales(laid) if self.tiled else laid
 
 
+@dataclass(frozen=True)
+class Padded:
+    """How many times as large as in a checkpoint sizes are, in a call.
+
+    Attributes:
+        hidden: The hidden size.
+        inner: The intermediate size.
+    """
+
+    hidden: Fraction = Fraction(1)
+    inner: Fraction = Fraction(1)
+
+    def __bool__(self) -> bool:
+        return self.hidden != 1 or self.inner != 1
+
+    def pad(self, name: str, part: Tensor) -> Tensor:
+        """Return the bytes of a part of a matrix with zeros after its rows and columns."""
+        is_first, raw = name.startswith("w13"), part.view(torch.uint8)
+        rows, columns = (self.inner, self.hidden) if is_first else (self.hidden, self.inner)
+        if "bias" in name:
+            columns = Fraction(1)
+        lengths = int(columns * raw.shape[1]), int(rows * raw.shape[0])
+        return nn.functional.pad(raw, (0, lengths[0] - raw.shape[1], 0, lengths[1] - raw.shape[0]))
+
+
 @dataclass
 class MarkedCheckpoint:
     """What a layer's weights are loaded from.
@@ -90,16 +116,39 @@ class MarkedCheckpoint:
         self.parts.setdefault(name, {})[part] = found
         return found
 
-    def matrix(self, name: str, expert: int) -> Tensor:
-        """Return a matrix of an expert as kernels read it, gate before up; biases as a column."""
+    def matrix(self, name: str, expert: int, padded: Padded) -> Tensor:
+        """Return a matrix of an expert as kernels read it, gate before up; biases as a column.
+
+        Rows and columns that are padded are zero.
+        """
         parts = self.parts[name]
         every = [parts[part][expert] for part in ("w1", "w3", "w2") if part in parts]
         if every[0].ndim == 1:
             every = [each.unsqueeze(1) for each in every]
-        raw = torch.cat([each.view(torch.uint8) for each in every], -2)
+        raw = torch.cat([padded.pad(name, each) for each in every], -2)
         if every[0].dtype == torch.int32:
             return raw ^ _SIGNS
         return raw.view(every[0].dtype)
+
+    def known(self, name: str, padded: Padded) -> Tensor:
+        """Return what of a matrix of bytes the checkpoint has: 1 there, else 0."""
+        parts = self.parts[name].values()
+        ones = [torch.ones_like(each[0], dtype=torch.uint8) for each in parts]
+        return torch.cat([padded.pad(name, each) for each in ones], -2)
+
+    def padded(self, arguments: Mapping[str, Any]) -> Padded:
+        """Return by how much a call's weights are larger than those of the checkpoint."""
+        rows = [self._rows(gemm, arguments) for gemm in ("gemm1", "gemm2")]
+        padded = Padded(hidden=rows[1], inner=rows[0])
+        return padded if min(rows) >= 1 else Padded()
+
+    def _rows(self, gemm: str, arguments: Mapping[str, Any]) -> Fraction:
+        """Return how many times as many rows as in the checkpoint a call's weights have."""
+        parameter, value = self.named(gemm, _KINDS[0]), arguments.get(f"{gemm}_weights")
+        if parameter is None or not isinstance(value, Tensor) or value.ndim < 2:
+            return Fraction(1)
+        parts = self.parts[parameter].values()
+        return Fraction(value.shape[-2], sum(len(part[0]) for part in parts))
 
     def named(self, gemm: str, kind: str) -> str | None:
         """Return the parameter with a GEMM's weights, block scales or biases; see `_KINDS`."""
@@ -140,7 +189,7 @@ def orders(
     kernel = kernel_of(scheme)
     flags = ("use_shuffled_weight", "weight_layout")
     told = {name: int(arguments[name]) for name in flags if name in arguments}
-    found = []
+    found, padded = [], checkpoint.padded(arguments)
     for gemm, kind in product(("gemm1", "gemm2"), _KINDS):
         parameter = checkpoint.named(gemm, kind)
         if kind == "scale" and kernel.weight_scales not in ("tiles", "square"):
@@ -155,13 +204,16 @@ def orders(
             raise Unsupported(f"{name} cannot be compared with the layer's parameters")
         # The last one shows whether experts are in their order.
         few = {*range(len(value))[:_EXPERTS], len(value) - 1}
-        pairs = [(value[expert], checkpoint.matrix(parameter, expert)) for expert in few]
+        pairs = [(value[expert], checkpoint.matrix(parameter, expert, padded)) for expert in few]
         if kind == "bias":
             # Kernels take them in another dtype than checkpoints have.
             pairs = [(part, matrix.to(part.dtype)) for part, matrix in pairs]
         if any(part.numel() > matrix.numel() for part, matrix in pairs):
             raise Unsupported(f"{name} has more elements than the checkpoint")
-        order = _order_of(pairs, read, gated=halves)
+        # Whatever scales zeros have, they stay zeros.
+        is_open = kind == "scale" and padded
+        known = checkpoint.known(parameter, padded) if is_open else None
+        order = _order_of(pairs, read, known, gated=halves)
         if order != read:
             as_found = None if order is None else vars(order)
             found.append({"name": name, "read": vars(read), "found": as_found, "told": told})
@@ -217,15 +269,22 @@ def _read(kernel: KernelSpec, told: Mapping[str, int], kind: str, *, gated: bool
     return Order(gated, interleaved, tile, number if is_weight else 0, tiled=kind == "scale")
 
 
-def _order_of(pairs: list[tuple[Tensor, Tensor]], first: Order, *, gated: bool) -> Order | None:
+def _order_of(
+    pairs: list[tuple[Tensor, Tensor]], first: Order, known: Tensor | None, *, gated: bool
+) -> Order | None:
     """Return the order that tensors have of their matrices; None for one that is not known.
 
     Args:
         first: The order that is tried first.
+        known: Which bytes of a matrix are compared: not 0 there; None for all.
     """
     for order in (first, *_likely(first, gated=gated)):
         try:
-            if all(_same_bytes(part, order.lay(matrix, gated=gated)) for part, matrix in pairs):
+            laid = [(part, order.lay(matrix, gated=gated)) for part, matrix in pairs]
+            if known is not None:
+                only = order.lay(known, gated=gated).flatten() != 0
+                laid = [(_bytes(part)[only], _bytes(made)[only]) for part, made in laid]
+            if all(_same_bytes(*pair) for pair in laid):
                 return order
         except QuantizationError:
             # Rows or columns do not fill the blocks of this order.
@@ -253,5 +312,9 @@ def _likely(read: Order, *, gated: bool) -> Iterator[Order]:
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
     if one.element_size() == 1 and other.dtype == torch.float32:
         other = other.to(torch.float8_e8m0fnu)
-    first, second = (x.contiguous().view(torch.uint8).flatten() for x in (one, other))
+    first, second = map(_bytes, (one, other))
     return first.shape == second.shape and torch.equal(first, second)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8).flatten()

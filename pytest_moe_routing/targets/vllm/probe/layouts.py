@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -14,10 +15,19 @@ from pytest_moe_routing.targets.vllm.probe import factory
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, refusal
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import ALL, experts_of
+from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, intermediate_size
 from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, surroundings
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
 from pytest_moe_routing.targets.vllm.probe.release import names
 
+#: Sizes that methods pad, and what pads them, by key of the contract; others raise, or take them.
+_PADDED = (384, 96)
+_PADS = {
+    "fp8_per_tensor": "pads-fp8",
+    "mxfp8": "pads-mxfp8",
+    "nvfp4": "pads-fp4",
+    "mxfp4": "pads-mxfp4",
+}
 #: Experts of a layer, for what does not depend on their number.
 _EXPERTS, _TOP_K, _GROUPS = 8, 2, 2
 
@@ -43,14 +53,25 @@ def layouts(model: Mapping[str, Any], scheme: str, modular: bool = False) -> lis
     if not callers:
         raise Unsupported("no layer of this release calls such experts")
     few = _with_few_experts(model)
-    return [_laid_out(few, scheme, class_of(caller), modular) for caller in callers]
+    sizes = [(HIDDEN, intermediate_size(model))]
+    if scheme in _PADS and names().has(_PADS[scheme]):
+        sizes.append(_PADDED)
+    ways = product(map(class_of, callers), sizes)
+    return [_laid_out(few, scheme, *way, modular=modular) for way in ways]
 
 
-def _laid_out(model: Mapping[str, Any], scheme: str, method: Any, modular: bool) -> dict[str, Any]:
+def _laid_out(
+    model: Mapping[str, Any],
+    scheme: str,
+    method: Any,
+    sizes: tuple[int, int],
+    *,
+    modular: bool,
+) -> dict[str, Any]:
     place = f"{method.__module__.replace('.', '/')}.py {method.__name__}"
     try:
         with surroundings(), on_one_gpu(), _taking(scheme, modular):
-            layer = LoadedLayer(model, scheme, method)
+            layer = LoadedLayer(model, scheme, method, sizes)
             call = layer.call()
     except Unsupported:
         raise

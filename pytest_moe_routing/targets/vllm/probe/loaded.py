@@ -26,11 +26,7 @@ from pytest_moe_routing.targets.vllm.probe import factory, release
 from pytest_moe_routing.targets.vllm.probe.config import layer_arguments, told_dtype
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks, Surroundings
-from pytest_moe_routing.targets.vllm.probe.layer import (
-    HIDDEN,
-    ChosenExperts,
-    intermediate_size,
-)
+from pytest_moe_routing.targets.vllm.probe.layer import ChosenExperts
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: vLLM's modules of functions that load and prepare weights, by key of the contract.
@@ -41,6 +37,8 @@ _TOOLS = (
 #: What a server is asked for, so that gates alone decide.
 _BACKENDS = {"mxfp4": "flashinfer_trtllm_afp8"}
 _BACKEND = "flashinfer_trtllm"
+#: What scales of inputs are divided by, for the first experts; they repeat. The largest counts.
+_LESS = (3.0, 5.0, 1.0, 7.0)
 #: Formats of scales of activations, by how many elements share one; others are float32.
 _FORMATS = {16: torch.float8_e4m3fn, 32: torch.float8_e8m0fnu}
 
@@ -184,8 +182,9 @@ class LoadedLayer:
     """A layer with a few experts, with the weights and scales of a checkpoint.
 
     Args:
-        model: The model, as `few_experts` makes it.
+        model: The model, with a few experts.
         method: The class of the layer's quantization method.
+        sizes: Its hidden and its intermediate size.
 
     Attributes:
         checkpoint: What it was loaded from.
@@ -194,16 +193,18 @@ class LoadedLayer:
         Unsupported: vLLM's code makes no such layer here, or has parameters that are not known.
     """
 
-    def __init__(self, model: Mapping[str, Any], scheme: str, method: Any) -> None:
+    def __init__(
+        self, model: Mapping[str, Any], scheme: str, method: Any, sizes: tuple[int, int]
+    ) -> None:
         factory.enter()
         self.checkpoint = MarkedCheckpoint()
-        self._model, self._is_gated = model, model["experts"]["gated"]
+        self._model, self._is_gated, self._sizes = model, model["experts"]["gated"], sizes
         self._are_whole = model["architecture"].startswith("GptOss") and scheme == "mxfp4"
         experts, ranks = model["router"]["num_experts"], Ranks()
         bias = None
         if model["router"]["correction_bias"] is not None:
             bias = torch.zeros(experts, dtype=getattr(torch, model["router"]["correction_bias"]))
-        arguments = layer_arguments(model, (HIDDEN, intermediate_size(model)), bias)
+        arguments = layer_arguments(model, sizes, bias)
         self._config = ranks.config(arguments["params_dtype"])
         self._config.kernel_config.moe_backend = _BACKENDS.get(scheme, _BACKEND)
         given = {
@@ -230,7 +231,7 @@ class LoadedLayer:
         experts, tokens = self._model["router"]["num_experts"], marked_weights.TOKENS
         dtype = told_dtype(self._model) or getattr(torch, self._model["dtype"])
         logits = torch.zeros(tokens, experts, dtype=dtype)
-        hidden = torch.zeros(tokens, HIDDEN, dtype=getattr(torch, self._model["dtype"]))
+        hidden = torch.zeros(tokens, self._sizes[0], dtype=getattr(torch, self._model["dtype"]))
         if not self.method.is_monolithic:
             ids = torch.zeros(tokens, self._model["router"]["top_k"], dtype=torch.int32)
             self._runner.router = ChosenExperts(torch.ones_like(ids, dtype=torch.float32), ids)
@@ -266,13 +267,22 @@ class LoadedLayer:
                 )
 
     def _marked(self, name: str, data: Tensor, parts: int) -> Callable[..., list[Tensor]]:
-        like = data[0, : data.shape[1] // parts]
+        hidden, inner = self._sizes
+        # Some methods make parameters of the sizes that a kernel needs.
+        of_hidden = hidden / self._experts.hidden_size
+        of_inner = inner / self._experts.intermediate_size_per_partition
+        shares = (of_inner, of_hidden) if name.startswith("w13") else (of_hidden, of_inner)
+        lengths = (data.shape[1] // parts, *data.shape[2:])
+        shape = [round(n * share) for n, share in zip(lengths, shares, strict=False)]
+        like = data.new_empty(shape)
         return lambda name, part, experts: self.checkpoint.make(name, part, experts, like)
 
 
 def _factors(name: str, _part: str, experts: int) -> list[Tensor]:
     """Return a scale of a whole tensor of each expert, as a checkpoint has it."""
-    of, gemm = "a" if "input" in name else "w", 1 if name.startswith("w13") else 2
-    values = scales.per_expert(f"{of}{gemm}_scale", experts)
+    gemm = 1 if name.startswith("w13") else 2
+    values = scales.per_expert(f"{'a' if 'input' in name else 'w'}{gemm}_scale", experts)
+    if "input" in name:
+        values = values / torch.tensor(_LESS).repeat(-(-experts // len(_LESS)))[:experts]
     # compressed-tensors has the factor that values were multiplied by.
     return list(1 / values if "global_scale" in name else values)

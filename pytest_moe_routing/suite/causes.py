@@ -208,9 +208,9 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
         reached = text.reached(reach_of(model, scheme, switches), switches, by_default=not switches)
     models = _few(list(dict.fromkeys(each.id for each in (model, *wrong.models))))
     is_order = all(finding.kind is Kind.LAYOUT for finding in call.findings)
-    what = "reads other elements than it is given" if is_order else "is given other factors"
+    problem = "reads other elements than it is given" if is_order else "is given other factors"
     lines = (
-        f"{model} on {scheme}, {target}: {call.function} {what}",
+        f"{model} on {scheme}, {target}: {call.function} {problem}",
         f"  reach    {reached}",
         *(f"  because  {line}" for line in text.sentences(call.findings)),
         f"  at       {call.method}",

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import re
 import sys
-import textwrap
-from contextlib import contextmanager
-from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
+
+from edited import edited
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -21,7 +18,6 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
 from pytest_moe_routing.targets.vllm.target import VllmTarget
@@ -98,22 +94,6 @@ BROKEN = {
 }  # fmt: skip
 #: What only experts that are given ids and weights show: vLLM's own code prepares their input.
 MODULAR = ("nothing nvfp4", "first input scale not inverted")
-
-
-@contextmanager
-def edited(module, path, old, new):
-    """Run a function of vLLM from an edited source for a while, whoever has imported it."""
-    right = attrgetter(path)(stubs.real_module(module))
-    text = textwrap.dedent(inspect.getsource(right))
-    wrong, count = re.subn(old, new, text, count=1)
-    assert count == 1, (path, old)
-    names = {}
-    exec(compile(wrong, right.__code__.co_filename, "exec"), right.__globals__, names)
-    kept, right.__code__ = right.__code__, names[right.__name__].__code__
-    try:
-        yield
-    finally:
-        right.__code__ = kept
 
 
 def main(root, flashinfer, version):

@@ -18,8 +18,7 @@ def edited(module, path, old, new):
     text = textwrap.dedent(inspect.getsource(right))
     wrong, count = re.subn(old, new, text, count=1)
     assert count == 1, (path, old)
-    # Annotations are not evaluated.
-    # A method that calls `super` finds its class around it.
+    # Annotations are not evaluated, and a method that calls `super` finds its class around it.
     body = textwrap.indent(wrong[wrong.index("def ") :], " ")
     lines = ["from __future__ import annotations", "def around(__class__):", body]
     wrong = "\n".join([*lines, f" return {right.__name__}"])

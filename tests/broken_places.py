@@ -20,7 +20,8 @@ from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.moved import moved_placements
 from pytest_moe_routing.oracle.other_experts import other_calls
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.suite.causes import of_moved, of_other_experts
+from pytest_moe_routing.suite.causes import of_other_experts
+from pytest_moe_routing.suite.placements import of_moved
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child

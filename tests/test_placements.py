@@ -19,7 +19,7 @@ from pytest_moe_routing.oracle.moved import moved_placements
 from pytest_moe_routing.oracle.placed import KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.target import Rule
 from pytest_moe_routing.schemes import SERVED_SCHEMES
-from pytest_moe_routing.suite.causes import of_moved
+from pytest_moe_routing.suite.placements import of_moved
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 from pytest_moe_routing.targets.expected import known_placements
 

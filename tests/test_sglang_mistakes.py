@@ -14,7 +14,7 @@ from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.oracle.moved import moved_placements
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.suite.causes import of_moved
+from pytest_moe_routing.suite.placements import of_moved
 
 MODELS = load_models(packaged_directory())
 RUNNER = "layers/moe/moe_runner/flashinfer_trtllm.py"

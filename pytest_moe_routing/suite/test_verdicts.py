@@ -177,7 +177,7 @@ def test_placements(
 ) -> None:
     """Experts run on the GPUs, and however shared out to them, where their release runs them."""
     from pytest_moe_routing.oracle.moved import moved_placements
-    from pytest_moe_routing.suite.causes import of_moved
+    from pytest_moe_routing.suite.placements import of_moved
 
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     with unsupported_is_skipped():

@@ -12,15 +12,16 @@ from pytest_moe_routing.targets.answers import RuleAnswer
 _MXFP4 = "flashinfer_mxfp4"
 
 
-def runners_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the runners of a scheme, see `configs.yaml`, by the kind of their experts."""
+def placed_by(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheme's quantization, see `configs.yaml`, and its runners by kind of experts."""
     first = "mxfp4" if row["runner"] == _MXFP4 else "monolithic"
     kinds = {first: row["runner"], "modular": row.get("routed"), "cutlass": row.get("other")}
-    return {
+    runners = {
         kind: runner
         for kind, runner in kinds.items()
         if runner is not None and (kind == first or runner != row["runner"])
     }
+    return {"quantization": row["quantization"], "runners": runners}
 
 
 def deciding(asked: Sequence[RuleAnswer], elsewhere: Iterable[RuleAnswer]) -> Rule:

@@ -46,7 +46,7 @@ from pytest_moe_routing.targets.sglang.model_configs import (
 )
 from pytest_moe_routing.targets.sglang.recorded import TOKENS, captured_of, with_tokens
 from pytest_moe_routing.targets.sglang.registry import registered
-from pytest_moe_routing.targets.sglang.runner_rule import deciding, runners_of
+from pytest_moe_routing.targets.sglang.runner_rule import deciding, placed_by
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
 
@@ -149,15 +149,13 @@ class SglangTarget(FrameworkTarget):
         if gate:
             return Rule()
         runner = self.chosen_runner(model, scheme)
-        instead = f"{runner} by default"
+        told = f"{runner} by default"
         if runner == self._row(model, scheme)["runner"]:
             # A layer that takes the runner by itself gives it experts that SGLang's router chose.
-            instead = (
-                f"SGLang's own top-k routes by default, and the layer takes {runner} by itself"
-            )
+            told = f"SGLang's own top-k routes by default, and the layer takes {runner} by itself"
         schemes = (other for other in configs()["schemes"] if other != scheme)
         elsewhere = (answer for other in schemes for answer in self._runner_rules(model, other))
-        return replace(deciding(self._runner_rules(model, scheme), elsewhere), instead=instead)
+        return replace(deciding(self._runner_rules(model, scheme), elsewhere), instead=told)
 
     def _runner_rules(self, model: ModelSpec, scheme: str) -> list[RuleAnswer]:
         """Return the functions that may name a runner; none if the scheme cannot be asked for."""
@@ -297,9 +295,7 @@ class SglangTarget(FrameworkTarget):
         }
 
     def asked_of_placements(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
-        row = self._row(model, scheme)
-        told = {"server": self._server(model, scheme), "quantization": row["quantization"]}
-        return {**told, "runners": runners_of(row)}
+        return {"server": self._server(model, scheme), **placed_by(self._row(model, scheme))}
 
     def weight_path(self, model: ModelSpec, scheme: str) -> str | None:
         runner = self._runner_given(model, scheme)
@@ -344,8 +340,7 @@ class SglangTarget(FrameworkTarget):
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
-        numbers: dict[str, int] = self._probe.ask("method_numbers")
-        return numbers
+        return dict(self._probe.ask("method_numbers"))
 
     def _row(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """Return SGLang's view of a model's checkpoint in a scheme."""

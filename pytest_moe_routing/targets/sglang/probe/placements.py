@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.answers import PlacementsAnswer, RuleAnswer
@@ -20,9 +20,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
 )
 from pytest_moe_routing.targets.sglang.probe.requests import DEVICE, requesting
 from pytest_moe_routing.targets.sglang.probe.rule import runner_rules
-
-if TYPE_CHECKING:
-    from pytest_moe_routing.targets.sglang.probe.main import Blocks
+from pytest_moe_routing.targets.sglang.probe.sources import Sources
 
 #: The compute capability of each GPU that a server is asked for.
 _DEVICES = ((9, 0), (10, 0), (10, 3), (12, 0))
@@ -162,7 +160,20 @@ def placement_rule(
     return {"name": names, "source": source, "instead": told}
 
 
-def placement_questions(blocks: Blocks) -> dict[str, Callable[..., Any]]:
+class Release(Protocol):
+    """What answers questions about a release; see `main.Blocks`."""
+
+    names: Names
+    sources: Sources
+
+    @property
+    def defaults(self) -> Callable[[], Mapping[str, Any]]: ...
+
+    @property
+    def enter(self) -> Callable[[], None]: ...
+
+
+def placement_questions(blocks: Release) -> dict[str, Callable[..., Any]]:
     """Return the questions about placements of a release."""
 
     def about(ask: Callable[..., Any]) -> Callable[..., Any]:

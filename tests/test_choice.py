@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pytest_moe_routing.errors import Unsupported
@@ -141,7 +143,17 @@ def test_who_reaches_a_wrong_call_of_modular_experts(choice, reach, rank):
     failure = of_modular_call(Chooses(FlashInfer.of("0.7.0")), R1, "nvfp4", WRONG, choice)
     assert failure.lines[1] == f"  reach    {reach}"
     assert failure.rank is rank
-    assert failure.cause == "modular-call:applied-router-weight:a.Method->kernel"
+    assert failure.cause == "modular-call:applied-router-weight-nowhere:a.Method->kernel"
+
+
+def test_a_weight_that_is_applied_otherwise_is_another_cause():
+    """A number in it is that of an example."""
+    texts = ("on the expert input and on the expert output", "with a factor of 6.25")
+    ids = [replace(WRONG[0], got=text).id for text in texts]
+    assert ids == [
+        "applied-router weight-on the expert input and on the expert output",
+        "applied-router weight",
+    ]
 
 
 def test_modular_experts_that_are_never_taken_are_one_line():

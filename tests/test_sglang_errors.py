@@ -111,12 +111,13 @@ def test_code_that_fails_to_decide_about_shared_experts_decides_nothing():
 
 
 def prepare(scheme, run):
-    """Prepare a layer whose quantization method runs this."""
+    """Prepare a layer whose quantization method runs this; one that is quantized scales its input."""
     method = SimpleNamespace(process_weights_after_loading=run)
     config = scheme and SimpleNamespace(get_name=lambda: scheme)
     small = torch.zeros(2, 64, 64)
     layer = SimpleNamespace(quant_method=method, quant_config=config)
     layer.dispatcher = SimpleNamespace(is_told=False)
+    layer.named_parameters = lambda: [("w13_input_scale", small)] if scheme else []
     layer._parameters = {"w13_weight": small, "w2_weight": small}
     names = SimpleNamespace(has=lambda _: False)
     with requesting(prepared=lambda _: None):

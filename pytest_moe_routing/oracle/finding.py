@@ -77,8 +77,13 @@ class Finding:
 
     @property
     def id(self) -> str:
-        """What it is about, as ids of causes have it: without values, messages and lines."""
-        return f"{self.kind}-{self.raised_in or self.field}"
+        """What it is about, as ids of causes have it: without values, messages and lines.
+
+        What is applied or added is told by where and how often: that is no value of a model.
+        """
+        about = f"{self.kind}-{self.raised_in or self.field}"
+        words = str(self.got) if self.kind in (Kind.APPLIED, Kind.ADDED) else ""
+        return f"{about}-{words}" if words and not re.search("[0-9]", words) else about
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it, which knows no infinite number: such a value is text."""

@@ -174,7 +174,7 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
     reach = reach_of(model, scheme, call.switches)
     reached = f"{text.reached(reach, call.switches, by_default=True)} on {call.device}"
     told = tuple(text.sentences(findings))
-    what = "+".join(dict.fromkeys(f"{f.kind}-{f.field}" for f in findings))
+    what = "+".join(dict.fromkeys(finding.id for finding in findings))
     # One that nobody meets unasked must not hide the same one where somebody does.
     is_latent = call.requests or (bool(call.switches) and not published)
     name = "requested-experts" if is_latent else "other-experts"

@@ -130,3 +130,33 @@ def test_other_mistakes_are_named():
         layouts.pack_nibbles(torch.zeros(2, 2))
     with pytest.raises(QuantizationError, match=r"found torch.float32, expected torch.uint8"):
         layouts.unpack_nibbles(torch.zeros(2, 2))
+
+
+def test_weights_for_hopper_lie_where_flashinfers_kernel_puts_them():
+    """The loops of `interleave_fp4_weights_for_sm90_mixed_gemm_kernel`, byte by byte."""
+    rows, columns = 32, 128
+    given = torch.arange(rows * columns // 2).remainder(251).to(torch.uint8)
+    moved = torch.zeros_like(given)
+    for block in range(rows // 2):
+        for part in range(columns // 64):
+            for lane in range(16):
+                row = block // 8 * 16 + block % 8
+                column = part * 32 + lane // 4 * 8 + lane % 4
+                first = row * columns // 2 + column
+                second = (row + 8) * columns // 2 + column
+                to_row = row + lane // 4 % 2 * 8
+                to = to_row * columns // 2 + part * 32 + lane // 8 * 16 + lane % 4 * 4
+                for byte, source in enumerate((first, second, first + 4, second + 4)):
+                    moved[to + byte] = given[source]
+    found = layouts.interleave_for_hopper(given.view(1, rows, -1))
+    assert torch.equal(found.flatten(), moved)
+
+
+def test_scales_for_hopper_are_folded():
+    """Row r and column c of 64 x 4 scales: line r % 16, byte 4 * (r // 16) + c."""
+    scales = torch.arange(128 * 8).remainder(251).to(torch.uint8).view(1, 128, 8)
+    folded = layouts.fold_scales(scales)
+    assert folded.shape == (1, 2, 2, 16, 16)
+    for row, column in ((0, 0), (1, 2), (17, 3), (63, 5), (100, 7)):
+        at = 0, row // 64, column // 4, row % 16, 4 * (row % 64 // 16) + column % 4
+        assert folded[at] == scales[0, row, column]

@@ -117,3 +117,43 @@ def swizzle_scales(scales: Tensor) -> Tensor:
     at = scales.ndim - 2
     order = (*range(at), at, at + 3, at + 2, at + 1, at + 4)
     return tiles.permute(order).flatten(at).view(scales.dtype)
+
+
+def interleave_for_hopper(packed: Tensor) -> Tensor:
+    """Reorder packed 4-bit codes, uint8 `[rows, columns / 2]`, for Hopper's mixed-input GEMM.
+
+    Four bytes of a pair of rows (r, r + 8) and of columns (c, c + 4) become neighbors. FlashInfer's
+    `interleave_moe_weights_for_sm90_mixed_gemm` (csrc/nv_internal/tensorrt_llm/kernels/
+    cutlass_kernels/moe_gemm/moe_gemm_mixed_utils.cu) moves bytes so for `fp4`, and then permutes
+    the bits of each four, which this does not.
+    """
+    _check_multiple("rows of a weight", packed.shape[-2], 16)
+    _check_multiple("bytes of a row", packed.shape[-1], 32)
+    blocks = unflatten(unflatten(packed, -1, (-1, 2, 2, 2, 4)), -6, (-1, 2, 8))
+    # [16 rows, row half, r, 32 bytes, lane / 8, to row half, column half, c]
+    at = packed.ndim - 2
+    order = (*range(at), *(at + place for place in (0, 5, 2, 3, 4, 7, 6, 1)))
+    return blocks.permute(order).reshape(packed.shape)
+
+
+def fold_scales(scales: Tensor, groups: int = 4) -> Tensor:
+    """Fold block scales of one byte, `[rows, columns]`, for Hopper's mixed-input GEMM.
+
+    Scales of 64 rows and of 128 elements of each become rows of 16 bytes. FlashInfer 0.7.2's
+    `interleave_moe_scales_for_sm90_mixed_gemm`; most releases before 0.6.18 fold otherwise.
+
+    Args:
+        groups: Scales of 128 elements of a row.
+
+    Returns:
+        `[rows / 64, columns / groups, 4 * groups, 16]`.
+    """
+    _check_multiple("rows of scales", scales.shape[-2], 64)
+    _check_multiple("columns of scales", scales.shape[-1], groups)
+    slices = 16 // groups
+    raw = scales.contiguous().view(torch.uint8)
+    blocks = unflatten(unflatten(raw, -1, (-1, groups)), -3, (-1, slices, 64 // slices))
+    # [64 rows, slice, r, columns, c] -> [64 rows, columns, r, slice, c]
+    at = scales.ndim - 2
+    order = (*range(at), *(at + place for place in (0, 3, 2, 1, 4)))
+    return blocks.permute(order).flatten(-2).contiguous()

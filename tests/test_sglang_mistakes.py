@@ -10,10 +10,13 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request
 from pytest_moe_routing.oracle.judge import judge
+from pytest_moe_routing.oracle.layouts import wrong_layouts
 from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.oracle.moved import moved_placements
+from pytest_moe_routing.oracle.other_experts import other_calls
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
+from pytest_moe_routing.suite.causes import of_layout
 from pytest_moe_routing.suite.placements import of_moved
 
 MODELS = load_models(packaged_directory())
@@ -65,6 +68,11 @@ FACTOR = '"routed_scaling_factor": routed_scaling_factor,'
 #: A server with this runner keeps shared experts apart, now but for one scheme.
 APART = 'if runner in ("flashinfer_trtllm", "experimental_sgl_trtllm")'
 
+#: The clamp of DeepSeek V4's experts on Hopper, and the halves of gpt-oss' biases there.
+LIMIT = "swiglu_limit=self._swiglu_limit_tensor"
+HALF_OF_UP = "w13_bias_padded[:, :N_un] = w13_bias_up"
+HALF_OF_GATE = "w13_bias_padded[:, N_pad : N_pad + N_un] = w13_bias_gate"
+
 
 #: RTX Blackwell no longer gets the runner of gpt-oss.
 GPT_OSS = ("is_sm120_supported() and is_mxfp4", "get_platform().is_sm120 and is_mxfp4")
@@ -82,6 +90,14 @@ def target(tmp_path_factory):
         quantization = "layers/quantization/modelopt_quant.py"
         edit(root, quantization, (ALPHAS, ALPHAS.replace("w2_input_scale * ", "")))
         edit(root, quantization, (INPUT, INPUT.replace("1 / ", "")))
+        edit(
+            root,
+            "layers/quantization/mxfp4_flashinfer_cutlass_moe.py",
+            (LIMIT, "swiglu_limit=None"),
+        )
+        for right, half in ((HALF_OF_UP, "gate"), (HALF_OF_GATE, "up")):
+            wrong = f"{right.partition(' = ')[0]} = w13_bias_{half}"
+            edit(root, "layers/quantization/mxfp4.py", (right, wrong))
         edit(root, "models/step3p5.py", (GATE, BF16_GATE))
         edit(root, "layers/moe/moe_runner/flashinfer_cutlass.py", (SCALED, SCALED + SCALED_TWICE))
         edit(root, "models/mimo_v2.py", (WEIGHT, ROUNDED_WEIGHT))
@@ -235,3 +251,25 @@ def test_shared_experts_that_a_server_no_longer_keeps_apart(target):
 def test_shared_experts_that_a_models_code_keeps_apart(target):
     """The code of Kimi-K2.5 does not put any among its 384 experts."""
     assert judge(target, MODELS["kimi-k2.5"], "mxfp8").call.num_experts == 384
+
+
+def test_a_limit_that_is_lost_in_cutlass_kernels(target):
+    """They run the experts by default: since 0.5.20 on Hopper, before on RTX Blackwell alone."""
+    [wrong] = other_calls(target, "mxfp4", [MODELS["deepseek-v4-flash"]]).wrong
+    text = "swiglu_limit arrives as inf, the layer has 10"
+    assert list(sentences(wrong.findings)) == [text]
+    device = "RTX Blackwell" if target.version() == "0.5.18" else "Hopper"
+    assert (wrong.call.device, wrong.call.switches) == (device, ())
+
+
+def test_biases_whose_halves_are_swapped_on_hopper(target):
+    [wrong] = wrong_layouts(target, "mxfp4", [MODELS["gpt-oss-20b"]]).wrong
+    at = wrong.at
+    text = "fc1_expert_biases: gate and up halves are swapped"
+    assert (at.device, at.switches, list(sentences(at.findings))) == (
+        "Hopper",
+        ("--moe-runner-backend flashinfer_mxfp4",),
+        [text],
+    )
+    lines = of_layout(target, "mxfp4", wrong).lines
+    assert lines[1].endswith("--moe-runner-backend flashinfer_mxfp4 on Hopper")

@@ -27,8 +27,12 @@ class GivenExperts:
         parameters: Names of arguments, by those of TRT-LLM's entry points.
         biases: What each argument with biases has.
         scales: By scheme; a scheme without an entry is none of the kernel's.
-        factors: What scales of whole tensors are, by what they are to the kernel.
+        ones: By scheme, the scales that must be 1.
+        factors: What other scales of whole tensors are, by what they are to the kernel.
+        matrices: Names of arguments with weights, by product.
+        orders: By scheme, how weights and their block scales lie.
         flags: By scheme, the arguments that must be true.
+        unset: Arguments that must be false.
         devices: By scheme, the first and the last compute capability that the kernel runs on.
     """
 
@@ -47,8 +51,12 @@ class GivenExperts:
     parameters: Mapping[str, str]
     biases: Mapping[str, str]
     scales: Mapping[str, Scales]
+    ones: Mapping[str, Sequence[str]]
     factors: Mapping[str, Formula]
+    matrices: Mapping[str, str]
+    orders: Mapping[str, Sequence[str]]
     flags: Mapping[str, Sequence[str]]
+    unset: Sequence[str]
     devices: Mapping[str, Sequence[str]]
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pytest_moe_routing.reference.layouts import (
     block_major,
+    fold_scales,
+    interleave_for_hopper,
     interleave_rows,
     shuffle_rows,
     swizzle_scales,
@@ -86,8 +88,34 @@ def block_scale_interleave(unswizzled_sf: Tensor, *, out: Tensor | None = None) 
     return swizzle_scales(unswizzled_sf).flatten()
 
 
+def interleave_weights_for_hopper(weight: Tensor, quant_type: str = "fp4") -> Tensor:
+    return interleave_for_hopper(weight)
+
+
+def interleave_scales_for_hopper(scales: Tensor, group_size: int = 32) -> Tensor:
+    return fold_scales(scales, 128 // group_size)
+
+
+def residual(raw_scale: Tensor) -> Tensor:
+    """Return the factor that Humming's kernel applies to each expert: its least exponent's."""
+    return torch.exp2(raw_scale.flatten(1).amin(1).float() - 127) / 2
+
+
+def humming_for_hopper(weight: Tensor, raw_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave payloads and exponents as they are.
+
+    FlashInfer's clamps exponents to a range, and rewrites payloads whose exponents it moved.
+    """
+    return interleave_for_hopper(weight), fold_scales(raw_scale), residual(raw_scale)
+
+
+#: What orders weights and scales for the mixed-input GEMM on Hopper, by FlashInfer's names.
+HOPPER: Mapping[str, Callable[..., Tensor]] = {
+    "interleave_moe_weights_for_sm90_mixed_gemm": interleave_weights_for_hopper,
+    "interleave_moe_scales_for_sm90_mixed_gemm": interleave_scales_for_hopper,
+}
 #: Those functions, by FlashInfer's names.
-FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "shuffle_matrix_a": shuffle_matrix_a,
     "shuffle_matrix_sf_a": shuffle_matrix_sf_a,
     "reorder_rows_for_gated_act_gemm": reorder_rows_for_gated_act_gemm,
@@ -99,6 +127,8 @@ FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
     "convert_to_block_layout": convert_to_block_layout,
     "block_scale_interleave": block_scale_interleave,
     "nvfp4_block_scale_interleave": block_scale_interleave,
+    **HOPPER,
+    "preprocess_moe_weights_for_sm90_mixed_gemm_humming": humming_for_hopper,
 }
 
 

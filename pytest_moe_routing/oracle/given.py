@@ -5,7 +5,7 @@ What the arguments mean is in `flashinfer/given.yaml`; records are as in `oracle
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isclose
 from typing import Any
 
@@ -17,6 +17,10 @@ from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.oracle.calls import ACTIVATIONS, PARAMETERS
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.scales import Scales, wrong_factor
+
+#: What SwigluStep clamps to where it is given no limit: SwigluStepAdaptor in FlashInfer's
+#: csrc/fused_moe/cutlass_backend/cutlass_fused_moe_kernels.cuh, 0.6.13 to 0.7.2.post1.
+_LIMIT_OF_STEP = 7.0
 
 
 def read_given(
@@ -48,7 +52,7 @@ def read_given(
     known = () if record.get("unprepared") else entry.parameters.items()
     yield from _wrong_activation(entry, model.experts, arguments, dict(known), flashinfer)
     yield from _wrong_scales(entry, record)
-    for name in sorted({flag for flags in entry.flags.values() for flag in flags}):
+    for name in sorted({*entry.unset, *(flag for flags in entry.flags.values() for flag in flags)}):
         wanted = name in entry.flags.get(record["stored"], ())
         if arguments.get(name, wanted) is not wanted:
             yield Finding(Kind.ARGUMENT, name, wanted, arguments[name])
@@ -122,10 +126,16 @@ def _wrong_activation(
     if known.get(kind) not in names:
         got = str(known.get(kind, kind))
         yield Finding(Kind.ARGUMENT, entry.activation, " or ".join(names), got)
-    for name, argument in parameters.items() if names == ("Swiglu",) else ():
+    checked: Iterable[tuple[str, str]] = parameters.items()
+    if names != ("Swiglu",):
+        # Of others, those that clamp after the activation have a limit, if they are what is called.
+        is_step = names == ("SwigluStep",) and known.get(kind) in names
+        checked = [pair for pair in checked if is_step and pair[0] == "gemm1_clamp_limit"]
+    for name, argument in checked:
         field, neutral = PARAMETERS[name]
         stated, value = getattr(experts, field), arguments.get(argument)
         wanted = neutral if stated is None else float(stated)
+        neutral = neutral if names == ("Swiglu",) else _LIMIT_OF_STEP
         # A vector has one value for each expert.
         number = neutral if value is None else value.get("all")
         if number is None or not isclose(number, wanted, rel_tol=1e-6):
@@ -150,12 +160,29 @@ def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Fi
         if wrong:
             yield Finding(Kind.ARGUMENT, name, *(", ".join(side) for side in zip(*wrong)))  # noqa: B905
             continue
+        ones = entry.ones.get(record["stored"], ())
+        yield from _wrong_ones(entry, record, name, expected)
         value = record["arguments"].get(name)
         values = value if isinstance(value, list) else [value]
         for role, scale in zip(expected, values, strict=False):
-            if role in entry.factors and given:
+            if role in entry.factors and role not in ones and given:
                 yield from wrong_factor(name, scale, role, entry.factors[role], given)
     for name, wanted in entry.biases.items() if record["has_biases"] else ():
         (bias,) = roles.get(name) or ["none"]
         if bias != wanted:
             yield Finding(Kind.ARGUMENT, name, f"its {wanted}", str(bias or "another tensor"))
+
+
+def _wrong_ones(
+    entry: GivenExperts, record: Mapping[str, Any], name: str, scales: Sequence[str]
+) -> Iterator[Finding]:
+    """Yield scales that are not 1 where the kernel needs none."""
+    arguments = record["arguments"]
+    local = arguments[entry.experts]["shape"][0]
+    for at, scale in enumerate(scales):
+        if scale in entry.ones.get(record["stored"], ()):
+            value = arguments[name][at]
+            number, shape = value.get("all"), value["shape"]
+            if number != 1.0 or shape not in ([], [local]):
+                got = "values that differ" if number is None else f"{number:g} of shape {shape}"
+                yield Finding(Kind.ARGUMENT, f"{name}[{at}]", f"1 for {local} experts", got)

@@ -49,23 +49,24 @@ class LayoutsFound:
 def wrong_layouts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> LayoutsFound:
     """Ask about a model of each kind that the target runs in the scheme's kernels."""
     kinds: dict[Any, list[ModelSpec]] = {}
-    unanswered = Counter[str]()
+    served, unanswered = list[ModelSpec](), Counter[str]()
     for model in models:
         try:
             way = target.weight_path(model, scheme)
         except Unsupported as reason:
             unanswered[str(reason)] += 1
             continue
+        served.append(model)
         if way is not None:
             kinds.setdefault((way, kind_of(model)), []).append(model)
     wrong: dict[Any, tuple[LaidOut, list[ModelSpec]]] = {}
-    answered = 0
+    answered = set[ModelSpec]()
     for members in kinds.values():
         first, found = _ask(target, scheme, members)
         if isinstance(found, Unsupported):
             unanswered[str(found)] += len(members)
             continue
-        answered += len(members)
+        answered.update(members)
         others = [model for model in members if model is not first]
         for at in found:
             # Entry points that a method hands the same weights show one mistake.
@@ -73,7 +74,44 @@ def wrong_layouts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> L
             if at.findings:
                 wrong.setdefault(key, (at, []))[1].extend([first, *others])
     mistakes = (WrongLayout(at, tuple(dict.fromkeys(given))) for at, given in wrong.values())
-    return LayoutsFound(tuple(mistakes), answered, unanswered)
+    elsewhere = _elsewhere(target, scheme, served, answered, unanswered)
+    return LayoutsFound((*mistakes, *elsewhere), len(answered), unanswered)
+
+
+def _elsewhere(
+    target: Target,
+    scheme: str,
+    models: Iterable[ModelSpec],
+    answered: set[ModelSpec],
+    unanswered: Counter[str],
+) -> Iterable[WrongLayout]:
+    """Ask about a model of each kind that the target runs in other kernels than the scheme's.
+
+    Args:
+        answered, unanswered: What is added to.
+    """
+    kinds: dict[Any, list[ModelSpec]] = {}
+    for model in models:
+        kinds.setdefault(kind_of(model), []).append(model)
+    wrong: dict[Any, WrongLayout] = {}
+    for members in kinds.values():
+        for model in sorted(members, key=lambda model: model.router.num_experts):
+            try:
+                found = target.laid_out_elsewhere(model, scheme)
+            except Unsupported as reason:
+                unanswered[str(reason)] += 1
+                continue
+            if found:
+                answered.update(members)
+                alike = (model, *(each for each in members if each is not model))
+                for at in found:
+                    if at.findings:
+                        # Precisions of one GPU show one mistake.
+                        wrong.setdefault(
+                            (at.method, at.device, at.findings), WrongLayout(at, alike)
+                        )
+                break
+    return wrong.values()
 
 
 def _ask(
@@ -141,6 +179,9 @@ def _differences(order: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str] | N
             yield ((flag, str(bool(told[flag]))), state) if is_told else (None, f"rows are {state}")
         else:
             yield None, f"rows are shuffled in tiles of {found['tile']}, not of {read['tile']}"
+    if found["hopper"] != read["hopper"]:
+        state = "interleaved" if found["hopper"] else "not interleaved"
+        yield None, f"it is {state} for Hopper's mixed-input GEMM"
     if found["weight_layout"] != read["weight_layout"]:
         is_, says = _LAYOUTS[found["weight_layout"]], _LAYOUTS[read["weight_layout"]]
         if "weight_layout" in told:

@@ -52,7 +52,8 @@ def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Oth
     found: dict[tuple[OtherCall, Finding], dict[ModelSpec, Sequence[ModelSpec]]] = {}
     answered, unanswered = 0, Counter[str]()
     for members in kinds.values():
-        for model in members:
+        # A layer of few experts is made sooner.
+        for model in sorted(members, key=lambda model: model.router.num_experts):
             try:
                 calls = target.other_experts(model, scheme)
             except Unsupported as reason:

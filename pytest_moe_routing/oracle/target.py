@@ -146,12 +146,14 @@ class LaidOut:
         method: The file and the class that prepare the weights.
         findings: What lies otherwise than the entry point reads it.
         switches: Those without which the call is not made; None if that cannot be asked.
+        device: The GPU, if it is not the usual one.
     """
 
     function: str
     method: str
     findings: tuple[Finding, ...]
     switches: tuple[str, ...] | None = ()
+    device: str = ""
 
 
 class Target:
@@ -244,6 +246,10 @@ class Target:
         A scheme's usual checkpoint is the one that all other questions are about.
         """
         return {}
+
+    def laid_out_elsewhere(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
+        """Return the same of calls of other kernels than the scheme's, if the target makes any."""
+        return ()
 
     def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
         """Return the calls of other kernels that the target runs a model's experts in, if any."""

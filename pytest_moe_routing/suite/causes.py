@@ -205,6 +205,8 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
     reached = "whether by default cannot be asked of this release"
     if switches is not None:
         reached = text.reached(reach_of(model, scheme, switches), switches, by_default=not switches)
+    if call.device:
+        reached += f" on {call.device}"
     models = _few(list(dict.fromkeys(each.id for each in (model, *wrong.models))))
     is_order = all(finding.kind is Kind.LAYOUT for finding in call.findings)
     problem = "reads other elements than it is given" if is_order else "is given other factors"

@@ -33,11 +33,23 @@ class LaidOutAnswer(_Factors):
     orders: list[WrongOrder]
 
 
-def laid_out(answer: LaidOutAnswer, switches: Iterable[str] | None) -> LaidOut:
+class LaidOutElsewhere(LaidOutAnswer):
+    """The same on a GPU, or for a server, that makes another kernel run.
+
+    Attributes:
+        switches: Those without which the call is not made.
+    """
+
+    device: str
+    switches: list[str]
+
+
+def laid_out(answer: LaidOutAnswer, switches: Iterable[str] | None, device: str = "") -> LaidOut:
     """Read an answer.
 
     Args:
         switches: Those without which the call is not made; None if that cannot be asked.
+        device: The GPU, if it is not the usual one.
     """
     function, method = answer["function"], answer["method"]
     return LaidOut(
@@ -45,4 +57,5 @@ def laid_out(answer: LaidOutAnswer, switches: Iterable[str] | None) -> LaidOut:
         method,
         layout_findings(answer["orders"], function),
         None if switches is None else tuple(switches),
+        device,
     )

@@ -5,7 +5,7 @@ Bytes are random as only their order matters: two orders of the same rows differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.errors import QuantizationError, Unsupported
 from pytest_moe_routing.reference.kernel_layouts import Layout, layout_of
-from pytest_moe_routing.reference.layouts import swap_halves, swizzle_scales
+from pytest_moe_routing.reference.layouts import (
+    fold_scales,
+    interleave_for_hopper,
+    swap_halves,
+    swizzle_scales,
+)
 from pytest_moe_routing.schemes import KernelSpec, kernel_of
 
 #: Tokens that fill a tile of scales: no order of rows of fewer tokens is the same.
@@ -38,7 +43,7 @@ LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
 #: Tiles of rows that may be shuffled.
 _TILES = (0, 64, 128)
 #: What a kernel is given of a matrix, block scales after its weights.
-_KINDS = ("weights", "scale", "bias")
+KINDS = ("weights", "scale", "bias")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Order:
         tile: Rows are shuffled for an epilogue of so many; 0 for not at all.
         weight_layout: A number of FlashInfer's `WeightLayout`, see `LAYOUTS`.
         tiled: Scales lie in 128x4 tiles.
+        hopper: `weights` or `scales` that lie as Hopper's mixed-input GEMM reads these; else empty.
     """
 
     up_first: bool = False
@@ -58,6 +64,7 @@ class Order:
     tile: int = 0
     weight_layout: int = 0
     tiled: bool = False
+    hopper: str = ""
 
     def lay(self, matrix: Tensor, *, gated: bool) -> Tensor:
         """Return a matrix `[rows, columns]`, gate before up, in this order."""
@@ -66,6 +73,8 @@ class Order:
         laid = layout.elements(given, gated)
         if LAYOUTS[self.weight_layout] == "MajorMn":
             laid = laid.transpose(-2, -1).contiguous()
+        if self.hopper:
+            return fold_scales(laid) if self.hopper == "scales" else interleave_for_hopper(laid)
         return swizzle_scales(laid) if self.tiled else laid
 
 
@@ -144,15 +153,15 @@ class MarkedCheckpoint:
 
     def _rows(self, gemm: str, arguments: Mapping[str, Any]) -> Fraction:
         """Return how many times as many rows as in the checkpoint a call's weights have."""
-        parameter, value = self.named(gemm, _KINDS[0]), arguments.get(f"{gemm}_weights")
+        parameter, value = self.named(gemm, KINDS[0]), arguments.get(f"{gemm}_weights")
         if parameter is None or not isinstance(value, Tensor) or value.ndim < 2:
             return Fraction(1)
         parts = self.parts[parameter].values()
         return Fraction(value.shape[-2], sum(len(part[0]) for part in parts))
 
     def named(self, gemm: str, kind: str) -> str | None:
-        """Return the parameter with a GEMM's weights, block scales or biases; see `_KINDS`."""
-        start = "w13" if gemm == "gemm1" else "w2"
+        """Return the parameter with a GEMM's weights, block scales or biases; see `KINDS`."""
+        start = "w13" if gemm in ("gemm1", "fc1") else "w2"
         names = (name for name in self.parts if name.startswith(start))
         return next((name for name in names if _kind_of(name) == kind), None)
 
@@ -174,6 +183,46 @@ def _made(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return made.to(dtype)
 
 
+@dataclass(frozen=True)
+class Argument:
+    """A tensor of a call, the parameter that it is made of, and the order in which it is read.
+
+    Attributes:
+        is_padded: Whether it may have more elements than the parameter, which are not known then.
+    """
+
+    name: str
+    value: Any
+    parameter: str | None
+    read: Order
+    gated: bool
+    is_padded: bool = True
+
+    def order(self, checkpoint: MarkedCheckpoint, padded: Padded) -> Order | None:
+        """Return the order that is found; None for one that is not known.
+
+        Raises:
+            Unsupported: The argument cannot be compared with the checkpoint.
+        """
+        name, value = self.name, self.value
+        if self.parameter is None or not isinstance(value, Tensor):
+            raise Unsupported(f"{name} cannot be compared with the layer's parameters")
+        # The last one shows whether experts are in their order.
+        few = {*range(len(value))[:_EXPERTS], len(value) - 1}
+        matrices = {at: checkpoint.matrix(self.parameter, at, padded) for at in few}
+        pairs = [(value[expert], matrix) for expert, matrix in matrices.items()]
+        kind = _kind_of(self.parameter)
+        if kind == "bias":
+            # Kernels take them in another dtype than checkpoints have.
+            pairs = [(part, matrix.to(part.dtype)) for part, matrix in pairs]
+        if self.is_padded and any(part.numel() > matrix.numel() for part, matrix in pairs):
+            raise Unsupported(f"{name} has more elements than the checkpoint")
+        # Whatever scales zeros have, they stay zeros.
+        is_open = kind == "scale" and padded
+        known = checkpoint.known(self.parameter, padded) if is_open else None
+        return _order_of(pairs, self.read, known, gated=self.gated)
+
+
 def orders(
     scheme: str, arguments: Mapping[str, Any], checkpoint: MarkedCheckpoint, *, gated: bool
 ) -> list[dict[str, Any]]:
@@ -190,7 +239,7 @@ def orders(
     flags = ("use_shuffled_weight", "weight_layout")
     told = {name: int(arguments[name]) for name in flags if name in arguments}
     found, padded = [], checkpoint.padded(arguments)
-    for gemm, kind in product(("gemm1", "gemm2"), _KINDS):
+    for gemm, kind in product(("gemm1", "gemm2"), KINDS):
         parameter = checkpoint.named(gemm, kind)
         if kind == "scale" and kernel.weight_scales not in ("tiles", "square"):
             continue
@@ -199,25 +248,29 @@ def orders(
             continue
         halves = gated and gemm == "gemm1"
         read = _read(kernel, told, kind, gated=halves)
-        value = arguments.get(name)
-        if parameter is None or not isinstance(value, Tensor):
-            raise Unsupported(f"{name} cannot be compared with the layer's parameters")
-        # The last one shows whether experts are in their order.
-        few = {*range(len(value))[:_EXPERTS], len(value) - 1}
-        pairs = [(value[expert], checkpoint.matrix(parameter, expert, padded)) for expert in few]
-        if kind == "bias":
-            # Kernels take them in another dtype than checkpoints have.
-            pairs = [(part, matrix.to(part.dtype)) for part, matrix in pairs]
-        if any(part.numel() > matrix.numel() for part, matrix in pairs):
-            raise Unsupported(f"{name} has more elements than the checkpoint")
-        # Whatever scales zeros have, they stay zeros.
-        is_open = kind == "scale" and padded
-        known = checkpoint.known(parameter, padded) if is_open else None
-        order = _order_of(pairs, read, known, gated=halves)
+        found.append(Argument(name, arguments.get(name), parameter, read, halves))
+    return [
+        *wrong_orders(found, checkpoint, padded, told),
+        *_order_of_activations(arguments, kernel),
+    ]
+
+
+def wrong_orders(
+    arguments: Iterable[Argument],
+    checkpoint: MarkedCheckpoint,
+    padded: Padded,
+    told: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """Return the arguments that lie otherwise than they are read; see `orders`."""
+    found = []
+    for argument in arguments:
+        order, read = argument.order(checkpoint, padded), argument.read
         if order != read:
             as_found = None if order is None else vars(order)
-            found.append({"name": name, "read": vars(read), "found": as_found, "told": told})
-    return [*found, *_order_of_activations(arguments, kernel)]
+            found.append(
+                {"name": argument.name, "read": vars(read), "found": as_found, "told": {**told}}
+            )
+    return found
 
 
 def activation_scales(tokens: int, blocks: int, dtype: torch.dtype, is_tiled: bool) -> Tensor:
@@ -252,8 +305,8 @@ def _order_of_activations(
 
 
 def _kind_of(parameter: str) -> str:
-    """Return which of `_KINDS` a parameter of a layer is."""
-    return next((kind for kind in _KINDS[1:] if kind in parameter), _KINDS[0])
+    """Return which of `KINDS` a parameter of a layer is."""
+    return next((kind for kind in KINDS[1:] if kind in parameter), KINDS[0])
 
 
 def _read(kernel: KernelSpec, told: Mapping[str, int], kind: str, *, gated: bool) -> Order:
@@ -298,8 +351,9 @@ def _likely(read: Order, *, gated: bool) -> Iterator[Order]:
         (True, False) if gated else (False,),
         (True, False) if gated else (False,),
         _TILES,
-        (0,) if read.tiled else range(len(LAYOUTS)),
+        (0,) if read.tiled or read.hopper else range(len(LAYOUTS)),
         (True, False) if read.tiled else (False,),
+        (read.hopper, "") if read.hopper else ("",),
     )
     every = [Order(*choice) for choice in choices]
 

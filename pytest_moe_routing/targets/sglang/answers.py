@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from pytest_moe_routing.targets.answers import PlacementsAnswer, RequestAnswer, RuleAnswer
-from pytest_moe_routing.targets.layouts import LaidOutAnswer
+from pytest_moe_routing.targets.layouts import LaidOutAnswer, LaidOutElsewhere
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver
 
@@ -45,6 +45,7 @@ ANSWERS: Mapping[str, Any] = {
     "handed_over": HandedOver,
     "other_experts": OtherCallsAnswer,
     "layouts": LaidOutAnswer,
+    "other_layouts": list[LaidOutElsewhere],
     "rule": RuleAnswer | None,
     "runner_rules": list[RuleAnswer],
     "placements": PlacementsAnswer,

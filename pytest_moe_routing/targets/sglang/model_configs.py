@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
+
+from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
 from pytest_moe_routing.models import ModelSpec
@@ -50,3 +53,41 @@ def published_of(model: ModelSpec, without: str) -> dict[str, Any]:
     stated = {key: value for key, value in stated_keys(model).items() if key not in sizes}
     values = {**sizes, **data["published"].get(model.architecture, {}), **stated}
     return {key: value for key, value in values.items() if key != without}
+
+
+def other_ways(scheme: str, release: Version | None) -> list[dict[str, Any]]:
+    """Return the ways of a release to kernels that are not TRT-LLM's; see `configs.yaml`.
+
+    Args:
+        release: None for one that is newer than all.
+    """
+    usual = {"device": "Blackwell", "stored": scheme, "options": {}, "is_restricted": True}
+    rows = [usual | row for row in configs()["schemes"].get(scheme, {}).get("others", ())]
+    # The child is not told since when.
+    return [
+        {name: value for name, value in row.items() if name != "since"}
+        for row in rows
+        if release is None or release >= Version(row.get("since", "0"))
+    ]
+
+
+def server_of(model: ModelSpec, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a server to which no runner was named.
+
+    Args:
+        row: SGLang's view of the checkpoint, of `schemes` in `configs.yaml`.
+    """
+    in_checkpoint = row["in_checkpoint"]
+    is_said = in_checkpoint is not None and in_checkpoint["quant_method"] != row["quantization"]
+    return {
+        "architecture": model.architecture,
+        "config": config_of(model),
+        "quantization": row["quantization"] if is_said else None,
+        "in_checkpoint": in_checkpoint,
+        "in_weights": row.get("in_weights", {}),
+    }
+
+
+def told_of(model: ModelSpec, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those arguments, and the value of `--quantization` by itself."""
+    return {"server": server_of(model, row), "quantization": row["quantization"]}

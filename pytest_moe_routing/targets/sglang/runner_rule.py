@@ -15,7 +15,9 @@ _MXFP4 = "flashinfer_mxfp4"
 def placed_by(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a scheme's quantization, see `configs.yaml`, and its runners by kind of experts."""
     first = "mxfp4" if row["runner"] == _MXFP4 else "monolithic"
-    kinds = {first: row["runner"], "modular": row.get("routed"), "cutlass": row.get("other")}
+    on_blackwell = (way["runner"] for way in row.get("others", ()) if "device" not in way)
+    cutlass = next(on_blackwell, None)
+    kinds = {first: row["runner"], "modular": row.get("routed"), "cutlass": cutlass}
     runners = {
         kind: runner
         for kind, runner in kinds.items()

@@ -42,7 +42,10 @@ from pytest_moe_routing.targets.sglang.model_configs import (
     config_of,
     configs,
     deciding_of,
+    other_ways,
     published_of,
+    server_of,
+    told_of,
 )
 from pytest_moe_routing.targets.sglang.recorded import TOKENS, captured_of, with_tokens
 from pytest_moe_routing.targets.sglang.registry import registered
@@ -239,17 +242,7 @@ class SglangTarget(FrameworkTarget):
         return str(self._remembered("default_runner", self._server(model, scheme)))
 
     def _server(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
-        """Return the arguments of a server to which no runner was named."""
-        row = self._row(model, scheme)
-        in_checkpoint = row["in_checkpoint"]
-        is_said = in_checkpoint is not None and in_checkpoint["quant_method"] != row["quantization"]
-        return {
-            "architecture": model.architecture,
-            "config": config_of(model),
-            "quantization": row["quantization"] if is_said else None,
-            "in_checkpoint": in_checkpoint,
-            "in_weights": row.get("in_weights", {}),
-        }
+        return server_of(model, self._row(model, scheme))
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """Return the call that the model's block ends in, on the second of two ranks.
@@ -285,14 +278,12 @@ class SglangTarget(FrameworkTarget):
         return findings_of(self._handed_over(model, scheme), model, scheme, self.flashinfer)
 
     def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
-        runner = configs()["schemes"].get(scheme, {}).get("other")
-        return runner and {
-            # On two ranks: there, models keep their shared experts apart.
-            **self._asked(model, scheme, runner),
-            "scale": model.router.routed_scaling_factor,
-            "server": self._server(model, scheme),
-            "served_as": self._row(model, scheme)["quantization"],
-        }
+        if not (ways := other_ways(scheme, release_of(self.version()))):
+            return None
+        # On two ranks: there, models keep their shared experts apart.
+        told = {"ways": ways, **told_of(model, self._row(model, scheme))}
+        scale = model.router.routed_scaling_factor
+        return {**self._block(model, scheme), "scheme": scheme, "told": told, "scale": scale}
 
     def asked_of_placements(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         return {"server": self._server(model, scheme), **placed_by(self._row(model, scheme))}
@@ -310,13 +301,19 @@ class SglangTarget(FrameworkTarget):
 
     def laid_out(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
         runner = self._runner_given(model, scheme) or self._row(model, scheme)["runner"]
-        # Once: where shared experts are decides nothing about the order of weights.
         answer = self._remembered("layouts", self._asked(model, scheme, runner))
         switches = None
-        # Before 0.5.18, nobody can ask which runner is the default.
-        with suppress(Unsupported):
+        with suppress(Unsupported):  # Before 0.5.18, nobody can ask which runner is the default.
             switches = self.opt_in(model, scheme)
         return (laid_out(answer, switches),)
+
+    def laid_out_elsewhere(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
+        asked = self.asked_of_others(model, scheme)
+        if asked is None or self._served:  # Other checkpoints are asked of TRT-LLM's kernels alone.
+            return ()
+        del asked["scale"]
+        calls = self._remembered("other_layouts", asked)
+        return tuple(laid_out(call, call["switches"], call["device"]) for call in calls)
 
     def _runner_given(self, model: ModelSpec, scheme: str) -> str | None:
         """Return the runner whose kernel routes for a model, or is given experts by default."""

@@ -126,8 +126,9 @@ def _resolved(
     stubs.stand_in(choices)
     for source, declared in names.get("overrides-collect")(architecture, server, config):
         server.take(source, declared)
-    for key in ("overrides-deepseek", "overrides-quantization"):
-        server.take(key, names.get(key)(server))
+    for key in ("overrides-rtx", "overrides-deepseek", "overrides-quantization"):
+        if key != "overrides-rtx" or names.expects(key):
+            server.take(key, names.get(key)(server))
     return server
 
 

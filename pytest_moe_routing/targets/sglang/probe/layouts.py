@@ -6,44 +6,43 @@ SGLang's own code loads them, prepares them and hands them over; what it calls o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache
-from types import ModuleType
-from typing import Any, Protocol
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.targets import marked_weights, stubs
-from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.flashinfer.given import given_experts
+from pytest_moe_routing.targets import marked_weights
+from pytest_moe_routing.targets.given_weights import orders_of_given
 from pytest_moe_routing.targets.marked_weights import MarkedCheckpoint
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
+from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, accepted
 from pytest_moe_routing.targets.sglang.probe.requests import (
     MARKED,
-    OWN,
     PREPARES,
     TOKENS,
+    Own,
     requesting,
 )
-from pytest_moe_routing.targets.sglang.probe.world import Call
 
 #: The quantization whose checkpoints have the weights of all experts in one tensor.
 _WHOLE = "mxfp4"
 
 
-class Blocks(Protocol):
-    """What builds and runs blocks of models; see `main.Blocks`."""
-
-    names: Names
-    calls: list[Call]
-
-    @property
-    def capture(self) -> Callable[..., Mapping[str, Any]]: ...
-
-
-def layouts(blocks: Blocks, **question: Any) -> dict[str, Any]:
+def layouts(
+    blocks: Blocks,
+    *,
+    stored: str = "",
+    options: Mapping[str, str] = MappingProxyType({}),
+    **question: Any,
+) -> dict[str, Any]:
     """Return what lies otherwise than the kernel reads it, given the arguments of `capture`.
+
+    Args:
+        stored, options: Those of a way to a kernel that is not TRT-LLM's.
 
     Returns:
         `function`, the entry point; `method`, the code that prepares the weights; and `orders`, see
@@ -55,40 +54,33 @@ def layouts(blocks: Blocks, **question: Any) -> dict[str, Any]:
     blocks.names.require("layouts", question["scheme"])
     loaded, calls = _Loaded(), blocks.calls
     own_router = router(blocks.names, [])
-    options = {
+    told = {
         PREPARES: loaded,
         TOKENS: marked_weights.TOKENS,
-        MARKED: _Own(blocks.names),
+        MARKED: Own(blocks.names),
         "router": own_router,
     }
-    with requesting(**options):
+    with requesting(**told, **options):
         answer = blocks.capture(**question)
     if answer["failed"] or len(calls) != 1:
         raise Unsupported(answer["failed"] or answer["refused"] or "no kernel is called")
     ((function, arguments),) = calls
-    found = marked_weights.orders(
-        question["scheme"], arguments, loaded.checkpoint, gated=loaded.is_gated
-    )
+    entry, marked = given_experts(function), (arguments, loaded.checkpoint)
+    if entry is None:
+        found = marked_weights.orders(question["scheme"], *marked, gated=loaded.is_gated)
+    else:
+        found = orders_of_given(entry, stored, *marked, gated=loaded.is_gated)
     return {"function": function, "method": loaded.method, "orders": found}
 
 
-class _Own:
-    """SGLang's own functions that the probe replaces elsewhere, by name; they are imported late."""
-
-    def __init__(self, names: Names) -> None:
-        self._names = names
-
-    def get(self, name: str, other: Any) -> Any:
-        """Return one of them, or else another function."""
-        if name not in OWN:
-            return other
-        return getattr(_module(self._names.spelling("stand-ins.preparation").module), name, other)
-
-
-# Each question would run it again.
-@cache
-def _module(name: str) -> ModuleType:
-    return stubs.run_apart(name)
+def other_layouts(blocks: Blocks, *, told: Told, **question: Any) -> list[dict[str, Any]]:
+    """Return the same of kernels that are not TRT-LLM's, with the `device` and the `switches`."""
+    found = []
+    for way, switches in accepted(blocks, told):
+        stored, options = way["stored"], way["options"]
+        answer = layouts(blocks, stored=stored, options=options, runner=way["runner"], **question)
+        found.append({**answer, "device": way["device"], "switches": switches})
+    return found
 
 
 class _Loaded:
@@ -115,13 +107,14 @@ class _Loaded:
 
     def _load(self, layer: Any, name: str, parameter: Any) -> None:
         data = parameter.data
+        is_whole = layer.quant_config is not None and layer.quant_config.get_name() == _WHOLE
+        if is_whole and (data.ndim == 3 or "bias" in name):
+            self._load_whole(layer, name, parameter)
+            return
         if data.ndim != 3 or "bias" in name:
             data.copy_(torch.ones_like(data))
             return
         is_first = name.startswith("w13")
-        if layer.quant_config is not None and layer.quant_config.get_name() == _WHOLE:
-            self._load_whole(layer, name, parameter)
-            return
         parts = ("w1", "w3") if is_first and self.is_gated else ("w1",) if is_first else ("w2",)
         rows = data.shape[1] // len(parts)
         if is_first and not self.is_gated:

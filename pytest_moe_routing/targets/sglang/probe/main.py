@@ -35,7 +35,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     rejection,
 )
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
-from pytest_moe_routing.targets.sglang.probe.layouts import layouts
+from pytest_moe_routing.targets.sglang.probe.layouts import layouts, other_layouts
 from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
 from pytest_moe_routing.targets.sglang.probe.placements import placement_questions
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
@@ -388,7 +388,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     return {
         **{name: getattr(blocks, name) for name in (*own, "layer_runner", *runs)},
         **placement_questions(blocks),
-        "layouts": partial(layouts, blocks),
+        **{ask.__name__: partial(ask, blocks) for ask in (layouts, other_layouts)},
         "with_tokens": partial(with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),
         "rule": lambda **asked: rule(blocks.names, lambda: blocks.capture(**asked)),

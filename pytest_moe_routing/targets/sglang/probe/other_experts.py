@@ -6,26 +6,30 @@ memory of their own, so that a call shows which is which.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol, Unpack
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import preparation
 from pytest_moe_routing.flashinfer.given import given_experts
-from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.recorder import plain, roles_of
-from pytest_moe_routing.targets.sglang.probe.default_runner import FIELD, Checkpoint
+from pytest_moe_routing.targets.sglang.probe.device import BLACKWELL, HOPPER
 from pytest_moe_routing.targets.sglang.probe.handed_over import Chosen, router
+from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, Way, accepted
 from pytest_moe_routing.targets.sglang.probe.ranks import EP_SIZE
-from pytest_moe_routing.targets.sglang.probe.requests import requesting
-from pytest_moe_routing.targets.sglang.probe.sources import Sources
-from pytest_moe_routing.targets.sglang.probe.world import Call
+from pytest_moe_routing.targets.sglang.probe.requests import MARKED, Own, requesting
 
-#: What the attributes of a layer are to a kernel, see `flashinfer/given.yaml`.
+#: What the attributes of a layer are to a kernel, see `flashinfer/given.yaml`. Where a layer has
+#: several of one role, it hands over the last.
 _ROLES: Mapping[str, str] = {
+    "w13_weight_scale": "fc1 weights",
+    "w13_weight_scale_inv": "fc1 weights",
+    "w2_weight_scale": "fc2 weights",
+    "w2_weight_scale_inv": "fc2 weights",
     "w13_input_scale_quant": "fc1 quantization",
     "w13_blockscale_swizzled": "fc1 weights",
     "g1_alphas": "fc1 dequantization",
@@ -39,71 +43,71 @@ _ROLES: Mapping[str, str] = {
     "w13_weight_bias": "fc1 biases",
     "w2_weight_bias": "fc2 biases",
 }
+#: What FlashInfer's documentation of Humming's weights has their residuals multiplied by.
+_HUMMING = 64.0
 _OF_WEIGHTS = ("w13_blockscale_swizzled", "w2_blockscale_swizzled")
 
 
-class _Blocks(Protocol):
-    """What answers about the MoE blocks of a release; see `main.Blocks`."""
+class _InAnyOrder(Own):
+    """The functions that order weights and scales, of which FlashInfer's leave them as they are."""
 
-    names: Names
-    sources: Sources
-    calls: list[Call]
+    _FUNCTIONS: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        **dict.fromkeys(preparation.HOPPER, lambda x, *_, **__: x),
+        "block_scale_interleave": lambda scales: scales,
+        "preprocess_moe_weights_for_sm90_mixed_gemm_humming": lambda weight, scales: (
+            *(weight, scales),
+            preparation.residual(scales),
+        ),
+    }
 
-    def method_numbers(self) -> dict[str, int]: ...
-
-    def rejection(self, server: Checkpoint, options: Mapping[str, Any]) -> str | None: ...
-
-    def default_runner(self, **checkpoint: Unpack[Checkpoint]) -> str: ...
-
-    def capture(
-        self,
-        architecture: str,
-        config: dict[str, Any],
-        scheme: str,
-        quantization: Mapping[str, Any] | None,
-        runner: str,
-    ) -> dict[str, Any]: ...
+    def get(self, name: str, other: Any) -> Any:
+        """Return one of them, or else another function."""
+        return self._FUNCTIONS.get(name) or super().get(name, other)
 
 
-def other_experts(
-    blocks: _Blocks, *, server: Checkpoint, scale: float, served_as: str | None, **question: Any
-) -> dict[str, Any]:
-    """Return the call of the runner's kernel; no `calls` if a server does not accept the runner.
+def other_experts(blocks: Blocks, *, scale: float, told: Told, **question: Any) -> dict[str, Any]:
+    """Return the call of the kernel on each way on which a server accepts the runner.
 
     Args:
-        server: What a server is told to which no runner is named.
         scale: The factor by which a model's own code may multiply the weights.
-        served_as: The value of `--quantization`.
-        question: The arguments of `main.Blocks.capture`.
+        question: The arguments of `main.Blocks.capture` but for the runner.
 
     Raises:
         Unsupported: The block calls no kernel of the runner, or cannot be run here.
     """
-    runner = question["runner"]
-    allowed = blocks.sources.accepted_quantizations(runner)
-    if allowed is not None and served_as not in allowed:
-        return {"calls": []}
-    blocks.method_numbers()
-    if blocks.rejection(server, {FIELD: runner}):
-        return {"calls": []}
+    calls = []
+    for way, switches in accepted(blocks, told):
+        call = _call(blocks, way, scale, question)
+        calls.append({**call, "switches": switches, "requests": bool(switches)})
+    return {"calls": calls}
+
+
+def _call(blocks: Blocks, way: Way, scale: float, question: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the call of the kernel on one way."""
     chosen: list[Chosen] = []
     layers: list[Any] = []
-    with requesting(router=router(blocks.names, chosen), prepared=partial(_keep, layers)):
-        answer = blocks.capture(**question)
-    switches = [] if _is_default(blocks, server, runner) else [f"--moe-runner-backend {runner}"]
+    runner, options = way["runner"], dict[str, Any](way["options"])
+    if way["device"] != BLACKWELL:
+        # Weights are prepared from beginning to end, and `layouts` looks at their order.
+        options[MARKED] = _InAnyOrder(blocks.names)
+    kept = partial(_keep, layers)
+    with requesting(router=router(blocks.names, chosen), prepared=kept, **options):
+        answer = blocks.capture(**question, runner=runner)
     about = {
         "experts": f"{runner} runner",
-        "device": "Blackwell",
-        "switches": switches,
-        "requests": bool(switches),
+        "device": way["device"],
         "by": runner,
-        "stored": question["scheme"],
+        "stored": way["stored"],
         "has_biases": hasattr(layers[-1], "w13_weight_bias") if layers else False,
         "shards": EP_SIZE,
     }
-    if answer["failed"]:
-        raised = {"type": "forward", "message": answer["failed"], "where": "forward"}
-        return {"calls": [{**about, "raised": raised}]}
+    called = [function for function, _ in blocks.calls]
+    failed = answer["failed"]
+    if way["device"] == HOPPER and (wrong := [name for name in called if "trtllm" in name]):
+        failed = failed or f"{wrong[0]} does not run on {HOPPER}"
+    if failed:
+        raised = {"type": "forward", "message": failed, "where": "forward"}
+        return {**about, "raised": raised}
     if not answer["by_choice"] or len(blocks.calls) != 1:
         raise Unsupported(answer["refused"] or f"the block calls {len(blocks.calls)} kernels")
     ((function, arguments),), (choice,) = blocks.calls, chosen
@@ -120,14 +124,30 @@ def other_experts(
     sources = ((role, getattr(layers[-1], name, None)) for name, role in _ROLES.items())
     known = {role: tensor for role, tensor in sources if isinstance(tensor, Tensor)}
     described = {name: plain(value, named) for name, value in arguments.items()}
-    call: dict[str, Any] = {
-        "function": function,
-        "arguments": described,
-        "roles": roles_of(arguments, known),
-    }
+    roles = roles_of(arguments, known)
+    if way["options"]:
+        _name_residuals(roles, arguments, layers[-1])
+    call: dict[str, Any] = {"function": function, "arguments": described, "roles": roles}
     call |= {"router_factor": choice.factor * scaled, "scale_after": answer["scale_after"]}
     unprepared = [name for name in answer["unprepared"] if name in entry.parameters]
-    return {"calls": [{**about, **call, "unprepared": unprepared}]}
+    return {**about, **call, "unprepared": unprepared}
+
+
+def _name_residuals(
+    roles: dict[str, list[str | None]], arguments: Mapping[str, Any], layer: Any
+) -> None:
+    """Name the factors of experts that come of their block scales, or that do not."""
+    residuals = {}
+    for gemm, name in (("fc1", "w13"), ("fc2", "w2")):
+        of_blocks = (getattr(layer, f"{name}_weight_scale{end}", None) for end in ("", "_inv"))
+        scales = next(each for each in of_blocks if each is not None)
+        residuals[f"{gemm} residual"] = _HUMMING * preparation.residual(scales.view(torch.uint8))
+    for argument, found in roles.items():
+        for at, role in enumerate(found):
+            value = arguments[argument][at] if isinstance(arguments[argument], list) else None
+            if role is None and isinstance(value, Tensor) and value.ndim:
+                same = (name for name, factor in residuals.items() if torch.equal(value, factor))
+                found[at] = next(same, "other values")
 
 
 def _keep(layers: list[Any], layer: Any) -> None:
@@ -138,11 +158,3 @@ def _keep(layers: list[Any], layer: Any) -> None:
             # Four of them are read as one integer.
             setattr(layer, name, torch.ones(1, 1, 4, dtype=torch.uint8))
     layers.append(layer)
-
-
-def _is_default(blocks: _Blocks, server: Checkpoint, runner: str) -> bool:
-    """Return whether a server takes the runner by itself, as far as its code says."""
-    try:
-        return blocks.default_runner(**server) == runner
-    except Unsupported:
-        return False

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any, TypeVar
 
 from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Names
 
 _Answer = TypeVar("_Answer")
 #: How many tokens a block is given, which is requested by this name.
@@ -15,14 +18,22 @@ TOKENS = "tokens_of_block"
 DEVICE = "device"
 #: A function that prepares a layer, which is requested by this name.
 PREPARES = "prepares"
-#: SGLang's own `OWN` by name, which are requested by this name: the order of elements matters then.
+#: SGLang's own `OWN`, which are requested by this name: the order of elements matters then.
 MARKED = "marked"
-OWN = (
-    "prepare_static_weights_for_trtllm_fp4_moe",
-    "reorder_w1w3_to_w3w1",
-    "replace_parameter",
-    "swap_w13_to_w31",
-)
+#: The rows of the contract with their modules, by name.
+OWN = {
+    **dict.fromkeys(
+        (
+            "prepare_static_weights_for_trtllm_fp4_moe",
+            "reorder_w1w3_to_w3w1",
+            "replace_parameter",
+            "swap_w13_to_w31",
+            "swizzle_blockscale",
+        ),
+        "stand-ins.preparation",
+    ),
+    "alias_or_bind_derived_param": "stand-ins.derived",
+}
 #: That a server compiles models, which is requested by this name.
 COMPILED = "enable_torch_compile"
 #: What the server is asked for besides the runner, by the name of its option or stand-in.
@@ -59,3 +70,23 @@ def by_request(name: str, usual: Any, exact: Callable[..., Any] | None) -> Calla
         return function(*args, **options)
 
     return call
+
+
+class Own:
+    """SGLang's own functions that the probe replaces elsewhere, by name; they are imported late."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    def get(self, name: str, other: Any) -> Any:
+        """Return one of them, or else another function."""
+        if name not in OWN:
+            return other
+        module = _module(self._names.spelling(OWN[name]).module)
+        return getattr(module, name, other)
+
+
+# Each question would run it again.
+@cache
+def _module(name: str) -> ModuleType:
+    return stubs.run_apart(name)

@@ -31,7 +31,7 @@ _OF_SCALES = (
 #: Those of CUTLASS kernels alone.
 _OF_CUTLASS = ("fc1_dequant", "fc1_input_dequant", "fc2_quant", "fc2_dequant")
 #: Methods whose weights SGLang's own code prepares here from beginning to end.
-_WHOLE = ("method-mxfp4", "method-mxfp4-experts")
+_WHOLE = ("method-mxfp4", "method-mxfp4-experts", "method-mxfp4-cutlass")
 #: Weights, as ModelOpt's and compressed-tensors' checkpoints have them.
 _WEIGHTS = ("w13_weight", "w2_weight", "w13_weight_packed", "w2_weight_packed")
 #: Rows and columns of weights while they are prepared: nobody reads them.
@@ -84,8 +84,10 @@ def stand_in_weights(names: Names, layer: Any) -> list[str]:
         prepare(layer)
         return []
     _give(layer)
+    loaded = {*layer._parameters}
     unprepared = _prepare(names, layer)
-    for name in (*_ACTIVATION, *_OF_SCALES, *_OF_CUTLASS):
+    added = (name for name in [*layer._parameters] if name not in loaded)
+    for name in (*_ACTIVATION, *_OF_SCALES, *_OF_CUTLASS, *added):
         # A tensor of its own rather than a parameter or a buffer: those are zeroed.
         for registered in (layer._parameters, layer._buffers):
             if (value := registered.pop(name, None)) is not None:

@@ -1,4 +1,4 @@
-"""The world that SGLang's routing code sees: a Blackwell GPU, the TRT-LLM runner, two ranks.
+"""The world that SGLang's routing code sees: a GPU, the TRT-LLM runner, two ranks.
 
 SGLang's models, MoE layers, quantization methods and runners are its own; what lies around them
 (its runtime, its linear layers, GPU libraries, FlashInfer) are stand-ins, so that a model's MoE
@@ -21,7 +21,7 @@ from pytest_moe_routing.flashinfer import FlashInfer, preparation
 from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets import layers, recorder, stubs
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.sglang.probe import compressed
+from pytest_moe_routing.targets.sglang.probe import compressed, device
 from pytest_moe_routing.targets.sglang.probe.quantizers import quantizers
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS
 from pytest_moe_routing.targets.sglang.probe.requests import (
@@ -39,6 +39,8 @@ Call = tuple[str, dict[str, Any]]
 #: The runner that is named on the command line of a server, by its name there.
 TRTLLM = "flashinfer_trtllm"
 _chosen = [TRTLLM]
+#: Options of a server that others may be requested for.
+_DEFAULTS = {"flashinfer_mxfp4_moe_precision": "default"}
 
 
 def packed(ids: Tensor, weights: Tensor) -> Tensor:
@@ -148,7 +150,9 @@ class _Server(Options):
 
     def __getattr__(self, name: str) -> Any:
         super().__getattr__(name)
-        return RANKS.apart if name == "disable_shared_experts_fusion" else requested(name)
+        if name == "disable_shared_experts_fusion":
+            return RANKS.apart
+        return _DEFAULTS.get(name) if requested(name) is None else requested(name)
 
     @property
     def moe_runner_backend(self) -> str:
@@ -185,7 +189,7 @@ def _utilities() -> dict[str, Any]:
 
 def _capability() -> tuple[int, int]:
     """Return the compute capability of the GPU: one of the Blackwell family, or a requested one."""
-    found: tuple[int, int] = requested(DEVICE) or (10, 0)
+    found: tuple[int, int] = requested(DEVICE) or device.capability()
     return found
 
 
@@ -265,10 +269,7 @@ def _parallel() -> dict[str, Any]:
 
 def _options(names: Names) -> dict[str, Any]:
     """Make a server with the runner as its only argument, and what follows from it."""
-    options = _Server(
-        ep_num_redundant_experts=0,
-        flashinfer_mxfp4_moe_precision="default",
-    )
+    options = _Server(ep_num_redundant_experts=0)
 
     def flags() -> Any:
         moe = RANKS.kept.setdefault("flags", Options())

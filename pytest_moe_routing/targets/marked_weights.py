@@ -140,7 +140,7 @@ class MarkedCheckpoint:
         return raw.view(every[0].dtype)
 
     def known(self, name: str, padded: Padded) -> Tensor:
-        """Return what of a matrix of bytes the checkpoint has: 1 there, else 0."""
+        """Return which elements of a matrix the checkpoint has: 1 there, else 0."""
         parts = self.parts[name].values()
         ones = [torch.ones_like(each[0], dtype=torch.uint8) for each in parts]
         return torch.cat([padded.pad(name, each) for each in ones], -2)
@@ -219,6 +219,8 @@ class Argument:
             raise Unsupported(f"{name} has more elements than the checkpoint")
         # Whatever scales zeros have, they stay zeros.
         is_open = kind == "scale" and padded
+        if is_open and any(part.numel() != matrix.numel() for part, matrix in pairs):
+            raise Unsupported(f"{name} is not padded as the weights are")
         known = checkpoint.known(self.parameter, padded) if is_open else None
         return _order_of(pairs, self.read, known, gated=self.gated)
 
@@ -329,13 +331,15 @@ def _order_of(
 
     Args:
         first: The order that is tried first.
-        known: Which bytes of a matrix are compared: not 0 there; None for all.
+        known: Which elements of a matrix are compared: not 0 there; None for all.
     """
+    width = pairs[0][1].element_size()
     for order in (first, *_likely(first, gated=gated)):
         try:
             laid = [(part, order.lay(matrix, gated=gated)) for part, matrix in pairs]
             if known is not None:
-                only = order.lay(known, gated=gated).flatten() != 0
+                elements = order.lay(known, gated=gated).flatten() != 0
+                only = elements.repeat_interleave(width)
                 laid = [(_bytes(part)[only], _bytes(made)[only]) for part, made in laid]
             if all(_same_bytes(*pair) for pair in laid):
                 return order

@@ -17,6 +17,7 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.formats import unlike_formats
 from pytest_moe_routing.oracle.layouts import wrong_layouts
+from pytest_moe_routing.oracle.other_experts import other_calls
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets.sglang.probe import main as child
 from pytest_moe_routing.targets.sglang.target import SglangTarget
@@ -45,6 +46,7 @@ W4A4 = (
     f"{LAYERS}.quantization.compressed_tensors.schemes.compressed_tensors_w4a4_nvfp4_moe",
     "CompressedTensorsW4A4Nvfp4MoE.apply_weights",
 )
+FACTOR = (f"{LAYERS}.moe.fused_moe_triton.layer", "_fuses_routed_scaling_factor_in_topk")
 LOADER = (f"{LAYERS}.moe.fused_moe_triton.layer", "FusedMoE._load_w13")
 #: What is broken: the function, what is replaced in it and by what, the model and the scheme.
 BROKEN = {
@@ -91,7 +93,15 @@ BROKEN = {
     ),
     "scales of another format": (
         *(*W4A4, "g2_alphas=layer.g2_alphas", "g2_alphas=layer.g1_alphas"),
-        *("deepseek-r1", "nvfp4"),
+        *("qwen3-30b-a3b", "nvfp4"),
+    ),
+    "factor of a runner that is named": (
+        *(*FACTOR, r"or runner_backend.is_flashinfer_trtllm_routed\(\)", ""),
+        *("deepseek-r1", "fp8_block"),
+    ),
+    "scales of another kernel in another format": (
+        *(*W4A4, r"layer.w13_input_scale_quant,", "layer.w2_input_scale_quant,"),
+        *("qwen3-30b-a3b", "nvfp4"),
     ),
     "nothing for Hopper": (*HOPPER, "2880", "2880", "gpt-oss-20b", "mxfp4"),
     "biases swapped for Hopper": (
@@ -131,12 +141,14 @@ def main(root, flashinfer, version):
             target._answers.clear()
             usual = wrong_layouts(target, scheme, [models[model]])
             others = unlike_formats(target, scheme, [models[model]])
+            named = other_calls(target, scheme, [models[model]]).wrong if path == FACTOR[1] else ()
         told = [
             [e.at.method.rpartition("/")[2], *sentences(e.at.findings)]
             for e in (*usual.wrong, *others.layouts)
         ]
         unlike = [[e.format, *sentences(e.record.findings)] for e in others.unlike]
-        found[name] = [usual.answered, *told, *unlike]
+        calls = [[e.call.experts, *sentences(e.findings)] for e in (*others.calls, *named)]
+        found[name] = [usual.answered, *told, *unlike, *calls]
     print(json.dumps(found))
 
 

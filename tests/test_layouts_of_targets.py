@@ -29,6 +29,12 @@ FOUND = {
     "scales of another format": [
         "output2_scale_scalar arrives as w1_scale * a1_scale, the layer has w2_scale * a2_scale"
     ],
+    "scales of another kernel in another format": [
+        "quant_scales arrives as fc2 quantization, the layer has fc1 quantization"
+    ],
+    "factor of a runner that is named": [
+        "routed_scaling_factor is applied nowhere; the layer applies it once"
+    ],
 }
 FOUND |= {
     "nothing for Hopper": [],

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.layouts import WrongLayout, kind_of, wrong_layouts
+from pytest_moe_routing.oracle.other_experts import WrongCall, other_calls
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.oracle.verdict import Verdict
@@ -38,11 +39,13 @@ class FormatsFound:
     """How a target serves a scheme's other checkpoints.
 
     Attributes:
+        calls: What is wrong with experts of other kernels.
         answered: How many models were asked, each format counted.
         unanswered: Why how many could not be asked.
     """
 
     unlike: tuple[UnlikeFormat, ...]
+    calls: tuple[WrongCall, ...]
     layouts: tuple[WrongLayout, ...]
     answered: int
     unanswered: Counter[str]
@@ -54,6 +57,7 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
     usual = list(_usual(target, scheme, models)) if formats else []
     unlike: list[UnlikeFormat] = []
     layouts: list[WrongLayout] = []
+    calls: list[WrongCall] = []
     answered, unanswered = 0, Counter[str]()
     for name, other in formats.items():
         for model in usual:
@@ -72,7 +76,12 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
             layouts += placed.wrong if placed else ()
             if found.verdict is not Verdict.EXACT:
                 unlike.append(UnlikeFormat(name, found.record()))
-    return FormatsFound(tuple(unlike), tuple(layouts), answered, unanswered)
+        others = other_calls(other, scheme, usual)
+        unanswered.update({f"{name}: {reason}": n for reason, n in others.unanswered.items()})
+        for wrong in others.wrong:
+            call = replace(wrong.call, experts=f"{wrong.call.experts}, {name}")
+            calls.append(replace(wrong, call=call))
+    return FormatsFound(tuple(unlike), tuple(calls), tuple(layouts), answered, unanswered)
 
 
 def _usual(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Iterator[ModelSpec]:

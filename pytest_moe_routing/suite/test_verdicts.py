@@ -157,7 +157,7 @@ def test_layouts(
     """
     from pytest_moe_routing.oracle.formats import unlike_formats
     from pytest_moe_routing.oracle.layouts import wrong_layouts
-    from pytest_moe_routing.suite.causes import of_format, of_layout
+    from pytest_moe_routing.suite.causes import of_format, of_layout, of_other_experts
 
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     found = wrong_layouts(_moe_framework, moe_scheme, models)
@@ -166,6 +166,7 @@ def test_layouts(
     skip_without(found, "no chosen model runs in kernels of this scheme")
     wrong = (*found.wrong, *others.layouts)
     causes = [of_layout(_moe_framework, moe_scheme, each) for each in wrong]
+    causes += [of_other_experts(_moe_framework, moe_scheme, each) for each in others.calls]
     fail(_moe_property, [*causes, *map(of_format, others.unlike)])
 
 

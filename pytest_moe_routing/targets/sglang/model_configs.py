@@ -55,14 +55,18 @@ def published_of(model: ModelSpec, without: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != without}
 
 
-def other_ways(scheme: str, release: Version | None) -> list[dict[str, Any]]:
+def other_ways(
+    scheme: str, release: Version | None, served: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Return the ways of a release to kernels that are not TRT-LLM's; see `configs.yaml`.
 
     Args:
         release: None for one that is newer than all.
+        served: What is otherwise with a checkpoint of another format.
     """
     usual = {"device": "Blackwell", "stored": scheme, "options": {}, "is_restricted": True}
-    rows = [usual | row for row in configs()["schemes"].get(scheme, {}).get("others", ())]
+    ways = {**configs()["schemes"].get(scheme, {}), **served}.get("others", ())
+    rows = [usual | row for row in ways]
     # The child is not told since when.
     return [
         {name: value for name, value in row.items() if name != "since"}

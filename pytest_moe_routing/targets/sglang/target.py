@@ -8,14 +8,12 @@ with the scheme's TRT-LLM runner on a Blackwell GPU, up to FlashInfer's entry po
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
-
-from packaging.version import Version
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -27,26 +25,30 @@ from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Choice, Classification, LaidOut, Rule
+from pytest_moe_routing.oracle.target import (
+    Captured,
+    Choice,
+    Classification,
+    LaidOut,
+    OtherCall,
+    Rule,
+)
 from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.contract import Names, release_of
-from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.layouts import laid_out
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
-from pytest_moe_routing.targets.sglang.answers import ANSWERS as ANSWERS_OF_PROBE
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
 from pytest_moe_routing.targets.sglang.model_configs import (
     config_of,
     configs,
-    deciding_of,
     other_ways,
     published_of,
-    server_of,
     told_of,
 )
+from pytest_moe_routing.targets.sglang.questions import AUTO, SglangQuestions
 from pytest_moe_routing.targets.sglang.recorded import TOKENS, captured_of, with_tokens
 from pytest_moe_routing.targets.sglang.registry import registered
 from pytest_moe_routing.targets.sglang.runner_rule import deciding, placed_by
@@ -55,13 +57,13 @@ from pytest_moe_routing.targets.stubs import source_of
 
 #: The method of a model whose code names none: what its layer gets depends on the scheme.
 UNDECLARED = "undeclared"
-#: The runner of most schemes, and what a layer chooses further from.
-TRTLLM, _AUTO = "flashinfer_trtllm", "auto"
+#: The runner of most schemes.
+TRTLLM = "flashinfer_trtllm"
 #: The gate that rejects a model where SGLang's own router chooses the experts.
 _ROUTES = "the kernel routes"
 
 
-class SglangTarget(FrameworkTarget):
+class SglangTarget(SglangQuestions):
     """The SGLang of this environment, or at `sglang@PATH`.
 
     Raises:
@@ -88,17 +90,11 @@ class SglangTarget(FrameworkTarget):
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
-        probe = "pytest_moe_routing.targets.sglang.probe"
-        name = f"{self.name} {source.version}"
-        arguments = str(source.root), flashinfer.release, source.version
-        self._probe = Probe(name, f"{probe}.main", *arguments, answers=ANSWERS_OF_PROBE)
         answers = {**ANSWERS, "layer_request": Asked}
-        self._torch = Probe(name, f"{probe}.routers", *arguments, answers=answers)
+        self._torch = self.child("routers", answers)
         self._routers = RouterProbes(
             [self._torch], self.routers, lambda m: {"config": config_of(m)}
         )
-        self._answers: dict[str, Any] = {}
-        self._served: dict[str, Any] = {}  # By scheme, a row of `formats` in `configs.yaml`.
 
     def probes(self) -> Iterable[Probe]:
         return (self._probe, *self._routers.probes)
@@ -222,7 +218,7 @@ class SglangTarget(FrameworkTarget):
             return switch
         if self._server_runner(model, scheme) == runner:
             return ()
-        is_same = self._run(model, scheme, _AUTO) == self._run(model, scheme)
+        is_same = self._run(model, scheme, AUTO) == self._run(model, scheme)
         return () if is_same else switch
 
     def chosen_runner(self, model: ModelSpec, scheme: str) -> str:
@@ -232,17 +228,10 @@ class SglangTarget(FrameworkTarget):
             Unsupported: The code cannot be asked here.
         """
         runner = self._server_runner(model, scheme)
-        if runner != _AUTO:
+        if runner != AUTO:
             return runner
         question = self._block(model, scheme) | {"scheme": scheme}
         return str(self._remembered("layer_runner", question))
-
-    def _server_runner(self, model: ModelSpec, scheme: str) -> str:
-        """Return the runner of a server to which none was named."""
-        return str(self._remembered("default_runner", self._server(model, scheme)))
-
-    def _server(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
-        return server_of(model, self._row(model, scheme))
 
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured:
         """Return the call that the model's block ends in, on the second of two ranks.
@@ -277,8 +266,32 @@ class SglangTarget(FrameworkTarget):
         """Return what is wrong with the call that is given experts and weights."""
         return findings_of(self._handed_over(model, scheme), model, scheme, self.flashinfer)
 
+    def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
+        """Return the calls of other runners; see `FrameworkTarget.other_experts`.
+
+        For the usual checkpoint, that is also TRT-LLM's runner that is given experts and weights,
+        where it is not the default one.
+        """
+        calls = super().other_experts(model, scheme)
+        return calls if self._served else (*calls, *self._named_to_be_given(model, scheme))
+
+    def _named_to_be_given(self, model: ModelSpec, scheme: str) -> Iterator[OtherCall]:
+        """Yield the call of TRT-LLM's kernel that is given experts because its runner is named."""
+        row, default = self._row(model, scheme), None
+        with suppress(Unsupported):  # Before 0.5.18, nobody can ask which runner is the default.
+            default = self._server_runner(model, scheme)
+        runner = row.get("routed", row["runner"])
+        if runner in (row["runner"], default):
+            return
+        answer = self._handed_over(model, scheme, runner)
+        if "refused" not in answer:
+            findings = findings_of(answer, model, scheme, self.flashinfer)
+            switches = (f"--moe-runner-backend {runner}",)
+            yield OtherCall(f"{runner} runner", "Blackwell", switches, True, findings)
+
     def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
-        if not (ways := other_ways(scheme, release_of(self.version()))):
+        served = self._served.get(scheme, {})
+        if not (ways := other_ways(scheme, release_of(self.version()), served)):
             return None
         # On two ranks: there, models keep their shared experts apart.
         told = {"ways": ways, **told_of(model, self._row(model, scheme))}
@@ -329,8 +342,9 @@ class SglangTarget(FrameworkTarget):
         """Return that the runner that is given experts and weights is the default; see above."""
         return Choice("the default runner", ()) if modular else None
 
-    def _handed_over(self, model: ModelSpec, scheme: str) -> HandedOver:
-        question = self._question(model, scheme, self._server_runner(model, scheme))
+    def _handed_over(self, model: ModelSpec, scheme: str, runner: str | None = None) -> HandedOver:
+        runner = runner or self._server_runner(model, scheme)
+        question = self._question(model, scheme, runner)
         question["scale"] = model.router.routed_scaling_factor
         answer: HandedOver = self._remembered("handed_over", question)
         return answer
@@ -338,60 +352,3 @@ class SglangTarget(FrameworkTarget):
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return dict(self._probe.ask("method_numbers"))
-
-    def _row(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
-        """Return SGLang's view of a model's checkpoint in a scheme."""
-        rows: dict[str, dict[str, Any]] = configs()["schemes"]
-        if scheme not in rows:
-            raise self.not_served(scheme)
-        row = rows[scheme]
-        own: dict[str, Any] = row.get("architectures", {}).get(model.architecture, row)
-        release, since = release_of(self.version()), own.get("since")
-        if since and release is not None and release < Version(since):
-            raise Unsupported(
-                f"{self}: checkpoints of {model.architecture} in {scheme} are known to SGLang from "
-                f"{since} on"
-            )
-        return {**own, **self._served.get(scheme, {})}
-
-    def _run(self, model: ModelSpec, scheme: str, runner: str | None = None) -> dict[str, Any]:
-        """One run of the model's block, with the scheme's TRT-LLM runner unless one is given."""
-        answer: dict[str, Any] = self._remembered("capture", self._question(model, scheme, runner))
-        return answer
-
-    def _question(self, model: ModelSpec, scheme: str, runner: str | None = None) -> dict[str, Any]:
-        """Return what a child runs a model's block with, the runner, and what the server says."""
-        runner = runner or self._row(model, scheme)["runner"]
-        server = {**self._server(model, scheme), "scheme": scheme, "runner": runner}
-        asked = self._asked(model, scheme, runner)
-        if self._remembered("keeps_shared_apart", server):
-            return asked
-        return {**asked, "deciding": deciding_of(model)}
-
-    def _asked(self, model: ModelSpec, scheme: str, runner: str) -> dict[str, Any]:
-        return {**self._block(model, scheme), "scheme": scheme, "runner": runner}
-
-    def _block(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
-        """Return what a child makes a model's block from."""
-        row = self._row(model, scheme)
-        config = row["config"]
-        if config is not None and "arguments" not in config:
-            config = {**config, "in_checkpoint": row["in_checkpoint"]}
-        return {
-            "architecture": model.architecture,
-            "config": config_of(model),
-            "quantization": config,
-        }
-
-    def _remembered(self, kind: str, question: Mapping[str, Any]) -> Any:
-        """Ask the child, each question once."""
-        key = json.dumps([kind, question], sort_keys=True)
-        if key not in self._answers:
-            try:
-                self._answers[key] = self._probe.ask(kind, **question)
-            except Unsupported as reason:
-                self._answers[key] = reason
-        found = self._answers[key]
-        if isinstance(found, Unsupported):
-            raise found
-        return found

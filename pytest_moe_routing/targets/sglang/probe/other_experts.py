@@ -110,7 +110,8 @@ def _call(blocks: Blocks, way: Way, scale: float, question: Mapping[str, Any]) -
         return {**about, "raised": raised}
     if not answer["by_choice"] or len(blocks.calls) != 1:
         raise Unsupported(answer["refused"] or f"the block calls {len(blocks.calls)} kernels")
-    ((function, arguments),), (choice,) = blocks.calls, chosen
+    # A block is run twice if that decides where its shared experts are; the last run counts.
+    ((function, arguments),), choice = blocks.calls, chosen[-1]
     entry = given_experts(function)
     if entry is None:
         raise Unsupported(f"not judged: the arguments of {function} are not known")

@@ -1,0 +1,114 @@
+"""What SGLang's child process is asked about a model's block, each question once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from packaging.version import Version
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.targets.contract import release_of
+from pytest_moe_routing.targets.framework import FrameworkTarget
+from pytest_moe_routing.targets.probe import Probe
+from pytest_moe_routing.targets.sglang.answers import ANSWERS
+from pytest_moe_routing.targets.sglang.model_configs import (
+    config_of,
+    configs,
+    deciding_of,
+    server_of,
+)
+from pytest_moe_routing.targets.source import Source
+
+#: The runner of a server that leaves the choice to each layer.
+AUTO = "auto"
+
+
+class SglangQuestions(FrameworkTarget):
+    """The part of SGLang's target that runs blocks of models."""
+
+    def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
+        super().__init__(flashinfer, source)
+        self._probe = self.child("main", ANSWERS)
+        self._answers: dict[str, Any] = {}
+        #: By scheme, a row of `formats` in `configs.yaml`.
+        self._served: dict[str, Any] = {}
+
+    def child(self, module: str, answers: Mapping[str, Any]) -> Probe:
+        """Return a child process that runs a module of the probe."""
+        source = self.source
+        return Probe(
+            f"{self.name} {source.version}",
+            f"pytest_moe_routing.targets.sglang.probe.{module}",
+            str(source.root),
+            self.flashinfer.release,
+            source.version,
+            answers=answers,
+        )
+
+    def _server_runner(self, model: ModelSpec, scheme: str) -> str:
+        """Return the runner of a server to which none was named."""
+        return str(self._remembered("default_runner", self._server(model, scheme)))
+
+    def _server(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        return server_of(model, self._row(model, scheme))
+
+    def _row(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        """Return SGLang's view of a model's checkpoint in a scheme."""
+        rows: dict[str, dict[str, Any]] = configs()["schemes"]
+        if scheme not in rows:
+            raise self.not_served(scheme)
+        row = rows[scheme]
+        own: dict[str, Any] = row.get("architectures", {}).get(model.architecture, row)
+        release, since = release_of(self.version()), own.get("since")
+        if since and release is not None and release < Version(since):
+            raise Unsupported(
+                f"{self}: checkpoints of {model.architecture} in {scheme} are known to SGLang from "
+                f"{since} on"
+            )
+        return {**own, **self._served.get(scheme, {})}
+
+    def _run(self, model: ModelSpec, scheme: str, runner: str | None = None) -> dict[str, Any]:
+        """One run of the model's block, with the scheme's TRT-LLM runner unless one is given."""
+        answer: dict[str, Any] = self._remembered("capture", self._question(model, scheme, runner))
+        return answer
+
+    def _question(self, model: ModelSpec, scheme: str, runner: str | None = None) -> dict[str, Any]:
+        """Return what a child runs a model's block with, the runner, and what the server says."""
+        runner = runner or self._row(model, scheme)["runner"]
+        server = {**self._server(model, scheme), "scheme": scheme, "runner": runner}
+        asked = self._asked(model, scheme, runner)
+        if self._remembered("keeps_shared_apart", server):
+            return asked
+        return {**asked, "deciding": deciding_of(model)}
+
+    def _asked(self, model: ModelSpec, scheme: str, runner: str) -> dict[str, Any]:
+        return {**self._block(model, scheme), "scheme": scheme, "runner": runner}
+
+    def _block(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        """Return what a child makes a model's block from."""
+        row = self._row(model, scheme)
+        config = row["config"]
+        if config is not None and "arguments" not in config:
+            config = {**config, "in_checkpoint": row["in_checkpoint"]}
+        return {
+            "architecture": model.architecture,
+            "config": config_of(model),
+            "quantization": config,
+        }
+
+    def _remembered(self, kind: str, question: Mapping[str, Any]) -> Any:
+        """Ask the child, each question once."""
+        key = json.dumps([kind, question], sort_keys=True)
+        if key not in self._answers:
+            try:
+                self._answers[key] = self._probe.ask(kind, **question)
+            except Unsupported as reason:
+                self._answers[key] = reason
+        found = self._answers[key]
+        if isinstance(found, Unsupported):
+            raise found
+        return found

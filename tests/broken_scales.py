@@ -92,6 +92,56 @@ BROKEN = {
     ),
     "config renamed": (*TENSOR, "layer.w13_input_scale", "self.input_scale", "qwen3-30b-a3b", "fp8_per_tensor"),
 }  # fmt: skip
+MAKE_FP8, MAKE_MXFP4 = (f"{MOE}.oracle.fp8", "make_fp8_moe_quant_config"), f"{MOE}.oracle.mxfp4"
+BF16 = (f"{MOE}.unquantized_fused_moe_method", f"UnquantizedFusedMoEMethod.{CONFIG}")
+W4A4 = f"{LAYERS}.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4"
+#: The same of what experts of FlashInfer's CUTLASS kernels are given.
+OTHERS = {
+    "nothing others per tensor": (*MAKE_FP8, "w1", "w1", "qwen3-30b-a3b", "fp8_per_tensor"),
+    "nothing others block": (*MAKE_FP8, "w1", "w1", "qwen1.5-moe-a2.7b", "fp8_block"),
+    "nothing others nvfp4": (*MAKE_NVFP4, "w13", "w13", "qwen1.5-moe-a2.7b", "nvfp4"),
+    "nothing others mxfp4": (*GPT_OSS, "self", "self", "gpt-oss-20b", "mxfp4"),
+    "nothing others bf16": (*BF16, "self", "self", "minimax-m3", "bf16"),
+    "quantization exchanged": (
+        *(*MAKE_FP8, r"a1_gscale=\(1.0 / a1_scale\),(\s+)a2_gscale=\(1.0 / a2_scale\)"),
+        *(r"a1_gscale=(1.0 / a2_scale),\1a2_gscale=(1.0 / a1_scale)", "qwen3-30b-a3b", "fp8_per_tensor"),
+    ),
+    "alphas of another input": (
+        *(*MAKE_FP8, r"g1_alphas = w1_scale \* a1_scale", "g1_alphas = w1_scale * a2_scale"),
+        *("qwen3-30b-a3b", "fp8_per_tensor"),
+    ),
+    "input of another product": (
+        *(FP8, FP8_CONFIG, "a1_scale = layer.w13_input_scale", "a1_scale = layer.w2_input_scale"),
+        *("qwen3-30b-a3b", "fp8_per_tensor"),
+    ),
+    "block scale lost": (
+        *(FP8, FP8_CONFIG, "w2_scale=w2_scale", "w2_scale=None", "qwen3-30b-a3b", "fp8_block"),
+    ),
+    "other clamp lost": (
+        *(FP8, FP8_CONFIG, r'swiglu_limit=getattr\(layer, "swiglu_limit", None\),', ""),
+        *("glm-5.3-flash", "fp8_block"),
+    ),
+    "other inputs swapped": (
+        *(*MAKE_NVFP4, r"a1_gscale=\(1.0 / a13_scale\)", "a1_gscale=1.0 / a2_scale"),
+        *("qwen3-30b-a3b", "nvfp4"),
+    ),
+    "other method": (
+        *(W4A4, f"CompressedTensorsW4A4Nvfp4MoEMethod.{CONFIG}"),
+        *("w2_scale_2=layer.w2_weight_scale_2", "w2_scale_2=layer.w13_weight_scale_2"),
+        *("qwen3-30b-a3b", "nvfp4"),
+    ),
+    "other biases swapped": (
+        *(MAKE_MXFP4, "make_mxfp4_moe_quant_config", r"(?s)(CUTLASS_MXFP4_BF16.*?w1_bias=)w1_bias"),
+        *(r"\1w2_bias", "gpt-oss-20b", "mxfp4"),
+    ),
+    "other bias of MXFP8 lost": (
+        *(MAKE_MXFP4, "make_mxfp4_moe_quant_config", r"(?s)(CUTLASS_MXFP4_MXFP8.*?w2_bias=)w2_bias"),
+        *(r"\1None", "gpt-oss-20b", "mxfp4"),
+    ),
+    "other alpha changed": (*GPT_OSS, "1.702", "1.0", "gpt-oss-20b", "mxfp4"),
+    "other beta lost": (*BF16, '"swiglu_beta"', '"no_beta"', "minimax-m3", "bf16"),
+    "no config made": (*TENSOR, "return ", "return None and ", "qwen3-30b-a3b", "fp8_per_tensor"),
+}  # fmt: skip
 #: What only experts that are given ids and weights show: vLLM's own code prepares their input.
 MODULAR = ("nothing nvfp4", "first input scale not inverted")
 
@@ -113,7 +163,20 @@ def main(root, flashinfer, version):
                 found[name] = ["not judged", [str(reason)]]
             else:
                 found[name] = [record.verdict, list(sentences((*record.findings, *modular)))]
+    for name, (module, path, old, new, model, scheme) in OTHERS.items():
+        with edited(module, path, old, new):
+            found[name] = others(target, models[model], scheme)
     print(json.dumps(found))
+
+
+def others(target, model, scheme):
+    """Return what is found on one rank, once."""
+    try:
+        calls = target.other_experts(model, scheme)
+    except Unsupported as reason:
+        return ["not judged", [str(reason)]]
+    findings = {f: None for call in calls for f in call.findings if "rank" not in f.where}
+    return ["asked" if calls else "no calls", list(dict.fromkeys(sentences(findings)))]
 
 
 if __name__ == "__main__":

@@ -85,6 +85,37 @@ FOUND = {
         ["gemm2_weights_scale arrives as the gemm1 scales, the layer has the gemm2 scales"],
     ),
 }
+#: What is found of the experts of FlashInfer's CUTLASS kernels.
+OF_OTHERS = {
+    "nothing others per tensor": [],
+    "nothing others block": [],
+    "nothing others nvfp4": [],
+    "nothing others mxfp4": [],
+    "nothing others bf16": [],
+    "quantization exchanged": [
+        "quant_scales arrives as 1 / a1_scale, the layer has 1 / a2_scale as fc2 quantization"
+    ],
+    "alphas of another input": [
+        "quant_scales arrives as w1_scale * a2_scale, the layer has w1_scale * a1_scale as fc1 "
+        "dequantization"
+    ],
+    "input of another product": ["quant_scales arrives as fc2 input, the layer has fc1 input"],
+    "block scale lost": ["quant_scales arrives as none, the layer has fc2 weights"],
+    "other clamp lost": ["swiglu_limit arrives as inf, the layer has 10"],
+    "other inputs swapped": [
+        "quant_scales arrives as 1 / a2_scale, the layer has 1 / a1_scale as fc1 quantization"
+    ],
+    "other method": [
+        "quant_scales arrives as w1_scale * a1_scale, the layer has w2_scale * a2_scale as fc2 "
+        "dequantization"
+    ],
+    "other biases swapped": [
+        "fc1_expert_biases arrives as fc2 biases, the layer has its fc1 biases"
+    ],
+    "other bias of MXFP8 lost": ["fc2_expert_biases arrives as none, the layer has its fc2 biases"],
+    "other alpha changed": ["swiglu_alpha arrives as 1, the layer has 1.702"],
+    "other beta lost": ["swiglu_beta arrives as 0, the layer has 1"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +128,18 @@ def broken():
 @pytest.mark.parametrize("what", FOUND)
 def test_what_is_made_of_scales_wrongly_is_found(broken, what):
     assert broken[what] == list(FOUND[what])
+
+
+@pytest.mark.parametrize("what", OF_OTHERS)
+def test_what_other_experts_are_given_wrongly_is_found(broken, what):
+    assert broken[what] == ["asked", OF_OTHERS[what]]
+
+
+def test_experts_without_a_quantization_config_are_not_judged(broken):
+    verdict, [reason] = broken["no config made"]
+    assert verdict == "not judged"
+    assert "ModelOptFp8MoEMethod" in reason
+    assert "makes no quantization config for FlashInferExperts" in reason
 
 
 def test_what_the_probe_cannot_give_to_a_method_is_not_judged(broken):

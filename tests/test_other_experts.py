@@ -189,6 +189,7 @@ NVFP4 = {
             {"fc1 dequantization": tensor("float32", 128, each=[0.75, 1.25])},
             ["w1_scale * a2_scale, the layer has w1_scale * a1_scale as fc1 dequantization"],
         ),
+        ({"fc2 weights": None}, ["none, the layer has fc2 weights"]),
         (
             {"fc2 dequantization": tensor("float32", 128)},
             ["other values, the layer has w2_scale * a2_scale as fc2 dequantization"],
@@ -262,6 +263,13 @@ def test_a_mistake_is_told_once_on_the_way_that_needs_least():
         (("--moe-backend x",), (SIZE,)),
     ]
     assert [model.id for model in found[0].models] == ["deepseek-r1", "llama-4-scout"]
+
+
+def test_mistakes_of_two_methods_are_two():
+    """The models are the same, but what one method does says nothing about the other."""
+    ways = [call(findings=[RANK]), call(findings=[replace(SIZE, where="elsewhere")])]
+    found = other_calls(Experts(ways), "bf16", [R1]).wrong
+    assert [each.findings for each in found] == [(RANK,), (replace(SIZE, where="elsewhere"),)]
 
 
 def test_a_mistake_that_needs_a_backend_is_one_line():

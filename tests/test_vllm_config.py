@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model
 from pytest_moe_routing.targets.contract import Contract
@@ -153,13 +151,3 @@ def test_routed_experts_of_a_latent_width_have_that_width(monkeypatch, model, wi
     spec = asdict(load_model(packaged_directory() / model / "model.yaml"))
     told = config.moe_config({**spec, "architecture": ""}, "DeepSeekV3")
     assert told["hidden_dim"] == width
-
-
-@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_per_tensor", "nvfp4"])
-def test_experts_have_every_scale_that_the_kernel_is_given(scheme):
-    """By the table of FlashInfer's arguments, which says what each of them means."""
-    layer = SimpleNamespace(local_num_experts=4, model={"experts": {"bias": False}})
-    sources = other_experts._sources(SCHEMES[scheme], layer, scheme)
-    roles = given_experts("cutlass_fused_moe").scales[scheme].values()
-    needed = {role for each in roles for role in each}
-    assert needed <= {other_experts._ROLES[name] for name in sources}

@@ -165,7 +165,9 @@ def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Fi
         value = record["arguments"].get(name)
         values = value if isinstance(value, list) else [value]
         for role, scale in zip(expected, values, strict=False):
-            if role in entry.factors and role not in ones and given:
+            if role not in entry.factors and scale is None:
+                yield Finding(Kind.ARGUMENT, name, role, "none")
+            elif role in entry.factors and role not in ones and given:
                 yield from wrong_factor(name, scale, role, entry.factors[role], given)
     for name, wanted in entry.biases.items() if record["has_biases"] else ():
         (bias,) = roles.get(name) or ["none"]

@@ -65,10 +65,10 @@ def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Oth
                 for way, finding in _first(calls):
                     found.setdefault((way, finding), {})[model] = others
                 break
-    # What is wrong with the same models is one mistake.
+    # What is wrong with the same models in the same place is one mistake.
     together: dict[Any, WrongCall] = {}
     for (way, finding), asked in found.items():
-        key = way, tuple(asked)
+        key = way, finding.where, tuple(asked)
         before = together[key].findings if key in together else ()
         alike = (other for others in asked.values() for other in others)
         together[key] = WrongCall(way, (*before, finding), (*asked, *alike))

@@ -120,8 +120,13 @@ class Selector:
 
     def __call__(self, config: Any) -> Any:
         """Return the class that is taken for a config; raise what the release's code raises."""
+        return self.choose(config)[1]
+
+    def choose(self, config: Any) -> tuple[Any, Any]:
+        """Return the backend and the class for a config; raise what the release's code raises."""
         given = {**self.arguments, "config": config, "moe_config": config}
-        return self.function(**release.accepted(self.function, given))[1]
+        backend, experts, *_ = self.function(**release.accepted(self.function, given))
+        return backend, experts
 
 
 def default_experts(selector: Selector) -> str:
@@ -227,12 +232,17 @@ def _environment(variables: Iterable[str]) -> Iterator[None]:
 
 def experts_taken(selector: Selector, config: Any, variables: tuple[str, ...]) -> Any:
     """Return the class that a selector takes, or the text of its rejection."""
+    return outcome(selector, config, variables)[1]
+
+
+def outcome(selector: Selector, config: Any, variables: tuple[str, ...]) -> tuple[Any, Any]:
+    """Return the backend and the class that a selector takes; or None, and why it rejects all."""
     with _environment(variables):
         try:
             with rejections():
-                return selector(config)
+                return selector.choose(config)
         except Rejected as rejected:
-            return str(rejected)
+            return None, str(rejected)
 
 
 @contextmanager

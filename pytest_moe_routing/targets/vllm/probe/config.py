@@ -169,21 +169,6 @@ def quant_config(row: ServedScheme, experts: int) -> Any:
     return names().get("quant-config")(**names().accepted("quant-config", arguments))
 
 
-def activation_parameters(model: Mapping[str, Any], limit: float | None) -> dict[str, Any]:
-    """Return the activation's parameters as the quantization methods read them of the layer.
-
-    Args:
-        limit: What the layer has as its clamp limit.
-    """
-    if model["experts"]["activation"] == "swigluoai":
-        return {
-            "gemm1_alpha": model["experts"]["activation_alpha"],
-            "gemm1_beta": model["experts"]["activation_beta"],
-            "gemm1_clamp_limit": model["experts"]["activation_limit"],
-        }
-    return {"gemm1_clamp_limit": limit} if limit else {}
-
-
 def layer_arguments(
     model: Mapping[str, Any], sizes: tuple[int, int], bias: Tensor | None
 ) -> dict[str, Any]:

@@ -76,10 +76,12 @@ class Layer:
         bias: What the model's code gives to the layer as its correction bias.
         hidden: What the layer is given, of marked tokens: bfloat16, [tokens, columns].
         ranks: Where the layer runs.
+        backend: What vLLM's selector has chosen for the layer; None if that is TRT-LLM's.
     """
 
     config: Any
     asked: Any
+    backend: Any = None
 
     def __init__(self, model: Mapping[str, Any], row: ServedScheme, ranks: Ranks) -> None:
         router = model["router"]
@@ -148,7 +150,13 @@ class Layer:
     def made(self, experts: Any, method: Any) -> Any:
         """Return the layer's experts, of a class of vLLM, as a method has them; see `method`."""
         vars(self.asked).update(self._loaded())
-        return experts_made(experts, method, self.row, self.config, self.asked)
+        return experts_made(experts, method, self.caller(None), self.asked)
+
+    def caller(self, kernel: Any, *, is_monolithic: bool = True) -> Caller:
+        """Return what a method of the layer is a method of; see `method.Caller`."""
+        return Caller(
+            kernel, self.row, self.config, is_monolithic=is_monolithic, backend=self.backend
+        )
 
     def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
         """Run a method that calls monolithic experts, down to the kernel and back if possible.
@@ -244,7 +252,7 @@ class StandIn(Layer):
         kernel = _kernel(experts, method, self) if isinstance(experts, type) else None
         factor = self.model["router"]["routed_scaling_factor"]
         try:
-            method(Caller(kernel, self.row, self.config), self, self.hidden.clone(), self.logits)
+            method(self.caller(kernel), self, self.hidden.clone(), self.logits)
         except Reached as reached:
             # What is done with the output is not run: the model's code says who applies the factor.
             reached.output = {"scale_after": factor / self.routed_scaling_factor}
@@ -255,7 +263,7 @@ class StandIn(Layer):
 
     def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
         arguments = {
-            "self": Caller(kernel, self.row, self.config, is_monolithic=False),
+            "self": self.caller(kernel, is_monolithic=False),
             "layer": self,
             "x": marked.hidden.clone(),
             "topk_weights": marked.weights.clone(),
@@ -300,7 +308,7 @@ class OwnLayer(Layer):
         return found
 
     def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
-        asked = Caller(_kernel(experts, method, self), self.row, self.config)
+        asked = self.caller(_kernel(experts, method, self))
         reached: list[Reached] = []
         written = factory.kernel_output(self.tokens, HIDDEN)
 
@@ -326,7 +334,7 @@ class OwnLayer(Layer):
 
     def hand_on(self, kernel: Any, method: Any, marked: Marked) -> tuple[Tensor, dict[str, Any]]:
         router = ChosenExperts(marked.weights.clone(), marked.ids.clone())
-        asked = Caller(kernel, self.row, self.config, is_monolithic=False)
+        asked = self.caller(kernel, is_monolithic=False)
         hidden = marked.hidden.clone()
         finalized, output = self.layer.run(method, asked, self.logits, hidden, router)
         return finalized, self._read(output, finalized)

@@ -21,22 +21,41 @@ _MAKES_CONFIG = "get_fused_moe_quant_config"
 _GPT_OSS = "gpt-oss"
 
 
+#: Rows of the contract: what a layer has as its backend when TRT-LLM's experts are chosen for it.
+_OF_TRTLLM: Mapping[str, str] = {
+    "unquantized_backend": "chosen-unquantized",
+    "fp8_backend": "chosen-fp8",
+    "mxfp8_backend": "chosen-fp8",
+    "nvfp4_backend": "chosen-nvfp4",
+    "mxfp4_backend": "chosen-mxfp4",
+    "wna16_backend": "chosen-mxint4",
+}
+
+
 class Caller:
     """What the layer's method is a method of: whatever the method reads from itself.
 
-    The attributes are those that a method of TRT-LLM experts has in the scheme's checkpoints.
+    The attributes are those that a method of these experts has in the scheme's checkpoints.
 
     Args:
         kernel: vLLM's kernel around the experts, if they are made already.
         config: vLLM's config of the layer.
+        backend: What vLLM's selector has chosen for the layer; None if that is TRT-LLM's.
     """
 
     def __init__(
-        self, kernel: Any, row: ServedScheme, config: Any, *, is_monolithic: bool = True
+        self,
+        kernel: Any,
+        row: ServedScheme,
+        config: Any,
+        *,
+        is_monolithic: bool = True,
+        backend: Any = None,
     ) -> None:
         self.moe_kernel = kernel
         self.moe = config
         self.is_monolithic = is_monolithic
+        self._backend = backend
         block = row.quantization[2]
         self.block_quant = block is not None
         self.weight_block_size = list(block) if block else None
@@ -47,36 +66,18 @@ class Caller:
         self.num_bits, self.group_size = 4, block[1] if block else 0
         self.per_act_token_quant = self.use_a16 = False
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the layer's backend, which each method has under a name of its own."""
+        if name not in _OF_TRTLLM:
+            raise AttributeError(name)
+        return self._backend or names().get(_OF_TRTLLM[name])
+
     def forward(self, **arguments: Any) -> Any:
         """Run what a custom operator of vLLM runs on CUDA: only the unquantized method is one."""
         return names().get("runs-unquantized.forward_cuda")(self, **arguments)
 
     def forward_native(self, *arguments: Any) -> Any:
         return names().get("runs-unquantized.forward_native")(self, *arguments)
-
-    @property
-    def unquantized_backend(self) -> Any:
-        return names().get("chosen-unquantized")
-
-    @property
-    def fp8_backend(self) -> Any:
-        return names().get("chosen-fp8")
-
-    @property
-    def mxfp8_backend(self) -> Any:
-        return names().get("chosen-fp8")
-
-    @property
-    def nvfp4_backend(self) -> Any:
-        return names().get("chosen-nvfp4")
-
-    @property
-    def mxfp4_backend(self) -> Any:
-        return names().get("chosen-mxfp4")
-
-    @property
-    def wna16_backend(self) -> Any:
-        return names().get("chosen-mxint4")
 
 
 def methods_of(keys: Iterable[str], model: Mapping[str, Any]) -> list[Any]:
@@ -96,22 +97,22 @@ def class_of(method: Any) -> Any:
     return getattr(sys.modules[method.__module__], method.__qualname__.partition(".")[0])
 
 
-def experts_made(experts: Any, caller: Any, row: ServedScheme, config: Any, layer: Any) -> Any:
+def experts_made(experts: Any, method: Any, asked: Caller, layer: Any) -> Any:
     """Return a layer's experts, with the quantization config that its method makes for them.
 
     Args:
         experts: A class of vLLM.
-        caller: A method that calls the experts, as a function.
-        config: vLLM's config of the layer.
+        method: A method that calls the experts, as a function.
+        asked: What the method is a method of.
         layer: What the methods of the layer are given.
 
     Returns:
         None if the method makes no such config: it calls the kernel itself.
     """
-    made = class_of(caller).get_fused_moe_quant_config(Caller(None, row, config), layer)
+    made = class_of(method).get_fused_moe_quant_config(asked, layer)
     if made is None:
         return None
-    found = experts(config, made)
+    found = experts(asked.moe, made)
     if names().has("experts-loaded"):
         found.process_weights_after_loading(layer)
     return found
@@ -124,7 +125,8 @@ def loaded(row: ServedScheme, experts: int, has_bias: bool) -> Mapping[str, Tens
     for gemm, name in (("1", "w13"), ("2", "w2")):
         each = scales.per_expert(f"w{gemm}_scale", experts)
         if row.block_scales:
-            blocks = each.to(getattr(torch, row.block_scales))
+            # Some experts read four of them as one number.
+            blocks = each.to(getattr(torch, row.block_scales)).reshape(-1, 1, 1).repeat(1, 1, 4)
             found[f"{name}_weight_scale"] = found[f"{name}_weight_scale_inv"] = blocks
         found[f"{name}_input_scale"] = None
         if row.whole_scales:

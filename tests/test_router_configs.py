@@ -191,3 +191,15 @@ def test_what_fails_after_a_stand_in_was_asked_is_no_crash_of_vllm(made, before,
     [case] = [case for case in router_configs.cases(names) if case.subject.startswith("softmax")]
     found = router_case.compare(case, Output())["deviations"]
     assert {deviation["kind"] for deviation in found} == {kind}
+
+
+@pytest.mark.parametrize("subject", [SHARED, "sigmoid without a bias or groups"])
+def test_arguments_that_no_operator_computes_with_are_a_problem_of_the_router(made, subject):
+    """What stands for a compiled operator rejects them; the router that passes them is wrong."""
+    code = "from pytest_moe_routing.routing import Recipe; Recipe(4, n_group=4, topk_group=8)"
+    names = made("logits = logits.double()", code)
+    [case] = [case for case in router_configs.cases(names) if case.subject == subject]
+    [found] = router_case.compare(case, Output())["deviations"]
+    assert found["kind"] == "crash"
+    assert found["cause"].startswith("an operator is given arguments that are wrong: Recipe: ")
+    assert found["cause"].endswith("found top_k 4, topk_group 8, n_group 4")

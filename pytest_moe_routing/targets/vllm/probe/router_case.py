@@ -14,8 +14,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.oracle.routers import NOT_JUDGED, Deviation, Output, compare_router
+from pytest_moe_routing.errors import RecipeError, Unsupported
+from pytest_moe_routing.oracle.routers import (
+    NOT_JUDGED,
+    Deviation,
+    Output,
+    WrongAnswer,
+    compare_router,
+)
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.vllm.probe import release
@@ -32,6 +38,15 @@ _FILES = (
     *("/fused_moe/router/", "/fused_moe/fused_moe.py", "/fused_moe/cpu_fused_moe.py"),
     *("/model_executor/models/", "/vllm/models/"),
 )
+
+
+class ImpossibleArguments(WrongAnswer):
+    """Arguments of a compiled operator with which it computes nothing."""
+
+    kind = "crash"
+
+    def __init__(self, error: RecipeError) -> None:
+        super().__init__(f"an operator is given arguments that are wrong: {error}")
 
 
 @dataclass(frozen=True)
@@ -166,6 +181,8 @@ def _deviations(case: Case, output: Output, called: dict[str, None]) -> list[Dev
                 return select(case.make(bias), logits)
         except Unsupported:
             raise
+        except RecipeError as error:
+            raise ImpossibleArguments(error) from error
         except Exception as error:
             if stubs.Stub.asked or not _by_vllm(error):
                 raise Unsupported(f"{innermost(called)} does not run here: {error}") from error
@@ -174,7 +191,11 @@ def _deviations(case: Case, output: Output, called: dict[str, None]) -> list[Dev
     try:
         if case.judge is not None:
             with noting(called):
-                return case.judge(case)
+                try:
+                    return case.judge(case)
+                except RecipeError as error:
+                    wrong = ImpossibleArguments(error)
+                    return [Deviation(wrong.kind, "any", str(wrong), str(wrong))]
         found = compare_router(route, case.recipe, case.num_experts, case.dtype, output)
         return found if any(d.kind == "crash" for d in found) else [*found, *_other_dtypes(case)]
     except Unsupported as reason:

@@ -128,7 +128,9 @@ def _is_told_elsewhere(key: Key, found: Placements, by_default: bool) -> bool:
         if is_asked and not _is_lost(found.taken.get((better, device, placement)), by_default):
             return True
     first = found.taken.get((experts, _FIRST, placement))
-    return device in found.compared and experts != "cutlass" and not _is_lost(first, by_default)
+    # Gates are asked for other GPUs as for one GPU alone.
+    is_compared = device in found.compared and experts != "cutlass" and placement == "tp"
+    return is_compared and not _is_lost(first, by_default)
 
 
 def _new(known: KnownPlacements, found: Placements, scheme: str) -> Iterator[Placed]:

@@ -92,7 +92,8 @@ def stand_ins() -> dict[str, Any]:
         "reorder_rows_for_gated_act_gemm": _same,
         "shuffle_matrix_a": _same,
         "swap_w13_to_w31": _same,
-        "swizzle_blockscale": _same,
+        # A tensor, not the parameter itself, of which another parameter is made.
+        "swizzle_blockscale": lambda scale: scale.data,
         "reorder_w1w3_to_w3w1": lambda weight, scale, *_, **__: (weight, scale),
         # A kind of number, and all kinds by name, which other schemes than these read.
         "get_scalar_types": lambda: (stubs.Stub("ScalarType"), stubs.Stub("scalar_types")),

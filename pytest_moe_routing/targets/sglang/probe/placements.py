@@ -67,6 +67,9 @@ class _Server:
             named: The runner that `--moe-runner-backend` names, if any.
         """
         options = {**_placements()[placement], **({FIELD: named} if named else {})}
+        if unknown := options.keys() - self._about[1].keys():
+            # Nothing would read it.
+            raise Unsupported(f"not judged: SGLang's server has no argument {min(unknown)}")
         with requesting(**{DEVICE: device}):
             return taken_runner(*self._about, options)
 

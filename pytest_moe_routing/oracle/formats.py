@@ -73,15 +73,22 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
                 unanswered.update(f"{name}: {reason}" for reason in placed.unanswered)
                 continue
             answered += 1
-            layouts += placed.wrong if placed else ()
+            for each in placed.wrong if placed else ():
+                layouts.append(replace(each, models=_unpublished(each.models)))
             if found.verdict is not Verdict.EXACT:
-                unlike.append(UnlikeFormat(name, found.record()))
+                judged = replace(found, model=_unpublished([found.model])[0])
+                unlike.append(UnlikeFormat(name, judged.record()))
         others = other_calls(other, scheme, usual)
         unanswered.update({f"{name}: {reason}": n for reason, n in others.unanswered.items()})
         for wrong in others.wrong:
             call = replace(wrong.call, experts=f"{wrong.call.experts}, {name}")
-            calls.append(replace(wrong, call=call))
+            calls.append(replace(wrong, call=call, models=_unpublished(wrong.models)))
     return FormatsFound(tuple(unlike), tuple(calls), tuple(layouts), answered, unanswered)
+
+
+def _unpublished(models: Iterable[ModelSpec]) -> tuple[ModelSpec, ...]:
+    """Return models without what is known of published checkpoints, which are of usual formats."""
+    return tuple(replace(model, checkpoints=()) for model in models)
 
 
 def _usual(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Iterator[ModelSpec]:

@@ -19,6 +19,7 @@ import pytest
 
 from pytest_moe_routing.escape import printable
 from pytest_moe_routing.failure import CUT, PROPERTY, Failure, Rank, failures_of, joined, text_of
+from pytest_moe_routing.oracle.record import Reach
 from pytest_moe_routing.session import SUITE_IDS
 
 _SAME = "repeated"
@@ -63,11 +64,19 @@ class _Message:
         return self.text
 
 
+def _rarity(failure: Failure) -> tuple[int, bool]:
+    """Return how few people can meet a failure; 0 if it does not say who can."""
+    places = (n for n, reach in enumerate(Reach, 1) if failure.reach.startswith(reach))
+    return next(places, 0), not failure.reach.endswith("by default")
+
+
 class Grouping:
     """Shows each cause once. Registered where the terminal is, not in xdist's workers."""
 
     def __init__(self) -> None:
         self._cases: dict[str, list[str]] = {}
+        #: Of each cause, the first of those failures that most people can meet.
+        self._first: dict[str, Failure] = {}
         #: What differs in all cases of each cause; the cause itself if one of them does not say.
         self._differs: dict[str, set[str]] = {}
         self._shown: list[tuple[pytest.TestReport, list[Failure]]] = []
@@ -97,6 +106,8 @@ class Grouping:
             fresh = [failure for failure in failures if failure.cause not in self._cases]
             for failure in failures:
                 self._cases.setdefault(failure.cause, []).append(failure.case)
+                first = self._first.setdefault(failure.cause, failure)
+                self._first[failure.cause] = min(first, failure, key=_rarity)
                 differs = failure.differs or (failure.cause,)
                 self._differs.setdefault(failure.cause, set()).update(differs)
             if fresh:
@@ -109,7 +120,8 @@ class Grouping:
         """Complete the shown failures with all of their cases, and put the urgent ones first."""
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         if terminal is None or terminal.verbosity > 0:
-            texts = {id(r): text_of(failures, self._cases) for r, failures in self._shown}
+            shown = ((r, [self._first[f.cause] for f in failures]) for r, failures in self._shown)
+            texts = {id(report): text_of(failures, self._cases) for report, failures in shown}
             ranks = {id(report): failures[0].rank for report, failures in self._shown}
         else:
             texts, ranks = self._brief(terminal._tw.fullwidth)
@@ -176,7 +188,7 @@ class Grouping:
 
     def _block(self, failures: Sequence[Failure], width: int) -> list[str]:
         """Return the block of one defect, wherever it is."""
-        first, *others = failures
+        first, *others = sorted((self._first[f.cause] for f in failures), key=_rarity)
         elsewhere = [other.elsewhere(self._cases[other.cause], first.reach) for other in others]
         return first.block(self._cases[first.cause], width, elsewhere)
 

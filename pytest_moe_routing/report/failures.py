@@ -19,7 +19,6 @@ import pytest
 
 from pytest_moe_routing.escape import printable
 from pytest_moe_routing.failure import CUT, PROPERTY, Failure, Rank, failures_of, joined, text_of
-from pytest_moe_routing.oracle.record import Reach
 from pytest_moe_routing.session import SUITE_IDS
 
 _SAME = "repeated"
@@ -66,6 +65,8 @@ class _Message:
 
 def _rarity(failure: Failure) -> tuple[int, bool]:
     """Return how few people can meet a failure; 0 if it does not say who can."""
+    from pytest_moe_routing.oracle.record import Reach
+
     places = (n for n, reach in enumerate(Reach, 1) if failure.reach.startswith(reach))
     return next(places, 0), not failure.reach.endswith("by default")
 

@@ -185,7 +185,7 @@ def values(cls):
     def one(kind):
         strategies = {
             int: st.integers(int(kind.minimum or 0), 64),
-            float: st.floats(2**-70, 1.0),
+            float: st.floats(kind.minimum or 2**-70, max(kind.minimum or 0, 1.0)),
             bool: st.booleans(),
             str: st.sampled_from(kind.choices) if kind.choices else st.text(min_size=1),
         }

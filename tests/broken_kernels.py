@@ -98,7 +98,7 @@ MISTAKES = {
     ),
     "scales swapped": (
         *(put(SCALES, lambda s: [s[1], s[0], *s[2:]]), "deepseek-r1", "nvfp4"),
-        *(*ALONE, arrives(SCALES, ", ".join(FIRST[::-1]), ", ".join(FIRST))),
+        *(*ALONE, arrives(SCALES, *FIRST[::-1])),
     ),
     "a scale lost": (
         *(put(SCALES, lambda scales: scales[1:]), "deepseek-r1", "fp8_block"),

@@ -342,6 +342,6 @@ def test_experts_that_weigh_an_input_again(broken, how, expected):
 
 @pytest.mark.parametrize("mistake", broken_kernels.MISTAKES)
 def test_a_wrong_call_of_another_kernel_is_found(broken, mistake):
-    """Every mistake once, on the way that needs the least."""
+    """Every mistake once, on the way that needs the least; after it, what vLLM gets wrong itself."""
     _, _, _, *expected = broken_kernels.MISTAKES[mistake]
-    assert broken["other kernels"][mistake] == expected
+    assert broken["other kernels"][mistake][: len(expected)] == expected

@@ -191,7 +191,9 @@ def _prepare_scales(layer: Any) -> list[str]:
         return [*missing, *((*_SCALARS, "input_scale") if _held(layer, computed) is None else ())]
     finally:
         layer._parameters.update(weights)
-    return []
+    # What is prepared for CUTLASS' kernels has nothing of TRT-LLM's.
+    is_for_cutlass = is_packed and _held(layer, "g1_scale_c") is None
+    return [*_SCALARS] if is_for_cutlass else []
 
 
 def fill(block: nn.Module, seen: Seen, values: Mapping[str, Any], size: int) -> None:

@@ -78,6 +78,12 @@ def tritons_first():
     return patch.object(module, "_get_priority_backends", lambda config: right(config)[::-1])
 
 
+def by_default(name, value):
+    """Have a server's parallel config have another default for a while."""
+    usual = server_defaults.parallel
+    return patch.object(server_defaults, "parallel", lambda n: value if n == name else usual(n))
+
+
 #: What is changed, and the scheme that is asked about.
 MOVED = {
     "as it is": (ExitStack, "bf16"),
@@ -111,7 +117,7 @@ MOVED = {
     ),
     "other experts first": (tritons_first, "bf16"),
     "another way to gather": (
-        lambda: patch.object(server_defaults, "all2all_backend", lambda: "deepep_low_latency"),
+        lambda: by_default(server_defaults.ALL2ALL, "deepep_low_latency"),
         "nvfp4",
     ),
 }
@@ -140,7 +146,7 @@ def refused(target):
 
 def placed(target):
     """What is found where a server places experts in turns unless it is told otherwise."""
-    with patch.object(server_defaults, "expert_placement", lambda: "round_robin"):
+    with by_default(server_defaults.PLACEMENT, "round_robin"):
         for name in ("deepseek-r1", "qwen3-30b-a3b"):
             try:
                 record = judge(target, MODELS[name], "nvfp4").record()

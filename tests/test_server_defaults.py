@@ -48,13 +48,14 @@ KERNEL, PARALLEL, OPTIONS = SOURCES
 def reads(monkeypatch):
     """Ask a release in whose sources one text of a module is another."""
 
-    def ask(question, module=KERNEL, old="", new=""):
+    def ask(question, module=KERNEL, old="", new="", about=()):
         texts = {**SOURCES, module: SOURCES[module].replace(old, new)}
         assert not old or texts[module] != SOURCES[module]
         definitions = Definitions("vllm", lambda name: texts.get(name, ""), texts.__contains__)
         names = Names(Contract.of("vllm"), "0.33.0", definitions)
         monkeypatch.setattr(server_defaults, "names", lambda: names)
-        return question.__wrapped__()
+        server_defaults.parallel.cache_clear()
+        return question.__wrapped__(*about)
 
     return ask
 
@@ -83,12 +84,14 @@ def test_an_option_that_keeps_what_the_config_has(reads):
 
 
 def test_another_placement_or_way_to_gather(reads):
-    assert reads(server_defaults.expert_placement) == "linear"
+    parallel, about = server_defaults.parallel, {"about": [server_defaults.PLACEMENT]}
+    assert reads(parallel, **about) == "linear"
     changed = PARALLEL, '"linear"', '"round_robin"'
-    assert reads(server_defaults.expert_placement, *changed) == "round_robin"
-    assert reads(server_defaults.all2all_backend) == "allgather_reducescatter"
+    assert reads(parallel, *changed, **about) == "round_robin"
+    about = {"about": [server_defaults.ALL2ALL]}
+    assert reads(parallel, **about) == "allgather_reducescatter"
     changed = OPTIONS, "ParallelConfig.all2all_backend", '"nixl_ep"'
-    assert reads(server_defaults.all2all_backend, *changed) == "nixl_ep"
+    assert reads(parallel, *changed, **about) == "nixl_ep"
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def _resolved(
     for source, declared in names.get("overrides-collect")(architecture, server, config):
         server.take(source, declared)
     for key in ("overrides-rtx", "overrides-deepseek", "overrides-quantization"):
-        if key != "overrides-rtx" or names.expects(key):
+        if names.expects(key):
             server.take(key, names.get(key)(server))
     return server
 
@@ -156,49 +156,21 @@ def keeps_shared_apart(
     return bool(getattr(server, APART))
 
 
-def rejection(
+def started(
     names: Names,
     defaults: Mapping[str, Any],
     checkpoint: Checkpoint,
     options: Mapping[str, Any],
-) -> str | None:
-    """Return why a server does not start with these arguments, as far as a model's code says.
+) -> Mapping[str, Any] | str:
+    """Return the arguments of a server once it is started, or why it does not start.
 
     The arguments are those of `_resolved`.
 
     Raises:
         Unsupported: SGLang's code does not say it here.
     """
-    server = _started(names, defaults, checkpoint, options)
-    return server if isinstance(server, str) else None
-
-
-def taken_runner(
-    names: Names,
-    defaults: Mapping[str, Any],
-    checkpoint: Checkpoint,
-    options: Mapping[str, Any],
-) -> str | None:
-    """Return the runner of a server with these arguments; None if it does not start.
-
-    The arguments are those of `_resolved`.
-
-    Raises:
-        Unsupported: SGLang's code does not say it here.
-    """
-    server = _started(names, defaults, checkpoint, options)
-    return None if isinstance(server, str) else str(getattr(server, FIELD))
-
-
-def _started(
-    names: Names,
-    defaults: Mapping[str, Any],
-    checkpoint: Checkpoint,
-    options: Mapping[str, Any],
-) -> _Server | str:
-    """Return a server, or why it does not start."""
     try:
-        return _resolved(names, defaults, checkpoint, options)
+        return vars(_resolved(names, defaults, checkpoint, options))
     except Unsupported:
         raise
     except Exception as error:

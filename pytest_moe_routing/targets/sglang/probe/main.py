@@ -32,7 +32,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     default_runner,
     keeps_shared_apart,
     layer_runner,
-    rejection,
+    started,
 )
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
 from pytest_moe_routing.targets.sglang.probe.layouts import layouts, other_layouts
@@ -210,9 +210,9 @@ class Blocks:
 
         Before 0.5.18, no model's code is asked about the arguments of a server.
         """
-        if not self.names.expects("overrides-collect"):
-            return None
-        return rejection(self.names, self.defaults(), server, options)
+        is_asked = self.names.expects("overrides-collect")
+        found = is_asked and started(self.names, self.defaults(), server, options)
+        return found if isinstance(found, str) else None
 
     def around(self, server: Checkpoint, **question: Any) -> dict[str, dict[str, Any]]:
         """Return what becomes of each request around routing, given the arguments of `capture`."""
@@ -369,9 +369,9 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
         if isinstance(router_logits, Tensor):
             router_logits = weights.recognisable(*router_logits.shape).to(router_logits.dtype)
             seen.logits.append(router_logits)
-        tokens = requested(PADDING)
-        further = {} if tokens is None else {PADDING: tokens}
-        return call_topk(self, hidden_states, router_logits, **{**kwargs, **further})
+        if (tokens := requested(PADDING)) is not None:
+            kwargs[PADDING] = tokens
+        return call_topk(self, hidden_states, router_logits, **kwargs)
 
     layer.__init__, topk.__init__, topk.forward_cuda = layer_init, topk_init, topk_call
     try:
@@ -383,10 +383,10 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Return what answers questions about an SGLang."""
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
-    runs = ("capture", "around", "handed_over", "other_experts")
     own = ("method_numbers", "accepted_quantizations", "default_runner", "keeps_shared_apart")
+    runs = ("layer_runner", "capture", "around", "handed_over", "other_experts")
     return {
-        **{name: getattr(blocks, name) for name in (*own, "layer_runner", *runs)},
+        **{name: getattr(blocks, name) for name in (*own, *runs)},
         **placement_questions(blocks),
         **{ask.__name__: partial(ask, blocks) for ask in (layouts, other_layouts)},
         "with_tokens": partial(with_tokens, blocks.capture),

@@ -16,7 +16,7 @@ from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     FIELD,
     Checkpoint,
-    taken_runner,
+    started,
 )
 from pytest_moe_routing.targets.sglang.probe.requests import DEVICE, requesting
 from pytest_moe_routing.targets.sglang.probe.rule import runner_rules
@@ -71,7 +71,8 @@ class _Server:
             # Nothing would read it.
             raise Unsupported(f"not judged: SGLang's server has no argument {min(unknown)}")
         with requesting(**{DEVICE: device}):
-            return taken_runner(*self._about, options)
+            found = started(*self._about, options)
+        return None if isinstance(found, str) else str(found[FIELD])
 
     def accepts(self, runner: str) -> bool:
         """Return whether a named runner may be combined with the checkpoint's quantization."""

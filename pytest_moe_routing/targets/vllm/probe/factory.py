@@ -74,13 +74,14 @@ class Ranks:
 
     def config(self, dtype: torch.dtype) -> Surroundings:
         """Return the config of the server."""
+        placement = self.placement or server_defaults.parallel(server_defaults.PLACEMENT)
         return Surroundings(
             parallel_config=Surroundings(
                 enable_expert_parallel=self.count > 1,
                 all2all_backend="allgather_reducescatter",
                 enable_eplb=False,
                 enable_dbo=False,
-                expert_placement_strategy=self.placement or server_defaults.expert_placement(),
+                expert_placement_strategy=placement,
                 elastic_ep_max_dp_size=None,
             ),
             compilation_config=Surroundings(

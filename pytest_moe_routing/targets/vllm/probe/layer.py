@@ -222,7 +222,8 @@ class StandIn(Layer):
         if ranks.count > 1:
             experts, local = self.global_num_experts, self.local_num_experts
             self.expert_map = torch.full((experts,), -1, dtype=torch.int32)
-            if ranks.placement is None and server_defaults.expert_placement() != "linear":
+            default = server_defaults.parallel(server_defaults.PLACEMENT)
+            if ranks.placement is None and default != "linear":
                 raise Unsupported(
                     "not judged: by default, experts of this release do not lie in order, and the "
                     "code that places them is not run"

@@ -68,7 +68,7 @@ def _kinds(scheme: str) -> tuple[_Kind, ...]:
 def _placements() -> dict[str, tuple[tuple[str, ...], Any]]:
     """Return the flags and the parallel config of each placement, by its name in data."""
     alone, shared = parallel_config(), parallel_config(2)
-    own: dict[str, Any] = {"all2all_backend": server_defaults.all2all_backend()}
+    own: dict[str, Any] = {"all2all_backend": server_defaults.parallel(server_defaults.ALL2ALL)}
     own |= {"dp_size": 2, "dp_rank": 1}
     found = {
         "tp": ((), alone),

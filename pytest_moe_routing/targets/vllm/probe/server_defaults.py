@@ -18,6 +18,8 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 AUTO = "auto"
 #: Rows of the contract: options, and the fields of configs that they fill.
 _OPTIONS, _PARALLEL, _KERNEL = "server-options", "server-parallel", "server-kernel"
+#: Fields of the parallel config that the probe asks with as a server has them.
+ALL2ALL, PLACEMENT = "all2all_backend", "expert_placement_strategy"
 #: Of the parallel config, everything else is asked as of a server that does this.
 _ASSUMED: Mapping[str, Any] = {
     "tensor_parallel_size": 1,
@@ -44,28 +46,6 @@ def moe_backend() -> str:
 
 
 @cache
-def expert_placement() -> str:
-    """Return how a server places experts on ranks.
-
-    Raises:
-        Unsupported: The default cannot be read.
-    """
-    value: str = _parallel("expert_placement_strategy")
-    return value
-
-
-@cache
-def all2all_backend() -> str:
-    """Return what brings tokens to the ranks of their experts.
-
-    Raises:
-        Unsupported: The default cannot be read.
-    """
-    value: str = _parallel("all2all_backend")
-    return value
-
-
-@cache
 def check_parallel() -> None:
     """Check that a server is not parallel by default, and what it does when it is.
 
@@ -73,7 +53,7 @@ def check_parallel() -> None:
         Unsupported: It is otherwise, or that cannot be read.
     """
     for name, assumed in _ASSUMED.items():
-        found = _parallel(name)
+        found = parallel(name)
         if found != assumed:
             option = names().spelling(f"{_OPTIONS}.{name}")
             raise Unsupported(
@@ -82,8 +62,13 @@ def check_parallel() -> None:
             )
 
 
-def _parallel(name: str) -> Any:
-    """Return the default of an option that fills a field of the parallel config."""
+@cache
+def parallel(name: str) -> Any:
+    """Return the default of an option that fills a field of the parallel config.
+
+    Raises:
+        Unsupported: It cannot be read.
+    """
     return _default(f"{_OPTIONS}.{name}", f"{_PARALLEL}.{name}")
 
 

@@ -78,6 +78,13 @@ def tritons_first():
     return patch.object(module, "_get_priority_backends", lambda config: right(config)[::-1])
 
 
+BACKENDS = placements._all2all_backends
+
+
+def one_less():
+    return (name for name in BACKENDS() if name != "deepep_high_throughput")
+
+
 def by_default(name, value):
     """Have a server's parallel config have another default for a while."""
     usual = server_defaults.parallel
@@ -116,6 +123,10 @@ MOVED = {
         "fp8_per_tensor",
     ),
     "other experts first": (tritons_first, "bf16"),
+    "a backend gone": (
+        lambda: patch.object(placements, "_all2all_backends", one_less),
+        "nvfp4",
+    ),
     "another way to gather": (
         lambda: by_default(server_defaults.ALL2ALL, "deepep_low_latency"),
         "nvfp4",

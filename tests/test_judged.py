@@ -48,6 +48,17 @@ def test_a_framework_that_is_not_judged_is_red(pytester, empty_vllm, xdist):
     )
 
 
+def test_a_scheme_in_which_no_model_can_be_asked_is_red(pytester, empty_vllm):
+    asked = ("test_layouts", "test_other_experts", "test_around_call", "test_placements")
+    chosen = ("-k", " or ".join(asked), "--moe-schemes", "nvfp4", "-p", "no:xdist")
+    result = pytester.runpytest_subprocess(
+        *("--moe-golden", "-m", "not gpu"), *chosen, "--moe-target", empty_vllm("99.0")
+    )
+    assert result.ret == 1
+    result.assert_outcomes(skipped=4)
+    result.stdout.fnmatch_lines(["moe-routing: 4 cases are not judged, although this framework *"])
+
+
 def test_a_release_older_than_all_known_ones_is_held_to_nothing(pytester, empty_vllm):
     options = (*RUN, "--moe-target", empty_vllm("0.1.0"))
     result = pytester.runpytest_subprocess(*options, "--moe-min-verdicts", "0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,9 @@ class Run(BuiltinTarget):
 
     name = "run"
 
-    def __init__(self, known=KNOWN, is_own=True, **taken):
+    def __init__(self, known=KNOWN, is_own=True, compared=(), **taken):
         super().__init__(FlashInfer.of("0.7.0"))
-        self.known, self.is_own, self.taken = known, is_own, taken
+        self.known, self.is_own, self.taken, self.compared = known, is_own, taken, compared
 
     def known_placements(self, model, scheme):
         return KnownPlacements("1.0", self.is_own, self.known) if model is QWEN else None
@@ -55,7 +56,7 @@ class Run(BuiltinTarget):
             for placement in placements:
                 key = kind, device, placement
                 made[key] = Placed(*key, by_default, kind.title())
-        return Placements(made, flags, requests)
+        return Placements(made, flags, requests, self.compared)
 
     def placement_rule(self, model, scheme, place):
         return Rule("gate", "own/experts.py:7", "Triton")
@@ -105,6 +106,15 @@ def test_experts_that_do_more_are_no_loss():
     # They are no answer to who asks for others.
     [failure], _ = failures(**{**RIGHT, "cutlass": ("10.0", False)})
     assert failure.lines[1].endswith("--moe-backend cutlass")
+
+
+def test_a_loss_on_another_gpu_is_told_by_another_test_for_one_gpu_alone():
+    """`test_around_call` compares gates for two GPUs, and asks about no placement."""
+    of_each = {("modular", "10.3", place): True for place in ("tp", "dp+ep")}
+    known = {("modular", "10.0", place): True for place in ("tp", "dp+ep")} | of_each
+    taken = {"modular": ("10.0", True, "tp", "dp+ep")}
+    [failure], _ = failures(known=known, compared=("10.3",), **taken)
+    assert "  where    on compute capability 10.3, with dp+ep" in failure.lines
 
 
 def test_a_place_that_is_new_fails_in_the_release_that_is_known():
@@ -178,6 +188,14 @@ def test_the_rows_of_releases_have_no_other_words(package):
                     assert {d for by in kinds.values() for ds in by for d in ds.split()} <= DEVICES
 
 
+@pytest.mark.parametrize("package", ["vllm", "sglang"])
+def test_no_release_is_asked_less_than_the_one_before(package):
+    rows = yaml.safe_load((FOLDER / package / "placements.yaml").read_text("utf-8"))["releases"]
+    for before, row in pairwise(rows.values()):
+        assert before.keys() <= row.keys()
+        assert all(before[scheme].keys() <= row[scheme].keys() for scheme in before)
+
+
 def test_a_release_is_held_to_its_row():
     own = known_placements("vllm", "0.33.0", "qwen3-30b-a3b", "bf16")
     assert own.is_own
@@ -213,6 +231,10 @@ CAUSES = {
     "no modular experts": ["lost-place:modular:nowhere"],
     "no CUTLASS on Hopper": ["lost-place:cutlass:alone_only"],
     "gated experts alone": ["lost-place:cutlass:gated"],
+    "a backend gone": [
+        "lost-place:modular:placement-deepep_high_throughput",
+        "lost-place:cutlass:placement-deepep_high_throughput",
+    ],
 }
 
 

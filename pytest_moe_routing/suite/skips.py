@@ -37,15 +37,14 @@ def unsupported_is_skipped() -> Iterator[None]:
 
 
 def skip_without(found: Found, nothing: str) -> None:
-    """Skip a test for which no model was asked, with the most common reason.
+    """Skip a test if no model was asked: as not judged, with the most common reason.
 
     Args:
-        nothing: The reason if there is no model to ask.
+        nothing: The reason if there was no model to ask, which leaves nothing to judge.
     """
     if found.answered:
         return
-    for reason, _ in found.unanswered.most_common(1):
-        with unsupported_is_skipped():
-            # A case that is not judged, which has to be known of the release.
-            raise Unsupported(reason)
+    with unsupported_is_skipped():
+        if found.unanswered:
+            raise Unsupported(found.unanswered.most_common(1)[0][0])
     pytest.skip(nothing)

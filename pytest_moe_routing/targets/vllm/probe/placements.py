@@ -191,8 +191,8 @@ def placement_rule(
     The answer's `instead` is what the selector takes.
     """
     if placement not in _placements():
-        spelling = names().spelling("all2all-backends")
-        return {"name": spelling.path, "source": "", "instead": "vLLM has no such placement"}
+        name = f"placement {placement}"
+        return {"name": name, "source": "", "instead": "this release has no such placement"}
     selector = _selector(model, scheme)
     kind = next(kind for kind in _kinds(scheme) if kind.name == experts)
     parallel = _placements()[placement][1]

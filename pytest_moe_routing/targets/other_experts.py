@@ -28,7 +28,8 @@ class OtherCallAnswer(TypedDict, total=False):
         experts, device, switches, requests: Those of `OtherCall`.
         by: What calls the experts.
         raised: The exception that ended the call, where no kernel was called.
-        capability: That of the GPU, where FlashInfer does not run the kernel, which is not called.
+        capability: That of the GPU, where FlashInfer does not run the kernel: `function`, or one of
+            TRT-LLM's if there is none.
         router_factor: The scaling factor that the weights have, where no marked tokens show it.
         scale_after: The factor by which the layer multiplies the kernel's output; None if the
             layer's output is something else.
@@ -78,7 +79,7 @@ def _findings(
     model: ModelSpec, record: Mapping[str, Any], flashinfer: FlashInfer
 ) -> Iterator[Finding]:
     if "capability" in record:
-        refused = refusal(record["function"], record["stored"], record["capability"])
+        refused = refusal(record.get("function"), record["stored"], record["capability"])
         if refused is not None:
             yield refused
         return

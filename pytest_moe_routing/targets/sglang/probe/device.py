@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BLACKWELL, HOPPER = "Blackwell", "Hopper"
+BLACKWELL = "Blackwell"
 #: Compute capabilities, by what reports call the GPUs.
-DEVICES = {BLACKWELL: (10, 0), HOPPER: (9, 0), "RTX Blackwell": (12, 0)}
+DEVICES = {BLACKWELL: (10, 0), "Hopper": (9, 0), "RTX Blackwell": (12, 0)}
 _found = [BLACKWELL]
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import preparation
-from pytest_moe_routing.flashinfer.given import given_experts
+from pytest_moe_routing.flashinfer.given import given_experts, refused_on
 from pytest_moe_routing.targets.recorder import plain, roles_of
-from pytest_moe_routing.targets.sglang.probe.device import BLACKWELL, HOPPER
+from pytest_moe_routing.targets.sglang.probe.device import BLACKWELL, DEVICES
 from pytest_moe_routing.targets.sglang.probe.handed_over import Chosen, router
 from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, Way, accepted
 from pytest_moe_routing.targets.sglang.probe.ranks import EP_SIZE
@@ -101,13 +101,13 @@ def _call(blocks: Blocks, way: Way, scale: float, question: Mapping[str, Any]) -
         "has_biases": hasattr(layers[-1], "w13_weight_bias") if layers else False,
         "shards": EP_SIZE,
     }
-    called = [function for function, _ in blocks.calls]
-    failed = answer["failed"]
-    if way["device"] == HOPPER and (wrong := [name for name in called if "trtllm" in name]):
-        failed = failed or f"{wrong[0]} does not run on {HOPPER}"
-    if failed:
-        raised = {"type": "forward", "message": failed, "where": "forward"}
+    if answer["failed"]:
+        raised = {"type": "forward", "message": answer["failed"], "where": "forward"}
         return {**about, "raised": raised}
+    capability = "{}.{}".format(*DEVICES[way["device"]])
+    calls_trtllm = any(given_experts(function) is None for function, _ in blocks.calls)
+    if calls_trtllm and refused_on(None, question["scheme"], capability) is not None:
+        return {**about, "capability": capability}
     if not answer["by_choice"] or len(blocks.calls) != 1:
         raise Unsupported(answer["refused"] or f"the block calls {len(blocks.calls)} kernels")
     # A block is run twice if that decides where its shared experts are; the last run counts.

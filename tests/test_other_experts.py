@@ -215,9 +215,9 @@ class Experts(Target):
 
     name = "fake"
 
-    def __init__(self, calls, unknown=()):
+    def __init__(self, calls, unknown=(), elsewhere=()):
         super().__init__(FLASHINFER)
-        self.calls, self.unknown, self.asked = calls, unknown, []
+        self.calls, self.unknown, self.elsewhere, self.asked = calls, unknown, elsewhere, []
 
     def version(self):
         return "1.0"
@@ -226,7 +226,7 @@ class Experts(Target):
         self.asked.append(model.id)
         if model.id in self.unknown:
             raise Unsupported("no code")
-        return self.calls
+        return () if model.id in self.elsewhere else self.calls
 
 
 def call(*switches, requests=False, findings=()):
@@ -250,6 +250,12 @@ def test_another_model_answers_for_one_that_cannot_be_asked():
     found = other_calls(target, "bf16", [R1, MODELS["kimi-k2"]])
     assert (target.asked, found.answered) == (["deepseek-r1", "kimi-k2"], 2)
     assert found.unanswered == {"no code": 1}
+
+
+def test_another_model_answers_for_one_that_runs_in_no_such_experts():
+    target = Experts([call()], elsewhere=["deepseek-r1"])
+    found = other_calls(target, "bf16", [R1, MODELS["kimi-k2"]])
+    assert (target.asked, found.answered) == (["deepseek-r1", "kimi-k2"], 2)
 
 
 def test_a_mistake_is_told_once_on_the_way_that_needs_least():

@@ -14,6 +14,7 @@ from typing import Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.kinds import of_each_kind
 from pytest_moe_routing.oracle.target import LaidOut, Target
 
 #: FlashInfer's `WeightLayout`, whose numbers have never moved.
@@ -88,29 +89,20 @@ def _elsewhere(
     """Ask about a model of each kind that the target runs in other kernels than the scheme's.
 
     Args:
-        answered, unanswered: What is added to.
+        answered, unanswered: Those of the scheme's own kernels, to which these are added.
     """
-    kinds: dict[Any, list[ModelSpec]] = {}
-    for model in models:
-        kinds.setdefault(kind_of(model), []).append(model)
     wrong: dict[Any, WrongLayout] = {}
-    for members in kinds.values():
-        for model in sorted(members, key=lambda model: model.router.num_experts):
-            try:
-                found = target.laid_out_elsewhere(model, scheme)
-            except Unsupported as reason:
-                unanswered[str(reason)] += 1
-                continue
-            if found:
-                answered.update(members)
-                alike = (model, *(each for each in members if each is not model))
-                for at in found:
-                    if at.findings:
-                        # Precisions of one GPU show one mistake.
-                        wrong.setdefault(
-                            (at.method, at.device, at.findings), WrongLayout(at, alike)
-                        )
-                break
+
+    def ask(model: ModelSpec) -> tuple[LaidOut, ...]:
+        return target.laid_out_elsewhere(model, scheme)
+
+    for alike, found in of_each_kind(models, kind_of, ask, unanswered):
+        answered.update(alike)
+        for at in found:
+            if at.findings:
+                # Precisions of one GPU show one mistake.
+                key = at.method, at.device, at.findings
+                wrong.setdefault(key, WrongLayout(at, tuple(alike)))
     return wrong.values()
 
 

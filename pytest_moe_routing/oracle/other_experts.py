@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding
+from pytest_moe_routing.oracle.kinds import of_each_kind
 from pytest_moe_routing.oracle.target import OtherCall, Target
 
 
@@ -46,25 +46,16 @@ class OtherCalls:
 
 def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> OtherCalls:
     """Ask about a model of each kind that the target runs in such experts."""
-    kinds: dict[Any, list[ModelSpec]] = {}
-    for model in models:
-        kinds.setdefault(_kind(model), []).append(model)
     found: dict[tuple[OtherCall, Finding], dict[ModelSpec, Sequence[ModelSpec]]] = {}
     answered, unanswered = 0, Counter[str]()
-    for members in kinds.values():
-        # A layer of few experts is made sooner.
-        for model in sorted(members, key=lambda model: model.router.num_experts):
-            try:
-                calls = target.other_experts(model, scheme)
-            except Unsupported as reason:
-                unanswered[str(reason)] += 1
-                continue
-            if calls:
-                answered += len(members)
-                others = [other for other in members if other is not model]
-                for way, finding in _first(calls):
-                    found.setdefault((way, finding), {})[model] = others
-                break
+
+    def ask(model: ModelSpec) -> tuple[OtherCall, ...]:
+        return target.other_experts(model, scheme)
+
+    for (model, *others), calls in of_each_kind(models, _kind, ask, unanswered):
+        answered += 1 + len(others)
+        for way, finding in _first(calls):
+            found.setdefault((way, finding), {})[model] = others
     # What is wrong with the same models in the same place is one mistake.
     together: dict[Any, WrongCall] = {}
     for (way, finding), asked in found.items():

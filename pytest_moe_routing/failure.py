@@ -42,6 +42,7 @@ class Failure:
         site: The end of the cause's id that names the code, if the id has one: failures that
             differ in nothing else are one defect in several places.
         reach: Who can meet it, if `lines` need not say so.
+        rarity: How few can meet it: 0 for a published checkpoint by default, or if nobody asked.
         brief: The explanation for a terminal, if it is shorter than `lines`.
         entry: FILE:LINE of the ledger's entry that knows the cause in other cases, if any does.
         differs: Each model and field that is not as it should be, with both values, if that is all
@@ -55,6 +56,7 @@ class Failure:
     source: str = ""
     site: str = ""
     reach: str = ""
+    rarity: int = 0
     brief: tuple[str, ...] = ()
     entry: str = ""
     differs: tuple[str, ...] = ()

@@ -167,3 +167,40 @@ def test_what_another_test_finds_again_is_one_block(host):
         "9 tests failed: 4 shown with their causes (failed), 5 for causes shown there",
         "  (repeated)",
     ]
+
+
+REACHED = """
+import pytest
+from pytest_moe_routing.failure import Failure, Rank
+from pytest_moe_routing.report.failures import fail
+
+def of(model, site, rarity, reach):
+    lines = (f"{model}: wrong", f"  reach    {reach}")
+    about = {"site": site, "reach": reach, "rarity": rarity}
+    return Failure(f"wrong:scale:{site}", Rank.SILENT, model, lines, **about)
+
+CASES = [
+    of("m1", "A->f", 3, "a few"),
+    of("m2", "B->g", 3, "a few"),
+    of("m3", "B->g", 0, "everybody"),
+    of("m4", "B->g", 0, "everybody"),
+]
+
+@pytest.mark.parametrize("case", CASES)
+def test_it(case, request):
+    fail(lambda *stated: request.node.user_properties.append(stated), [case])
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n1",)])
+def test_the_case_that_most_people_can_meet_is_shown(host, workers):
+    """Also if it is not the first of its cause, or of its defect."""
+    host.makepyfile(test_own=REACHED)
+    assert shown(host.runpytest_subprocess("test_own.py", *workers))[:4] == [
+        "___ m3: wrong ___",
+        "  reach    everybody",
+        "  also     2 more: m2, m4; wrong:scale:A->f: m1 (a few)",
+        "  cause    wrong:scale:B->g",
+    ]
+    text = host.runpytest_subprocess("test_own.py", "-v", *workers).stdout.str()
+    assert "m3: wrong\n  reach    everybody\n  also     2 more: m2, m4\n" in text

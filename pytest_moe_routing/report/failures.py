@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from pytest_moe_routing.failure import CUT, PROPERTY, Failure, Rank, failures_of
 from pytest_moe_routing.session import SUITE_IDS
 
 _SAME = "repeated"
+_RARITY = attrgetter("rarity")
 #: The options of a short summary that nobody asked for.
 _DEFAULT_SUMMARY = "fE"
 
@@ -63,14 +65,6 @@ class _Message:
         return self.text
 
 
-def _rarity(failure: Failure) -> tuple[int, bool]:
-    """Return how few people can meet a failure; 0 if it does not say who can."""
-    from pytest_moe_routing.oracle.record import Reach
-
-    places = (n for n, reach in enumerate(Reach, 1) if failure.reach.startswith(reach))
-    return next(places, 0), not failure.reach.endswith("by default")
-
-
 class Grouping:
     """Shows each cause once. Registered where the terminal is, not in xdist's workers."""
 
@@ -108,7 +102,7 @@ class Grouping:
             for failure in failures:
                 self._cases.setdefault(failure.cause, []).append(failure.case)
                 first = self._first.setdefault(failure.cause, failure)
-                self._first[failure.cause] = min(first, failure, key=_rarity)
+                self._first[failure.cause] = min(first, failure, key=_RARITY)
                 differs = failure.differs or (failure.cause,)
                 self._differs.setdefault(failure.cause, set()).update(differs)
             if fresh:
@@ -189,7 +183,7 @@ class Grouping:
 
     def _block(self, failures: Sequence[Failure], width: int) -> list[str]:
         """Return the block of one defect, wherever it is."""
-        first, *others = sorted((self._first[f.cause] for f in failures), key=_rarity)
+        first, *others = sorted((self._first[f.cause] for f in failures), key=_RARITY)
         elsewhere = [other.elsewhere(self._cases[other.cause], first.reach) for other in others]
         return first.block(self._cases[first.cause], width, elsewhere)
 

@@ -314,6 +314,11 @@ def reached(reach: Reach, opt_in: Iterable[str], *, by_default: bool) -> str:
     return f"{reach}, by default" if by_default else str(reach)
 
 
+def rarity(reach: Reach, *, by_default: bool) -> int:
+    """Return how few people can meet something: 0 for a published checkpoint by default."""
+    return 2 * list(Reach).index(reach) + (not by_default)
+
+
 def token(example: Mapping[str, Any]) -> list[str]:
     """Write a counterexample as lines that a person can follow."""
     sides = [f"  on the expert {side}" for side in example["sides"]]

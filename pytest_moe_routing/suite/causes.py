@@ -53,10 +53,17 @@ def of_verdict(record: VerdictRecord) -> Failure:
     lines = tuple(text.short_story(record))
     case = f"{record.model} {record.scheme}"
     brief = tuple(text.brief_story(record))
-    reach = text.reach(record)
-    differs = _differs(record.model, record.findings)
     return Failure(
-        record.cause, rank, case, lines, record.source, record.site, reach, brief, differs=differs
+        record.cause,
+        rank,
+        case,
+        lines,
+        record.source,
+        record.site,
+        text.reach(record),
+        text.rarity(record.reach, by_default=record.by_default),
+        brief,
+        differs=_differs(record.model, record.findings),
     )
 
 
@@ -161,7 +168,16 @@ def of_modular_call(
         lines = (f"{model} on {scheme}: {told} (never chosen: {choice.instead})",)
     # The place is the end of the cause's id.
     brief = lines[:-1] if len(lines) > 1 else ()
-    return Failure(cause, rank, f"{model} {scheme}", lines, site=site, reach=reached, brief=brief)
+    return Failure(
+        cause,
+        rank,
+        f"{model} {scheme}",
+        lines,
+        site=site,
+        reach=reached,
+        rarity=text.rarity(reach, by_default=is_default),
+        brief=brief,
+    )
 
 
 def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
@@ -192,7 +208,15 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         f"  models   {_few(ids)}",
     )
     rank = Rank.LOUD if findings[0].kind in (Kind.RAISED, Kind.LIMIT) else Rank.SILENT
-    return Failure(cause, rank, f"{model.id} {scheme}", lines, site=call.experts, reach=reached)
+    return Failure(
+        cause,
+        rank,
+        f"{model.id} {scheme}",
+        lines,
+        site=call.experts,
+        reach=reached,
+        rarity=text.rarity(reach, by_default=not call.switches),
+    )
 
 
 def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
@@ -202,9 +226,10 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
     call, switches = wrong.at, wrong.at.switches
     published = [model for model in wrong.models if scheme in model.checkpoints]
     model = (published or list(wrong.models))[0]
+    reach, is_default = reach_of(model, scheme, switches or ()), switches == ()
     reached = "whether by default cannot be asked of this release"
     if switches is not None:
-        reached = text.reached(reach_of(model, scheme, switches), switches, by_default=not switches)
+        reached = text.reached(reach, switches, by_default=is_default)
     if call.device:
         reached += f" on {call.device}"
     models = _few(list(dict.fromkeys(each.id for each in (model, *wrong.models))))
@@ -227,6 +252,7 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
         source,
         name,
         reached,
+        text.rarity(reach, by_default=is_default),
     )
 
 

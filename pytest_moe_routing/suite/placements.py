@@ -48,4 +48,5 @@ def of_moved(target: Target, scheme: str, moved: Moved) -> Failure:
         asked = "by default" if first.by_default else "if requested"
         cause, rank = _id("new-place", name, asked), Rank.LOST
     source = "" if rule is None else rule.source
-    return Failure(cause, rank, scheme, (what, *lines), source)
+    rarity = text.rarity(reached, by_default=not switches)
+    return Failure(cause, rank, scheme, (what, *lines), source, rarity=rarity)

@@ -1,8 +1,8 @@
-"""Whether a scheme's other checkpoints are served as those that models are judged with.
+"""Whether a target serves checkpoints of a scheme's other formats as well as the usual ones.
 
 A framework has a class of its own for each format of a scheme, such as ModelOpt's or
-compressed-tensors'. What it makes of a router depends on neither, so one model of each kind of
-experts is asked.
+compressed-tensors'. The format does not change what the framework makes of a router, so one model
+of each kind of experts is asked about.
 """
 
 from __future__ import annotations
@@ -40,14 +40,12 @@ class FormatsFound:
 
     Attributes:
         calls: What is wrong with experts of other kernels.
-        answered: How many models were asked, each format counted.
-        unanswered: Why how many could not be asked.
+        unanswered: Why how many models could not be asked, each format counted.
     """
 
     unlike: tuple[UnlikeFormat, ...]
     calls: tuple[WrongCall, ...]
     layouts: tuple[WrongLayout, ...]
-    answered: int
     unanswered: Counter[str]
 
 
@@ -58,7 +56,7 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
     unlike: list[UnlikeFormat] = []
     layouts: list[WrongLayout] = []
     calls: list[WrongCall] = []
-    answered, unanswered = 0, Counter[str]()
+    unanswered = Counter[str]()
     for name, other in formats.items():
         for model in usual:
             try:
@@ -72,7 +70,6 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
             if placed is not None and placed.unanswered:
                 unanswered.update(f"{name}: {reason}" for reason in placed.unanswered)
                 continue
-            answered += 1
             for each in placed.wrong if placed else ():
                 layouts.append(replace(each, models=_unpublished(each.models)))
             if found.verdict is not Verdict.EXACT:
@@ -81,13 +78,13 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
         others = other_calls(other, scheme, usual)
         unanswered.update({f"{name}: {reason}": n for reason, n in others.unanswered.items()})
         for wrong in others.wrong:
-            call = replace(wrong.call, experts=f"{wrong.call.experts}, {name}")
+            call = replace(wrong.call, experts=f"{wrong.call.experts} for {name}")
             calls.append(replace(wrong, call=call, models=_unpublished(wrong.models)))
-    return FormatsFound(tuple(unlike), tuple(calls), tuple(layouts), answered, unanswered)
+    return FormatsFound(tuple(unlike), tuple(calls), tuple(layouts), unanswered)
 
 
 def _unpublished(models: Iterable[ModelSpec]) -> tuple[ModelSpec, ...]:
-    """Return models without what is known of published checkpoints, which are of usual formats."""
+    """Return models without their published checkpoints: those have the usual format."""
     return tuple(replace(model, checkpoints=()) for model in models)
 
 

@@ -45,8 +45,9 @@ class Failure:
         rarity: How few can meet it: 0 for a published checkpoint by default, or if nobody asked.
         brief: The explanation for a terminal, if it is shorter than `lines`.
         entry: FILE:LINE of the ledger's entry that knows the cause in other cases, if any does.
-        differs: Each model and field that is not as it should be, with both values, if that is all
-            that the failure says: another test that finds the same has the same cause.
+        differs: Each model and field that is not as it should be, with both values, or each reason
+            of a latent cause, if that is all that the failure says: another test that finds the
+            same has the same cause.
     """
 
     cause: str

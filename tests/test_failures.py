@@ -17,7 +17,16 @@ def wrong(model, scheme, site, reach):
     )
 
 def latent(number):
-    return Failure(f"sweep:{number}", Rank.LATENT, "bf16", (f"crash: top_k is {number}", "more"))
+    lines = (f"crash: top_k is {number}", "more")
+    return Failure(f"sweep:{number}", Rank.LATENT, "bf16", lines, differs=(str(number),))
+
+BOTH = Failure(
+    "sweep:1+2", Rank.LATENT, "bf16", ("crash: top_k is 1 or 2",), differs=("1", "2")
+)
+
+def elsewhere(site):
+    lines = ("weights differ",)
+    return Failure(f"router:weights:{site}", Rank.LATENT, "m6", lines, site=site)
 
 LOUD = Failure("crash:a", Rank.LOUD, "m4 nvfp4", ("m4 on nvfp4: crash", "  because  of a limit"))
 SECOND = Failure("crash:b", Rank.LOUD, "m4 nvfp4", ("m4 on nvfp4: hang", "  because  of ranks"))
@@ -25,6 +34,7 @@ CASES = {
     "latent": [latent(1)],
     "loud": [LOUD, SECOND, latent(2)],
     "first": [wrong("m1", "nvfp4", "A->f", "everybody"), latent(3)],
+    "combined": [BOTH, elsewhere("A"), elsewhere("B")],
     "second": [wrong("m2", "bf16", "B->g", "nobody")],
     "third": [wrong("m3", "bf16", "B->g", "nobody")],
     "fourth": [wrong("m5", "mxfp8", "C->h", "everybody")],
@@ -50,7 +60,9 @@ ___ latent: no known model meets these without an opt-in switch ___
 crash: top_k is 1 (bf16; more)  [sweep:1]
 crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]
-6 tests failed: 3 shown with their causes (failed), 3 for causes shown there
+2 x weights differ (m6)  [router:weights:A]
+1 more combine these; -v shows each in full
+7 tests failed: 3 shown with their causes (failed), 4 for causes shown there
   (repeated)
 """
 
@@ -73,15 +85,15 @@ def test_each_defect_is_one_block(host, monkeypatch, in_ci, workers):
     host.makepyfile(test_own=TESTS)
     result = host.runpytest_subprocess("test_own.py", *workers)
     assert shown(result) == BRIEF.splitlines()
-    assert result.parseoutcomes() == {"failed": 3, "passed": 1, "repeated": 3}
+    assert result.parseoutcomes() == {"failed": 3, "passed": 1, "repeated": 4}
     assert "FAILED" not in result.stdout.str()
 
 
 def test_latent_lines_that_are_cut_say_how_to_see_them(host):
     host.makepyfile(test_own=TESTS.replace('is {number}"', 'is {number} of " + 80 * "x"'))
     lines = shown(host.runpytest_subprocess("test_own.py"))
-    place = lines.index("-v shows these lines in full")
-    assert [line[-4:] for line in lines[place - 3 : place]] == ["x..."] * 3
+    place = lines.index("1 more combine these; -v shows each in full")
+    assert [line[-4:] for line in lines[place - 4 : place - 1]] == ["x..."] * 3
     text = host.runpytest_subprocess("test_own.py", "-v").stdout.str()
     assert "x (bf16; more)  [sweep:3]" in text
     assert "in full" not in text
@@ -91,11 +103,11 @@ def test_counts_add_up_with_those_that_are_expected(host):
     xfail = "\n\n@pytest.mark.xfail\ndef test_known(): assert 0\n"
     host.makepyfile(test_own=TESTS + xfail)
     result = host.runpytest_subprocess("test_own.py", "-v")
-    counts = {"failed": 5, "passed": 1, "repeated": 1, "xfailed": 1}
+    counts = {"failed": 6, "passed": 1, "repeated": 1, "xfailed": 1}
     assert result.parseoutcomes() == counts
     result.stdout.fnmatch_lines(
         [
-            "7 tests failed: 5 shown with their causes (failed), 1 for causes shown there",
+            "8 tests failed: 6 shown with their causes (failed), 1 for causes shown there",
             "  (repeated), 1 as expected (xfailed)",
         ]
     )

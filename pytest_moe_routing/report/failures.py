@@ -162,15 +162,31 @@ class Grouping:
         if latent:
             free = [report for report, _ in self._shown if id(report) not in texts]
             owner = (free or [report for report, _ in self._shown])[-1]
-            blocks = [f.block(self._cases[f.cause], width) for f in latent]
-            if any(line.endswith(CUT) for block in blocks for line in block):
-                blocks.append(["-v shows these lines in full"])
-            lines = joined(blocks)
+            lines = joined(self._latent(latent, width))
             if free:
                 _entitle(owner, "latent: no known model meets these without an opt-in switch")
                 ranks[id(owner)] = Rank.LATENT
             texts[id(owner)] = "\n\n".join(filter(None, (texts.get(id(owner)), lines)))
         return texts, ranks
+
+    def _latent(self, failures: Sequence[Failure], width: int) -> list[list[str]]:
+        """Return a line for each defect that nobody meets, and what the lines leave out."""
+        parts = {failure.cause: self._differs[failure.cause] for failure in failures}
+        defects: dict[tuple[Rank, str], list[Failure]] = {}
+        for failure in failures:
+            own = parts[failure.cause]
+            if own != set().union(*(other for other in parts.values() if other < own)):
+                defects.setdefault(failure.defect, []).append(failure)
+        blocks = []
+        for first, *others in defects.values():
+            times = f"{1 + len(others)} x " if others else ""
+            [line] = first.block(self._cases[first.cause], width - len(times))
+            blocks.append([times + line])
+        left_out = len(failures) - sum(map(len, defects.values()))
+        combined = [f"{left_out} more combine these"] if left_out else []
+        if len(blocks) < len(failures) or any(line.endswith(CUT) for [line] in blocks):
+            blocks.append(["; ".join((*combined, "-v shows each in full"))])
+        return blocks
 
     def _defects(self) -> dict[str, tuple[Rank, str]]:
         """Return the defect of each cause: of one that another test has found before, that one."""

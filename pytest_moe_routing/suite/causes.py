@@ -77,13 +77,11 @@ def _differs(model: str, findings: Sequence[Finding]) -> tuple[str, ...]:
 def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
     """Describe a routing method whose number means another one to FlashInfer."""
     finding = mismatch.finding
-    cases = mismatch.cases
-    shown = _few(cases)
     what = f"{target}: {text.sentence(finding)} ({target.flashinfer})"
     cause = _id("enum", finding.field)
-    if not cases:
+    if not mismatch.cases:
         return Failure(cause, Rank.LATENT, "", (what, "no gate of a chosen model accepts it"))
-    lines = (what, f"  gate     all accept {finding.field} for {shown}")
+    lines = (what, f"  gate     all accept {finding.field} for {_few(mismatch.cases)}")
     return Failure(cause, Rank.SILENT, finding.field, lines)
 
 
@@ -208,12 +206,14 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         f"  models   {_few(ids)}",
     )
     rank = Rank.LOUD if findings[0].kind in (Kind.RAISED, Kind.LIMIT) else Rank.SILENT
+    # Arguments that get lost are one defect, whichever of them a model needs.
+    are_arguments = {finding.kind for finding in findings} == {Kind.ARGUMENT}
     return Failure(
         cause,
         rank,
         f"{model.id} {scheme}",
         lines,
-        site=call.experts,
+        site=_id(what, call.experts) if are_arguments else call.experts,
         reach=reached,
         rarity=text.rarity(reach, by_default=not call.switches),
     )
@@ -359,8 +359,7 @@ def of_split_experts(model: ModelSpec, split: SplitExperts) -> Failure:
         f"  because  each rank has a part of {', '.join(split.layers)}, and nobody sums the parts",
         f"  at       {split.block}",
     )
-    cause = _id("split-shared-experts", split.block)
-    return Failure(cause, Rank.SILENT, model.id, lines)
+    return Failure(_id("split-shared-experts", split.block), Rank.SILENT, model.id, lines)
 
 
 def of_left_out_key(key: str, judgement: CodeJudgement, findings: tuple[Finding, ...]) -> Failure:
@@ -368,8 +367,7 @@ def of_left_out_key(key: str, judgement: CodeJudgement, findings: tuple[Finding,
     place, _, name = judgement.request.config_class.partition(" ")
     told = "; ".join(text.sentence(finding, *text.CODE) for finding in findings)
     lines = (f"{name} without {key}: {told}", place)
-    cause = _id("left-out-key", name, key)
-    return Failure(cause, Rank.LATENT, judgement.model.id, lines, place)
+    return Failure(_id("left-out-key", name, key), Rank.LATENT, judgement.model.id, lines, place)
 
 
 def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
@@ -393,8 +391,10 @@ def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
         f"{cause.verdict}{place}: {what}",
         f"{', '.join(cause.methods)}; {configs}, such as {settings}",
     )
-    fields = "+".join(f"{kind}-{field}" for kind, field in cause.fields)
+    parts = [f"{kind}-{field}" for kind, field in cause.fields]
     # A method that is lost is a cause of its own; what is wrong or crashes is one for all methods.
     lost = cause.methods[0] if cause.verdict is Verdict.MISSED else ""
     name = "behind-gates" if behind_gates else "sweep"
-    return [Failure(_id(name, cause.verdict, lost, fields), Rank.LATENT, cause.scheme, lines)]
+    identity = _id(name, cause.verdict, lost, "+".join(parts))
+    differs = tuple(_id(name, cause.verdict, lost, part) for part in parts)
+    return [Failure(identity, Rank.LATENT, cause.scheme, lines, differs=differs)]

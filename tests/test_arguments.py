@@ -227,6 +227,15 @@ def test_the_parameters_of_an_activation_must_arrive():
     assert reading(squared, activation_type=6).wrong == ()
 
 
+def test_trtllms_kernels_have_no_gelu_with_tanh():
+    """trtllm_fused_moe_runner.cu of FlashInfer 0.7.2.post1 refuses it; CUTLASS' kernels have it."""
+    model = replace(R1, experts=replace(R1.experts, activation="gelu"))
+    assert reading(model, activation_type=4).wrong == ()
+    assert problems(reading(model, activation_type=8)) == [
+        "activation_type arrives as GegluTanh, the layer has Geglu"
+    ]
+
+
 def test_an_entry_point_without_the_argument_has_swiglu_alone():
     arguments = recorded()
     del arguments["activation_type"]

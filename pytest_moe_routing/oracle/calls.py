@@ -9,16 +9,18 @@ from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, signatures
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.schemes import kernel_of
 
-#: FlashInfer's names of each activation; all kinds of Swiglu are one kernel, told apart by its
-#: parameters.
+#: FlashInfer's names of each activation that TRT-LLM's kernels have; all kinds of Swiglu are one
+#: kernel, told apart by its parameters.
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "silu": ("Swiglu",),
     "swigluoai": ("Swiglu",),
-    "gelu": ("Geglu", "GegluTanh"),
+    "gelu": ("Geglu",),
     "relu2": ("Relu2",),
     "swiglustep": ("SwigluStep",),
     "situ": ("Situ",),
 }
+#: Those that CUTLASS' kernels have.
+CUTLASS_ACTIVATIONS = {**ACTIVATIONS, "gelu": ("Geglu", "GegluTanh")}
 #: Parameters of the gated kernels: the key of `ExpertsConfig`, and what the kernel computes with
 #: if it is given none.
 PARAMETERS: Mapping[str, tuple[str, float]] = {

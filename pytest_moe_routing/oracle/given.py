@@ -14,7 +14,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import GivenExperts, given_experts, refused_on
 from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
-from pytest_moe_routing.oracle.calls import ACTIVATIONS, PARAMETERS
+from pytest_moe_routing.oracle.calls import CUTLASS_ACTIVATIONS, PARAMETERS
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.scales import Scales, wrong_factor
 
@@ -120,7 +120,7 @@ def _wrong_activation(
     parameters: Mapping[str, str],
     flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
-    names = ACTIVATIONS[experts.activation]
+    names = CUTLASS_ACTIVATIONS[experts.activation]
     known = {number: name for name, number in enum("ActivationType", flashinfer.release).items()}
     kind = arguments[entry.activation]
     if known.get(kind) not in names:

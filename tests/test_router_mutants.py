@@ -24,6 +24,7 @@ WHEELS = {
     "sglang": wheels_since("0.5.23", "sglang")[-1:],
 }
 ROUTER = "vllm/model_executor/layers/fused_moe/router"
+GEMMA4 = "vllm/model_executor/models/gemma4.py"
 TOPK = "sglang/srt/layers/moe/topk.py"
 GATE = "sglang/kernels/ops/moe/moe_fused_gate.py"
 #: Every place where the factor goes on the output.
@@ -57,11 +58,13 @@ VLLM = {
         Mutant(f"{ROUTER}/fused_topk_bias_router.py", "        e_score_correction_bias,\n        routed_scaling_factor,\n        is_padding", "        e_score_correction_bias,\n        1.0,\n        is_padding", "step-3.5-flash", "vllm_topk_sigmoid"),
         Mutant(f"{ROUTER}/cpu_router.py", "        topk_weights = topk_weights * routed_scaling_factor", "        pass", "hy4-preview", "_grouped_topk", platform="cpu"),
         Mutant(f"{ROUTER}/zero_expert_router.py", "            topk_weights *= self.routed_scaling_factor", "            pass", "longcat-flash", "vllm_topk_softmax"),
+        Mutant(GEMMA4, "topk_weights = topk_weights * expert_scales", "pass", "", "gemma4_routing_function_torch"),
     ],
     "doubled factor": [
         Mutant(f"{ROUTER}/grouped_topk_router.py", "        topk_weights = topk_weights * routed_scaling_factor", "        topk_weights = topk_weights * routed_scaling_factor**2", "hy4-preview", "grouped_topk"),
         Mutant(f"{ROUTER}/fused_topk_bias_router.py", "        e_score_correction_bias,\n        routed_scaling_factor,\n        is_padding", "        e_score_correction_bias,\n        routed_scaling_factor**2,\n        is_padding", "step-3.5-flash", "vllm_topk_sigmoid"),
         Mutant(f"{ROUTER}/cpu_router.py", "        topk_weights = topk_weights * routed_scaling_factor", "        topk_weights = topk_weights * routed_scaling_factor**2", "hy4-preview", "_grouped_topk", platform="cpu"),
+        Mutant(GEMMA4, "topk, self.per_expert_scale\n            )", "topk, self.per_expert_scale**2\n            )", "", "gemma4_routing_function_torch"),
     ],
     "wrong mask or group score": [
         Mutant(f"{ROUTER}/grouped_topk_router.py", 'float("-inf")', "0.0", "deepseek-r1", "grouped_topk"),

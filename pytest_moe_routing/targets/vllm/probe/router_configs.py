@@ -6,10 +6,10 @@ the experts, and the routing functions of further models.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +22,7 @@ from pytest_moe_routing.logits import PATTERNS, bell, make_case
 from pytest_moe_routing.oracle.routers import NOT_FINITE, Deviation
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
-from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.contract import Names, Spelling
 from pytest_moe_routing.targets.vllm.probe import release
 from pytest_moe_routing.targets.vllm.probe.router_capture import WAY, captured_by, deviations
 from pytest_moe_routing.targets.vllm.probe.router_case import Case, select
@@ -85,7 +85,7 @@ def cases(names: Names) -> Iterator[Case]:
         _shared_experts,
         *(partial(_simulated, s) for s in ("uniform_random", "normal_routing")),
         partial(_function, "routing-cohere2", "sigmoid"),
-        partial(_function, "routing-gemma4", "softmax"),
+        _gemma4,
         *(partial(_captured, recipe) for recipe in _CAPTURED),
     )
 
@@ -103,19 +103,39 @@ def _available(*makers: Callable[[], Case]) -> Iterator[Case]:
 
 def _function(key: str, score: str) -> Case:
     """Return a routing function of a model's code, behind vLLM's router for such functions."""
-    function, spelling = release.names().get(key), release.names().spelling(key)
     config = _Config(Recipe(top_k=8, score=score, normalize="sum"), 128)
-    if "per_expert_scale" in inspect.signature(function).parameters:
-        scaled = function
+    return _behind_router(config, release.names().get(key), release.names().spelling(key))
 
-        def function(
-            hidden_states: Any, gating_output: Tensor, topk: int, renormalize: bool
-        ) -> Any:
-            return scaled(gating_output, topk, torch.ones(gating_output.shape[1]))
 
+def _gemma4() -> Case:
+    """Return Gemma-4's routing function, without the factor that each expert's weight has."""
+    names, config = release.names(), _Config(Recipe(top_k=8, normalize="sum"), 128)
+    in_torch, kernel = names.get("routing-gemma4"), names.spelling("routing-gemma4-kernel")
+    # Powers of 2, as no weight is rounded by them.
+    factors = 2.0 ** (torch.arange(config.num_experts) % 5)
+
+    def function(
+        hidden_states: Any, gating_output: Tensor, topk: int, renormalize: bool
+    ) -> tuple[Tensor, Tensor]:
+        if names.has("routing-gemma4-router"):
+            router = SimpleNamespace(per_expert_scale=factors)
+            routed = names.get("routing-gemma4-router").routing_function
+            module = stubs.real_module(kernel.module)
+            # Triton's kernel does not run here.
+            with patch.object(module, kernel.path, in_torch):
+                weights, ids = routed(router, hidden_states, gating_output, topk, renormalize)
+        else:
+            weights, ids = in_torch(gating_output, topk, factors)
+        return weights / factors[ids.long()].to(weights.dtype), ids
+
+    return _behind_router(config, function, names.spelling("routing-gemma4"))
+
+
+def _behind_router(config: _Config, function: Callable[..., Any], spelling: Spelling) -> Case:
     make_router = partial(config.make, custom_routing_function=function)
     subject = f"{spelling.module.rpartition('.')[2]}.{spelling.path}"
-    return Case(make_router, config.recipe, 128, torch.float32, "cuda", subject, "model")
+    experts = config.num_experts
+    return Case(make_router, config.recipe, experts, torch.float32, "cuda", subject, "model")
 
 
 #: One for each class of routers that selects by itself.

@@ -122,6 +122,22 @@ def test_an_edit_of_any_imported_file_invalidates(probe, tree):
     assert len(probe()._earlier) == 1
 
 
+def test_directories_in_a_circle_of_links_are_read_once(tree, monkeypatch):
+    for name in ("a", "b"):
+        (tree / "mini" / name).symlink_to(tree / "mini", target_is_directory=True)
+    (tree / "mini/again").symlink_to(tree / "mini/experts", target_is_directory=True)
+    read = []
+    monkeypatch.setattr(kept, "read_bytes", lambda path, _: read.append(path.resolve()) or b"")
+    assert key_of_sources(tree, "mini", ["mini"]) is not None
+    ours = [path for path in read if path.is_relative_to(tree)]
+    assert len(ours) == len(FILES)
+    assert set(ours) == {tree / name for name in FILES}
+    # The name of a link is one that code may import.
+    before = key_of_sources(tree, "mini", ["mini"])
+    (tree / "mini/again").unlink()
+    assert key_of_sources(tree, "mini", ["mini"]) != before
+
+
 def test_an_edit_of_a_wheel_invalidates(tmp_path):
     keys = set()
     for edited in ("", *FILES):

@@ -208,8 +208,16 @@ def _members(root: Path, package: str, all_files: bool) -> Iterator[tuple[str, b
                     is_read = name.endswith(_TEXTS)
                     yield name, wheel.read_bytes(name, _SOURCE) if is_read else b""
         return
+    # The name of each directory: links may lead to one again, and around in a circle.
+    names: dict[str, str] = {}
     for folder, folders, files in os.walk(root / package, followlinks=True):
-        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        name = os.path.relpath(folder, root)
+        first = names.setdefault(os.path.realpath(folder), name)
+        if first != name:
+            yield name, first.encode("utf-8", "surrogateescape")
+            folders[:] = []
+            continue
+        folders[:] = sorted(each for each in folders if each != "__pycache__")
         for file in sorted(files):
             path = Path(folder, file)
             is_read = all_files or file.endswith(_TEXTS)

@@ -168,6 +168,25 @@ def test_the_thread_ends_at_a_child_that_fails(probe):
     assert probe._replies == {}
 
 
+def test_the_end_of_a_run_ends_the_thread_among_many_questions(probe):
+    """It asks neither the rest of them nor what depends on their answers."""
+    went_on = []
+
+    class Mine(FrameworkTarget):
+        name = package = "mine"
+
+        def questions_ahead(self, method, models):
+            yield Questions(probe, "note", ({"word": n, "seconds": 0.01} for n in range(10_000)))
+            went_on.append(method)
+
+    with asking_ahead(Mine.__new__(Mine), items(), SESSION):
+        while not probe._replies:
+            time.sleep(0.01)
+    assert "moe-routing-ahead" not in {thread.name for thread in threading.enumerate()}
+    assert len(probe._replies) < 1000
+    assert went_on == []
+
+
 def test_the_end_of_a_run_ends_the_child_of_a_question_without_end(probe, monkeypatch):
     monkeypatch.setattr("pytest_moe_routing.suite.ahead._GRACE", 0.2)
     pid = probe.ask("pid")

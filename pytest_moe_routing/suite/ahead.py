@@ -1,13 +1,14 @@
 """Asks a framework ahead: while tests judge answers, threads have its children give the next ones.
 
-The children of a framework's target are processes. Without this, one of them would work, or this
-process, and one core would do all the work.
+The children of a framework's target are processes. Without these threads, the tests would wait for
+a child, and the child for the next test's question: only one process would work at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,9 @@ def asking_ahead(
 
 def _ask(asked: Iterable[Questions], stop: Event) -> None:
     for probe, question, many in asked:
-        if stop.is_set() or not probe.ask_ahead(question, many):
+        wanted = takewhile(lambda _: not stop.is_set(), many)
+        # What `asked` yields next may ask for what was left out here, one question at a time.
+        if not probe.ask_ahead(question, wanted) or stop.is_set():
             return
 
 

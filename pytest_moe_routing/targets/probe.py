@@ -262,5 +262,10 @@ class Probe:
 
 
 def _requests(question: str, many: Iterable[Mapping[str, Any]]) -> Iterator[Request]:
-    """Yield each request once."""
-    return iter(dict.fromkeys(Request.of(question, each) for each in many))
+    """Yield each request once, as soon as its arguments are known."""
+    seen = set()
+    for each in many:
+        request = Request.of(question, each)
+        if request not in seen:
+            seen.add(request)
+            yield request

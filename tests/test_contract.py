@@ -301,6 +301,10 @@ def test_a_release_without_a_row_is_held_to_the_row_before_it():
     assert expected_judged("vllm", "0.33.0", cases) == 2
     assert expected_judged("vllm", "99.0", cases) == 2
     assert expected_judged("vllm", "a-checkout", cases) == 2
+    # Builds of checkouts without tags: their version does not say that they are old.
+    for version in ("0.1.dev123+g1a2b3c4", "0.1.dev1", "0.0.0", "0.0.0.dev0+g1a2b3c4"):
+        assert expected_judged("vllm", version, cases) == 2
+    assert expected_judged("vllm", "0.22.2.dev7+g1a2b3c4", cases) == 1
     assert expected_judged("vllm", "0.1.0", cases) is None
     assert expected_judged("flashinfer", "0.7.2", cases) is None
 

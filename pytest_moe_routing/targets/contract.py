@@ -231,11 +231,17 @@ def _spelling(key: str, item: Any, within: Mapping[str, str]) -> Spelling:
 
 
 def release_of(version: str) -> Version | None:
-    """Return a release number; None for what has none, which counts as later than all known."""
+    """Return a release number; None for what has none, which counts as later than all known.
+
+    setuptools-scm names a build of a checkout without tags `0.1.dev1+gabc` or, where the project
+    says so, `0.0.0.dev0`: such a version says nothing about the release.
+    """
     try:
-        return Version(version)
+        release = Version(version)
     except InvalidVersion:
         return None
+    is_unknown = release.release[:2] <= ((0, 1) if release.is_devrelease else (0, 0))
+    return None if is_unknown else release
 
 
 class Names:

@@ -161,6 +161,7 @@ def of_mxfp4(global_scale):
         (tensor("float32", 128, all=2.0), "2 of shape [128]"),
         (tensor("float32", 256, all=1.0), "1 of shape [256]"),
         (tensor("float32", 128), "values that differ"),
+        (None, "none"),
     ],
 )
 def test_scales_that_must_be_one(scale, got):

@@ -165,7 +165,7 @@ def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Fi
         value = record["arguments"].get(name)
         values = value if isinstance(value, list) else [value]
         for role, scale in zip(expected, values, strict=False):
-            if role not in entry.factors and scale is None:
+            if scale is None and role not in (*entry.factors, *ones):
                 yield Finding(Kind.ARGUMENT, name, role, "none")
             elif role in entry.factors and role not in ones and given:
                 yield from wrong_factor(name, scale, role, entry.factors[role], given)
@@ -184,6 +184,9 @@ def _wrong_ones(
     for at, scale in enumerate(scales):
         if scale in entry.ones.get(record["stored"], ()):
             value = arguments[name][at]
+            if value is None:
+                yield Finding(Kind.ARGUMENT, f"{name}[{at}]", f"1 for {local} experts", "none")
+                continue
             number, shape = value.get("all"), value["shape"]
             if number != 1.0 or shape not in ([], [local]):
                 got = "values that differ" if number is None else f"{number:g} of shape {shape}"

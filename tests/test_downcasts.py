@@ -15,6 +15,7 @@ from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.target import Captured
+from pytest_moe_routing.suite import test_downcasts as suite
 from pytest_moe_routing.suite.causes import of_downcast
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
@@ -95,3 +96,11 @@ def test_the_suite_asks_recorded_calls_only(host):
     # Our own calls are what the model says: there is nothing to ask.
     result = host.runpytest_subprocess(*run)
     assert result.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_a_call_without_a_result_is_skipped_with_its_verdict():
+    """Before 0.6.8, a launcher read bfloat16 logits as float32: what it computed is undefined."""
+    target = Rounds(FlashInfer.of("0.6.7"))
+    with pytest.raises(pytest.skip.Exception) as skipped:
+        suite.test_downcasts(target, MODELS["deepseek-r1"], "bf16", lambda *_: None)
+    assert str(skipped.value) == "there is no result of a fused kernel: the verdict is wrong"

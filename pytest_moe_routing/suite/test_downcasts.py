@@ -29,5 +29,5 @@ def test_downcasts(
     with unsupported_is_skipped():
         judgement = judge(_moe_framework, moe_model, moe_scheme, recorded_only=True)
     if judgement.got is None:
-        pytest.skip(f"no kernel runs: {judgement.verdict}")
+        pytest.skip(f"there is no result of a fused kernel: the verdict is {judgement.verdict}")
     fail(_moe_property, [of_downcast(judgement, d) for d in avoidable_downcasts(judgement)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -117,6 +118,17 @@ class Failure:
             tail = [*_by_schemes([self.case, *others], room), *tail]
         room = _BLOCK - len(tail)
         return (lines if len(lines) <= room else [*lines[: room - 1], "  ..."]) + tail
+
+
+def cause_id(*parts: str) -> str:
+    """Return a cause's id: one word, which an edit elsewhere in a file does not change."""
+    words = ":".join(part.replace(" ", "-") for part in parts if part)
+    return re.sub(r"(\.py):\d+", r"\1", words)
+
+
+def few(names: Sequence[str]) -> str:
+    """Return the first of many names, and how many others there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
 
 
 def _listed(start: str, names: Sequence[str]) -> str:

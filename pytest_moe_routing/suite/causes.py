@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
-from pytest_moe_routing.failure import Failure, Rank
+from pytest_moe_routing.failure import Failure, Rank, cause_id, few
 from pytest_moe_routing.oracle.finding import Finding, Kind, source_of, switches_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
@@ -31,20 +31,9 @@ if TYPE_CHECKING:
 _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 
 
-def _id(*parts: str) -> str:
-    """Return a cause's id: one word, which an edit elsewhere in a file does not change."""
-    words = ":".join(part.replace(" ", "-") for part in parts if part)
-    return re.sub(r"(\.py):\d+", r"\1", words)
-
-
-def _few(names: Sequence[str]) -> str:
-    """Return the first of many names, and how many others there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
-
-
 def of_target(error: TargetError) -> Failure:
     """Describe a target that failed when it was asked."""
-    return Failure(_id("target", error.cause), Rank.LOUD, "", tuple(str(error).splitlines()))
+    return Failure(cause_id("target", error.cause), Rank.LOUD, "", tuple(str(error).splitlines()))
 
 
 def of_verdict(record: VerdictRecord) -> Failure:
@@ -78,10 +67,10 @@ def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
     """Describe a routing method whose number means another one to FlashInfer."""
     finding = mismatch.finding
     what = f"{target}: {text.sentence(finding)} ({target.flashinfer})"
-    cause = _id("enum", finding.field)
+    cause = cause_id("enum", finding.field)
     if not mismatch.cases:
         return Failure(cause, Rank.LATENT, "", (what, "no gate of a chosen model accepts it"))
-    lines = (what, f"  gate     all accept {finding.field} for {_few(mismatch.cases)}")
+    lines = (what, f"  gate     all accept {finding.field} for {few(mismatch.cases)}")
     return Failure(cause, Rank.SILENT, finding.field, lines)
 
 
@@ -92,7 +81,7 @@ def of_lacking(target: Target, lacking: Lacking) -> Failure:
         what = f"{target} calls {lacking.name}, which {target.flashinfer} does not take so"
     because = (f"  because  {lacking.why}",) if lacking.why else ()
     lines = (what, *because, *(f"  at       {place}" for place in lacking.places))
-    return Failure(_id("flashinfer-name", lacking.name), Rank.LOUD, lacking.name, lines)
+    return Failure(cause_id("flashinfer-name", lacking.name), Rank.LOUD, lacking.name, lines)
 
 
 def of_router(cause: RouterCause) -> Failure:
@@ -109,7 +98,7 @@ def of_router(cause: RouterCause) -> Failure:
     why = re.sub(r"[^a-z]+", "-", cause.first.cause.lower()).strip("-")
     function = cause.function.replace("?", "")
     return Failure(
-        _id("router", cause.kind, function, why),
+        cause_id("router", cause.kind, function, why),
         rank,
         cause.runs[0].subject,
         tuple(cause.lines()),
@@ -126,7 +115,7 @@ def of_rejection(target: Target, scheme: str, rejection: MethodRejection) -> Fai
         f"  accepted {', '.join(rejection.accepted)}",
         f"  models   {', '.join(rejection.models)}",
     )
-    cause = _id("modular-rejects", "+".join(rejection.gates), scheme)
+    cause = cause_id("modular-rejects", "+".join(rejection.gates), scheme)
     return Failure(cause, Rank.MISSED, scheme, lines)
 
 
@@ -153,8 +142,8 @@ def of_modular_call(
         f"  at       {findings[0].where}",
     )
     what = "+".join(dict.fromkeys(f.id for f in findings))
-    site = _id(findings[0].where.partition(",")[0])
-    cause = _id("modular-call", what, site)
+    site = cause_id(findings[0].where.partition(",")[0])
+    cause = cause_id("modular-call", what, site)
     kinds = {finding.kind for finding in findings}
     ranks = {Kind.RAISED: Rank.LOUD, Kind.LIMIT: Rank.LOUD, Kind.DOWNCAST: Rank.DOWNCAST}
     rank = ranks.get(findings[0].kind, Rank.SILENT)
@@ -192,7 +181,7 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
     # One that nobody meets unasked must not hide the same one where somebody does.
     is_latent = call.requests or (bool(call.switches) and not published)
     name = "requested-experts" if is_latent else "other-experts"
-    cause = _id(name, what, call.experts)
+    cause = cause_id(name, what, call.experts)
     ids = list(dict.fromkeys(each.id for each in (model, *wrong.models)))
     if is_latent:
         models = f"{len(ids)} models, such as {model.id}" if len(ids) > 1 else model.id
@@ -203,7 +192,7 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         f"  reach    {reached}",
         *(f"  because  {line}" for line in told),
         *([f"  at       {findings[0].where}"] if findings[0].where else []),
-        f"  models   {_few(ids)}",
+        f"  models   {few(ids)}",
     )
     rank = Rank.LOUD if findings[0].kind in (Kind.RAISED, Kind.LIMIT) else Rank.SILENT
     # Arguments that get lost are one defect, whichever of them a model needs.
@@ -213,7 +202,7 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         rank,
         f"{model.id} {scheme}",
         lines,
-        site=_id(what, call.experts) if are_arguments else call.experts,
+        site=cause_id(what, call.experts) if are_arguments else call.experts,
         reach=reached,
         rarity=text.rarity(reach, by_default=not call.switches),
     )
@@ -232,7 +221,7 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
         reached = text.reached(reach, switches, by_default=is_default)
     if call.device:
         reached += f" on {call.device}"
-    models = _few(list(dict.fromkeys(each.id for each in (model, *wrong.models))))
+    models = few(list(dict.fromkeys(each.id for each in (model, *wrong.models))))
     is_order = all(finding.kind is Kind.LAYOUT for finding in call.findings)
     problem = "reads other elements than it is given" if is_order else "is given other factors"
     lines = (
@@ -245,7 +234,7 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
     source, _, name = call.method.partition(" ")
     what = "+".join(dict.fromkeys(f"{f.field}-{f.got}" for f in call.findings))
     return Failure(
-        _id("layout", re.sub(r"[^\w+-]+", "-", what), name),
+        cause_id("layout", re.sub(r"[^\w+-]+", "-", what), name),
         Rank.SILENT,
         f"{model.id} {scheme}",
         lines,
@@ -264,7 +253,7 @@ def of_format(unlike: UnlikeFormat) -> Failure:
     told = f"  format   {unlike.format}; in the scheme's usual checkpoint, the verdict is exact"
     return replace(
         failure,
-        cause=_id("format", cause),
+        cause=cause_id("format", cause),
         lines=(title, told, *lines),
         brief=(failure.brief[0], told, *failure.brief[1:]),
         differs=(),
@@ -286,7 +275,7 @@ def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
         f"  models   {', '.join(ignored.models)}",
     )
     if is_loud:
-        return Failure(_id("fails", request, response.raised_in), Rank.LOUD, scheme, lines)
+        return Failure(cause_id("fails", request, response.raised_in), Rank.LOUD, scheme, lines)
     rank = Rank.SILENT
     if request is Request.PADDING:
         # What such rows compute is dropped: they cost time.
@@ -299,9 +288,9 @@ def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
     if request is Request.BACKEND:
         # Other experts are right as well, and not those that were asked for.
         rank = Rank.MISSED
-    cause = _id("ignored", request)
+    cause = cause_id("ignored", request)
     if request is Request.DEVICE:
-        rank, cause = Rank.MISSED, _id("other-device", response.source)
+        rank, cause = Rank.MISSED, cause_id("other-device", response.source)
         lines = (
             f"{target}, experts for {scheme}: other answers for {request} than for 10.0",
             "  reach    whoever serves on B300 or GB300",
@@ -328,7 +317,7 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
         f"  shown by {share:.1%} of the tokens of the logits pattern '{PATTERNS[downcast.field]}', "
         "which get other experts",
     )
-    cause = _id("downcast", downcast.field, judgement.site)
+    cause = cause_id("downcast", downcast.field, judgement.site)
     case = f"{record.model} {record.scheme}"
     return Failure(cause, Rank.DOWNCAST, case, lines, record.source, judgement.site)
 
@@ -336,8 +325,8 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
 def of_model_code(judgement: CodeJudgement) -> Failure:
     """Model code that asks its layer for another router than the model has."""
     fields = "+".join(dict.fromkeys(finding.field for finding in judgement.findings))
-    site = _id(judgement.request.block)
-    cause = _id("model-code", fields, site)
+    site = cause_id(judgement.request.block)
+    cause = cause_id("model-code", fields, site)
     return Failure(
         cause,
         Rank.SILENT,
@@ -359,7 +348,7 @@ def of_split_experts(model: ModelSpec, split: SplitExperts) -> Failure:
         f"  because  each rank has a part of {', '.join(split.layers)}, and nobody sums the parts",
         f"  at       {split.block}",
     )
-    return Failure(_id("split-shared-experts", split.block), Rank.SILENT, model.id, lines)
+    return Failure(cause_id("split-shared-experts", split.block), Rank.SILENT, model.id, lines)
 
 
 def of_left_out_key(key: str, judgement: CodeJudgement, findings: tuple[Finding, ...]) -> Failure:
@@ -367,7 +356,9 @@ def of_left_out_key(key: str, judgement: CodeJudgement, findings: tuple[Finding,
     place, _, name = judgement.request.config_class.partition(" ")
     told = "; ".join(text.sentence(finding, *text.CODE) for finding in findings)
     lines = (f"{name} without {key}: {told}", place)
-    return Failure(_id("left-out-key", name, key), Rank.LATENT, judgement.model.id, lines, place)
+    return Failure(
+        cause_id("left-out-key", name, key), Rank.LATENT, judgement.model.id, lines, place
+    )
 
 
 def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
@@ -395,6 +386,6 @@ def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
     # A method that is lost is a cause of its own; what is wrong or crashes is one for all methods.
     lost = cause.methods[0] if cause.verdict is Verdict.MISSED else ""
     name = "behind-gates" if behind_gates else "sweep"
-    identity = _id(name, cause.verdict, lost, "+".join(parts))
-    differs = tuple(_id(name, cause.verdict, lost, part) for part in parts)
+    identity = cause_id(name, cause.verdict, lost, "+".join(parts))
+    differs = tuple(cause_id(name, cause.verdict, lost, part) for part in parts)
     return [Failure(identity, Rank.LATENT, cause.scheme, lines, differs=differs)]

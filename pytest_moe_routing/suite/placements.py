@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_moe_routing.failure import Failure, Rank
+from pytest_moe_routing.failure import Failure, Rank, cause_id, few
 from pytest_moe_routing.oracle.judgement import reach_of
 from pytest_moe_routing.report import text
-from pytest_moe_routing.suite.causes import _few, _id
 
 if TYPE_CHECKING:
     from pytest_moe_routing.oracle.moved import Moved
@@ -23,11 +22,11 @@ def of_moved(target: Target, scheme: str, moved: Moved) -> Failure:
     reached = reach_of(moved.models[0], scheme, switches)
     reach = text.reached(reached, switches, by_default=not switches)
     devices = ", ".join(sorted({place.device for place in moved.places}, key=float))
-    placements = _few([*dict.fromkeys(place.placement for place in moved.places)])
+    placements = few([*dict.fromkeys(place.placement for place in moved.places)])
     lines = [
         f"  reach    {reach}",
         f"  where    on compute capability {devices}, with {placements}",
-        f"  models   asked about: {_few([model.id for model in moved.models])}",
+        f"  models   asked about: {few([model.id for model in moved.models])}",
     ]
     known = f"as {target.name} {moved.since} is known to"
     if rule is not None:
@@ -36,17 +35,17 @@ def of_moved(target: Target, scheme: str, moved: Moved) -> Failure:
         lines += [f"  at       {', '.join(filter(None, (rule.name, rule.source)))}"]
         # Of several functions, it is not known which one decides.
         by = rule.name if " or " not in rule.name else "by-one-of-several"
-        cause, rank = _id("lost-place", first.experts, by), Rank.LOST
+        cause, rank = cause_id("lost-place", first.experts, by), Rank.LOST
     elif moved.refused is not None:
         what = f"{target}, {scheme}: {name} run{how} where FlashInfer does not run their kernel"
         lines += [f"  because  {line}" for line in text.sentences([moved.refused])]
         kind = "other" if first.by_default else "requested"
-        cause, rank = _id(f"{kind}-experts", moved.refused.id, name), Rank.LOUD
+        cause, rank = cause_id(f"{kind}-experts", moved.refused.id, name), Rank.LOUD
     else:
         what = f"{target}, {scheme}: {name} run{how} where {target.name} {moved.since} does not"
         lines.append("  because  nobody has asked what arrives at their kernel there")
         asked = "by default" if first.by_default else "if requested"
-        cause, rank = _id("new-place", name, asked), Rank.LOST
+        cause, rank = cause_id("new-place", name, asked), Rank.LOST
     source = "" if rule is None else rule.source
     rarity = text.rarity(reached, by_default=not switches)
     return Failure(cause, rank, scheme, (what, *lines), source, rarity=rarity)

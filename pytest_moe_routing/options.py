@@ -190,9 +190,10 @@ class LongLived:
     """Leaves what lives to the end of a run out of garbage collection: tests, models, answers.
 
     Garbage is looked for less often as well: a run makes hundreds of thousands of objects that
-    stay. A quarter of its time went into looking at them again and again. They return to it after
-    pytest's own last collections, for a process that goes on, as after `pytest.main`. When Python
-    ends, which frees all memory at once, nothing is looked at again: that took up to 3 s.
+    stay. A quarter of its time went into looking at them again and again. Garbage collection has
+    all objects back after pytest's own last collections, for a process that goes on, as after
+    `pytest.main`. When Python ends, no object is looked at again, which took up to 3 s: the system
+    frees all memory at once.
     """
 
     def __init__(self, config: pytest.Config) -> None:

@@ -27,7 +27,8 @@ ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep", "situ")
 _WIDTH = {"minimum": 1, "maximum": 2**20}
 # Routing is run on this many columns: a slip in a config must not become an allocation of 100 GB.
 _EXPERTS = {"minimum": 1, "maximum": 2**16}
-#: Factors and limits of published models lie between 1 and 25. A subnormal one makes them zero.
+#: The factors and limits of published models lie between 1 and 25. A number that float32 holds only
+#: as a subnormal may count as zero in a kernel.
 _POSITIVE = {"minimum": 1e-6, "maximum": 1e6}
 
 
@@ -45,8 +46,8 @@ class RouterConfig:
     #: takes the gate's product in float32. A target whose code hands others to its experts is
     #: judged with those (`Target.logits_dtype`).
     logits_dtype: str = key(str, choices=MODEL_DTYPES)
-    #: dtype of the router's weight in checkpoints where it must not be loaded as the model's own;
-    #: null where it is the model's own, and where no source tells or sources disagree.
+    #: dtype of the router's weight in checkpoints, if it is not the model's own and the weight must
+    #: be loaded in it; null if it is the model's own, or if sources do not tell it or disagree.
     router_weight_dtype: str | None = key(str, default=None, choices=DTYPES, nullable=True)
     #: Llama4, gpt-oss: choose on the raw logits, score only what was chosen.
     topk_before_score: bool = key(bool, default=False)

@@ -47,7 +47,7 @@ class _Taken(TypedDict):
 
 
 class PlacementsAnswer(TypedDict):
-    """Where experts of FlashInfer are taken; see `oracle.target.Placements`."""
+    """Where experts of FlashInfer are taken; see `oracle.placed.Placements`."""
 
     taken: list[_Taken]
     flags: dict[str, list[str]]

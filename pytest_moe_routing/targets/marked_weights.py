@@ -188,7 +188,8 @@ class Argument:
     """A tensor of a call, the parameter that it is made of, and the order in which it is read.
 
     Attributes:
-        is_padded: Whether it may have more elements than the parameter, which are not known then.
+        is_padded: Whether its kernel may need padding. If so, an argument with more elements than
+            the parameter cannot be compared; if not, its order is one that is not known.
     """
 
     name: str

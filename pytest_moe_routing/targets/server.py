@@ -39,7 +39,6 @@ _FILE_BYTES = 64_000_000
 #: Processes and threads that judged code may add to those of the user.
 _TASKS = 4096
 
-
 #: The one channel of this process. It is opened before a framework's module, which calls `serve`,
 #: is imported.
 _channel: _Channel | None = None
@@ -203,7 +202,7 @@ def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None
     """
     assert _channel is not None
     decode, encode = JSONDecoder().decode, JSONEncoder().encode
-    keep = gc.freeze
+    leave_out_of_collections = gc.freeze
     while True:
         number, data = _channel.next()
         replies = []
@@ -221,7 +220,7 @@ def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None
         _channel.answer(number, f"[{','.join(replies)}]".encode())
         if number == 1:
             # The framework is imported by now. A fifth of the time went into looking at it again.
-            keep()
+            leave_out_of_collections()
 
 
 def _place(error: Exception, package: str) -> str:

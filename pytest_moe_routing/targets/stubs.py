@@ -143,7 +143,7 @@ class _Finder(MetaPathFinder, Loader):
         top = fullname.partition(".")[0]
         if top == self.package:
             if self.is_real(fullname):
-                # A package around it that has nothing else to run was found without a folder.
+                # An enclosing package that is a stub may have no path: its folder is one.
                 folder = "/".join([self.root, *fullname.split(".")[:-1]])
                 spec = PathFinder.find_spec(fullname, path or [folder])
                 if spec is None and module_exists(self.root, fullname):
@@ -156,7 +156,7 @@ class _Finder(MetaPathFinder, Loader):
         if top not in self.absent or (limits is not None and not limits.has_module(fullname)):
             return None
         if fullname.rpartition(".")[2].startswith("_") and _importer() == "torch":
-            # It asks whether there is such a thing, and a stub's values are none of its own.
+            # torch imports it to see whether the package has it, and would use the stub's values.
             return None
         return self._stub(fullname)
 

@@ -209,11 +209,23 @@ class LongLived:
 
 
 def check_choices(config: pytest.Config) -> None:
-    """Raise `UsageError` if an option has a value that it does not take."""
-    if option(config, "kernels"):
+    """Raise an error if an option has a value that it does not take.
+
+    Raises:
+        pytest.UsageError: It has, or names a file that does not exist.
+        MoERoutingError: No simulated kernel has the fault that is named.
+    """
+    if kernels := option(config, "kernels"):
         from pytest_moe_routing.kernels.routers import kernel_choices
 
         _check(config, "kernels", *kernel_choices())
+        if kernels.startswith("simulator:") and util.find_spec("torch"):
+            from pytest_moe_routing.kernels.library import fault_of
+
+            fault_of(kernels)
+        path = kernels.partition("@")[2]
+        if path and not Path(path).expanduser().exists():
+            raise pytest.UsageError(f"--moe-kernels {kernels}: no such file or directory")
     _check(config, "scale", "reduced|full", "reduced or full")
 
 

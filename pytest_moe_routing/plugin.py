@@ -67,11 +67,11 @@ def pytest_configure(config: pytest.Config) -> None:
         configs=[Path(p) for p in option(config, "config") or []],
         ledgers=[Path(p) for p in option(config, "known_failures") or []],
     )
-    options.check_choices(config)
     session.store = partial(options.store, config)
     reports = [Path(p) for p in option(config, "report") or []]
     golden = bool(option(config, "golden"))
     try:
+        options.check_choices(config)
         if golden:
             asks = not (hasattr(config, "workerinput") or config.option.collectonly)
             config.pluginmanager.register(options.LongLived(config))

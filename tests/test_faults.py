@@ -41,8 +41,9 @@ def test_right_kernels_pass_the_same_tests(pytester):
 
 def test_unknown_fault(pytester):
     result = run(pytester, "simulator:nothing", next(iter(FAULTS.values())).test)
-    result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*unknown fault 'nothing'; faults: all-negative, *"])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    message = "ERROR: --moe-kernels: unknown fault 'nothing'; faults: all-negative, *"
+    result.stderr.fnmatch_lines([message])
 
 
 def test_page_is_up_to_date():

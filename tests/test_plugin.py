@@ -141,6 +141,7 @@ def test_an_unknown_flashinfer_release_is_a_stated_assumption(host):
             "--moe-kernels: found 'my kernels', expected flashinfer, simulator, simulator:FAULT, "
             "sglang[@PATH] or vllm[@PATH]",
         ),
+        (("--moe-kernels", "vllm@x"), "--moe-kernels vllm@x: no such file or directory"),
         (("--moe-golden-dir", "nowhere"), "nowhere: found no */model.yaml"),
         (
             ("--moe-target", "miniatures:LosesScale", "--snapshot-update"),

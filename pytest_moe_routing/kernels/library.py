@@ -6,11 +6,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.kernels.gpu import HOPPER, Gpu
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.simulator.stages import Fault
 
 #: What `--moe-kernels` is by default; `simulator` or `simulator:FAULT` otherwise.
 FLASHINFER = "flashinfer"
@@ -59,11 +62,22 @@ def simulated(name: str, flashinfer: FlashInfer) -> Kernels:
     Raises:
         MoERoutingError: There is no such fault.
     """
-    from pytest_moe_routing.simulator.faults import FAULTS
     from pytest_moe_routing.simulator.simulator import Simulator
+
+    simulator = Simulator(flashinfer, fault_of(name))
+    return Kernels(name, simulator, simulator.autotune, device="cpu")
+
+
+def fault_of(name: str) -> Fault | None:
+    """Return the fault of `simulator:FAULT`; None for `simulator`.
+
+    Raises:
+        MoERoutingError: There is no such fault.
+    """
+    from pytest_moe_routing.simulator.faults import FAULTS
 
     _, _, fault = name.partition(":")
     if fault and fault not in FAULTS:
-        raise MoERoutingError(f"unknown fault {fault!r}; faults: {', '.join(FAULTS)}")
-    simulator = Simulator(flashinfer, FAULTS.get(fault))
-    return Kernels(name, simulator, simulator.autotune, device="cpu")
+        faults = ", ".join(FAULTS)
+        raise MoERoutingError(f"--moe-kernels: unknown fault {fault!r}; faults: {faults}")
+    return FAULTS.get(fault)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from types import FrameType
+
 from pytest_moe_routing.escape import brief, printable
 
 
@@ -75,3 +78,10 @@ class NotSimulated(MoERoutingError):
 
 class Unsupported(MoERoutingError):
     """A target cannot answer this question. Becomes a skip with this reason, never a pass."""
+
+
+def place_of(frame: FrameType, line: int) -> str:
+    """Return a line of a package's code as `PACKAGE/FILE:LINE`."""
+    name = str(frame.f_globals.get("__name__")).partition(".")[0]
+    file = frame.f_code.co_filename.replace(os.sep, "/").rpartition(f"/{name}/")[2]
+    return f"{name}/{file}:{line}"

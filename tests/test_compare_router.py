@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -122,6 +124,38 @@ def test_arithmetic_in_the_dtype_of_the_logits_is_a_matter_of_precision():
 
     found = compare_router(router, replace(RECIPE, epsilon=0.0), 64, torch.bfloat16)
     assert [d.kind for d in found if d.kind != "rounded"] == [PRECISION]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("assert logits is None", "assert logits is None"),
+        (
+            "assert (logits.isnan().all() and\n  logits is None)",
+            "assert logits.isnan().all() and logits is None",
+        ),
+    ],
+)
+def test_an_assertion_without_a_message_is_told_by_its_code_and_line(
+    tmp_path, monkeypatch, code, told
+):
+    (tmp_path / "assertive").mkdir()
+    text = f"def route(logits, bias):\n return check(logits)\n\ndef check(logits):\n {code}\n"
+    (tmp_path / "assertive/router.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "assertive.router", raising=False)
+    route = import_module("assertive.router").route
+    (deviation,) = compare_router(route, RECIPE, 64, torch.float32)
+    run = RouterRun("Router", "route", "cuda", "one", "model", (), (deviation,), "assertive/x.py:1")
+    (failure,) = map(of_router, causes([run], WRONG))
+    # Some versions of Python say where the statement begins, others where its condition ends.
+    assert failure.source in {f"assertive/router.py:{5 + n}" for n in range(len(code.splitlines()))}
+    assert failure.lines[1] == f"  because  AssertionError: {told}"
+    assert failure.lines[2] == f"  at       {failure.source}"
+    # What raises nothing is where the function begins.
+    (wrong,) = compare_router(routed(lambda w, i: (w / 2.5, i)), RECIPE, 64, torch.float32)
+    (failure,) = map(of_router, causes([replace(run, deviations=(wrong,))], WRONG))
+    assert (failure.source, failure.lines[2]) == ("assertive/x.py:1", "  at       assertive/x.py:1")
 
 
 def test_one_cause_is_told_once_with_everyone_who_meets_it():

@@ -6,11 +6,15 @@ those of `torch.topk`: which of equal experts is chosen is left open.
 
 from __future__ import annotations
 
+import ast
+import linecache
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_moe_routing.errors import RecipeError, Unsupported
+from pytest_moe_routing.errors import RecipeError, Unsupported, place_of
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.routing import Recipe
 
 if TYPE_CHECKING:
@@ -41,6 +45,10 @@ HARMLESS = {
 #: The pattern of NaN and infinite logits.
 NOT_FINITE = "not-finite"
 _TOKENS = 24
+#: Characters of an assertion that are told.
+_WIDTH = 200
+#: Packages that call a framework's code, or are called by it.
+_OTHERS = ("pytest_moe_routing/", "torch/", "None/")
 
 
 class WrongAnswer(Exception):
@@ -64,12 +72,14 @@ class Deviation:
         pattern: Name of the logits pattern; "" when it does not matter.
         text: What was found, in lines.
         cause: A known mistake that explains it, or the error; "" if there is none.
+        source: File and line of the framework's code that raised the error, if it did.
     """
 
     kind: str
     pattern: str
     text: str
     cause: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class RouterRun:
             handed bfloat16 logits, only with a switch, no known model.
         called: Qualified names of the framework's functions that ran.
         deviations: At most one of each kind.
+        source: File and line of the framework at which `function` begins, if they are known.
     """
 
     router: str
@@ -94,6 +105,7 @@ class RouterRun:
     reach: str
     called: tuple[str, ...] = ()
     deviations: tuple[Deviation, ...] = ()
+    source: str = ""
 
     @classmethod
     def of(cls, answer: dict[str, Any]) -> RouterRun:
@@ -152,8 +164,8 @@ def compare_router(
             found.setdefault(error.kind, Deviation(error.kind, pattern, str(error), str(error)))
             break
         except Exception as error:
-            text = f"{type(error).__name__}: {error}".strip(": ")
-            found.setdefault("crash", Deviation("crash", pattern, text, text))
+            text, source = _raised(error)
+            found.setdefault("crash", Deviation("crash", pattern, text, text, source))
             break
         for deviation in _deviations(weights, ids, logits, bias, recipe, pattern, output):
             if deviation.kind in ("experts", "weights") and logits_dtype != torch.float32:
@@ -167,6 +179,31 @@ def compare_router(
         if {"structure", "experts", "weights"} & found.keys():
             break
     return list(found.values())
+
+
+def _raised(error: Exception) -> tuple[str, str]:
+    """Return an exception in words, and the line of the framework's code that it came from.
+
+    An assertion without a message is told by what it asserts.
+    """
+    text = f"{type(error).__name__}: {error}".strip(": ")
+    if isinstance(error, AssertionError) and not str(error):
+        text = shorten(f"{text}: {_asserted(error)}".strip(": "), _WIDTH)
+    places = (place_of(frame, line) for frame, line in traceback.walk_tb(error.__traceback__))
+    own = [place for place in places if not place.startswith(_OTHERS)]
+    return text, own[-1] if own else ""
+
+
+def _asserted(error: AssertionError) -> str:
+    """Return the statement that raised; "" if its source is not there."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    try:
+        tree = ast.parse("".join(linecache.getlines(last.filename)))
+    except (SyntaxError, ValueError, RecursionError):
+        return ""
+    asserts = (node for node in ast.walk(tree) if isinstance(node, ast.Assert))
+    line = last.lineno or 0
+    return next((ast.unparse(a) for a in asserts if a.lineno <= line <= (a.end_lineno or 0)), "")
 
 
 def _deviations(
@@ -271,6 +308,11 @@ class Cause:
         # An unknown word raises `ValueError`; `next` would end the loop over causes without one.
         return min((run.reach for run in self.runs), key=REACHES.index)
 
+    @property
+    def source(self) -> str:
+        """File and line of the framework's code that raised, or else of the function."""
+        return self.first.source or self.runs[0].source
+
     def lines(self, most: int | None = None) -> list[str]:
         """Return the cause, who can reach it, and at most so many lines of the first example."""
         ways = "; ".join(dict.fromkeys(run.way for run in self.runs))
@@ -291,6 +333,7 @@ class Cause:
         return [
             f"{self.function} ({ways}): {what}",
             *([f"  because  {self.first.cause}"] if self.first.cause else []),
+            *([f"  at       {self.source}"] if self.source else []),
             f"  reach    {self.reach}: {subjects}",
             f"  example  {example}{f': {first}' if first != self.first.cause else ''}",
             *(f"  {line}" for line in more),

@@ -102,7 +102,8 @@ def of_router(cause: RouterCause) -> Failure:
         rank,
         cause.runs[0].subject,
         tuple(cause.lines()),
-        site=why,
+        cause.source,
+        why,
         brief=tuple(text.without_counts(shown)),
     )
 

@@ -19,11 +19,13 @@ class _Deviation(TypedDict):
     pattern: str
     text: str
     cause: str
+    source: str
 
 
 class _Run(TypedDict):
     router: str
     function: str
+    source: str
     way: str
     subject: str
     reach: str

@@ -24,7 +24,7 @@ from queue import SimpleQueue
 from traceback import format_exception, walk_tb
 from typing import Any
 
-from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.errors import Unsupported, place_of
 from pytest_moe_routing.escape import excerpt, shorten
 
 #: Before each message: a mark, its number, and the bytes that follow.
@@ -228,11 +228,8 @@ def _place(error: Exception, package: str) -> str:
 
     If an exception came through none of it, the line is one of this package's code.
     """
-    lines: dict[str, str] = {}
-    for frame, line in walk_tb(error.__traceback__):
-        name = str(frame.f_globals.get("__name__")).partition(".")[0]
-        file = frame.f_code.co_filename.replace(os.sep, "/").rpartition(f"/{name}/")[2]
-        lines[name] = f"{name}/{file}:{line}"
+    places = (place_of(frame, line) for frame, line in walk_tb(error.__traceback__))
+    lines = {place.partition("/")[0]: place for place in places}
     # This module called what raised.
     return lines.get(package) or lines[__name__.partition(".")[0]]
 

@@ -196,6 +196,7 @@ def _run(
     return {
         "router": "block",
         "function": function,
+        "source": "",
         "way": way,
         "reach": "model",
         "called": [],

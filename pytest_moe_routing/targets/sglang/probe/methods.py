@@ -54,6 +54,7 @@ def _runs(name: str, path: str, function: ast.FunctionDef) -> Iterator[dict[str,
         yield {
             "router": name,
             "function": name,
+            "source": f"{path}:{line}",
             "way": "cuda",
             "subject": _SUBJECT,
             "reach": "opt-in",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.errors import Unsupported, place_of
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.oracle.routers import (
     NOT_JUDGED,
@@ -86,7 +86,7 @@ class Case:
 
 def compare(case: Case) -> dict[str, Any]:
     """Run a case on its logits patterns; an answer of `oracle.routers.RouterRun`."""
-    called: dict[str, None] = {}
+    called: dict[str, str] = {}
 
     def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         if case.config is not None:
@@ -119,6 +119,7 @@ def compare(case: Case) -> dict[str, Any]:
     return {
         "router": routing[0] if routing else "?",
         "function": routing[-1].partition(".<locals>")[0] if routing else "?",
+        "source": called[routing[-1]] if routing else "",
         "way": case.way,
         "subject": case.subject,
         "reach": case.reach,
@@ -148,13 +149,13 @@ def _check_shared(weights: Tensor, ids: Tensor, case: Case) -> None:
 
 
 @contextmanager
-def noting(called: dict[str, None]) -> Iterator[None]:
-    """Note the names of SGLang's routing functions that run, in order."""
+def noting(called: dict[str, str]) -> Iterator[None]:
+    """Note SGLang's routing functions that run, in order, by name: file and line of each."""
 
     def note(frame: FrameType, event: str, _argument: Any) -> None:
         file = frame.f_code.co_filename
         if event == "call" and (file.endswith(_FILES) or _MODELS in file):
-            called[frame.f_code.co_qualname] = None
+            called[frame.f_code.co_qualname] = place_of(frame, frame.f_code.co_firstlineno)
 
     sys.setprofile(note)
     try:

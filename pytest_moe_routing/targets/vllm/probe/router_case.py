@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from pytest_moe_routing.errors import RecipeError, Unsupported
+from pytest_moe_routing.errors import RecipeError, Unsupported, place_of
 from pytest_moe_routing.oracle.routers import (
     NOT_JUDGED,
     Deviation,
@@ -159,12 +159,14 @@ class LayerMethod(SelectExperts):
 
 def compare(case: Case, output: Output) -> dict[str, Any]:
     """Run a case on all logits patterns; an answer of `oracle.routers.RouterRun`."""
-    called: dict[str, None] = {}
+    called: dict[str, str] = {}
     with patch.dict(os.environ, case.switches):
         deviations = _deviations(case, output, called)
+    function = case.function or innermost(called)
     return {
         "router": type(case.make(None)).__name__,
-        "function": case.function or innermost(called),
+        "function": function,
+        "source": called.get(function, ""),
         "way": case.way,
         "subject": case.subject,
         "reach": case.reach,
@@ -173,7 +175,7 @@ def compare(case: Case, output: Output) -> dict[str, Any]:
     }
 
 
-def _deviations(case: Case, output: Output, called: dict[str, None]) -> list[Deviation]:
+def _deviations(case: Case, output: Output, called: dict[str, str]) -> list[Deviation]:
     def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         stubs.Stub.asked.clear()
         try:
@@ -245,12 +247,12 @@ def _by_vllm(error: BaseException) -> bool:
 
 
 @contextmanager
-def noting(called: dict[str, None]) -> Iterator[None]:
-    """Note the names of vLLM's routing functions that run, in order."""
+def noting(called: dict[str, str]) -> Iterator[None]:
+    """Note vLLM's routing functions that run, in order, by name: file and line of each."""
 
     def note(frame: FrameType, event: str, _argument: Any) -> None:
         if event == "call" and any(part in frame.f_code.co_filename for part in _FILES):
-            called[frame.f_code.co_qualname] = None
+            called[frame.f_code.co_qualname] = place_of(frame, frame.f_code.co_firstlineno)
 
     sys.setprofile(note)
     try:
@@ -259,7 +261,7 @@ def noting(called: dict[str, None]) -> Iterator[None]:
         sys.setprofile(None)
 
 
-def innermost(called: Mapping[str, None]) -> str:
+def innermost(called: Mapping[str, str]) -> str:
     """Return the last function that was called, helpers left out."""
     names = [
         name

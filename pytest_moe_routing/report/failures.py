@@ -222,11 +222,11 @@ class Grouping:
         if not counts[_SAME] or reporter.verbosity < 0:
             return
         parts = [
-            f"{counts['failed']} shown with their causes (failed)",
-            f"{counts[_SAME]} for causes shown there (repeated)",
+            f"{counts['failed']} shown above with their causes (failed)",
+            f"{counts[_SAME]} more with these causes (repeated)",
         ]
         if counts["xfailed"]:
-            parts.append(f"{counts['xfailed']} as expected (xfailed)")
+            parts.append(f"{counts['xfailed']} accepted as known (xfailed)")
         text = f"{sum(counts.values())} tests failed: {', '.join(parts)}"
         for line in textwrap.wrap(text, max(reporter._tw.fullwidth, 40), subsequent_indent="  "):
             reporter.write_line(line)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import miniatures
 import pytest
+from configs import R1
 
 from pytest_moe_routing.errors import (
     TargetImportError,
@@ -16,13 +18,14 @@ from pytest_moe_routing.errors import (
 from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.models import load_models
+from pytest_moe_routing.models import dump_model, load_model, load_models, read_config
 from pytest_moe_routing.oracle.enum_numbers import enum_mismatches
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.modular import rejected_by_method
 from pytest_moe_routing.oracle.record import Reach
 from pytest_moe_routing.oracle.target import Target
+from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentence, story
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.suite.causes import of_enum
@@ -226,6 +229,21 @@ def test_questions_without_an_answer_are_no_verdicts():
 def test_who_can_run_a_model_is_told_by_its_published_checkpoints(scheme, reach):
     judgement = judge(BuiltinTarget(FlashInfer.of()), MODELS["deepseek-r1"], scheme)
     assert judgement.record().reach is reach
+
+
+def test_a_config_does_not_state_that_its_checkpoint_is_published(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text(json.dumps({**R1, "_name_or_path": "some/base"}))
+    model, target = read_config(tmp_path / "mine"), BuiltinTarget(FlashInfer.of())
+    record = judge(target, model, "fp8_block").record()
+    assert record.reach == "the checkpoint of this config"
+    assert replace(record, verdict=Verdict.WRONG).fails
+    assert judge(target, model, "mxint4").record().reach is Reach.PRODUCIBLE
+    # Nor does a model.yaml that is made of it.
+    (tmp_path / "mine/config.json").write_text(json.dumps(R1))
+    made = dump_model(read_config(tmp_path / "mine"))
+    (tmp_path / "mine/model.yaml").write_text(made)
+    assert judge(target, load_model(tmp_path / "mine"), "fp8_block").record().reach is Reach.OWN
 
 
 def test_a_target_that_does_not_state_its_version_says_so():

@@ -23,6 +23,8 @@ SCORING_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("top2_sum", "max")
 ACTIVATIONS = ("silu", "gelu", "relu2", "swigluoai", "swiglustep", "situ")
 
+#: The owner in `hf_repo` of a model that no repository is known to hold.
+UNPUBLISHED = "local"
 #: The widest layer of a published model has 53,248 columns.
 _WIDTH = {"minimum": 1, "maximum": 2**20}
 # Routing is run on this many columns: a slip in a config must not become an allocation of 100 GB.
@@ -202,7 +204,7 @@ class ModelSpec(_Described):
 
     Attributes:
         router, experts: Of the layers that are in none of the groups of `layers`.
-        checkpoints: The schemes of the experts in published checkpoints.
+        checkpoints: The schemes of the experts in published checkpoints, or in the config's own.
         unknown_scheme: Why the scheme of an imported checkpoint is not known; None if it is.
         num_layers: Decoder layers, `num_hidden_layers` in configs; None where it is not known.
         dtype: dtype of the activations and of unquantized weights, `torch_dtype` in configs.
@@ -243,6 +245,11 @@ class ModelSpec(_Described):
     unproven: tuple[str, ...] = key(str, many=True, default=())
     #: The layers that this is about, if it is one of another model's `variants`.
     variant: str = ""
+
+    @property
+    def is_published(self) -> bool:
+        """Whether its `checkpoints` are known to be published, which no config.json states."""
+        return self.folder.is_absolute() and not self.hf_repo.startswith(f"{UNPUBLISHED}/")
 
     def variants(self) -> dict[str, ModelSpec]:
         """Return the model once for each kind of routed layer, by the layers as `0-2, 43`.

@@ -176,4 +176,6 @@ def reach_of(model: ModelSpec, scheme: str, opt_in: Iterable[str] = ()) -> Reach
     """Who can run a model in a scheme."""
     if tuple(opt_in):
         return Reach.OPT_IN
-    return Reach.PUBLISHED if scheme in model.checkpoints else Reach.PRODUCIBLE
+    if scheme not in model.checkpoints:
+        return Reach.PRODUCIBLE
+    return Reach.PUBLISHED if model.is_published else Reach.OWN

@@ -22,6 +22,7 @@ class Reach(StrEnum):
     """Who can meet a verdict, from everybody to nobody."""
 
     PUBLISHED = "a published checkpoint"
+    OWN = "the checkpoint of this config"
     PRODUCIBLE = "a checkpoint that anyone could produce"
     OPT_IN = "only with an opt-in switch"
     NO_MODEL = "no known model"
@@ -227,7 +228,7 @@ class VerdictRecord(_Record):
         """Whether the verdict is the target's fault, by the table in docs/verdicts.md."""
         if self.verdict in (Verdict.WRONG, Verdict.CRASH, Verdict.ERROR):
             return self.reach is not Reach.NO_MODEL
-        reachable = self.reach in (Reach.PUBLISHED, Reach.PRODUCIBLE)
+        reachable = self.reach not in (Reach.OPT_IN, Reach.NO_MODEL)
         is_missed = self.verdict is Verdict.MISSED and reachable and not self.by_choice
         return is_missed or bool(self.lost_since)
 

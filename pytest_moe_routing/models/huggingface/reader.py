@@ -19,7 +19,13 @@ from pytest_moe_routing.models.huggingface.quantization import (
     checkpoint_of,
 )
 from pytest_moe_routing.models.huggingface.reading import Reading
-from pytest_moe_routing.models.spec import MODEL_DTYPES, ExpertsConfig, ModelSpec, RouterConfig
+from pytest_moe_routing.models.spec import (
+    MODEL_DTYPES,
+    UNPUBLISHED,
+    ExpertsConfig,
+    ModelSpec,
+    RouterConfig,
+)
 from pytest_moe_routing.schemes import CHECKPOINT_SCHEMES
 
 CONFIG_NAME = "config.json"
@@ -156,7 +162,7 @@ def _name_of(root: Section, file: Path) -> tuple[str, str]:
     folder = Path(os.path.realpath(file)).parent.name if file.name == CONFIG_NAME else file.stem
     name = re.sub(r"[^\w.-]+", "-", folder).strip("-")
     name = name if re.search(r"\w", name) else "model"
-    return name, f"local/{name}"
+    return name, f"{UNPUBLISHED}/{name}"
 
 
 def _slug(name: str) -> str:

@@ -20,6 +20,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer.given import refused_on
 from pytest_moe_routing.targets.recorder import roles_of
 from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
+from pytest_moe_routing.targets.vllm.probe.biases import gives_biases
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks
 from pytest_moe_routing.targets.vllm.probe.choice import (
     Selector,
@@ -86,8 +87,6 @@ _ROLES: Mapping[str, str] = {
 }
 #: How activations are stored of which a checkpoint of MXFP4 says nothing.
 _UNQUANTIZED_ACTIVATIONS = "mxfp4_bf16"
-#: The function of a method that makes a layer's parameters, and one that experts with biases have.
-_MAKES_PARAMETERS, _BIAS = "create_weights", "w13_bias"
 #: What a record has besides where the kernel cannot be called.
 _NO_CALL: Mapping[str, Any] = {"by": "", "has_biases": False}
 
@@ -226,20 +225,5 @@ def _call(experts: Any, caller: Any, layer: Layer, way: _Way) -> dict[str, Any]:
     run = Run(experts, caller, layer, way.ranks.dispatched, made)
     about = {"by": caller.__qualname__.split(".")[0], "shards": way.ranks.count}
     about |= {"dispatched": way.ranks.dispatched}
-    about |= {"has_biases": layer.model["experts"]["bias"] and _gives_biases(caller)}
+    about |= {"has_biases": layer.model["experts"]["bias"] and gives_biases(class_of(caller))}
     return {**about, **run.answer(), "roles": roles_of(run.arguments, sources)}
-
-
-def _gives_biases(caller: Any) -> bool:
-    """Return whether a method gives a layer the biases of its experts.
-
-    Raises:
-        Unsupported: It does not make the parameters of a layer where other methods do.
-    """
-    method = class_of(caller)
-    if not hasattr(method, _MAKES_PARAMETERS):
-        raise Unsupported(
-            f"not judged: {method.__name__} of vLLM {names().version} has no {_MAKES_PARAMETERS}, "
-            "so it is not known whether a layer has biases"
-        )
-    return _BIAS in getattr(method, _MAKES_PARAMETERS).__code__.co_consts

@@ -50,13 +50,34 @@ def test_a_framework_that_is_not_judged_is_red(pytester, empty_vllm, xdist):
 
 def test_a_scheme_in_which_no_model_can_be_asked_is_red(pytester, empty_vllm):
     asked = ("test_layouts", "test_other_experts", "test_around_call", "test_placements")
-    chosen = ("-k", " or ".join(asked), "--moe-schemes", "nvfp4", "-p", "no:xdist")
+    chosen = (
+        "-k",
+        " or ".join((*asked, "test_method_numbers")),
+        "--moe-schemes",
+        "nvfp4",
+        "-p",
+        "no:xdist",
+    )
+    chosen += ("-q", "--moe-report", "r.json")
     result = pytester.runpytest_subprocess(
         *("--moe-golden", "-m", "not gpu"), *chosen, "--moe-target", empty_vllm("99.0")
     )
     assert result.ret == 1
-    result.assert_outcomes(skipped=4)
-    result.stdout.fnmatch_lines(["moe-routing: 4 cases are not judged, although this framework *"])
+    result.assert_outcomes(skipped=5)
+    result.stdout.fnmatch_lines(
+        [
+            "moe-routing: not judged: 2 skipped tests, * questions within tests",
+            "moe-routing: 5 cases are not judged, although this framework *",
+        ]
+    )
+    rows = json.loads((pytester.path / "r.json").read_text())["unanswered"]
+    assert {(row["target"], row["release"]) for row in rows} == {("vllm", "99.0")}
+    whole = [row for row in rows if row["what"] == "whole tests: tests are not judged"]
+    tests = {row["case"].partition("::")[2] for row in whole}
+    assert tests == {"test_method_numbers", "test_placements[nvfp4]"}
+    # The others count their own questions.
+    counted = {row["case"].partition("::")[2] for row in rows if row not in whole}
+    assert counted == {f"{test}[nvfp4]" for test in asked} - tests
 
 
 def test_a_release_older_than_all_known_ones_is_held_to_nothing(pytester, empty_vllm):

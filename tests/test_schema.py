@@ -18,7 +18,7 @@ from pytest_moe_routing.oracle.calls import arguments_of
 from pytest_moe_routing.oracle.exact import kernel_call
 from pytest_moe_routing.oracle.finding import Kind
 from pytest_moe_routing.oracle.judge import judge
-from pytest_moe_routing.oracle.record import Reach, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.record import KINDS, Reach, UnansweredRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import files, records, text
 from pytest_moe_routing.schemes import SERVED_SCHEMES
@@ -53,7 +53,8 @@ def judged():
 def test_reports_are_as_the_schema_says(validate, judged, tmp_path):
     assert {record.verdict for record in judged} >= {"exact", "wrong", "fallback", "missed"}
     assert any(record.counterexample for record in judged)
-    found = [*judged, *pages.records(models=20)]
+    unanswered = UnansweredRecord("vllm", "1.0", "FlashInfer", "case", "what", "reason", 3)
+    found = [*judged, *pages.records(models=20), unanswered]
     for suffix in (".json", ".jsonl"):
         files.write_report(tmp_path / f"r{suffix}", found)
     assert validate(json.loads((tmp_path / "r.json").read_text())) == []
@@ -72,7 +73,7 @@ def test_failures_come_first(tmp_path):
     assert outcomes.count("failed") > 3
 
 
-@pytest.mark.parametrize(("name", "cls"), [("verdict", VerdictRecord), ("test", TestRecord)])
+@pytest.mark.parametrize(("name", "cls"), [(cls.KIND, cls) for cls in KINDS.values()])
 def test_the_schema_has_every_field(name, cls):
     described = SCHEMA["$defs"][name]
     names = {f.name for f in fields(cls)} | {"kind"}

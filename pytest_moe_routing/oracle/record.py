@@ -259,7 +259,39 @@ class TestRecord(_Record):
     source: str = ""
 
 
-Record = VerdictRecord | TestRecord
-KINDS: Mapping[str, type[VerdictRecord | TestRecord]] = {
-    cls.KIND: cls for cls in (VerdictRecord, TestRecord)
+@dataclass(frozen=True)
+class UnansweredRecord(_Record):
+    """Questions that a test could not ask, or that have no answer, for one reason.
+
+    Attributes:
+        target, release: The system that was asked, and its release; empty if it has none.
+        flashinfer: The FlashInfer release in words.
+        case: File, name and parameters of the test.
+        what: What is not judged, in words.
+        count: How many of it.
+    """
+
+    KIND: ClassVar[str] = "unanswered"
+    ABOUT: ClassVar[tuple[str, ...]] = (
+        *("target", "release", "flashinfer"),
+        *("case", "what", "reason"),
+    )
+    #: It is about no failure of its test.
+    outcome: ClassVar[str] = ""
+    known: ClassVar[None] = None
+
+    target: str
+    release: str
+    flashinfer: str
+    case: str
+    what: str
+    reason: str
+    count: int
+
+
+#: What a case of a test came to.
+Result = VerdictRecord | TestRecord
+Record = Result | UnansweredRecord
+KINDS: Mapping[str, type[Record]] = {
+    cls.KIND: cls for cls in (VerdictRecord, TestRecord, UnansweredRecord)
 }

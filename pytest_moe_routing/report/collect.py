@@ -18,12 +18,19 @@ from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import excerpt, printable
 from pytest_moe_routing.failure import failures_of
 from pytest_moe_routing.report.endings import PASSED, left_out, stopped_early
-from pytest_moe_routing.report.unanswered import Unanswered
+from pytest_moe_routing.report.unanswered import (
+    PROPERTY,
+    TESTS,
+    Unanswered,
+    questions_of,
+    told,
+    without_count,
+)
 
 if TYPE_CHECKING:
     from collections import Counter
 
-    from pytest_moe_routing.oracle.record import Record, VerdictRecord
+    from pytest_moe_routing.oracle.record import Record, UnansweredRecord, VerdictRecord
     from pytest_moe_routing.session import MoESession
 
 #: Lines of a failed test's message that are kept.
@@ -56,12 +63,16 @@ class Reporter:
         #: Commands for GitHub Actions.
         self.annotations: list[str] = []
         self.unanswered = Unanswered()
+        #: Tests that are skipped, as their framework has no answer.
+        self.skipped = 0
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties: dict[str, Any] = dict(report.user_properties)
         if report.when == "call":
             self.unanswered.add(properties)
+            for unanswered in self._unanswered(report, properties):
+                self.records[unanswered.key] = unanswered
         if report.when == "teardown":
             # JUnit writes these, each as text: words that a CI can filter by.
             report.user_properties = list(_words(properties))
@@ -98,6 +109,30 @@ class Reporter:
             causes=tuple(failure.cause for failure in causes),
             source=next((failure.source for failure in causes if failure.source), ""),
         )
+
+    def _unanswered(
+        self, report: pytest.TestReport, properties: dict[str, Any]
+    ) -> Iterator[UnansweredRecord]:
+        """Yield what a test could not ask."""
+        for sentence, reason, count in questions_of(properties):
+            from pytest_moe_routing.oracle.record import UnansweredRecord
+
+            if sentence == TESTS:
+                self.skipped += 1
+            yield UnansweredRecord(
+                *self._target,
+                flashinfer=self._flashinfer,
+                case=properties.get("moe_case") or report.nodeid.rpartition("/")[2],
+                what=without_count(sentence),
+                reason=reason,
+                count=count,
+            )
+
+    @cached_property
+    def _target(self) -> tuple[str, str]:
+        """The target that is asked, and its release."""
+        source = self.session.located.source
+        return self.session.target_id.name, source.version if source else ""
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Keep what cannot be collected: its tests are missing from everything else."""
@@ -172,7 +207,9 @@ class Reporter:
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         skipped = left_out(terminalreporter.config)
-        if (self.records or skipped or self.unanswered) and terminalreporter.verbosity >= 0:
+        if terminalreporter.verbosity < 0:
+            self._write_not_judged(terminalreporter)
+        elif self.records or skipped or self.unanswered:
             self._write_summary(terminalreporter, skipped)
         for path in self.written:
             terminalreporter.write_line(printable(f"moe-routing: report {path}"))
@@ -180,6 +217,23 @@ class Reporter:
             terminalreporter.write_line(line)
         for problem in self.problems:
             terminalreporter.write_line(f"moe-routing: {problem}", red=True)
+
+    def _write_not_judged(self, reporter: pytest.TerminalReporter) -> None:
+        """Write the one line about what is not judged that a quiet run has."""
+        verdicts = sum(not verdict.verdict.is_given for verdict in self.verdicts)
+        within = len(self.unanswered)
+        parts = [
+            f"{count} {what}{'' if count == 1 else 's'}{where}"
+            for count, what, where in (
+                (verdicts, "verdict", ""),
+                (self.skipped, "skipped test", ""),
+                (within, "question", " within tests"),
+            )
+            if count
+        ]
+        if parts:
+            reporter.ensure_newline()
+            reporter.write_line(f"moe-routing: not judged: {', '.join(parts)}")
 
     def _write_summary(self, reporter: pytest.TerminalReporter, skipped: Counter[str]) -> None:
         from pytest_moe_routing.report import terminal
@@ -210,6 +264,11 @@ def _words(properties: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield f"moe_{part}", value[part]
         elif name == "moe_failures":
             yield "moe_cause", ", ".join(failure["cause"] for failure in value)
+        elif name == PROPERTY:
+            for sentence, counts in value.items():
+                yield name, told(sentence, sum(counts.values()))
+        elif name == "moe_not_judged":
+            yield name, value["reason"]
         elif not (name.startswith("moe_") and isinstance(value, dict)):
             yield name, value
 

@@ -10,7 +10,13 @@ from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import one_line
-from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.record import (
+    Record,
+    Result,
+    TestRecord,
+    UnansweredRecord,
+    VerdictRecord,
+)
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import history, records
 from pytest_moe_routing.report.text import decider
@@ -69,9 +75,11 @@ def changes(before: Iterable[Record], after: Iterable[Record]) -> list[Change]:
     return sorted(found, key=lambda change: list(Kind).index(change.kind))
 
 
-def _by_case(side: Iterable[Record]) -> dict[str, Record]:
-    found: dict[str, Record] = {}
+def _by_case(side: Iterable[Record]) -> dict[str, Result]:
+    found: dict[str, Result] = {}
     for record in side:
+        if isinstance(record, UnansweredRecord):
+            continue
         if isinstance(record, TestRecord):
             before = found.setdefault(record.case, record)
             # Another device, or another release: what failed on one of them has failed.
@@ -85,7 +93,7 @@ def _by_case(side: Iterable[Record]) -> dict[str, Record]:
     return found
 
 
-def _state(record: Record | None) -> str:
+def _state(record: Result | None) -> str:
     if record is None:
         return ""
     if isinstance(record, TestRecord):
@@ -93,7 +101,7 @@ def _state(record: Record | None) -> str:
     return f"{record.verdict} ({record.cause})" if record.cause else str(record.verdict)
 
 
-def _kind(before: Record | None, after: Record | None) -> Kind:
+def _kind(before: Result | None, after: Result | None) -> Kind:
     if isinstance(after, TestRecord) and after.outcome == "failed":
         return Kind.NEW
     if isinstance(after, VerdictRecord) and (after.verdict in _BAD or after.lost_since):

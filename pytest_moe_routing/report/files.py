@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.goldens import write_in_one_step
-from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.record import Record, TestRecord, UnansweredRecord, VerdictRecord
 from pytest_moe_routing.report import html, markdown
 from pytest_moe_routing.report.records import FORMAT, dump, ordered
 
@@ -20,6 +20,7 @@ def _json(records: Sequence[Record]) -> str:
         "format": FORMAT,
         "verdicts": [r.as_dict() for r in found if isinstance(r, VerdictRecord)],
         "tests": [r.as_dict() for r in found if isinstance(r, TestRecord)],
+        "unanswered": [r.as_dict() for r in found if isinstance(r, UnansweredRecord)],
     }
     return json.dumps(data, indent=1) + "\n"
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.record import (
+    Record,
+    Result,
+    TestRecord,
+    UnansweredRecord,
+    VerdictRecord,
+)
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import text
 
@@ -21,10 +27,10 @@ class Failed:
     """
 
     cause: str
-    records: tuple[Record, ...]
+    records: tuple[Result, ...]
 
     @property
-    def first(self) -> Record:
+    def first(self) -> Result:
         return self.records[0]
 
     @property
@@ -51,7 +57,7 @@ class Failed:
         return next((record.source for record in self.records if record.source), "")
 
 
-def name_of(record: Record) -> str:
+def name_of(record: Result) -> str:
     """Return what a record is about, in a word or two."""
     if isinstance(record, VerdictRecord):
         return f"{record.model} {record.scheme}"
@@ -60,21 +66,21 @@ def name_of(record: Record) -> str:
 
 def failed(records: Iterable[Record], outcome: str = "failed") -> list[Failed]:
     """Return the failures of a run by cause: silent ones first, then those with most cases."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
+    groups: dict[tuple[str, ...], list[Result]] = {}
     for record in sorted(records, key=lambda record: record.key):
-        if record.outcome == outcome:
+        if record.outcome == outcome and not isinstance(record, UnansweredRecord):
             groups.setdefault(_cause(record), []).append(record)
     found = [Failed(cause[-1], tuple(those)) for cause, those in groups.items()]
     return sorted(found, key=lambda group: (_rank(group.first), -len(group.records)))
 
 
-def _cause(record: Record) -> tuple[str, ...]:
+def _cause(record: Result) -> tuple[str, ...]:
     if isinstance(record, TestRecord):
         return ("test", *(record.causes or (record.case,)))
     return (text.decider(record), record.cause or f"{record.verdict} {record.reason[:200]}")
 
 
-def _rank(record: Record) -> int:
+def _rank(record: Result) -> int:
     if isinstance(record, TestRecord):
         return len(_ORDER)
     return _ORDER.index(record.verdict) if record.verdict in _ORDER else len(_ORDER)

@@ -9,7 +9,13 @@ from functools import cache
 from importlib import resources
 
 from pytest_moe_routing.escape import for_html, is_web_address
-from pytest_moe_routing.oracle.record import Record, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.record import (
+    Record,
+    Result,
+    TestRecord,
+    UnansweredRecord,
+    VerdictRecord,
+)
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import groups, matrix, text
 from pytest_moe_routing.report.decision_tree import Tree, svg
@@ -53,6 +59,7 @@ class _Page:
         self.records = records
         self.deciders = matrix.by_decider(r for r in records if isinstance(r, VerdictRecord))
         self.tests = [r for r in records if isinstance(r, TestRecord)]
+        self.unanswered = [r for r in records if isinstance(r, UnansweredRecord)]
         self.failed = groups.failed(records)
         self.models: dict[str, list[VerdictRecord]] = {}
         for verdicts in self.deciders.values():
@@ -64,16 +71,17 @@ class _Page:
             yield f"<p>{for_html(name)}: {for_html(matrix.totals(verdicts))}</p>"
         yield "</header>"
         links = {
-            "failures": "Failures" if self.records else "",
+            "failures": "Failures" if self.deciders or self.tests else "",
             "releases": "Releases" if len(self.deciders) > 1 else "",
             "matrix": "Matrix" if self.deciders else "",
             "tests": "Tests" if self.tests else "",
+            "unanswered": "Not judged" if self.unanswered else "",
             "models": "Models" if self.models else "",
         }
         items = (f'<li><a href="#{id_}">{name}</a>' for id_, name in links.items() if name)
         yield f'<nav aria-label="Sections"><ul>{"".join(items)}</ul></nav>'
         yield '<main id="main">'
-        if not self.records:
+        if not (self.deciders or self.tests):
             yield "<p>Nothing was judged.</p>"
         else:
             yield from self._failures()
@@ -83,6 +91,13 @@ class _Page:
             yield from self._matrices()
         if self.tests:
             yield from self._tests()
+        if self.unanswered:
+            yield '<h2 id="unanswered">Not judged within tests</h2>'
+            yield from _plain_table(
+                "questions",
+                "Questions without an answer, by target",
+                matrix.unanswered_table(self.unanswered),
+            )
         if self.models:
             yield '<h2 id="models">Models</h2>'
         trees = {
@@ -136,14 +151,9 @@ class _Page:
             yield from _matrix(f"matrix-{place}", name, verdicts)
 
     def _tests(self) -> Iterator[str]:
-        header, *rows = matrix.test_table(self.tests)
         yield '<h2 id="tests">Tests</h2>'
-        yield from _open_table("outcomes", "Outcomes of other tests, by device", header)
-        for row in rows:
-            first, *others = map(for_html, row)
-            cells = "".join(f"<td>{cell}</td>" for cell in others)
-            yield f'<tr><th scope="row">{first}</th>{cells}</tr>'
-        yield "</tbody></table></div>"
+        table = matrix.test_table(self.tests)
+        yield from _plain_table("outcomes", "Outcomes of other tests, by device", table)
         for test in self.tests:
             if test.outcome == "xfailed":
                 yield from _story(test.case, test.message.splitlines(), test)
@@ -156,6 +166,16 @@ def _open_table(id_: str, caption: str, header: Sequence[str]) -> Iterator[str]:
         f'<table id="{id_}"><caption id="{id_}-caption">{for_html(caption)}</caption>'
         f"<thead><tr>{cells}</tr></thead><tbody>"
     )
+
+
+def _plain_table(id_: str, caption: str, table: matrix.Table) -> Iterator[str]:
+    header, *rows = table
+    yield from _open_table(id_, caption, header)
+    for row in rows:
+        first, *others = map(for_html, row)
+        cells = "".join(f"<td>{cell}</td>" for cell in others)
+        yield f'<tr><th scope="row">{first}</th>{cells}</tr>'
+    yield "</tbody></table></div>"
 
 
 def _filters(table: str, verdicts: Sequence[VerdictRecord]) -> Iterator[str]:
@@ -252,7 +272,7 @@ def _id(*parts: str) -> str:
 def _story(
     title: str,
     lines: Sequence[str],
-    record: Record,
+    record: Result,
     *,
     anchor: str = "",
     before: str = "",

@@ -11,7 +11,14 @@ from pytest_moe_routing.escape import (
     one_line,
     printable,
 )
-from pytest_moe_routing.oracle.record import Known, Record, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.record import (
+    Known,
+    Record,
+    Result,
+    TestRecord,
+    UnansweredRecord,
+    VerdictRecord,
+)
 from pytest_moe_routing.report import groups, matrix
 from pytest_moe_routing.report.text import story, title
 
@@ -47,7 +54,7 @@ def _blocks(records: Sequence[Record]) -> Iterator[list[str]]:
     deciders = matrix.by_decider(r for r in records if isinstance(r, VerdictRecord))
     tests = [r for r in records if isinstance(r, TestRecord)]
     yield ["# MoE routing"]
-    if not records:
+    if not (deciders or tests):
         yield ["Nothing was judged."]
     yield [
         f"- {for_markdown(name)}: {for_markdown(matrix.totals(verdicts))}"
@@ -71,6 +78,10 @@ def _blocks(records: Sequence[Record]) -> Iterator[list[str]]:
     if tests:
         yield ["## Tests"]
         yield matrix.markdown(matrix.test_table(tests))
+    unanswered = matrix.unanswered_table(records)
+    if unanswered[1:]:
+        yield ["## Not judged within tests"]
+        yield matrix.markdown(unanswered)
     for name, verdicts in deciders.items():
         shown = matrix.markdown(matrix.scheme_table(verdicts))
         yield [
@@ -93,7 +104,7 @@ def _known_failures(records: Sequence[Record]) -> Iterator[str]:
     """Yield a line for each entry of a ledger that silenced failures, with the cases."""
     cases: dict[str, list[str]] = {}
     for record in sorted(records, key=lambda record: record.key):
-        if record.known:
+        if record.known and not isinstance(record, UnansweredRecord):
             cases.setdefault(_stated(record.known), []).append(groups.name_of(record))
     if cases:
         count = sum(map(len, cases.values()))
@@ -122,7 +133,7 @@ def _folded(title: str, lines: Sequence[str]) -> Iterator[str]:
     yield "</details>"
 
 
-def _known(record: Record) -> Iterator[str]:
+def _known(record: Result) -> Iterator[str]:
     if record.known:
         yield from ("", f"Known: {_stated(record.known)}")
 

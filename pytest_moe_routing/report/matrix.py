@@ -9,7 +9,7 @@ from packaging.version import Version
 
 from pytest_moe_routing.escape import brief, for_markdown, one_line
 from pytest_moe_routing.inputs import parse_release
-from pytest_moe_routing.oracle.record import TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.record import Record, TestRecord, UnansweredRecord, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import decider
 
@@ -163,6 +163,17 @@ def test_table(tests: Sequence[TestRecord]) -> Table:
         for about, found in sorted(counts.items())
     ]
     return [["device", "test", "outcomes"], *rows]
+
+
+def unanswered_table(records: Iterable[Record]) -> Table:
+    """Return how many questions have no answer, by target, question and reason."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for record in records:
+        if isinstance(record, UnansweredRecord):
+            target = f"{record.target} {record.release}".strip()
+            counts[target, record.what, record.reason] += record.count
+    rows = [[*about, str(count)] for about, count in sorted(counts.items())]
+    return [["target", "what", "reason", "count"], *rows]
 
 
 def aligned(table: Table) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.inputs import parse_json, read_text
-from pytest_moe_routing.oracle.record import KINDS, Record
+from pytest_moe_routing.oracle.record import KINDS, Record, UnansweredRecord
 
 FORMAT = 2
 #: A run of every model against one target writes 1 MB, and 3 kB in a line.
@@ -55,7 +56,7 @@ def load_document(file: Path) -> list[Record]:
     data = parse_json(read_text(file, MAX_BYTES), str(file))
     _check_format(data, str(file))
     found: list[Record] = []
-    for name in ("verdicts", "tests"):
+    for name in ("verdicts", "tests", "unanswered"):
         rows = data.get(name, [])
         if not isinstance(rows, list):
             raise MoERoutingError(f"{file}: {name}: found {_show(rows)}, expected a list")
@@ -99,6 +100,8 @@ def _show(value: object) -> str:
 def merge(files: Iterable[Path]) -> list[Record]:
     """Return the records of several runs; the same one twice is one.
 
+    Counts of questions without an answer are added up.
+
     Raises:
         MoERoutingError: A file cannot be read or is there twice, or two of them disagree.
     """
@@ -110,6 +113,12 @@ def merge(files: Iterable[Path]) -> list[Record]:
             raise MoERoutingError(f"{file}: the file was given twice")
         read.add(place)
         for record in load(file):
+            if isinstance(record, UnansweredRecord):
+                # Each run may have asked about models of its own.
+                same = merged.get(record.key)
+                count = same.count if isinstance(same, UnansweredRecord) else 0
+                merged[record.key] = replace(record, count=record.count + count)
+                continue
             before = merged.setdefault(record.key, record)
             first = origin.setdefault(record.key, file)
             if places := _conflicts(before, record):

@@ -30,7 +30,28 @@ def note(
         record_property(PROPERTY, given)
 
 
-def _told(sentence: str, count: int) -> str:
+#: Tests that are skipped as a whole; pytest counts and lists these itself.
+TESTS = "whole tests: {n} test{s} {are} not judged"
+
+
+def questions_of(properties: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+    """Yield what a test could not ask, by its properties: a sentence, the reason and a count."""
+    for sentence, counts in properties.get(PROPERTY, {}).items():
+        for reason, count in counts.items():
+            yield sentence, reason, count
+    # A verdict that is not given is a record of its own.
+    is_told = PROPERTY in properties or "moe_verdict" in properties
+    if "moe_not_judged" in properties and not is_told:
+        yield TESTS, properties["moe_not_judged"]["reason"], 1
+
+
+def without_count(sentence: str) -> str:
+    """Return what is not judged, for a count that stands elsewhere."""
+    return " ".join(sentence.format(n="", s="s", are="are").split())
+
+
+def told(sentence: str, count: int) -> str:
+    """Return a sentence with its count."""
     is_one = count == 1
     return sentence.format(n=count, s="" if is_one else "s", are="is" if is_one else "are")
 
@@ -41,8 +62,8 @@ class Unanswered:
     def __init__(self) -> None:
         self._counts: dict[str, Counter[str]] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._counts)
+    def __len__(self) -> int:
+        return sum(counts.total() for counts in self._counts.values())
 
     def add(self, properties: Mapping[str, Any]) -> None:
         """Add the counts of a test, by its properties."""
@@ -53,12 +74,12 @@ class Unanswered:
         """Yield a line for each sentence and reason; or for each area, if not all are asked for."""
         if every:
             for sentence, counts in self._counts.items():
-                yield _told(sentence, counts.total())
+                yield told(sentence, counts.total())
                 yield from (f"  {count} x {reason}" for reason, count in counts.most_common())
             return
         areas: dict[str, list[str]] = {}
         for sentence, counts in self._counts.items():
-            area, _, what = _told(sentence, counts.total()).partition(": ")
+            area, _, what = told(sentence, counts.total()).partition(": ")
             areas.setdefault(area, []).append(what)
         lines = [f"{area}: {'; '.join(found)}" for area, found in areas.items()]
         yield from (*lines[:-1], *(f"{line}; -v lists the reasons" for line in lines[-1:]))

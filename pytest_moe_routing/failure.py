@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
@@ -15,6 +15,8 @@ from pytest_moe_routing.escape import printable
 PROPERTY = "moe_failures"
 #: Where a line that does not fit ends.
 CUT = "..."
+#: What a line with a reason starts with.
+_BECAUSE = "  because  "
 #: Lines of one block, and characters of a line.
 _BLOCK = 15
 _WIDTH = 100
@@ -106,7 +108,7 @@ class Failure:
         tail = [f"  cause    {self.cause}"]
         if self.entry:
             tail.append(f"  known    in other cases: {self.entry} does not list these")
-        lines = list(self.lines if width is None else self.brief or self.lines)
+        lines = list(self.lines if width is None else _packed(self.brief or self.lines))
         also = list(elsewhere)
         if others and self.rank is not Rank.LOST:
             also.insert(0, _listed(f"{len(others)} more: ", others))
@@ -129,6 +131,22 @@ def cause_id(*parts: str) -> str:
 def few(names: Sequence[str]) -> str:
     """Return the first of many names, and how many others there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+
+
+def _packed(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines, reasons that follow each other on one as far as they fit."""
+    last = ""
+    for line in lines:
+        reason = line.removeprefix(_BECAUSE)
+        joined = f"{last}; {reason}"
+        if last.startswith(_BECAUSE) and reason != line and len(joined) <= _WIDTH:
+            last = joined
+            continue
+        if last:
+            yield last
+        last = line
+    if last:
+        yield last
 
 
 def _listed(start: str, names: Sequence[str]) -> str:

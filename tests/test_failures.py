@@ -13,7 +13,7 @@ def wrong(model, scheme, site, reach):
     lines = (f"{model} on {scheme}: wrong", "  kernel   k", "  because  of the scale")
     return Failure(
         f"wrong:scale:{site}", Rank.SILENT, f"{model} {scheme}", lines, site=site, reach=reach,
-        brief=(lines[0], lines[2]),
+        brief=(lines[0], lines[2], "  because  of the bias", f"  because  {80 * 'x'}", lines[1]),
     )
 
 def latent(number):
@@ -47,7 +47,9 @@ def test_it(case, request):
 """
 BRIEF = """\
 ___ m1 on nvfp4: wrong ___
-  because  of the scale
+  because  of the scale; of the bias
+  because  xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+  kernel   k
   also     wrong:scale:B->g: m2 bf16, m3 bf16 (nobody); wrong:scale:C->h: m5 mxfp8
   cause    wrong:scale:A->f
 ___ m4 on nvfp4: crash ___

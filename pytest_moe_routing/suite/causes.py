@@ -372,7 +372,7 @@ def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
         failures = [of_verdict(found.record()) for found in cause.concerned]
         return list({failure.cause: failure for failure in reversed(failures)}.values())
     record = cause.example.record()
-    configs = "1 config" if cause.count == 1 else f"{cause.count} configs"
+    configs = f"{cause.count} config{'s' * (cause.count > 1)}"
     settings = ", ".join(f"{name}: {value}" for name, value in cause.settings.items())
     if cause.verdict is Verdict.MISSED:
         what = ": ".join(next(iter(record.rejected_by.items()), ()))
@@ -387,6 +387,9 @@ def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:
     # A method that is lost is a cause of its own; what is wrong or crashes is one for all methods.
     lost = cause.methods[0] if cause.verdict is Verdict.MISSED else ""
     name = "behind-gates" if behind_gates else "sweep"
-    identity = cause_id(name, cause.verdict, lost, "+".join(parts))
+    fields = "+".join(parts)
+    identity = cause_id(name, cause.verdict, lost, fields)
     differs = tuple(cause_id(name, cause.verdict, lost, part) for part in parts)
-    return [Failure(identity, Rank.LATENT, cause.scheme, lines, differs=differs)]
+    # Whatever rejects a method that is lost, the method is the defect.
+    site = fields if lost else ""
+    return [Failure(identity, Rank.LATENT, cause.scheme, lines, site=site, differs=differs)]

@@ -30,7 +30,9 @@ NOTHING_SPECIAL = {
     "shared_experts": False,
     "custom_routing": None,
     "custom_problem": None,
-    "activation": {},
+    "activation": "silu",
+    "parameters": {},
+    "has_bias": False,
 }
 #: What a layer is asked for when all is right.
 RIGHT = {
@@ -49,7 +51,7 @@ RIGHT = {
         "shared_experts": True,
     },
     "qwen3-30b-a3b": {"num_experts": 128, "top_k": 8},
-    "gpt-oss-20b": {"num_experts": 32, "top_k": 4},
+    "gpt-oss-20b": {"num_experts": 32, "top_k": 4, "activation": "swigluoai", "has_bias": True},
     "deepseek-v2": {
         "num_experts": 160,
         "top_k": 6,
@@ -79,7 +81,8 @@ RIGHT["minimax-m3"] = {
     "logits_dtype": "float32",
     "gate_dtypes": ["float32"],
     "shared_experts": True,
-    "activation": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+    "activation": "swigluoai_uninterleave",
+    "parameters": {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
 }
 RIGHT["hy4-preview"] = {
     **RIGHT["minimax-m3"],
@@ -87,14 +90,16 @@ RIGHT["hy4-preview"] = {
     "top_k": 8,
     "routed_scaling_factor": 2.827,
     "router_weight_dtypes": ["float32"],
-    "activation": {"swiglu_limit": 10.0},
+    "activation": "silu",
+    "parameters": {"swiglu_limit": 10.0},
 }
 RIGHT["kimi-k3"] = {
     **RIGHT["minimax-m3"],
     "num_experts": 896,
     "top_k": 16,
     "routed_scaling_factor": MODELS["kimi-k3"].router.routed_scaling_factor,
-    "activation": {"activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0},
+    "activation": "situ",
+    "parameters": {"activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0},
 }
 RIGHT["minimax-m2"] = {
     **RIGHT["minimax-m3"],
@@ -102,7 +107,9 @@ RIGHT["minimax-m2"] = {
     "top_k": 8,
     "routed_scaling_factor": 1.0,
     "router_weight_dtypes": ["float32"],
-    "activation": {},
+    "activation": "silu",
+    "parameters": {},
+    "has_bias": False,
 }
 RIGHT["deepseek-r1"] = {
     **RIGHT["glm-5"],

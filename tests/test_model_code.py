@@ -42,10 +42,10 @@ def test_the_right_request_has_no_problem(name):
             {"routed_scaling_factor": 1.0, "output_factor": 2.5, "shared_experts": False},
         ),
         # What it does not state is not compared; an alpha of 1 and a beta of 0 change nothing.
-        ("minimax-m3", {"activation": {}}),
-        ("hy4-preview", {"activation": {"swiglu_alpha": 1.0, "swiglu_beta": None}}),
-        ("qwen3-30b-a3b", {"activation": {"swiglu_limit": None, "swiglu_beta": 0.0}}),
-        ("qwen3-30b-a3b", {"activation": {"activation_situ_beta": 4.0}}),
+        ("minimax-m3", {"parameters": {}}),
+        ("hy4-preview", {"parameters": {"swiglu_alpha": 1.0, "swiglu_beta": None}}),
+        ("qwen3-30b-a3b", {"parameters": {"swiglu_limit": None, "swiglu_beta": 0.0}}),
+        ("qwen3-30b-a3b", {"parameters": {"activation_situ_beta": 4.0}}),
     ],
 )
 def test_what_means_the_same_is_no_problem(name, changes):
@@ -109,31 +109,36 @@ def test_what_means_the_same_is_no_problem(name, changes):
             "the router's weight, float32 in checkpoints, is downcast to bfloat16",
         ),
         ("qwen3-30b-a3b", {"renormalize": False}, "renormalize: the model has softmax"),
+        (
+            "qwen3-30b-a3b",
+            {"activation": "silu_no_mul"},
+            "gated: the model has yes, the model code asks for no",
+        ),
         ("gpt-oss-20b", {"top_k": 2}, "top_k: the model has 4"),
         (
             "minimax-m3",
-            {"activation": {"swiglu_beta": 0.0}},
+            {"parameters": {"swiglu_beta": 0.0}},
             "activation_beta: the model has 1, the model code asks for 0 (swiglu_beta=0.0)",
         ),
         (
             "minimax-m3",
-            {"activation": {"swiglu_alpha": None}},
+            {"parameters": {"swiglu_alpha": None}},
             "activation_alpha: the model has 1.702, the model code asks for none "
             "(swiglu_alpha=None)",
         ),
         (
             "hy4-preview",
-            {"activation": {"swiglu_limit": None}},
+            {"parameters": {"swiglu_limit": None}},
             "activation_limit: the model has 10, the model code asks for none (swiglu_limit=None)",
         ),
         (
             "qwen3-30b-a3b",
-            {"activation": {"swiglu_limit": 7.0}},
+            {"parameters": {"swiglu_limit": 7.0}},
             "activation_limit: the model has none, the model code asks for 7 (swiglu_limit=7.0)",
         ),
         (
             "kimi-k3",
-            {"activation": {"activation_situ_linear_beta": None}},
+            {"parameters": {"activation_situ_linear_beta": None}},
             "activation_beta: the model has 25, the model code asks for none "
             "(activation_situ_linear_beta=None)",
         ),
@@ -185,7 +190,7 @@ def test_a_limit_that_a_config_class_fills_in_is_not_compared():
     assert compare_request(unlimited, request).findings == ()
 
 
-def FusedMoE(num_experts, top_k, swiglu_limit=None, swiglu_beta=None):  # noqa: N802
+def FusedMoE(num_experts, top_k, activation="silu", swiglu_limit=None, swiglu_beta=None):  # noqa: N802
     raise NotImplementedError("the probe replaces it")
 
 
@@ -212,7 +217,8 @@ def test_what_a_block_states_is_told_from_the_defaults_of_its_layer(monkeypatch)
         output = probe.run(module, 64)
     block = probe.Block("a.ClampedBlock", "", module)
     answer = probe.answer_of(block, layers, output, dtypes, MODELS["qwen3-30b-a3b"].router)
-    assert answer["activation"] == {"swiglu_limit": None}
+    assert answer["parameters"] == {"swiglu_limit": None}
+    assert (answer["activation"], answer["has_bias"]) == ("silu", False)
 
 
 def test_a_factor_on_the_whole_block_is_on_the_shared_experts_too():

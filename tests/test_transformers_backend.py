@@ -53,6 +53,11 @@ def test_blocks_that_vllm_routes(vllm):
         assert findings(vllm, "laguna-xs.2") == {("scale", 2.5, 1.0)}
 
 
+def test_activations_that_vllm_takes_for_silu(vllm):
+    assert findings(vllm, "minimax-m3") >= {("activation", "swigluoai", "silu")}
+    assert findings(vllm, "gpt-oss-20b") == set()
+
+
 def test_blocks_that_transformers_routes(vllm):
     assert vllm.backend_request(MODELS["llama-4-scout"]) is None
 

@@ -200,8 +200,8 @@ ASKED = {
     "deepseek-r1": {"0.21": []},
     "deepseek-v3.2": {"0.21": [ROUNDS]},
     # The gate was bfloat16: vLLM PR 47970.
-    "glm-5": {"0.21": [ROUNDS], "0.30": []},
-    "hy4-preview": {"0.30": [TELLS_NOTHING]},
+    "glm-5": {"0.21": [ROUNDS], "0.26": []},
+    "hy4-preview": {"0.29": [TELLS_NOTHING]},
     "laguna-s-2.1": {"0.21": [TELLS_NOTHING]},
     "llama-4-scout": {"0.21": []},
     "qwen3-next-80b-a3b": {"0.21": []},

@@ -51,6 +51,12 @@ MISTAKES = (
         "swiglu_limit=None,",
     ),
     (
+        "model_executor/models/nemotron_h.py",
+        "activation=activation_without_mul(config.mlp_hidden_act),",
+        "",
+    ),
+    ("model_executor/models/gpt_oss.py", "            has_bias=True,\n", ""),
+    (
         f"{PREPARE}/naive_dp_ep.py",
         "            a1q,\n            router_logits,\n            is_",
         "            a1q,\n            router_logits.to(torch.bfloat16),\n            is_",
@@ -150,3 +156,16 @@ def test_activations_that_are_prepared_wrongly(target):
     ]
     # With tokens gathered, another step prepares them.
     assert {finding.switches for finding in found.findings} == {""}
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("nemotron-3-nano", "activation: the model has relu2, the model code asks for silu (act"),
+        ("gpt-oss-20b", "biases of the experts: the model has yes, the model code asks for no ("),
+    ],
+)
+def test_experts_that_are_not_the_models(target, model, text):
+    found = compare_request(MODELS[model], target.layer_request(MODELS[model]))
+    [sentence] = code_sentences(found)
+    assert sentence.startswith(text)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.calls import PARAMETERS
-from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind
+from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind, Value
 from pytest_moe_routing.routing import Recipe, recipe_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ _FIELDS = (
     "scale",
     "weight_on",
 )
+#: Keys of `ExpertsConfig` that mean something else in a recipe.
+_EXPERTS = {"bias": "biases of the experts"}
 #: What the parameters of an activation are when they change nothing, by key of `ExpertsConfig`.
 _NEUTRAL = dict(PARAMETERS.values())
 
@@ -62,8 +64,9 @@ class LayerRequest:
         rounds_logits: Why logits of lesser precision than the model's are no defect.
         switch: What a server is started with for this code to run; empty if nothing is needed.
         bias_is_loaded: Whether loading a checkpoint fills the bias that the layer reads.
-        activation: The parameters of the experts' activation that the model code states, by key of
-            `ExpertsConfig`; None where it states that there is none.
+        experts: What the model code states of the experts, by key of `ExpertsConfig`: their
+            activation, whether they are gated and have biases, and the activation's parameters,
+            None where it states that there is none.
     """
 
     block: str
@@ -82,7 +85,7 @@ class LayerRequest:
     bias_is_loaded: bool = True
     switch: str = ""
     config_class: str = ""
-    activation: Mapping[str, float | None] = field(default_factory=dict)
+    experts: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,20 +160,24 @@ def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
         findings.append(NOT_LOADED)
     if wanted.bias and (wanted.bias_dtype, asked.bias_dtype) == _ROUNDED:
         findings.append(Finding(Kind.DOWNCAST, "bias", *_ROUNDED))
-    findings += _activation(model, request)
+    findings += _experts(model, request)
     unequal, notes = _logits(router.logits_dtype, request)
     if not unequal and (router.router_weight_dtype, request.router_weight_dtype) == _ROUNDED:
         unequal.append(Finding(Kind.DOWNCAST, "router weight", *_ROUNDED))
     return CodeJudgement(model, request, asked, (*findings, *unequal), tuple(notes), example)
 
 
-def _activation(model: ModelSpec, request: LayerRequest) -> Iterator[Finding]:
-    """Yield the parameters of the activation that the model code states otherwise."""
-    for name, theirs in request.activation.items():
+def _experts(model: ModelSpec, request: LayerRequest) -> Iterator[Finding]:
+    """Yield what the model code states otherwise of the experts."""
+    for name, theirs in request.experts.items():
         ours = getattr(model.experts, name)
-        values = [_NEUTRAL[name] if value is None else value for value in (ours, theirs)]
-        if not math.isclose(*values):
-            yield Finding(Kind.RECIPE, name, ours, theirs, request.passed.get(name, ""))
+        values: list[Any] = [_NEUTRAL.get(name) if v is None else v for v in (ours, theirs)]
+        is_same = math.isclose(*values) if name in _NEUTRAL else ours == theirs
+        # Whether there is a gate follows from the activation.
+        follows = name == "gated" and request.experts.get("activation") != model.experts.activation
+        if not is_same and not follows:
+            field = _EXPERTS.get(name, name)
+            yield Finding(Kind.RECIPE, field, ours, theirs, request.passed.get(field, ""))
 
 
 def _logits(wanted: str, request: LayerRequest) -> tuple[list[Finding], list[Finding]]:

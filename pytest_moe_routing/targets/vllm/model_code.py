@@ -28,6 +28,8 @@ from pytest_moe_routing.targets.source import Source
 
 _CHILD = "pytest_moe_routing.targets.vllm.probe.model_code"
 _BACKEND = "pytest_moe_routing.targets.vllm.probe.backend"
+#: Activations that vLLM names otherwise.
+_ACTIVATIONS = {"gelu_tanh": "gelu", "swigluoai_uninterleave": "swigluoai"}
 #: The arguments of vLLM's layer for the parameters of an activation, by key of `ExpertsConfig`.
 _SWIGLU = {
     "activation_limit": "swiglu_limit",
@@ -65,7 +67,9 @@ class _Asked(TypedDict):
     shared_experts: bool
     custom_routing: str | None
     custom_problem: str | None
-    activation: dict[str, float | None]
+    activation: str
+    parameters: dict[str, float | None]
+    has_bias: bool
 
 
 class _Split(TypedDict):
@@ -229,9 +233,11 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
         "weight_on": said("apply_router_weight_on_input"),
         "logits_dtype": said("router_logits_dtype"),
     }
-    activation = _activation(answer["activation"], row, model)
+    parameters = _parameters(answer["parameters"], row, model)
     arguments = _arguments_of(model)
-    passed |= {name: f"{arguments[name]}={value!r}" for name, value in activation.items()}
+    passed |= {name: f"{arguments[name]}={value!r}" for name, value in parameters.items()}
+    passed |= {"activation": said("activation"), "biases of the experts": said("has_bias")}
+    kind, no_gate, _ = answer["activation"].partition("_no_mul")
     groups_count = bool(answer["use_grouped_topk"] and answer["num_expert_group"])
     factor = answer["routed_scaling_factor"]
     recipe, otherwise = recipe_of(model.router), None
@@ -275,7 +281,12 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
         own_factor=row.get("own_factor", 1.0) if has_shared else 1.0,
         otherwise=otherwise,
         rounds_logits=row.get("rounds_logits"),
-        activation=activation,
+        experts={
+            "activation": _ACTIVATIONS.get(kind, kind),
+            "gated": not no_gate,
+            "bias": answer["has_bias"],
+            **parameters,
+        },
     )
 
 
@@ -283,7 +294,7 @@ def _arguments_of(model: ModelSpec) -> Mapping[str, str]:
     return _SITU if model.experts.activation == "situ" else _SWIGLU
 
 
-def _activation(
+def _parameters(
     stated: Mapping[str, float | None], row: Mapping[str, Any], model: ModelSpec
 ) -> dict[str, float | None]:
     """Return the parameters of the activation that model code states, by key of `ExpertsConfig`.

@@ -52,7 +52,7 @@ _SIZES = {
 }
 _LATENT = 32
 #: Arguments of a layer that are parameters of the experts' activation.
-_ACTIVATION = (
+_PARAMETERS = (
     "swiglu_limit",
     "swiglu_alpha",
     "swiglu_beta",
@@ -254,7 +254,9 @@ def _answer(layer: Recorder, output: Tensor, router: RouterConfig) -> dict[str, 
         "shared_experts": asked.get("shared_experts") is not None,
         "custom_routing": None if custom is None else getattr(custom, "__qualname__", str(custom)),
         "custom_problem": None if custom is None else _custom_problem(custom, asked, router),
-        "activation": {name: asked[name] for name in _ACTIVATION if name in layer.stated},
+        "activation": asked["activation"],
+        "parameters": {name: asked[name] for name in _PARAMETERS if name in layer.stated},
+        "has_bias": bool(asked.get("has_bias")),
     }
 
 

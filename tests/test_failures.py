@@ -64,8 +64,7 @@ crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]
 2 x weights differ (m6)  [router:weights:A]
 1 more combine these; -v shows each in full
-7 tests failed: 3 shown above with their causes (failed), 4 more with these
-  causes (repeated)
+7 tests failed: 3 shown above (failed), 4 with the same causes (repeated)
 """
 
 
@@ -109,8 +108,8 @@ def test_counts_add_up_with_those_that_are_expected(host):
     assert result.parseoutcomes() == counts
     result.stdout.fnmatch_lines(
         [
-            "8 tests failed: 6 shown above with their causes (failed), 1 more with these",
-            "  causes (repeated), 1 accepted as known (xfailed)",
+            "8 tests failed: 6 shown above (failed), 1 with the same causes (repeated), 1",
+            "  accepted as known (xfailed)",
         ]
     )
     host.makepyfile(test_own="def test_plain(): assert 0")
@@ -178,8 +177,7 @@ def test_what_another_test_finds_again_is_one_block(host):
         "___ m1 mxfp8: silent ___",
         "  also     1 more: m2 mxfp8",
         "  cause    silent",
-        "9 tests failed: 4 shown above with their causes (failed), 5 more with these",
-        "  causes (repeated)",
+        "9 tests failed: 4 shown above (failed), 5 with the same causes (repeated)",
     ]
 
 

@@ -222,8 +222,8 @@ class Grouping:
         if not counts[_SAME] or reporter.verbosity < 0:
             return
         parts = [
-            f"{counts['failed']} shown above with their causes (failed)",
-            f"{counts[_SAME]} more with these causes (repeated)",
+            f"{counts['failed']} shown above (failed)",
+            f"{counts[_SAME]} with the same causes (repeated)",
         ]
         if counts["xfailed"]:
             parts.append(f"{counts['xfailed']} accepted as known (xfailed)")

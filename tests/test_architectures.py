@@ -12,6 +12,9 @@ from wheels import wheels_since
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.data import read_data
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.models.huggingface.families import table
 from pytest_moe_routing.targets import load_target
 from pytest_moe_routing.targets.architectures import patterns
 from pytest_moe_routing.targets.drift import examine
@@ -164,3 +167,21 @@ def test_what_is_not_described_is_in_the_registry(package, wheel):
     if Source.at(package, wheel).version == data["read"]:
         names = classes.registered()
         assert [p for p in patterns(data) if not fnmatch.filter(names, p)] == []
+
+
+@pytest.mark.parametrize(
+    ("package", "wheel"), NEWEST, ids=lambda value: getattr(value, "stem", value)
+)
+def test_a_packaged_model_runs_the_code_of_each_architecture(package, wheel):
+    """A family whose experts have code of their own needs a model, or a reason in the table."""
+    data = read_data("pytest_moe_routing.targets", package, "architectures.yaml")
+    stated = {name for row in data["not_in_zoo"] for name in row["names"]}
+    classes = load_target(f"{package}@{wheel}", FlashInfer.of(None))._classes
+    known = {*table().by_name, *table().wrappers} & set(classes.registered())
+    code = {name: classes.callers(name, data["layers"]) for name in known}
+    packaged = {model.architecture for model in load_models(packaged_directory()).values()}
+    run = {place for name in packaged & known for place in code[name]}
+    without = {name for name in known if code[name] - run}
+    assert without <= stated, f"no packaged model runs the experts of {sorted(without - stated)}"
+    if Source.at(package, wheel).version == data["read"]:
+        assert stated <= without, f"packaged models run the experts of {sorted(stated - without)}"

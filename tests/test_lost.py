@@ -82,10 +82,10 @@ def test_a_release_without_a_row_is_held_to_the_row_before_it():
         return found and (found.release, found.by_default)
 
     assert of("vllm", "0.22.1") == of("vllm", "0.29.3") == ("0.22.1", True)
-    assert of("vllm", "0.33.0") == of("vllm", "99.0") == of("vllm", "main") == ("0.32.0", True)
+    assert of("vllm", "0.33.0") == of("vllm", "99.0") == of("vllm", "main") == ("0.33.0", True)
     assert of("vllm", "0.21.0") is None
     assert of("flashinfer", "0.7.2") is None
-    assert expected_kernel("vllm", "0.33.0", "kimi-k2", "mxint4") == Expected("0.32.0", False)
+    assert expected_kernel("vllm", "0.33.0", "kimi-k2", "mxint4") == Expected("0.33.0", False)
     assert expected_kernel("vllm", "0.33.0", "llama-4-scout", "nvfp4") is None
 
 

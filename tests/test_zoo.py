@@ -270,6 +270,10 @@ def config_of(model):
         config["topk_method"] = "group_limited_greedy"
     if family.name == "bailing_moe_v2":
         config |= {"moe_router_enable_expert_bias": True, "router_dtype": "fp32"}
+    if family.name == "cohere2_moe":
+        config["expert_selection_fn"] = model.router.scoring_func
+    if family.name == "llada2_moe":
+        config |= {"moe_router_enable_expert_bias": True, "score_function": "sigmoid"}
     if family.name in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm5_next_text"):
         config |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     if family.name == "gemma4_text":

@@ -91,10 +91,14 @@ class ModelClasses:
         Code that it does not import is not searched, such as that of an inner model that its config
         names.
         """
+        return bool(self.callers(architecture, names))
+
+    def callers(self, architecture: str, names: Collection[str]) -> frozenset[Place]:
+        """Return the definitions of an architecture's code that call one of these; see `calls`."""
         if not self._may_call(architecture, names):
-            return False
+            return frozenset()
         reached = self._reached(architecture)
-        return any(not self._read(place).called.isdisjoint(names) for place in reached)
+        return frozenset(p for p in reached if not self._read(p).called.isdisjoint(names))
 
     def _may_call(self, architecture: str, names: Collection[str]) -> bool:
         """Return whether a module that an architecture's code imports has such a call in it."""

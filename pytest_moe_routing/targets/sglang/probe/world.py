@@ -304,7 +304,7 @@ class _Linear(layers.ZeroLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.skip_bias_add, self.reduce_results = False, False
+        self.skip_bias_add, self.reduce_results, self.tp_group = False, False, None
         self.output_size_per_partition = self.output_size
         self.input_size_per_partition = self.input_size
 

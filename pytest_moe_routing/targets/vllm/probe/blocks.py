@@ -78,7 +78,9 @@ class Recorder(nn.Module):
         self.stated = frozenset(stated)
         self.hidden_size = hidden_size
         self.moe_config = SimpleNamespace(
-            hidden_dim=arguments.get("hidden_size"), is_sequence_parallel=False
+            hidden_dim=arguments.get("hidden_size"),
+            is_sequence_parallel=False,
+            should_defer_moe_finalize=lambda num_tokens: False,
         )
         self.is_internal_router = arguments.get("gate") is not None
         self.logits: Tensor | None = None

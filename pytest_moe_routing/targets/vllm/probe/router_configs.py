@@ -117,9 +117,9 @@ def _gemma4() -> Case:
     def function(
         hidden_states: Any, gating_output: Tensor, topk: int, renormalize: bool
     ) -> tuple[Tensor, Tensor]:
-        if names.has("routing-gemma4-router"):
+        if names.has("routing-gemma4-method"):
             router = SimpleNamespace(per_expert_scale=factors)
-            routed = names.get("routing-gemma4-router").routing_function
+            routed = names.get("routing-gemma4-method")
             module = stubs.real_module(kernel.module)
             # Triton's kernel does not run here.
             with patch.object(module, kernel.path, in_torch):

@@ -57,6 +57,11 @@ MISTAKES = (
     ),
     ("model_executor/models/gpt_oss.py", "            has_bias=True,\n", ""),
     (
+        "transformers_utils/configs/mistral.py",
+        'config["norm_topk_prob"] = True',
+        'config["norm_topk_prob"] = False',
+    ),
+    (
         f"{PREPARE}/naive_dp_ep.py",
         "            a1q,\n            router_logits,\n            is_",
         "            a1q,\n            router_logits.to(torch.bfloat16),\n            is_",
@@ -169,3 +174,9 @@ def test_experts_that_are_not_the_models(target, model, text):
     found = compare_request(MODELS[model], target.layer_request(MODELS[model]))
     [sentence] = code_sentences(found)
     assert sentence.startswith(text)
+
+
+def test_a_config_that_is_made_of_mistrals_own_format(target):
+    model = MODELS["mistral-large-3"]
+    found = compare_request(model, target.layer_request(model))
+    assert "renormalize: the model has softmax" in "\n".join(code_sentences(found))

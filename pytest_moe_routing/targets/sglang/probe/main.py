@@ -265,7 +265,7 @@ class Blocks:
             made = f"{len(seen.layers)} MoE layers and {len(seen.topks)} TopK layers"
             raise Unsupported(why or f"the block makes {made}, not one of each")
         ((declared, place),) = seen.layers
-        method = None if declared is None else declared.name
+        method = None if declared is None else self.names.get("methods")(declared).name
         answer |= {"place": place, "declared": method, "shared": seen.shared}
         if not (answer["refused"] or answer["failed"]):
             answer |= self._call(output, seen)

@@ -128,7 +128,10 @@ def install(root: str, flashinfer: str, version: str, place: str) -> None:
         kinds = ("module", "shared")
         modules = {_full(row[k]) for row in blocks().values() for k in kinds if k in row}
         prepares = {_prepares(row)[0] for row in blocks().values() if row.get("prepare")}
-        set_world(Apart(release.names(), root, modules | prepares))
+        rewrites = {
+            row["rewrite"].rpartition(".")[0] for row in blocks().values() if row.get("rewrite")
+        }
+        set_world(Apart(release.names(), root, modules | prepares | rewrites))
 
 
 def _full(module: str) -> str:
@@ -292,10 +295,27 @@ def _config(row: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Any, str
     latent = {key: _LATENT for name, key in row["keys"].items() if name == "latent_size"}
     latent = {key: size for key, size in latent.items() if values.get(key)}
     usual = {**sizes, **(row.get("published") or {})}
+    if row.get("rewrite"):
+        usual |= _rewritten(row["rewrite"], values)
+        values = {}
     stated = {key: value for key, value in row["stated"].items() if key not in sizes}
     return world().config(
         kind, row["nested"], {**usual, **values, **latent}, {**usual, **stated, **latent}
     )
+
+
+def _rewritten(function: str, experts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config.json that vLLM makes of a params.json with these `experts`.
+
+    Raises:
+        Unsupported: The release does not have the function.
+    """
+    place, _, name = function.rpartition(".")
+    module = world().module(place)
+    if not hasattr(module, name):
+        raise Unsupported(f"this release has no {function}")
+    made: Mapping[str, Any] = getattr(module, name)({"moe": dict(experts)})
+    return {key: value for key, value in made.items() if key != "moe"}
 
 
 def _layers() -> Iterator[str]:

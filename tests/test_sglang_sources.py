@@ -7,6 +7,7 @@ import pytest
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
+from pytest_moe_routing.targets.definitions import Definitions
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 
@@ -143,3 +144,33 @@ def test_a_runner_that_may_be_replaced_is_not_judged(tmp_path, architecture, lin
     server, told = sources(tmp_path, {"server_args.py": REPLACED}), Told(architecture, "fp8", "a")
     with pytest.raises(Unsupported, match=f"not judged: line {line} of the server's arguments"):
         server.replaced_runner(told)
+
+
+LITERALS = """
+Backend = Literal["naive", "allgather"]
+
+class Fields:
+    backend: A[Literal["none", "deepep"], Arg(choices=["none", "deepep"])] = "none"
+    kind: A[Optional[typing.Literal["bf16"]], "The dtype of tokens."] = None
+    read: A[Literal[tuple(names())], "Names that are found when it runs."] = None
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("Backend", ("naive", "allgather")),
+        ("Fields.backend", ("none", "deepep")),
+        ("Fields.kind", ("bf16",)),
+    ],
+)
+def test_the_literals_of_a_definition(path, values):
+    definitions = Definitions("sglang", lambda _: LITERALS, lambda _: True)
+    assert definitions.literals("sglang.srt.fields", path) == values
+
+
+@pytest.mark.parametrize("path", ["Fields.read", "Fields.other"])
+def test_a_definition_without_literals(path):
+    definitions = Definitions("sglang", lambda _: LITERALS, lambda _: True)
+    with pytest.raises(Unsupported, match=rf"sglang.srt.fields:{path} is no list of literals"):
+        definitions.literals("sglang.srt.fields", path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
+from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.escape import shorten
@@ -65,6 +67,20 @@ class Definitions:
     def node(self, module: str, path: str) -> ast.AST | None:
         """Return the syntax tree of a definition in a module; None if there is none."""
         return self._symbols(module).get(path)
+
+    def literals(self, module: str, path: str) -> tuple[Any, ...]:
+        """Return the values that a definition in a module lists as a `Literal`.
+
+        Raises:
+            Unsupported: It lists none.
+        """
+        node = self.node(module, path)
+        for part in () if node is None else ast.walk(node):
+            if isinstance(part, ast.Subscript) and ast.unparse(part.value).endswith("Literal"):
+                with suppress(ValueError):
+                    found = ast.literal_eval(part.slice)
+                    return found if isinstance(found, tuple) else (found,)
+        raise Unsupported(f"not judged: {module}:{path} is no list of literals")
 
     def places(self, module: str, dotted: str) -> list[tuple[str, str]]:
         """Return where an expression such as `mk.Base` in a module leads to, as (module, name)."""

@@ -6,7 +6,6 @@ told is the default, or that the experts are requested.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -94,11 +93,7 @@ def _all2all_backends() -> Iterator[str]:
         Unsupported: They cannot be read.
     """
     spelling = names().spelling("all2all-backends")
-    node: Any = names().definitions.node(spelling.module, spelling.path)
-    try:
-        known = ast.literal_eval(node.value.slice)
-    except (AttributeError, ValueError) as error:
-        raise Unsupported(f"not judged: {spelling} is no list of literals: {error}") from error
+    known = names().definitions.literals(spelling.module, spelling.path)
     yield from (name for name in known if name not in _REPLACED)
 
 

@@ -80,6 +80,14 @@ GPT_OSS = ("is_sm120_supported() and is_mxfp4", "get_platform().is_sm120 and is_
 ROUTED = '"flashinfer_trtllm_routed":'
 
 
+def rejecting(server):
+    """Return the line after which models that are not quantized lose that runner, and both."""
+    line = f"a2a_backend = resolved_view({server}).moe_a2a_backend\n"
+    told = f"(view := resolved_view({server})).quantization or view.moe_runner_backend"
+    indent = " " * (8 if server == "self" else 4)
+    return line, f'{line}{indent}assert a2a_backend != "flashinfer" or {told} != {ROUTED[:-1]}\n'
+
+
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
     wheels = wheels_since("0.5.18", "sglang")
@@ -111,6 +119,7 @@ def target(tmp_path_factory):
         path = split if split.exists() else root / "sglang/srt/server_args.py"
         before, assertion, after = path.read_text().partition(ROUTED)
         path.write_text(before + assertion + after.replace('"fp8",', "", 1))
+        edit(root, path.relative_to(root / "sglang/srt"), *map(rejecting, ("self", "server_args")))
         edit(root, "arg_groups/overrides.py", (APART, f'{APART} and view.quantization != "mxfp8"'))
     yield from opened(root)
 
@@ -151,15 +160,15 @@ def test_a_default_that_is_lost_names_the_function_and_what_is_used_now(target):
             "gpt-oss-120b",
             "mxfp4",
             "mxfp4:",
-            "12.0, with tp, ep, ep+eplb and 5 others",
+            "12.0, with tp, ep, ep+eplb and 4 others",
             "--moe-runner-backend ",
         ),
         (
             "qwen3-30b-a3b",
             "fp8_block",
-            "modular:the-server's-assertion-about-flashinfer_trtllm_routed",
-            "10.0, with tp, ep",
-            "the server does not start",
+            "modular:",
+            "10.0, 10.3, 12.0, with tp, ep, ep+eplb and ",
+            "the server does not start: AssertionError: Invalid quantization 'fp8'",
         ),
     ],
 )
@@ -168,12 +177,24 @@ def test_a_runner_that_is_lost_somewhere(target, model, scheme, cause, where, no
     failure, *others = [of_moved(target, scheme, moved) for moved in found.moved]
     assert not others, others
     assert failure.cause.startswith(f"lost-place:{cause}")
-    assert failure.lines[2] == f"  where    on compute capability {where}"
+    assert failure.lines[2].startswith(f"  where    on compute capability {where}")
     assert failure.lines[5].startswith(f"  now      {now}")
 
 
+def test_a_runner_that_is_lost_with_another_way_to_bring_tokens_to_experts(target):
+    found = moved_placements(target, "bf16", [MODELS["qwen3-30b-a3b"]])
+    failures = [of_moved(target, "bf16", moved) for moved in found.moved]
+    # From 0.5.20 on, TRT-LLM's other runner is replaced by this one if tokens are dispatched.
+    causes = [failure.cause.split(":")[1] for failure in failures]
+    assert causes in (["modular"], ["modular", "replaced"])
+    assert "--moe-a2a-backend flashinfer" in failures[0].lines[1]
+    assert failures[0].lines[2].startswith("  where    on compute capability 10.0, with flashinfer")
+    assert failures[0].lines[5].startswith("  now      the server does not start: AssertionError")
+    assert "handle_a2a_moe" in failures[0].lines[6]
+
+
 def test_a_runner_that_is_not_lost(target):
-    assert not moved_placements(target, "bf16", [MODELS["qwen3-30b-a3b"]]).moved
+    assert not moved_placements(target, "mxint4", [MODELS["qwen3-30b-a3b"]]).moved
 
 
 @pytest.mark.parametrize(

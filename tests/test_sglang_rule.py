@@ -99,7 +99,31 @@ def test_a_release_without_such_configs_is_known_by_its_own_router():
     assert rule(Names(config=False), run) == FORWARD
 
 
+class ServerNames:
+    """The names of a release that has a function by which others declare, or has none."""
+
+    def __init__(self, declare=None):
+        self.declare = declare
+
+    def expects(self, key):
+        assert key == "overrides-declare"
+        return self.declare is not None
+
+    def get(self, key):
+        return self.declare
+
+
 OVERRIDES = """
+def declare(server, **fields):
+    server.update(fields)
+
+def of_pass(server, function):
+    declare(server, **function(1))
+
+def of_hook(server):
+    declare(server, attention=1)
+    declare(server, moe_runner_backend="deep_gemm")
+
 def of_model(names):
     return {"moe_runner_backend": "triton"} if names else {"quantization": "fp8"}
 
@@ -120,8 +144,22 @@ def test_functions_that_may_name_a_runner_are_told_in_order():
         functions["of_none"](1)
         functions["of_model"](1)
 
-    named = [("of_model", 3, ""), ("of_all", 6, "auto"), ("of_model", 3, "triton")]
-    assert runner_rules(choose) == [
+    named = [("of_model", 13, ""), ("of_all", 16, "auto"), ("of_model", 13, "triton")]
+    assert runner_rules(ServerNames(), choose) == [
+        {"name": name, "source": f"sglang/srt/overrides.py:{line}", "instead": runner}
+        for name, line, runner in named
+    ]
+
+
+def test_a_function_that_declares_a_runner_is_told_once():
+    functions, server = code("sglang.srt.overrides", OVERRIDES), {}
+
+    def choose():
+        functions["of_pass"](server, functions["of_model"])
+        functions["of_hook"](server)
+
+    named = [("of_model", 13, "triton"), ("of_hook", 10, "deep_gemm")]
+    assert runner_rules(ServerNames(functions["declare"]), choose) == [
         {"name": name, "source": f"sglang/srt/overrides.py:{line}", "instead": runner}
         for name, line, runner in named
     ]
@@ -132,5 +170,5 @@ def test_nothing_is_watched_after_an_error():
         raise RuntimeError("no server")
 
     with pytest.raises(RuntimeError, match="no server"):
-        runner_rules(fail)
+        runner_rules(ServerNames(), fail)
     assert sys.getprofile() is None

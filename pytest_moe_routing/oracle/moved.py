@@ -27,6 +27,9 @@ _ASKED_ON: Mapping[str, tuple[str, ...]] = {
     "modular": _FAMILY,
     "cutlass": ("9.0", *_FAMILY),
     "mxfp4": _FAMILY,
+    "cutedsl": (),
+    "megamoe": (),
+    "replaced": (),
 }
 _ASKED = ("tp", "ep", "dp+ep", "allgather_reducescatter")
 #: Of each kind of experts, those that do more in one kernel: these are no loss.
@@ -35,7 +38,12 @@ _BETTER: Mapping[str, tuple[str, ...]] = {
     "modular": ("monolithic",),
     "cutlass": ("monolithic", "modular"),
     "mxfp4": (),
+    "cutedsl": (),
+    "megamoe": (),
+    "replaced": (),
 }
+#: Those of which no facts say on which GPUs FlashInfer runs them.
+_ANYWHERE = ("mxfp4", "cutedsl", "megamoe")
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ def _is_told_elsewhere(key: Key, found: Placements, by_default: bool) -> bool:
     """Return whether the loss of a place is none, or another test fails because of it."""
     experts, device, placement = key
     for better in _BETTER[experts]:
-        is_asked = by_default or found.requests[better] == found.requests[experts]
+        is_asked = by_default or found.requests.get(better) == found.requests[experts]
         if is_asked and not _is_lost(found.taken.get((better, device, placement)), by_default):
             return True
     first = found.taken.get((experts, _FIRST, placement))
@@ -147,8 +155,7 @@ def _new(known: KnownPlacements, found: Placements, scheme: str) -> Iterator[Pla
 
 def _refusal(place: Placed, scheme: str) -> Finding | None:
     """Return why FlashInfer does not run the experts on the GPU; None if it does."""
-    if place.experts == "mxfp4":
-        # Which kernel that is depends on the GPU.
+    if place.experts in _ANYWHERE:
         return None
     function = "cutlass_fused_moe" if place.experts == "cutlass" else None
     return refusal(function, scheme, place.device)

@@ -14,7 +14,7 @@ class Placed:
     """Where a target takes experts of FlashInfer; see `oracle.moved`.
 
     Attributes:
-        experts: Their kind: `monolithic`, `modular` or `cutlass`.
+        experts: Their kind; the header of each target's `placements.yaml` says which there are.
         device: The compute capability of the GPU.
         placement: How experts and tokens are shared out to GPUs.
         by_default: Whether they are taken without a switch that names them.

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.target import Target
 
 
+#: Kinds of experts whose names do not say what they are.
+_NAMES = {"replaced": "modular experts in place of monolithic ones"}
+
+
 def of_moved(target: Target, scheme: str, moved: Moved) -> Failure:
     """Return the failure of experts that run elsewhere than their release is known to run them."""
     first, rule, switches = moved.places[0], moved.rule, moved.switches
     names = (place.name for place in moved.places if place.name)
-    name = next(names, f"{first.experts} experts")
+    name = next(names, _NAMES.get(first.experts, f"{first.experts} experts"))
     how = " by default" if first.by_default else ""
     reached = reach_of(moved.models[0], scheme, switches)
     reach = text.reached(reached, switches, by_default=not switches)

@@ -17,7 +17,12 @@ def placed_by(row: Mapping[str, Any]) -> dict[str, Any]:
     first = "mxfp4" if row["runner"] == _MXFP4 else "monolithic"
     on_blackwell = (way["runner"] for way in row.get("others", ()) if "device" not in way)
     cutlass = next(on_blackwell, None)
-    kinds = {first: row["runner"], "modular": row.get("routed"), "cutlass": cutlass}
+    kinds = {
+        first: row["runner"],
+        "modular": row.get("routed"),
+        "cutlass": cutlass,
+        **row.get("placed", {}),
+    }
     runners = {
         kind: runner
         for kind, runner in kinds.items()

@@ -299,7 +299,8 @@ class SglangTarget(SglangQuestions):
         return {**self._block(model, scheme), "scheme": scheme, "told": told, "scale": scale}
 
     def asked_of_placements(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
-        return {"server": self._server(model, scheme), **placed_by(self._row(model, scheme))}
+        placed = placed_by(self._row(model, scheme))
+        return {"server": self._server(model, scheme), "scheme": scheme, **placed}
 
     def weight_path(self, model: ModelSpec, scheme: str) -> str | None:
         runner = self._runner_given(model, scheme)

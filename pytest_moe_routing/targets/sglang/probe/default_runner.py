@@ -6,14 +6,22 @@ where SGLang's documentation has it said. A layer may choose further when they l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, TypedDict
+from unittest.mock import patch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import layers, stubs
+from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
+from pytest_moe_routing.targets.sglang.probe.raised import raising, verdict_on
+from pytest_moe_routing.targets.sglang.probe.requests import module_apart
+from pytest_moe_routing.targets.sglang.probe.sources import Sources
 
 #: A server that leaves the choice to each layer.
 AUTO = "auto"
@@ -21,6 +29,13 @@ AUTO = "auto"
 FIELD = "moe_runner_backend"
 #: The one that keeps shared experts apart from the routed ones.
 APART = "disable_shared_experts_fusion"
+
+
+def server_defaults(sources: Sources) -> dict[str, Any]:
+    """Return the defaults of a server's arguments, and the lists of choices that SGLang imports."""
+    found = sources.server_defaults()
+    stubs.stand_in({name: value for name, value in found.items() if name.isupper()})
+    return found
 
 
 def layer_runner(names: Names, layer: Any) -> str:
@@ -47,6 +62,18 @@ class _Config(layers.Config):
     reads = "SGLang's code reads {!r} of the checkpoint's config"
 
 
+class _ModelConfig:
+    """SGLang's config of a model: what is not known of it is a stub."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return stubs.Stub(name)
+
+
 class _Server:
     """Arguments of a server, their defaults where not given, and what was resolved of them."""
 
@@ -59,11 +86,8 @@ class _Server:
         in_weights: Mapping[str, Any],
     ) -> None:
         vars(self).update(defaults)
-        self._model_config = stubs.known(
-            "model_config",
-            hf_config=config,
-            quantization=quantization or in_checkpoint,
-            **in_weights,
+        self._model_config = _ModelConfig(
+            hf_config=config, quantization=quantization or in_checkpoint, **in_weights
         )
         self._model_config_built_from = None
         self._quantization_explicitly_unset = False
@@ -115,15 +139,18 @@ def _resolved(
     Args:
         defaults: Of the server's arguments, and its lists of choices.
         options: Arguments that are given.
+
+    Raises:
+        Unsupported: SGLang's code does not say it here.
     """
+    if not names.expects("overrides-collect"):
+        raise Unsupported("this release chooses runners in a way that the probe does not know")
     architecture, in_checkpoint = checkpoint["architecture"], checkpoint["in_checkpoint"]
     said = {"architectures": [architecture], "model_type": "", "quantization_config": in_checkpoint}
     config = _Config({**checkpoint["config"], **said})
     method = None if in_checkpoint is None else in_checkpoint.get("quant_method")
     server = _Server(defaults, config, checkpoint["quantization"], method, checkpoint["in_weights"])
     vars(server).update(options)
-    choices = {name: value for name, value in defaults.items() if name.isupper()}
-    stubs.stand_in(choices)
     for source, declared in names.get("overrides-collect")(architecture, server, config):
         server.take(source, declared)
     for key in ("overrides-rtx", "overrides-deepseek", "overrides-quantization"):
@@ -156,12 +183,39 @@ def keeps_shared_apart(
     return bool(getattr(server, APART))
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a server does not start, and the code that says so."""
+
+    text: str
+    code: RuleAnswer
+
+
+# Reading it takes longer than all else that is done for one server.
+@cache
+def _environment() -> dict[str, str]:
+    return dict(os.environ)
+
+
+def _handle(names: Names, server: _Server) -> None:
+    """Have SGLang's code check the runner, and resolve it further, as when a server starts."""
+    # Nothing is asked about buffers for so many tokens; the usual number depends on the GPU.
+    vars(server)["chunked_prefill_size"] = -1
+    # Some of what is resolved is kept in variables.
+    with patch.object(os, "environ", dict(_environment())):
+        for key in ("overrides-moe", "overrides-all2all"):
+            spelling = names.spelling(key)
+            attrgetter(spelling.path)(module_apart(spelling.module))(server)
+    for _, declared in server._resolved_overrides:
+        vars(server).update(declared)
+
+
 def started(
     names: Names,
     defaults: Mapping[str, Any],
     checkpoint: Checkpoint,
     options: Mapping[str, Any],
-) -> Mapping[str, Any] | str:
+) -> Mapping[str, Any] | Refusal:
     """Return the arguments of a server once it is started, or why it does not start.
 
     The arguments are those of `_resolved`.
@@ -170,14 +224,16 @@ def started(
         Unsupported: SGLang's code does not say it here.
     """
     try:
-        return vars(_resolved(names, defaults, checkpoint, options))
+        server = _resolved(names, defaults, checkpoint, options)
+        _handle(names, server)
+        return vars(server)
     except Unsupported:
         raise
     except Exception as error:
         kind, text, _ = verdict_on(error, is_built=False)
         if kind != "refused":
             raise Unsupported(f"cannot determine whether a server starts: {text}") from error
-        return text
+        return Refusal(text, raising(error))
 
 
 def default_runner(names: Names, defaults: Mapping[str, Any], checkpoint: Checkpoint) -> str:

@@ -29,9 +29,11 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
     FIELD,
     Checkpoint,
+    Refusal,
     default_runner,
     keeps_shared_apart,
     layer_runner,
+    server_defaults,
     started,
 )
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
@@ -82,7 +84,7 @@ class Blocks:
         definitions = stubs.definitions("sglang", root)
         self.names = Names(Contract.of("sglang"), version, definitions, stubs.real_module)
         self.sources = Sources(self.names, root)
-        self.defaults = cache(self.sources.server_defaults)
+        self.defaults = cache(lambda: server_defaults(self.sources))
         self.enter = cache(lambda: enter(self.names, root, flashinfer, self.calls))
         torch.set_default_dtype(torch.bfloat16)
         torch.set_grad_enabled(False)
@@ -101,8 +103,6 @@ class Blocks:
         """Return the runner of a server to which none was named; see `default_runner`."""
         self.names.require("verdicts")
         self.enter()
-        if not self.names.expects("overrides-collect"):
-            raise Unsupported("this release chooses runners in a way that the probe does not know")
         return default_runner(self.names, self.defaults(), checkpoint)
 
     def keeps_shared_apart(self, runner: str, scheme: str, **told: Unpack[Checkpoint]) -> bool:
@@ -206,13 +206,10 @@ class Blocks:
         return answers[first]
 
     def rejection(self, server: Checkpoint, options: Mapping[str, Any]) -> str | None:
-        """Return why a server does not start with these arguments, as far as a model's code says.
-
-        Before 0.5.18, no model's code is asked about the arguments of a server.
-        """
+        """Return why a server does not start with these arguments; None before 0.5.18."""
         is_asked = self.names.expects("overrides-collect")
         found = is_asked and started(self.names, self.defaults(), server, options)
-        return found if isinstance(found, str) else None
+        return found.text if isinstance(found, Refusal) else None
 
     def around(self, server: Checkpoint, **question: Any) -> dict[str, dict[str, Any]]:
         """Return what becomes of each request around routing, given the arguments of `capture`."""
@@ -383,6 +380,7 @@ def _watching(names: Names, seen: _Seen) -> Iterator[None]:
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Return what answers questions about an SGLang."""
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
+    names, chosen = blocks.names, blocks.default_runner
     own = ("method_numbers", "accepted_quantizations", "default_runner", "keeps_shared_apart")
     runs = ("layer_runner", "capture", "around", "handed_over", "other_experts")
     return {
@@ -391,8 +389,8 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         **{ask.__name__: partial(ask, blocks) for ask in (layouts, other_layouts)},
         "with_tokens": partial(with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),
-        "rule": lambda **asked: rule(blocks.names, lambda: blocks.capture(**asked)),
-        "runner_rules": lambda **asked: runner_rules(lambda: blocks.default_runner(**asked)),
+        "rule": lambda **asked: rule(names, lambda: blocks.capture(**asked)),
+        "runner_rules": lambda **asked: runner_rules(names, lambda: chosen(**asked)),
     }
 
 

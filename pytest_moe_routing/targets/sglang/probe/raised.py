@@ -5,10 +5,12 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 from textwrap import shorten
+from types import FrameType
 
+from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.limits import is_missing
 from pytest_moe_routing.targets.stubs import Stub
-from pytest_moe_routing.targets.unwritten import is_unwritten, raised_in
+from pytest_moe_routing.targets.unwritten import frames_of, is_unwritten, raised_in
 
 
 def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str, str]:
@@ -22,7 +24,7 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str, str]:
     Raises:
         Exception: The error, if code does not build as FlashInfer lacks what it needs.
     """
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = frames_of(error)
     places = [_within(frame.filename) for frame in frames]
     last, place = frames[-1], places[-1]
     text = shorten(f"{type(error).__name__}: {error}", 300)
@@ -45,6 +47,21 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str, str]:
         if "routing_method_type" in line or "TopKOutput" in text:
             return "failed", f"{text} ({where}: {line})", code
     return "unknown", f"it does not build and run on a CPU: {text} ({where})", code
+
+
+def raising(error: Exception) -> RuleAnswer:
+    """Return the function of SGLang's in which an exception was raised, and its line."""
+    *_, last = (
+        f for f, _ in traceback.walk_tb(error.__traceback__) if _within(f.f_code.co_filename)
+    )
+    return place_of(last)
+
+
+def place_of(frame: FrameType) -> RuleAnswer:
+    """Return the function that a frame runs, or ran last, and its line."""
+    module = frame.f_globals["__name__"].replace(".", "/")
+    source = f"{module}.py:{frame.f_lineno}"
+    return {"name": frame.f_code.co_qualname, "source": source, "instead": ""}
 
 
 def is_of_stand_ins(error: Exception) -> bool:

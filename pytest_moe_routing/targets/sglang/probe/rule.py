@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import world
 from pytest_moe_routing.targets.sglang.probe.default_runner import FIELD
+from pytest_moe_routing.targets.sglang.probe.raised import place_of
 
 
 def rule(names: Names, run: Callable[[], Any]) -> RuleAnswer | None:
@@ -29,28 +30,41 @@ def rule(names: Names, run: Callable[[], Any]) -> RuleAnswer | None:
     def watch(frame: FrameType, event: str, value: Any) -> None:
         if event == "call" and frame.f_code is world.select_experts.__code__:
             assert frame.f_back is not None
-            routed.append(_answer(frame.f_back))
+            routed.append(place_of(frame.f_back))
         elif event == "return" and value is False and not routed and _is_asked(frame, config):
-            said_no.append(_answer(frame))
+            said_no.append(place_of(frame))
 
     _watched(run, watch)
     return next(iter(said_no[-1:] or routed), None)
 
 
-def runner_rules(choose: Callable[[], Any]) -> list[RuleAnswer]:
+def runner_rules(names: Names, choose: Callable[[], Any]) -> list[RuleAnswer]:
     """Return the functions that may name a runner, in order; `instead` is the runner, if any.
 
     Args:
         choose: Resolves the arguments of a server.
     """
     asked: list[RuleAnswer] = []
+    # Some functions return what they declare, others call one that declares it.
+    declares = None
+    if names.expects("overrides-declare"):
+        declares = names.get("overrides-declare").__code__
 
     def watch(frame: FrameType, event: str, value: Any) -> None:
         if event == "return" and isinstance(value, dict) and FIELD in frame.f_code.co_consts:
-            asked.append({**_answer(frame), "instead": str(value.get(FIELD, ""))})
+            asked.append({**place_of(frame), "instead": str(value.get(FIELD, ""))})
+        elif event == "call" and frame.f_code is declares and frame.f_back is not None:
+            runner = frame.f_locals["fields"].get(FIELD, "")
+            if runner and _gives_field(frame.f_back.f_code):
+                asked.append({**place_of(frame.f_back), "instead": str(runner)})
 
     _watched(choose, watch)
     return asked
+
+
+def _gives_field(code: CodeType) -> bool:
+    """Return whether a function calls others with the runner by its name."""
+    return any(isinstance(names, tuple) and FIELD in names for names in code.co_consts)
 
 
 def _watched(run: Callable[[], Any], watch: Callable[[FrameType, str, Any], None]) -> None:
@@ -69,12 +83,6 @@ def _is_asked(frame: FrameType, config: Any) -> bool:
         return False
     given = code.co_varnames[: code.co_argcount]
     return any(isinstance(frame.f_locals.get(name), config) for name in given)
-
-
-def _answer(frame: FrameType) -> RuleAnswer:
-    module = frame.f_globals["__name__"].replace(".", "/")
-    source = f"{module}.py:{frame.f_lineno}"
-    return {"name": frame.f_code.co_qualname, "source": source, "instead": ""}
 
 
 def line_of_model(models: str) -> str:

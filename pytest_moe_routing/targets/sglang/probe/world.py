@@ -161,6 +161,7 @@ class _Server(Options):
 
 def _utilities() -> dict[str, Any]:
     return {
+        "attn_dp_enabled_of": lambda config: config.attn_dp_size > 1,
         "add_prefix": lambda name, prefix: f"{prefix}.{name}" if prefix else name,
         "PackTopkIds": stubs.known("pack", execute=packed),
         "copy_or_rebind_param": _keep,
@@ -170,6 +171,8 @@ def _utilities() -> dict[str, Any]:
         "has_fp8_weights_in_checkpoint": lambda *_: False,
         "get_device_capability": lambda *_: _capability(),
         "get_device_sm": lambda *_: _sm(),
+        # Of models, which are none of a runner's.
+        "model_supports_deepep_v2": lambda _: True,
         "get_platform": _platform,
         "is_blackwell_supported": lambda *_: _capability() >= (10, 0),
         "is_cuda": lambda: True,

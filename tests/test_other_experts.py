@@ -19,6 +19,7 @@ from pytest_moe_routing.oracle.other_experts import other_calls
 from pytest_moe_routing.oracle.target import OtherCall, Target
 from pytest_moe_routing.report.text import sentence
 from pytest_moe_routing.suite.causes import of_other_experts
+from pytest_moe_routing.suite.placements import of_lost_others
 
 MODELS = load_models(packaged_directory())
 FLASHINFER = FlashInfer.of(known_releases()[-1])
@@ -222,12 +223,16 @@ class Experts(Target):
 
     name = "fake"
 
-    def __init__(self, calls, unknown=(), elsewhere=()):
+    def __init__(self, calls, unknown=(), elsewhere=(), runs=()):
         super().__init__(FLASHINFER)
         self.calls, self.unknown, self.elsewhere, self.asked = calls, unknown, elsewhere, []
+        self.runs = runs
 
     def version(self):
         return "1.0"
+
+    def runs_others(self, model, scheme):
+        return model.id in self.runs
 
     def other_experts(self, model, scheme):
         self.asked.append(model.id)
@@ -257,6 +262,24 @@ def test_another_model_answers_for_one_that_cannot_be_asked():
     found = other_calls(target, "bf16", [R1, MODELS["kimi-k2"]])
     assert (target.asked, found.answered) == (["deepseek-r1", "kimi-k2"], 2)
     assert found.unanswered == {"no code": 1}
+
+
+def test_a_model_that_is_known_to_run_and_cannot_be_asked_is_lost():
+    models = [R1, MODELS["kimi-k2"], SCOUT]
+    target = Experts([call()], unknown=["deepseek-r1", "llama-4-scout"], runs=["deepseek-r1"])
+    found = other_calls(target, "bf16", models)
+    # Another one of its kind answers, but the release is known to run this one as well.
+    assert (found.answered, found.unanswered) == (2, {"no code": 2})
+    assert found.lost == {"no code": [R1]}
+    failure = of_lost_others(target, "bf16", "no code", found.lost["no code"])
+    assert (failure.cause, failure.rank) == ("lost-experts:cutlass", Rank.LOST)
+    assert failure.lines == (
+        "fake 1.0, bf16: experts no longer call CUTLASS's kernels where they did",
+        "  reach    a checkpoint that anyone could produce",
+        "  models   asked about: deepseek-r1",
+        "  expected a call on each GPU that fake is known to run them on",
+        "  now      no code",
+    )
 
 
 def test_another_model_answers_for_one_that_runs_in_no_such_experts():

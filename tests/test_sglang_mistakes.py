@@ -193,6 +193,22 @@ def test_a_runner_that_is_lost_with_another_way_to_bring_tokens_to_experts(targe
     assert "handle_a2a_moe" in failures[0].lines[6]
 
 
+@pytest.mark.parametrize(
+    ("model", "scheme", "runs"),
+    [
+        # gpt-oss in MXFP4 runs in CUTLASS's kernels on Hopper, if the runner is named.
+        ("gpt-oss-120b", "mxfp4", True),
+        ("nemotron-3-nano", "bf16", True),
+        # It is in no kernel but TRT-LLM's, or nobody asks about it, or its block is not built.
+        ("deepseek-r1", "fp8_block", False),
+        ("gpt-oss-20b", "mxfp4", False),
+        ("kimi-k3", "mxfp4", False),
+    ],
+)
+def test_which_models_must_reach_other_kernels(target, model, scheme, runs):
+    assert target.runs_others(MODELS[model], scheme) is runs
+
+
 def test_a_runner_that_is_not_lost(target):
     assert not moved_placements(target, "mxint4", [MODELS["qwen3-30b-a3b"]]).moved
 

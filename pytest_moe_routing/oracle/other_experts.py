@@ -7,10 +7,11 @@ how many experts of which width it has. So one model of each kind is asked, in e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding
 from pytest_moe_routing.oracle.kinds import of_each_kind
@@ -37,20 +38,28 @@ class OtherCalls:
     Attributes:
         answered: How many models were asked or have a layer of the kind of one that was.
         unanswered: Why how many models could not be asked.
+        lost: Those of them that the target's release is known to run, by reason.
     """
 
     wrong: tuple[WrongCall, ...]
     answered: int
     unanswered: Counter[str]
+    lost: Mapping[str, Sequence[ModelSpec]]
 
 
 def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> OtherCalls:
     """Ask about a model of each kind that the target runs in such experts."""
     found: dict[tuple[OtherCall, Finding], dict[ModelSpec, Sequence[ModelSpec]]] = {}
     answered, unanswered = 0, Counter[str]()
+    lost: dict[str, list[ModelSpec]] = {}
 
     def ask(model: ModelSpec) -> tuple[OtherCall, ...]:
-        return target.other_experts(model, scheme)
+        try:
+            return target.other_experts(model, scheme)
+        except Unsupported as reason:
+            if target.runs_others(model, scheme):
+                lost.setdefault(str(reason), []).append(model)
+            raise
 
     for (model, *others), calls in of_each_kind(models, _kind, ask, unanswered):
         answered += 1 + len(others)
@@ -63,7 +72,7 @@ def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Oth
         before = together[key].findings if key in together else ()
         alike = (other for others in asked.values() for other in others)
         together[key] = WrongCall(way, (*before, finding), (*asked, *alike))
-    return OtherCalls(tuple(together.values()), answered, unanswered)
+    return OtherCalls(tuple(together.values()), answered, unanswered, lost)
 
 
 def _kind(model: ModelSpec) -> Any:

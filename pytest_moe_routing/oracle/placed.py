@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 #: A kind of experts, the compute capability of a GPU, and a placement.
 Key = tuple[str, str, str]
+#: Kinds of experts that other kernels than TRT-LLM's run, some of them on some GPUs alone.
+OTHERS = ("cutlass", "mxfp4")
 
 
 @dataclass(frozen=True)

@@ -297,6 +297,10 @@ class Target:
         """Return where the target must take its experts; None if the model is not asked about."""
         return None
 
+    def runs_others(self, model: ModelSpec, scheme: str) -> bool:
+        """Return whether the target must run a model in `other_experts`."""
+        return False
+
     def placements(self, model: ModelSpec, scheme: str) -> Placements:
         """Return where the target takes experts of FlashInfer for a model."""
         raise Unsupported(f"{self.name} takes no experts of FlashInfer")

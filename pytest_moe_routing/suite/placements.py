@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pytest_moe_routing.failure import Failure, Rank, cause_id, few
@@ -9,12 +10,33 @@ from pytest_moe_routing.oracle.judgement import reach_of
 from pytest_moe_routing.report import text
 
 if TYPE_CHECKING:
+    from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.moved import Moved
     from pytest_moe_routing.oracle.target import Target
 
 
 #: Kinds of experts whose names do not say what they are.
 _NAMES = {"replaced": "modular experts in place of monolithic ones"}
+
+
+def of_lost_others(
+    target: Target, scheme: str, reason: str, models: Sequence[ModelSpec]
+) -> Failure:
+    """Return the failure of models that no longer reach CUTLASS's kernels.
+
+    Args:
+        reason: Why a call of the kernels cannot be judged.
+    """
+    reached = reach_of(models[0], scheme, ())
+    lines = (
+        f"{target}, {scheme}: experts no longer call CUTLASS's kernels where they did",
+        f"  reach    {text.reached(reached, (), by_default=False)}",
+        f"  models   asked about: {few([model.id for model in models])}",
+        f"  expected a call on each GPU that {target.name} is known to run them on",
+        f"  now      {reason}",
+    )
+    rarity = text.rarity(reached, by_default=False)
+    return Failure(cause_id("lost-experts", "cutlass"), Rank.LOST, scheme, lines, rarity=rarity)
 
 
 def of_moved(target: Target, scheme: str, moved: Moved) -> Failure:

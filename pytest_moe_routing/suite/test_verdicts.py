@@ -120,12 +120,15 @@ def test_other_experts(
     """Experts and weights arrive in the other kernels that a server may run instead."""
     from pytest_moe_routing.oracle.other_experts import other_calls
     from pytest_moe_routing.suite.causes import of_other_experts
+    from pytest_moe_routing.suite.placements import of_lost_others
 
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     found = other_calls(_moe_framework, moe_scheme, models)
     note(_moe_property, {OTHERS: found.unanswered})
     skip_without(found, "no chosen model runs in experts of other kernels")
-    fail(_moe_property, [of_other_experts(_moe_framework, moe_scheme, w) for w in found.wrong])
+    causes = [of_other_experts(_moe_framework, moe_scheme, wrong) for wrong in found.wrong]
+    causes += [of_lost_others(_moe_framework, moe_scheme, *lost) for lost in found.lost.items()]
+    fail(_moe_property, causes)
 
 
 def test_around_call(

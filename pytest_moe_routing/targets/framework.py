@@ -13,10 +13,10 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names as FlashInferNames
 from pytest_moe_routing.flashinfer.names import listed_releases
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.placed import KnownPlacements, Placed, Placements
+from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.target import Expected, Lacking, OtherCall, Rule, Target
 from pytest_moe_routing.schemes import kernel_of
-from pytest_moe_routing.targets.expected import expected_kernel, known_placements
+from pytest_moe_routing.targets.expected import expected_kernel, is_open, known_placements
 from pytest_moe_routing.targets.kept import Store, key_of_sources
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
 from pytest_moe_routing.targets.other_experts import other_call
@@ -170,6 +170,17 @@ class FrameworkTarget(Target):
         if model.folder.parent != packaged_directory():
             return None
         return known_placements(self.package, self.version(), str(model), scheme)
+
+    def runs_others(self, model: ModelSpec, scheme: str) -> bool:
+        """Return whether this release, or the newest known one before it, runs other experts.
+
+        Those are taken for tensor parallelism on some GPU, and nothing keeps them from being asked.
+        """
+        known = self.known_placements(model, scheme)
+        places = () if known is None else known.by_default
+        runs = any(kind in OTHERS and placement == "tp" for kind, _, placement in places)
+        asked = self.package, self.version(), "test_other_experts", f"{model}-{scheme}"
+        return runs and not is_open(*asked)
 
     def asked_of_placements(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """Return the arguments of the question about places."""

@@ -114,6 +114,10 @@ MOVED = {
         lambda: replaced("modular-fp8", "_supports_parallel_config", nowhere),
         "fp8_block",
     ),
+    "no CuTe DSL": (
+        lambda: replaced("modular-cutedsl", "_supports_parallel_config", nowhere),
+        "nvfp4",
+    ),
     "no CUTLASS on Hopper": (
         lambda: replaced("modular-flashinfer-cutlass", "_supports_parallel_config", alone_only),
         "fp8_block",

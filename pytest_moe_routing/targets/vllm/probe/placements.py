@@ -56,10 +56,16 @@ class _Kind:
 
 def _kinds(scheme: str) -> tuple[_Kind, ...]:
     row = SCHEMES[scheme]
+    cutedsl = "flashinfer_cutedsl"
+    of_nvfp4 = (
+        _Kind("cutedsl", cutedsl, "modular-cutedsl"),
+        _Kind("cutedsl_batched", cutedsl, "batched-cutedsl"),
+    )
     return (
         _Kind("monolithic", "flashinfer_trtllm", row.experts),
         _Kind("modular", "flashinfer_trtllm", row.modular),
         _Kind("cutlass", "flashinfer_cutlass", "modular-flashinfer-cutlass"),
+        *(of_nvfp4 if scheme == "nvfp4" else ()),
     )
 
 

@@ -71,6 +71,20 @@ def test_default_runner_runs_what_it_does_not_route(target, monkeypatch):
     assert judge(target, MINIMAX, "nvfp4").verdict is not Verdict.CRASH
 
 
+def test_a_runner_that_is_named_and_cannot_be_given_what_another_router_chose(target, monkeypatch):
+    """SGLang's router serves the model by default; the layer for MXINT4 reads router logits."""
+    step = MODELS["step-3.5-flash"]
+    record = judge(target, step, "mxint4").record()
+    assert (record.verdict, record.by_default, record.fails) == (Verdict.CRASH, False, True)
+    assert record.opt_in == ("--moe-runner-backend flashinfer_trtllm",)
+    where = "compressed_tensors_w4a4_mxint4_moe.py-apply_weights"
+    assert record.cause == f"crash:raised-AttributeError-in-{where}"
+    assert record.findings[0].got.startswith("AttributeError: 'StandardTopKOutput' object has no")
+    # A model whose code names no method is a cause of its own, as a gate may look at that.
+    monkeypatch.setattr(target, "method_numbers", dict)
+    assert judge(target, step, "mxint4").record().cause == f"{record.cause}:Renormalize"
+
+
 def test_weights_of_less_precision_are_a_downcast(target):
     finding = Finding(Kind.DOWNCAST, "weights", "float32", "bfloat16", "trtllm_routed_moe")
     choice = target.choice(MINIMAX, "nvfp4", "MiniMax2", modular=True)

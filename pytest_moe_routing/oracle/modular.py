@@ -9,7 +9,7 @@ finalizes its output. Together they must apply it once, and on the side that the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,10 +73,10 @@ def rejected_by_method(
 
 
 def with_what_runs(target: Target, judgement: Judgement) -> Judgement:
-    """Return a crash if a case is rejected, and the experts that run by default instead raise.
+    """Return a crash if a case is rejected, and the experts that run instead raise.
 
-    Those are given experts and weights. What else is wrong with their call is not the kernel's that
-    routes.
+    Those are given experts and weights, by default or where a switch names their kernel's backend.
+    What else is wrong with their call is not the kernel's that routes.
     """
     if judgement.verdict not in (Verdict.FALLBACK, Verdict.MISSED):
         return judgement
@@ -84,12 +84,22 @@ def with_what_runs(target: Target, judgement: Judgement) -> Judgement:
     # A target that fails at these questions fails at a test of its own.
     with suppress(Unsupported, TargetError):
         if all(gate.ok for gate in target.modular_gates(model, scheme, method)):
-            findings = target.modular_findings(model, scheme)
-            raised = tuple(finding for finding in findings if finding.kind is Kind.RAISED)
+            raised = _raised(target.modular_findings(model, scheme))
             choice = target.choice(model, scheme, method, modular=True) if raised else None
             if choice is not None and choice.switches == ():
                 return replace(judgement, verdict=Verdict.CRASH, findings=raised, choice=choice)
+    if not judgement.by_choice:
+        return judgement
+    with suppress(Unsupported, TargetError):
+        if raised := _raised(target.named_findings(model, scheme)):
+            # That models name no method is a cause of its own.
+            site = "" if method in target.method_numbers() else method
+            return replace(judgement, verdict=Verdict.CRASH, findings=raised, site=site)
     return judgement
+
+
+def _raised(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    return tuple(finding for finding in findings if finding.kind is Kind.RAISED)
 
 
 #: The steps of modular experts: on which side a factor of each lies.

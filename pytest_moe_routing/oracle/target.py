@@ -226,6 +226,13 @@ class Target:
         """Return what arrives wrongly at the kernel of experts that are given ids and weights."""
         raise Unsupported(f"{self.name} records no calls of modular experts")
 
+    def named_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
+        """Return what is wrong with the call of the scheme's kernel where its backend is named.
+
+        It is given ids and weights, as the target's own router serves the model.
+        """
+        return ()
+
     def weight_path(self, model: ModelSpec, scheme: str) -> str | None:
         """Return what tells the ways apart in which weights get to the scheme's kernels.
 

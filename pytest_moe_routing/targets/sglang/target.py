@@ -39,7 +39,7 @@ from pytest_moe_routing.targets.layouts import laid_out
 from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
-from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of
+from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of, raised
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
 from pytest_moe_routing.targets.sglang.model_configs import (
     config_of,
@@ -265,6 +265,13 @@ class SglangTarget(SglangQuestions):
     def modular_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
         """Return what is wrong with the call that is given experts and weights."""
         return findings_of(self._handed_over(model, scheme), model, scheme, self.flashinfer)
+
+    def named_findings(self, model: ModelSpec, scheme: str) -> tuple[Finding, ...]:
+        """Return what is wrong where the TRT-LLM runner is named and SGLang's router chooses."""
+        answer = self._handed_over(model, scheme, self._row(model, scheme)["runner"])
+        if "failed" in answer:
+            return (raised(answer),)
+        return () if "refused" in answer else findings_of(answer, model, scheme, self.flashinfer)
 
     def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
         """Return the calls of other runners; see `FrameworkTarget.other_experts`.

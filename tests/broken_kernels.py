@@ -151,3 +151,21 @@ def other_kernels(target, models):
                 )
             ],
         )
+
+
+def elsewhere(target, models):
+    """Yield which experts are taken for FP8 per channel, as vLLM is and if gates accept it."""
+
+    def taken():
+        found = other_calls(target, "fp8_per_channel", [models["deepseek-r1"]]).wrong
+        return [
+            [wrong.call.experts, wrong.call.device, *map(sentence, wrong.findings)]
+            for wrong in found
+        ]
+
+    yield "as it is", taken()
+    for key in ("modular-flashinfer-cutlass", "modular-fp8"):
+        experts = release.names().get(key)
+        accepts = staticmethod(lambda weight_key, activation_key: True)
+        with patch.object(experts, "_supports_quant_scheme", accepts):
+            yield key, taken()

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from broken_kernels import other_kernels
+from broken_kernels import elsewhere, other_kernels
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -260,6 +260,7 @@ def main(root, flashinfer, version):
     found["devices"] = dict(devices(target, models))
     found["weights on the input"] = dict(weights_on_input(target, models))
     found["other kernels"] = dict(other_kernels(target, models))
+    found["elsewhere"] = dict(elsewhere(target, models))
     found["choices"] = dict(choices(target, models))
     for name, record in contradictions(target, models):
         found[name] = [record.verdict, record.rejected_by, list(sentences(record.findings))]

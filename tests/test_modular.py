@@ -345,3 +345,16 @@ def test_a_wrong_call_of_another_kernel_is_found(broken, mistake):
     """Every mistake once, on the way that needs the least; after it, what vLLM gets wrong itself."""
     _, _, _, *expected = broken_kernels.MISTAKES[mistake]
     assert broken["other kernels"][mistake][: len(expected)] == expected
+
+
+@pytest.mark.parametrize(
+    ("accepting", "experts"),
+    [
+        ("as it is", []),
+        ("modular-flashinfer-cutlass", ["FlashInferExperts", "Blackwell"]),
+        ("modular-fp8", ["TrtLlmFp8ExpertsModular", "Blackwell"]),
+    ],
+)
+def test_experts_that_are_taken_for_a_scheme_of_no_kernel(broken, accepting, experts):
+    fact = "no kernel of FlashInfer's that they call serves fp8_per_channel"
+    assert broken["elsewhere"][accepting] == [[*experts, fact]] * bool(experts)

@@ -14,7 +14,7 @@ from pytest_moe_routing.flashinfer.signatures import parameters
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.given import read_given
+from pytest_moe_routing.oracle.given import not_for, read_given
 from pytest_moe_routing.oracle.other_experts import other_calls
 from pytest_moe_routing.oracle.target import OtherCall, Target
 from pytest_moe_routing.report.text import sentence
@@ -343,3 +343,46 @@ def test_a_mistake_by_default_is_a_block():
         "  at       there, rank 1 of 2",
         "  models   deepseek-r1",
     )
+
+
+class Elsewhere(Experts):
+    """A target that takes experts for checkpoints that it serves in kernels of its own."""
+
+    def served_elsewhere(self, scheme):
+        return {"": Experts(self.calls), "GPTQ": Experts(self.calls)}
+
+    def choice_of_others(self, model, scheme):
+        return model.id
+
+
+def test_experts_that_are_taken_for_other_checkpoints_are_named():
+    found = other_calls(Elsewhere([call(findings=[RANK])]), "fp8_block", [R1])
+    assert found.answered == 3
+    causes = [of_other_experts(Experts([]), "fp8_block", wrong).cause for wrong in found.wrong]
+    kind = "other-experts:argument-ep_rank:Experts"
+    assert causes == [kind, kind, f"{kind}-for-GPTQ"]
+    # R1 is published in the scheme's usual format.
+    assert [bool(wrong.models[0].checkpoints) for wrong in found.wrong] == [True, True, False]
+
+
+def test_models_that_other_experts_are_chosen_for_are_of_another_kind():
+    target = Elsewhere([call()])
+    other_calls(target, "bf16", [R1, MODELS["kimi-k2"]])
+    assert target.asked == ["deepseek-r1", "kimi-k2"]
+
+
+@pytest.mark.parametrize(
+    ("function", "scheme", "fact"),
+    [
+        ("cutlass_fused_moe", "fp8_block", None),
+        ("trtllm_fp8_per_tensor_scale_moe", "fp8_per_tensor", None),
+        ("trtllm_fp8_per_tensor_scale_routed_moe", "fp8_per_tensor", None),
+        ("cutlass_fused_moe", "fp8_per_channel", "cutlass_fused_moe does not serve"),
+        ("trtllm_fp8_per_tensor_scale_moe", "fp8_per_channel", "trtllm_fp8_per_tensor_scale_moe"),
+        (None, "fp8_per_channel", "no kernel of FlashInfer's that they call serves"),
+    ],
+)
+def test_kernels_of_other_schemes(function, scheme, fact):
+    found = not_for(function, scheme)
+    assert (found is None) is (fact is None)
+    assert found is None or (found.fact.startswith(fact) and found.fact.endswith(scheme))

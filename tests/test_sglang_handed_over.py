@@ -85,6 +85,22 @@ def test_a_runner_that_is_named_and_cannot_be_given_what_another_router_chose(ta
     assert judge(target, step, "mxint4").record().cause == f"{record.cause}:Renormalize"
 
 
+def test_checkpoints_that_no_kernel_of_flashinfer_serves(target):
+    """By default their layers take Triton's runner; a server accepts TRT-LLM's by name."""
+    [other] = target.served_elsewhere("fp8_per_channel").values()
+    [call] = other.other_experts(MODELS["glm-4.5"], "fp8_per_channel")
+    assert call.requests
+    assert call.switches == ("--moe-runner-backend flashinfer_trtllm",)
+    [text] = sentences(call.findings)
+    assert text.startswith("forward: TypeError: Unexpected quant_info type for flashinfer_trtllm: ")
+    # Of the server of Marlin's kernels, no runner of FlashInfer's is left.
+    [other] = target.served_elsewhere("mxint4").values()
+    [call] = other.other_experts(MODELS["glm-4.5"], "mxint4")
+    assert (call.experts, call.findings) == ("none", ())
+    assert not other.served_elsewhere("mxint4")
+    assert not target.served_elsewhere("nvfp4")
+
+
 def test_weights_of_less_precision_are_a_downcast(target):
     finding = Finding(Kind.DOWNCAST, "weights", "float32", "bfloat16", "trtllm_routed_moe")
     choice = target.choice(MINIMAX, "nvfp4", "MiniMax2", modular=True)

@@ -16,10 +16,11 @@ from pytest_moe_routing.oracle.moved import moved_placements
 from pytest_moe_routing.oracle.other_experts import other_calls
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.suite.causes import of_layout
+from pytest_moe_routing.suite.causes import of_layout, of_other_experts
 from pytest_moe_routing.suite.placements import of_moved
 
 MODELS = load_models(packaged_directory())
+CHANNEL = "fp8_per_channel"
 RUNNER = "layers/moe/moe_runner/flashinfer_trtllm.py"
 #: What the FP8 runner of 0.5.23 does for placed experts, and the line that earlier releases have.
 PLACED = "        or topk_output.expert_location_dispatch_info is not None\n"
@@ -76,6 +77,8 @@ HALF_OF_GATE = "w13_bias_padded[:, N_pad : N_pad + N_un] = w13_bias_gate"
 
 #: RTX Blackwell no longer gets the runner of gpt-oss.
 GPT_OSS = ("is_sm120_supported() and is_mxfp4", "get_platform().is_sm120 and is_mxfp4")
+#: A runner that has no kernel for compressed-tensors' FP8 per channel gets it by default.
+GLM = 'quantization in {"modelopt_fp4", None}'
 #: What may be served with the runner of experts that are given ids and weights, but for FP8.
 ROUTED = '"flashinfer_trtllm_routed":'
 
@@ -120,6 +123,9 @@ def target(tmp_path_factory):
         before, assertion, after = path.read_text().partition(ROUTED)
         path.write_text(before + assertion + after.replace('"fp8",', "", 1))
         edit(root, path.relative_to(root / "sglang/srt"), *map(rejecting, ("self", "server_args")))
+        split = root / "sglang/srt/arg_groups/model_overrides/glm4_moe.py"
+        file = "model_overrides/glm4_moe.py" if split.exists() else "overrides.py"
+        edit(root, f"arg_groups/{file}", (GLM, GLM.replace("None", 'None, "compressed-tensors"')))
         edit(root, "arg_groups/overrides.py", (APART, f'{APART} and view.quantization != "mxfp8"'))
     yield from opened(root)
 
@@ -311,3 +317,17 @@ def test_biases_whose_halves_are_swapped_on_hopper(target):
     )
     lines = of_layout(target, "mxfp4", wrong).lines
     assert lines[1].endswith("--moe-runner-backend flashinfer_mxfp4 on Hopper")
+
+
+def test_a_default_runner_that_cannot_serve_the_checkpoint(target):
+    """What is so of GLM-4.5 by default is so of other models where the runner is named."""
+    models = [MODELS["glm-4.5"], MODELS["qwen3-235b-a22b"]]
+    found = {wrong.call.requests: wrong for wrong in other_calls(target, CHANNEL, models).wrong}
+    assert [model.id for model in found[False].models] == ["glm-4.5"]
+    assert [model.id for model in found[True].models] == ["qwen3-235b-a22b"]
+    failure = of_other_experts(target, CHANNEL, found[False])
+    where = "flashinfer_trtllm.py-fused_experts_none_to_flashinfer_trtllm"
+    assert failure.cause == f"other-experts:raised-TypeError-in-{where}:flashinfer_trtllm-runner"
+    assert "  reach    a checkpoint that anyone could produce, by default on Blackwell" in (
+        failure.lines
+    )

@@ -75,11 +75,9 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
             if found.verdict is not Verdict.EXACT:
                 judged = replace(found, model=_unpublished([found.model])[0])
                 unlike.append(UnlikeFormat(name, judged.record()))
-        others = other_calls(other, scheme, usual)
+        others = other_calls(other, scheme, usual).of_format(name)
         unanswered.update({f"{name}: {reason}": n for reason, n in others.unanswered.items()})
-        for wrong in others.wrong:
-            call = replace(wrong.call, experts=f"{wrong.call.experts} for {name}")
-            calls.append(replace(wrong, call=call, models=_unpublished(wrong.models)))
+        calls += others.wrong
     return FormatsFound(tuple(unlike), tuple(calls), tuple(layouts), unanswered)
 
 

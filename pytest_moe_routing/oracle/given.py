@@ -17,6 +17,7 @@ from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.oracle.calls import CUTLASS_ACTIVATIONS, PARAMETERS
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.scales import Scales, wrong_factor
+from pytest_moe_routing.schemes import kernel_of
 
 #: What SwigluStep clamps to where it is given no limit: SwigluStepAdaptor in FlashInfer's
 #: csrc/fused_moe/cutlass_backend/cutlass_fused_moe_kernels.cuh, 0.6.13 to 0.7.2.post1.
@@ -72,6 +73,22 @@ def refusal(function: str | None, scheme: str, device: str) -> Finding | None:
     kernel = function or "TRT-LLM's kernels"
     fact = f"FlashInfer runs {kernel} for {scheme} on compute capability {runs_on}, not on {device}"
     return Finding(Kind.LIMIT, "compute capability", fact=fact)
+
+
+def not_for(function: str | None, stored: str) -> Finding | None:
+    """Return that a kernel has no code for a scheme; None if it has.
+
+    Args:
+        function: An entry point; None for one of several that have none.
+        stored: The scheme.
+    """
+    entry, row = given_experts(function or ""), kernel_of(stored)
+    own = (row.function(), row.function(routed=True))
+    if function in own or (entry is not None and stored in entry.scales):
+        return None
+    kernel = function or "no kernel of FlashInfer's that they call"
+    does = "does not serve" if function else "serves"
+    return Finding(Kind.LIMIT, "scheme", fact=f"{kernel} {does} {stored}")
 
 
 def _wrong_numbers(

@@ -46,9 +46,38 @@ class OtherCalls:
     unanswered: Counter[str]
     lost: Mapping[str, Sequence[ModelSpec]]
 
+    def of_format(self, name: str) -> OtherCalls:
+        """Return the calls as those for checkpoints of another format than the scheme's usual one.
+
+        Published checkpoints have that one.
+        """
+        wrong = []
+        for each in self.wrong:
+            call = replace(each.call, experts=f"{each.call.experts} for {name}")
+            models = tuple(replace(model, checkpoints=()) for model in each.models)
+            wrong.append(replace(each, call=call, models=models))
+        return replace(self, wrong=tuple(wrong))
+
+    def and_of(self, other: OtherCalls) -> OtherCalls:
+        """Return these calls and those of another checkpoint."""
+        unanswered = self.unanswered + other.unanswered
+        return OtherCalls((*self.wrong, *other.wrong), self.answered + other.answered, unanswered)
+
 
 def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> OtherCalls:
-    """Ask about a model of each kind that the target runs in such experts."""
+    """Ask about a model of each kind that the target runs in such experts.
+
+    Of checkpoints that the target serves elsewhere, it is asked whether such experts are taken.
+    """
+    models = list(models)
+    found = _other_calls(target, scheme, models)
+    for name, other in target.served_elsewhere(scheme).items():
+        further = _other_calls(other, scheme, models)
+        found = found.and_of(further.of_format(name) if name else further)
+    return found
+
+
+def _other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> OtherCalls:
     found: dict[tuple[OtherCall, Finding], dict[ModelSpec, Sequence[ModelSpec]]] = {}
     answered, unanswered = 0, Counter[str]()
     lost: dict[str, list[ModelSpec]] = {}
@@ -61,7 +90,10 @@ def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Oth
                 lost.setdefault(str(reason), []).append(model)
             raise
 
-    for (model, *others), calls in of_each_kind(models, _kind, ask, unanswered):
+    def kind_of(model: ModelSpec) -> Any:
+        return _kind(model), target.choice_of_others(model, scheme)
+
+    for (model, *others), calls in of_each_kind(models, kind_of, ask, unanswered):
         answered += 1 + len(others)
         for way, finding in _first(calls):
             found.setdefault((way, finding), {})[model] = others

@@ -262,6 +262,18 @@ class Target:
         """Return the calls of other kernels that the target runs a model's experts in, if any."""
         raise Unsupported(f"{self.name} runs no experts of other kernels")
 
+    def served_elsewhere(self, scheme: str) -> Mapping[str, Target]:
+        """Return the target as it serves checkpoints of a scheme in no kernel of FlashInfer's.
+
+        By what they say, as `formats` are. The name of the usual one is empty, where no kernel of
+        FlashInfer's serves the scheme.
+        """
+        return {}
+
+    def choice_of_others(self, model: ModelSpec, scheme: str) -> object:
+        """Return what tells models apart that the target chooses other experts for."""
+        return None
+
     def capture(self, model: ModelSpec, scheme: str, method: str) -> Captured | None:
         """Return the call that the target's own code makes; None if it is not recorded."""
         return None

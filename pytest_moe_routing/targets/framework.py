@@ -49,6 +49,9 @@ class FrameworkTarget(Target):
     distributions: ClassVar[tuple[str, ...]]
     model_packages: ClassVar[tuple[str, ...]] = ()
 
+    #: Schemes that this target serves in no kernel of FlashInfer's. It is asked whether it takes
+    #: experts that call one nevertheless.
+    elsewhere: Collection[str] = ()
     #: The child that answers most questions.
     _probe: Probe
 
@@ -130,7 +133,11 @@ class FrameworkTarget(Target):
         """
         asked = self.asked_of_others(model, scheme)
         answer = {"calls": []} if asked is None else self._probe.ask("other_experts", **asked)
-        return tuple(other_call(model, record, self.flashinfer) for record in answer["calls"])
+        calls = tuple(other_call(model, record, self.flashinfer) for record in answer["calls"])
+        if not calls and scheme in self.elsewhere:
+            # As it should be. It has been asked, and models of the kind need not be.
+            calls = (OtherCall("none", "any GPU", (), requests=False, findings=()),)
+        return calls
 
     def not_served(self, scheme: str) -> Unsupported:
         """Return why a scheme that the adapter has no names for cannot be judged.

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Required, TypedDict
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.given import read_given, refusal
+from pytest_moe_routing.oracle.given import not_for, read_given, refusal
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.scales import Scales
 from pytest_moe_routing.oracle.target import OtherCall
@@ -28,6 +29,7 @@ class OtherCallAnswer(TypedDict, total=False):
         experts, device, switches, requests: Those of `OtherCall`.
         by: What calls the experts.
         raised: The exception that ended the call, where no kernel was called.
+        elsewhere: Whether no kernel of FlashInfer's is known to serve the checkpoint.
         capability: That of the GPU, where FlashInfer does not run the kernel: `function`, or one of
             TRT-LLM's if there is none.
         router_factor: The scaling factor that the weights have, where no marked tokens show it.
@@ -53,6 +55,7 @@ class OtherCallAnswer(TypedDict, total=False):
     applied: dict[str, list[int] | None]
     same: bool
     raised: dict[str, str]
+    elsewhere: bool
     capability: str
     router_factor: float
     scale_after: float | None
@@ -85,7 +88,13 @@ def _findings(
         return
     if "raised" in record:
         raised = record["raised"]
-        yield Finding(Kind.RAISED, raised["type"], None, raised["message"], raised["where"])
+        where, code = raised["where"], raised.get("code", "")
+        yield Finding(Kind.RAISED, raised["type"], None, raised["message"], where, raised_in=code)
+        return
+    if record.get("elsewhere"):
+        if (wrong := not_for(record.get("function"), record["stored"])) is None:
+            raise Unsupported(f"not judged: what {record['function']} is given elsewhere")
+        yield wrong
         return
     ranks = ", rank 1 of 2" if record["shards"] > 1 else ""
     if record.get("dispatched"):

@@ -92,6 +92,22 @@ def server_of(model: ModelSpec, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def told_of(model: ModelSpec, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those arguments, and the value of `--quantization` by itself."""
-    return {"server": server_of(model, row), "quantization": row["quantization"]}
+def told_of(model: ModelSpec, row: Mapping[str, Any], *, elsewhere: bool) -> dict[str, Any]:
+    """Return those arguments, and the value of `--quantization` by itself.
+
+    Args:
+        elsewhere: Whether the row is one of `elsewhere` in `configs.yaml`.
+    """
+    quantization = row["quantization"]
+    return {
+        "server": server_of(model, row),
+        "quantization": quantization,
+        "elsewhere": elsewhere,
+    }
+
+
+def ways_of_flashinfer(scheme: str, default: str) -> list[dict[str, Any]]:
+    """Return the ways to each runner of FlashInfer's that a server may take, the default first."""
+    usual = {"device": "Blackwell", "stored": scheme, "options": {}}
+    runners = dict.fromkeys((default, *configs()["runners"]))
+    return [usual | {"runner": name, "is_restricted": name != default} for name in runners]

@@ -36,6 +36,8 @@ class SglangQuestions(FrameworkTarget):
         self._answers: dict[str, Any] = {}
         #: By scheme, a row of `formats` in `configs.yaml`.
         self._served: dict[str, Any] = {}
+        #: By scheme, a row of `elsewhere`.
+        self.elsewhere = dict[str, Any]()
 
     def child(self, module: str, answers: Mapping[str, Any]) -> Probe:
         """Return a child process that runs a module of the probe."""
@@ -58,7 +60,7 @@ class SglangQuestions(FrameworkTarget):
 
     def _row(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """Return SGLang's view of a model's checkpoint in a scheme."""
-        rows: dict[str, dict[str, Any]] = configs()["schemes"]
+        rows: dict[str, dict[str, Any]] = configs()["schemes"] | self.elsewhere
         if scheme not in rows:
             raise self.not_served(scheme)
         row = rows[scheme]

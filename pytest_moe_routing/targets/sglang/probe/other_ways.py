@@ -42,6 +42,15 @@ class Blocks(Protocol):
 
     def default_runner(self, **checkpoint: Unpack[Checkpoint]) -> str: ...
 
+    def layer_runner(
+        self,
+        architecture: str,
+        config: dict[str, Any],
+        scheme: str,
+        quantization: Mapping[str, Any] | None,
+        runner: str,
+    ) -> str: ...
+
     def capture(
         self,
         architecture: str,
@@ -57,11 +66,13 @@ class Told(TypedDict):
 
     Attributes:
         quantization: The value of `--quantization`.
+        elsewhere: Whether no kernel of FlashInfer's is known to serve the checkpoint.
     """
 
     ways: Iterable[Way]
     server: Checkpoint
     quantization: str | None
+    elsewhere: bool
 
 
 def accepted(blocks: Blocks, told: Told) -> Iterator[tuple[Way, list[str]]]:

@@ -20,12 +20,12 @@ from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe import server_defaults as server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation, moe_config, parallel_config
-from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of, quant_keys
 from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 
-_REQUESTED = "flashinfer_trtllm"
+REQUESTED = "flashinfer_trtllm"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def choose(
             asked = replace(asked, moe_parallel_config=parallel)
         return experts_taken(found, asked, setting.variables)
 
-    everything = [_Setting(all_switches(), _REQUESTED, flags) for flags in _parallels(modular)]
+    everything = [_Setting(all_switches(), REQUESTED, flags) for flags in _parallels(modular)]
     refusals = []
     for setting in everything:
         refusals.append(taken(setting))
@@ -142,7 +142,7 @@ def _key(model: Mapping[str, Any], scheme: str) -> str:
     if scheme == "mxfp4" and model["architecture"].startswith("GptOss"):
         # Their checkpoints have a quantization method of their own.
         return "select-gpt-oss-mxfp4"
-    return SCHEMES[scheme].selector
+    return (SCHEMES | ELSEWHERE)[scheme].selector
 
 
 def selector_of(model: Mapping[str, Any], scheme: str, method: str) -> Selector | None:
@@ -155,7 +155,7 @@ def selector_of(model: Mapping[str, Any], scheme: str, method: str) -> Selector 
     if not names().has(key):
         return None
     names().spelling("selectable")
-    weight, activation = quant_keys(SCHEMES[scheme])
+    weight, activation = quant_keys((SCHEMES | ELSEWHERE)[scheme])
     arguments = {
         "weight_key": weight,
         # None is what the checkpoints of MXFP4 declare.
@@ -210,7 +210,7 @@ def _settings(modular: bool) -> list[_Setting]:
     return [
         _Setting(variables, backend, parallel)
         for parallel in _parallels(modular)
-        for backend in (None, _REQUESTED)
+        for backend in (None, REQUESTED)
         for variables in _variables()
     ]
 

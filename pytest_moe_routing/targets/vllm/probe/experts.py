@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class ServedScheme:
     selector: str = ""
 
 
-SCHEMES: Mapping[str, ServedScheme] = {
+SCHEMES: dict[str, ServedScheme] = {
     "fp8_block": ServedScheme(
         "experts-fp8",
         ("keys.kFp8Static128BlockSym", "keys.kFp8Dynamic128Sym"),
@@ -118,5 +117,14 @@ SCHEMES: Mapping[str, ServedScheme] = {
         block_scales="bfloat16",
         quantization=("", "int4", (0, 32)),
         selector="select-mxint4",
+    ),
+}
+
+#: Schemes that vLLM serves in kernels of its own. Its selectors are asked whether they take experts
+#: of FlashInfer's nevertheless.
+ELSEWHERE: dict[str, ServedScheme] = {
+    "fp8_per_channel": replace(
+        SCHEMES["fp8_per_tensor"],
+        keys=("keys-per-channel.kFp8StaticChannelSym", "keys-per-channel.kFp8DynamicTokenSym"),
     ),
 }

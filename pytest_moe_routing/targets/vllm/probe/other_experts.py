@@ -23,13 +23,14 @@ from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
 from pytest_moe_routing.targets.vllm.probe.biases import gives_biases
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks
 from pytest_moe_routing.targets.vllm.probe.choice import (
+    REQUESTED,
     Selector,
     on_capability,
     outcome,
     selector_of,
 )
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation, parallel_config
-from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
 from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import quant_keys
 from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of
@@ -102,6 +103,8 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     Raises:
         Unsupported: The release has no such experts, or nothing that chooses them.
     """
+    if scheme in ELSEWHERE:
+        return _elsewhere(model, scheme)
     if SCHEMES[scheme].modular is None:
         return {"calls": []}
     names().require("modular", scheme)
@@ -143,6 +146,39 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
                     layer = layer_of(model, row, method, way.ranks)
                     layer.backend = backend
                     calls.append({**about, **_call(experts, caller, layer, way)})
+    return {"calls": calls}
+
+
+def _elsewhere(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
+    """Return experts of FlashInfer's that a server takes for a scheme that none of them serves.
+
+    They are not run.
+
+    Raises:
+        Unsupported: Nothing chooses experts for the scheme.
+    """
+    names().require("modular", scheme)
+    try:
+        selector = selector_of(model, scheme, factory.classify(model)[0])
+    except NoActivation:
+        return {"calls": []}
+    if selector is None:
+        raise Unsupported("no selector of this release chooses experts for the scheme")
+    row, calls = ELSEWHERE[scheme], []
+    keys = filter(None, (row.experts, row.modular, *(kind.key for kind in _KINDS)))
+    of_flashinfer = [names().get(key) for key in keys if names().has(key)]
+    default = server_defaults.moe_backend()
+    backends = dict.fromkeys((default, REQUESTED, *(b for kind in _KINDS for b in kind.backends)))
+    for device, capability in _DEVICES.items():
+        with on_capability(*capability):
+            for name in backends:
+                taken = outcome(selector, replace(selector.config, moe_backend=name), ())[1]
+                if not any(taken is each for each in of_flashinfer):
+                    continue
+                switches = [] if name == default else [f"--moe-backend {name}"]
+                about = {"experts": taken.__name__, "device": device, "switches": switches}
+                about |= {"requests": bool(switches), "stored": scheme, "elsewhere": True}
+                calls.append({**about, **_NO_CALL, "shards": 1})
     return {"calls": calls}
 
 

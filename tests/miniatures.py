@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.oracle.choice import Expected, Rule
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
-from pytest_moe_routing.oracle.target import Classification, Expected, Rule, Target
+from pytest_moe_routing.oracle.target import Classification, Target
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 

@@ -11,11 +11,12 @@ from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.choice import Choice
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.record import Reach
-from pytest_moe_routing.oracle.target import Captured, Choice
+from pytest_moe_routing.oracle.target import Captured
 from pytest_moe_routing.report import matrix, terminal, text
 from pytest_moe_routing.suite.causes import of_modular_call
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget

@@ -15,9 +15,9 @@ from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.choice import Choice, Expected, Rule
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.judge import judge
-from pytest_moe_routing.oracle.target import Choice, Expected, Rule
 from pytest_moe_routing.report import text
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.session import variants_of

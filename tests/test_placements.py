@@ -16,9 +16,9 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import refused_on
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.choice import Rule
 from pytest_moe_routing.oracle.moved import moved_placements
 from pytest_moe_routing.oracle.placed import KnownPlacements, Placed, Placements
-from pytest_moe_routing.oracle.target import Rule
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.suite.placements import of_moved
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget

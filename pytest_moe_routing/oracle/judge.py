@@ -16,6 +16,7 @@ from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer import KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.models.huggingface.config_keys import in_checkpoint
+from pytest_moe_routing.oracle.choice import Choice
 from pytest_moe_routing.oracle.effects import mask_notes
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, meaning
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -23,7 +24,7 @@ from pytest_moe_routing.oracle.judgement import Judgement, reach_of
 from pytest_moe_routing.oracle.lost import held_to_expectation
 from pytest_moe_routing.oracle.modular import with_what_runs
 from pytest_moe_routing.oracle.record import VerdictRecord
-from pytest_moe_routing.oracle.target import Captured, Choice, Classification, Target
+from pytest_moe_routing.oracle.target import Captured, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe, normal_form, recipe_of, same
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.calls import arguments_of
+from pytest_moe_routing.oracle.choice import Choice, Rule
 from pytest_moe_routing.oracle.exact import Gate, exact_calls, kernel_gates, meaning, same_calls
 from pytest_moe_routing.oracle.finding import Finding, source_of, switches_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
-from pytest_moe_routing.oracle.target import Choice, Classification, Rule
+from pytest_moe_routing.oracle.target import Classification
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe
 

@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.oracle.choice import Expected, Rule
 from pytest_moe_routing.oracle.judgement import Judgement
-from pytest_moe_routing.oracle.target import Expected, Rule, Target
+from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.oracle.verdict import Verdict
 
 

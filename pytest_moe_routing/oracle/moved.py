@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.choice import Rule
 from pytest_moe_routing.oracle.finding import Finding
 from pytest_moe_routing.oracle.given import refusal
 from pytest_moe_routing.oracle.placed import Key, KnownPlacements, Placed, Placements
-from pytest_moe_routing.oracle.target import Rule, Target
+from pytest_moe_routing.oracle.target import Target
 
 #: Where other tests ask what arrives at the kernel: the GPUs by kind of experts, and placements.
 #: They are asked as on the first of the Blackwell family.

@@ -59,9 +59,13 @@ class OtherCalls:
         return replace(self, wrong=tuple(wrong))
 
     def and_of(self, other: OtherCalls) -> OtherCalls:
-        """Return these calls and those of another checkpoint."""
-        unanswered = self.unanswered + other.unanswered
-        return OtherCalls((*self.wrong, *other.wrong), self.answered + other.answered, unanswered)
+        """Return these calls and those of another checkpoint, which no release is known to run."""
+        return replace(
+            self,
+            wrong=(*self.wrong, *other.wrong),
+            answered=self.answered + other.answered,
+            unanswered=self.unanswered + other.unanswered,
+        )
 
 
 def other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> OtherCalls:

@@ -16,6 +16,7 @@ from pytest_moe_routing.report import text
 
 if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.oracle.choice import Choice
     from pytest_moe_routing.oracle.config_sweep import Cause
     from pytest_moe_routing.oracle.enum_numbers import EnumMismatch
     from pytest_moe_routing.oracle.formats import UnlikeFormat
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.modular import MethodRejection
     from pytest_moe_routing.oracle.other_experts import WrongCall
     from pytest_moe_routing.oracle.routers import Cause as RouterCause
-    from pytest_moe_routing.oracle.target import Choice, Lacking, Target
+    from pytest_moe_routing.oracle.target import Lacking, Target
 
 _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 

@@ -20,8 +20,8 @@ from typing import Any
 from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
+from pytest_moe_routing.oracle.choice import Expected
 from pytest_moe_routing.oracle.placed import KnownPlacements
-from pytest_moe_routing.oracle.target import Expected
 from pytest_moe_routing.targets.contract import release_of
 
 #: The parts of a row of `fused.yaml` and `placements.yaml`.

@@ -13,8 +13,9 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names as FlashInferNames
 from pytest_moe_routing.flashinfer.names import listed_releases
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.choice import Expected, Rule
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
-from pytest_moe_routing.oracle.target import Expected, Lacking, OtherCall, Rule, Target
+from pytest_moe_routing.oracle.target import Lacking, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.expected import expected_kernel, is_open, known_placements
 from pytest_moe_routing.targets.kept import Store, key_of_sources

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pytest_moe_routing.oracle.target import Rule
+from pytest_moe_routing.oracle.choice import Rule
 from pytest_moe_routing.targets.answers import RuleAnswer
 
 #: Runs experts that route in TRT-LLM's kernels on Blackwell, and in CUTLASS's on Hopper.

@@ -27,13 +27,14 @@ from pytest_moe_routing.oracle.arguments import (
 )
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
+from pytest_moe_routing.oracle.choice import Choice, Rule
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind, distinct, only_with
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.scales import wrong_factors, wrong_input
-from pytest_moe_routing.oracle.target import Captured, Choice, Classification, LaidOut, Rule
+from pytest_moe_routing.oracle.target import Captured, Classification, LaidOut
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.contract import Names, release_of

@@ -127,8 +127,7 @@ class VllmTarget(FrameworkTarget):
 
     @cached_property
     def _numbers(self) -> Mapping[str, int]:
-        numbers: dict[str, int] = self._probe.ask("numbers")
-        return numbers
+        return dict(self._probe.ask("numbers"))
 
     def logits_dtype(self, model: ModelSpec) -> str:
         """Return the dtype that vLLM's code of the model hands to its layer; see `logits.yaml`."""

@@ -15,10 +15,11 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.formats import unlike_formats
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.suite.causes import of_modular_call
+from pytest_moe_routing.suite.causes import of_format, of_modular_call
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.handed_over import findings_of
@@ -83,6 +84,19 @@ def test_a_runner_that_is_named_and_cannot_be_given_what_another_router_chose(ta
     # A model whose code names no method is a cause of its own, as a gate may look at that.
     monkeypatch.setattr(target, "method_numbers", dict)
     assert judge(target, step, "mxint4").record().cause == f"{record.cause}:Renormalize"
+
+
+def test_a_checkpoint_of_another_format_that_a_named_runner_does_not_serve(target):
+    """Of the usual checkpoint, the runner serves the model with what SGLang's router chose."""
+    model = MODELS["longcat-flash" if target.version() == "0.5.18" else "mixtral-8x22b"]
+    [unlike] = unlike_formats(target, "nvfp4", [model]).unlike
+    assert unlike.usual in (Verdict.FALLBACK, Verdict.MISSED)
+    failure = of_format(unlike)
+    where = "compressed_tensors_w4a4_nvfp4_moe.py-apply_weights"
+    assert failure.cause == f"format:crash:raised-AssertionError-in-{where}:undeclared"
+    told = "compressed-tensors; in the scheme's usual checkpoint, the verdict is "
+    assert failure.lines[1] == f"  format   {told}{unlike.usual}"
+    assert "assert layer.routing_method_type is not None" in unlike.record.findings[0].got
 
 
 def test_checkpoints_that_no_kernel_of_flashinfer_serves(target):

@@ -15,6 +15,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.layouts import WrongLayout, kind_of, wrong_layouts
+from pytest_moe_routing.oracle.modular import with_what_runs
 from pytest_moe_routing.oracle.other_experts import WrongCall, other_calls
 from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.oracle.target import Target
@@ -23,15 +24,19 @@ from pytest_moe_routing.oracle.verdict import Verdict
 
 @dataclass(frozen=True)
 class UnlikeFormat:
-    """A model that is exact in the scheme's usual checkpoint, and not in another one.
+    """A model that is served otherwise in another checkpoint than in the scheme's usual one.
+
+    It is exact in that one and not in the other, or rejected in that one and crashes in the other.
 
     Attributes:
         format: What the other checkpoint says, as `Target.formats` calls it.
         record: The verdict on it.
+        usual: The verdict on the usual one.
     """
 
     format: str
     record: VerdictRecord
+    usual: Verdict
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,16 @@ class FormatsFound:
 def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> FormatsFound:
     """Ask about every other format of a scheme that the target knows."""
     formats = target.formats(scheme)
-    usual = list(_usual(target, scheme, models)) if formats else []
+    usual = dict(_usual(target, scheme, models)) if formats else {}
+    exact = [model for model, verdict in usual.items() if verdict is Verdict.EXACT]
     unlike: list[UnlikeFormat] = []
     layouts: list[WrongLayout] = []
     calls: list[WrongCall] = []
     unanswered = Counter[str]()
     for name, other in formats.items():
-        for model in usual:
+        for model, verdict in usual.items():
             try:
-                found = judge(other, model, scheme, chosen=False)
+                found = with_what_runs(other, judge(other, model, scheme, chosen=False))
                 # A checkpoint that does not load is not served.
                 runs = found.verdict in (Verdict.EXACT, Verdict.WRONG)
                 placed = wrong_layouts(other, scheme, [model]) if runs else None
@@ -72,10 +78,11 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
                 continue
             for each in placed.wrong if placed else ():
                 layouts.append(replace(each, models=_unpublished(each.models)))
-            if found.verdict is not Verdict.EXACT:
+            is_alike = found.verdict is not Verdict.CRASH and verdict is not Verdict.EXACT
+            if found.verdict is not Verdict.EXACT and not is_alike:
                 judged = replace(found, model=_unpublished([found.model])[0])
-                unlike.append(UnlikeFormat(name, judged.record()))
-        others = other_calls(other, scheme, usual).of_format(name)
+                unlike.append(UnlikeFormat(name, judged.record(), verdict))
+        others = other_calls(other, scheme, exact).of_format(name)
         unanswered.update({f"{name}: {reason}": n for reason, n in others.unanswered.items()})
         calls += others.wrong
     return FormatsFound(tuple(unlike), tuple(calls), tuple(layouts), unanswered)
@@ -86,18 +93,26 @@ def _unpublished(models: Iterable[ModelSpec]) -> tuple[ModelSpec, ...]:
     return tuple(replace(model, checkpoints=()) for model in models)
 
 
-def _usual(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Iterator[ModelSpec]:
-    """Yield a model of each kind of experts that a kernel of the scheme computes exactly."""
+def _usual(
+    target: Target, scheme: str, models: Iterable[ModelSpec]
+) -> Iterator[tuple[ModelSpec, Verdict]]:
+    """Yield a model of each kind of experts that a kernel of the scheme computes exactly.
+
+    And one of each kind that the target's own router serves by choice: with a method, and without.
+    """
+    methods = target.method_numbers()
     kinds = set()
     for model in sorted(models, key=lambda model: model.router.num_experts):
-        kind = kind_of(model), model.experts.activation_limit is None
-        if kind in kinds:
-            continue
         try:
-            judged = judge(target, model, scheme, chosen=False)
+            judged = with_what_runs(target, judge(target, model, scheme, chosen=False))
         except Unsupported:
             # Its own verdict says so.
             continue
-        if judged.verdict is Verdict.EXACT:
+        verdict, method = judged.verdict, judged.classification.method
+        is_exact = verdict is Verdict.EXACT
+        if not is_exact and not (judged.by_choice and verdict is not Verdict.CRASH):
+            continue
+        kind = kind_of(model), model.experts.activation_limit is None, is_exact, method in methods
+        if kind not in kinds:
             kinds.add(kind)
-            yield model
+            yield model, verdict

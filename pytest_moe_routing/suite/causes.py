@@ -252,7 +252,8 @@ def of_format(unlike: UnlikeFormat) -> Failure:
     failure = of_verdict(unlike.record)
     cause = unlike.record.cause or ":".join((unlike.record.verdict, *unlike.record.rejected_by))
     title, *lines = failure.lines
-    told = f"  format   {unlike.format}; in the scheme's usual checkpoint, the verdict is exact"
+    usual = f"in the scheme's usual checkpoint, the verdict is {unlike.usual}"
+    told = f"  format   {unlike.format}; {usual}"
     return replace(
         failure,
         cause=cause_id("format", cause),

@@ -321,10 +321,10 @@ def test_biases_whose_halves_are_swapped_on_hopper(target):
 
 def test_a_default_runner_that_cannot_serve_the_checkpoint(target):
     """What is so of GLM-4.5 by default is so of other models where the runner is named."""
-    models = [MODELS["glm-4.5"], MODELS["qwen3-235b-a22b"]]
+    models = [MODELS["glm-4.5"], MODELS["deepseek-r1"]]
     found = {wrong.call.requests: wrong for wrong in other_calls(target, CHANNEL, models).wrong}
     assert [model.id for model in found[False].models] == ["glm-4.5"]
-    assert [model.id for model in found[True].models] == ["qwen3-235b-a22b"]
+    assert [model.id for model in found[True].models] == ["deepseek-r1"]
     failure = of_other_experts(target, CHANNEL, found[False])
     where = "flashinfer_trtllm.py-fused_experts_none_to_flashinfer_trtllm"
     assert failure.cause == f"other-experts:raised-TypeError-in-{where}:flashinfer_trtllm-runner"

@@ -24,18 +24,33 @@ from pytest_moe_routing.reference.layouts import (
 )
 
 
+def _require(what: str, size: int, of: int) -> None:
+    """Raise what FlashInfer raises, whose message does not always have the sizes."""
+    if size % of:
+        raise AssertionError(f"{what}: found {size}, expected a multiple of {of}")
+
+
+def _require_tiles(scales: Tensor) -> None:
+    _require("rows of scales", len(scales), 128)
+
+
+def _shuffled(rows: Tensor, epilogue_tile_m: int) -> Tensor:
+    _require("rows to shuffle", len(rows), 32 if epilogue_tile_m % 128 == 0 else 16)
+    return shuffle_rows(rows, epilogue_tile_m)
+
+
 def _numbers(rows: Tensor) -> Tensor:
     return torch.arange(len(rows)).unsqueeze(1)
 
 
 def shuffle_matrix_a(input_tensor: Tensor, epilogue_tile_m: int) -> Tensor:
-    return shuffle_rows(input_tensor, epilogue_tile_m)
+    return _shuffled(input_tensor, epilogue_tile_m)
 
 
 def shuffle_matrix_sf_a(
     input_tensor: Tensor, epilogue_tile_m: int, num_elts_per_sf: int = 16
 ) -> Tensor:
-    return swizzle_scales(shuffle_rows(input_tensor, epilogue_tile_m))
+    return swizzle_scales(input_tensor[scale_indices(input_tensor, epilogue_tile_m)])
 
 
 def reorder_rows_for_gated_act_gemm(x: Tensor) -> Tensor:
@@ -49,7 +64,12 @@ def reorder_indices(x: Tensor) -> Tensor:
 def shuffle_indices(
     input_tensor: Tensor, epilogue_tile_m: int, num_elts_per_sf: int = 16
 ) -> Tensor:
-    return shuffle_rows(_numbers(input_tensor), epilogue_tile_m).squeeze(1)
+    return _shuffled(_numbers(input_tensor), epilogue_tile_m).squeeze(1)
+
+
+def scale_indices(input_tensor: Tensor, epilogue_tile_m: int, num_elts_per_sf: int = 16) -> Tensor:
+    _require_tiles(input_tensor)
+    return shuffle_indices(input_tensor, epilogue_tile_m)
 
 
 def w3_w1_indices(
@@ -59,11 +79,13 @@ def w3_w1_indices(
     num_elts_per_sf: int | None = None,
     is_gated_act_gemm: bool = True,
 ) -> Tensor:
+    if num_elts_per_sf is not None:
+        _require_tiles(dst_w3_w1_weight)
     key = "w3_w1", len(dst_w3_w1_weight), epilogue_tile_m, is_gated_act_gemm
     if key not in _cache_permute_indices:
         numbers = _numbers(dst_w3_w1_weight)
         numbers = interleave_rows(numbers) if is_gated_act_gemm else numbers
-        _cache_permute_indices[key] = shuffle_rows(numbers, epilogue_tile_m).squeeze(1)
+        _cache_permute_indices[key] = _shuffled(numbers, epilogue_tile_m).squeeze(1)
     return _cache_permute_indices[key]
 
 
@@ -74,6 +96,8 @@ def w2_indices(
     num_elts_per_sf: int | None = None,
     is_gated_act_gemm: bool | None = None,
 ) -> Tensor:
+    if num_elts_per_sf is not None:
+        _require_tiles(dst_w2_weight)
     key = "w2", len(dst_w2_weight), epilogue_tile_m
     if key not in _cache_permute_indices:
         _cache_permute_indices[key] = shuffle_indices(dst_w2_weight, epilogue_tile_m)
@@ -81,6 +105,7 @@ def w2_indices(
 
 
 def convert_to_block_layout(input_tensor: Tensor, blockK: int) -> Tensor:  # noqa: N803
+    _require("columns of a block-major matrix", input_tensor.shape[-1], blockK)
     return block_major(input_tensor, blockK * input_tensor.element_size())
 
 
@@ -121,7 +146,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "reorder_rows_for_gated_act_gemm": reorder_rows_for_gated_act_gemm,
     "get_reorder_rows_for_gated_act_gemm_row_indices": reorder_indices,
     "get_shuffle_matrix_a_row_indices": shuffle_indices,
-    "get_shuffle_matrix_sf_a_row_indices": shuffle_indices,
+    "get_shuffle_matrix_sf_a_row_indices": scale_indices,
     "_maybe_get_cached_w3_w1_permute_indices": w3_w1_indices,
     "get_w2_permute_indices_with_cache": w2_indices,
     "convert_to_block_layout": convert_to_block_layout,

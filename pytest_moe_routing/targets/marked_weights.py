@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from itertools import product
+from math import prod
 from typing import Any
 from zlib import crc32
 
@@ -38,6 +39,8 @@ _EXPONENTS = (100, 140)
 _INPUT = "hidden_states_scale"
 #: What turns the offset binary of checkpoints' 4-bit integers into two's complement, two a byte.
 _SIGNS = 0x88
+#: Integers by how many bytes they have.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 #: FlashInfer's `WeightLayout`, whose numbers have never moved.
 LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
 #: Tiles of rows that may be shuffled.
@@ -171,16 +174,24 @@ class MarkedCheckpoint:
 def _made(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return a tensor of a parameter; see `MarkedCheckpoint.make`."""
     random = torch.Generator().manual_seed(crc32(name.encode()))
+    count = prod(shape)
+    # Random integers of 64 bits take as long as bytes do.
+    raw = torch.randint(-(2**63), 2**63 - 1, (-(-count // 8),), generator=random)
+    values = _values(dtype, is_scale="scale" in name)
+    at = raw.view(torch.uint8)[:count].int()
+    return values.view(_BITS[dtype.itemsize])[at].view(dtype).reshape(shape)
+
+
+@cache
+def _values(dtype: torch.dtype, *, is_scale: bool) -> Tensor:
+    """Return the value of each random byte."""
+    byte = torch.arange(256)
     if dtype in (torch.uint8, torch.int8, torch.int32):
         # Exponents of scales stay in the range of every format.
-        low, high = _EXPONENTS if "scale" in name else (0, 128)
-        made = torch.randint(low, high, shape, generator=random)
-    else:
-        exponents = torch.randint(-3, 4, shape, generator=random)
-        made = torch.exp2(exponents.float())
-        if "scale" not in name:
-            made = made * torch.randint(0, 2, shape, generator=random).mul(2).sub(1)
-    return made.to(dtype)
+        low, high = _EXPONENTS if is_scale else (0, 128)
+        return (low + byte % (high - low)).to(dtype)
+    made = torch.exp2((byte % 7 - 3).float())
+    return (made if is_scale else made * (1 - byte // 128 * 2)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -376,4 +387,5 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8).flatten()
+    # The stride of a single column may be anything.
+    return tensor.contiguous().flatten().view(torch.uint8)

@@ -16,6 +16,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.layouts import wrong_layouts
+from pytest_moe_routing.oracle.shares import wrong_splits
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
@@ -138,6 +139,32 @@ BROKEN = {
     "nothing with SiTU": (*DEEPSEEK, "64", "64", "kimi-k3", "nvfp4"),
 }  # fmt: skip
 
+#: The same of experts that are split over ranks.
+SPLIT = {
+    "nothing split": (*GPT_OSS, "128", "128", "minimax-m2", "nvfp4"),
+    "nothing refused": (*GPT_OSS, "128", "128", "qwen3-30b-a3b", "fp8_block"),
+    "tiles of a rank": (
+        *(FP4, "prepare_nvfp4_moe_layer_for_fi_or_cutlass"),
+        *("64 if is_gated", "16 if is_gated", "qwen3-30b-a3b", "nvfp4"),
+    ),
+    "blocks of a rank": (*GPT_OSS, "128", "128", "gemma-4-26b-a4b", "nvfp4"),
+    "rows of a rank": (*GPT_OSS, "128", "128", "qwen3-30b-a3b", "fp8_per_tensor"),
+    "size of all ranks": (
+        *(f"{MOE}.experts.trtllm_nvfp4_moe", "TrtLlmNvFp4ExpertsBase.__init__"),
+        *(r"moe_config\.intermediate_size_per_partition", "moe_config.intermediate_size"),
+        *("minimax-m2", "nvfp4"),
+    ),
+    "rows of the first rank": (
+        *(*LOADER, r"loaded_per_rank \* tp_rank", "loaded_per_rank * 0"),
+        *("mixtral-8x7b", "bf16"),
+    ),
+    "refused for no reason": (
+        *(f"{QUANT}.modelopt", "ModelOptMxFp8FusedMoE.create_weights"),
+        *("(intermediate_size_per_partition) % MXFP8_BLOCK_SIZE", r"\1"),
+        *("mixtral-8x7b", "mxfp8"),
+    ),
+}
+
 
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
@@ -153,6 +180,11 @@ def main(root, flashinfer, version):
             wrong = wrong_layouts(target, scheme, [models[model]])
         answers = [[e.at.method.rpartition("/")[2], *sentences(e.at.findings)] for e in wrong.wrong]
         found[name] = [wrong.answered, *answers]
+    for name, (module, path, old, new, model, scheme) in SPLIT.items():
+        with edited(module, path, old, new):
+            split = wrong_splits(target, scheme, [models[model]])
+        told = [[str(e.splits[0]), *sentences(e.at.findings)] for e in split.wrong]
+        found[name] = [split.answered, *told]
     print(json.dumps(found))
 
 

@@ -186,3 +186,41 @@ def test_what_vllm_lays_in_another_order_is_found(broken_vllm, what):
     assert answered == 1
     assert sorted(method.partition(" ")[2] for method, *_ in told) == methods
     assert all(found == sentences for _, *found in told)
+
+
+#: The same of experts that are split over ranks, and which split is found.
+OF_RANKS = {
+    "nothing split": [],
+    "nothing refused": [],
+    "tiles of a rank": [
+        "qwen3-30b-a3b over 8",
+        "vllm/model_executor/layers/quantization/utils/flashinfer_fp4_moe.py:264: AssertionError: "
+        "rows of scales: found 192, expected a multiple of 128",
+    ],
+    "blocks of a rank": [
+        "gemma-4-26b-a4b over 8",
+        "block scales: those of a rank are not those of its weights, which end inside a block",
+    ],
+    "rows of a rank": [
+        "qwen3-30b-a3b over 8",
+        "number of rows is 192, expected a multiple of 128: FlashInfer has no kernel for other sizes",
+    ],
+    "size of all ranks": [
+        "minimax-m2 over 4",
+        "intermediate_size arrives as 1536, the layer has 384",
+    ],
+    "rows of the first rank": ["mixtral-8x7b over 8", f"gemm1_weights: {NO_ORDER}"],
+    "refused for no reason": [
+        "mixtral-8x7b over 8",
+        "vllm/model_executor/layers/quantization/modelopt.py:22: ValueError: MXFP8 MoE requires "
+        "intermediate_size_per_partition divisible by 32, got 1792.",
+    ],
+}
+
+
+@pytest.mark.parametrize("what", OF_RANKS)
+def test_what_vllm_splits_wrongly_is_found(broken_vllm, what):
+    answered, *told = broken_vllm[what]
+    # Over 2, 4 and 8 ranks.
+    assert answered == 3
+    assert told == ([OF_RANKS[what]] if OF_RANKS[what] else [])

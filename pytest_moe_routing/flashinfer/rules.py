@@ -225,6 +225,11 @@ class FlashInfer:
         )
         return [each for each in found if each and each.is_error]
 
+    @property
+    def tile_rows(self) -> int:
+        """What the rows of the first weights must be a multiple of, at a TRT-LLM kernel."""
+        return int(_data()["tile_rows"])
+
     def facts(self, call: KernelCall, about: Collection[str] | None = None) -> list[str]:
         """Return why fields of `recipe`, all or these, differ from the method's row."""
         kernel = _kernel(self.judged_as, call.scheme, call.method)

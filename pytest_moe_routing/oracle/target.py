@@ -102,6 +102,7 @@ class LaidOut:
         findings: What lies otherwise than the entry point reads it.
         switches: Those without which the call is not made; None if that cannot be asked.
         device: The GPU, if it is not the usual one.
+        refused: What the target raised when it made a layer; then there is no call.
     """
 
     function: str
@@ -109,6 +110,7 @@ class LaidOut:
     findings: tuple[Finding, ...]
     switches: tuple[str, ...] | None = ()
     device: str = ""
+    refused: Finding | None = None
 
 
 class Target:
@@ -201,6 +203,14 @@ class Target:
         There is one for each way in which the target prepares them and calls the kernel.
         """
         raise Unsupported(f"{self.name} does not prepare weights")
+
+    def split(self, model: ModelSpec, scheme: str, count: int, whole: int) -> tuple[LaidOut, ...]:
+        """Return the same of one of `count` ranks that have a part of each expert.
+
+        Args:
+            whole: The intermediate size that the experts are made with.
+        """
+        raise Unsupported(f"{self.name} does not split experts")
 
     def formats(self, scheme: str) -> Mapping[str, Target]:
         """Return the target as it serves other checkpoints of a scheme, by what these say.

@@ -18,6 +18,7 @@ OTHERS = "experts of other kernels: {n} model{s} {are} not judged"
 PLACES = "placements of experts: {n} question{s} {are} not judged"
 AROUND = "around kernel calls: {n} case{s} {are} not judged"
 LAYOUTS = "layouts of weights: {n} model{s} {are} not judged"
+SPLITS = "experts split over ranks: {n} split{s} {are} not judged"
 FORMATS = "checkpoints of other formats: {n} model{s} {are} not judged"
 
 

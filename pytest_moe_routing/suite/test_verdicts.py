@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_moe_routing.report.failures import fail
-from pytest_moe_routing.report.unanswered import AROUND, FORMATS, LAYOUTS, OTHERS, PLACES, note
+from pytest_moe_routing.report.unanswered import (
+    AROUND,
+    FORMATS,
+    LAYOUTS,
+    OTHERS,
+    PLACES,
+    SPLITS,
+    note,
+)
 from pytest_moe_routing.suite.skips import skip_without, unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -156,20 +164,26 @@ def test_layouts(
 ) -> None:
     """Weights and scales lie as the kernel reads them, once a checkpoint is loaded.
 
-    Checkpoints of the scheme's other formats have the same verdict as the usual one.
+    So do those of a rank that has a part of each expert. Checkpoints of the scheme's other formats
+    have the same verdict as the usual one.
     """
     from pytest_moe_routing.oracle.formats import unlike_formats
     from pytest_moe_routing.oracle.layouts import wrong_layouts
+    from pytest_moe_routing.oracle.shares import wrong_splits
     from pytest_moe_routing.suite.causes import of_format, of_layout, of_other_experts
+    from pytest_moe_routing.suite.shares import of_split
 
     models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     found = wrong_layouts(_moe_framework, moe_scheme, models)
     others = unlike_formats(_moe_framework, moe_scheme, models)
-    note(_moe_property, {LAYOUTS: found.unanswered, FORMATS: others.unanswered})
+    split = wrong_splits(_moe_framework, moe_scheme, models)
+    counts = {LAYOUTS: found.unanswered, FORMATS: others.unanswered, SPLITS: split.unanswered}
+    note(_moe_property, counts)
     skip_without(found, "no chosen model runs in kernels of this scheme")
     wrong = (*found.wrong, *others.layouts)
     causes = [of_layout(_moe_framework, moe_scheme, each) for each in wrong]
     causes += [of_other_experts(_moe_framework, moe_scheme, each) for each in others.calls]
+    causes += [of_split(_moe_framework, moe_scheme, each) for each in split.wrong]
     fail(_moe_property, [*causes, *map(of_format, others.unlike)])
 
 

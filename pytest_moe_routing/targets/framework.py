@@ -15,10 +15,11 @@ from pytest_moe_routing.flashinfer.names import listed_releases
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.choice import Expected, Rule
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
-from pytest_moe_routing.oracle.target import Lacking, OtherCall, Target
+from pytest_moe_routing.oracle.target import Lacking, LaidOut, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.expected import expected_kernel, is_open, known_placements
 from pytest_moe_routing.targets.kept import Store, key_of_sources
+from pytest_moe_routing.targets.layouts import split
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
 from pytest_moe_routing.targets.other_experts import other_call
 from pytest_moe_routing.targets.probe import Probe, Questions
@@ -125,6 +126,26 @@ class FrameworkTarget(Target):
         None if no experts that the adapter runs have the scheme.
         """
         raise Unsupported(f"{self.name} runs no experts of other kernels")
+
+    def asked_of_split(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        """Return the arguments of the question about split experts, but for how they are split."""
+        return {"model": model.as_dict(), "scheme": scheme}
+
+    def split_switches(self, model: ModelSpec, scheme: str) -> tuple[str, ...] | None:
+        """Return the flags that a server needs for the scheme's kernel; None if not known."""
+        method = self.classify(model).method
+        modular = not all(gate.ok for gate in self.gates(model, scheme, method))
+        choice = self.choice(model, scheme, method, modular=modular)
+        return None if choice is None else choice.switches
+
+    def split(self, model: ModelSpec, scheme: str, count: int, whole: int) -> tuple[LaidOut, ...]:
+        asked = {**self.asked_of_split(model, scheme), "count": count, "whole": whole}
+        answers = self._probe.ask("split_layouts", **asked)
+        found = [split(answer, scheme, self.flashinfer) for answer in answers]
+        if not any(at.findings or at.refused for at in found):
+            return tuple(found)
+        switches = self.split_switches(model, scheme)
+        return tuple(replace(at, switches=switches) for at in found)
 
     def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
         """Return the calls of other kernels, on each GPU and with each number of ranks.

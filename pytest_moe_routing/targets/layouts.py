@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict
 
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.layouts import layout_findings
+from pytest_moe_routing.oracle.shares import split_findings
 from pytest_moe_routing.oracle.target import LaidOut
 
 
@@ -42,6 +45,45 @@ class LaidOutElsewhere(LaidOutAnswer):
 
     device: str
     switches: list[str]
+
+
+class _Raised(TypedDict):
+    type: str
+    message: str
+    where: str
+    code: str
+
+
+class SplitAnswer(TypedDict, total=False):
+    """What a rank's kernel is given of split experts, or what was raised before.
+
+    Attributes:
+        is_refused: Whether the layer was not made, rather than not prepared or run.
+        function, orders, is_torn, rows, inner, told: See `oracle.shares.split_findings`.
+    """
+
+    method: Required[str]
+    raised: _Raised
+    is_refused: bool
+    function: str
+    orders: list[WrongOrder]
+    is_torn: bool
+    rows: int
+    inner: int
+    told: int
+
+
+def split(answer: SplitAnswer, scheme: str, flashinfer: FlashInfer) -> LaidOut:
+    """Read an answer about split experts."""
+    if "raised" not in answer:
+        findings = tuple(split_findings(flashinfer, scheme, answer))
+        return LaidOut(answer["function"], answer["method"], findings)
+    said = answer["raised"]
+    finding = Finding(
+        Kind.RAISED, said["type"], None, said["message"], said["where"], "", said["code"]
+    )
+    refused = finding if answer["is_refused"] else None
+    return LaidOut("", answer["method"], () if refused else (finding,), refused=refused)
 
 
 def laid_out(answer: LaidOutAnswer, switches: Iterable[str] | None, device: str = "") -> LaidOut:

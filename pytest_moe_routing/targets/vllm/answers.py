@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Required, TypedDict
 
 from pytest_moe_routing.targets.answers import PlacementsAnswer, RequestAnswer, RuleAnswer
-from pytest_moe_routing.targets.layouts import LaidOutAnswer
+from pytest_moe_routing.targets.layouts import LaidOutAnswer, SplitAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 
 
@@ -78,4 +78,5 @@ ANSWERS: Mapping[str, Any] = {
     "capture_modular": _RoutedCalls,
     "other_experts": OtherCallsAnswer,
     "layouts": list[LaidOutAnswer],
+    "split_layouts": list[SplitAnswer],
 }

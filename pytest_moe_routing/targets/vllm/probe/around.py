@@ -18,10 +18,10 @@ from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, run_layer
 from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.devices import other_device
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
-from pytest_moe_routing.targets.vllm.probe.factory import TOKENS, Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of
 from pytest_moe_routing.targets.vllm.probe.method import methods_of
+from pytest_moe_routing.targets.vllm.probe.ranks import TOKENS, Ranks
 from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 from pytest_moe_routing.targets.vllm.probe.selectors import asked_of_selectors

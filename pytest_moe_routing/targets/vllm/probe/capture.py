@@ -29,10 +29,10 @@ from pytest_moe_routing.targets.unwritten import is_unwritten, raised_in
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
-from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import Layer, intermediate_size, layer_of
 from pytest_moe_routing.targets.vllm.probe.method import Caller, methods_of
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What vLLM's own code raises when it will not go on.
@@ -168,7 +168,7 @@ def recorded(
             call()
     except AttributeError as error:
         if is_missing(error):
-            return {"raised": _raised(error)}
+            return {"raised": raised(error)}
         # What vLLM reads of the probe's own objects and does not find there.
         if not isinstance(error.obj, (Layer, Caller)):
             raise
@@ -188,7 +188,7 @@ def recorded(
             raise Unsupported(
                 f"not judged: {what} called code that is not implemented ({refusal(error)})"
             ) from error
-        return {"raised": _raised(error)}
+        return {"raised": raised(error)}
     raise TargetError(f"{what} called no kernel")
 
 
@@ -206,7 +206,7 @@ def on_one_gpu() -> Iterator[None]:
         yield
 
 
-def _raised(error: BaseException) -> dict[str, str]:
+def raised(error: BaseException) -> dict[str, str]:
     """Describe an exception: `type`, `message`, the line of vLLM that raised it, and the code."""
     message = " ".join(str(error).split())[:300]
     if not message:
@@ -226,5 +226,5 @@ def _place(error: BaseException) -> str:
 
 def refusal(error: BaseException) -> str:
     """Return an exception in one line, with the line of vLLM that raised it."""
-    raised = _raised(error)
-    return ": ".join(filter(None, (raised["where"], raised["type"], raised["message"])))
+    said = raised(error)
+    return ": ".join(filter(None, (said["where"], said["type"], said["message"])))

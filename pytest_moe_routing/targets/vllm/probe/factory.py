@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.swept_configs import MADE_UP
 from pytest_moe_routing.targets import stubs
-from pytest_moe_routing.targets.vllm.probe import release, server_defaults
+from pytest_moe_routing.targets.vllm.probe import release
 from pytest_moe_routing.targets.vllm.probe.config import router_part
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, Surroundings
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: Rows of the contract whose modules make and run a layer.
@@ -38,70 +38,13 @@ _TOLERANCE = 2**-6
 _TIMES = (0, 1, 2, -1)
 
 
-#: The tokens of most calls.
-TOKENS = 8
-
-
-class Surroundings(SimpleNamespace):
-    """An object of vLLM that a layer reads: what is not in it, the probe does not know."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where a layer runs: as the last of so many ranks, each with all experts or a part of them.
-
-    Attributes:
-        count: Ranks that the experts are shared out to.
-        dispatched: Each rank has tokens of its own, which an all-gather brings to the others.
-        placement: How vLLM is told to place the experts; None if it is not told.
-        tokens: How many tokens the layer is given.
-    """
-
-    count: int = 1
-    dispatched: bool = False
-    placement: str | None = None
-    tokens: int = TOKENS
-
-    @property
-    def tensor_parallel(self) -> int:
-        """The ranks that have the same tokens."""
-        return 1 if self.dispatched else self.count
-
-    def arguments(self) -> dict[str, int]:
-        """Return the arguments of the factory that say so."""
-        own = self.count // self.tensor_parallel
-        return {"tp_size": self.tensor_parallel, "dp_size": own, "pcp_size": 1}
-
-    def config(self, dtype: torch.dtype) -> Surroundings:
-        """Return the config of the server."""
-        placement = self.placement or server_defaults.parallel(server_defaults.PLACEMENT)
-        return Surroundings(
-            parallel_config=Surroundings(
-                enable_expert_parallel=self.count > 1,
-                all2all_backend="allgather_reducescatter",
-                enable_eplb=False,
-                enable_dbo=False,
-                expert_placement_strategy=placement,
-                elastic_ep_max_dp_size=None,
-            ),
-            compilation_config=Surroundings(
-                max_cudagraph_capture_size=512, static_forward_context={}, static_all_moe_layers=[]
-            ),
-            scheduler_config=Surroundings(max_num_batched_tokens=8192),
-            model_config=Surroundings(dtype=dtype, hf_config=None, hf_text_config=None),
-            kernel_config=Surroundings(moe_backend=server_defaults.moe_backend()),
-            device_config=Surroundings(device="cpu"),
-            lora_config=None,
-        )
-
-
 # What surrounds the layer that is being made or run: vLLM's functions find it without an argument.
 _ranks = Ranks()
 _config = Surroundings()
 
 
 def _group() -> Surroundings:
-    return Surroundings(world_size=_ranks.count, rank_in_group=_ranks.count - 1)
+    return Surroundings(world_size=_ranks.count, rank_in_group=_ranks.rank)
 
 
 def _all_reduce(x: Tensor) -> Tensor:
@@ -128,7 +71,7 @@ def stand_ins() -> dict[str, Any]:
         "get_dp_group": _group,
         "get_pcp_group": _group,
         "get_tensor_model_parallel_world_size": lambda: _ranks.tensor_parallel,
-        "get_tensor_model_parallel_rank": lambda: _ranks.tensor_parallel - 1,
+        "get_tensor_model_parallel_rank": lambda: 0 if _ranks.dispatched else _ranks.rank,
         "tensor_model_parallel_all_reduce": _all_reduce,
         "get_forward_context": _context,
         "is_forward_context_available": lambda: True,

@@ -24,9 +24,10 @@ from pytest_moe_routing.targets.vllm.probe.config import (
     told_dtype,
 )
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
-from pytest_moe_routing.targets.vllm.probe.factory import Made, Ranks
+from pytest_moe_routing.targets.vllm.probe.factory import Made
 from pytest_moe_routing.targets.vllm.probe.method import Caller, experts_made, loaded
 from pytest_moe_routing.targets.vllm.probe.prepared import misread, prepare_finalize
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What a kernel does with its arguments.

@@ -10,14 +10,16 @@ from unittest.mock import patch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked_weights
-from pytest_moe_routing.targets.recorder import input_scale, plain
+from pytest_moe_routing.targets.recorder import Reached, input_scale, plain
+from pytest_moe_routing.targets.shares import Share, split_orders
 from pytest_moe_routing.targets.vllm.probe import factory
-from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, refusal
+from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, raised, refusal
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import ALL, experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, intermediate_size
-from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, surroundings
+from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, is_whole, surroundings
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: Sizes that methods pad, and what pads them, by key of the contract; others raise, or take them.
@@ -28,8 +30,87 @@ _PADS = {
     "nvfp4": "pads-fp4",
     "mxfp4": "pads-mxfp4",
 }
+#: The least that all kernels take.
+_HIDDEN_OF_SPLIT = 256
+#: What checks raise.
+_DELIBERATE = (AssertionError, NotImplementedError, ValueError)
 #: Experts of a layer, for what does not depend on their number.
 _EXPERTS, _TOP_K, _GROUPS = 8, 2, 2
+
+
+def split_layouts(
+    model: Mapping[str, Any], scheme: str, count: int, whole: int
+) -> list[dict[str, Any]]:
+    """Return what a rank's kernel is given of split experts, for each method of a checkpoint.
+
+    Args:
+        count: The ranks over which each expert is split.
+        whole: The intermediate size of the experts.
+
+    Returns:
+        See `targets.layouts.SplitAnswer`.
+
+    Raises:
+        Unsupported: The weights cannot be traced, or not split here.
+    """
+    names().require("layouts", scheme)
+    if not factory.is_run(model):
+        raise Unsupported(f"not judged: what makes a layer of vLLM {names().version} is not run")
+    if is_whole(model, scheme):
+        raise Unsupported("not judged: the code of the model splits a checkpoint of gpt-oss")
+    row = SCHEMES[scheme]
+    callers = methods_of(row.methods, model) or methods_of(row.modular_methods, model)
+    few, share = _with_few_experts(model, _EXPERTS // 2), Share(count, whole)
+    return [_split(few, scheme, class_of(caller), share) for caller in callers]
+
+
+def _split(model: Mapping[str, Any], scheme: str, method: Any, share: Share) -> dict[str, Any]:
+    place, ranks, layer = _place(method), Ranks(share.count, split=True), None
+    with surroundings(), on_one_gpu():
+        try:
+            layer = LoadedLayer(model, scheme, method, (_HIDDEN_OF_SPLIT, share.whole), ranks)
+            layer.load()
+            call = layer.call()
+        except Unsupported:
+            raise
+        except Exception as error:
+            if not isinstance(error, _DELIBERATE):
+                # If it is raised without ranks as well, splitting is not the reason.
+                _prepared(model, scheme, method, (_HIDDEN_OF_SPLIT, _HIDDEN_OF_SPLIT))
+            return {"method": place, "raised": raised(error), "is_refused": layer is None}
+    _require_experts(scheme, layer, place, modular=not layer.method.is_monolithic)
+    gated = model["experts"]["gated"]
+    found = split_orders(scheme, call.arguments, layer.checkpoint, share, gated=gated)
+    return {"method": place, "function": call.function, **found}
+
+
+def _prepared(
+    model: Mapping[str, Any], scheme: str, method: Any, sizes: tuple[int, int]
+) -> tuple[LoadedLayer, Reached]:
+    """Return a layer that has all of its experts, and its call of a kernel.
+
+    Raises:
+        Unsupported: vLLM's code raises something.
+    """
+    try:
+        layer = LoadedLayer(model, scheme, method, sizes, Ranks())
+        layer.load()
+        return layer, layer.call()
+    except Unsupported:
+        raise
+    except Exception as error:
+        # Whatever vLLM's code raises: another reason than the weights cannot be excluded.
+        raise Unsupported(
+            f"not judged: {_place(method)} of vLLM {names().version} prepares no weights here: "
+            f"{refusal(error)}"
+        ) from error
+
+
+def _require_experts(scheme: str, layer: LoadedLayer, place: str, *, modular: bool) -> None:
+    """Raise `Unsupported` if a layer has other experts than the scheme's own."""
+    experts, taken = experts_of(SCHEMES[scheme], modular=modular), layer.method.experts_cls
+    if taken is not experts:
+        raise Unsupported(f"not judged: {place} takes {taken.__name__}, not {experts.__name__}")
 
 
 def layouts(model: Mapping[str, Any], scheme: str, modular: bool = False) -> list[dict[str, Any]]:
@@ -68,23 +149,10 @@ def _laid_out(
     *,
     modular: bool,
 ) -> dict[str, Any]:
-    place = f"{method.__module__.replace('.', '/')}.py {method.__name__}"
-    try:
-        with surroundings(), on_one_gpu(), _taking(scheme, modular):
-            layer = LoadedLayer(model, scheme, method, sizes)
-            call = layer.call()
-    except Unsupported:
-        raise
-    except Exception as error:
-        # Whatever vLLM's code raises: another reason than the weights cannot be excluded.
-        raise Unsupported(
-            f"not judged: {place} of vLLM {names().version} prepares no weights here: "
-            f"{refusal(error)}"
-        ) from error
-    experts = experts_of(SCHEMES[scheme], modular=modular)
-    if layer.method.experts_cls is not experts:
-        taken = layer.method.experts_cls.__name__
-        raise Unsupported(f"not judged: {place} takes {taken}, not {experts.__name__}")
+    place = _place(method)
+    with surroundings(), on_one_gpu(), _taking(scheme, modular):
+        layer, call = _prepared(model, scheme, method, sizes)
+    _require_experts(scheme, layer, place, modular=modular)
     arguments, gated = call.arguments, model["experts"]["gated"]
     found = marked_weights.orders(scheme, arguments, layer.checkpoint, gated=gated)
     factors = {name: value for name, value in arguments.items() if "scalar" in name}
@@ -97,6 +165,10 @@ def _laid_out(
     }
 
 
+def _place(method: Any) -> str:
+    return f"{method.__module__.replace('.', '/')}.py {method.__name__}"
+
+
 @contextmanager
 def _taking(scheme: str, modular: bool) -> Iterator[None]:
     """Have vLLM's selector reject the experts that route, if others are asked about."""
@@ -106,11 +178,11 @@ def _taking(scheme: str, modular: bool) -> Iterator[None]:
         yield
 
 
-def _with_few_experts(model: Mapping[str, Any]) -> dict[str, Any]:
+def _with_few_experts(model: Mapping[str, Any], experts: int = _EXPERTS) -> dict[str, Any]:
     """Return a model with fewer experts and groups, and the same kind of router."""
     router = dict(model["router"])
     limits = {
-        "num_experts": _EXPERTS,
+        "num_experts": experts,
         "top_k": _TOP_K,
         "n_group": _GROUPS,
         "topk_group": 1,

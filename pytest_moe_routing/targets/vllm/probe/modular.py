@@ -27,7 +27,6 @@ from pytest_moe_routing.targets.vllm.probe import factory
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks, recorded
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
-from pytest_moe_routing.targets.vllm.probe.factory import TOKENS, Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import (
     HIDDEN,
@@ -37,6 +36,7 @@ from pytest_moe_routing.targets.vllm.probe.layer import (
 )
 from pytest_moe_routing.targets.vllm.probe.method import methods_of
 from pytest_moe_routing.targets.vllm.probe.prepared import prepare_finalize
+from pytest_moe_routing.targets.vllm.probe.ranks import TOKENS, Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 

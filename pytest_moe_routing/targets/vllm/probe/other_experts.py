@@ -31,11 +31,11 @@ from pytest_moe_routing.targets.vllm.probe.choice import (
 )
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation, parallel_config
 from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
-from pytest_moe_routing.targets.vllm.probe.factory import Ranks
 from pytest_moe_routing.targets.vllm.probe.gates import quant_keys
 from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
 from pytest_moe_routing.targets.vllm.probe.modular import Run
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 

@@ -25,9 +25,9 @@ from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
 from pytest_moe_routing.targets.vllm.probe.choice import selector_of
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation, quant_config
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
-from pytest_moe_routing.targets.vllm.probe.factory import TOKENS, Ranks
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, layer_of
 from pytest_moe_routing.targets.vllm.probe.prepared import prepare_finalize
+from pytest_moe_routing.targets.vllm.probe.ranks import TOKENS, Ranks
 from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 

@@ -1,0 +1,51 @@
+"""The failures of experts that are split, each over several ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_moe_routing.failure import Failure, Rank, cause_id, few
+from pytest_moe_routing.oracle.finding import Kind, source_of
+from pytest_moe_routing.oracle.judgement import reach_of
+from pytest_moe_routing.oracle.shares import told_of
+from pytest_moe_routing.report import text
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.oracle.shares import WrongSplit
+    from pytest_moe_routing.oracle.target import Target
+
+#: What a kernel of FlashInfer or the target's code rejects, rather than compute it wrongly.
+_LOUD = (Kind.RAISED, Kind.LIMIT)
+
+
+def of_split(target: Target, scheme: str, wrong: WrongSplit) -> Failure:
+    """Return the failure of a rank whose part of each expert does not get to its kernel."""
+    call, switches = wrong.at, wrong.at.switches
+    first = wrong.splits[0]
+    model, whole = first.model, first.model.experts.intermediate_size
+    reach, is_default = reach_of(model, scheme, switches or ()), switches == ()
+    reached = "whether by default cannot be asked of this release"
+    if switches is not None:
+        reached = text.reached(reach, switches, by_default=is_default)
+    lines = (
+        f"{model} on {scheme}, {target}: experts are split wrongly over {first.count} ranks",
+        f"  reach    {reached}",
+        *(f"  because  {line}" for line in text.sentences(call.findings)),
+        f"  ranks    each has {first.inner} of {whole} rows of the gate and up weights",
+        *(f"  at       {method}" for method in wrong.methods),
+        f"  models   {few(told_of(wrong.splits))}",
+    )
+    sources, names = zip(*(method.split(" ", 1) for method in wrong.methods), strict=True)
+    name = "+".join(names)
+    what = "+".join(dict.fromkeys(finding.id for finding in call.findings))
+    kinds = {finding.kind for finding in call.findings}
+    return Failure(
+        cause_id("split", what, name),
+        Rank.LOUD if kinds.issubset(_LOUD) else Rank.SILENT,
+        f"{model.id} {scheme}",
+        lines,
+        source_of(call.findings) or sources[0],
+        name,
+        reached,
+        text.rarity(reach, by_default=is_default),
+    )

@@ -1,0 +1,111 @@
+"""What a rank has of experts that are split, each over several ranks.
+
+A rank has a part of each expert's intermediate size: rows of the gate and of the up weights, and
+columns of the down weights. Each rank adds its part of the output, so the first one alone adds the
+biases of the down weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets import marked_weights
+from pytest_moe_routing.targets.marked_weights import MarkedCheckpoint
+
+#: The rank whose layer is looked at: not the first, and not the last one, which may have nothing.
+RANK = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """How experts are split.
+
+    Attributes:
+        count: Over how many ranks.
+        whole: The intermediate size of the experts.
+    """
+
+    count: int
+    whole: int
+
+    def parts(self, inner: int) -> Iterator[tuple[int, int]]:
+        """Yield what may be the rank's of the intermediate size, from and up to.
+
+        Either all ranks have as much, or each one but the last ones fills the size at its kernel.
+
+        Args:
+            inner: The intermediate size at the kernel, which may be padded.
+        """
+        local = Fraction(self.whole, self.count)
+        yield int(RANK * local), int((RANK + 1) * local)
+        if RANK * inner < self.whole:
+            yield RANK * inner, min((RANK + 1) * inner, self.whole)
+
+    def checkpoint_of(
+        self, checkpoint: MarkedCheckpoint, start: int, end: int
+    ) -> MarkedCheckpoint | None:
+        """Return the rank's part of a checkpoint; None if it would split a block of scales."""
+        found = MarkedCheckpoint()
+        for name, parts in checkpoint.parts.items():
+            dim = 0 if name.startswith("w13") else 1
+            for part, tensors in parts.items():
+                if dim >= tensors[0].ndim:
+                    found.parts.setdefault(name, {})[part] = list(map(torch.zeros_like, tensors))
+                    continue
+                bounds = [Fraction(at * tensors[0].shape[dim], self.whole) for at in (start, end)]
+                if any(bound.denominator != 1 for bound in bounds):
+                    return None
+                first, last = map(int, bounds)
+                narrowed = [tensor.narrow(dim, first, last - first) for tensor in tensors]
+                found.parts.setdefault(name, {})[part] = narrowed
+        return found
+
+
+def split_orders(
+    scheme: str,
+    arguments: Mapping[str, Any],
+    checkpoint: MarkedCheckpoint,
+    share: Share,
+    *,
+    gated: bool,
+) -> dict[str, Any]:
+    """Return what a kernel of TRT-LLM's is given of split experts.
+
+    Returns:
+        See `targets.layouts.SplitAnswer`.
+
+    Raises:
+        Unsupported: An argument cannot be compared with the checkpoint.
+    """
+    weights = arguments["gemm1_weights"]
+    if not isinstance(weights, Tensor) or weights.ndim < 3:
+        raise Unsupported("the rows of gemm1_weights are not known")
+    rows = weights.shape[-2]
+    inner = rows // (2 if gated else 1)
+    found: list[list[dict[str, Any]]] = []
+    is_torn = share.checkpoint_of(checkpoint, *next(share.parts(inner))) is None
+    for start, end in share.parts(inner):
+        own = share.checkpoint_of(checkpoint, start, end)
+        if own is None:
+            continue
+        # Of torn blocks, a call has other scales than the checkpoint.
+        with suppress(Unsupported) if is_torn else nullcontext():
+            found.append(marked_weights.orders(scheme, arguments, own, gated=gated))
+            if not found[-1]:
+                break
+    orders = min(found, key=len, default=[])
+    return {
+        "orders": orders,
+        "is_torn": is_torn and (bool(orders) or not found),
+        "rows": rows,
+        "inner": inner,
+        "told": arguments["intermediate_size"],
+    }

@@ -1,0 +1,75 @@
+"""The ranks that a layer of vLLM runs on, and the config of their server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from pytest_moe_routing.targets.vllm.probe import server_defaults
+
+#: The tokens of most calls.
+TOKENS = 8
+
+
+class Surroundings(SimpleNamespace):
+    """An object of vLLM that a layer reads: what is not in it, the probe does not know."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where a layer runs: as the last of so many ranks, each with all experts or a part of them.
+
+    Of ranks that have a part of each expert, it is the second: the last may have none.
+
+    Attributes:
+        count: Ranks that the experts are shared out to.
+        dispatched: Each rank has tokens of its own, which an all-gather brings to the others.
+        placement: How vLLM is told to place the experts; None if it is not told.
+        tokens: How many tokens the layer is given.
+        split: Each rank has a part of each expert, rather than some of the experts.
+    """
+
+    count: int = 1
+    dispatched: bool = False
+    placement: str | None = None
+    tokens: int = TOKENS
+    split: bool = False
+
+    @property
+    def tensor_parallel(self) -> int:
+        """The ranks that have the same tokens."""
+        return 1 if self.dispatched else self.count
+
+    @property
+    def rank(self) -> int:
+        """The rank that the layer runs as."""
+        return 1 if self.split else self.count - 1
+
+    def arguments(self) -> dict[str, int]:
+        """Return the arguments of the factory that say so."""
+        own = self.count // self.tensor_parallel
+        return {"tp_size": self.tensor_parallel, "dp_size": own, "pcp_size": 1}
+
+    def config(self, dtype: torch.dtype) -> Surroundings:
+        """Return the config of the server."""
+        placement = self.placement or server_defaults.parallel(server_defaults.PLACEMENT)
+        return Surroundings(
+            parallel_config=Surroundings(
+                enable_expert_parallel=self.count > 1 and not self.split,
+                all2all_backend="allgather_reducescatter",
+                enable_eplb=False,
+                enable_dbo=False,
+                expert_placement_strategy=placement,
+                elastic_ep_max_dp_size=None,
+            ),
+            compilation_config=Surroundings(
+                max_cudagraph_capture_size=512, static_forward_context={}, static_all_moe_layers=[]
+            ),
+            scheduler_config=Surroundings(max_num_batched_tokens=8192),
+            model_config=Surroundings(dtype=dtype, hf_config=None, hf_text_config=None),
+            kernel_config=Surroundings(moe_backend=server_defaults.moe_backend()),
+            device_config=Surroundings(device="cpu"),
+            lora_config=None,
+        )

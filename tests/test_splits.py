@@ -1,0 +1,139 @@
+"""Experts that are split over ranks: which splits are asked about, and what is told of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from miniatures import AnswersNothing
+
+from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.failure import Rank
+from pytest_moe_routing.flashinfer import FlashInfer, preparation
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.shares import split_findings, wrong_splits
+from pytest_moe_routing.oracle.target import LaidOut
+from pytest_moe_routing.suite.shares import of_split
+
+FLASHINFER = FlashInfer.of("0.7.2")
+MODELS = load_models(packaged_directory())
+RAISED = Finding(Kind.RAISED, "ValueError", None, "no such size", "own/code.py:7")
+#: A call in which nothing is wrong.
+RIGHT = {
+    "function": "f",
+    "orders": [],
+    "is_torn": False,
+    "rows": 256,
+    "inner": 128,
+    "told": 128,
+}
+
+
+class Splits(AnswersNothing):
+    """Splits experts, each into parts of which `answer` says what comes of one."""
+
+    name = "splits"
+
+    def __init__(self, answer):
+        super().__init__(FLASHINFER)
+        self.answer, self.asked = answer, []
+
+    def weight_path(self, model, scheme):
+        return "one way"
+
+    def split(self, model, scheme, count, whole):
+        self.asked.append((model.id, count, whole))
+        return (replace(LaidOut("f", "own/code.py Method", ()), **self.answer(whole // count)),)
+
+
+def splits_of(answer, scheme, *models):
+    target = Splits(answer)
+    return target, wrong_splits(target, scheme, [MODELS[model] for model in models])
+
+
+def test_one_split_of_each_remainder_is_asked():
+    target, found = splits_of(lambda _: {}, "nvfp4", "gemma-4-26b-a4b", "deepseek-r1", "glm-5")
+    # 352, 176 and 88 rows, as 96, 48 and 88; 1024, 512 and 256, of which nothing is left over.
+    assert target.asked == [
+        ("gemma-4-26b-a4b", 2, 2 * 96),
+        ("gemma-4-26b-a4b", 4, 4 * 48),
+        ("gemma-4-26b-a4b", 8, 8 * 88),
+        ("deepseek-r1", 8, 8 * 128),
+    ]
+    assert (found.wrong, found.answered) == ((), 9)
+
+
+def test_a_rank_has_something_of_a_small_size_where_whole_tiles_are_split():
+    target, _ = splits_of(lambda _: {}, "nvfp4", "deepseek-coder-v2-lite")
+    # 704 rows are five tiles of 128 and 64 rows: of 2 * 64 rows, the first rank would have all.
+    assert target.asked[0] == ("deepseek-coder-v2-lite", 2, 2 * 192)
+
+
+def test_a_mistake_is_told_with_the_sizes_of_the_model():
+    def answer(inner):
+        return {"findings": (Finding(Kind.ARGUMENT, "intermediate_size", inner, 7),)}
+
+    target, found = splits_of(answer, "nvfp4", "deepseek-v3", "deepseek-r1")
+    (wrong,) = found.wrong
+    failure = of_split(target, "nvfp4", wrong)
+    assert failure.lines == (
+        "deepseek-r1 on nvfp4, splits 0: experts are split wrongly over 8 ranks",
+        "  reach    a published checkpoint, by default",
+        "  because  intermediate_size arrives as 7, the layer has 256",
+        "  ranks    each has 256 of 2048 rows of the gate and up weights",
+        "  at       own/code.py Method",
+        "  models   deepseek-r1 over 2 or 4 or 8, deepseek-v3 over 2 or 4 or 8",
+    )
+    assert failure.cause == "split:argument-intermediate_size:Method"
+    assert failure.rank is Rank.SILENT
+
+
+@pytest.mark.parametrize(("model", "is_wrong"), [("deepseek-r1", True), ("gemma-4-26b-a4b", False)])
+def test_only_blocks_may_be_refused(model, is_wrong):
+    """Of 1024 rows, blocks of 128 are whole; of 352, they are not."""
+    target, found = splits_of(lambda _: {"refused": RAISED}, "fp8_block", model)
+    assert [of_split(target, "fp8_block", wrong).rank for wrong in found.wrong] == (
+        [Rank.LOUD] if is_wrong else []
+    )
+
+
+def test_what_cannot_be_asked_is_counted():
+    def answer(_):
+        raise Unsupported("no ranks here")
+
+    _, found = splits_of(answer, "nvfp4", "deepseek-r1", "gemma-4-26b-a4b")
+    assert (found.answered, found.unanswered) == (0, {"no ranks here": 6})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wrong", "fields"),
+    [
+        ("nvfp4", {}, []),
+        ("nvfp4", {"told": 64}, ["intermediate_size"]),
+        ("nvfp4", {"rows": 192, "inner": 96, "told": 96}, ["number of rows"]),
+        ("bf16", {"rows": 384, "inner": 192, "told": 192}, ["intermediate_size"]),
+        ("nvfp4", {"is_torn": True}, ["block scales"]),
+    ],
+)
+def test_a_kernel_is_given_sizes_that_it_takes(scheme, wrong, fields):
+    found = split_findings(FLASHINFER, scheme, {**RIGHT, **wrong})
+    assert [finding.field for finding in found] == fields
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "others"),
+    [
+        ("shuffle_matrix_sf_a", 192, (128,)),
+        ("get_shuffle_matrix_sf_a_row_indices", 192, (128,)),
+        ("shuffle_matrix_a", 208, (128,)),
+        ("convert_to_block_layout", 128, (96,)),
+    ],
+)
+def test_sizes_that_flashinfer_asserts(name, rows, others):
+    """As `flashinfer/utils.py` and `fused_moe/core.py` do."""
+    prepare, columns = preparation.FUNCTIONS[name], 64
+    with pytest.raises(AssertionError, match="expected a multiple of"):
+        prepare(torch.zeros(rows, columns, dtype=torch.uint8), *others)

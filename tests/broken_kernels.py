@@ -38,6 +38,7 @@ IDS, WEIGHTS, SCALES = "token_selected_experts", "token_final_scales", "quant_sc
 REQUESTED = "--moe-backend flashinfer_cutlass"
 ALONE = "Blackwell", REQUESTED
 PARALLEL = "--enable-expert-parallel", "--tensor-parallel-size 2"
+SPLIT = ("--tensor-parallel-size 2",)
 GATHERED = "--enable-expert-parallel", "--data-parallel-size 2"
 WEIGHT = "router weight is applied {}; the layer applies it once, on the expert output"
 FIRST = ["fc1 quantization", "fc1 weights"]
@@ -48,11 +49,15 @@ MISTAKES = {
     "nothing": (nothing, "deepseek-r1", "nvfp4"),
     "ranks swapped": (
         *(swap("tp_rank", "ep_rank"), "deepseek-r1", "nvfp4"),
-        *("Blackwell", *PARALLEL, REQUESTED, arrives("tp_rank", 1, 0), arrives("ep_rank", 0, 1)),
+        *("Blackwell", *SPLIT, REQUESTED, arrives("tp_rank", 0, 1), arrives("ep_rank", 1, 0)),
     ),
     "sizes swapped": (
         *(swap("tp_size", "ep_size"), "deepseek-r1", "fp8_per_tensor"),
-        *("Hopper", *PARALLEL, arrives("tp_size", 2, 1), arrives("ep_size", 1, 2)),
+        *("Hopper", *SPLIT, arrives("tp_size", 1, 2), arrives("ep_size", 2, 1)),
+    ),
+    "ranks that split experts lost": (
+        *(lambda given: given.update(tp_size=1, tp_rank=0), "deepseek-r1", "nvfp4"),
+        *("Blackwell", *SPLIT, REQUESTED, arrives("tp_size", 1, 2), arrives("tp_rank", 0, 1)),
     ),
     "another rank": (
         *(put("ep_rank", lambda _: 0), "deepseek-r1", "bf16"),

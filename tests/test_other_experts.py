@@ -50,7 +50,7 @@ def recorded(model=R1, **changes):
     record = {"function": "cutlass_fused_moe", "stored": "bf16", "shards": 2, "roles": {}}
     record |= {"has_biases": False, "arguments": arguments}
     for name, value in changes.items():
-        (record if name in (*record, "unprepared", "scales") else arguments)[name] = value
+        (record if name in (*record, "unprepared", "scales", "parts") else arguments)[name] = value
     return record
 
 
@@ -77,6 +77,10 @@ def test_every_argument_is_one_of_the_entry_point():
 
 def test_a_right_call():
     assert sentences() == []
+    # A rank that has a part of every expert.
+    every = tensor("bfloat16", 256, 512, 512)
+    split = {"tp_size": 2, "tp_rank": 1, "ep_size": 1, "ep_rank": 0}
+    assert sentences(**split, shards=1, parts=2, fc1_expert_weights=every) == []
     assert sentences(MODELS["minimax-m3"], unprepared=["gemm1_alpha"]) == []
     ones = tensor("float32", 8, 1)
     assert sentences(SCOUT, token_final_scales=ones) == []

@@ -136,10 +136,10 @@ def test_what_answers_for_all_gates_is_the_function_of_a_class(monkeypatch):
     assert gates.function_of("nvfp4", gates.ALL) is experts
 
 
-@pytest.mark.parametrize(("num_experts", "ranks"), [(60, [1, 2, 2]), (257, [1])])
+@pytest.mark.parametrize(("num_experts", "ranks"), [(60, [1, 2, 2, 1]), (257, [1, 1])])
 def test_experts_are_shared_out_where_their_number_is_even(num_experts, ranks):
     ways = other_experts._ways({"router": {"num_experts": num_experts}})
-    assert [way.ranks.count for way in ways] == ranks
+    assert [way.ranks.shards for way in ways] == ranks
 
 
 @pytest.mark.parametrize(("model", "width"), [("nemotron-3-super", 1024), ("deepseek-r1", 7168)])

@@ -31,8 +31,9 @@ def read_given(
 
     Args:
         record: A call with its `function` and `arguments`, the number of `shards` of which the
-            layer is the last, what it is `stored` as (see `given.yaml`), the `roles` of tensors
-            by argument, whether the layer `has_biases`, and what of the activation is
+            layer is the last, or of `parts` of experts (1 if left out) of which it has the second,
+            what it is `stored` as (see `given.yaml`), the `roles` of tensors by argument, whether
+            the layer `has_biases`, and what of the activation is
             `unprepared`, if anything: its values are not the target's own; and the `scales` of
             whole tensors that its experts have, if any are known, as in `RecordedLayer`.
 
@@ -46,7 +47,9 @@ def read_given(
             "known"
         )
     arguments = record["arguments"]
-    yield from _wrong_numbers(entry, model, arguments, record["shards"])
+    shards, parts = record["shards"], record.get("parts", 1)
+    layer = {"ep_size": shards, "ep_rank": shards - 1, "tp_size": parts, "tp_rank": int(parts > 1)}
+    yield from _wrong_numbers(entry, arguments, layer, model.router.num_experts // shards)
     yield from _wrong_choice(entry, arguments)
     if not {"applied", "unusable"} & record.keys():
         yield from _wrong_weights(entry, model, arguments[entry.weights])
@@ -92,10 +95,8 @@ def not_for(function: str | None, stored: str) -> Finding | None:
 
 
 def _wrong_numbers(
-    entry: GivenExperts, model: ModelSpec, arguments: Mapping[str, Any], shards: int
+    entry: GivenExperts, arguments: Mapping[str, Any], layer: Mapping[str, int], local: int
 ) -> Iterator[Finding]:
-    local = model.router.num_experts // shards
-    layer = {"ep_size": shards, "ep_rank": shards - 1}
     for name, value in entry.numbers.items():
         wanted = layer[value] if isinstance(value, str) else value
         if arguments[name] != wanted:

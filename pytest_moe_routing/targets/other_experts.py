@@ -46,6 +46,7 @@ class OtherCallAnswer(TypedDict, total=False):
     has_biases: Required[bool]
     shards: Required[int]
     dispatched: bool
+    parts: int
     function: str
     arguments: dict[str, Any]
     roles: dict[str, list[str | None]]
@@ -97,6 +98,8 @@ def _findings(
         yield wrong
         return
     ranks = ", rank 1 of 2" if record["shards"] > 1 else ""
+    if record.get("parts", 1) > 1:
+        ranks = f", rank 1 of {record['parts']} that split experts"
     if record.get("dispatched"):
         ranks += ", tokens gathered"
     given = scales.GIVEN if record["stored"] in _WITH_WHOLE_SCALES else _WITHOUT

@@ -39,14 +39,17 @@ def activation_name(model: Mapping[str, Any]) -> str:
     return name
 
 
-def parallel_config(shards: int = 1, *, dispatched: bool = False) -> Any:
-    """No parallelism, or the last rank of expert parallelism.
+def parallel_config(shards: int = 1, *, dispatched: bool = False, parts: int = 1) -> Any:
+    """No parallelism, the last rank of expert parallelism, or the second that splits experts.
 
     Args:
+        parts: The ranks that have a part of each expert.
         dispatched: Each rank has tokens of its own, which an all-gather brings to the others.
     """
     server_defaults.check_parallel()
     alone = names().get("parallel-config.make_no_parallel")()
+    if parts > 1:
+        return replace(alone, tp_size=parts, tp_rank=1)
     if shards == 1:
         return alone
     config = replace(alone, ep_size=shards, ep_rank=shards - 1, use_ep=True)
@@ -98,11 +101,12 @@ def moe_config(
     sizes: tuple[int, int] | None = None,
     *,
     dispatched: bool = False,
+    parts: int = 1,
 ) -> Any:
     """Make the `FusedMoEConfig` of one layer of the model; `sizes` replace its real widths.
 
     Args:
-        dispatched: See `parallel_config`.
+        dispatched, parts: See `parallel_config`.
 
     Raises:
         NoActivation: The release does not know the activation.
@@ -118,7 +122,7 @@ def moe_config(
         "experts_per_token": router["top_k"],
         "hidden_dim": hidden,
         "intermediate_size": intermediate,
-        "intermediate_size_per_partition": intermediate,
+        "intermediate_size_per_partition": intermediate // parts,
         "num_local_experts": router["num_experts"] // shards,
         "num_logical_experts": router["num_experts"],
         "activation": activation,
@@ -126,7 +130,7 @@ def moe_config(
         "has_bias": widths["bias"],
         "device": "cpu",
         "routing_method": method_named(method),
-        "moe_parallel_config": parallel_config(shards, dispatched=dispatched),
+        "moe_parallel_config": parallel_config(shards, dispatched=dispatched, parts=parts),
         "in_dtype": getattr(torch, model["dtype"]),
         "router_logits_dtype": told_dtype(model),
         "max_num_tokens": 8192,

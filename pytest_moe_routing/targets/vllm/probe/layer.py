@@ -96,14 +96,14 @@ class Layer:
             bias = torch.linspace(0.101, 0.907, experts)
             self.bias = bias.to(getattr(torch, router["correction_bias"]))
         self.global_num_experts = experts
-        self.local_num_experts = experts // ranks.count
-        self.ep_rank = ranks.count - 1
+        self.local_num_experts = experts // ranks.shards
+        self.ep_rank = ranks.shards - 1
         self.top_k = router["top_k"]
         stated = release.router_arguments(model)
         self.num_expert_group, self.topk_group = stated["num_expert_group"], stated["topk_group"]
         self.routed_scaling_factor = release.router_factor(model)
         self.apply_router_weight_on_input = router["weight_on"] == "input"
-        self.intermediate_size_per_partition = intermediate_size(model)
+        self.intermediate_size_per_partition = intermediate_size(model) // ranks.parts
         self.hidden = hidden_states(self.tokens, HIDDEN)
 
     def at_kernel(self, x: Tensor) -> Tensor:
@@ -209,9 +209,11 @@ class StandIn(Layer):
     ) -> None:
         super().__init__(model, row, ranks)
         sizes = HIDDEN, intermediate_size(model)
-        dispatched = ranks.dispatched
+        dispatched, parts = ranks.dispatched, ranks.parts
         self.asked = self
-        self.config = moe_config(model, method, ranks.count, sizes, dispatched=dispatched)
+        self.config = moe_config(
+            model, method, ranks.shards, sizes, dispatched=dispatched, parts=parts
+        )
         for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
             setattr(self, name, getattr(self.config, name, None))
         self.e_score_correction_bias = self.bias
@@ -220,7 +222,7 @@ class StandIn(Layer):
         self.enable_eplb, self.eplb_state = False, None
         self.hash_indices_table = self.routing_sink = None
         self.expert_map = None
-        if ranks.count > 1:
+        if ranks.shards > 1:
             experts, local = self.global_num_experts, self.local_num_experts
             self.expert_map = torch.full((experts,), -1, dtype=torch.int32)
             default = server_defaults.parallel(server_defaults.PLACEMENT)
@@ -230,7 +232,7 @@ class StandIn(Layer):
                     "code that places them is not run"
                 )
             is_every = ranks.placement == "round_robin"
-            here = slice(self.ep_rank, None, ranks.count) if is_every else slice(-local, None)
+            here = slice(self.ep_rank, None, ranks.shards) if is_every else slice(-local, None)
             self.expert_map[here] = torch.arange(local, dtype=torch.int32)
         self.give(self)
         if not is_class:
@@ -298,8 +300,10 @@ class OwnLayer(Layer):
         """
         model, ranks = self.model, self.layer.ranks
         sizes = HIDDEN, intermediate_size(model)
-        dispatched = ranks.dispatched
-        told = moe_config(model, self._method, ranks.count, sizes, dispatched=dispatched)
+        dispatched, parts = ranks.dispatched, ranks.parts
+        told = moe_config(
+            model, self._method, ranks.shards, sizes, dispatched=dispatched, parts=parts
+        )
         stated = release.sources().stated(release.architecture_of(model))
         got, found = vars(self.config), {}
         for name, value in vars(told).items():

@@ -76,6 +76,7 @@ _WAYS = (
     _Way(Ranks()),
     _Way(Ranks(2), (_EXPERT_PARALLEL, "--tensor-parallel-size 2")),
     _Way(Ranks(2, dispatched=True), (_EXPERT_PARALLEL, "--data-parallel-size 2")),
+    _Way(Ranks(2, split=True), ("--tensor-parallel-size 2",)),
 )
 #: What the tensors of a layer are to a kernel, see `flashinfer/given.yaml`.
 _ROLES: Mapping[str, str] = {
@@ -136,7 +137,7 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
                     found.append((about, backend))
                 else:
                     about |= {"function": kind.function, "capability": capability}
-                    calls.append({**about, **_NO_CALL, "shards": way.ranks.count})
+                    calls.append({**about, **_NO_CALL, "shards": way.ranks.shards})
             if not found:
                 continue
             # A class is the same on each of them: the one is taken that needs the least.
@@ -200,7 +201,7 @@ def _kinds(scheme: str) -> dict[tuple[_Kind, str], list[str]]:
 
 def _ways(model: Mapping[str, Any]) -> Iterator[_Way]:
     counts = counts_of_ranks(model)
-    yield from (way for way in _WAYS if way.ranks.count in counts)
+    yield from (way for way in _WAYS if way.ranks.shards in counts)
 
 
 def _stored(experts: Any, scheme: str) -> str:
@@ -227,7 +228,7 @@ def _taken(
     """
     config, ranks = selector.config, way.ranks
     if ranks.count > 1:
-        parallel = parallel_config(ranks.count, dispatched=ranks.dispatched)
+        parallel = parallel_config(ranks.shards, dispatched=ranks.dispatched, parts=ranks.parts)
         config = replace(config, moe_parallel_config=parallel)
     default = server_defaults.moe_backend()
     for name in dict.fromkeys((default, *kind.backends)):
@@ -259,7 +260,7 @@ def _call(experts: Any, caller: Any, layer: Layer, way: _Way) -> dict[str, Any]:
         return found
 
     run = Run(experts, caller, layer, way.ranks.dispatched, made)
-    about = {"by": caller.__qualname__.split(".")[0], "shards": way.ranks.count}
-    about |= {"dispatched": way.ranks.dispatched}
+    about = {"by": caller.__qualname__.split(".")[0], "shards": way.ranks.shards}
+    about |= {"dispatched": way.ranks.dispatched, "parts": way.ranks.parts}
     about |= {"has_biases": layer.model["experts"]["bias"] and gives_biases(class_of(caller))}
     return {**about, **run.answer(), "roles": roles_of(run.arguments, sources)}

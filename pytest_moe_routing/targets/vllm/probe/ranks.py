@@ -43,6 +43,16 @@ class Ranks:
         return 1 if self.dispatched else self.count
 
     @property
+    def shards(self) -> int:
+        """The ranks that have some of the experts each."""
+        return 1 if self.split else self.count
+
+    @property
+    def parts(self) -> int:
+        """The ranks that have a part of each expert."""
+        return self.count if self.split else 1
+
+    @property
     def rank(self) -> int:
         """The rank that the layer runs as."""
         return 1 if self.split else self.count - 1

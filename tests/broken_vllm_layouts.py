@@ -95,6 +95,9 @@ BROKEN = {
     "order of biases": (
         *(*GPT_OSS, r"swap_every_two_rows\(w13_bias, -1\)", "w13_bias", "gpt-oss-20b", "mxfp4"),
     ),
+    "dtype of biases": (
+        *(*GPT_OSS, r"(w2_bias.*)torch\.float32", r"\1torch.bfloat16", "gpt-oss-20b", "mxfp4"),
+    ),
     "tile of biases": (
         *(*GPT_OSS, r"(?s)(w2_bias\[i\]\.clone\(\)\.reshape\(-1, 1\),\s+)epilogue_tile_m", r"\g<1>64"),
         *("gpt-oss-20b", "mxfp4"),

@@ -128,6 +128,10 @@ OF_VLLM = {
     "halves of blocks": (["UnquantizedFusedMoEMethod"], [f"gemm1_weights: {SWAPPED}"]),
     "order of pairs": (["Mxfp4MoEMethod"], [f"gemm1_weights: {SWAPPED}"]),
     "order of biases": (["GptOssMxfp4MoEMethod"], [f"gemm1_bias: {SWAPPED}"]),
+    "dtype of biases": (
+        ["GptOssMxfp4MoEMethod"],
+        ["gemm2_bias: it is bfloat16, the kernel reads float32"],
+    ),
     "tile of biases": (["GptOssMxfp4MoEMethod"], [f"gemm2_bias: {TILES} 64, not of 128"]),
     "scales of activations in tiles": (NVFP4, FOUND["scales of activations swizzled"]),
     "scales of inputs swapped": (

@@ -180,6 +180,8 @@ def _differences(order: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str] | N
             yield ("weight_layout", says), is_
         else:
             yield None, f"it lies as {is_}, the kernel reads {says}"
+    if found["dtype"] != read["dtype"]:
+        yield None, f"it is {found['dtype']}, the kernel reads {read['dtype']}"
     if found["tiled"] != read["tiled"]:
         places = ("rows in their order", "128x4 tiles")
         yield None, f"it lies in {places[found['tiled']]}, the kernel reads {places[read['tiled']]}"

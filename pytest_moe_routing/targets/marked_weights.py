@@ -6,7 +6,7 @@ Bytes are random as only their order matters: two orders of the same rows differ
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
 from itertools import product
@@ -60,6 +60,7 @@ class Order:
         weight_layout: A number of FlashInfer's `WeightLayout`, see `LAYOUTS`.
         tiled: Scales lie in 128x4 tiles.
         hopper: `weights` or `scales` that lie as Hopper's mixed-input GEMM reads these; else empty.
+        dtype: That of biases, where the kernel does not look at it; else empty.
     """
 
     up_first: bool = False
@@ -68,6 +69,7 @@ class Order:
     weight_layout: int = 0
     tiled: bool = False
     hopper: str = ""
+    dtype: str = ""
 
     def lay(self, matrix: Tensor, *, gated: bool) -> Tensor:
         """Return a matrix `[rows, columns]`, gate before up, in this order."""
@@ -234,7 +236,10 @@ class Argument:
         if is_open and any(part.numel() != matrix.numel() for part, matrix in pairs):
             raise Unsupported(f"{name} is not padded as the weights are")
         known = checkpoint.known(self.parameter, padded) if is_open else None
-        return _order_of(pairs, self.read, known, gated=self.gated)
+        found = _order_of(pairs, self.read, known, gated=self.gated)
+        if found is None or not self.read.dtype:
+            return found
+        return replace(found, dtype=str(value.dtype).removeprefix("torch."))
 
 
 def orders(
@@ -332,8 +337,10 @@ def _read(kernel: KernelSpec, told: Mapping[str, int], kind: str, *, gated: bool
     number = told.get("weight_layout", LAYOUTS.index("BlockMajorK") if usual.block_major else 0)
     tile = (128 if kernel.fused_activation else 64) if is_shuffled else 0
     interleaved = bool(gated and is_shuffled and kernel.fused_activation)
-    is_weight = kind == "weights"
-    return Order(gated, interleaved, tile, number if is_weight else 0, tiled=kind == "scale")
+    layout = number if kind == "weights" else 0
+    # trtllm_fused_moe_kernel_launcher.cu casts the pointers of biases to float.
+    dtype = "float32" if kind == "bias" else ""
+    return Order(gated, interleaved, tile, layout, tiled=kind == "scale", dtype=dtype)
 
 
 def _order_of(

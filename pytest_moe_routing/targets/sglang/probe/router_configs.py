@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.mixers import UNTIED, WrongMixer, mixer_problem
 from pytest_moe_routing.targets.sglang.probe.router_case import Case
 
 _EXPERTS, _TOP_K, _GROUPS, _SCALE = 64, 4, (8, 4), 2.5
@@ -72,6 +73,24 @@ def cases(names: Names) -> Iterator[Case]:
             if len(row.score) > 1 and "scoring_func" not in parameters and score != row.score[0]:
                 continue
             yield _case(row, function, score, normed, scaled, slots)
+    if names.has("router-phimoe"):
+        yield _sparse_mixer(names.get("router-phimoe"))
+
+
+def _sparse_mixer(function: Callable[..., Any]) -> Case:
+    """Return Phi-3.5-MoE's routing function, whose weights a reference of its own judges."""
+    recipe = Recipe(top_k=2, score="softmax")
+
+    def forward(hidden: Tensor, logits: Tensor) -> Any:
+        weights, ids = function(hidden, logits, recipe.top_k, renormalize=False)
+        problem = mixer_problem(weights, ids, logits)
+        if problem is not None:
+            raise WrongMixer(problem)
+        # No recipe has the weights.
+        return SimpleNamespace(topk_weights=logits.softmax(-1).gather(-1, ids), topk_ids=ids)
+
+    subject = "models.phimoe.phimoe_routing_function"
+    return Case(forward, None, recipe, 16, torch.float32, subject=subject, patterns=UNTIED)
 
 
 def _case(

@@ -6,8 +6,8 @@ the experts, and the routing functions of further models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from pytest_moe_routing.oracle.routers import NOT_FINITE, Deviation
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names, Spelling
+from pytest_moe_routing.targets.mixers import UNTIED, mixer_problem
 from pytest_moe_routing.targets.vllm.probe import release
 from pytest_moe_routing.targets.vllm.probe.router_capture import WAY, captured_by, deviations
 from pytest_moe_routing.targets.vllm.probe.router_case import Case, select
@@ -86,6 +87,7 @@ def cases(names: Names) -> Iterator[Case]:
         *(partial(_simulated, s) for s in ("uniform_random", "normal_routing")),
         partial(_function, "routing-cohere2", "sigmoid"),
         _gemma4,
+        _sparse_mixer,
         *(partial(_captured, recipe) for recipe in _CAPTURED),
     )
 
@@ -131,6 +133,20 @@ def _gemma4() -> Case:
     return _behind_router(config, function, names.spelling("routing-gemma4"))
 
 
+def _sparse_mixer() -> Case:
+    """Return Phi-3.5-MoE's routing function, which is compared with a reference of its own."""
+    config = _Config(Recipe(top_k=2, score="softmax"), 16)
+    function = release.names().get("routing-phimoe")
+    case = _behind_router(config, function, release.names().spelling("routing-phimoe"))
+
+    def problem(case: Case, pattern: str) -> str | None:
+        logits, _ = _inputs(case, pattern)
+        return mixer_problem(*select(case.make(None), logits), logits)
+
+    judge = partial(_judged, problem_of=problem, patterns=UNTIED, kind="weights")
+    return replace(case, judge=judge)
+
+
 def _behind_router(config: _Config, function: Callable[..., Any], spelling: Spelling) -> Case:
     make_router = partial(config.make, custom_routing_function=function)
     subject = f"{spelling.module.rpartition('.')[2]}.{spelling.path}"
@@ -170,12 +186,17 @@ def _maker(config: _Config, more: Mapping[str, Any]) -> Callable[[Tensor | None]
 # -- routers whose output is not the recipe's ------------------------------------------------------
 
 
-def _judged(case: Case, problem_of: Callable[[Case, str], str | None]) -> list[Deviation]:
-    for pattern in PATTERNS:
+def _judged(
+    case: Case,
+    problem_of: Callable[[Case, str], str | None],
+    patterns: Iterable[str] = PATTERNS,
+    kind: str = "structure",
+) -> list[Deviation]:
+    for pattern in patterns:
         if pattern != NOT_FINITE:
             problem = problem_of(case, pattern)
             if problem is not None:
-                return [Deviation("structure", pattern, problem, problem.splitlines()[0])]
+                return [Deviation(kind, pattern, problem, problem.splitlines()[0])]
     return []
 
 

@@ -18,6 +18,7 @@ from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.formats import unlike_formats
 from pytest_moe_routing.oracle.layouts import wrong_layouts
 from pytest_moe_routing.oracle.other_experts import other_calls
+from pytest_moe_routing.oracle.shares import wrong_splits
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets.sglang.probe import main as child
 from pytest_moe_routing.targets.sglang.target import SglangTarget
@@ -127,6 +128,19 @@ BROKEN = {
 }  # fmt: skip
 
 
+LAYER = f"{LAYERS}.moe.fused_moe_triton.layer", "FusedMoE._load_w13"
+#: The same of experts that are split over ranks.
+SPLIT = {
+    "nothing split": (*LAYER, "shard_size", "shard_size", "qwen3-30b-a3b", "bf16"),
+    "nothing torn": (*LAYER, "shard_size", "shard_size", "gemma-4-26b-a4b", "nvfp4"),
+    "rows of the first rank": (
+        *(*LAYER, r"weight_start = shard_size \* self\.moe_tp_rank", "weight_start = 0"),
+        *("qwen3-30b-a3b", "bf16"),
+    ),
+    "tiles of a rank": (*LAYER, "shard_size", "shard_size", "qwen3-30b-a3b", "mxint4"),
+}
+
+
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
@@ -149,6 +163,12 @@ def main(root, flashinfer, version):
         unlike = [[e.format, *sentences(e.record.findings)] for e in others.unlike]
         calls = [[e.call.experts, *sentences(e.findings)] for e in (*others.calls, *named)]
         found[name] = [usual.answered, *told, *unlike, *calls]
+    for name, (module, path, old, new, model, scheme) in SPLIT.items():
+        with edited(module, path, old, new):
+            target._answers.clear()
+            split = wrong_splits(target, scheme, [models[model]])
+        told = [[str(e.splits[0]), *sentences(e.at.findings)] for e in split.wrong]
+        found[name] = [split.answered, *told]
     print(json.dumps(found))
 
 

@@ -228,3 +228,23 @@ def test_what_vllm_splits_wrongly_is_found(broken_vllm, what):
     # Over 2, 4 and 8 ranks.
     assert answered == 3
     assert told == ([OF_RANKS[what]] if OF_RANKS[what] else [])
+
+
+#: The same for SGLang.
+OF_SGLANG_RANKS = {
+    "nothing split": [],
+    "nothing torn": [],
+    "rows of the first rank": ["qwen3-30b-a3b over 2", f"gemm1_weights: {NO_ORDER}"],
+    "tiles of a rank": [
+        "qwen3-30b-a3b over 2",
+        "AssertionError: columns of a block-major matrix: found 192, expected a multiple of 128 "
+        "(layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a4_mxint4_moe.py:255)",
+    ],
+}
+
+
+@pytest.mark.parametrize("what", OF_SGLANG_RANKS)
+def test_what_sglang_splits_wrongly_is_found(broken, what):
+    answered, *told = broken[what]
+    assert answered == 3
+    assert told == ([OF_SGLANG_RANKS[what]] if OF_SGLANG_RANKS[what] else [])

@@ -76,7 +76,9 @@ def wrong_splits(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Sp
             splits, key=lambda split: (scheme not in split.model.checkpoints, split.inner)
         )
         try:
-            found = _ask(target, scheme, first, _asked_size(target.flashinfer, scheme, first))
+            # A layer of few experts is made sooner.
+            asked = min(splits, key=lambda split: split.model.router.num_experts)
+            found = _ask(target, scheme, asked, _asked_size(target.flashinfer, scheme, asked))
             if found:
                 found = _ask(target, scheme, first, first.model.experts.intermediate_size)
         except Unsupported as reason:

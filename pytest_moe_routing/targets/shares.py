@@ -69,6 +69,17 @@ class Share:
         return found
 
 
+def whole_blocks(size: Fraction) -> int:
+    """Return how many rows or columns a tensor of a checkpoint has.
+
+    Raises:
+        Unsupported: The last block of scales is not whole.
+    """
+    if size.denominator != 1:
+        raise Unsupported("not judged: checkpoints whose last block of scales is not whole")
+    return int(size)
+
+
 def split_orders(
     scheme: str,
     arguments: Mapping[str, Any],

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from pytest_moe_routing.targets.answers import PlacementsAnswer, RequestAnswer, RuleAnswer
-from pytest_moe_routing.targets.layouts import LaidOutAnswer, LaidOutElsewhere
+from pytest_moe_routing.targets.layouts import LaidOutAnswer, LaidOutElsewhere, SplitAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver
 
@@ -46,6 +46,7 @@ ANSWERS: Mapping[str, Any] = {
     "other_experts": OtherCallsAnswer,
     "layouts": LaidOutAnswer,
     "other_layouts": list[LaidOutElsewhere],
+    "split_layouts": list[SplitAnswer],
     "rule": RuleAnswer | None,
     "runner_rules": list[RuleAnswer],
     "placements": PlacementsAnswer,

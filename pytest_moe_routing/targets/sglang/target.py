@@ -350,6 +350,15 @@ class SglangTarget(SglangQuestions):
             switches = self.opt_in(model, scheme)
         return (laid_out(answer, switches),)
 
+    def asked_of_split(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        runner = self._runner_given(model, scheme) or self._row(model, scheme)["runner"]
+        return self._asked(model, scheme, runner)
+
+    def split_switches(self, model: ModelSpec, scheme: str) -> tuple[str, ...] | None:
+        with suppress(Unsupported):
+            return self.opt_in(model, scheme)
+        return None
+
     def laid_out_elsewhere(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
         asked = self.asked_of_others(model, scheme)
         if asked is None or self._served:  # Other checkpoints are asked of TRT-LLM's kernels alone.

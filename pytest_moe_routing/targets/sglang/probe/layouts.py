@@ -7,6 +7,7 @@ SGLang's own code loads them, prepares them and hands them over; what it calls o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
@@ -20,16 +21,24 @@ from pytest_moe_routing.targets.given_weights import orders_of_given
 from pytest_moe_routing.targets.marked_weights import MarkedCheckpoint
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
 from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, accepted
+from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
+from pytest_moe_routing.targets.sglang.probe.ranks import splitting
 from pytest_moe_routing.targets.sglang.probe.requests import (
+    INNER,
     MARKED,
     PREPARES,
     TOKENS,
     Own,
     requesting,
 )
+from pytest_moe_routing.targets.shares import Share, split_orders, whole_blocks
 
 #: The quantization whose checkpoints have the weights of all experts in one tensor.
 _WHOLE = "mxfp4"
+#: What makes a layer.
+_MAKER = "sglang/srt/layers/moe/fused_moe_triton/layer.py FusedMoE"
+#: Part of the names of parameters that no checkpoint has: they are made of others.
+_DERIVED = "swizzled"
 
 
 def layouts(
@@ -83,13 +92,98 @@ def other_layouts(blocks: Blocks, *, told: Told, **question: Any) -> list[dict[s
     return found
 
 
-class _Loaded:
-    """Loads a layer as a checkpoint's loader does, and prepares it as SGLang does then."""
+def split_layouts(blocks: Blocks, count: int, whole: int, **question: Any) -> list[dict[str, Any]]:
+    """Return what a rank's kernel is given of split experts, given the arguments of `capture`.
 
-    def __init__(self) -> None:
+    Args:
+        count: The ranks over which each expert is split.
+        whole: The intermediate size of the experts.
+
+    Returns:
+        See `targets.layouts.SplitAnswer`.
+
+    Raises:
+        Unsupported: The weights cannot be loaded, prepared or traced.
+    """
+    blocks.names.require("layouts", question["scheme"])
+    if question["scheme"] == _WHOLE and question["architecture"].startswith("GptOss"):
+        raise Unsupported("not judged: how checkpoints of gpt-oss are split")
+    share, calls = Share(count, whole), blocks.calls
+    loaded = _Loaded(share)
+    config = {name: _with_whole(name, value, whole) for name, value in question["config"].items()}
+    told = {
+        PREPARES: loaded,
+        TOKENS: marked_weights.TOKENS,
+        MARKED: Own(blocks.names),
+        INNER: whole,
+        "router": router(blocks.names, []),
+    }
+    reason, raised_in = "", ""
+    try:
+        with requesting(**told), splitting(count):
+            answer = blocks.capture(**{**question, "config": config})
+        if not answer["by_choice"]:
+            reason = answer["failed"] or answer["refused"] or ""
+            raised_in = answer.get("raised_in", "")
+    except Unsupported:
+        # A block that is not whole has no answer; what preparing its layer raised is known.
+        if loaded.raised is None:
+            raise
+    if isinstance(loaded.raised, Unsupported):
+        raise loaded.raised
+    if loaded.raised is not None:
+        kind, reason, raised_in = verdict_on(loaded.raised, is_built=False)
+        if kind == "unknown":
+            raise Unsupported(reason)
+    if raised_in:
+        # If it is raised without ranks as well, splitting is not the reason.
+        layouts(blocks, **question)
+        kind, _, message = reason.partition(": ")
+        raised = {"type": kind, "message": message, "where": "", "code": raised_in}
+        is_refused = not loaded.method
+        method = loaded.method or _MAKER
+        return [{"method": method, "raised": raised, "is_refused": is_refused}]
+    if len(calls) != 1:
+        raise Unsupported(reason or "no kernel is called")
+    ((function, arguments),) = calls
+    if given_experts(function) is not None:
+        raise Unsupported(f"not judged: how experts of {function} are split")
+    found = split_orders(
+        question["scheme"], arguments, loaded.checkpoint, share, gated=loaded.is_gated
+    )
+    return [{"method": loaded.method, "function": function, **found}]
+
+
+def _with_whole(name: str, value: Any, whole: int) -> Any:
+    """Return an attribute of a config, with another size for the experts."""
+    if "intermediate" not in name and name != "share_expert_dim":
+        return value
+    return [whole] * len(value) if isinstance(value, list) else whole
+
+
+class _Loaded:
+    """Loads a layer as a checkpoint's loader does, and prepares it as SGLang does then.
+
+    Args:
+        share: How its experts are split, if they are.
+
+    Attributes:
+        raised: What SGLang's code raised meanwhile.
+    """
+
+    def __init__(self, share: Share | None = None) -> None:
         self.checkpoint, self.is_gated, self.method = MarkedCheckpoint(), True, ""
+        self._share = share
+        self.raised: Exception | None = None
 
     def __call__(self, layer: Any) -> None:
+        try:
+            self._prepare(layer)
+        except Exception as error:
+            self.raised = error
+            raise
+
+    def _prepare(self, layer: Any) -> None:
         self.is_gated = bool(layer.moe_runner_config.is_gated)
         for name, parameter in [*layer._parameters.items()]:
             if isinstance(parameter, Tensor):
@@ -111,7 +205,7 @@ class _Loaded:
         if is_whole and (data.ndim == 3 or "bias" in name):
             self._load_whole(layer, name, parameter)
             return
-        if data.ndim != 3 or "bias" in name:
+        if data.ndim != 3 or "bias" in name or (self._share and _DERIVED in name):
             data.copy_(torch.ones_like(data))
             return
         is_first = name.startswith("w13")
@@ -119,9 +213,13 @@ class _Loaded:
         rows = data.shape[1] // len(parts)
         if is_first and not self.is_gated:
             # Some releases have room for a gate that such experts do not have.
-            rows //= layer.w13_weight.shape[1] // layer.intermediate_size_per_partition
+            room = layer.w13_weight.shape[1] // layer.intermediate_size_per_partition
+            if self._share is not None and room > 1:
+                raise Unsupported("not judged: how weights with room for a gate are split")
+            rows //= room
         for part in parts:
-            made = self.checkpoint.make(name, part, len(data), data[0, :rows])
+            like = data[0, :rows] if self._share is None else self._of_checkpoint(layer, name)
+            made = self.checkpoint.make(name, part, len(data), like)
             for expert, tensor in enumerate(made):
                 layer._weight_loader_impl(
                     param=parameter,
@@ -130,6 +228,17 @@ class _Loaded:
                     shard_id=part,
                     expert_id=expert,
                 )
+
+    def _of_checkpoint(self, layer: Any, name: str) -> Tensor:
+        """Return a tensor of the shape and dtype of a part of a parameter, of all ranks."""
+        assert self._share is not None
+        data, is_first = layer._parameters[name].data, name.startswith("w13")
+        other = name.replace(*("w13", "w2") if is_first else ("w2", "w13"))
+        # The other parameter of its kind has the same blocks along the hidden size.
+        blocks = Fraction(layer._parameters[other].shape[1 if is_first else 2], layer.hidden_size)
+        inner = whole_blocks(self._share.whole * blocks)
+        shape = (inner, data.shape[2]) if is_first else (data.shape[1], inner)
+        return data.new_empty(shape)
 
     def _load_whole(self, layer: Any, name: str, parameter: Any) -> None:
         """Load all experts at once, gate and up rows alternating as in gpt-oss' checkpoints."""

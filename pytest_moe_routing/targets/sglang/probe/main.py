@@ -37,13 +37,13 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     started,
 )
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
-from pytest_moe_routing.targets.sglang.probe.layouts import layouts, other_layouts
+from pytest_moe_routing.targets.sglang.probe.layouts import layouts, other_layouts, split_layouts
 from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
 from pytest_moe_routing.targets.sglang.probe.placements import placement_questions
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import fusing
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
-from pytest_moe_routing.targets.sglang.probe.requests import TOKENS, requested, with_tokens
+from pytest_moe_routing.targets.sglang.probe.requests import INNER, TOKENS, requested, with_tokens
 from pytest_moe_routing.targets.sglang.probe.rule import line_of_model, rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.world import Call, RoutedOutside, choose_runner, enter
@@ -318,7 +318,7 @@ def _build(
         "num_experts": values["num_experts"],
         "top_k": values["num_experts_per_tok"],
         "hidden_size": _SIZE,
-        "intermediate_size": _SIZE,
+        "intermediate_size": requested(INNER) or _SIZE,
         **given,
     }
     block = getattr(stubs.real_module(module), name)
@@ -386,7 +386,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     return {
         **{name: getattr(blocks, name) for name in (*own, *runs)},
         **placement_questions(blocks),
-        **{ask.__name__: partial(ask, blocks) for ask in (layouts, other_layouts)},
+        **{ask.__name__: partial(ask, blocks) for ask in (layouts, other_layouts, split_layouts)},
         "with_tokens": partial(with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),
         "rule": lambda **asked: rule(names, lambda: blocks.capture(**asked)),

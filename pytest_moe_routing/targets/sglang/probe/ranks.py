@@ -26,19 +26,36 @@ class Ranks:
 
     Attributes:
         count: Ranks that experts are shared out to, of which the last one is run.
+        parts: Ranks that have a part of each expert, of which the second one is run.
         apart: Whether the server keeps shared experts apart from the routed ones.
         shared: What the model's code has decided about its shared experts, as SGLang has it.
         kept: What SGLang's code keeps of that elsewhere.
     """
 
     count: int = EP_SIZE
+    parts: int = 1
     apart: bool = True
     shared: Any = None
     kept: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def part(self) -> int:
+        """The rank that is run, of those that have a part of each expert."""
+        return min(self.parts - 1, 1)
+
 
 #: Those of the layer that is being made or run: SGLang's functions find them without an argument.
 RANKS = Ranks()
+
+
+@contextmanager
+def splitting(parts: int) -> Iterator[None]:
+    """Have ranks split each expert, rather than share out the experts."""
+    RANKS.count, RANKS.parts = 1, parts
+    try:
+        yield
+    finally:
+        RANKS.__init__()  # type: ignore[misc]
 
 
 @contextmanager

@@ -227,17 +227,17 @@ def _narrowed(
     size: int,
     narrows: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return the part of a parameter that is loaded, and its source: nothing is padded."""
-    size = min(size, loaded.shape[dim] - start)
-    loaded = loaded.narrow(dim, start, size) if narrows else loaded
+    """Return the part of a parameter that is loaded, and its source; zero what it does not fill."""
+    part = parameter.narrow(dim, parameter_start, size)
+    size = max(0, min(size, loaded.shape[dim] - start))
+    part.narrow(dim, size, part.shape[dim] - size).zero_()
+    loaded = loaded.narrow(dim, min(start, loaded.shape[dim]), size) if narrows else loaded
     return parameter.narrow(dim, parameter_start, size), loaded
 
 
 def _parallel() -> dict[str, Any]:
-    """Two ranks of expert parallelism, or one; nothing else parallel."""
+    """Two ranks of expert parallelism, or one; or ranks that split experts, see `RANKS`."""
     sizes = {
-        "moe_tp_size": 1,
-        "moe_tp_rank": 0,
         "moe_dp_size": 1,
         "attn_tp_size": 1,
         "attn_tp_rank": 0,
@@ -246,26 +246,35 @@ def _parallel() -> dict[str, Any]:
         "shared_experts_tp_size": None,
         "enable_shared_experts_attn_tp": False,
     }
-    functions = {
-        "moe_tensor_parallel_world_size": 1,
-        "moe_tensor_parallel_rank": 0,
-        "moe_data_parallel_world_size": 1,
-        "attention_tp_size": 1,
-        "attention_tp_rank": 0,
+    functions: dict[str, Callable[[], int]] = {
+        "moe_expert_parallel_world_size": lambda: RANKS.count,
+        "moe_expert_parallel_rank": lambda: RANKS.count - 1,
+        "moe_tensor_parallel_world_size": lambda: RANKS.parts,
+        "moe_tensor_parallel_rank": lambda: RANKS.part,
+        # Those of experts are the only ones.
+        "tensor_model_parallel_world_size": lambda: RANKS.count * RANKS.parts,
+        "tensor_model_parallel_rank": lambda: RANKS.count - 1 + RANKS.part,
+        "moe_data_parallel_world_size": lambda: 1,
+        "attention_tp_size": lambda: 1,
+        "attention_tp_rank": lambda: 0,
     }
     reductions = ("tensor_model_parallel", "moe_tensor_model_parallel", "moe_expert_parallel")
-    shared_out = ("tensor_model_parallel", "moe_expert_parallel")
 
     def parallel() -> Any:
-        count, rank = RANKS.count, RANKS.count - 1
-        of_experts = {"moe_ep_size": count, "moe_ep_rank": rank}
-        return stubs.known("parallel", tp_size=count, tp_rank=rank, **of_experts, **sizes)
+        return stubs.known(
+            "parallel",
+            tp_size=functions["tensor_model_parallel_world_size"](),
+            tp_rank=functions["tensor_model_parallel_rank"](),
+            moe_ep_size=functions["moe_expert_parallel_world_size"](),
+            moe_ep_rank=functions["moe_expert_parallel_rank"](),
+            moe_tp_size=functions["moe_tensor_parallel_world_size"](),
+            moe_tp_rank=functions["moe_tensor_parallel_rank"](),
+            **sizes,
+        )
 
     return {
         "get_parallel": parallel,
-        **{f"get_{name}": lambda value=value: value for name, value in functions.items()},
-        **{f"get_{name}_world_size": lambda: RANKS.count for name in shared_out},
-        **{f"get_{name}_rank": lambda: RANKS.count - 1 for name in shared_out},
+        **{f"get_{name}": function for name, function in functions.items()},
         **{f"{name}_all_reduce": lambda x, *_, **__: x for name in reductions},
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from functools import cache
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -22,6 +23,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked, marked_weights, scales, stubs
 from pytest_moe_routing.targets.marked_weights import MarkedCheckpoint
 from pytest_moe_routing.targets.recorder import Reached
+from pytest_moe_routing.targets.shares import whole_blocks
 from pytest_moe_routing.targets.vllm.probe import factory, release
 from pytest_moe_routing.targets.vllm.probe.config import layer_arguments, told_dtype
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
@@ -305,9 +307,9 @@ class LoadedLayer:
         padded = self._experts.hidden_size
         is_first = name.startswith("w13")
         other = name.replace(*("w13", "w2") if is_first else ("w2", "w13"))
-        blocks = getattr(self._experts, other).shape[1 if is_first else -1] / padded
+        blocks = Fraction(getattr(self._experts, other).shape[1 if is_first else -1], padded)
         of_hidden = [n * hidden / padded for n in data.shape[2 if is_first else 1 :][:1]]
-        of_inner = [inner * blocks] if is_first or data.ndim > 2 else []
+        of_inner = [whole_blocks(inner * blocks)] if is_first or data.ndim > 2 else []
         shape = [round(n) for n in (*of_inner, *of_hidden)[:: 1 if is_first else -1]]
         like = data.new_empty(shape)
         return lambda name, part, experts: self.checkpoint.make(name, part, experts, like)

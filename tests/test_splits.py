@@ -61,7 +61,7 @@ def test_one_split_of_each_remainder_is_asked():
         ("gemma-4-26b-a4b", 2, 2 * 96),
         ("gemma-4-26b-a4b", 4, 4 * 48),
         ("gemma-4-26b-a4b", 8, 8 * 88),
-        ("deepseek-r1", 8, 8 * 128),
+        ("deepseek-r1", 2, 2 * 128),
     ]
     assert (found.wrong, found.answered) == ((), 9)
 

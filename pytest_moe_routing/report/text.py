@@ -21,7 +21,7 @@ _GLUE = "\0"
 MEANINGS: Mapping[Verdict, str] = {
     Verdict.EXACT: "the fused kernel runs and computes exactly what the model defines",
     Verdict.WRONG: "the fused kernel runs and computes something else",
-    Verdict.CRASH: "the gates accept the model, but the kernel call fails",
+    Verdict.CRASH: "the call of the kernel, or of the experts that run instead, fails",
     Verdict.FALLBACK: "correctly rejected: no fused kernel of this release runs the model",
     Verdict.MISSED: "rejected, although a routing method computes the router exactly",
     Verdict.NOT_JUDGED: "not judged: the target cannot answer",

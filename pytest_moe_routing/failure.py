@@ -20,6 +20,8 @@ _BECAUSE = "  because  "
 #: Lines of one block, and characters of a line.
 _BLOCK = 15
 _WIDTH = 100
+#: Characters of several reasons on one line.
+_REASONS = 120
 
 
 class Rank(IntEnum):
@@ -73,7 +75,7 @@ class Failure:
     @property
     def defect(self) -> tuple[Rank, str]:
         """What failures of one defect in several places share."""
-        return self.rank, self.cause.removesuffix(self.site.replace(" ", "-"))
+        return self.rank, self.cause.removesuffix(self.site.replace(" ", "-")).rstrip(":")
 
     def elsewhere(self, cases: Iterable[str], reach: str) -> str:
         """Return the line about this failure that follows one with the same defect elsewhere.
@@ -139,7 +141,7 @@ def _packed(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         reason = line.removeprefix(_BECAUSE)
         joined = f"{last}; {reason}"
-        if last.startswith(_BECAUSE) and reason != line and len(joined) <= _WIDTH:
+        if last.startswith(_BECAUSE) and reason != line and len(joined) <= _REASONS:
             last = joined
             continue
         if last:

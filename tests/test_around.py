@@ -77,7 +77,7 @@ def test_a_run_counts_the_models_that_have_no_answer():
     assert [*run.lines(every=True)] == [first, "  2 x not this model"]
     one = Unanswered()
     one.add({PROPERTY: {CONCERNED: {"not this model": 1}}})
-    concerned = "config sweep: 1 model is not compared with a cause"
+    concerned = "config sweep: 1 model is not compared"
     assert [*one.lines(every=True)] == [concerned, "  1 x not this model"]
 
 

@@ -13,7 +13,7 @@ def wrong(model, scheme, site, reach):
     lines = (f"{model} on {scheme}: wrong", "  kernel   k", "  because  of the scale")
     return Failure(
         f"wrong:scale:{site}", Rank.SILENT, f"{model} {scheme}", lines, site=site, reach=reach,
-        brief=(lines[0], lines[2], "  because  of the bias", f"  because  {80 * 'x'}", lines[1]),
+        brief=(lines[0], lines[2], "  because  of the bias", f"  because  {99 * 'x'}", lines[1]),
     )
 
 def latent(number):
@@ -28,12 +28,17 @@ def elsewhere(site):
     lines = ("weights differ",)
     return Failure(f"router:weights:{site}", Rank.LATENT, "m6", lines, site=site)
 
-LOUD = Failure("crash:a", Rank.LOUD, "m4 nvfp4", ("m4 on nvfp4: crash", "  because  of a limit"))
+LOUD = Failure(
+    "crash:a", Rank.LOUD, "m4 nvfp4", ("m4 on nvfp4: crash", "  because  of a limit"),
+    differs=("m4 top_k",),
+)
+ADDS = Failure("crash:a+c", Rank.LOUD, "m4 fp8", ("m4 crash",), differs=("m4 top_k", "m4 groups"))
 SECOND = Failure("crash:b", Rank.LOUD, "m4 nvfp4", ("m4 on nvfp4: hang", "  because  of ranks"))
 CASES = {
     "latent": [latent(1)],
     "loud": [LOUD, SECOND, latent(2)],
     "first": [wrong("m1", "nvfp4", "A->f", "everybody"), latent(3)],
+    "adds": [ADDS],
     "combined": [BOTH, elsewhere("A"), elsewhere("B")],
     "second": [wrong("m2", "bf16", "B->g", "nobody")],
     "third": [wrong("m3", "bf16", "B->g", "nobody")],
@@ -48,12 +53,13 @@ def test_it(case, request):
 BRIEF = """\
 ___ m1 on nvfp4: wrong ___
   because  of the scale; of the bias
-  because  xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+  because  xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
   kernel   k
   also     wrong:scale:B->g: m2 bf16, m3 bf16 (nobody); wrong:scale:C->h: m5 mxfp8
   cause    wrong:scale:A->f
 ___ m4 on nvfp4: crash ___
   because  of a limit
+  also     crash:a+c: m4 fp8
   cause    crash:a
 m4 on nvfp4: hang
   because  of ranks
@@ -64,7 +70,7 @@ crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]
 2 x weights differ (m6)  [router:weights:A]
 1 more combine these; -v shows each in full
-7 tests failed: 3 shown above (failed), 4 with the same causes (repeated)
+8 tests failed: 3 shown above (failed), 5 with the same causes (repeated)
 """
 
 
@@ -86,7 +92,7 @@ def test_each_defect_is_one_block(host, monkeypatch, in_ci, workers):
     host.makepyfile(test_own=TESTS)
     result = host.runpytest_subprocess("test_own.py", *workers)
     assert shown(result) == BRIEF.splitlines()
-    assert result.parseoutcomes() == {"failed": 3, "passed": 1, "repeated": 4}
+    assert result.parseoutcomes() == {"failed": 3, "passed": 1, "repeated": 5}
     assert "FAILED" not in result.stdout.str()
 
 
@@ -104,11 +110,11 @@ def test_counts_add_up_with_those_that_are_expected(host):
     xfail = "\n\n@pytest.mark.xfail\ndef test_known(): assert 0\n"
     host.makepyfile(test_own=TESTS + xfail)
     result = host.runpytest_subprocess("test_own.py", "-v")
-    counts = {"failed": 6, "passed": 1, "repeated": 1, "xfailed": 1}
+    counts = {"failed": 7, "passed": 1, "repeated": 1, "xfailed": 1}
     assert result.parseoutcomes() == counts
     result.stdout.fnmatch_lines(
         [
-            "8 tests failed: 6 shown above (failed), 1 with the same causes (repeated), 1",
+            "9 tests failed: 7 shown above (failed), 1 with the same causes (repeated), 1",
             "  accepted as known (xfailed)",
         ]
     )

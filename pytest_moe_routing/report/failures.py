@@ -189,11 +189,14 @@ class Grouping:
         return blocks
 
     def _defects(self) -> dict[str, tuple[Rank, str]]:
-        """Return the defect of each cause: of one that another test has found before, that one."""
+        """Return the defect of each cause: of one that another test has found before, that one.
+
+        So is that of a cause that adds to one found before.
+        """
         found: dict[str, tuple[Rank, str]] = {}
         for failure in (failure for _, failures in self._shown for failure in failures):
             own = self._differs[failure.cause]
-            first = (cause for cause in found if own <= self._differs[cause])
+            first = (c for c in found if own <= self._differs[c] or own > self._differs[c])
             found[failure.cause] = next((found[cause] for cause in first), failure.defect)
         return found
 

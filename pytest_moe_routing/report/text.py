@@ -200,47 +200,6 @@ def short_story(record: VerdictRecord) -> Iterator[str]:
         yield f"{line} (or {more} more)" if more > 0 else line
 
 
-def brief_story(record: VerdictRecord) -> Iterator[str]:
-    """Return `short_story` without what the router's line or a cause of its own says.
-
-    A token whose logits say nothing is one line.
-    """
-    left_out = {f"  note     {sentence(n)}" for n in record.notes if n.kind is Kind.DOWNCAST}
-    if record.kernel == record.router:
-        left_out.add(f"  kernel   {record.kernel}")
-    shown = (line for line in short_story(record) if line not in left_out)
-    yield from _with_brief_token(shown, record.counterexample)
-
-
-def _with_brief_token(lines: Iterable[str], example: Mapping[str, Any] | None) -> Iterator[str]:
-    """Return lines with those of a token in one, if its logits and its bias say nothing."""
-    if example is None or any(example["logits"]) or any(example["bias"] or ()):
-        yield from lines
-        return
-    head, *values = (f"    {line}" for line in token(example))
-    wanted, got = (" ".join(line.split(maxsplit=1)) for line in values[-2:])
-    for line in lines:
-        if line == head:
-            yield f"{head}: {wanted}, {got}"
-        elif line not in values:
-            yield line
-
-
-def without_counts(lines: Iterable[str]) -> Iterator[str]:
-    """Return a router's cause without repetitions and without details that explain nothing.
-
-    That is precision, the count of further tokens, and selection scores: the experts are named, and
-    by how much the score of one is too low.
-    """
-    told: set[str] = set()
-    for line in lines:
-        what = line.strip().removeprefix("because  ")
-        is_further = what.startswith(("precision ", "... and "))
-        if what not in told and not is_further and not what.endswith("(expert: selection score)"):
-            yield line
-        told.add(what)
-
-
 def consequences(record: VerdictRecord) -> Iterator[str]:
     """Say what the kernel computes, what is wrong with it, and how precise it is."""
     if record.kernel is not None:
@@ -365,13 +324,6 @@ def _ranges(ids: list[int]) -> str:
 
 #: Who has what in a sentence about model code.
 CODE = "the model", "the model code asks for"
-
-
-def brief_model_code(judgement: CodeJudgement) -> Iterator[str]:
-    """Return `model_code` with a token whose logits say nothing in one line."""
-    example = judgement.counterexample
-    shown = None if example is None else example.as_dict()
-    return _with_brief_token(model_code(judgement), shown)
 
 
 def model_code(judgement: CodeJudgement) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 PROPERTY = "moe_unanswered"
 #: What is counted; each is the sentence that shows the count, for one and for several.
 CONFIGS = "config sweep: {n} config{s} {are} not judged"
-CONCERNED = "config sweep: {n} model{s} {are} not compared with a cause"
+CONCERNED = "config sweep: {n} model{s} {are} not compared"
 ROUTERS = "the framework's own routers: {n} run{s} {are} not judged"
 MODELS = "the framework's own routers: {n} model{s} {are} not judged"
 REQUESTS = "model code: {n} model{s} {are} not judged"

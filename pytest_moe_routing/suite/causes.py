@@ -12,7 +12,7 @@ from pytest_moe_routing.failure import Failure, Rank, cause_id, few
 from pytest_moe_routing.oracle.finding import Finding, Kind, source_of, switches_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
-from pytest_moe_routing.report import text
+from pytest_moe_routing.report import brief, text
 
 if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
@@ -42,24 +42,25 @@ def of_verdict(record: VerdictRecord) -> Failure:
     rank = Rank.LOST if record.lost_since else _RANKS.get(record.verdict, Rank.LOUD)
     lines = tuple(text.short_story(record))
     case = f"{record.model} {record.scheme}"
-    brief = tuple(text.brief_story(record))
+    # Routing methods that gates do not accept are one defect.
+    site = record.method if rank is Rank.MISSED and not record.site else record.site
     return Failure(
         record.cause,
         rank,
         case,
         lines,
         record.source,
-        record.site,
+        site,
         text.reach(record),
         text.rarity(record.reach, by_default=record.by_default),
-        brief,
+        tuple(brief.story(record)),
         differs=_differs(record.model, record.findings),
     )
 
 
 def _differs(model: str, findings: Sequence[Finding]) -> tuple[str, ...]:
-    """Name the fields of the recipe that differ; nothing if something else is wrong as well."""
-    if any(finding.kind is not Kind.RECIPE for finding in findings):
+    """Name what differs of the recipe or the limits; nothing if something else is wrong as well."""
+    if any(finding.kind not in (Kind.RECIPE, Kind.LIMIT) for finding in findings):
         return ()
     return tuple(f"{model} {f.field} {f.wanted} {f.got}" for f in findings)
 
@@ -105,7 +106,7 @@ def of_router(cause: RouterCause) -> Failure:
         tuple(cause.lines()),
         cause.source,
         why,
-        brief=tuple(text.without_counts(shown)),
+        brief=tuple(brief.router(shown)),
     )
 
 
@@ -156,7 +157,6 @@ def of_modular_call(
         told = "; ".join(text.sentences(findings))
         lines = (f"{model} on {scheme}: {told} (never chosen: {choice.instead})",)
     # The place is the end of the cause's id.
-    brief = lines[:-1] if len(lines) > 1 else ()
     return Failure(
         cause,
         rank,
@@ -165,7 +165,7 @@ def of_modular_call(
         site=site,
         reach=reached,
         rarity=text.rarity(reach, by_default=is_default),
-        brief=brief,
+        brief=lines[:-1] if len(lines) > 1 else (),
     )
 
 
@@ -337,7 +337,7 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
         tuple(text.model_code(judgement)),
         source_of(judgement.findings),
         site,
-        brief=tuple(text.brief_model_code(judgement)),
+        brief=tuple(brief.model_code(judgement)),
         differs=_differs(str(judgement.model), judgement.findings),
     )
 
@@ -359,9 +359,8 @@ def of_left_out_key(key: str, judgement: CodeJudgement, findings: tuple[Finding,
     place, _, name = judgement.request.config_class.partition(" ")
     told = "; ".join(text.sentence(finding, *text.CODE) for finding in findings)
     lines = (f"{name} without {key}: {told}", place)
-    return Failure(
-        cause_id("left-out-key", name, key), Rank.LATENT, judgement.model.id, lines, place
-    )
+    model, site = judgement.model.id, cause_id(name, key)
+    return Failure(cause_id("left-out-key", site), Rank.LATENT, model, lines, place, site)
 
 
 def of_sweep(cause: Cause, *, behind_gates: bool = False) -> list[Failure]:

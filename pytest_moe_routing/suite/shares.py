@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_moe_routing.failure import Failure, Rank, cause_id, few
 from pytest_moe_routing.oracle.finding import Kind, source_of
 from pytest_moe_routing.oracle.judgement import reach_of
+from pytest_moe_routing.oracle.record import Reach
 from pytest_moe_routing.oracle.shares import told_of
 from pytest_moe_routing.report import text
 
@@ -32,20 +33,28 @@ def of_split(target: Target, scheme: str, wrong: WrongSplit) -> Failure:
         f"  reach    {reached}",
         *(f"  because  {line}" for line in text.sentences(call.findings)),
         f"  ranks    each has {first.inner} of {whole} rows of the gate and up weights",
-        *(f"  at       {method}" for method in wrong.methods),
+        f"  at       {'; '.join(wrong.methods)}",
         f"  models   {few(told_of(wrong.splits))}",
     )
+    brief = tuple(line for line in lines if not line.startswith("  ranks "))
     sources, names = zip(*(method.split(" ", 1) for method in wrong.methods), strict=True)
     name = "+".join(names)
     what = "+".join(dict.fromkeys(finding.id for finding in call.findings))
     kinds = {finding.kind for finding in call.findings}
+    rank = Rank.LOUD if kinds.issubset(_LOUD) else Rank.SILENT
+    if reach in (Reach.OPT_IN, Reach.NO_MODEL):
+        rank, lines = (
+            Rank.LATENT,
+            (f"{lines[0]}: {'; '.join(text.sentences(call.findings))}", reached),
+        )
     return Failure(
         cause_id("split", what, name),
-        Rank.LOUD if kinds.issubset(_LOUD) else Rank.SILENT,
+        rank,
         f"{model.id} {scheme}",
         lines,
         source_of(call.findings) or sources[0],
         name,
         reached,
         text.rarity(reach, by_default=is_default),
+        brief=brief if rank is not Rank.LATENT else (),
     )

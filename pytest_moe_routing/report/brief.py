@@ -1,0 +1,74 @@
+"""The explanations of failures as a terminal shows them without `-v`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_moe_routing.oracle.finding import Kind
+from pytest_moe_routing.oracle.record import Reach, VerdictRecord
+from pytest_moe_routing.report import text
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.oracle.model_code import CodeJudgement
+
+#: What starts lines of an example that explain nothing.
+_DETAILS = ("recipe  ", "precision ", "... and ", "because ")
+
+
+def story(record: VerdictRecord) -> Iterator[str]:
+    """Return `text.short_story` without what the router's line or a cause of its own says.
+
+    A token whose logits say nothing is one line. That no call would be exact is left out, and of a
+    kernel that only a switch leads to, all but the reasons.
+    """
+    left_out = {f"  note     {text.sentence(n)}" for n in record.notes if n.kind is Kind.DOWNCAST}
+    if record.kernel == record.router:
+        left_out.add(f"  kernel   {record.kernel}")
+    labels: tuple[str, ...] = ("  exact    none: ",)
+    if record.reach is Reach.OPT_IN:
+        labels = ("  decided  ", "  router   ", "  kernel   ", "  exact    ", "    ")
+    shown = (x for x in text.short_story(record) if x not in left_out and not x.startswith(labels))
+    yield from _with_brief_token(shown, record.counterexample)
+
+
+def _with_brief_token(lines: Iterable[str], example: Mapping[str, Any] | None) -> Iterator[str]:
+    """Return lines with those of a token in one, if its logits and its bias say nothing."""
+    if example is None or any(example["logits"]) or any(example["bias"] or ()):
+        yield from lines
+        return
+    head, *values = (f"    {line}" for line in text.token(example))
+    wanted, got = (" ".join(line.split(maxsplit=1)) for line in values[-2:])
+    for line in lines:
+        if line == head:
+            yield f"{head}: {wanted}, {got}"
+        elif line not in values:
+            yield line
+
+
+def router(lines: Iterable[str]) -> Iterator[str]:
+    """Return a router's cause without repetitions and without details that explain nothing.
+
+    That is the recipe, precision, the count of further tokens, and scores: experts are named.
+    """
+    told: set[str] = set()
+    for line in lines:
+        what = line.strip().removeprefix("because  ")
+        is_detail = what.startswith(_DETAILS) or what.endswith((" 'plain'", " 'any'"))
+        if what not in told and not is_detail and not what.endswith("(expert: selection score)"):
+            yield line
+        told.add(what)
+
+
+def model_code(judgement: CodeJudgement) -> Iterator[str]:
+    """Return `text.model_code` with a token whose logits say nothing in one line.
+
+    Routers and token are left out where only a switch leads to the code.
+    """
+    example = judgement.counterexample
+    if example is not None and judgement.request.switch:
+        yield from text.model_code(replace(judgement, counterexample=None))
+        return
+    shown = None if example is None else example.as_dict()
+    yield from _with_brief_token(text.model_code(judgement), shown)

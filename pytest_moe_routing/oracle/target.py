@@ -9,6 +9,7 @@ from typing import ClassVar
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
+from pytest_moe_routing.oracle.accepted_keys import AcceptedKeys, KnownKeys
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.choice import Choice, Expected, Rule
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
@@ -292,6 +293,14 @@ class Target:
     def placement_rule(self, model: ModelSpec, scheme: str, place: Placed) -> Rule:
         """Return which code keeps experts from a place, as far as that is known."""
         return Rule()
+
+    def known_keys(self) -> KnownKeys | None:
+        """Return which quantization keys experts must accept; None if that is not known."""
+        return None
+
+    def accepted_keys(self, experts: str) -> AcceptedKeys:
+        """Return which quantization keys a class of experts accepts; `known_keys` names it."""
+        raise Unsupported(f"{self.name} has no experts that accept quantization keys")
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
         """Return how the fused experts handle each request of a server besides routing."""

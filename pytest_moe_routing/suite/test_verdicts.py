@@ -11,6 +11,7 @@ from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.report.unanswered import (
     AROUND,
     FORMATS,
+    KEYS,
     LAYOUTS,
     OTHERS,
     PLACES,
@@ -79,6 +80,19 @@ def test_flashinfer_names(
     with unsupported_is_skipped():
         lacking = _moe_framework.lacking()
     fail(_moe_property, [of_lacking(_moe_framework, each) for each in lacking])
+
+
+def test_quantization_keys(
+    _moe_framework: Target, _moe_property: Callable[[str, Any], None]
+) -> None:
+    """Experts accept the weights and activations that their release is known to accept."""
+    from pytest_moe_routing.oracle.changed_keys import changed_keys
+    from pytest_moe_routing.suite.accepted_keys import of_changed_keys
+
+    found = changed_keys(_moe_framework)
+    note(_moe_property, {KEYS: found.unanswered})
+    skip_without(found, "which quantization keys experts accept is not known of the target")
+    fail(_moe_property, [of_changed_keys(_moe_framework, each) for each in found.changed])
 
 
 def test_modular(

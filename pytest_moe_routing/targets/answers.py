@@ -55,6 +55,16 @@ class PlacementsAnswer(TypedDict):
     compared: list[str]
 
 
+class AcceptedKeysAnswer(TypedDict):
+    """Which quantization keys experts accept; see `oracle.accepted_keys.AcceptedKeys`."""
+
+    name: str
+    keys: list[str]
+    accepted: dict[str, list[list[str]]]
+    function: str
+    source: str
+
+
 def problem(hint: Any, value: object, where: str = "the answer") -> str | None:
     """Return what is wrong with a value that JSON had; None if it is of the type."""
     found = _check(hint)(value)

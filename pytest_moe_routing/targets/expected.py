@@ -3,7 +3,8 @@
 Next to a framework's contract, `not_judged.yaml` lists which questions about them a release leaves
 open: whatever is not in it must be judged, as a run that asks fewer questions than it could is no
 pass. `fused.yaml` lists the cases whose fused kernel runs: a case that loses it fails.
-`placements.yaml` lists on which GPUs, and how shared out to them, experts run.
+`placements.yaml` lists on which GPUs, and how shared out to them, experts run, and
+`accepted_keys.yaml` the quantization keys that they accept.
 
 A release without a row is held to the row before it; one that is newer than all, or whose version
 is no number, to the newest.
@@ -20,6 +21,7 @@ from typing import Any
 from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
+from pytest_moe_routing.oracle.accepted_keys import KnownKeys, Pair
 from pytest_moe_routing.oracle.choice import Expected
 from pytest_moe_routing.oracle.placed import KnownPlacements
 from pytest_moe_routing.targets.contract import release_of
@@ -90,3 +92,19 @@ def known_placements(package: str, version: str, model: str, scheme: str) -> Kno
         for placement in placements
     }
     return KnownPlacements(str(row[0]), row[0] == release_of(version), places)
+
+
+def known_keys(package: str, version: str) -> KnownKeys | None:
+    """Return which quantization keys a release's experts accept; None if that is not known."""
+    row = _row(package, "accepted_keys.yaml", version)
+    if row is None:
+        return None
+    experts: dict[str, dict[str, list[Pair]]] = {}
+    for name, listed in row[1].items():
+        pairs = experts.setdefault(name, {})
+        for devices, keys in listed.items():
+            for device in devices.split():
+                pairs.setdefault(device, []).extend(
+                    (weights, activations) for weights, activations in map(str.split, keys)
+                )
+    return KnownKeys(str(row[0]), row[0] == release_of(version), experts)

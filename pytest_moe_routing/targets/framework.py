@@ -13,11 +13,17 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names as FlashInferNames
 from pytest_moe_routing.flashinfer.names import listed_releases
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.accepted_keys import AcceptedKeys, KnownKeys
 from pytest_moe_routing.oracle.choice import Expected, Rule
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.target import Lacking, LaidOut, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
-from pytest_moe_routing.targets.expected import expected_kernel, is_open, known_placements
+from pytest_moe_routing.targets.expected import (
+    expected_kernel,
+    is_open,
+    known_keys,
+    known_placements,
+)
 from pytest_moe_routing.targets.kept import Store, key_of_sources
 from pytest_moe_routing.targets.layouts import split
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
@@ -238,6 +244,27 @@ class FrameworkTarget(Target):
         asked = {name: getattr(place, name) for name in ("experts", "device", "placement")}
         question = self.asked_of_placements(model, scheme) | asked
         return Rule(**self._probe.ask("placement_rule", **question, requested=not place.by_default))
+
+    def known_keys(self) -> KnownKeys | None:
+        """Return what the experts of this release, or the newest known one before it, accept."""
+        return known_keys(self.package, self.version())
+
+    def accepted_keys(self, experts: str) -> AcceptedKeys:
+        """Return which quantization keys a class of experts accepts.
+
+        Args:
+            experts: Its row of the contract.
+
+        Raises:
+            Unsupported: The release does not have the class.
+        """
+        answer = self._probe.ask("accepted_keys", experts=experts)
+        pairs = {
+            device: [(weights, activations) for weights, activations in accepted]
+            for device, accepted in answer["accepted"].items()
+        }
+        about = {name: answer[name] for name in ("name", "keys", "function", "source")}
+        return AcceptedKeys(pairs=pairs, **about)
 
     def unknown_architectures(self) -> list[str]:
         """Return the architectures with experts that are not known; see `targets.architectures`.

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Required, TypedDict
 
-from pytest_moe_routing.targets.answers import PlacementsAnswer, RequestAnswer, RuleAnswer
+from pytest_moe_routing.targets.answers import (
+    AcceptedKeysAnswer,
+    PlacementsAnswer,
+    RequestAnswer,
+    RuleAnswer,
+)
 from pytest_moe_routing.targets.layouts import LaidOutAnswer, SplitAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 
@@ -74,6 +79,7 @@ ANSWERS: Mapping[str, Any] = {
     "rule": RuleAnswer | None,
     "placements": PlacementsAnswer,
     "placement_rule": RuleAnswer,
+    "accepted_keys": AcceptedKeysAnswer,
     "capture": _Calls,
     "capture_modular": _RoutedCalls,
     "other_experts": OtherCallsAnswer,

@@ -10,12 +10,13 @@ from pytest_moe_routing.targets.vllm.probe.config import NoActivation, activatio
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES, ServedScheme
 from pytest_moe_routing.targets.vllm.probe.release import accepted, names
 
+QUANTIZATION = "_supports_quant_scheme"
 #: Gates in the order in which vLLM asks them: title, name of the function, what it is asked about.
 GATES = (
     ("device", "_supports_current_device", "{device}"),
     ("gated experts", "_supports_no_act_and_mul", "gated={gated}"),
     ("activation", "_supports_activation", "{activation}"),
-    ("quantization scheme", "_supports_quant_scheme", "{quantized}"),
+    ("quantization scheme", QUANTIZATION, "{quantized}"),
     ("parallel config", "_supports_parallel_config", "{parallel}"),
     ("routing method", "_supports_routing_method", "{method}"),
     ("router logits dtype", "_supports_router_logits_dtype", "{logits_dtype}"),
@@ -87,7 +88,7 @@ def gates(
     }
     answers: list[list[Any]] = []
     for gate, function, what in GATES:
-        found = _gate(owner, function)
+        found = gate_of(owner, function)
         if found is None:
             continue
         answer = found(**accepted(found, given))
@@ -105,10 +106,10 @@ def function_of(scheme: str, gate: str, *, modular: bool = False) -> Any:
     if gate == ALL and not isinstance(owner, type):
         return owner
     functions = {ALL: ALL, **{title: function for title, function, _ in GATES}}
-    return _gate(owner, functions[gate]) if gate in functions else None
+    return gate_of(owner, functions[gate]) if gate in functions else None
 
 
-def _gate(owner: Any, name: str) -> Any:
+def gate_of(owner: Any, name: str) -> Any:
     """Return one gate of a class, or of those that a function calls.
 
     None when a function calls no such gate; a class has all of them, if only to say yes.

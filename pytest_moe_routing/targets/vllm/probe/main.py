@@ -12,6 +12,7 @@ from typing import Any
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.vllm.probe import accepted_keys as vllm_keys
 from pytest_moe_routing.targets.vllm.probe import around as vllm_around
 from pytest_moe_routing.targets.vllm.probe import capture as vllm_capture
 from pytest_moe_routing.targets.vllm.probe import choice as vllm_choice
@@ -37,6 +38,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "rule": rule,
         "placements": vllm_placements.placements,
         "placement_rule": vllm_placements.placement_rule,
+        "accepted_keys": vllm_keys.accepted_keys,
         "capture": vllm_capture.capture,
         "capture_modular": vllm_modular.capture_modular,
         "other_experts": vllm_other.other_experts,

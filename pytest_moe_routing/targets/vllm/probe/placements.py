@@ -29,7 +29,7 @@ from pytest_moe_routing.targets.vllm.probe.release import accepted, names
 from pytest_moe_routing.targets.vllm.probe.rule import rule_of
 
 #: The compute capability of each GPU that the selectors are asked for.
-_DEVICES = ((9, 0), (10, 0), (10, 3), (12, 0))
+DEVICES = ((9, 0), (10, 0), (10, 3), (12, 0))
 _EP, _DP = "--enable-expert-parallel", "--data-parallel-size 2"
 #: What asks for another way to bring tokens to the ranks of their experts.
 _ALL2ALL = "--all2all-backend"
@@ -118,7 +118,7 @@ def placements(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     if model["experts"]["activation"] != "silu" and scheme != "mxfp4":
         asked = list(_FEW)
     taken: dict[tuple[str, str, str, bool], list[str]] = {}
-    for device in _DEVICES:
+    for device in DEVICES:
         with on_capability(*device):
             for kind, name, requested, place in _taken(selector, scheme, asked):
                 key = kind, name, "{}.{}".format(*device), requested

@@ -55,6 +55,7 @@ OUTPUTS = """output1_scales_scalar=quant_info.output1_scales_scalar,
 SWAPPED = """output1_scales_scalar=quant_info.output1_scales_gate_scalar,
 {0}output1_scales_gate_scalar=quant_info.output1_scales_scalar,
 """
+GEMMS = ("gemm1", "gemm2")
 INDENTS = (" " * 8, " " * 12)
 ALPHAS = '"g2_alphas",\n            (w2_input_scale * layer.w2_weight_scale_2)'
 WEIGHT = "F.linear(hidden_states.to(self.dtype), self.weight, None)"
@@ -68,6 +69,12 @@ INPUT = '"w13_input_scale_quant",\n            (1 / w13_input_scale)'
 FACTOR = '"routed_scaling_factor": routed_scaling_factor,'
 #: A server with this runner keeps shared experts apart, now but for one scheme.
 APART = 'if runner in ("flashinfer_trtllm", "experimental_sgl_trtllm")'
+
+#: Sizes of the weights that change places while their rows are shuffled.
+SIZES = (
+    "        w2_weight.size(-2),  # hidden_size\n",
+    "        intermediate_size,  # padded intermediate_size\n",
+)
 
 #: The clamp of DeepSeek V4's experts on Hopper, and the halves of gpt-oss' biases there.
 LIMIT = "swiglu_limit=self._swiglu_limit_tensor"
@@ -98,6 +105,7 @@ def target(tmp_path_factory):
     if root is not None:
         edit(root, RUNNER, (PLACED, ""), (LOGITS, RAISES + LOGITS))
         edit(root, RUNNER, *((OUTPUTS.format(i), SWAPPED.format(i)) for i in INDENTS))
+        edit(root, RUNNER, ("".join(SIZES), "".join(SIZES[::-1])))
         quantization = "layers/quantization/modelopt_quant.py"
         edit(root, quantization, (ALPHAS, ALPHAS.replace("w2_input_scale * ", "")))
         edit(root, quantization, (INPUT, INPUT.replace("1 / ", "")))
@@ -317,6 +325,13 @@ def test_biases_whose_halves_are_swapped_on_hopper(target):
     )
     lines = of_layout(target, "mxfp4", wrong).lines
     assert lines[1].endswith("--moe-runner-backend flashinfer_mxfp4 on Hopper")
+
+
+def test_sizes_that_change_places_while_weights_are_shuffled(target):
+    [wrong] = wrong_layouts(target, "nvfp4", [MODELS["qwen3-30b-a3b"]]).wrong
+    tensors = " and ".join(f"{gemm}_weights{of}" for gemm in GEMMS for of in ("", "_scale"))
+    order = "its rows and columns lie in no order that a kernel reads"
+    assert list(sentences(wrong.at.findings)) == [f"{tensors}: {order}"]
 
 
 def test_a_default_runner_that_cannot_serve_the_checkpoint(target):

@@ -24,7 +24,6 @@ from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, acc
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import splitting
 from pytest_moe_routing.targets.sglang.probe.requests import (
-    INNER,
     MARKED,
     PREPARES,
     TOKENS,
@@ -115,7 +114,6 @@ def split_layouts(blocks: Blocks, count: int, whole: int, **question: Any) -> li
         PREPARES: loaded,
         TOKENS: marked_weights.TOKENS,
         MARKED: Own(blocks.names),
-        INNER: whole,
         "router": router(blocks.names, []),
     }
     reason, raised_in = "", ""

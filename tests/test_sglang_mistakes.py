@@ -84,6 +84,11 @@ HALF_OF_GATE = "w13_bias_padded[:, N_pad : N_pad + N_un] = w13_bias_gate"
 
 #: RTX Blackwell no longer gets the runner of gpt-oss.
 GPT_OSS = ("is_sm120_supported() and is_mxfp4", "get_platform().is_sm120 and is_mxfp4")
+#: MiniMax-M2's servers look at the flag alone, rather than at what the checkpoint states.
+DETECTED = (
+    ('model_config_of(server_args).quantization == "modelopt_fp4"', "cfg"),
+    ('server_args.get_model_config().quantization == "modelopt_fp4"', "server_args"),
+)
 #: A runner that has no kernel for compressed-tensors' FP8 per channel gets it by default.
 GLM = 'quantization in {"modelopt_fp4", None}'
 #: What may be served with the runner of experts that are given ids and weights, but for FP8.
@@ -126,6 +131,10 @@ def target(tmp_path_factory):
         split = root / "sglang/srt/arg_groups/model_overrides/gpt_oss.py"
         file = "model_overrides/gpt_oss.py" if split.exists() else "overrides.py"
         edit(root, f"arg_groups/{file}", *((test, f"False and {test}") for test in GPT_OSS))
+        split = root / "sglang/srt/arg_groups/model_overrides/minimax_m2.py"
+        file = "model_overrides/minimax_m2.py" if split.exists() else "overrides.py"
+        flag = ((test, f'{of}.quantization == "modelopt_fp4"') for test, of in DETECTED)
+        edit(root, f"arg_groups/{file}", *flag)
         split = root / "sglang/srt/arg_groups/moe_hook.py"
         path = split if split.exists() else root / "sglang/srt/server_args.py"
         before, assertion, after = path.read_text().partition(ROUTED)
@@ -166,7 +175,7 @@ def test_a_default_that_is_lost_names_the_function_and_what_is_used_now(target):
         (
             "deepseek-r1",
             "nvfp4",
-            "monolithic:by-one-of-several",
+            "monolithic:_deepseek_moe_quant_resolution",
             "10.0, 10.3, with tp, ep, ep+eplb",
             "--moe-runner-backend auto",
         ),
@@ -176,6 +185,13 @@ def test_a_default_that_is_lost_names_the_function_and_what_is_used_now(target):
             "mxfp4:",
             "12.0, with tp, ep, ep+eplb and 4 others",
             "--moe-runner-backend ",
+        ),
+        (
+            "minimax-m2",
+            "nvfp4",
+            "modular:_minimax_m2_overrides",
+            "10.0, 10.3, with tp, ep, ep+eplb",
+            "--moe-runner-backend auto without --quantization",
         ),
         (
             "qwen3-30b-a3b",

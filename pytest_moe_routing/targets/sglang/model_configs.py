@@ -88,6 +88,13 @@ def server_of(model: ModelSpec, row: Mapping[str, Any]) -> dict[str, Any]:
         "config": config_of(model),
         "quantization": row["quantization"] if is_said else None,
         "in_checkpoint": in_checkpoint,
+        "detected": row["quantization"],
+        "stated": row["stated"] if is_said else [],
+        "flagged": [
+            runner
+            for runner, architectures in row.get("flagged", {}).items()
+            if model.architecture in architectures or not architectures
+        ],
         "in_weights": row.get("in_weights", {}),
     }
 

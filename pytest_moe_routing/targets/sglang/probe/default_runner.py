@@ -7,12 +7,12 @@ where SGLang's documentation has it said. A layer may choose further when they l
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 from unittest.mock import patch
 
 from pytest_moe_routing.errors import Unsupported
@@ -81,20 +81,18 @@ class _Server:
         self,
         defaults: Mapping[str, Any],
         config: _Config,
-        quantization: str | None,
-        in_checkpoint: str | None,
-        in_weights: Mapping[str, Any],
+        checkpoint: Checkpoint,
     ) -> None:
         vars(self).update(defaults)
         self._model_config = _ModelConfig(
-            hf_config=config, quantization=quantization or in_checkpoint, **in_weights
+            hf_config=config, quantization=checkpoint["detected"], **checkpoint["in_weights"]
         )
         self._model_config_built_from = None
         self._quantization_explicitly_unset = False
         self._resolved_overrides: list[tuple[str, Mapping[str, Any]]] = []
         self.moe_runner_backend = AUTO
         self.device = "cuda"
-        self.quantization = quantization
+        self.quantization = checkpoint["quantization"]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -118,6 +116,10 @@ class Checkpoint(TypedDict):
         config: Attributes of the model's config.
         quantization: `--quantization`, or None where it is not given.
         in_checkpoint: `quantization_config` of the checkpoint's config.
+        detected: The quantization in SGLang's config of the model, with `--quantization` or not.
+        stated: `quantization_config` in SGLang's config of the model on each kind of server that
+            serves the checkpoint without `--quantization`, if it may be left out.
+        flagged: Runners that are known to be the default only with `--quantization`.
         in_weights: What SGLang's config of the model has from the weights.
     """
 
@@ -125,7 +127,32 @@ class Checkpoint(TypedDict):
     config: Mapping[str, Any]
     quantization: str | None
     in_checkpoint: Mapping[str, Any] | None
+    detected: str | None
+    stated: Sequence[Mapping[str, Any] | None]
+    flagged: Sequence[str]
     in_weights: Mapping[str, Any]
+
+
+_Runner = TypeVar("_Runner")
+
+
+def agreed(checkpoint: Checkpoint, ask: Callable[[Checkpoint], _Runner]) -> _Runner | str:
+    """Return the runner of a server with `--quantization`, if a server without it takes it as well.
+
+    Args:
+        ask: Returns the runner of a server, or what keeps the server from starting.
+
+    Returns:
+        The runner; `AUTO` if servers without `--quantization` differ, unless that is known.
+    """
+    runner = ask(checkpoint)
+    if runner in checkpoint["flagged"]:
+        return runner
+    for stated in checkpoint["stated"]:
+        without: Checkpoint = {**checkpoint, "quantization": None, "in_checkpoint": stated}
+        if ask(without) != runner:
+            return AUTO
+    return runner
 
 
 def _resolved(
@@ -148,8 +175,7 @@ def _resolved(
     architecture, in_checkpoint = checkpoint["architecture"], checkpoint["in_checkpoint"]
     said = {"architectures": [architecture], "model_type": "", "quantization_config": in_checkpoint}
     config = _Config({**checkpoint["config"], **said})
-    method = None if in_checkpoint is None else in_checkpoint.get("quant_method")
-    server = _Server(defaults, config, checkpoint["quantization"], method, checkpoint["in_weights"])
+    server = _Server(defaults, config, checkpoint)
     vars(server).update(options)
     for source, declared in names.get("overrides-collect")(architecture, server, config):
         server.take(source, declared)
@@ -237,7 +263,7 @@ def started(
 
 
 def default_runner(names: Names, defaults: Mapping[str, Any], checkpoint: Checkpoint) -> str:
-    """Return the runner by its name on the command line.
+    """Return the runner by its name on the command line, see `agreed`.
 
     The arguments are those of `_resolved`.
 
@@ -245,14 +271,15 @@ def default_runner(names: Names, defaults: Mapping[str, Any], checkpoint: Checkp
         Unsupported: SGLang's code does not say it here.
     """
     try:
-        server = _resolved(names, defaults, checkpoint)
+        runner = agreed(
+            checkpoint, lambda served: getattr(_resolved(names, defaults, served), FIELD)
+        )
     except Unsupported:
         raise
     except Exception as error:
         raise Unsupported(
             f"cannot determine which runner {AUTO} selects: {type(error).__name__}: {error}"
         ) from error
-    runner = getattr(server, FIELD)
     if not isinstance(runner, str):
         raise Unsupported(f"cannot determine which runner {AUTO} selects: found {runner}")
     return runner

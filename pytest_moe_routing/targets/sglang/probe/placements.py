@@ -20,6 +20,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     FIELD,
     Checkpoint,
     Refusal,
+    agreed,
     started,
 )
 from pytest_moe_routing.targets.sglang.probe.requests import DEVICE, requesting
@@ -87,23 +88,31 @@ class _Server:
         placements: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.names, self.placements, self.defaults = names, placements, defaults
-        told: Checkpoint = {**checkpoint, "quantization": quantization}
-        self._checkpoints = {False: checkpoint, True: told}
+        self._checkpoint = checkpoint
+        self._told: Checkpoint = {**checkpoint, "quantization": quantization}
 
-    def runner(self, device: _Device, placement: str, named: str = "") -> str | Refusal:
+    def runner(
+        self, device: _Device, placement: str, named: str = "", *, flagged: bool = False
+    ) -> str | Refusal:
         """Return the runner that is taken, or why the server does not start.
 
         Args:
             named: The runner that `--moe-runner-backend` names, if any.
+            flagged: Whether no server without `--quantization` is asked.
         """
+
+        def taken(checkpoint: Checkpoint) -> str | Refusal:
+            found = started(self.names, self.defaults, checkpoint, options)
+            return found if isinstance(found, Refusal) else str(found[FIELD])
+
         options = {**self.placements[placement], **({FIELD: named} if named else {})}
         if unknown := options.keys() - self.defaults.keys():
             # Nothing would read it.
             raise Unsupported(f"not judged: SGLang's server has no argument {min(unknown)}")
         with requesting(**{DEVICE: device}):
-            checkpoint = self._checkpoints[bool(named)]
-            found = started(self.names, self.defaults, checkpoint, options)
-        return found if isinstance(found, Refusal) else str(found[FIELD])
+            is_one = named or flagged
+            told = self._told if named else self._checkpoint
+            return taken(told) if is_one else agreed(told, taken)
 
     def offers(self, runner: str) -> bool:
         """Return whether `--moe-runner-backend` may name a runner."""
@@ -219,6 +228,8 @@ def placement_rule(
     if isinstance(now, Refusal):
         return {**now.code, "instead": f"the server does not start: {now.text}"}
     told = f"--moe-runner-backend {now}"
+    if not named and server.runner((major, minor), placement, flagged=True) != now:
+        told += " without --quantization"
     if naming := [rule for rule in asked if rule["instead"]]:
         return {**naming[-1], "instead": told}
     if now == named:

@@ -59,7 +59,8 @@ def runner_rules(names: Names, choose: Callable[[], Any]) -> list[RuleAnswer]:
                 asked.append({**place_of(frame.f_back), "instead": str(runner)})
 
     _watched(choose, watch)
-    return asked
+    # Several servers may be asked.
+    return [rule for at, rule in enumerate(asked) if rule not in asked[:at]]
 
 
 def _gives_field(code: CodeType) -> bool:

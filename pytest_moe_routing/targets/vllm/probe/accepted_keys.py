@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.answers import AcceptedKeysAnswer
 from pytest_moe_routing.targets.vllm.probe.choice import on_capability
 from pytest_moe_routing.targets.vllm.probe.gates import QUANTIZATION, gate_of
@@ -27,8 +26,6 @@ def accepted_keys(experts: str) -> AcceptedKeysAnswer:
         Unsupported: The release does not have them.
     """
     cls = names().get(experts)
-    if not isinstance(cls, type):
-        raise Unsupported(f"not judged: {cls.__name__} of vLLM {names().version} is no class")
     gate, keys = gate_of(cls, QUANTIZATION), _keys()
     accepted: dict[str, list[list[str]]] = {}
     for device in DEVICES:

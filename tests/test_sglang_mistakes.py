@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sglang_targets import opened
+from told import code_sentences
 from wheels import unpack, wheels_since
 
 from pytest_moe_routing.goldens import packaged_directory
@@ -84,6 +85,8 @@ HALF_OF_GATE = "w13_bias_padded[:, N_pad : N_pad + N_un] = w13_bias_gate"
 
 #: RTX Blackwell no longer gets the runner of gpt-oss.
 GPT_OSS = ("is_sm120_supported() and is_mxfp4", "get_platform().is_sm120 and is_mxfp4")
+#: What a config made of Mistral's own format has, which states no scoring function.
+SCORE = 'config["scoring_func"] = "softmax"'
 #: MiniMax-M2's servers look at the flag alone, rather than at what the checkpoint states.
 DETECTED = (
     ('model_config_of(server_args).quantization == "modelopt_fp4"', "cfg"),
@@ -131,6 +134,8 @@ def target(tmp_path_factory):
         split = root / "sglang/srt/arg_groups/model_overrides/gpt_oss.py"
         file = "model_overrides/gpt_oss.py" if split.exists() else "overrides.py"
         edit(root, f"arg_groups/{file}", *((test, f"False and {test}") for test in GPT_OSS))
+        mistral = "utils/hf_transformers/mistral_utils.py"
+        edit(root, mistral, (SCORE, SCORE.replace("softmax", "sigmoid")))
         split = root / "sglang/srt/arg_groups/model_overrides/minimax_m2.py"
         file = "model_overrides/minimax_m2.py" if split.exists() else "overrides.py"
         flag = ((test, f'{of}.quantization == "modelopt_fp4"') for test, of in DETECTED)
@@ -295,6 +300,13 @@ def test_a_factor_that_is_applied_twice_behind_another_kernel(target, scheme, ti
     text = f"routed_scaling_factor is applied {times}; the layer applies it once"
     assert told == ([text] if times else [])
     assert call.switches == ("--moe-runner-backend flashinfer_cutlass",)
+
+
+def test_a_config_that_is_made_of_mistrals_own_format(target):
+    model = MODELS["mistral-large-3"]
+    found = compare_request(model, target.layer_request(model))
+    told = "scoring function: the model has identity, the model code asks for sigmoid"
+    assert told in "\n".join(code_sentences(found))
 
 
 def test_columns_of_shared_experts_are_no_logits(target):

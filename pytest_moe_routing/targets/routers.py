@@ -81,15 +81,24 @@ class RouterProbes:
     def read(self, models: Sequence[ModelSpec]) -> list[RouterConfig | Unsupported]:
         """Return how the first child's router reads each model's config, as `reading_of` does."""
         probe = self.probes[0]
-        questions = [{"model": _asked(model), **self._more(model)} for model in models]
-        probe.prepare("read", questions)
+        questions = [self._question_of(model) for model in models]
+        probe.prepare("read", [asked for asked in questions if isinstance(asked, dict)])
         readings: list[RouterConfig | Unsupported] = []
         for model, question in zip(models, questions, strict=True):
+            if isinstance(question, Unsupported):
+                readings.append(question)
+                continue
             try:
                 readings.append(replace(model.router, **probe.ask("read", **question)))
             except Unsupported as reason:
                 readings.append(reason)
         return readings
+
+    def _question_of(self, model: ModelSpec) -> dict[str, Any] | Unsupported:
+        try:
+            return {"model": _asked(model), **self._more(model)}
+        except Unsupported as reason:
+            return reason
 
     def questions(self, models: Iterable[ModelSpec]) -> Iterator[Questions]:
         """Yield what `runs` asks, by child: the one that also reads configs comes last."""

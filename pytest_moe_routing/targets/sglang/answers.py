@@ -52,6 +52,7 @@ ANSWERS: Mapping[str, Any] = {
     "placements": PlacementsAnswer,
     "placement_rule": RuleAnswer,
     "default_runner": str,
+    "rewritten": dict[str, Any],
     "keeps_shared_apart": bool,
     "layer_runner": str,
 }

@@ -33,6 +33,24 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
     return {**values, **{name: [values[name]] * 2 for name in pairs}}
 
 
+def rewriting_of(model: ModelSpec) -> dict[str, Any] | None:
+    """Return the question what SGLang makes of a model's params.json; None if it has none."""
+    function = configs()["rewrite"].get(model.architecture)
+    if function is None:
+        return None
+    inner = configs()["sizes"]["moe_intermediate_size"]
+    return {"function": function, "experts": {**stated_keys(model), "expert_hidden_dim": inner}}
+
+
+def rewritten_config(model: ModelSpec, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a config that SGLang has made of a params.json."""
+    data, router = configs(), model.router
+    # By these, a block is built, whatever names its code reads.
+    known = {"num_experts": router.num_experts, "num_experts_per_tok": router.top_k}
+    filled_in = data["filled_in"].get(model.architecture, {})
+    return {**data["sizes"], **known, **filled_in, **made}
+
+
 def deciding_of(model: ModelSpec) -> dict[str, Any]:
     """Return what else of a config code may read that decides about a model's shared experts."""
     text = configs()["text_architectures"].get(model.architecture)
@@ -75,17 +93,20 @@ def other_ways(
     ]
 
 
-def server_of(model: ModelSpec, row: Mapping[str, Any]) -> dict[str, Any]:
+def server_of(
+    model: ModelSpec, row: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the arguments of a server to which no runner was named.
 
     Args:
+        config: Attributes of the model's config object.
         row: SGLang's view of the checkpoint, of `schemes` in `configs.yaml`.
     """
     in_checkpoint = row["in_checkpoint"]
     is_said = in_checkpoint is not None and in_checkpoint["quant_method"] != row["quantization"]
     return {
         "architecture": model.architecture,
-        "config": config_of(model),
+        "config": config,
         "quantization": row["quantization"] if is_said else None,
         "in_checkpoint": in_checkpoint,
         "detected": row["quantization"],
@@ -99,15 +120,18 @@ def server_of(model: ModelSpec, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def told_of(model: ModelSpec, row: Mapping[str, Any], *, elsewhere: bool) -> dict[str, Any]:
+def told_of(
+    server: Mapping[str, Any], row: Mapping[str, Any], *, elsewhere: bool
+) -> dict[str, Any]:
     """Return those arguments, and the value of `--quantization` by itself.
 
     Args:
+        server: Those arguments.
         elsewhere: Whether the row is one of `elsewhere` in `configs.yaml`.
     """
     quantization = row["quantization"]
     return {
-        "server": server_of(model, row),
+        "server": server,
         "quantization": quantization,
         "elsewhere": elsewhere,
     }

@@ -19,6 +19,8 @@ from pytest_moe_routing.targets.sglang.model_configs import (
     config_of,
     configs,
     deciding_of,
+    rewriting_of,
+    rewritten_config,
     server_of,
 )
 from pytest_moe_routing.targets.source import Source
@@ -56,7 +58,18 @@ class SglangQuestions(FrameworkTarget):
         return str(self._remembered("default_runner", self._server(model, scheme)))
 
     def _server(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
-        return server_of(model, self._row(model, scheme))
+        return server_of(model, self._row(model, scheme), self._config(model))
+
+    def _config(self, model: ModelSpec) -> dict[str, Any]:
+        """Return attributes of the config object from which SGLang builds a model's MoE block.
+
+        Raises:
+            Unsupported: SGLang's own code that makes it is not run here.
+        """
+        question = rewriting_of(model)
+        if question is None:
+            return config_of(model)
+        return rewritten_config(model, self._remembered("rewritten", question))
 
     def _row(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         """Return SGLang's view of a model's checkpoint in a scheme."""
@@ -98,7 +111,7 @@ class SglangQuestions(FrameworkTarget):
             config = {**config, "in_checkpoint": row["in_checkpoint"]}
         return {
             "architecture": model.architecture,
-            "config": config_of(model),
+            "config": self._config(model),
             "quantization": config,
         }
 

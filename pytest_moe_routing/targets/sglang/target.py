@@ -36,7 +36,6 @@ from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of, raised
 from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
 from pytest_moe_routing.targets.sglang.model_configs import (
-    config_of,
     configs,
     other_ways,
     published_of,
@@ -88,7 +87,7 @@ class SglangTarget(SglangQuestions):
         answers = {**ANSWERS, "layer_request": Asked}
         self._torch = self.child("routers", answers)
         self._routers = RouterProbes(
-            [self._torch], self.routers, lambda m: {"config": config_of(m)}
+            [self._torch], self.routers, lambda m: {"config": self._config(m)}
         )
 
     def probes(self) -> Iterable[Probe]:
@@ -169,7 +168,7 @@ class SglangTarget(SglangQuestions):
             raise Unsupported(f"no recipe computes the router: {model.router.not_expressible}")
         question = {
             "architecture": model.architecture,
-            "config": config_of(model),
+            "config": self._config(model),
             "nested": nesting(model.architecture),
             "published": published_of(model, without),
         }
@@ -307,7 +306,7 @@ class SglangTarget(SglangQuestions):
             return None
         # On two ranks: there, models keep their shared experts apart.
         row = self._row(model, scheme)
-        told = {"ways": ways, **told_of(model, row, elsewhere=is_elsewhere)}
+        told = {"ways": ways, **told_of(self._server(model, scheme), row, elsewhere=is_elsewhere)}
         scale = model.router.routed_scaling_factor
         return {**self._block(model, scheme), "scheme": scheme, "told": told, "scale": scale}
 

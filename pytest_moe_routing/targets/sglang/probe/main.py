@@ -24,7 +24,7 @@ from pytest_moe_routing.targets.recorder import input_scale, plain
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang.probe import weights
 from pytest_moe_routing.targets.sglang.probe.around import PADDING, around
-from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig, quant_config
+from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig, quant_config, rewritten
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
     FIELD,
@@ -387,6 +387,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         **{name: getattr(blocks, name) for name in (*own, *runs)},
         **placement_questions(blocks),
         **{ask.__name__: partial(ask, blocks) for ask in (layouts, other_layouts, split_layouts)},
+        "rewritten": partial(rewritten, blocks.enter),
         "with_tokens": partial(with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),
         "rule": lambda **asked: rule(names, lambda: blocks.capture(**asked)),

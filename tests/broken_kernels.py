@@ -127,7 +127,7 @@ MISTAKES = {
     # As vLLM is: docs/findings.md.
     "gathered scales": (
         *(nothing, "deepseek-r1", "mxfp4"),
-        *("Blackwell", *GATHERED, REQUESTED, arrives("input_sf", "16x16", "2048 scales in tiles")),
+        *("Blackwell", *GATHERED, REQUESTED, arrives("input_sf", "16x24", "3072 scales in tiles")),
     ),
 }
 

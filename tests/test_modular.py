@@ -172,7 +172,7 @@ FOUND = {
         "topk_ids arrives as another tensor (int32, 8x8) and weights (float32, 8x8),"
     ],
     "weights in float64": ["topk_weights arrives as float64, the layer has float32 or bfloat16"],
-    "half of the scales": ["hidden_states_scale arrives as 8x16, the layer has 8x32"],
+    "half of the scales": ["hidden_states_scale arrives as 8x24, the layer has 8x48"],
     "shard of another rank": ["local_expert_offset arrives as 0, the layer has 128"],
     "input doubled": [f"hidden_states arrives as other values, from {NO_DP}", LAYER_HAS],
     "tokens mixed": [f"hidden_states arrives as other values, from {NO_DP}", LAYER_HAS],

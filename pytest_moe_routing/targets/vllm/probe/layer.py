@@ -32,7 +32,8 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What a kernel does with its arguments.
 _Write = Callable[[Mapping[str, Any]], None]
-HIDDEN, INTERMEDIATE = 512, 256
+#: So that gate and up rows together are not as many as columns.
+HIDDEN, INTERMEDIATE = 768, 256
 
 
 def intermediate_size(model: Mapping[str, Any]) -> int:

@@ -24,6 +24,7 @@ from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, acc
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import splitting
 from pytest_moe_routing.targets.sglang.probe.requests import (
+    INNER,
     MARKED,
     PREPARES,
     TOKENS,
@@ -36,6 +37,9 @@ from pytest_moe_routing.targets.shares import Share, split_orders, whole_blocks
 _WHOLE = "mxfp4"
 #: What makes a layer.
 _MAKER = "sglang/srt/layers/moe/fused_moe_triton/layer.py FusedMoE"
+#: The intermediate size of experts that are laid out: code that takes one dimension of a matrix for
+#: another gives another result with it, as gate and up rows together are as many as no other is.
+_WIDTH = 768
 #: Part of the names of parameters that no checkpoint has: they are made of others.
 _DERIVED = "swizzled"
 
@@ -62,14 +66,16 @@ def layouts(
     blocks.names.require("layouts", question["scheme"])
     loaded, calls = _Loaded(), blocks.calls
     own_router = router(blocks.names, [])
+    config = {name: _with_whole(name, value, _WIDTH) for name, value in question["config"].items()}
     told = {
         PREPARES: loaded,
         TOKENS: marked_weights.TOKENS,
         MARKED: Own(blocks.names),
+        INNER: _WIDTH,
         "router": own_router,
     }
     with requesting(**told, **options):
-        answer = blocks.capture(**question)
+        answer = blocks.capture(**{**question, "config": config})
     if answer["failed"] or len(calls) != 1:
         raise Unsupported(answer["failed"] or answer["refused"] or "no kernel is called")
     ((function, arguments),) = calls
@@ -114,6 +120,7 @@ def split_layouts(blocks: Blocks, count: int, whole: int, **question: Any) -> li
         PREPARES: loaded,
         TOKENS: marked_weights.TOKENS,
         MARKED: Own(blocks.names),
+        INNER: whole,
         "router": router(blocks.names, []),
     }
     reason, raised_in = "", ""

@@ -43,7 +43,7 @@ from pytest_moe_routing.targets.sglang.probe.placements import placement_questio
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import fusing
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
-from pytest_moe_routing.targets.sglang.probe.requests import TOKENS, requested, with_tokens
+from pytest_moe_routing.targets.sglang.probe.requests import INNER, TOKENS, requested, with_tokens
 from pytest_moe_routing.targets.sglang.probe.rule import line_of_model, rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.world import Call, RoutedOutside, choose_runner, enter
@@ -318,7 +318,7 @@ def _build(
         "num_experts": values["num_experts"],
         "top_k": values["num_experts_per_tok"],
         "hidden_size": _SIZE,
-        "intermediate_size": values["intermediate_size"],
+        "intermediate_size": requested(INNER) or _SIZE,
         **given,
     }
     block = getattr(stubs.real_module(module), name)

@@ -14,6 +14,8 @@ from pytest_moe_routing.targets.contract import Names
 _Answer = TypeVar("_Answer")
 #: How many tokens a block is given, which is requested by this name.
 TOKENS = "tokens_of_block"
+#: The intermediate size of experts, which is requested by this name.
+INNER = "inner"
 #: The compute capability of the GPU, which is requested by this name.
 DEVICE = "device"
 #: A function that prepares a layer, which is requested by this name.

@@ -52,6 +52,8 @@ def config_of(model, keys):
 def one_of_each():
     """One model of each architecture whose published keys are known, and which is not nested."""
     models = {m.architecture: m for m in MODELS.values() if published_keys(m.architecture)}
+    # Its keys are those of a params.json, which is not imported.
+    del models["MistralLarge3ForCausalLM"]
     return [model for name, model in models.items() if not nesting(name)[1]]
 
 

@@ -65,17 +65,8 @@ def layouts(
     """
     blocks.names.require("layouts", question["scheme"])
     loaded, calls = _Loaded(), blocks.calls
-    own_router = router(blocks.names, [])
-    config = {name: _with_whole(name, value, _WIDTH) for name, value in question["config"].items()}
-    told = {
-        PREPARES: loaded,
-        TOKENS: marked_weights.TOKENS,
-        MARKED: Own(blocks.names),
-        INNER: _WIDTH,
-        "router": own_router,
-    }
-    with requesting(**told, **options):
-        answer = blocks.capture(**{**question, "config": config})
+    with requesting(**_requests(blocks, loaded, _WIDTH), **options):
+        answer = blocks.capture(**_with_width(question, _WIDTH))
     if answer["failed"] or len(calls) != 1:
         raise Unsupported(answer["failed"] or answer["refused"] or "no kernel is called")
     ((function, arguments),) = calls
@@ -115,18 +106,10 @@ def split_layouts(blocks: Blocks, count: int, whole: int, **question: Any) -> li
         raise Unsupported("not judged: how checkpoints of gpt-oss are split")
     share, calls = Share(count, whole), blocks.calls
     loaded = _Loaded(share)
-    config = {name: _with_whole(name, value, whole) for name, value in question["config"].items()}
-    told = {
-        PREPARES: loaded,
-        TOKENS: marked_weights.TOKENS,
-        MARKED: Own(blocks.names),
-        INNER: whole,
-        "router": router(blocks.names, []),
-    }
     reason, raised_in = "", ""
     try:
-        with requesting(**told), splitting(count):
-            answer = blocks.capture(**{**question, "config": config})
+        with requesting(**_requests(blocks, loaded, whole)), splitting(count):
+            answer = blocks.capture(**_with_width(question, whole))
         if not answer["by_choice"]:
             reason = answer["failed"] or answer["refused"] or ""
             raised_in = answer.get("raised_in", "")
@@ -157,6 +140,23 @@ def split_layouts(blocks: Blocks, count: int, whole: int, **question: Any) -> li
         question["scheme"], arguments, loaded.checkpoint, share, gated=loaded.is_gated
     )
     return [{"method": loaded.method, "function": function, **found}]
+
+
+def _requests(blocks: Blocks, loaded: _Loaded, width: int) -> dict[str, Any]:
+    """Return what a block is built and run with, so that experts of a width load marked weights."""
+    return {
+        PREPARES: loaded,
+        TOKENS: marked_weights.TOKENS,
+        MARKED: Own(blocks.names),
+        INNER: width,
+        "router": router(blocks.names, []),
+    }
+
+
+def _with_width(question: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Return the arguments of `capture` with another intermediate size of the experts."""
+    config = {name: _with_whole(name, value, width) for name, value in question["config"].items()}
+    return {**question, "config": config}
 
 
 def _with_whole(name: str, value: Any, whole: int) -> Any:

@@ -285,7 +285,7 @@ def test_shared_experts_that_are_split_name_the_block_and_who_meets_them():
 
 def test_every_row_says_what_it_must():
     columns = {"module", "block", "config", "keys", "nested", "published", "arguments", "prepare"}
-    columns |= {"rounds_logits", "own_factor", "shared"}
+    columns |= {"rounds_logits", "own_factor", "shared", "rewrite"}
     router = {"num_experts", "top_k", "n_group", "topk_group", "renormalize", "scoring_func"}
     experts = {"shared_experts", "latent_size"}
     experts |= {f"activation_{name}" for name in ("limit", "alpha", "beta")}

@@ -13,6 +13,9 @@ from pytest_moe_routing.report import text
 if TYPE_CHECKING:
     from pytest_moe_routing.oracle.model_code import CodeJudgement
 
+#: What starts lines that are left out of a kernel that only a switch leads to.
+_OF_SWITCHES = ("  decided  ", "  router   ", "  kernel   ", "  exact    ", "    ")
+_NO_METHOD = "no routing method of this release computes the router"
 #: What starts lines of an example that explain nothing.
 _DETAILS = ("recipe  ", "precision ", "... and ", "because ")
 
@@ -26,10 +29,15 @@ def story(record: VerdictRecord) -> Iterator[str]:
     left_out = {f"  note     {text.sentence(n)}" for n in record.notes if n.kind is Kind.DOWNCAST}
     if record.kernel == record.router:
         left_out.add(f"  kernel   {record.kernel}")
-    labels: tuple[str, ...] = ("  exact    none: ",)
-    if record.reach is Reach.OPT_IN:
-        labels = ("  decided  ", "  router   ", "  kernel   ", "  exact    ", "    ")
-    shown = (x for x in text.short_story(record) if x not in left_out and not x.startswith(labels))
+    is_opt_in = record.reach is Reach.OPT_IN
+    labels = _OF_SWITCHES if is_opt_in else ("  exact    none: ",)
+
+    def is_shown(line: str) -> bool:
+        # Without the router's line, this one says that the kernel computes another.
+        is_reason = is_opt_in and line.endswith(_NO_METHOD)
+        return line not in left_out and (is_reason or not line.startswith(labels))
+
+    shown = filter(is_shown, text.short_story(record))
     yield from _with_brief_token(shown, record.counterexample)
 
 

@@ -184,8 +184,9 @@ def test_what_vllm_lays_in_another_order_is_found(broken_vllm, what):
     methods, sentences = OF_VLLM[what]
     answered, *told = broken_vllm[what]
     assert answered == 1
-    assert sorted(method.partition(" ")[2] for method, *_ in told) == methods
-    assert all(found == sentences for _, *found in told)
+    assert sorted({method.partition(" ")[2] for method, *_ in told}) == methods
+    # Entry points that pad otherwise may find the same mistake in other words as well.
+    assert [found for _, *found in told].count(sentences) == len(methods)
 
 
 #: The same of experts that are split over ranks, and which split is found.

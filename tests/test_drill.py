@@ -70,7 +70,7 @@ def test_no_rename_goes_unnoticed(drilled, number, way):
     chosen = [*named, *random.Random(commit()).sample(others, CHOSEN)]
     key = chosen[number]
     kind, text = drilling.drill(tree, before, key, way)
-    assert drilling.is_seen(kind, way, key), f"{key}: {kind}: {text}"
+    assert drilling.is_seen(kind, way), f"{key}: {kind}: {text}"
     if key in named:
         assert kind == drilling.NOT_JUDGED, text
         assert "contract row" in text or "does not import" in text

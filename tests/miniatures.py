@@ -97,6 +97,18 @@ class RoutesOutside(BuiltinTarget):
         return Rule("can_bypass", "own/topk.py:7") if gate == "the kernel routes" else Rule()
 
 
+class NamesNoRunner(RoutesOutside):
+    """The same in each release; what its fused experts do when a user names them is not known."""
+
+    name = "names-no-runner"
+
+    def expected(self, model, scheme):
+        return None
+
+    def named_findings(self, model, scheme):
+        raise Unsupported("no runner here")
+
+
 class AnswersNothing(Target):
     name = "answers-nothing"
 

@@ -68,3 +68,13 @@ def test_reports_of_several_runs_are_merged_and_compared(tmp_path):
     assert [(record.release, record.count) for record in merged] == [("1.0", 5), ("2.0", 4)]
     failed = TestRecord("FlashInfer", "", "test", "failed", "it fails")
     assert changes([unanswered(2), failed], [unanswered(3), failed]) == []
+
+
+def test_a_named_runner_that_is_not_judged_is_counted(pytester, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    result = pytester.runpytest_subprocess(
+        *("--moe-golden", "--moe-target", "miniatures:NamesNoRunner", "-k", "test_verdict"),
+        *("--moe-models", "deepseek-r1", "--moe-schemes", "nvfp4", "-v", "-p", "no:cacheprovider"),
+    )
+    told = "runners that are named: 1 case is not judged"
+    result.stdout.fnmatch_lines([told, "1 x no runner here"])

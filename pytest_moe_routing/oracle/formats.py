@@ -73,6 +73,8 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
             except Unsupported as reason:
                 unanswered[f"{name}: {reason}"] += 1
                 continue
+            if found.unanswered:
+                unanswered[f"{name}: {found.unanswered}"] += 1
             if placed is not None and placed.unanswered:
                 unanswered.update(f"{name}: {reason}" for reason in placed.unanswered)
                 continue

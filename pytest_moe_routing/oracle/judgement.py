@@ -47,6 +47,8 @@ class Judgement:
         lost_since: The release whose fused kernel runs, where this one's no longer does, or no
             longer by default; empty if the kernel is not lost.
         rule: The code that keeps a lost kernel from the model.
+        unanswered: Why it is not known whether the experts run where their backend is named; empty
+            if it is, or if nobody asks.
     """
 
     target: str
@@ -72,6 +74,7 @@ class Judgement:
     choice: Choice | None = None
     lost_since: str = ""
     rule: Rule = field(default_factory=Rule)
+    unanswered: str = ""
 
     @property
     def opt_in(self) -> tuple[str, ...]:

@@ -90,12 +90,15 @@ def with_what_runs(target: Target, judgement: Judgement) -> Judgement:
                 return replace(judgement, verdict=Verdict.CRASH, findings=raised, choice=choice)
     if not judgement.by_choice:
         return judgement
-    with suppress(Unsupported, TargetError):
-        if raised := _raised(target.named_findings(model, scheme)):
-            # That models name no method is a cause of its own.
-            site = "" if method in target.method_numbers() else method
-            return replace(judgement, verdict=Verdict.CRASH, findings=raised, site=site)
-    return judgement
+    try:
+        raised = _raised(target.named_findings(model, scheme))
+    except (Unsupported, TargetError) as reason:
+        return replace(judgement, unanswered=str(reason))
+    if not raised:
+        return judgement
+    # That models name no method is a cause of its own.
+    site = "" if method in target.method_numbers() else method
+    return replace(judgement, verdict=Verdict.CRASH, findings=raised, site=site)
 
 
 def _raised(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -20,7 +20,10 @@ KEYS = "quantization keys of experts: {n} question{s} {are} not judged"
 AROUND = "around kernel calls: {n} case{s} {are} not judged"
 LAYOUTS = "layouts of weights: {n} model{s} {are} not judged"
 SPLITS = "experts split over ranks: {n} split{s} {are} not judged"
+NAMED = "runners that are named: {n} case{s} {are} not judged"
 FORMATS = "checkpoints of other formats: {n} model{s} {are} not judged"
+#: Tests that are skipped as a whole; pytest counts and lists these itself.
+TESTS = "whole tests: {n} test{s} {are} not judged"
 
 
 def note(
@@ -30,10 +33,6 @@ def note(
     given = {sentence: dict(counts) for sentence, counts in reasons.items() if counts}
     if given:
         record_property(PROPERTY, given)
-
-
-#: Tests that are skipped as a whole; pytest counts and lists these itself.
-TESTS = "whole tests: {n} test{s} {are} not judged"
 
 
 def questions_of(properties: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:

@@ -13,6 +13,7 @@ from pytest_moe_routing.report.unanswered import (
     FORMATS,
     KEYS,
     LAYOUTS,
+    NAMED,
     OTHERS,
     PLACES,
     SPLITS,
@@ -43,12 +44,14 @@ def test_verdict(
 
     with unsupported_is_skipped():
         try:
-            record = judge(moe_target, moe_model, moe_scheme).record()
+            judgement = judge(moe_target, moe_model, moe_scheme)
+            record = judgement.record()
         except (Unsupported, TargetError) as reason:
             no_verdict = unjudged(moe_target, moe_model, moe_scheme, reason)
             _moe_property("moe_verdict", no_verdict.as_dict())
             raise
     _moe_property("moe_verdict", record.as_dict())
+    note(_moe_property, {NAMED: {judgement.unanswered: 1} if judgement.unanswered else {}})
     known_loss = _moe_session.is_builtin and record.verdict == "missed"
     if record.fails and not known_loss:
         fail(_moe_property, [of_verdict(record)])

@@ -1,4 +1,4 @@
-"""Experts that are split over ranks: which splits are asked about, and what is told of them."""
+"""Experts that are split over ranks: which splits are asked about, and what reports say of them."""
 
 from __future__ import annotations
 
@@ -89,6 +89,21 @@ def test_a_mistake_is_told_with_the_sizes_of_the_model():
     )
     assert failure.cause == "split:argument-intermediate_size:Method"
     assert failure.rank is Rank.SILENT
+
+
+def test_every_size_is_asked_before_a_mistake_of_the_small_one_is_none():
+    """Of 256, 512 and 1024 rows, which leave nothing over, the largest alone go wrong."""
+
+    def answer(inner):
+        is_wrong = inner in (128, 1024)
+        return {"findings": (RAISED,) if is_wrong else ()}
+
+    target, found = splits_of(answer, "nvfp4", "deepseek-r1")
+    (wrong,) = found.wrong
+    assert list(map(str, wrong.splits)) == ["deepseek-r1 over 2"]
+    _, found = splits_of(lambda inner: answer(inner if inner < 256 else 0), "nvfp4", "deepseek-r1")
+    assert (found.wrong, found.answered) == ((), 3)
+    assert [count for _, count, _ in target.asked] == [2, 8, 4, 2]
 
 
 @pytest.mark.parametrize(("model", "is_wrong"), [("deepseek-r1", True), ("gemma-4-26b-a4b", False)])

@@ -72,15 +72,11 @@ def wrong_splits(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Sp
     unanswered, answered = Counter[str](), 0
     wrong: dict[Any, list[tuple[LaidOut, list[Split]]]] = {}
     for splits in _alike(target, scheme, models):
-        first, *others = sorted(
-            splits, key=lambda split: (scheme not in split.model.checkpoints, split.inner)
-        )
         try:
             # A layer of few experts is made sooner.
             asked = min(splits, key=lambda split: split.model.router.num_experts)
-            found = _ask(target, scheme, asked, _asked_size(target.flashinfer, scheme, asked))
-            if found:
-                found = _ask(target, scheme, first, first.model.experts.intermediate_size)
+            is_wrong = _ask(target, scheme, asked, _asked_size(target.flashinfer, scheme, asked))
+            found, concerned = _of_models(target, scheme, splits) if is_wrong else ([], [])
         except Unsupported as reason:
             unanswered[str(reason)] += len(splits)
             continue
@@ -88,7 +84,7 @@ def wrong_splits(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Sp
         for at in (part for each in found for part in _apart(each)):
             # Sizes differ, not what is wrong.
             key = tuple(finding.cause for finding in at.findings)
-            wrong.setdefault(key, []).append((at, [first, *others]))
+            wrong.setdefault(key, []).append((at, concerned))
     mistakes = (
         WrongSplit(
             given[0][0],
@@ -98,6 +94,22 @@ def wrong_splits(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Sp
         for given in wrong.values()
     )
     return SplitsFound(tuple(mistakes), answered, unanswered)
+
+
+def _of_models(
+    target: Target, scheme: str, splits: Iterable[Split]
+) -> tuple[list[LaidOut], list[Split]]:
+    """Return what is wrong with a split as large as its model's, and the splits that it concerns.
+
+    Those of published checkpoints are asked first. If nothing is wrong with any of them, it is a
+    matter of the small size that was asked about before, and no mistake.
+    """
+    ordered = sorted(splits, key=lambda split: (scheme not in split.model.checkpoints, split.inner))
+    for place, split in enumerate(ordered):
+        found = _ask(target, scheme, split, split.model.experts.intermediate_size)
+        if found:
+            return found, ordered[place:]
+    return [], []
 
 
 def _ask(target: Target, scheme: str, split: Split, whole: int) -> list[LaidOut]:

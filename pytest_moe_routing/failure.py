@@ -132,7 +132,8 @@ def cause_id(*parts: str) -> str:
 
 def few(names: Sequence[str]) -> str:
     """Return the first of many names, and how many others there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} other{'s' * (more > 1)}" if more > 0 else "")
 
 
 def _packed(lines: Iterable[str]) -> Iterator[str]:

@@ -119,7 +119,7 @@ def test_what_cannot_be_asked_is_not_judged():
     shown, found = failures(None)
     assert (shown, found.answered) == ([], 0)
     assert found.unanswered == {"no one": 1, "no two": 1, "no other": 1}
-    # A key that the release has under another name, or no more.
+    # A key that the release has under another name, or no longer has.
     _, found = failures([FOUR], known={"10.0": [FOUR, ("six", "four")]}, is_own=False)
     assert {text.rpartition("does not ")[2] for text in found.unanswered} == {"define six"}
 

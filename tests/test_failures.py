@@ -69,7 +69,7 @@ crash: top_k is 1 (bf16; more)  [sweep:1]
 crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]
 2 x weights differ (m6)  [router:weights:A]
-1 more combine these; -v shows each in full
+1 more only combine causes of this list; -v shows each in full
 8 tests failed: 3 shown above (failed), 5 with the same causes (repeated)
 """
 
@@ -99,7 +99,7 @@ def test_each_defect_is_one_block(host, monkeypatch, in_ci, workers):
 def test_latent_lines_that_are_cut_say_how_to_see_them(host):
     host.makepyfile(test_own=TESTS.replace('is {number}"', 'is {number} of " + 80 * "x"'))
     lines = shown(host.runpytest_subprocess("test_own.py"))
-    place = lines.index("1 more combine these; -v shows each in full")
+    place = lines.index("1 more only combine causes of this list; -v shows each in full")
     assert [line[-4:] for line in lines[place - 4 : place - 1]] == ["x..."] * 3
     text = host.runpytest_subprocess("test_own.py", "-v").stdout.str()
     assert "x (bf16; more)  [sweep:3]" in text

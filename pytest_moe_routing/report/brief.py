@@ -18,6 +18,8 @@ _OF_SWITCHES = ("  decided  ", "  router   ", "  kernel   ", "  exact    ", "   
 _NO_METHOD = "no routing method of this release computes the router"
 #: What starts lines of an example that explain nothing.
 _DETAILS = ("recipe  ", "precision ", "... and ", "because ")
+#: What ends the line of an example that says nothing but its pattern of logits, a usual one.
+_USUAL = (" 'plain'", " 'any'")
 
 
 def story(record: VerdictRecord) -> Iterator[str]:
@@ -63,7 +65,7 @@ def router(lines: Iterable[str]) -> Iterator[str]:
     told: set[str] = set()
     for line in lines:
         what = line.strip().removeprefix("because  ")
-        is_detail = what.startswith(_DETAILS) or what.endswith((" 'plain'", " 'any'"))
+        is_detail = what.startswith(_DETAILS) or what.endswith(_USUAL)
         if what not in told and not is_detail and not what.endswith("(expert: selection score)"):
             yield line
         told.add(what)

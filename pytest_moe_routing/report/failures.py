@@ -183,15 +183,16 @@ class Grouping:
             [line] = first.block(self._cases[first.cause], width - len(times))
             blocks.append([times + line])
         left_out = len(failures) - sum(map(len, defects.values()))
-        combined = [f"{left_out} more combine these"] if left_out else []
+        combined = [f"{left_out} more only combine causes of this list"] if left_out else []
         if len(blocks) < len(failures) or any(line.endswith(CUT) for [line] in blocks):
             blocks.append(["; ".join((*combined, "-v shows each in full"))])
         return blocks
 
     def _defects(self) -> dict[str, tuple[Rank, str]]:
-        """Return the defect of each cause: of one that another test has found before, that one.
+        """Return the defect of each cause.
 
-        So is that of a cause that adds to one found before.
+        A cause that another test has found before has that test's defect, and so does one that has
+        everything of a cause found before and more.
         """
         found: dict[str, tuple[Rank, str]] = {}
         for failure in (failure for _, failures in self._shown for failure in failures):

@@ -34,7 +34,10 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
 
 
 def rewriting_of(model: ModelSpec) -> dict[str, Any] | None:
-    """Return the question what SGLang makes of a model's params.json; None if it has none."""
+    """Return what to ask about the config that SGLang makes of a model's params.json.
+
+    None if the model has no params.json.
+    """
     function = configs()["rewrite"].get(model.architecture)
     if function is None:
         return None
@@ -129,12 +132,7 @@ def told_of(
         server: Those arguments.
         elsewhere: Whether the row is one of `elsewhere` in `configs.yaml`.
     """
-    quantization = row["quantization"]
-    return {
-        "server": server,
-        "quantization": quantization,
-        "elsewhere": elsewhere,
-    }
+    return {"server": server, "quantization": row["quantization"], "elsewhere": elsewhere}
 
 
 def ways_of_flashinfer(scheme: str, default: str) -> list[dict[str, Any]]:

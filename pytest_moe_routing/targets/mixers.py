@@ -19,7 +19,7 @@ class WrongMixer(WrongAnswer):
 
 
 def mixer_problem(weights: Tensor, ids: Tensor, logits: Tensor) -> str | None:
-    """Say which token a sparse mixer routes otherwise than Phi-3.5-MoE; None if it routes none so.
+    """Return which token is not routed as by Phi-3.5-MoE's sparse mixer; None if all are.
 
     Args:
         weights, ids: `[num_tokens, 2]`.

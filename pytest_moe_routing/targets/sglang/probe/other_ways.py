@@ -29,6 +29,16 @@ class Way(TypedDict):
     options: Mapping[str, str]
 
 
+class Question(TypedDict):
+    """Which block is built, with which experts; see `main.Blocks.capture`."""
+
+    architecture: str
+    config: dict[str, Any]
+    scheme: str
+    quantization: Mapping[str, Any] | None
+    runner: str
+
+
 class Blocks(Protocol):
     """What answers about the MoE blocks of a release; see `main.Blocks`."""
 
@@ -42,23 +52,9 @@ class Blocks(Protocol):
 
     def default_runner(self, **checkpoint: Unpack[Checkpoint]) -> str: ...
 
-    def layer_runner(
-        self,
-        architecture: str,
-        config: dict[str, Any],
-        scheme: str,
-        quantization: Mapping[str, Any] | None,
-        runner: str,
-    ) -> str: ...
+    def layer_runner(self, **question: Unpack[Question]) -> str: ...
 
-    def capture(
-        self,
-        architecture: str,
-        config: dict[str, Any],
-        scheme: str,
-        quantization: Mapping[str, Any] | None,
-        runner: str,
-    ) -> dict[str, Any]: ...
+    def capture(self, **question: Unpack[Question]) -> dict[str, Any]: ...
 
 
 class Told(TypedDict):

@@ -1,8 +1,8 @@
 """The router of Phi-3.5-MoE, which no recipe expresses: a softmax for each of two experts.
 
 Each expert's weight is its share among those whose scores are nearly as high; the second expert
-competes with all but the first. Semantics: `sparsemixer` of transformers' modeling_phimoe.py, as it
-computes where it does not train.
+competes with all but the first. Semantics: `sparsemixer` of transformers' modeling_phimoe.py, in
+inference.
 """
 
 from __future__ import annotations

@@ -207,9 +207,10 @@ class FrameworkTarget(Target):
         return known_placements(self.package, self.version(), str(model), scheme)
 
     def runs_others(self, model: ModelSpec, scheme: str) -> bool:
-        """Return whether this release, or the newest known one before it, runs other experts.
+        """Return whether the scheme's other experts are to be asked about.
 
-        Those are taken for tensor parallelism on some GPU, and nothing keeps them from being asked.
+        They are if tensor parallelism runs them on some GPU, in this release or in the newest known
+        one before it, and no open question keeps them from being asked.
         """
         known = self.known_placements(model, scheme)
         places = () if known is None else known.by_default

@@ -13,6 +13,7 @@ from wheels import find_wheel
 from pytest_moe_routing.cli import main
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.record import VerdictRecord
 from pytest_moe_routing.report import records
 
 MODELS = load_models(packaged_directory())
@@ -52,7 +53,8 @@ def by_suite(pytester, target, models, *args):
     pytester.runpytest_subprocess(
         *run, "--moe-target", target, "--moe-models", models, "--moe-report", "r.jsonl", *args
     )
-    return {deciding(r.as_dict()) for r in records.load(pytester.path / "r.jsonl")}
+    found = records.load(pytester.path / "r.jsonl")
+    return {deciding(r.as_dict()) for r in found if isinstance(r, VerdictRecord)}
 
 
 def published(found):

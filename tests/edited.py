@@ -15,6 +15,7 @@ from pytest_moe_routing.targets import stubs
 def edited(module, path, old, new):
     """Run a framework's function from an edited source for a while, whoever has imported it."""
     right = attrgetter(path)(stubs.real_module(module))
+    right = getattr(right, "__func__", right)
     text = textwrap.dedent(inspect.getsource(right))
     wrong, count = re.subn(old, new, text, count=1)
     assert count == 1, (path, old)

@@ -11,6 +11,7 @@ from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
 from pytest_moe_routing.oracle.accepted_keys import AcceptedKeys, KnownKeys
 from pytest_moe_routing.oracle.around import Request, Response
+from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Choice, Expected, Rule
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -301,6 +302,14 @@ class Target:
     def accepted_keys(self, experts: str) -> AcceptedKeys:
         """Return which quantization keys a class of experts accepts; `known_keys` names it."""
         raise Unsupported(f"{self.name} has no experts that accept quantization keys")
+
+    def checkpoints(self, scheme: str) -> Iterable[Checkpoint]:
+        """Return the formats of a scheme's checkpoints that the target can be asked about."""
+        return ()
+
+    def served(self, model: ModelSpec, checkpoint: Checkpoint, experts: str) -> Served:
+        """Return what the target makes of the experts of a checkpoint, by the experts' name."""
+        raise Unsupported(f"{self.name} reads no quantization configs")
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
         """Return how the fused experts handle each request of a server besides routing."""

@@ -10,6 +10,7 @@ import pytest
 from pytest_moe_routing.report.failures import fail
 from pytest_moe_routing.report.unanswered import (
     AROUND,
+    CHECKPOINTS,
     FORMATS,
     KEYS,
     LAYOUTS,
@@ -96,6 +97,23 @@ def test_quantization_keys(
     note(_moe_property, {KEYS: found.unanswered})
     skip_without(found, "which quantization keys experts accept is not known of the target")
     fail(_moe_property, [of_changed_keys(_moe_framework, each) for each in found.changed])
+
+
+def test_checkpoints(
+    _moe_framework: Target,
+    moe_scheme: str,
+    _moe_session: MoESession,
+    _moe_property: Callable[[str, Any], None],
+) -> None:
+    """A published checkpoint is served as the scheme that its quantization config states."""
+    from pytest_moe_routing.oracle.served import served_otherwise
+    from pytest_moe_routing.suite.checkpoints import of_served
+
+    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    found = served_otherwise(_moe_framework, moe_scheme, models)
+    note(_moe_property, {CHECKPOINTS: found.unanswered})
+    skip_without(found, "no format of the scheme's checkpoints is known of the target")
+    fail(_moe_property, [of_served(_moe_framework, each) for each in found.wrong])
 
 
 def test_modular(

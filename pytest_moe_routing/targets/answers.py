@@ -65,6 +65,18 @@ class AcceptedKeysAnswer(TypedDict):
     source: str
 
 
+class ServedAnswer(TypedDict):
+    """What serves a checkpoint; see `oracle.checkpoints.Served`."""
+
+    name: str
+    method: str
+    schemes: list[str]
+    keys: list[str]
+    source: str
+    rejection: str
+    rejected_in: str
+
+
 def problem(hint: Any, value: object, where: str = "the answer") -> str | None:
     """Return what is wrong with a value that JSON had; None if it is of the type."""
     found = _check(hint)(value)

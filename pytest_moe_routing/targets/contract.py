@@ -22,7 +22,7 @@ from pytest_moe_routing.targets.definitions import Definitions
 #: What a probe is asked; a row names those that have no answer without it.
 QUESTIONS = (
     *("numbers", "verdicts", "modular", "layouts", "model_code", "routers"),
-    *("transformers_backend", "accepted_keys"),
+    *("transformers_backend", "accepted_keys", "checkpoints"),
 )
 _ROW = {"is", "members", "own", "use", "without", "schemes"}
 _SPELLING = {"name", "since", "until"}

@@ -14,10 +14,12 @@ from pytest_moe_routing.flashinfer.names import Names as FlashInferNames
 from pytest_moe_routing.flashinfer.names import listed_releases
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.accepted_keys import AcceptedKeys, KnownKeys
+from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Expected, Rule
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.target import Lacking, LaidOut, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
+from pytest_moe_routing.targets.checkpoints import checkpoints_of
 from pytest_moe_routing.targets.expected import (
     expected_kernel,
     is_open,
@@ -266,6 +268,18 @@ class FrameworkTarget(Target):
         }
         about = {name: answer[name] for name in ("name", "keys", "function", "source")}
         return AcceptedKeys(pairs=pairs, **about)
+
+    def checkpoints(self, scheme: str) -> Iterable[Checkpoint]:
+        return checkpoints_of(self.package, scheme)
+
+    def served(self, model: ModelSpec, checkpoint: Checkpoint, experts: str) -> Served:
+        """Return what this release makes of the experts of a checkpoint.
+
+        Raises:
+            Unsupported: The release does not have what the question needs.
+        """
+        asked = {"config": checkpoint.config, "hf_config": checkpoint.hf_config, "prefix": experts}
+        return Served(**self._probe.ask("checkpoint", model=model.as_dict(), **asked))
 
     def unknown_architectures(self) -> list[str]:
         """Return the architectures with experts that are not known; see `targets.architectures`.

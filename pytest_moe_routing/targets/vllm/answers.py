@@ -10,6 +10,7 @@ from pytest_moe_routing.targets.answers import (
     PlacementsAnswer,
     RequestAnswer,
     RuleAnswer,
+    ServedAnswer,
 )
 from pytest_moe_routing.targets.layouts import LaidOutAnswer, SplitAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
@@ -80,6 +81,7 @@ ANSWERS: Mapping[str, Any] = {
     "placements": PlacementsAnswer,
     "placement_rule": RuleAnswer,
     "accepted_keys": AcceptedKeysAnswer,
+    "checkpoint": ServedAnswer,
     "capture": _Calls,
     "capture_modular": _RoutedCalls,
     "other_experts": OtherCallsAnswer,

@@ -1,69 +1,16 @@
-"""Stand-ins for what SGLang reads compressed-tensors' configs and shuffles weights with.
+"""Stand-ins for what SGLang shuffles weights with, and reads compressed-tensors' configs with.
 
 With them SGLang's own code makes its MXFP4 and MXINT4 layers, and prepares the former's weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import Enum, StrEnum
 from typing import Any
 
 from torch import Tensor
 
 from pytest_moe_routing.flashinfer import preparation
-from pytest_moe_routing.targets import stubs
-
-
-class QuantizationType(StrEnum):
-    """How a number is stored, as compressed-tensors names it."""
-
-    INT = "int"
-    FLOAT = "float"
-
-
-class QuantizationStrategy(StrEnum):
-    """What shares a scale, as compressed-tensors names it."""
-
-    TENSOR = "tensor"
-    CHANNEL = "channel"
-    GROUP = "group"
-    BLOCK = "block"
-    TOKEN = "token"
-    TENSOR_GROUP = "tensor_group"
-    ATTN_HEAD = "attn_head"
-
-
-class CompressionFormat(Enum):
-    """The layout of a checkpoint, as compressed-tensors names it."""
-
-    dense = "dense"
-    int_quantized = "int-quantized"
-    float_quantized = "float-quantized"
-    naive_quantized = "naive-quantized"
-    pack_quantized = "pack-quantized"
-    marlin_24 = "marlin-24"
-    mixed_precision = "mixed-precision"
-    nvfp4_pack_quantized = "nvfp4-pack-quantized"
-    mxfp4_pack_quantized = "mxfp4-pack-quantized"
-
-
-class QuantizationArgs:
-    """A group of a checkpoint's `quantization_config`, with compressed-tensors' defaults."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.num_bits = values.get("num_bits", 8)
-        self.type = QuantizationType(values.get("type", "int"))
-        self.symmetric = values.get("symmetric", True)
-        self.group_size = values.get("group_size")
-        self.strategy = QuantizationStrategy(values["strategy"])
-        self.block_structure = values.get("block_structure")
-        self.dynamic = values.get("dynamic", False)
-        self.actorder = values.get("actorder")
-
-    @classmethod
-    def model_validate(cls, values: Mapping[str, Any]) -> QuantizationArgs:
-        return cls(values)
+from pytest_moe_routing.targets import compressed_tensors, stubs
 
 
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -80,10 +27,7 @@ def stand_ins() -> dict[str, Any]:
     """Return replacements by bare name, as `world.stand_ins` does."""
     # SGLang keeps indices of rows: they are right from the first call on.
     return {
-        "CompressionFormat": CompressionFormat,
-        "QuantizationArgs": QuantizationArgs,
-        "QuantizationStrategy": QuantizationStrategy,
-        "QuantizationType": QuantizationType,
+        **compressed_tensors.STAND_INS,
         "_maybe_get_cached_w3_w1_permute_indices": preparation.w3_w1_indices,
         "get_w2_permute_indices_with_cache": preparation.w2_indices,
         "block_scale_interleave": _same,

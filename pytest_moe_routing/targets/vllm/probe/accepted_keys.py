@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 from pytest_moe_routing.targets.answers import AcceptedKeysAnswer
@@ -26,7 +27,7 @@ def accepted_keys(experts: str) -> AcceptedKeysAnswer:
         Unsupported: The release does not have them.
     """
     cls = names().get(experts)
-    gate, keys = gate_of(cls, QUANTIZATION), _keys()
+    gate, keys = gate_of(cls, QUANTIZATION), known_keys()
     accepted: dict[str, list[list[str]]] = {}
     for device in DEVICES:
         with on_capability(*device):
@@ -46,7 +47,8 @@ def accepted_keys(experts: str) -> AcceptedKeysAnswer:
     }
 
 
-def _keys() -> dict[str, Any]:
+@cache
+def known_keys() -> dict[str, Any]:
     """Return the quantization keys by name; of two names for one key, the first."""
     cls = names().get("quant-key")
     found = {None: _NONE}

@@ -15,6 +15,7 @@ from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm.probe import accepted_keys as vllm_keys
 from pytest_moe_routing.targets.vllm.probe import around as vllm_around
 from pytest_moe_routing.targets.vllm.probe import capture as vllm_capture
+from pytest_moe_routing.targets.vllm.probe import checkpoints as vllm_checkpoints
 from pytest_moe_routing.targets.vllm.probe import choice as vllm_choice
 from pytest_moe_routing.targets.vllm.probe import factory as vllm_factory
 from pytest_moe_routing.targets.vllm.probe import gates as vllm_gates
@@ -39,6 +40,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "placements": vllm_placements.placements,
         "placement_rule": vllm_placements.placement_rule,
         "accepted_keys": vllm_keys.accepted_keys,
+        "checkpoint": vllm_checkpoints.checkpoint,
         "capture": vllm_capture.capture,
         "capture_modular": vllm_modular.capture_modular,
         "other_experts": vllm_other.other_experts,

@@ -11,7 +11,6 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import StrEnum, auto
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, preparation
 from pytest_moe_routing.reference.layouts import swizzle_scales
-from pytest_moe_routing.targets import marked, recorder, scales, stubs
+from pytest_moe_routing.targets import compressed_tensors, marked, recorder, scales, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.vllm.probe.models import ModelSources, ScaledBy
 
@@ -79,6 +78,9 @@ class _Blackwell:
 
     def fp8_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
+
+    def verify_quantization(self, _quant: str) -> None:
+        """Accept every quantization, as vLLM's platform of CUDA does."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith(("is_", "has_", "supports_", "use_")):
@@ -153,30 +155,11 @@ class _PluggableLayer(nn.Module):
         return lambda decorated: decorated
 
 
-class _QuantizeMethod(stubs.StubBase):
-    """The base class of vLLM's quantization methods."""
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Do nothing, as vLLM's own does."""
-
-
-class _QuantizationStrategy(StrEnum):
-    """That of compressed-tensors: what shares a scale."""
-
-    TENSOR = auto()
-    CHANNEL = auto()
-    GROUP = auto()
-    BLOCK = auto()
-    TOKEN = auto()
-    TENSOR_GROUP = auto()
-
-
 #: What stub modules have under a name.
 _STAND_INS = {
     **preparation.FUNCTIONS,
+    **compressed_tensors.STAND_INS,
     "PluggableLayer": _PluggableLayer,
-    "QuantizeMethodBase": _QuantizeMethod,
-    "QuantizationStrategy": _QuantizationStrategy,
 }
 
 

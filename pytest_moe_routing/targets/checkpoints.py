@@ -1,0 +1,23 @@
+"""The formats of published checkpoints that a framework is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pytest_moe_routing.data import read_data
+from pytest_moe_routing.oracle.checkpoints import Checkpoint
+
+#: The experts of a layer, as models of most families name them.
+_EXPERTS = "model.layers.3.mlp.experts"
+
+
+def checkpoints_of(package: str, scheme: str) -> Iterator[Checkpoint]:
+    """Yield the checkpoints of a scheme that `checkpoints.yaml` of a framework lists."""
+    data = read_data(__package__, package, "checkpoints.yaml") or {"formats": {}}
+    formats: Mapping[str, Any] = data["formats"].get(scheme, {})
+    for name, row in formats.items():
+        experts = {_EXPERTS: scheme}
+        if unquantized := row.get("unquantized"):
+            experts[unquantized] = "bf16"
+        yield Checkpoint(name, row["config"], row.get("hf_config", {}), experts)

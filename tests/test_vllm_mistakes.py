@@ -15,6 +15,7 @@ from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.suite.causes import of_downcast
+from pytest_moe_routing.suite.weight_names import of_misnamed
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
@@ -44,6 +45,16 @@ MISTAKES = (
         "model_executor/models/minimax_m2.py",
         "params_dtype=torch.float32,",
         "params_dtype=None,",
+    ),
+    (
+        "model_executor/models/minimax_m2.py",
+        'ckpt_names=("w1", "w2", "w3")',
+        'ckpt_names=("w3", "w2", "w1")',
+    ),
+    (
+        "model_executor/models/deepseek_v2.py",
+        '("gate_up_proj", "gate_proj", 0)',
+        '("gate_up_proj", "up_proj", 0)',
     ),
     (
         "models/hy_v4/nvidia/moe.py",
@@ -130,6 +141,19 @@ def test_logits_that_are_changed_in_place(target):
     found = judge(target, MODELS["deepseek-r1"], "fp8_block")
     assert found.verdict is Verdict.WRONG
     assert "routing_logits arrives as another tensor" in "\n".join(sentences(found.findings))
+
+
+def test_gate_and_up_that_are_loaded_into_each_others_place(target):
+    weights = target.misnamed_weights(MODELS["minimax-m2"])
+    [failure] = of_misnamed(MODELS["minimax-m2"], weights)
+    assert failure.lines[2] == (
+        "  because  it loads w3 of a checkpoint, which is up, as gate; and w1 of a checkpoint, "
+        "which is gate, as up"
+    )
+    assert failure.cause == "weight-names:minimax_m2.py-MiniMaxM2MoE"
+    [stacked] = target.misnamed_weights(MODELS["deepseek-r1"])
+    assert (stacked.name, stacked.own, stacked.place) == ("up_proj", "up", "gate")
+    assert not target.misnamed_weights(MODELS["mixtral-8x7b"])
 
 
 def test_experts_that_are_not_clamped(target):

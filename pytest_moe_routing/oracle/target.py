@@ -15,6 +15,7 @@ from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Choice, Expected, Rule
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.placed import KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.routers import RouterRun
@@ -232,8 +233,7 @@ class Target:
     def served_elsewhere(self, scheme: str) -> Mapping[str, Target]:
         """Return the target as it serves checkpoints of a scheme in no kernel of FlashInfer's.
 
-        By what they say, as `formats` are. The name of the usual one is empty, where no kernel of
-        FlashInfer's serves the scheme.
+        By what they say, as `formats` are; "" is the usual one of a scheme that no kernel serves.
         """
         return {}
 
@@ -308,7 +308,7 @@ class Target:
         return ()
 
     def served(self, model: ModelSpec, checkpoint: Checkpoint, experts: str) -> Served:
-        """Return what the target makes of the experts of a checkpoint, by the experts' name."""
+        """Return what the target makes of the experts of a checkpoint, by their name."""
         raise Unsupported(f"{self.name} reads no quantization configs")
 
     def around(self, model: ModelSpec, scheme: str, method: str) -> Mapping[Request, Response]:
@@ -368,6 +368,10 @@ class Target:
         """Return what of a model's shared experts is split over ranks that have other tokens."""
         return None
 
+    def misnamed_weights(self, model: ModelSpec) -> Iterable[MisnamedWeight]:
+        """Return the weights that a model's code loads into another matrix's place."""
+        return ()
+
     @staticmethod
     def without_backend() -> str:
         """Return why `backend_request` is not asked here; empty if it is."""
@@ -381,7 +385,7 @@ class Target:
         raise Unsupported(f"{self.name} does not run the models of transformers")
 
     def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
-        """Return keys that a model's config may leave out, and the model that it then describes."""
+        """Return keys that a config may leave out, and the model that it then describes."""
         return ()
 
     def router_runs(self, models: Iterable[ModelSpec]) -> list[RouterRun]:

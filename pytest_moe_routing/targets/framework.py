@@ -16,6 +16,7 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.accepted_keys import AcceptedKeys, KnownKeys
 from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Expected, Rule
+from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.target import Lacking, LaidOut, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
@@ -307,6 +308,14 @@ class FrameworkTarget(Target):
             return place is not None and place in map(self._classes.runs, known)
         except Unsupported:
             return False
+
+    def misnamed_weights(self, model: ModelSpec) -> Iterable[MisnamedWeight]:
+        """Return the weights that a model's code loads into another matrix's place.
+
+        Raises:
+            Unsupported: The release has no registry that can be read.
+        """
+        return self._classes.misnamed(model.architecture) if self.model_packages else ()
 
     def contains(self, name: str) -> bool:
         return self.source.names(self.package, name)

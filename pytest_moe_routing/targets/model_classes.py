@@ -8,11 +8,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from pytest_moe_routing.models.huggingface import keys_of
+from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.targets.definitions import Definitions
+from pytest_moe_routing.targets.weight_names import misnamed_weights
 
 #: A module, and the dotted name of a class or function in it.
 Place = tuple[str, str]
@@ -53,6 +55,7 @@ class ModelClasses:
         self._registered = cache(registered)
         self._read = cache(self._read_definition)
         self._reached = cache(self._find_reached)
+        self._misnamed = cache(self._misnamed_in)
         self._imported = cache(definitions.imported)
 
     def runs(self, architecture: str) -> Place | None:
@@ -99,6 +102,17 @@ class ModelClasses:
             return frozenset()
         reached = self._reached(architecture)
         return frozenset(p for p in reached if not self._read(p).called.isdisjoint(names))
+
+    def misnamed(self, architecture: str) -> list[MisnamedWeight]:
+        """Return the weights that an architecture's code loads into another matrix's place."""
+        places = sorted(self._reached(architecture))
+        return [each for place in places for each in self._misnamed(place)]
+
+    def _misnamed_in(self, place: Place) -> tuple[MisnamedWeight, ...]:
+        node = self._definitions.node(*place)
+        file = f"{place[0].replace('.', '/')}.py"
+        found = misnamed_weights(node) if node is not None else ()
+        return tuple(replace(each, file=file, function=place[1]) for each in found)
 
     def _may_call(self, architecture: str, names: Collection[str]) -> bool:
         """Return whether a module that an architecture's code imports has such a call in it."""

@@ -13,6 +13,7 @@ from processes import is_alive, wait_until_gone
 import pytest_moe_routing
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.targets import probe as probes
+from pytest_moe_routing.targets import server
 from pytest_moe_routing.targets.probe import Limits, Probe
 
 BEGIN = """
@@ -366,3 +367,14 @@ def test_its_files_have_an_end(child):
     )
     with pytest.raises(TargetError, match=r"(?s)failed at run:.*File too large"):
         probe.ask("run")
+
+
+def test_memory_is_looked_for_as_often_as_a_process_has_grown(monkeypatch):
+    sizes, collected = iter([0, 2**29, 2**29 + 1, 10, 2**29 + 10, 2**29 + 11, 20]), []
+    monkeypatch.setattr(server.gc, "collect", lambda: collected.append(1))
+    collector = server.Collector(lambda: next(sizes))
+    counts = []
+    for _ in range(4):
+        collector.look()
+        counts.append(len(collected))
+    assert counts == [0, 1, 1, 2]

@@ -38,6 +38,9 @@ _LINES, _WIDTH = 30, 500
 _FILE_BYTES = 64_000_000
 #: Processes and threads that judged code may add to those of the user.
 _TASKS = 4096
+#: Bytes by which a process may grow until objects that refer to each other are looked for. Python
+#: does so by their number, and a layer of a few objects has hundreds of megabytes of weights.
+_GROWTH = 2**29
 
 #: The one channel of this process. It is opened before a framework's module, which calls `serve`,
 #: is imported.
@@ -191,6 +194,33 @@ def _tasks(user: int) -> int:
     return count
 
 
+class Collector:
+    """Frees what nobody refers to any longer, as often as a process has grown by `_GROWTH`.
+
+    Args:
+        size: Returns the bytes that the process has in memory; 0 where the system does not tell.
+    """
+
+    def __init__(self, size: Callable[[], int]) -> None:
+        # Bound now: judged code may replace it.
+        self._size, self._collect, self._last = size, gc.collect, size()
+
+    def look(self) -> None:
+        """Free memory if there may be much to free."""
+        if self._size() - self._last > _GROWTH:
+            self._collect()
+            self._last = self._size()
+
+
+def _resident() -> int:
+    """Return the bytes of this process that are in memory; 0 where the system does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None:
     """Answer lists of `{"question": name, "arguments": {...}}` with `handlers[name](**arguments)`.
 
@@ -202,7 +232,7 @@ def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None
     """
     assert _channel is not None
     decode, encode = JSONDecoder().decode, JSONEncoder().encode
-    leave_out_of_collections = gc.freeze
+    leave_out_of_collections, collector = gc.freeze, Collector(_resident)
     while True:
         number, data = _channel.next()
         replies = []
@@ -217,6 +247,7 @@ def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None
                 line = f"{_place(error, package)}: {_message(error)}"
                 reply = encode({"error": {"type": name, "line": line, "text": _told(error)}})
             replies.append(reply)
+            collector.look()
         _channel.answer(number, f"[{','.join(replies)}]".encode())
         if number == 1:
             # The framework is imported by now. A fifth of the time went into looking at it again.

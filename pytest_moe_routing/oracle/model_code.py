@@ -61,6 +61,9 @@ class LayerRequest:
         shared_experts: Whether the layer's output has the shared experts in it.
         own_factor: The part of `output_factor` that is not the router's, but for all experts.
         otherwise: How the layer routes otherwise than the model, where its recipe does not say it.
+        own_router: Whether `otherwise` is found by a reference of the model's own router, which no
+            recipe computes. The recipe then is what can be told of it.
+        unanswered: Why `otherwise` is not judged; None if it is.
         rounds_logits: Why logits of lesser precision than the model's are no defect.
         switch: What a server is started with for this code to run; empty if nothing is needed.
         bias_is_loaded: Whether loading a checkpoint fills the bias that the layer reads.
@@ -81,6 +84,8 @@ class LayerRequest:
     shared_experts: bool = False
     own_factor: float = 1.0
     otherwise: str | None = None
+    own_router: bool = False
+    unanswered: str | None = None
     rounds_logits: str | None = None
     bias_is_loaded: bool = True
     switch: str = ""
@@ -117,7 +122,12 @@ class CodeJudgement:
 
     @property
     def unanswered(self) -> str | None:
-        """Why the router's weight is not judged; None if it is, or if nothing is known about it."""
+        """Why a block's choice or the router's weight is not judged; None if both are.
+
+        Nothing is judged of a weight whose dtype is not known.
+        """
+        if self.request.unanswered is not None:
+            return self.request.unanswered
         if self.model.router.router_weight_dtype is None or self.request.router_weight_dtype:
             return None
         return f"{self.request.block} computes logits of no weight that can be traced"
@@ -134,7 +144,7 @@ def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
     from pytest_moe_routing.compare.equivalence import counterexample
 
     router = model.router
-    if router.not_expressible is not None:
+    if router.not_expressible is not None and not request.own_router:
         raise Unsupported(f"no recipe computes {model}'s router: {router.not_expressible}")
     wanted = recipe_of(router)
     factor = request.output_factor / request.own_factor

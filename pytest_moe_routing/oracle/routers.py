@@ -181,6 +181,22 @@ def compare_router(
     return list(found.values())
 
 
+def answer_problem(
+    weights: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, recipe: Recipe
+) -> str | None:
+    """Return what is wrong with a router's answer beyond precision; None if nothing is.
+
+    The arguments are those of `compare_routing`.
+    """
+    try:
+        kind, comparison, cause = _kind(weights, ids, logits, bias, recipe)
+    except RecipeError as error:
+        return str(error)
+    if kind not in WRONG:
+        return None
+    return f"{cause}\n{_short(comparison)}" if cause else _short(comparison)
+
+
 def _raised(error: Exception) -> tuple[str, str]:
     """Return an exception in words, and the line of the framework's code that it came from.
 

@@ -79,17 +79,21 @@ class Dtypes(TorchDispatchMode):
     def of_weight(self, tensor: Tensor, module: nn.Module) -> set[str]:
         """Return the dtypes that the weight of a tensor's product went through; none if unknown.
 
-        Args:
-            module: What the weight is a parameter or a buffer of; a bias is none.
+        The arguments are those of `weights`.
         """
-        weights = {
-            self._key(weight)
-            for weight in (*module.parameters(), *module.buffers())
-            if weight.dim() > 1
-        }
         factors = self._factors.get(self._key(tensor), {})
-        dtypes = {dtype for key in factors.keys() & weights for dtype in factors[key]}
-        return {str(dtype).removeprefix("torch.") for dtype in dtypes}
+        found = (factors[self._key(weight)] for weight in self.weights(tensor, module))
+        return {str(dtype).removeprefix("torch.") for dtypes in found for dtype in dtypes}
+
+    def weights(self, tensor: Tensor, module: nn.Module) -> list[Tensor]:
+        """Return the weights of the product that a tensor is; none if they are not known.
+
+        Args:
+            module: What a weight is a parameter or a buffer of; a bias is none.
+        """
+        factors = self._factors.get(self._key(tensor), {})
+        known = (*module.parameters(), *module.buffers())
+        return [each for each in known if each.dim() > 1 and self._key(each) in factors]
 
     def of(self, tensor: Tensor) -> set[str]:
         """Return the names of dtypes that a tensor has had since it was a product."""

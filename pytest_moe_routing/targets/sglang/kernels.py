@@ -139,12 +139,49 @@ def _flat(score: str) -> Callable[..., None]:
     return kernel
 
 
+def _zero_experts(
+    expert_indices: Tensor,
+    expert_scales: Tensor,
+    num_experts: int,
+    zero_expert_type: str,
+    hidden_states: Tensor,
+) -> Tensor:
+    """Return tokens times the weights of their zero experts, whose slots lose id and weight."""
+    is_zero = expert_indices >= num_experts
+    weight = expert_scales.masked_fill(~is_zero, 0.0).sum(-1, keepdim=True)
+    expert_indices[is_zero], expert_scales[is_zero] = 0, 0.0
+    return (hidden_states * weight).to(hidden_states.dtype)
+
+
+def _fused_moe_router_shim(
+    moe_softcapping: float,
+    hidden_states: Tensor,
+    gating_output: Tensor,
+    topk: int,
+    renormalize: bool,
+    correction_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Route by the product with a gate's weight, softly capped: a softmax over all weighs."""
+    from torch.nn.functional import linear
+
+    logits = linear(hidden_states.float(), gating_output.float())
+    if moe_softcapping:
+        logits = moe_softcapping * (logits / moe_softcapping).tanh()
+    if correction_bias is not None:
+        logits = logits + correction_bias
+    weights, ids = logits.softmax(-1).topk(topk)
+    return weights, ids.int()
+
+
 def in_torch() -> Mapping[str, Mapping[str, Callable[..., Any]]]:
     """Return torch functions for kernels, by module and name."""
     return {
         "flashinfer.fused_moe": {"fused_topk_deepseek": _fused_topk_deepseek},
         _OPS: {"topk_softmax": _flat("softmax")},
         f"{_OPS}.moe_topk_sigmoid": {"topk_sigmoid": _flat("sigmoid")},
+        f"{_OPS}.ep_moe_kernels": {"zero_experts_compute_triton": _zero_experts},
+        f"{_OPS}.router": {"fused_moe_router_shim": _fused_moe_router_shim},
     }
 
 

@@ -7,11 +7,22 @@ from dataclasses import replace
 from math import isclose
 from typing import Any, TypedDict
 
-from pytest_moe_routing.errors import RecipeError
+from pytest_moe_routing.errors import RecipeError, Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.routing import Recipe, recipe_of
 from pytest_moe_routing.targets.dtype_names import narrowest
+
+
+class Stated(TypedDict):
+    """What a block states of its experts."""
+
+    activation: str
+    is_gated: bool
+    gemm1_alpha: float | None
+    gemm1_clamp_limit: float | None
+    swiglu_limit: float | None
+    has_bias: bool
 
 
 class Asked(TypedDict):
@@ -33,6 +44,10 @@ class Asked(TypedDict):
     router_weight_dtypes: list[str]
     on_input: bool
     output_factor: float
+    experts: Stated
+    custom_routing: str | None
+    choice_problem: str | None
+    choice_unknown: str | None
 
 
 #: Arguments behind each field of a recipe.
@@ -70,6 +85,7 @@ def request_of(
     passed = {field: said(*names) for field, names in _BEHIND.items()} | {
         "bias": f"correction_bias={'None' if answer['bias_dtype'] is None else '...'}",
         "scale": f"{said('routed_scaling_factor')}, and x {answer['output_factor']:.4g} behind it",
+        "activation": ", ".join(f"{k}={v!r}" for k, v in answer["experts"].items()),
         "weight_on": f"apply_router_weight_on_input={answer['on_input']}",
     }
     wanted, output_factor = recipe_of(model.router), answer["output_factor"]
@@ -79,21 +95,33 @@ def request_of(
     has_bias = answer["bias_dtype"] is not None
     score = "sigmoid" if is_grouped and has_bias else answer["scoring_func"]
     recipe, otherwise = wanted, None
+    has_own = model.router.not_expressible is not None
+    if answer["choice_unknown"] is not None and (has_own or answer["custom_routing"] is not None):
+        raise Unsupported(f"{answer['block']}: {answer['choice_unknown']}")
     try:
-        recipe = Recipe(
-            top_k=answer["top_k"],
-            score=score,
-            bias=has_bias,
-            n_group=answer["num_expert_group"] if is_grouped else 1,
-            topk_group=(answer["topk_group"] or 1) if is_grouped else 1,
-            group_score="top2_sum" if has_bias else "max",
-            normalize="sum" if answer["renormalize"] else "none",
-            scale=1.0 if factor is None else factor,
-            bias_dtype=answer["bias_dtype"] or "float32",
-        )
+        if has_own or answer["custom_routing"] is not None:
+            recipe = replace(recipe, top_k=answer["top_k"], scale=1.0 if factor is None else factor)
+        else:
+            recipe = Recipe(
+                top_k=answer["top_k"],
+                score=score,
+                bias=has_bias,
+                n_group=answer["num_expert_group"] if is_grouped else 1,
+                topk_group=(answer["topk_group"] or 1) if is_grouped else 1,
+                group_score="top2_sum" if has_bias else "max",
+                normalize="sum" if answer["renormalize"] else "none",
+                scale=1.0 if factor is None else factor,
+                bias_dtype=answer["bias_dtype"] or "float32",
+            )
     except RecipeError as error:
         otherwise = f"the model code requests a routing that no router computes: {error}"
+    if otherwise is None and answer["choice_problem"] is not None:
+        routes = answer["custom_routing"] or "the block"
+        otherwise = f"{routes} routes otherwise: {answer['choice_problem']}"
     return LayerRequest(
+        own_router=has_own,
+        experts=_experts(answer["experts"]),
+        unanswered=answer["choice_unknown"] and f"{answer['block']}: {answer['choice_unknown']}",
         block=answer["block"],
         config_class=answer["config_class"],
         num_experts=model.router.num_experts,
@@ -109,3 +137,27 @@ def request_of(
         otherwise=otherwise,
         rounds_logits=rounds_logits,
     )
+
+
+def _experts(stated: Stated) -> dict[str, Any]:
+    """Return what a block states of its experts, by key of `ExpertsConfig`.
+
+    gpt-oss' activation is silu with an alpha. SiTU's linear beta takes the place of a limit.
+    """
+    alpha, clamp = stated["gemm1_alpha"], stated["gemm1_clamp_limit"]
+    activation = stated["activation"]
+    found: dict[str, Any] = {"gated": stated["is_gated"], "bias": stated["has_bias"]}
+    if activation == "situ":
+        return {
+            **found,
+            "activation": activation,
+            "activation_alpha": alpha,
+            "activation_beta": clamp,
+        }
+    limit = clamp if stated["swiglu_limit"] is None else stated["swiglu_limit"]
+    return {
+        **found,
+        "activation": "swigluoai" if activation == "silu" and alpha is not None else activation,
+        "activation_limit": limit,
+        "activation_alpha": alpha,
+    }

@@ -19,6 +19,11 @@ def configs() -> dict[str, Any]:
     return data
 
 
+def served_as(architecture: str) -> str:
+    """Return the architecture whose code runs a model that has this one in its config."""
+    return str(configs()["served_as"].get(architecture, architecture))
+
+
 def config_of(model: ModelSpec) -> dict[str, Any]:
     """Attributes of the config object from which SGLang builds a model's MoE block."""
     data, architecture = configs(), model.architecture
@@ -30,7 +35,13 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
             if value is not None:
                 values.update(dict.fromkeys(attributes, data.get(key, value)))
     pairs = data["twice"].get(architecture, ())
-    return {**values, **{name: [values[name]] * 2 for name in pairs}}
+    return {**values, **{name: [values[name]] * 2 for name in pairs}, **_parts(model, values)}
+
+
+def _parts(model: ModelSpec, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the parts of a model's config that have some of its values."""
+    parts = configs()["parts"].get(model.architecture, {})
+    return {part: {name: values[name] for name in names} for part, names in parts.items()}
 
 
 def rewriting_of(model: ModelSpec) -> dict[str, Any] | None:
@@ -73,6 +84,7 @@ def published_of(model: ModelSpec, without: str) -> dict[str, Any]:
     }
     stated = {key: value for key, value in stated_keys(model).items() if key not in sizes}
     values = {**sizes, **data["published"].get(model.architecture, {}), **stated}
+    values |= _parts(model, config_of(model))
     return {key: value for key, value in values.items() if key != without}
 
 

@@ -108,10 +108,18 @@ class SglangTarget(SglangQuestions):
 
     def classify(self, model: ModelSpec) -> Classification:
         """Return the method that the model's code declares, whatever the checkpoint."""
-        known = configs()["schemes"].keys() - set(self.elsewhere)
-        schemes = [name for name in model.checkpoints if name in known]
-        found = self._run(model, (schemes or ["fp8_block"])[0])
+        known = [name for name in configs()["schemes"] if name not in self.elsewhere]
+        schemes = [name for name in model.checkpoints if name in known] or ["fp8_block"]
+        found = self._run(model, schemes[0])
+        for scheme in known:
+            # The model's code may make no layer for the runner in some schemes.
+            if found["place"]:
+                break
+            with suppress(Unsupported):
+                found = self._run(model, scheme)
         method = found["declared"]
+        if not found["place"]:
+            return Classification(UNDECLARED, (found["refused"],))
         verb = "declares no routing method" if method is None else "declares"
         return Classification(method or UNDECLARED, (f"{found['place']} {verb}",))
 
@@ -164,10 +172,9 @@ class SglangTarget(SglangQuestions):
 
     def layer_request(self, model: ModelSpec, without: str = "") -> LayerRequest:
         """Return what a model's MoE block asks of its TopK, when SGLang's own code builds it."""
-        if model.router.not_expressible is not None:
-            raise Unsupported(f"no recipe computes the router: {model.router.not_expressible}")
         question = {
             "architecture": model.architecture,
+            "router": vars(model.router),
             "config": self._config(model),
             "nested": nesting(model.architecture),
             "published": published_of(model, without),

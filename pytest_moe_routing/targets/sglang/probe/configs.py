@@ -16,6 +16,10 @@ class ModelConfig(layers.Config):
 
     reads = "SGLang's code reads {!r} of the model's config"
 
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        parts = {name: ModelConfig(v) for name, v in values.items() if isinstance(v, Mapping)}
+        super().__init__({**values, **parts})
+
 
 def quant_config(names: Names, row: Mapping[str, Any] | None) -> Any:
     """Return the quantization config of a checkpoint in this scheme; None if it needs none."""

@@ -6,8 +6,11 @@ does not change with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
 
 BLACKWELL = "Blackwell"
 #: Compute capabilities, by what reports call the GPUs.
@@ -28,3 +31,19 @@ def on(device: str) -> Iterator[None]:
 def capability() -> tuple[int, int]:
     """Return the compute capability of the GPU."""
     return DEVICES[_found[0]]
+
+
+class OnCpu(TorchFunctionMode):
+    """Makes tensors on a CPU while it is entered, where code names the GPU."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        if str(named.get("device", "")).startswith("cuda"):
+            named["device"] = "cpu"
+        return func(*args, **named)

@@ -80,7 +80,7 @@ def handed_over(
         answer = run()
     if answer["failed"]:
         return {name: answer[name] for name in ("failed", "raised_in")}
-    if not answer["by_choice"]:
+    if not (answer["by_choice"] and ran.calls):
         return {"refused": answer["refused"] or "the kernel routes"}
     if len(ran.calls) != 1:
         raise Unsupported(f"the block calls {len(ran.calls)} kernels, not one")

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, Unpack
 
@@ -22,8 +20,9 @@ from pytest_moe_routing.targets import layers, scales, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import input_scale, plain
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.sglang.model_configs import served_as
 from pytest_moe_routing.targets.sglang.probe import weights
-from pytest_moe_routing.targets.sglang.probe.around import PADDING, around
+from pytest_moe_routing.targets.sglang.probe.around import around
 from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig, quant_config, rewritten
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
@@ -36,16 +35,18 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     server_defaults,
     started,
 )
+from pytest_moe_routing.targets.sglang.probe.device import OnCpu
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
 from pytest_moe_routing.targets.sglang.probe.layouts import layouts, other_layouts, split_layouts
 from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
 from pytest_moe_routing.targets.sglang.probe.placements import placement_questions
-from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
+from pytest_moe_routing.targets.sglang.probe.raised import raising, verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import fusing
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
 from pytest_moe_routing.targets.sglang.probe.requests import INNER, TOKENS, requested, with_tokens
-from pytest_moe_routing.targets.sglang.probe.rule import line_of_model, rule, runner_rules
+from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
+from pytest_moe_routing.targets.sglang.probe.watching import Seen, replace_function, watching
 from pytest_moe_routing.targets.sglang.probe.world import Call, RoutedOutside, choose_runner, enter
 from pytest_moe_routing.targets.stubs import Stub
 
@@ -53,25 +54,11 @@ from pytest_moe_routing.targets.stubs import Stub
 _TOKENS = 64
 #: A layer of experts in every model: the first few are dense, or routed by a table.
 _LAYER, _SIZE = 5, 256
-
-
-@dataclass
-class _Seen:
-    """What happened while a block was built and run."""
-
-    #: The routing method that each MoE layer was given, and where.
-    layers: list[tuple[Any, str]] = field(default_factory=list)
-    block: Any = None
-    #: Those layers themselves.
-    made: list[Any] = field(default_factory=list)
-    topks: list[Any] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    #: Shared experts that the layer has among the routed ones.
-    shared: int = 0
-    #: Whether the layer is told to weigh the experts' input.
-    on_input: bool = False
-    #: Arguments of the kernel's call that the layer was not prepared for.
-    unprepared: list[str] = field(default_factory=list)
+#: The runner of Triton kernels, by its name on the command line of a server.
+TRITON = "triton"
+#: Why no kernel routes, in the code of some models.
+_CALLED = "the model's code calls SGLang's own Triton kernel, whatever the runner"
+_CHOSEN = "the model's own code chooses the experts: the kernel is given experts and weights"
 
 
 class Blocks:
@@ -85,9 +72,13 @@ class Blocks:
         self.names = Names(Contract.of("sglang"), version, definitions, stubs.real_module)
         self.sources = Sources(self.names, root)
         self.defaults = cache(lambda: server_defaults(self.sources))
-        self.enter = cache(lambda: enter(self.names, root, flashinfer, self.calls))
+        self.enter = cache(lambda: self._enter(root, flashinfer))
         torch.set_default_dtype(torch.bfloat16)
         torch.set_grad_enabled(False)
+
+    def _enter(self, root: str, flashinfer: FlashInfer) -> None:
+        enter(self.names, root, flashinfer, self.calls, self.defaults)
+        replace_function(self.names)
 
     def method_numbers(self) -> dict[str, int]:
         self.names.require("numbers")
@@ -136,15 +127,17 @@ class Blocks:
             self.names.get("runner-marlin")
         runners = set()
         for module, name, given in self.sources.blocks(architecture):
-            seen = _Seen()
+            seen = Seen()
             try:
-                with _watching(self.names, seen):
+                with watching(self.names, seen):
                     _build(self.names, module, name, given, config, quantization)
             except Exception as error:
                 # What follows the layer does not change its runner.
-                if not seen.made:
+                if not (seen.made or self.sources.calls_experts(module, name)):
                     _, text, _ = verdict_on(error, is_built=False)
                     raise Unsupported(f"{name} under {runner}: {text}") from error
+            if self.sources.calls_experts(module, name):
+                runners.add(TRITON)
             runners |= {layer_runner(self.names, layer) for layer in seen.made}
         if len(runners) != 1:
             raise Unsupported(f"layers of {architecture} use {', '.join(sorted(runners))}")
@@ -182,7 +175,8 @@ class Blocks:
         self.enter()
         choose_runner(runner)
         if deciding is not None:
-            model = getattr(stubs.real_module(self.sources.place(architecture)), architecture)
+            model_code = stubs.real_module(self.sources.place(architecture))
+            model = getattr(model_code, served_as(architecture))
             made = quant_config(self.names, quantization)
             with fusing(self.names, model, {**config, **deciding}, made):
                 answer = self._captured(architecture, config, quantization)
@@ -240,15 +234,16 @@ class Blocks:
         values: Mapping[str, Any],
         quantization: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
-        seen, self.calls[:] = _Seen(), []
+        seen, self.calls[:] = Seen(), []
         answer: dict[str, Any] = {"refused": None, "failed": None, "by_choice": False}
         output: Any = None
+        is_rejected = False
         try:
-            with _watching(self.names, seen):
+            with watching(self.names, seen):
                 seen.block = _build(self.names, module, name, given, values, quantization)
                 weights.fill(seen.block, seen, values, _SIZE)
                 scales.quantized_by.clear()
-                output = _forward(seen.block, values["num_experts"])
+                output = first_of(_forward(seen.block, values["num_experts"]))
         except RoutedOutside as outside:
             answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
             answer |= {"by_choice": True, "told": sorted(outside.told)}
@@ -257,19 +252,32 @@ class Blocks:
             if kind == "unknown":
                 raise Unsupported(text) from error
             answer |= {kind: text, "raised_in": raised_in}
+            # The model's own code, when a server starts with the runner.
+            is_rejected = raising(error)["name"].endswith(f"{name}.__init__")
         self.experts = weights.named_of_experts(seen.made[-1]) if seen.made else {}
-        if len(seen.layers) != 1 or len(seen.topks) != 1:
-            why = answer["refused"] or answer["failed"]
-            made = f"{len(seen.layers)} MoE layers and {len(seen.topks)} TopK layers"
-            raise Unsupported(why or f"the block makes {made}, not one of each")
-        ((declared, place),) = seen.layers
+        made, routers = seen.layers, len(seen.topks)
+        if self.sources.calls_experts(module, name):
+            made = [(None, place) for place in seen.places]
+            if not answer["failed"]:
+                answer |= {"refused": _CALLED, "by_choice": True}
+        if self.sources.chooses(module, name):
+            routers = len(seen.made)
+            if not (self.calls or answer["refused"] or answer["failed"]):
+                answer |= {"refused": _CHOSEN, "by_choice": True}
+        why = answer["refused"] or answer["failed"]
+        if not made and answer["refused"] and is_rejected:
+            return {**answer, "by_choice": True, "place": "", "declared": None, "shared": 0}
+        if len(made) != 1 or routers != 1:
+            text = f"{len(made)} MoE layers and {routers} TopK layers"
+            raise Unsupported(why or f"the block makes {text}, not one of each")
+        ((declared, place),) = made
         method = None if declared is None else self.names.get("methods")(declared).name
         answer |= {"place": place, "declared": method, "shared": seen.shared}
         if not (answer["refused"] or answer["failed"]):
             answer |= self._call(output, seen)
         return answer
 
-    def _call(self, output: Any, seen: _Seen) -> dict[str, Any]:
+    def _call(self, output: Any, seen: Seen) -> dict[str, Any]:
         """Return the one call of an entry point that routes, and what follows it."""
         if not self.calls:
             raise Unsupported("neither a fused kernel nor SGLang's own top-k is called")
@@ -298,6 +306,11 @@ class Blocks:
         }
 
 
+def first_of(output: Any) -> Any:
+    """Return a block's output, also where it hands on more to the next layer."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _build(
     names: Names,
     module: str,
@@ -323,58 +336,27 @@ def _build(
     }
     block = getattr(stubs.real_module(module), name)
     parameters = inspect.signature(block.__init__).parameters
-    built: nn.Module = block(**{n: known[n] for n in parameters if n in known})
+    with OnCpu():
+        built: nn.Module = block(**{n: known[n] for n in parameters if n in known})
     return built
 
 
 def _forward(block: nn.Module, num_experts: int) -> Any:
     """One pass; a block that gets its logits from outside has ours anyway."""
-    first, *others = inspect.signature(block.forward).parameters.values()
     tokens = requested(TOKENS) or _TOKENS
+    return run(block, torch.zeros(tokens, _SIZE), torch.zeros(tokens, num_experts))
+
+
+def run(block: nn.Module, hidden: Tensor, logits: Tensor) -> Any:
+    """One pass of a block over these hidden states."""
+    first, *others = inspect.signature(block.forward).parameters.values()
     known = {
-        "router_logits": torch.zeros(tokens, num_experts),
+        "router_logits": logits,
         "forward_batch": Stub("forward_batch"),
         "visual_token_mask": None,
     }
     rest = {p.name: known[p.name] for p in others if p.default is p.empty and p.name in known}
-    return block(**{first.name: torch.zeros(tokens, _SIZE)}, **rest)
-
-
-@contextmanager
-def _watching(names: Names, seen: _Seen) -> Iterator[None]:
-    """Note what the model's code asks of FusedMoE and TopK, and the logits that it routes by."""
-    layer, topk = names.get("layer"), names.get("topk")
-    models = names.spelling("models").module
-    make_layer, make_topk, call_topk = layer.__init__, topk.__init__, topk.forward_cuda
-    signature = inspect.signature(make_layer)
-
-    def layer_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        seen.layers.append((bound.arguments["routing_method_type"], line_of_model(models)))
-        seen.shared = bound.arguments.get("num_fused_shared_experts") or 0
-        seen.on_input = bool(bound.arguments.get("apply_router_weight_on_input"))
-        make_layer(self, *args, **kwargs)
-        seen.made.append(self)
-        seen.unprepared = weights.stand_in_weights(names, self)
-
-    def topk_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        make_topk(self, *args, **kwargs)
-        seen.topks.append(self)
-
-    def topk_call(self: Any, hidden_states: Tensor, router_logits: Tensor, **kwargs: Any) -> Any:
-        if isinstance(router_logits, Tensor):
-            router_logits = weights.recognisable(*router_logits.shape).to(router_logits.dtype)
-            seen.logits.append(router_logits)
-        if (tokens := requested(PADDING)) is not None:
-            kwargs[PADDING] = tokens
-        return call_topk(self, hidden_states, router_logits, **kwargs)
-
-    layer.__init__, topk.__init__, topk.forward_cuda = layer_init, topk_init, topk_call
-    try:
-        yield
-    finally:
-        layer.__init__, topk.__init__, topk.forward_cuda = make_layer, make_topk, call_topk
+    return block(**{first.name: hidden}, **rest)
 
 
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:

@@ -30,6 +30,7 @@ from pytest_moe_routing.targets.layers import is_loaded
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.methods import lost_factors
+from pytest_moe_routing.targets.sglang.probe.options import Options
 from pytest_moe_routing.targets.sglang.probe.router_case import (
     HIDDEN,
     Case,
@@ -40,7 +41,7 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
 )
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
-from pytest_moe_routing.targets.sglang.probe.world import Options, stand_ins
+from pytest_moe_routing.targets.sglang.probe.world import stand_ins
 from pytest_moe_routing.targets.sglang.registry import modules as modules_of
 
 #: Layers of experts, by which a block is known; each is replaced by one that notes its arguments.

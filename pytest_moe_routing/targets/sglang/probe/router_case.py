@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -129,10 +130,18 @@ def compare(case: Case) -> dict[str, Any]:
 
 
 def give_bias(config: Any, bias: Tensor | None) -> None:
-    """Put a bias into a TopK's config, in the dtype and shape that the model's code gives it."""
+    """Put a bias into a TopK's config, in the dtype and shape that the model's code gives it.
+
+    A routing function of the model's may have it as an argument that is given already.
+    """
     like = config.correction_bias
     if bias is not None and like is not None:
         config.correction_bias = bias.to(like.dtype).view_as(like)
+    function = getattr(config, "custom_routing_function", None)
+    if bias is not None and isinstance(function, partial):
+        for value in function.keywords.values():
+            if isinstance(value, Tensor) and value.numel() == bias.numel():
+                value.data.copy_(bias.view_as(value))
 
 
 def _check_shared(weights: Tensor, ids: Tensor, case: Case) -> None:

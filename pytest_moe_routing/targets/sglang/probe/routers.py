@@ -9,6 +9,7 @@ Triton runs on torch (`triton_gate`), and in the place of a compiled kernel runs
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +36,7 @@ from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe import ways
+from pytest_moe_routing.targets.sglang.probe.choices import choice_problem
 from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
 from pytest_moe_routing.targets.sglang.probe.requests import requested
 from pytest_moe_routing.targets.sglang.probe.router_case import (
@@ -50,6 +52,7 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
 )
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
 from pytest_moe_routing.targets.sglang.probe.triton_gate import gate
+from pytest_moe_routing.targets.sglang.probe.watching import Seen, watching
 from pytest_moe_routing.targets.sglang.probe.weights import fill
 from pytest_moe_routing.targets.sglang.probe.world import choose_runner
 from pytest_moe_routing.targets.stubs import source_of
@@ -109,17 +112,16 @@ class Routers(blocks.Blocks):
         self._enter_torch()
         if model["dtype"] != "bfloat16":
             raise Unsupported("models are run only in bfloat16")
-        seen = blocks._Seen()
+        seen = Seen()
         topk, factor = self._built(
             model["architecture"], values_of(model["architecture"], config), seen
         )
-        (layer,) = seen.made
-        told = layer.moe_runner_config
+        (told,) = seen.runners
         experts = model["experts"]
         limit = told.gemm1_clamp_limit or told.swiglu_limit
         asked = experts["activation"], experts["activation_limit"], experts["gated"]
         if (told.activation, limit, told.is_gated) != asked:
-            raise Unsupported(f"{seen.layers[0][1]} has other experts than the config")
+            raise Unsupported(f"{seen.place} has other experts than the config")
 
         def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
             give_bias(topk.topk_config, bias)
@@ -137,6 +139,7 @@ class Routers(blocks.Blocks):
         config: Mapping[str, Any],
         nested: Sequence[str],
         published: Mapping[str, Any],
+        router: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return what a model's block asks of its TopK, and what goes around it.
 
@@ -145,24 +148,27 @@ class Routers(blocks.Blocks):
                 own for it.
             nested: What the config is, see `nesting`.
             published: The keys of the text model's config.
+            router: The fields of the model's `RouterConfig`.
 
         Raises:
-            Unsupported: The release has no such architecture, or its block cannot be built here, or
-                a function of its own routes.
+            Unsupported: The release has no such architecture, or its block cannot be built here.
         """
         self._enter_torch()
-        seen = blocks._Seen()
+        seen = Seen()
         values = values_of(architecture, published)
         made, config_class = self._config_classes.make(values, *nested) or (None, "")
         with Dtypes() as dtypes:
             topk, factor = self._built(architecture, values_of(architecture, config), seen, made)
         asked, bias = topk.topk_config, topk.topk_config.correction_bias
-        if asked.custom_routing_function is not None:
-            raise Unsupported("the model has its own routing function, which test_router covers")
+        function = asked.custom_routing_function
+        gates = dtypes.weights(seen.logits[0], seen.block)
+        if not gates and "router_logits" not in inspect.signature(seen.block.forward).parameters:
+            gates = [each for each in seen.block.parameters() if each is seen.logits[0]]
+        question = {"architecture": architecture, "router": router, "config": config}
         scaled = asked.apply_routed_scaling_factor_on_output
         names = ("top_k", "use_grouped_topk", "num_expert_group", "topk_group", "renormalize")
         return {
-            "block": seen.layers[0][1],
+            "block": seen.place,
             "config_class": config_class,
             **{name: getattr(asked, name) for name in names},
             "scoring_func": asked.scoring_func,
@@ -174,6 +180,9 @@ class Routers(blocks.Blocks):
             "router_weight_dtypes": sorted(dtypes.of_weight(seen.logits[0], seen.block)),
             "on_input": seen.on_input,
             "output_factor": factor,
+            "experts": _experts(seen),
+            "custom_routing": None if function is None else _name(function),
+            **_problem(lambda: choice_problem(self.names, question, seen, gates, factor)),
         }
 
     def run_other(self) -> list[dict[str, Any]]:
@@ -194,7 +203,7 @@ class Routers(blocks.Blocks):
                 yield from self._ways(architecture, values, router, shared)
         if router.routed_scaling_factor != 1.0 and self.names.has("router-factor"):
             with ways.factor_in_topk(self.names):
-                seen = blocks._Seen()
+                seen = Seen()
                 topk, factor = self._built(architecture, values, seen)
             case = _case(topk, router, factor)
             case = replace(case, way=ways.FACTOR_IN_TOPK, reach="opt-in", patterns=ways.PLAIN)
@@ -205,7 +214,7 @@ class Routers(blocks.Blocks):
         self, architecture: str, values: Mapping[str, Any], router: RouterConfig, shared: int
     ) -> Iterator[dict[str, Any]]:
         """Run the TopK of a block with so many shared experts among the routed ones."""
-        seen = blocks._Seen()
+        seen = Seen()
         topk, factor = self._built(architecture, values, seen)
         fused = ", shared experts fused" * shared
         case = replace(_case(topk, router, factor), way=f"cuda{fused}")
@@ -273,7 +282,7 @@ class Routers(blocks.Blocks):
         self,
         architecture: str,
         config: Mapping[str, Any],
-        seen: blocks._Seen | None = None,
+        seen: Seen | None = None,
         made: Any = None,
     ) -> tuple[Any, float]:
         """Return the TopK of a model's block, and the factor on the weights behind it.
@@ -282,11 +291,11 @@ class Routers(blocks.Blocks):
             made: The config object; that of the attributes in `config` if it is None.
         """
         module, name, given = self.sources.blocks(architecture)[0]
-        seen = seen or blocks._Seen()
+        seen = seen or Seen()
         try:
             with (
                 patch.object(blocks, "_SIZE", HIDDEN),
-                blocks._watching(self.names, seen),
+                watching(self.names, seen),
                 torch.no_grad(),
                 ways.experts_give_weights(self.names, seen),
             ):
@@ -294,7 +303,7 @@ class Routers(blocks.Blocks):
                     self.names, module, name, given, config, None, config=made
                 )
                 fill(block, seen, config, HIDDEN)
-                output = blocks._forward(block, config["num_experts"])
+                output = blocks.first_of(blocks._forward(block, config["num_experts"]))
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             raise Unsupported(f"{name} cannot be built and run here: {text}") from error
@@ -312,6 +321,28 @@ def _case(topk: Any, router: RouterConfig, factor: float) -> Case:
     recipe = replace(recipe, scale=rest(recipe.scale, factor))
     dtype = getattr(torch, router.logits_dtype)
     return Case(topk.forward_cuda, topk.topk_config, recipe, router.num_experts, dtype)
+
+
+def _experts(seen: Seen) -> dict[str, Any]:
+    """Return what a block states of its experts, by SGLang's names."""
+    told = seen.runners[0]
+    names = ("activation", "is_gated", "gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit")
+    has_bias = any("bias" in n for layer in seen.made for n, _ in layer.named_parameters())
+    return {**{name: getattr(told, name) for name in names}, "has_bias": has_bias}
+
+
+def _name(function: Any) -> str:
+    """Return the name of a routing function, also of one with arguments."""
+    inner = getattr(function, "func", function)
+    return str(getattr(inner, "__qualname__", inner)).partition(".<locals>")[0].lstrip("_")
+
+
+def _problem(find: Callable[[], str | None]) -> dict[str, str | None]:
+    """Return what is wrong with a block's choice, or why that is not judged."""
+    try:
+        return {"choice_problem": find(), "choice_unknown": None}
+    except Unsupported as reason:
+        return {"choice_problem": None, "choice_unknown": str(reason)}
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.model_configs import served_as
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
 from pytest_moe_routing.targets.sglang.registry import modules as list_modules
 from pytest_moe_routing.targets.stubs import source_of
@@ -101,7 +102,7 @@ class Sources:
         Raises:
             Unsupported: This release has no such architecture.
         """
-        start = f"class {architecture}("
+        start = f"class {served_as(architecture)}("
         found = next((module for module in self.models if start in self.source(module)), None)
         if found is None:
             raise Unsupported(f"this release has no {architecture}")
@@ -115,7 +116,7 @@ class Sources:
         Raises:
             Unsupported: This release has no such architecture, or it makes no MoE layer.
         """
-        queue, found = [(self.place(architecture), architecture)], []
+        queue, found = [(self.place(architecture), served_as(architecture))], []
         arguments: dict[Place, dict[str, Any]] = {queue[0]: {}}
         bases: set[Place] = set()
         while queue:
@@ -219,15 +220,28 @@ class Sources:
         return modules
 
     def _makes_experts(self, node: ast.stmt) -> bool:
-        """Return whether a class has both a router and SGLang's MoE layer made."""
+        """Return whether a class has both a choice of experts and SGLang's experts made."""
+        return self._names_any(node, "topk", "chosen-experts") and (
+            self._makes_layer(node) or self._names_any(node, "experts-function")
+        )
+
+    def _makes_layer(self, node: ast.stmt) -> bool:
+        return self._names_any(node, "layer", "layer-class")
+
+    def calls_experts(self, module: str, name: str) -> bool:
+        """Return whether a block has no layer of experts: it calls them as a function."""
+        return not self._makes_layer(self.definitions(module)[name])
+
+    def chooses(self, module: str, name: str) -> bool:
+        """Return whether a block makes no TopK: code of the model chooses the experts."""
+        return not self._names_any(self.definitions(module)[name], "topk")
+
+    def _names_any(self, node: ast.stmt, *keys: str) -> bool:
+        """Return whether a class names what any of these rows of the contract have."""
         if not isinstance(node, ast.ClassDef):
             return False
-        topk, layer, factory = (
-            self.names.spelling(key).path for key in ("topk", "layer", "layer-class")
-        )
-        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-        called = {ast.unparse(n.func) for n in ast.walk(node) if isinstance(n, ast.Call)}
-        return topk in called and bool({factory, layer} & names)
+        paths = {self.names.spelling(key).path for key in keys if self.names.has(key)}
+        return any(isinstance(n, ast.Name) and n.id in paths for n in ast.walk(node))
 
 
 def _defaults(node: ast.AST) -> Iterator[int]:

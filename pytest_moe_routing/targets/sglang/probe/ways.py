@@ -21,10 +21,10 @@ from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.around import Capturer
 from pytest_moe_routing.targets.sglang.probe.requests import requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import exact
+from pytest_moe_routing.targets.sglang.probe.watching import Seen, experts_called
 
 #: A way differs from the others in one point, which any logits show.
 PLAIN = ("plain",)
@@ -130,27 +130,45 @@ def overlapped(forward: Forward, block: Any, scale: float) -> Forward:
 
 
 @contextmanager
-def experts_give_weights(names: Names, seen: blocks._Seen) -> Iterator[None]:
+def experts_give_weights(names: Names, seen: Seen) -> Iterator[None]:
     """Let TopK weigh all 1, and every MoE layer return that, times what its runner multiplies."""
 
-    def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
-        factor = self.moe_runner_config.routed_scaling_factor
-        if self.should_fuse_routed_scaling_factor_in_topk:
-            factor = None
-        weight = float(topk_output.topk_weights.flatten()[0])
+    def weighed(hidden_states: Tensor, topk_output: Any, config: Any, is_scaled: bool) -> Tensor:
+        seen.runners.append(config)
+        factor = None if is_scaled else config.routed_scaling_factor
+        weight = seen.weight = float(topk_output.topk_weights.flatten()[0])
         return torch.full_like(hidden_states, weight * (1.0 if factor is None else factor)).float()
 
-    def route(self: Any, hidden_states: Tensor, router_logits: Any, *_: Any, **__: Any) -> Any:
+    def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
+        is_scaled = self.should_fuse_routed_scaling_factor_in_topk
+        return weighed(hidden_states, topk_output, self.moe_runner_config, is_scaled)
+
+    def function(hidden_states: Tensor, topk_output: Any, config: Any) -> Tensor:
+        seen.on_input = bool(config.apply_router_weight_on_input)
+        return weighed(hidden_states, topk_output, config, False)
+
+    topk, is_over = names.get("topk"), list[bool]()
+    native = topk.forward_native
+
+    def route(
+        self: Any, hidden_states: Tensor, router_logits: Any, *more: Any, **given: Any
+    ) -> Any:
+        if is_over:
+            # Some code of models keeps the method that it found.
+            return native(self, hidden_states, router_logits, *more, **given)
         seen.logits.append(router_logits)
         shape = len(hidden_states), self.topk_config.top_k
         ids, weights = torch.zeros(shape, dtype=torch.int32), torch.ones(shape)
         return names.get("router-output")(weights, ids, None)
 
     with (
+        experts_called(function),
         patch.object(names.get("router-layer"), "forward", forward),
-        patch.object(names.get("topk"), "forward_cuda", route),
+        patch.object(topk, "forward_cuda", route),
+        patch.object(topk, "forward_native", route),
     ):
         yield
+    is_over.append(True)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets import layers, recorder, stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import compressed, device
+from pytest_moe_routing.targets.sglang.probe.options import Groups, Options
 from pytest_moe_routing.targets.sglang.probe.quantizers import quantizers
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS
 from pytest_moe_routing.targets.sglang.probe.requests import (
@@ -73,8 +74,17 @@ def select_experts(*_: Any, **options: Any) -> Any:
     raise RoutedOutside(frozenset(name for name, given in options.items() if given is not None))
 
 
-def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) -> None:
+def enter(
+    names: Names,
+    root: str,
+    flashinfer: FlashInfer,
+    calls: list[Call],
+    defaults: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
     """From now on import SGLang from `root`, in this world; entry points append to `calls`.
+
+    Args:
+        defaults: Returns the defaults of a server's options.
 
     Raises:
         Unsupported: The release does not have what tells it that the TRT-LLM runner is chosen.
@@ -96,7 +106,7 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
         # SGLang's server adds these.
         setattr(logging.Logger, f"{level}_once", getattr(logging.Logger, level))
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
-    stubs.install(names.contract, root, stand_ins(names))
+    stubs.install(names.contract, root, stand_ins(names, defaults))
 
     def answer(function: str, arguments: Mapping[str, Any]) -> Any:
         """Return a kernel's output: ones, in the shape of the function's result."""
@@ -116,7 +126,7 @@ def enter(names: Names, root: str, flashinfer: FlashInfer, calls: list[Call]) ->
     _choose_runner(names)
 
 
-def stand_ins(names: Names) -> dict[str, Any]:
+def stand_ins(names: Names, defaults: Callable[[], Mapping[str, Any]] = dict) -> dict[str, Any]:
     """Return replacements of SGLang's own functions, and of GPU libraries', by bare name.
 
     By bare name, as such things are imported from different modules in different releases.
@@ -124,7 +134,7 @@ def stand_ins(names: Names) -> dict[str, Any]:
     replaced = {
         **_utilities(),
         **_parallel(),
-        **_options(names),
+        **_options(names, defaults),
         **_modules(),
         **quantizers(),
         **compressed.stand_ins(),
@@ -132,17 +142,6 @@ def stand_ins(names: Names) -> dict[str, Any]:
     # By SGLang's own code or as its kernels take them only where that is what is asked.
     exact = {**preparation.FUNCTIONS, **dict.fromkeys(OWN)}
     return replaced | {name: by_request(name, replaced.get(name), f) for name, f in exact.items()}
-
-
-class Options:
-    """Options of a server, each as given here or else not set."""
-
-    def __init__(self, **values: Any) -> None:
-        self.__dict__.update(values)
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
 
 
 class _Server(Options):
@@ -279,9 +278,12 @@ def _parallel() -> dict[str, Any]:
     }
 
 
-def _options(names: Names) -> dict[str, Any]:
+def _options(names: Names, defaults: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """Make a server with the runner as its only argument, and what follows from it."""
     options = _Server(ep_num_redundant_experts=0)
+
+    groups = Groups(defaults)
+    vars(groups).update(moe=options, features=options)
 
     def flags() -> Any:
         moe = RANKS.kept.setdefault("flags", Options())
@@ -302,7 +304,7 @@ def _options(names: Names) -> dict[str, Any]:
         "get_disagg": lambda: stubs.known("disagg", disaggregation_mode="null"),
         "get_schedule": lambda: stubs.known("schedule", max_prefill_tokens=8192),
         "max_prefill_buffer_tokens": lambda: None,
-        "get_exec": lambda: stubs.known("exec", moe=options, features=options),
+        "get_exec": lambda: groups,
         "get_flags": flags,
         "get_forward": lambda: stubs.known("forward", moe_output_buffer=None),
         "get_global_server_args": lambda: options,
@@ -339,6 +341,11 @@ class _FusedOp(nn.Module):
         return (compiled or self.forward_cuda)(*args, **kwargs)
 
 
+def _product(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return a gate's product in float32."""
+    return functional.linear(x.float(), weight.float())
+
+
 def _modules() -> dict[str, Any]:
     return {
         "LinearBase": _Linear,
@@ -351,7 +358,7 @@ def _modules() -> dict[str, Any]:
         "ReLU2": layers.Activation,
         "RMSNorm": layers.Activation,
         "silu_and_mul_clamp": lambda _, output, *__: output.zero_(),
-        "linear_bf16_fp32": lambda x, y, *_, **__: functional.linear(x.float(), y.float()),
+        **dict.fromkeys(("linear_bf16_fp32", "router_gemm_bf16x3_cublas", "router_gemv"), _product),
     }
 
 

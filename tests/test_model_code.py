@@ -20,6 +20,9 @@ from pytest_moe_routing.suite.causes import of_model_code, of_split_experts
 from pytest_moe_routing.targets.dtypes import Dtypes
 from pytest_moe_routing.targets.vllm.model_code import blocks, request_of
 from pytest_moe_routing.targets.vllm.probe import blocks as probe
+from pytest_moe_routing.targets.vllm.probe import world as worlds
+from pytest_moe_routing.targets.vllm.probe.layer_recorder import recording
+from pytest_moe_routing.targets.vllm.probe.running import in_bfloat16, run
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -146,7 +149,7 @@ def test_what_means_the_same_is_no_problem(name, changes):
         ("llama-4-scout", {"apply_router_weight_on_input": False}, "router weight side: the model"),
         (
             "llama-4-scout",
-            {"custom_problem": "token 0: expert 3 instead of 5"},
+            {"routing_problem": "token 0: expert 3 instead of 5"},
             "Block.custom_routing_function routes otherwise: token 0: expert 3 instead of 5",
         ),
     ],
@@ -210,13 +213,13 @@ def test_what_a_block_states_is_told_from_the_defaults_of_its_layer(monkeypatch)
         has=lambda key: key == "code-layer", spelling=lambda _: SimpleNamespace(path="FusedMoE")
     )
     world = SimpleNamespace(names=names, linear_layers=lambda _: nullcontext())
-    monkeypatch.setattr(probe, "_world", world)
+    monkeypatch.setattr(worlds, "_world", world)
     layers = []
-    with probe.recording(ClampedBlock, layers, 64), probe.in_bfloat16(), Dtypes() as dtypes:
+    with recording(ClampedBlock, layers, 64), in_bfloat16(), Dtypes() as dtypes:
         module = ClampedBlock()
-        output = probe.run(module, 64)
-    block = probe.Block("a.ClampedBlock", "", module)
-    answer = probe.answer_of(block, layers, output, dtypes, MODELS["qwen3-30b-a3b"].router)
+        output = run(module, 64)
+    block = probe.Block("a.ClampedBlock", "", module, layers, 64)
+    answer = probe.answer_of(block, output, dtypes, MODELS["qwen3-30b-a3b"].router, {})
     assert answer["parameters"] == {"swiglu_limit": None}
     assert (answer["activation"], answer["has_bias"]) == ("silu", False)
 
@@ -285,7 +288,8 @@ def test_shared_experts_that_are_split_name_the_block_and_who_meets_them():
 
 def test_every_row_says_what_it_must():
     columns = {"module", "block", "config", "keys", "nested", "published", "arguments", "prepare"}
-    columns |= {"rounds_logits", "own_factor", "shared", "rewrite"}
+    columns |= {"rounds_logits", "own_factor", "shared", "rewrite", "intermediate", "decoder"}
+    columns |= {"computed", "passes", "ones", "step", "kinds"}
     router = {"num_experts", "top_k", "n_group", "topk_group", "renormalize", "scoring_func"}
     experts = {"shared_experts", "latent_size"}
     experts |= {f"activation_{name}" for name in ("limit", "alpha", "beta")}

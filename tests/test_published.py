@@ -43,9 +43,14 @@ CLASSES = {
     "Qwen3NextForCausalLM": "qwen3_next",
 }
 #: What is no value of a config: sizes of what is built, the name of an activation in vLLM, and
-#: limits of layers, which are lists of the length that the block which is built needs.
+#: limits and kinds of layers, which are lists of the length that the block which is built needs.
 OWN = {
     "hidden_act",
+    "max_position_embeddings",
+    "mlp_layer_types",
+    "moe_intermediate_size",
+    "moe_layer_end_index",
+    "moe_layer_start_index",
     "moe_shared_expert_intermediate_size",
     "shared_expert_intermediate_size",
     "swiglu_limits",

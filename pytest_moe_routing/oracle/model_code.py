@@ -61,8 +61,8 @@ class LayerRequest:
         shared_experts: Whether the layer's output has the shared experts in it.
         own_factor: The part of `output_factor` that is not the router's, but for all experts.
         otherwise: How the layer routes otherwise than the model, where its recipe does not say it.
-        own_router: Whether `otherwise` is found by a reference of the model's own router, which no
-            recipe computes. The recipe then is what can be told of it.
+        judges_step: Whether `otherwise` also says it of a step that no recipe can say. The recipe
+            then is the nearest one.
         unanswered: Why `otherwise` is not judged; None if it is.
         rounds_logits: Why logits of lesser precision than the model's are no defect.
         switch: What a server is started with for this code to run; empty if nothing is needed.
@@ -70,6 +70,9 @@ class LayerRequest:
         experts: What the model code states of the experts, by key of `ExpertsConfig`: their
             activation, whether they are gated and have biases, and the activation's parameters,
             None where it states that there is none.
+        sizes: Hidden and intermediate size, by key of `ExpertsConfig`: that of the config of which
+            the block was built, which is not the model's, and that which its layer has.
+        further: What the block asks of further layers that it has for other kinds of tokens.
     """
 
     block: str
@@ -84,13 +87,15 @@ class LayerRequest:
     shared_experts: bool = False
     own_factor: float = 1.0
     otherwise: str | None = None
-    own_router: bool = False
+    judges_step: bool = False
     unanswered: str | None = None
     rounds_logits: str | None = None
     bias_is_loaded: bool = True
     switch: str = ""
     config_class: str = ""
     experts: Mapping[str, Value] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    further: tuple[LayerRequest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,18 +138,24 @@ class CodeJudgement:
         return f"{self.request.block} computes logits of no weight that can be traced"
 
 
+def compare_requests(model: ModelSpec, request: LayerRequest) -> Iterator[CodeJudgement]:
+    """Yield `compare_request` of a request and of its further ones."""
+    return (compare_request(model, each) for each in (request, *request.further))
+
+
 def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
     """Find where model code asks for another routing or activation than the model has.
 
-    Arguments that mean the same, such as no groups and one group, are no difference.
+    Arguments that mean the same, such as no groups and one group, are no difference. A router that
+    no recipe can say is compared without the step in question, which `request` judges.
 
     Raises:
-        Unsupported: No recipe computes the model's router.
+        Unsupported: No recipe computes the model's router, and the request does not judge why.
     """
     from pytest_moe_routing.compare.equivalence import counterexample
 
     router = model.router
-    if router.not_expressible is not None and not request.own_router:
+    if router.not_expressible is not None and not request.judges_step:
         raise Unsupported(f"no recipe computes {model}'s router: {router.not_expressible}")
     wanted = recipe_of(router)
     factor = request.output_factor / request.own_factor
@@ -171,6 +182,9 @@ def compare_request(model: ModelSpec, request: LayerRequest) -> CodeJudgement:
     if wanted.bias and (wanted.bias_dtype, asked.bias_dtype) == _ROUNDED:
         findings.append(Finding(Kind.DOWNCAST, "bias", *_ROUNDED))
     findings += _experts(model, request)
+    for name, (ours, theirs) in request.sizes.items():
+        if ours != theirs:
+            findings.append(Finding(Kind.RECIPE, name, ours, theirs, f"{name}={theirs}"))
     unequal, notes = _logits(router.logits_dtype, request)
     if not unequal and (router.router_weight_dtype, request.router_weight_dtype) == _ROUNDED:
         unequal.append(Finding(Kind.DOWNCAST, "router weight", *_ROUNDED))

@@ -12,6 +12,7 @@ from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
+    from pytest_moe_routing.oracle.model_code import CodeJudgement
     from pytest_moe_routing.oracle.target import Target
 
 
@@ -20,7 +21,8 @@ def test_model_code(
 ) -> None:
     """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once.
 
-    The parameters of the experts' activation are compared where the model code states them.
+    The parameters of the experts' activation are compared where the model code states them. A block
+    with experts for each kind of token is asked about each kind.
 
     Shared experts are whole on each rank that has tokens of its own. The weights of gate, up and
     down are loaded into their own places.
@@ -29,7 +31,7 @@ def test_model_code(
     key that it may leave out.
     """
     from pytest_moe_routing.errors import Unsupported
-    from pytest_moe_routing.oracle.model_code import compare_request
+    from pytest_moe_routing.oracle.model_code import compare_requests
     from pytest_moe_routing.oracle.optional_keys import without_keys
     from pytest_moe_routing.suite.causes import of_left_out_key, of_model_code, of_split_experts
     from pytest_moe_routing.suite.weight_names import of_misnamed
@@ -43,20 +45,22 @@ def test_model_code(
     with suppress(Unsupported):
         # Where the models of a release are not known, the next question says so.
         failures += of_misnamed(moe_model, _moe_framework.misnamed_weights(moe_model))
-    judgement = None
+    judgements: list[CodeJudgement] = []
     with unsupported_is_skipped():
         try:
-            judgement = compare_request(moe_model, _moe_framework.layer_request(moe_model))
+            request = _moe_framework.layer_request(moe_model)
+            judgements = [*compare_requests(moe_model, request)]
         except Unsupported as reason:
             # A skip would hide what was found before.
             if not failures:
                 raise
             unanswered[REQUESTS] = {str(reason): 1}
-    if judgement is not None and judgement.unanswered is not None:
-        unanswered[REQUESTS] = {judgement.unanswered: 1}
+    open_ones = {each.unanswered: 1 for each in judgements if each.unanswered is not None}
+    if open_ones:
+        unanswered[REQUESTS] = open_ones
     note(_moe_property, unanswered)
-    if judgement is not None:
-        failures += [of_model_code(judgement)] if judgement.findings else []
+    failures += [of_model_code(each) for each in judgements if each.findings]
+    for judgement in judgements[:1]:
         failures += [of_left_out_key(*found) for found in without_keys(_moe_framework, judgement)]
     fail(_moe_property, failures)
 

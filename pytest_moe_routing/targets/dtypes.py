@@ -79,21 +79,21 @@ class Dtypes(TorchDispatchMode):
     def of_weight(self, tensor: Tensor, module: nn.Module) -> set[str]:
         """Return the dtypes that the weight of a tensor's product went through; none if unknown.
 
-        The arguments are those of `weights`.
+        The arguments are those of `weights_of`.
         """
         factors = self._factors.get(self._key(tensor), {})
-        found = (factors[self._key(weight)] for weight in self.weights(tensor, module))
+        found = (factors[self._key(weight)] for weight in self.weights_of(tensor, module).values())
         return {str(dtype).removeprefix("torch.") for dtypes in found for dtype in dtypes}
 
-    def weights(self, tensor: Tensor, module: nn.Module) -> list[Tensor]:
-        """Return the weights of the product that a tensor is; none if they are not known.
+    def weights_of(self, tensor: Tensor, module: nn.Module) -> dict[str, Tensor]:
+        """Return the weights of the product that a tensor is, by name; none if they are not known.
 
         Args:
             module: What a weight is a parameter or a buffer of; a bias is none.
         """
         factors = self._factors.get(self._key(tensor), {})
-        known = (*module.parameters(), *module.buffers())
-        return [each for each in known if each.dim() > 1 and self._key(each) in factors]
+        known = (*module.named_parameters(), *module.named_buffers())
+        return {name: w for name, w in known if w.dim() > 1 and self._key(w) in factors}
 
     def of(self, tensor: Tensor) -> set[str]:
         """Return the names of dtypes that a tensor has had since it was a product."""

@@ -41,6 +41,30 @@ def nesting(architecture: str) -> tuple[str, str]:
     return (family.name if family else "", "")
 
 
+def intermediate_key(architecture: str) -> str | None:
+    """Return the key of the experts' intermediate size; None if the architecture is unknown."""
+    families = table()
+    inner = families.wrappers.get(architecture, ())
+    family = families.families[inner[0]] if inner else families.by_name.get(architecture)
+    if family is None:
+        return None
+    return family.keys.get("intermediate_size", families.spellings["intermediate_size"])[0]
+
+
+def in_config(architecture: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of keys of `published_keys` as a config.json has them.
+
+    Values for each kind of token are lists, and a key with a dot is one of an object.
+    """
+    twice = _data()["twice"].get(architecture, ())
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        outer, _, inner = key.rpartition(".")
+        place = found.setdefault(outer, {}) if outer else found
+        place[inner] = [value, value] if key in twice and not isinstance(value, list) else value
+    return found
+
+
 def stated_keys(model: ModelSpec) -> dict[str, Any]:
     """Return the keys about the router and the experts that a model's config.json states.
 

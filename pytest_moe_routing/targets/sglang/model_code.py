@@ -119,7 +119,7 @@ def request_of(
         routes = answer["custom_routing"] or "the block"
         otherwise = f"{routes} routes otherwise: {answer['choice_problem']}"
     return LayerRequest(
-        own_router=has_own,
+        judges_step=has_own,
         experts=_experts(answer["experts"]),
         unanswered=answer["choice_unknown"] and f"{answer['block']}: {answer['choice_unknown']}",
         block=answer["block"],

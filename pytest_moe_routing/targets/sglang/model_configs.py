@@ -10,7 +10,11 @@ from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.models.huggingface.published import published_keys, stated_keys
+from pytest_moe_routing.models.huggingface.published import (
+    in_config,
+    published_keys,
+    stated_keys,
+)
 
 
 @cache
@@ -34,8 +38,7 @@ def config_of(model: ModelSpec) -> dict[str, Any]:
             value = getattr(getattr(model, section), key)
             if value is not None:
                 values.update(dict.fromkeys(attributes, data.get(key, value)))
-    pairs = data["twice"].get(architecture, ())
-    return {**values, **{name: [values[name]] * 2 for name in pairs}, **_parts(model, values)}
+    return in_config(architecture, values) | _parts(model, values)
 
 
 def _parts(model: ModelSpec, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,8 @@ from pytest_moe_routing.errors import RecipeError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.models.huggingface.published import (
+    in_config,
+    intermediate_key,
     left_out,
     nesting,
     published_keys,
@@ -66,10 +68,11 @@ class _Asked(TypedDict):
     output_factor: float
     shared_experts: bool
     custom_routing: str | None
-    custom_problem: str | None
+    routing_problem: str | None
     activation: str
     parameters: dict[str, float | None]
     has_bias: bool
+    sizes: dict[str, tuple[int, int]]
 
 
 class _Split(TypedDict):
@@ -87,11 +90,17 @@ _SWITCHES = ("--enable-expert-parallel", "--data-parallel-size 2", "--tensor-par
 def blocks() -> Mapping[str, Mapping[str, Any]]:
     """Return the MoE block of each architecture; the columns are explained in `blocks.yaml`.
 
-    `keys` and `nested` are those of `models/huggingface/published.yaml`.
+    `keys` and `nested` are those of `models/huggingface/published.yaml`, and `intermediate` is the
+    key of the experts' intermediate size.
     """
     rows: Mapping[str, Mapping[str, Any]] = read_data(__package__, "blocks.yaml")["blocks"]
     return {
-        name: {**row, "keys": published_keys(name), "nested": nesting(name)}
+        name: {
+            **row,
+            "keys": published_keys(name),
+            "nested": nesting(name),
+            "intermediate": row.get("intermediate", intermediate_key(name)),
+        }
         for name, row in rows.items()
     }
 
@@ -104,7 +113,7 @@ class ModelCode:
         self.is_apart = str(source.root) not in sys.path
         place = "apart" if self.is_apart else "installed"
         arguments = str(source.root), flashinfer.release, source.version, place
-        answers = {"layer_request": _Asked, "split_shared_experts": _Split}
+        answers = {"layer_request": list[_Asked], "split_shared_experts": _Split}
         self.probe = Probe("vllm", _CHILD, *arguments, answers=answers)
 
         asked: Any = _Asked | None
@@ -118,11 +127,12 @@ class ModelCode:
 
         Raises:
             Unsupported: The block is not in the table, or not in this release, or cannot be built
-                on a CPU; or no recipe can be compared with its router.
+                on a CPU.
         """
         question = _layer_question(model, without)
-        answer = self.probe.ask("layer_request", **question)
-        return request_of(answer, question["row"], model)
+        answers = self.probe.ask("layer_request", **question)
+        first, *further = (request_of(answer, question["row"], model) for answer in answers)
+        return replace(first, further=tuple(further))
 
     def split_shared_experts(self, model: ModelSpec) -> SplitExperts | None:
         """Return what of a model's shared experts is split over ranks that have other tokens.
@@ -141,13 +151,18 @@ class ModelCode:
         None if it leaves routing to transformers.
 
         Raises:
-            Unsupported: Neither vLLM nor transformers can be asked about it, or no recipe can be
-                compared with its router.
+            Unsupported: Neither vLLM nor transformers can be asked about it.
         """
         answer = self.backend.ask("backend_request", **_backend_question(model))
         if answer is None:
             return None
-        return replace(request_of(answer, {}, model), switch="--model-impl transformers")
+        request = request_of(answer, {}, model)
+        missing = model.router.not_expressible
+        if missing is not None:
+            # The backend makes no layer with a routing function of a model's own, or zero experts.
+            otherwise = f"the layer routes by itself, but {missing}"
+            request = replace(request, judges_step=True, otherwise=otherwise)
+        return replace(request, switch="--model-impl transformers")
 
     def questions(self, models: Iterable[ModelSpec]) -> Iterator[Questions]:
         """Yield what a model's block is asked with all of its config's keys."""
@@ -171,13 +186,7 @@ class ModelCode:
         self.backend.close()
 
 
-def _require_recipe(model: ModelSpec) -> None:
-    if model.router.not_expressible is not None:
-        raise Unsupported(f"no recipe computes {model}'s router: {model.router.not_expressible}")
-
-
 def _layer_question(model: ModelSpec, without: str = "") -> dict[str, Any]:
-    _require_recipe(model)
     asked = _published(model)
     if without:
         row = asked["row"]
@@ -189,7 +198,6 @@ def _layer_question(model: ModelSpec, without: str = "") -> dict[str, Any]:
 
 
 def _backend_question(model: ModelSpec) -> dict[str, Any]:
-    _require_recipe(model)
     router = asdict(model.router)
     return {"architecture": model.architecture, **config_of(model), "router": router}
 
@@ -207,7 +215,8 @@ def _published(model: ModelSpec) -> dict[str, dict[str, Any]]:
         )
     said = {**asdict(model.router), **asdict(model.experts)}
     values = {key: said[name] for name, key in row["keys"].items() if said[name] is not None}
-    return {"row": {**row, "stated": stated_keys(model)}, "values": values}
+    stated = in_config(model.architecture, stated_keys(model))
+    return {"row": {**row, "stated": stated}, "values": in_config(model.architecture, values)}
 
 
 def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSpec) -> LayerRequest:
@@ -240,14 +249,13 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
     kind, no_gate, _ = answer["activation"].partition("_no_mul")
     groups_count = bool(answer["use_grouped_topk"] and answer["num_expert_group"])
     factor = answer["routed_scaling_factor"]
-    recipe, otherwise = recipe_of(model.router), None
+    recipe, otherwise = recipe_of(model.router), answer["routing_problem"]
+    routes, step = answer["custom_routing"], row.get("step")
     try:
-        if answer["custom_routing"] is not None:
+        if routes is not None:
             recipe = replace(recipe, top_k=answer["top_k"], scale=1.0)
-            if answer["custom_problem"] is not None:
-                otherwise = (
-                    f"{answer['custom_routing']} routes otherwise: {answer['custom_problem']}"
-                )
+            if otherwise is not None:
+                otherwise = f"{routes} routes otherwise: {otherwise}"
         else:
             recipe = Recipe(
                 top_k=answer["top_k"],
@@ -262,6 +270,11 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
             )
     except RecipeError as error:
         otherwise = f"the model code requests a routing that no router computes: {error}"
+    # The layer takes the dtype of the hidden states when it is told nothing.
+    told = answer["router_logits_dtype"] or "bfloat16"
+    if step is not None and routes is not None:
+        # No kernel is handed the logits then: only the function is.
+        told = answer["logits_dtype"]
     side = "input" if answer["apply_router_weight_on_input"] else "output"
     has_shared = model.experts.shared_experts > 0
     return LayerRequest(
@@ -270,8 +283,7 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
         num_experts=answer["num_experts"],
         recipe=replace(recipe, weight_on=side),
         passed=passed,
-        # The layer takes the dtype of the hidden states when it is told nothing.
-        told_dtype=answer["router_logits_dtype"] or "bfloat16",
+        told_dtype=told,
         logits_dtype=answer["logits_dtype"],
         gate_dtype=narrowest(answer["gate_dtypes"], default="float32"),
         router_weight_dtype=narrowest(answer["router_weight_dtypes"], default=""),
@@ -280,6 +292,7 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
         shared_experts=answer["shared_experts"],
         own_factor=row.get("own_factor", 1.0) if has_shared else 1.0,
         otherwise=otherwise,
+        judges_step=step is not None,
         rounds_logits=row.get("rounds_logits"),
         experts={
             "activation": _ACTIVATIONS.get(kind, kind),
@@ -287,6 +300,7 @@ def request_of(answer: Mapping[str, Any], row: Mapping[str, Any], model: ModelSp
             "bias": answer["has_bias"],
             **parameters,
         },
+        sizes={name: (ours, theirs) for name, (ours, theirs) in answer["sizes"].items()},
     )
 
 

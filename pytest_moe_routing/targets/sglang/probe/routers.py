@@ -161,7 +161,7 @@ class Routers(blocks.Blocks):
             topk, factor = self._built(architecture, values_of(architecture, config), seen, made)
         asked, bias = topk.topk_config, topk.topk_config.correction_bias
         function = asked.custom_routing_function
-        gates = dtypes.weights(seen.logits[0], seen.block)
+        gates = [*dtypes.weights_of(seen.logits[0], seen.block).values()]
         if not gates and "router_logits" not in inspect.signature(seen.block.forward).parameters:
             gates = [each for each in seen.block.parameters() if each is seen.logits[0]]
         question = {"architecture": architecture, "router": router, "config": config}

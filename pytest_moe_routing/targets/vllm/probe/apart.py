@@ -47,7 +47,7 @@ class Apart(World):
         modules: Iterable[str],
         absent: Iterable[str] = ("huggingface_hub", "transformers", "triton"),
     ) -> None:
-        self.names, self._root = names, root
+        self.names, self.root = names, root
         stubs.extend(real=[*modules], absent=absent)
         self._classes = ConfigClasses(names, "vllm.transformers_utils.configs", "code-configs")
         values = {**_stand_ins(), "get_current_vllm_config": lambda: self.vllm_config}
@@ -68,7 +68,7 @@ class Apart(World):
         return nullcontext()
 
     def module(self, name: str) -> ModuleType:
-        if not stubs.module_exists(self._root, name):
+        if not stubs.module_exists(self.root, name):
             raise Unsupported(f"this release has no {name}")
         return stubs.real_module(name)
 
@@ -78,18 +78,31 @@ class Apart(World):
         nested: Sequence[str],
         values: Mapping[str, Any],
         stated: Mapping[str, Any],
+        computed: Mapping[str, Any],
     ) -> tuple[Any, str]:
         made = self._classes.make(stated, *nested)
         if made is None and kind is not None:
             # The config of a text model may be read by a class that its whole config has not.
             made = self._classes.make(stated, kind)
-        return made or (Config(values), "")
+        return made or (_object({**values, **computed}), "")
 
     def linear_layers(self, block: type) -> AbstractContextManager[Any]:
         module = sys.modules[block.__module__]
         if hasattr(module, "GateLinear"):
             return patch.object(module, "GateLinear", Linear)
         return nullcontext()
+
+
+def _object(value: Any) -> Any:
+    """Return a config object of a mapping, whose own mappings are objects as well."""
+    if isinstance(value, Mapping):
+        return Config({key: _object(each) for key, each in value.items()})
+    return [_object(each) for each in value] if isinstance(value, list) else value
+
+
+def _first_attribute(value: Any, names: Iterable[str], default: Any = None, *_: Any) -> Any:
+    """Return the first of several attributes that an object has."""
+    return next((getattr(value, name) for name in names if hasattr(value, name)), default)
 
 
 def _stand_ins() -> dict[str, Any]:
@@ -128,7 +141,9 @@ def _stand_ins() -> dict[str, Any]:
         "str_dtype_to_torch_dtype": lambda name: getattr(torch, name),
         "get_quark_ocp_mx_group_size": lambda *_: None,
         "maybe_execute_in_parallel": lambda first, second, *_: (first(), second()),
+        "get_act_and_mul_fn": lambda *_, **__: layers.GatedActivation(),
         "get_act_fn": lambda *_, **__: layers.Activation(),
+        "getattr_iter": _first_attribute,
         "init_logger": lambda *_: stubs.Stub("logger"),
         "cdiv": lambda x, to: -(-x // to),
         "support_torch_compile": lambda f=None, **_: f or (lambda decorated: decorated),

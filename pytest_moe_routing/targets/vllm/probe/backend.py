@@ -28,6 +28,9 @@ from pytest_moe_routing.targets.hf_blocks import block_maker
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm.probe import blocks, release
 from pytest_moe_routing.targets.vllm.probe.apart import Apart, Linear
+from pytest_moe_routing.targets.vllm.probe.layer_recorder import recording
+from pytest_moe_routing.targets.vllm.probe.running import clear, in_bfloat16, run
+from pytest_moe_routing.targets.vllm.probe.world import set_world
 
 #: Other than any number of experts.
 _HIDDEN = 72
@@ -62,7 +65,7 @@ class Backend:
         mixin = names.spelling("backend")
         package = mixin.module.rpartition(".")[0]
         modules = [mixin.module, "vllm.config.utils", *(f"{package}.{name}" for name in _HELPERS)]
-        blocks.set_world(Apart(names, root, modules, absent=("triton",)))
+        set_world(Apart(names, root, modules, absent=("triton",)))
         stubs.stand_in(
             {
                 "STR_DTYPE_TO_TORCH_DTYPE": _DTYPES,
@@ -101,29 +104,32 @@ class Backend:
         Raises:
             Unsupported: transformers does not have the block, or the backend does not take it.
         """
-        with blocks.in_bfloat16():
+        with in_bfloat16():
             maker, made = block_maker(config, keys, RouterConfig(**router), _HIDDEN)
             block = maker()
             made.architectures = [architecture]
             recorders: list[Any] = []
             name = f"transformers.{config.partition('.')[0]}.{type(block).__name__}"
             try:
-                with blocks.recording(self._mixin, recorders, _HIDDEN):
+                with recording(self._mixin, recorders, _HIDDEN):
                     self._served(block, made, router["num_experts"]).recursive_replace()
                 if any(made.arguments.get("custom_routing_function") for made in recorders):
                     return None
+                clear(block)
                 with Dtypes() as dtypes:
-                    output = blocks.run(block, _HIDDEN)
+                    output = run(block, _HIDDEN)
             except Exception as error:
                 # Whatever vLLM's code raises.
                 told = f"{type(error).__name__}: {error}"
                 raise Unsupported(
                     f"its transformers backend does not run {name}: {told}"
                 ) from error
-        made_of = blocks.Block(name, "", block)
-        answer = blocks.answer_of(made_of, recorders, output, dtypes, RouterConfig(**router))
+        made_of = blocks.Block(name, "", block, recorders, _HIDDEN)
+        answer = blocks.answer_of(made_of, output, dtypes, RouterConfig(**router), {})
         # What makes the whole model decides about the dtypes of its parameters, and is not run.
         answer["router_weight_dtypes"] = []
+        # They follow from the parameters of transformers' experts.
+        answer["sizes"] = {}
         if answer["bias_dtype"] is not None:
             answer["bias_dtype"] = router["correction_bias"] or "float32"
         return answer

@@ -16,6 +16,7 @@ from torch import nn
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.vllm.probe import blocks
 from pytest_moe_routing.targets.vllm.probe.apart import Apart, SplitLinear
+from pytest_moe_routing.targets.vllm.probe.world import world
 
 #: A server with `--enable-expert-parallel` and two ranks of each kind.
 _PARALLEL = {
@@ -37,17 +38,17 @@ def split_shared_experts(row: Mapping[str, Any], values: Mapping[str, Any]) -> d
     Raises:
         Unsupported: The release does not have the block, or it cannot be built here.
     """
-    world = blocks.world()
-    if not isinstance(world, Apart):
+    surroundings = world()
+    if not isinstance(surroundings, Apart):
         raise Unsupported(
             "not judged: sequence parallelism needs a vLLM apart from its dependencies, such as a "
             "wheel"
         )
-    world.names.require("model_code")
-    with patch.dict(vars(world.vllm_config.parallel_config), _PARALLEL):
-        block, layers, _ = blocks.build(row, values, runs=False)
+    surroundings.names.require("model_code")
+    with patch.dict(vars(surroundings.vllm_config.parallel_config), _PARALLEL):
+        block = blocks.build(row, values, lambda built: built)
     split: list[str] = []
-    for layer in layers:
+    for layer in block.layers:
         asked = {**layer.arguments, **layer.arguments.get("kwargs", {})}
         shared = asked.get("shared_experts")
         if not asked.get("is_sequence_parallel") or shared is None:

@@ -28,9 +28,11 @@ class World:
 
     Attributes:
         names: The contract's names in the release.
+        root: The directory or wheel file that holds vLLM.
     """
 
     names: Names
+    root: str
 
     @property
     def vllm_config(self) -> Any:
@@ -59,6 +61,7 @@ class World:
         nested: Sequence[str],
         values: Mapping[str, Any],
         stated: Mapping[str, Any],
+        computed: Mapping[str, Any],
     ) -> tuple[Any, str]:
         """Return a model's config object, as vLLM reads it from a config.json with these keys.
 
@@ -67,6 +70,7 @@ class World:
             nested: That of the whole config, and the key of the text model's in it; see `nesting`.
             values: The keys with the values that they have in transformers' class.
             stated: Those that the config.json states, for a class of vLLM's own.
+            computed: Attributes that transformers' class computes of other keys.
 
         Returns:
             The object, and file, line and name of its class if it is vLLM's own, else "".
@@ -83,6 +87,7 @@ class Installed(World):
 
     def __init__(self, root: str, version: str) -> None:
         sys.path.insert(0, root)
+        self.root = root
         definitions = stubs.definitions("vllm", root)
         self.names = Names(Contract.of("vllm"), version, definitions, import_module)
 
@@ -133,6 +138,7 @@ class Installed(World):
         nested: Sequence[str],
         values: Mapping[str, Any],
         stated: Mapping[str, Any],
+        computed: Mapping[str, Any],
     ) -> tuple[Any, str]:
         from transformers import CONFIG_MAPPING, PreTrainedConfig
         from vllm.transformers_utils.config import _CONFIG_REGISTRY
@@ -157,6 +163,22 @@ class Installed(World):
         spelling = self.names.spelling("code-linear")
         method = getattr(import_module(spelling.module), spelling.path.partition(".")[0])
         return patch.object(method, "apply", _linear)
+
+
+# One release per process.
+_world: World | None = None
+
+
+def world() -> World:
+    """Return what surrounds the code of models in this process."""
+    assert _world is not None
+    return _world
+
+
+def set_world(found: World) -> None:
+    """Have the code of models surrounded by this from now on."""
+    global _world
+    _world = found
 
 
 def _start() -> Any:

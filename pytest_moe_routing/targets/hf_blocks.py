@@ -40,14 +40,16 @@ def block_maker(
     for key, value in {**keys, **_widths(hidden_size or router.num_experts)}.items():
         if hasattr(made, key):
             try:
-                setattr(made, key, value)
+                # A value may be one for each kind of token.
+                usual = getattr(made, key)
+                setattr(made, key, [value] * len(usual) if isinstance(usual, list) else value)
             except Exception as error:
                 raise Unsupported(f"{name} does not accept {key}={value!r}: {error}") from error
     classes = list(_classes(modeling))
     if len(classes) != 1:
         found = ", ".join(cls.__name__ for cls in classes) or "none"
         raise Unsupported(f"{modeling.__name__} has not one class with experts: {found}")
-    given = {"config": made, "layer_idx": 1}
+    given = {"config": made, "layer_idx": 1, "intermediate_size": _WIDTH}
     names = inspect.signature(classes[0].__init__).parameters
 
     def maker() -> nn.Module:

@@ -12,7 +12,7 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.schemes import KernelSpec
 
 #: Scales of whole tensors of an expert, see `scales.yaml`.
-SCALES = ("w1_scale", "a1_scale", "w2_scale", "a2_scale")
+SCALES = ("w1_scale", "a1_scale", "w2_scale", "a2_scale", "w3_scale")
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,15 @@ def is_documented(activation: str, kernel: KernelSpec) -> bool:
     return not kernel.scalars or activation not in _data()["undocumented"]
 
 
-def factors(kernel: KernelSpec, *, gated: bool) -> dict[str, Formula]:
-    """Return what each argument that holds a factor has to be."""
+def factors(kernel: KernelSpec, *, gated: bool, is_tied: bool = True) -> dict[str, Formula]:
+    """Return what each argument that holds a factor has to be.
+
+    Args:
+        is_tied: Whether gate and up rows of gated experts have one scale.
+    """
     spelling = kernel.scalars or "scale"
     rows: Mapping[str, Mapping[str, str]] = _data()["factors"]
-    kind = "gated" if gated else "not gated"
+    kind = ("gated" if is_tied else "gated, two scales") if gated else "not gated"
     return {
         name.format(spelling): Formula.of(row.get("any") or row[kind]) for name, row in rows.items()
     }

@@ -50,7 +50,8 @@ def wrong_factors(
     if not scales.is_documented(experts.activation, kernel):
         return
     given = given if kernel.scalars else {}
-    for name, formula in scales.factors(kernel, gated=experts.gated).items():
+    is_tied = "w3_scale" not in given
+    for name, formula in scales.factors(kernel, gated=experts.gated, is_tied=is_tied).items():
         if name not in arguments:
             continue
         got = _numbers(arguments[name], 1.0)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pytest_moe_routing.flashinfer.given import GivenExperts
-from pytest_moe_routing.targets.marked_weights import (
-    KINDS,
-    Argument,
-    MarkedCheckpoint,
-    Order,
-    Padded,
-    wrong_orders,
-)
+from pytest_moe_routing.targets.marked_checkpoint import KINDS, MarkedCheckpoint, Padded
+from pytest_moe_routing.targets.marked_weights import Argument, Order, wrong_orders
+from pytest_moe_routing.targets.recorder import plain
 
 
 def orders_of_given(
@@ -31,6 +27,8 @@ def orders_of_given(
     Args:
         stored: What the call is stored as, see `flashinfer/given.yaml`.
     """
+    # Its kernels are given one scale for gate and up rows.
+    checkpoint = replace(checkpoint, is_tied=True)
     kinds = dict(zip(KINDS, entry.orders[stored], strict=False))
     found = []
     for gemm, matrix in entry.matrices.items():
@@ -46,6 +44,16 @@ def orders_of_given(
             # At the sizes of a layer here, CUTLASS kernels need no padding.
             found.append(Argument(name, value, parameter, read, halves, is_padded=False))
     return wrong_orders(found, checkpoint, Padded(), {})
+
+
+def scales_of(entry: GivenExperts, stored: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe the scales of whole tensors that a call has, by what they are to its kernel."""
+    found = {}
+    for name, roles in entry.scales[stored].items():
+        for role, value in zip(roles, arguments[name] or (), strict=False):
+            if role in entry.factors and role not in entry.ones.get(stored, ()):
+                found[role] = plain(value, {})
+    return found
 
 
 def _scales_and_biases(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Required, TypedDict
 
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer.given import given_experts
+from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.layouts import layout_findings
+from pytest_moe_routing.oracle.scales import wrong_factor, wrong_factors, wrong_input
 from pytest_moe_routing.oracle.shares import split_findings
 from pytest_moe_routing.oracle.target import LaidOut
+from pytest_moe_routing.schemes import kernel_of
+from pytest_moe_routing.targets import scales
 
 
 class WrongOrder(TypedDict):
@@ -22,9 +28,17 @@ class WrongOrder(TypedDict):
 
 
 class _Factors(TypedDict, total=False):
-    """Where whole tensors have scales: what comes of them, and what a quantizer is given."""
+    """Where whole tensors have scales: what comes of them, and what a quantizer is given.
+
+    Attributes:
+        halves: The scales of gate (`w1`) and up rows (`w3`) of the first experts, if the call has
+            two of each expert.
+        scales: Those of a kernel that is not TRT-LLM's, by what they are to it.
+    """
 
     factors: dict[str, Any]
+    halves: dict[str, list[float]]
+    scales: dict[str, Any]
     input_scale: dict[str, Any]
 
 
@@ -86,7 +100,13 @@ def split(answer: SplitAnswer, scheme: str, flashinfer: FlashInfer) -> LaidOut:
     return LaidOut("", answer["method"], () if refused else (finding,), refused=refused)
 
 
-def laid_out(answer: LaidOutAnswer, switches: Iterable[str] | None, device: str = "") -> LaidOut:
+def laid_out(
+    answer: LaidOutAnswer,
+    model: ModelSpec,
+    scheme: str,
+    switches: Iterable[str] | None,
+    device: str = "",
+) -> LaidOut:
     """Read an answer.
 
     Args:
@@ -94,10 +114,26 @@ def laid_out(answer: LaidOutAnswer, switches: Iterable[str] | None, device: str 
         device: The GPU, if it is not the usual one.
     """
     function, method = answer["function"], answer["method"]
+    halves = answer.get("halves", {})
+    given = {**scales.GIVEN, **{f"{part}_scale": tuple(each) for part, each in halves.items()}}
+    entry, own = given_experts(function), answer.get("scales", {})
+    formulas = {} if entry is None else entry.factors
+    wrong = (
+        *(
+            finding
+            for role, value in own.items()
+            for finding in wrong_factor(role, value, role, formulas[role], given)
+        ),
+        *wrong_factors(model.experts, kernel_of(scheme), answer.get("factors", {}), given),
+        *wrong_input(scheme, answer, given),
+    )
     return LaidOut(
         function,
         method,
-        layout_findings(answer["orders"], function),
+        (
+            *layout_findings(answer["orders"], function),
+            *(replace(finding, where=function) for finding in wrong),
+        ),
         None if switches is None else tuple(switches),
         device,
     )

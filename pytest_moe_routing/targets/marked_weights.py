@@ -1,21 +1,14 @@
-"""A checkpoint of random bytes, and where its elements lie in what a kernel is given.
-
-Bytes are random as only their order matters: two orders of the same rows differ.
-"""
+"""Where the elements of a marked checkpoint lie in what a kernel is given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from functools import cache
+from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
 from typing import Any
-from zlib import crc32
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pytest_moe_routing.errors import QuantizationError, Unsupported
 from pytest_moe_routing.reference.kernel_layouts import Layout, layout_of
@@ -26,27 +19,24 @@ from pytest_moe_routing.reference.layouts import (
     swizzle_scales,
 )
 from pytest_moe_routing.schemes import KernelSpec, kernel_of
+from pytest_moe_routing.targets.marked_checkpoint import (
+    EXPONENTS,
+    KINDS,
+    MarkedCheckpoint,
+    Padded,
+    kind_of,
+)
 
 #: Tokens that fill a tile of scales: no order of rows of fewer tokens is the same.
 TOKENS = 256
 _SEED = 12
 #: The first experts, which are compared.
 _EXPERTS = 2
-#: So many experts differ; they repeat.
-_DIFFERENT = 5
-#: Exponents of scales, in bytes.
-_EXPONENTS = (100, 140)
 _INPUT = "hidden_states_scale"
-#: What turns the offset binary of checkpoints' 4-bit integers into two's complement, two a byte.
-_SIGNS = 0x88
-#: Integers by how many bytes they have.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 #: FlashInfer's `WeightLayout`, whose numbers have never moved.
 LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
 #: Tiles of rows that may be shuffled.
 _TILES = (0, 64, 128)
-#: What a kernel is given of a matrix, block scales after its weights.
-KINDS = ("weights", "scale", "bias")
 
 
 @dataclass(frozen=True)
@@ -84,119 +74,6 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Padded:
-    """How many times as large as in a checkpoint sizes are, in a call.
-
-    Attributes:
-        hidden: The hidden size.
-        inner: The intermediate size.
-    """
-
-    hidden: Fraction = Fraction(1)
-    inner: Fraction = Fraction(1)
-
-    def __bool__(self) -> bool:
-        return self.hidden != 1 or self.inner != 1
-
-    def pad(self, name: str, part: Tensor) -> Tensor:
-        """Return the bytes of a part of a matrix with zeros after its rows and columns."""
-        is_first, raw = name.startswith("w13"), part.view(torch.uint8)
-        rows, columns = (self.inner, self.hidden) if is_first else (self.hidden, self.inner)
-        if "bias" in name:
-            columns = Fraction(1)
-        lengths = int(columns * raw.shape[1]), int(rows * raw.shape[0])
-        return nn.functional.pad(raw, (0, lengths[0] - raw.shape[1], 0, lengths[1] - raw.shape[0]))
-
-
-@dataclass
-class MarkedCheckpoint:
-    """What a layer's weights are loaded from.
-
-    Attributes:
-        parts: Its tensors of each expert, by the name of the layer's parameter and the name of the
-            part of a gated expert (`w1` gate, `w3` up), or `w2`.
-    """
-
-    parts: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
-
-    def make(self, name: str, part: str, experts: int, like: Tensor) -> list[Tensor]:
-        """Return a tensor of each expert with the shape and dtype of another.
-
-        Scales are powers of two, which all formats of scales have; weights are small integers.
-        """
-        shape = (min(experts, _DIFFERENT), *like.shape)
-        different = list(_made(f"{name} {part}", shape, like.dtype))
-        found = [different[expert % len(different)] for expert in range(experts)]
-        self.parts.setdefault(name, {})[part] = found
-        return found
-
-    def matrix(self, name: str, expert: int, padded: Padded) -> Tensor:
-        """Return a matrix of an expert as kernels read it, gate before up; biases as a column.
-
-        Rows and columns that are padded are zero.
-        """
-        parts = self.parts[name]
-        every = [parts[part][expert] for part in ("w1", "w3", "w2") if part in parts]
-        if every[0].ndim == 1:
-            every = [each.unsqueeze(1) for each in every]
-        raw = torch.cat([padded.pad(name, each) for each in every], -2)
-        if every[0].dtype == torch.int32:
-            return raw ^ _SIGNS
-        return raw.view(every[0].dtype)
-
-    def known(self, name: str, padded: Padded) -> Tensor:
-        """Return which elements of a matrix the checkpoint has: 1 there, else 0."""
-        parts = self.parts[name].values()
-        ones = [torch.ones_like(each[0], dtype=torch.uint8) for each in parts]
-        return torch.cat([padded.pad(name, each) for each in ones], -2)
-
-    def padded(self, arguments: Mapping[str, Any]) -> Padded:
-        """Return by how much a call's weights are larger than those of the checkpoint."""
-        rows = [self._rows(gemm, arguments) for gemm in ("gemm1", "gemm2")]
-        padded = Padded(hidden=rows[1], inner=rows[0])
-        return padded if min(rows) >= 1 else Padded()
-
-    def _rows(self, gemm: str, arguments: Mapping[str, Any]) -> Fraction:
-        """Return how many times as many rows as in the checkpoint a call's weights have."""
-        parameter, value = self.named(gemm, KINDS[0]), arguments.get(f"{gemm}_weights")
-        if parameter is None or not isinstance(value, Tensor) or value.ndim < 2:
-            return Fraction(1)
-        parts = self.parts[parameter].values()
-        return Fraction(value.shape[-2], sum(len(part[0]) for part in parts))
-
-    def named(self, gemm: str, kind: str) -> str | None:
-        """Return the parameter with a GEMM's weights, block scales or biases; see `KINDS`."""
-        start = "w13" if gemm in ("gemm1", "fc1") else "w2"
-        names = (name for name in self.parts if name.startswith(start))
-        return next((name for name in names if _kind_of(name) == kind), None)
-
-
-# Methods of the same scheme are given the same.
-@cache
-def _made(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor of a parameter; see `MarkedCheckpoint.make`."""
-    random = torch.Generator().manual_seed(crc32(name.encode()))
-    count = prod(shape)
-    # Random integers of 64 bits take as long as bytes do.
-    raw = torch.randint(-(2**63), 2**63 - 1, (-(-count // 8),), generator=random)
-    values = _values(dtype, is_scale="scale" in name)
-    at = raw.view(torch.uint8)[:count].int()
-    return values.view(_BITS[dtype.itemsize])[at].view(dtype).reshape(shape)
-
-
-@cache
-def _values(dtype: torch.dtype, *, is_scale: bool) -> Tensor:
-    """Return the value of each random byte."""
-    byte = torch.arange(256)
-    if dtype in (torch.uint8, torch.int8, torch.int32):
-        # Exponents of scales stay in the range of every format.
-        low, high = _EXPONENTS if is_scale else (0, 128)
-        return (low + byte % (high - low)).to(dtype)
-    made = torch.exp2((byte % 7 - 3).float())
-    return (made if is_scale else made * (1 - byte // 128 * 2)).to(dtype)
-
-
-@dataclass(frozen=True)
 class Argument:
     """A tensor of a call, the parameter that it is made of, and the order in which it is read.
 
@@ -225,7 +102,7 @@ class Argument:
         few = {*range(len(value))[:_EXPERTS], len(value) - 1}
         matrices = {at: checkpoint.matrix(self.parameter, at, padded) for at in few}
         pairs = [(value[expert], matrix) for expert, matrix in matrices.items()]
-        kind = _kind_of(self.parameter)
+        kind = kind_of(self.parameter)
         if kind == "bias":
             # Kernels take them in another dtype than checkpoints have.
             pairs = [(part, matrix.to(part.dtype)) for part, matrix in pairs]
@@ -299,7 +176,7 @@ def activation_scales(tokens: int, blocks: int, dtype: torch.dtype, is_tiled: bo
         is_tiled: Whether they lie in 128x4 tiles.
     """
     random = torch.Generator().manual_seed(_SEED)
-    scales = torch.randint(*_EXPONENTS, (tokens, blocks), generator=random).to(dtype)
+    scales = torch.randint(*EXPONENTS, (tokens, blocks), generator=random).to(dtype)
     return swizzle_scales(scales) if is_tiled else scales
 
 
@@ -321,11 +198,6 @@ def _order_of_activations(
     if found != read:
         as_found = None if found is None else vars(found)
         yield {"name": _INPUT, "read": vars(read), "found": as_found, "told": {}}
-
-
-def _kind_of(parameter: str) -> str:
-    """Return which of `KINDS` a parameter of a layer is."""
-    return next((kind for kind in KINDS[1:] if kind in parameter), KINDS[0])
 
 
 def _read(kernel: KernelSpec, told: Mapping[str, int], kind: str, *, gated: bool) -> Order:

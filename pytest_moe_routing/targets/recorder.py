@@ -6,7 +6,7 @@ in `Reached`, which carries the arguments up through the framework's code, or in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, IntEnum
 from importlib import import_module
 from inspect import Parameter
@@ -154,6 +154,19 @@ def input_scale() -> dict[str, Any]:
     """Describe the scale that the input of a call was quantized with, as part of an answer."""
     given = scales.quantized_by
     return {"input_scale": plain(given[-1], {})} if given else {}
+
+
+def factors_of(
+    arguments: Mapping[str, Any], halves: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
+    """Describe what a call has of the scales of whole tensors, as part of an answer.
+
+    Args:
+        halves: The scales of gate and up rows of each expert, if they have two.
+    """
+    found = {name: plain(value, {}) for name, value in arguments.items() if "scalar" in name}
+    first = {part: list(each[: len(scales.FIRST)]) for part, each in halves.items()}
+    return {"factors": found, "halves": first, **input_scale()}
 
 
 def plain(value: Any, named: Mapping[str, Tensor | None]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked_weights
-from pytest_moe_routing.targets.marked_weights import MarkedCheckpoint
+from pytest_moe_routing.targets.marked_checkpoint import MarkedCheckpoint
 
 #: The rank whose layer is looked at: not the first, and not the last one, which may have nothing.
 RANK = 1
@@ -53,7 +53,7 @@ class Share:
         self, checkpoint: MarkedCheckpoint, start: int, end: int
     ) -> MarkedCheckpoint | None:
         """Return the rank's part of a checkpoint; None if it would split a block of scales."""
-        found = MarkedCheckpoint()
+        found = replace(checkpoint, parts={})
         for name, parts in checkpoint.parts.items():
             dim = 0 if name.startswith("w13") else 1
             for part, tensors in parts.items():
@@ -101,6 +101,7 @@ def split_orders(
         raise Unsupported("the rows of gemm1_weights are not known")
     rows = weights.shape[-2]
     inner = rows // (2 if gated else 1)
+    checkpoint = checkpoint.as_given(arguments)
     found: list[list[dict[str, Any]]] = []
     is_torn = share.checkpoint_of(checkpoint, *next(share.parts(inner))) is None
     for start, end in share.parts(inner):

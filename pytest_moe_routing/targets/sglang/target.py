@@ -354,7 +354,7 @@ class SglangTarget(SglangQuestions):
         switches = None
         with suppress(Unsupported):  # Before 0.5.18, nobody can ask which runner is the default.
             switches = self.opt_in(model, scheme)
-        return (laid_out(answer, switches),)
+        return (laid_out(answer, model, scheme, switches),)
 
     def asked_of_split(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         runner = self._runner_given(model, scheme) or self._row(model, scheme)["runner"]
@@ -371,7 +371,9 @@ class SglangTarget(SglangQuestions):
             return ()
         del asked["scale"]
         calls = self._remembered("other_layouts", asked)
-        return tuple(laid_out(call, call["switches"], call["device"]) for call in calls)
+        return tuple(
+            laid_out(call, model, scheme, call["switches"], call["device"]) for call in calls
+        )
 
     def _runner_given(self, model: ModelSpec, scheme: str) -> str | None:
         """Return the runner whose kernel routes for a model, or is given experts by default."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -33,10 +32,8 @@ from pytest_moe_routing.oracle.finding import Finding, Kind, distinct, only_with
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.scales import wrong_factors, wrong_input
 from pytest_moe_routing.oracle.target import Captured, Classification, LaidOut
 from pytest_moe_routing.schemes import kernel_of
-from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.hf_configs import without_transformers
@@ -207,14 +204,8 @@ class VllmTarget(FrameworkTarget):
             question = {**questions.of_case(model, scheme), "modular": modular}
             choice = self.choice(model, scheme, method, modular=modular)
             for answer in self._probe.ask("layouts", **question):
-                at = laid_out(answer, None if choice is None else choice.switches)
-                experts, factors = model.experts, answer.get("factors", {})
-                wrong = (
-                    *wrong_factors(experts, kernel_of(scheme), factors, scales.GIVEN),
-                    *wrong_input(scheme, answer, scales.GIVEN),
-                )
-                placed = (replace(finding, where=at.function) for finding in wrong)
-                found.append(replace(at, findings=(*at.findings, *placed)))
+                switches = None if choice is None else choice.switches
+                found.append(laid_out(answer, model, scheme, switches))
         return tuple(found)
 
     def _ways(self, model: ModelSpec, scheme: str) -> list[bool]:

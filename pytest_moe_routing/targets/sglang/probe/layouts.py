@@ -6,7 +6,7 @@ SGLang's own code loads them, prepares them and hands them over; what it calls o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets import marked_weights
-from pytest_moe_routing.targets.given_weights import orders_of_given
-from pytest_moe_routing.targets.marked_weights import MarkedCheckpoint
+from pytest_moe_routing.targets.given_weights import orders_of_given, scales_of
+from pytest_moe_routing.targets.marked_checkpoint import MarkedCheckpoint
+from pytest_moe_routing.targets.recorder import factors_of
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
 from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, accepted
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
@@ -40,6 +41,14 @@ _MAKER = "sglang/srt/layers/moe/fused_moe_triton/layer.py FusedMoE"
 #: The intermediate size of experts that are laid out: code that takes one dimension of a matrix for
 #: another gives another result with it, as gate and up rows together are as many as no other is.
 _WIDTH = 768
+#: Parameters whose scales of gate and up rows, or of their inputs, SGLang assumes to be equal.
+#: `_load_single_value` in `fused_moe_triton/layer.py` says so of inputs;
+#: `compressed_tensors_w4a4_nvfp4_moe.py` takes the scales of gate rows, and warns that "accuracy
+#: may be affected" if others differ.
+_TIED = ("w13_input_scale", "w13_weight_global_scale")
+#: The same of ModelOpt's, but for TRT-LLM's kernels of releases that keep both: "single-alpha
+#: backends" have that of the gate (`_compute_gemm1_alphas` in `modelopt_quant.py`).
+_TIED_OF_GATES = "w13_weight_scale_2"
 #: Part of the names of parameters that no checkpoint has: they are made of others.
 _DERIVED = "swizzled"
 
@@ -64,18 +73,21 @@ def layouts(
         Unsupported: The weights cannot be loaded, prepared or traced.
     """
     blocks.names.require("layouts", question["scheme"])
-    loaded, calls = _Loaded(), blocks.calls
+    loaded, calls = _Loaded(_tied(blocks, stored)), blocks.calls
     with requesting(**_requests(blocks, loaded, _WIDTH), **options):
         answer = blocks.capture(**_with_width(question, _WIDTH))
     if answer["failed"] or len(calls) != 1:
         raise Unsupported(answer["failed"] or answer["refused"] or "no kernel is called")
     ((function, arguments),) = calls
-    entry, marked = given_experts(function), (arguments, loaded.checkpoint)
+    entry, checkpoint = given_experts(function), loaded.checkpoint.as_given(arguments)
+    marked = arguments, checkpoint
     if entry is None:
         found = marked_weights.orders(question["scheme"], *marked, gated=loaded.is_gated)
+        factors = factors_of(arguments, checkpoint.halves_apart())
     else:
         found = orders_of_given(entry, stored, *marked, gated=loaded.is_gated)
-    return {"function": function, "method": loaded.method, "orders": found}
+        factors = {"scales": scales_of(entry, stored, arguments)}
+    return {"function": function, "method": loaded.method, "orders": found, **factors}
 
 
 def other_layouts(blocks: Blocks, *, told: Told, **question: Any) -> list[dict[str, Any]]:
@@ -105,7 +117,7 @@ def split_layouts(blocks: Blocks, count: int, whole: int, **question: Any) -> li
     if question["scheme"] == _WHOLE and question["architecture"].startswith("GptOss"):
         raise Unsupported("not judged: how checkpoints of gpt-oss are split")
     share, calls = Share(count, whole), blocks.calls
-    loaded = _Loaded(share)
+    loaded = _Loaded(_tied(blocks), share)
     reason, raised_in = "", ""
     try:
         with requesting(**_requests(blocks, loaded, whole)), splitting(count):
@@ -142,6 +154,16 @@ def split_layouts(blocks: Blocks, count: int, whole: int, **question: Any) -> li
     return [{"method": loaded.method, "function": function, **found}]
 
 
+def _tied(blocks: Blocks, stored: str = "") -> tuple[str, ...]:
+    """Return the parameters of gate and up rows whose scales SGLang assumes to be equal.
+
+    Args:
+        stored: What the call of a kernel that is not TRT-LLM's is stored as.
+    """
+    are_apart = blocks.names.has("halves-fp4") and not stored
+    return _TIED if are_apart else (*_TIED, _TIED_OF_GATES)
+
+
 def _requests(blocks: Blocks, loaded: _Loaded, width: int) -> dict[str, Any]:
     """Return what a block is built and run with, so that experts of a width load marked weights."""
     return {
@@ -170,15 +192,16 @@ class _Loaded:
     """Loads a layer as a checkpoint's loader does, and prepares it as SGLang does then.
 
     Args:
+        tied: Parameters whose scales of both halves are equal.
         share: How its experts are split, if they are.
 
     Attributes:
         raised: What SGLang's code raised meanwhile.
     """
 
-    def __init__(self, share: Share | None = None) -> None:
+    def __init__(self, tied: Collection[str], share: Share | None = None) -> None:
         self.checkpoint, self.is_gated, self.method = MarkedCheckpoint(), True, ""
-        self._share = share
+        self._share, self._tied = share, tied
         self.raised: Exception | None = None
 
     def __call__(self, layer: Any) -> None:
@@ -210,11 +233,14 @@ class _Loaded:
         if is_whole and (data.ndim == 3 or "bias" in name):
             self._load_whole(layer, name, parameter)
             return
+        is_first = name.startswith("w13")
+        parts = ("w1", "w3") if is_first and self.is_gated else ("w1",) if is_first else ("w2",)
+        if "scale" in name and data.ndim in (1, 2) and data.numel():
+            self._load_factors(layer, name, parameter, parts)
+            return
         if data.ndim != 3 or "bias" in name or (self._share and _DERIVED in name):
             data.copy_(torch.ones_like(data))
             return
-        is_first = name.startswith("w13")
-        parts = ("w1", "w3") if is_first and self.is_gated else ("w1",) if is_first else ("w2",)
         rows = data.shape[1] // len(parts)
         if is_first and not self.is_gated:
             # Some releases have room for a gate that such experts do not have.
@@ -229,6 +255,20 @@ class _Loaded:
                 layer._weight_loader_impl(
                     param=parameter,
                     loaded_weight=tensor,
+                    weight_name=f"experts.{name}",
+                    shard_id=part,
+                    expert_id=expert,
+                )
+
+    def _load_factors(self, layer: Any, name: str, parameter: Any, parts: tuple[str, ...]) -> None:
+        """Load the scales of whole tensors."""
+        are_apart = len(parts) == parameter.ndim == 2 and name not in self._tied
+        for part in parts:
+            made = self.checkpoint.make_factors(name, part, len(parameter), are_apart=are_apart)
+            for expert, scale in enumerate(made):
+                layer._weight_loader_impl(
+                    param=parameter,
+                    loaded_weight=scale,
                     weight_name=f"experts.{name}",
                     shard_id=part,
                     expert_id=expert,

@@ -32,7 +32,8 @@ def quantizers() -> dict[str, Any]:
 
     def fp8_tensor(x: Tensor, scale: Any = None, *_: Any, **__: Any) -> tuple[Tensor, Any]:
         scales.note(scale)
-        return x.to(e4m3), scale
+        is_exact = requested(MARKED) is not None and isinstance(scale, Tensor)
+        return (x.float() / scale if is_exact else x).to(e4m3), scale
 
     def mxfp8(x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         width, is_tiled = preparation.mxfp8_scales(x, *args, **options)

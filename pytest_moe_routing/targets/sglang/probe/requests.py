@@ -35,6 +35,7 @@ OWN = {
         "stand-ins.preparation",
     ),
     "alias_or_bind_derived_param": "stand-ins.derived",
+    "per_tensor_dequantize": "stand-ins.scales",
 }
 #: That a server compiles models, which is requested by this name.
 COMPILED = "enable_torch_compile"

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked_weights
-from pytest_moe_routing.targets.recorder import Reached, input_scale, plain
+from pytest_moe_routing.targets.recorder import Reached, factors_of
 from pytest_moe_routing.targets.shares import Share, split_orders
 from pytest_moe_routing.targets.vllm.probe import factory
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, raised, refusal
@@ -85,15 +85,23 @@ def _split(model: Mapping[str, Any], scheme: str, method: Any, share: Share) -> 
 
 
 def _prepared(
-    model: Mapping[str, Any], scheme: str, method: Any, sizes: tuple[int, int]
+    model: Mapping[str, Any],
+    scheme: str,
+    method: Any,
+    sizes: tuple[int, int],
+    larger: str = "w1",
 ) -> tuple[LoadedLayer, Reached]:
     """Return a layer that has all of its experts, and its call of a kernel.
+
+    Args:
+        larger: The half of gated experts whose input has the larger scales.
 
     Raises:
         Unsupported: vLLM's code raises something.
     """
     try:
         layer = LoadedLayer(model, scheme, method, sizes, Ranks())
+        layer.checkpoint.larger = larger
         layer.load()
         return layer, layer.call()
     except Unsupported:
@@ -135,10 +143,11 @@ def layouts(model: Mapping[str, Any], scheme: str, modular: bool = False) -> lis
         raise Unsupported("no layer of this release calls such experts")
     few = _with_few_experts(model)
     # Unequal even if the model's are equal: most models of its kind have others.
-    sizes = [(HIDDEN, INTERMEDIATE)]
+    sizes = {(HIDDEN, INTERMEDIATE): "w1"}
     if scheme in _PADS and names().has(_PADS[scheme]):
-        sizes.append(_PADDED)
-    ways = product(map(class_of, callers), sizes)
+        # Either half has the larger scales of inputs once: code that drops one of them shows.
+        sizes[_PADDED] = "w3"
+    ways = product(map(class_of, callers), sizes.items())
     return [_laid_out(few, scheme, *way, modular=modular) for way in ways]
 
 
@@ -146,23 +155,21 @@ def _laid_out(
     model: Mapping[str, Any],
     scheme: str,
     method: Any,
-    sizes: tuple[int, int],
+    loaded: tuple[tuple[int, int], str],
     *,
     modular: bool,
 ) -> dict[str, Any]:
     place = _place(method)
     with surroundings(), on_one_gpu(), _taking(scheme, modular):
-        layer, call = _prepared(model, scheme, method, sizes)
+        layer, call = _prepared(model, scheme, method, *loaded)
     _require_experts(scheme, layer, place, modular=modular)
     arguments, gated = call.arguments, model["experts"]["gated"]
-    found = marked_weights.orders(scheme, arguments, layer.checkpoint, gated=gated)
-    factors = {name: value for name, value in arguments.items() if "scalar" in name}
+    checkpoint = layer.checkpoint.as_given(arguments)
     return {
         "function": call.function,
         "method": place,
-        "orders": found,
-        "factors": {name: plain(value, {}) for name, value in factors.items()},
-        **input_scale(),
+        "orders": marked_weights.orders(scheme, arguments, checkpoint, gated=gated),
+        **factors_of(arguments, checkpoint.halves_apart()),
     }
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked, marked_weights, scales, stubs
-from pytest_moe_routing.targets.marked_weights import MarkedCheckpoint
+from pytest_moe_routing.targets.marked_checkpoint import MarkedCheckpoint
 from pytest_moe_routing.targets.recorder import Reached
 from pytest_moe_routing.targets.shares import whole_blocks
 from pytest_moe_routing.targets.vllm.probe import factory, release
@@ -39,8 +39,10 @@ _TOOLS = (
 #: What a server is asked for, so that gates alone decide.
 _BACKENDS = {"mxfp4": "flashinfer_trtllm_afp8"}
 _BACKEND = "flashinfer_trtllm"
-#: What scales of inputs are divided by, for the first experts; they repeat. The largest counts.
-_LESS = (3.0, 5.0, 1.0, 7.0)
+#: Parameters whose scales of gate and up rows vLLM assumes to be equal: `modelopt.py` and
+#: `compressed_tensors_moe_w4a4_nvfp4.py` take those of gate rows, and warn that "accuracy may be
+#: affected" if others differ.
+_TIED = ("w13_weight_scale_2", "w13_weight_global_scale")
 #: In the place of a value that a module does not have.
 _NONE = object()
 #: Formats of scales of activations, by how many elements share one; others are float32.
@@ -287,7 +289,7 @@ class LoadedLayer:
             raise Unsupported(f"not judged: the probe does not know the parameter {name}")
         parts = ("w1", "w3") if name.startswith("w13") and self._is_gated else ("w1",)
         parts = parts if name.startswith("w13") else ("w2",)
-        make = _factors if is_factor else self._marked(name, data)
+        make = self._factors(name, data) if is_factor else self._marked(name, data)
         made = {part: make(name, part, len(data)) for part in parts}
         if self._are_whole:
             # Gate and up rows alternate in gpt-oss' checkpoints.
@@ -314,12 +316,7 @@ class LoadedLayer:
         like = data.new_empty(shape)
         return lambda name, part, experts: self.checkpoint.make(name, part, experts, like)
 
-
-def _factors(name: str, _part: str, experts: int) -> list[Tensor]:
-    """Return a scale of a whole tensor of each expert, as a checkpoint has it."""
-    gemm = 1 if name.startswith("w13") else 2
-    values = scales.per_expert(f"{'a' if 'input' in name else 'w'}{gemm}_scale", experts)
-    if "input" in name:
-        values = values / torch.tensor(_LESS).repeat(-(-experts // len(_LESS)))[:experts]
-    # compressed-tensors has the factor that values were multiplied by.
-    return list(1 / values if "global_scale" in name else values)
+    def _factors(self, name: str, data: Tensor) -> Callable[..., list[Tensor]]:
+        # `RoutedExperts.weight_loader` raises for two scales of an input with room for one.
+        are_apart = data.ndim == 2 and data.shape[1] == 2 and name not in _TIED
+        return partial(self.checkpoint.make_factors, are_apart=are_apart)

@@ -37,7 +37,8 @@ def orders_of_given(
         given |= dict(_scales_and_biases(entry, stored, gemm, arguments))
         for kind, (name, value) in given.items():
             parameter, order = checkpoint.named(gemm, kind), kinds.get(kind, "rows")
-            if kind == "bias" and parameter is None:
+            # `test_other_experts` says that a call lacks biases.
+            if kind == "bias" and (parameter is None or value is None):
                 continue
             hopper = {"weights": "weights", "scale": "scales"}[kind] if order == "hopper" else ""
             read = Order(halves, tiled=order == "tiles", hopper=hopper)

@@ -208,6 +208,14 @@ class VllmTarget(FrameworkTarget):
                 found.append(laid_out(answer, model, scheme, switches))
         return tuple(found)
 
+    def laid_out_elsewhere(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
+        if self.asked_of_others(model, scheme) is None:
+            return ()
+        calls = self._probe.ask("other_layouts", **questions.of_case(model, scheme))
+        return tuple(
+            laid_out(call, model, scheme, call["switches"], call["device"]) for call in calls
+        )
+
     def _ways(self, model: ModelSpec, scheme: str) -> list[bool]:
         """Return whether experts are given ids and weights, for each kind that takes a model."""
         method, found = self.classify(model).method, []

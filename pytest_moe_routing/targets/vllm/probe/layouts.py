@@ -9,16 +9,28 @@ from typing import Any
 from unittest.mock import patch
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.flashinfer.given import given_experts, refused_on
 from pytest_moe_routing.targets import marked_weights
+from pytest_moe_routing.targets.given_weights import orders_of_given, scales_of
 from pytest_moe_routing.targets.recorder import Reached, factors_of
 from pytest_moe_routing.targets.shares import Share, split_orders
-from pytest_moe_routing.targets.vllm.probe import factory
+from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, raised, refusal
+from pytest_moe_routing.targets.vllm.probe.choice import on_capability, selector_of
+from pytest_moe_routing.targets.vllm.probe.config import NoActivation
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import ALL, experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, INTERMEDIATE
 from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, is_whole, surroundings
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
+from pytest_moe_routing.targets.vllm.probe.other_experts import (
+    DEVICES,
+    Kind,
+    Way,
+    kinds_of,
+    needs,
+    taken_as,
+)
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
@@ -32,6 +44,7 @@ _PADS = {
 }
 #: The least that all kernels take.
 _HIDDEN_OF_SPLIT = 256
+_FLAG = "--moe-backend "
 #: What checks raise.
 _DELIBERATE = (AssertionError, NotImplementedError, ValueError)
 #: Experts of a layer, for what does not depend on their number.
@@ -90,17 +103,19 @@ def _prepared(
     method: Any,
     sizes: tuple[int, int],
     larger: str = "w1",
+    backend: str | None = None,
 ) -> tuple[LoadedLayer, Reached]:
     """Return a layer that has all of its experts, and its call of a kernel.
 
     Args:
         larger: The half of gated experts whose input has the larger scales.
+        backend: What `--moe-backend` says; None for what takes TRT-LLM's experts.
 
     Raises:
         Unsupported: vLLM's code raises something.
     """
     try:
-        layer = LoadedLayer(model, scheme, method, sizes, Ranks())
+        layer = LoadedLayer(model, scheme, method, sizes, Ranks(), backend=backend)
         layer.checkpoint.larger = larger
         layer.load()
         return layer, layer.call()
@@ -170,6 +185,74 @@ def _laid_out(
         "method": place,
         "orders": marked_weights.orders(scheme, arguments, checkpoint, gated=gated),
         **factors_of(arguments, checkpoint.halves_apart()),
+    }
+
+
+def other_layouts(model: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]:
+    """Return the same of experts that call other kernels than TRT-LLM's, where a server takes them.
+
+    Returns:
+        See `targets.layouts.LaidOutElsewhere`.
+
+    Raises:
+        Unsupported: The weights cannot be loaded, prepared or traced.
+    """
+    row = SCHEMES.get(scheme)
+    if row is None or row.modular is None:
+        return []
+    for what in ("modular", "layouts"):
+        names().require(what, scheme)
+    if not factory.is_run(model):
+        raise Unsupported(f"not judged: what makes a layer of vLLM {names().version} is not run")
+    try:
+        selector = selector_of(model, scheme, factory.classify(model)[0])
+    except NoActivation:
+        return []
+    callers, few, found = methods_of(row.modular_methods, model), _with_few_experts(model), []
+    if selector is None:
+        return []
+    for (kind, stored), devices in kinds_of(scheme).items():
+        ways: list[dict[str, Any]] = []
+        for device in devices:
+            with on_capability(*DEVICES[device]):
+                taken = taken_as(selector, kind, names().get(kind.key), Way(Ranks()))
+            capability = "{}.{}".format(*DEVICES[device])
+            if taken and refused_on(kind.function, stored, capability) is None:
+                ways.append({"device": device, "switches": taken[0]})
+        if not ways:
+            continue
+        way = min(ways, key=needs)
+        with on_capability(*DEVICES[way["device"]]):
+            for caller in callers:
+                answer = _laid_out_elsewhere(few, scheme, class_of(caller), kind, stored, way)
+                found.append({**way, **answer})
+    return found
+
+
+def _laid_out_elsewhere(
+    model: Mapping[str, Any],
+    scheme: str,
+    method: Any,
+    kind: Kind,
+    stored: str,
+    way: Mapping[str, Any],
+) -> dict[str, Any]:
+    place, experts = _place(method), names().get(kind.key)
+    flags = [flag.removeprefix(_FLAG) for flag in way["switches"] if flag.startswith(_FLAG)]
+    backend = flags[0] if flags else server_defaults.moe_backend()
+    with surroundings(), on_one_gpu():
+        layer, call = _prepared(model, scheme, method, (HIDDEN, INTERMEDIATE), backend=backend)
+    if layer.method.experts_cls is not experts:
+        raise Unsupported(f"not judged: {place} takes {layer.method.experts_cls.__name__}")
+    entry = given_experts(call.function)
+    if entry is None or stored not in entry.orders:
+        raise Unsupported(f"not judged: how {call.function} reads {stored}")
+    gated = model["experts"]["gated"]
+    return {
+        "function": call.function,
+        "method": place,
+        "orders": orders_of_given(entry, stored, call.arguments, layer.checkpoint, gated=gated),
+        "scales": scales_of(entry, stored, call.arguments),
     }
 
 

@@ -34,7 +34,7 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 #: vLLM's modules of functions that load and prepare weights, by key of the contract.
 _TOOLS = (
     *("weight-tools", "weight-parameters", "weight-fp8", "weight-mxfp8", "weight-w8a8"),
-    "weight-wna16",
+    *("weight-wna16", "weight-nvfp4"),
 )
 #: What a server is asked for, so that gates alone decide.
 _BACKENDS = {"mxfp4": "flashinfer_trtllm_afp8"}
@@ -123,6 +123,7 @@ def surroundings() -> Iterator[None]:
         stack.enter_context(patch.object(marked, "block_scales", _block_scales))
         # Some tools reject tensors that are not on a GPU, and need none.
         stack.enter_context(patch.object(torch.Tensor, "is_cuda", True))
+        stack.enter_context(patch.object(torch.Tensor, "cuda", lambda self, *_, **__: self))
         yield
 
 
@@ -212,6 +213,7 @@ class LoadedLayer:
         method: The class of the layer's quantization method.
         sizes: The hidden and the intermediate size of its checkpoint.
         ranks: Where it runs.
+        backend: What `--moe-backend` says; None for what takes TRT-LLM's experts.
 
     Attributes:
         checkpoint: What it is loaded from.
@@ -227,6 +229,8 @@ class LoadedLayer:
         method: Any,
         sizes: tuple[int, int],
         ranks: Ranks,
+        *,
+        backend: str | None = None,
     ) -> None:
         factory.enter()
         self.checkpoint, self._ranks = MarkedCheckpoint(), ranks
@@ -238,7 +242,7 @@ class LoadedLayer:
             bias = torch.zeros(experts, dtype=getattr(torch, model["router"]["correction_bias"]))
         arguments = layer_arguments(model, sizes, bias)
         self._config = ranks.config(arguments["params_dtype"])
-        self._config.kernel_config.moe_backend = _BACKENDS.get(scheme, _BACKEND)
+        self._config.kernel_config.moe_backend = backend or _BACKENDS.get(scheme, _BACKEND)
         given = {
             **arguments,
             **ranks.arguments(),
@@ -250,6 +254,9 @@ class LoadedLayer:
             self._runner = names().get("layer-factory")(**given)
         self._experts = self._runner.routed_experts
         self.method = self._experts.quant_method
+        if not hasattr(self.method, "forward"):
+            # vLLM's base class of operators for several devices is a stub.
+            self.method.forward = getattr(self.method, "forward_cuda", None)
 
     def load(self) -> None:
         """Load and prepare the weights."""

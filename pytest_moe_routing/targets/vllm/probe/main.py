@@ -45,6 +45,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "capture_modular": vllm_modular.capture_modular,
         "other_experts": vllm_other.other_experts,
         "layouts": vllm_layouts.layouts,
+        "other_layouts": vllm_layouts.other_layouts,
         "split_layouts": vllm_layouts.split_layouts,
     }
 

@@ -40,7 +40,7 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 
 
 @dataclass(frozen=True)
-class _Kind:
+class Kind:
     """One class of experts.
 
     Attributes:
@@ -55,7 +55,7 @@ class _Kind:
 
 
 @dataclass(frozen=True)
-class _Way:
+class Way:
     """How a server runs a layer, and the flags that make it do so."""
 
     ranks: Ranks
@@ -63,20 +63,20 @@ class _Way:
 
 
 _KINDS = (
-    _Kind(
+    Kind(
         "modular-flashinfer-cutlass",
         ("flashinfer_cutlass", "flashinfer_cutlass_afp8"),
         "cutlass_fused_moe",
     ),
 )
 #: The compute capability of each GPU that the selectors are asked for.
-_DEVICES = {"Blackwell": (10, 0), "Hopper": (9, 0)}
+DEVICES = {"Blackwell": (10, 0), "Hopper": (9, 0)}
 _EXPERT_PARALLEL = "--enable-expert-parallel"
 _WAYS = (
-    _Way(Ranks()),
-    _Way(Ranks(2), (_EXPERT_PARALLEL, "--tensor-parallel-size 2")),
-    _Way(Ranks(2, dispatched=True), (_EXPERT_PARALLEL, "--data-parallel-size 2")),
-    _Way(Ranks(2, split=True), ("--tensor-parallel-size 2",)),
+    Way(Ranks()),
+    Way(Ranks(2), (_EXPERT_PARALLEL, "--tensor-parallel-size 2")),
+    Way(Ranks(2, dispatched=True), (_EXPERT_PARALLEL, "--data-parallel-size 2")),
+    Way(Ranks(2, split=True), ("--tensor-parallel-size 2",)),
 )
 #: What the tensors of a layer are to a kernel, see `flashinfer/given.yaml`.
 _ROLES: Mapping[str, str] = {
@@ -109,7 +109,7 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     if SCHEMES[scheme].modular is None:
         return {"calls": []}
     names().require("modular", scheme)
-    if not _kinds(scheme):
+    if not kinds_of(scheme):
         return {"calls": []}
     row, method = SCHEMES[scheme], factory.classify(model)[0]
     try:
@@ -120,19 +120,19 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     if selector is None or not callers:
         raise Unsupported("no selector of this release chooses modular experts for the scheme")
     calls = []
-    for (kind, stored), devices in _kinds(scheme).items():
+    for (kind, stored), devices in kinds_of(scheme).items():
         experts = names().get(kind.key)
         for way in _ways(model):
             found = []
             for device in devices:
-                with on_capability(*_DEVICES[device]):
-                    taken = _taken(selector, kind, experts, way)
+                with on_capability(*DEVICES[device]):
+                    taken = taken_as(selector, kind, experts, way)
                 if taken is None:
                     continue
                 switches, backend = taken
                 about = {"experts": experts.__name__, "device": device, "stored": stored}
                 about |= {"switches": switches, "requests": switches != list(way.flags)}
-                capability = "{}.{}".format(*_DEVICES[device])
+                capability = "{}.{}".format(*DEVICES[device])
                 if refused_on(kind.function, stored, capability) is None:
                     found.append((about, backend))
                 else:
@@ -141,8 +141,8 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
             if not found:
                 continue
             # A class is the same on each of them: the one is taken that needs the least.
-            about, backend = min(found, key=lambda each: _needs(each[0]))
-            with on_capability(*_DEVICES[about["device"]]):
+            about, backend = min(found, key=lambda each: needs(each[0]))
+            with on_capability(*DEVICES[about["device"]]):
                 for caller in callers:
                     layer = layer_of(model, row, method, way.ranks)
                     layer.backend = backend
@@ -170,7 +170,7 @@ def _elsewhere(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     of_flashinfer = [names().get(key) for key in keys if names().has(key)]
     default = server_defaults.moe_backend()
     backends = dict.fromkeys((default, REQUESTED, *(b for kind in _KINDS for b in kind.backends)))
-    for device, capability in _DEVICES.items():
+    for device, capability in DEVICES.items():
         with on_capability(*capability):
             for name in backends:
                 taken = outcome(selector, replace(selector.config, moe_backend=name), ())[1]
@@ -184,22 +184,22 @@ def _elsewhere(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
 
 
 @cache
-def _kinds(scheme: str) -> dict[tuple[_Kind, str], list[str]]:
+def kinds_of(scheme: str) -> dict[tuple[Kind, str], list[str]]:
     """Return the GPUs of each class that a release has for a scheme, and how it stores that.
 
     Cached, as a release does not change.
     """
-    found: dict[tuple[_Kind, str], list[str]] = {}
+    found: dict[tuple[Kind, str], list[str]] = {}
     for kind in _KINDS:
-        for device in _DEVICES if names().has(kind.key) else ():
-            with on_capability(*_DEVICES[device]):
+        for device in DEVICES if names().has(kind.key) else ():
+            with on_capability(*DEVICES[device]):
                 stored = _stored(names().get(kind.key), scheme)
             if stored:
                 found.setdefault((kind, stored), []).append(device)
     return found
 
 
-def _ways(model: Mapping[str, Any]) -> Iterator[_Way]:
+def _ways(model: Mapping[str, Any]) -> Iterator[Way]:
     counts = counts_of_ranks(model)
     yield from (way for way in _WAYS if way.ranks.shards in counts)
 
@@ -215,12 +215,12 @@ def _stored(experts: Any, scheme: str) -> str:
     return ""
 
 
-def _needs(about: Mapping[str, Any]) -> tuple[int, str]:
+def needs(about: Mapping[str, Any]) -> tuple[int, str]:
     return len(about["switches"]), about["device"]
 
 
-def _taken(
-    selector: Selector, kind: _Kind, experts: Any, way: _Way
+def taken_as(
+    selector: Selector, kind: Kind, experts: Any, way: Way
 ) -> tuple[list[str], Any] | None:
     """Return what has to be switched on for a server to take a class, and as which backend.
 
@@ -238,7 +238,7 @@ def _taken(
     return None
 
 
-def _call(experts: Any, caller: Any, layer: Layer, way: _Way) -> dict[str, Any]:
+def _call(experts: Any, caller: Any, layer: Layer, way: Way) -> dict[str, Any]:
     """Return what becomes of the tokens.
 
     Raises:

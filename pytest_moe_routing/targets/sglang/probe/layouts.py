@@ -6,7 +6,7 @@ SGLang's own code loads them, prepares them and hands them over; what it calls o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,7 @@ from pytest_moe_routing.targets.recorder import factors_of
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
 from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, accepted
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
-from pytest_moe_routing.targets.sglang.probe.ranks import splitting
+from pytest_moe_routing.targets.sglang.probe.ranks import RANKS, splitting
 from pytest_moe_routing.targets.sglang.probe.requests import (
     INNER,
     MARKED,
@@ -251,28 +251,14 @@ class _Loaded:
         for part in parts:
             like = data[0, :rows] if self._share is None else self._of_checkpoint(layer, name)
             made = self.checkpoint.make(name, part, len(data), like)
-            for expert, tensor in enumerate(made):
-                layer._weight_loader_impl(
-                    param=parameter,
-                    loaded_weight=tensor,
-                    weight_name=f"experts.{name}",
-                    shard_id=part,
-                    expert_id=expert,
-                )
+            _load_part(layer, name, parameter, part, made)
 
     def _load_factors(self, layer: Any, name: str, parameter: Any, parts: tuple[str, ...]) -> None:
         """Load the scales of whole tensors."""
         are_apart = len(parts) == parameter.ndim == 2 and name not in self._tied
         for part in parts:
             made = self.checkpoint.make_factors(name, part, len(parameter), are_apart=are_apart)
-            for expert, scale in enumerate(made):
-                layer._weight_loader_impl(
-                    param=parameter,
-                    loaded_weight=scale,
-                    weight_name=f"experts.{name}",
-                    shard_id=part,
-                    expert_id=expert,
-                )
+            _load_part(layer, name, parameter, part, made)
 
     def _of_checkpoint(self, layer: Any, name: str) -> Tensor:
         """Return a tensor of the shape and dtype of a part of a parameter, of all ranks."""
@@ -295,3 +281,15 @@ class _Loaded:
         layer.weight_loader(
             parameter, whole, weight_name=f"experts.{name}", shard_id=None, expert_id=None
         )
+
+
+def _load_part(layer: Any, name: str, parameter: Any, part: str, tensors: Sequence[Tensor]) -> None:
+    """Load a part of a parameter of each expert, as a checkpoint numbers the experts."""
+    routed = len(tensors) - layer.num_fused_shared_experts
+    # Experts lie in order, and each rank has as many. Of inputs, it may have the scales of all.
+    first = (RANKS.count - 1) * routed if len(tensors) < layer.num_experts else 0
+    numbered = [*enumerate(tensors, first)]
+    # A loader is given those of other ranks as well, and skips them.
+    numbered += [(0, tensors[-1])] if first else []
+    for expert, tensor in numbered:
+        layer.weight_loader(parameter, tensor, f"experts.{name}", part, expert)

@@ -141,6 +141,8 @@ def stand_ins(names: Names, defaults: Callable[[], Mapping[str, Any]] = dict) ->
     }
     # By SGLang's own code or as its kernels take them only where that is what is asked.
     exact = {**preparation.FUNCTIONS, **dict.fromkeys(OWN)}
+    # Experts that are loaded lie in order.
+    exact["get_global_expert_location_metadata"] = lambda *_: None
     return replaced | {name: by_request(name, replaced.get(name), f) for name, f in exact.items()}
 
 

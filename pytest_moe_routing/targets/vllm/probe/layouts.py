@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 from unittest.mock import patch
@@ -51,6 +52,23 @@ _DELIBERATE = (AssertionError, NotImplementedError, ValueError)
 _EXPERTS, _TOP_K, _GROUPS = 8, 2, 2
 
 
+@dataclass(frozen=True)
+class _Loading:
+    """How a layer is made and loaded, whose experts are whole.
+
+    Attributes:
+        sizes: The hidden and the intermediate size of its checkpoint.
+        ranks: Where it runs.
+        larger: The half of gated experts whose input has the larger scales.
+        backend: What `--moe-backend` says; None for what takes TRT-LLM's experts.
+    """
+
+    sizes: tuple[int, int]
+    ranks: Ranks = Ranks()  # noqa: RUF009
+    larger: str = "w1"
+    backend: str | None = None
+
+
 def split_layouts(
     model: Mapping[str, Any], scheme: str, count: int, whole: int
 ) -> list[dict[str, Any]]:
@@ -89,7 +107,7 @@ def _split(model: Mapping[str, Any], scheme: str, method: Any, share: Share) -> 
         except Exception as error:
             if not isinstance(error, _DELIBERATE):
                 # If it is raised without ranks as well, splitting is not the reason.
-                _prepared(model, scheme, method, (_HIDDEN_OF_SPLIT, _HIDDEN_OF_SPLIT))
+                _prepared(model, scheme, method, _Loading((_HIDDEN_OF_SPLIT, _HIDDEN_OF_SPLIT)))
             return {"method": place, "raised": raised(error), "is_refused": layer is None}
     _require_experts(scheme, layer, place, modular=not layer.method.is_monolithic)
     gated = model["experts"]["gated"]
@@ -98,25 +116,17 @@ def _split(model: Mapping[str, Any], scheme: str, method: Any, share: Share) -> 
 
 
 def _prepared(
-    model: Mapping[str, Any],
-    scheme: str,
-    method: Any,
-    sizes: tuple[int, int],
-    larger: str = "w1",
-    backend: str | None = None,
+    model: Mapping[str, Any], scheme: str, method: Any, loading: _Loading
 ) -> tuple[LoadedLayer, Reached]:
-    """Return a layer that has all of its experts, and its call of a kernel.
-
-    Args:
-        larger: The half of gated experts whose input has the larger scales.
-        backend: What `--moe-backend` says; None for what takes TRT-LLM's experts.
+    """Return a layer whose experts are whole, and its call of a kernel.
 
     Raises:
         Unsupported: vLLM's code raises something.
     """
     try:
-        layer = LoadedLayer(model, scheme, method, sizes, Ranks(), backend=backend)
-        layer.checkpoint.larger = larger
+        sizes, ranks, backend = loading.sizes, loading.ranks, loading.backend
+        layer = LoadedLayer(model, scheme, method, sizes, ranks, backend=backend)
+        layer.checkpoint.larger = loading.larger
         layer.load()
         return layer, layer.call()
     except Unsupported:
@@ -158,11 +168,13 @@ def layouts(model: Mapping[str, Any], scheme: str, modular: bool = False) -> lis
         raise Unsupported("no layer of this release calls such experts")
     few = _with_few_experts(model)
     # Unequal even if the model's are equal: most models of its kind have others.
-    sizes = {(HIDDEN, INTERMEDIATE): "w1"}
+    loadings = [_Loading((HIDDEN, INTERMEDIATE))]
     if scheme in _PADS and names().has(_PADS[scheme]):
         # Either half has the larger scales of inputs once: code that drops one of them shows.
-        sizes[_PADDED] = "w3"
-    ways = product(map(class_of, callers), sizes.items())
+        loadings.append(_Loading(_PADDED, larger="w3"))
+    if not modular and few["router"]["num_experts"] % 2 == 0:
+        loadings.append(_Loading((HIDDEN, INTERMEDIATE), Ranks(2)))
+    ways = product(map(class_of, callers), loadings)
     return [_laid_out(few, scheme, *way, modular=modular) for way in ways]
 
 
@@ -170,13 +182,13 @@ def _laid_out(
     model: Mapping[str, Any],
     scheme: str,
     method: Any,
-    loaded: tuple[tuple[int, int], str],
+    loading: _Loading,
     *,
     modular: bool,
 ) -> dict[str, Any]:
     place = _place(method)
     with surroundings(), on_one_gpu(), _taking(scheme, modular):
-        layer, call = _prepared(model, scheme, method, *loaded)
+        layer, call = _prepared(model, scheme, method, loading)
     _require_experts(scheme, layer, place, modular=modular)
     arguments, gated = call.arguments, model["experts"]["gated"]
     checkpoint = layer.checkpoint.as_given(arguments)
@@ -240,8 +252,9 @@ def _laid_out_elsewhere(
     place, experts = _place(method), names().get(kind.key)
     flags = [flag.removeprefix(_FLAG) for flag in way["switches"] if flag.startswith(_FLAG)]
     backend = flags[0] if flags else server_defaults.moe_backend()
+    loading = _Loading((HIDDEN, INTERMEDIATE), backend=backend)
     with surroundings(), on_one_gpu():
-        layer, call = _prepared(model, scheme, method, (HIDDEN, INTERMEDIATE), backend=backend)
+        layer, call = _prepared(model, scheme, method, loading)
     if layer.method.experts_cls is not experts:
         raise Unsupported(f"not judged: {place} takes {layer.method.experts_cls.__name__}")
     entry = given_experts(call.function)

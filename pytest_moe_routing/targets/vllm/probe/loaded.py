@@ -303,8 +303,14 @@ class LoadedLayer:
             whole = torch.stack([torch.stack(each) for each in made.values()], 2).flatten(1, 2)
             parameter.weight_loader(parameter, whole, name, shard_id=None, expert_id=None)
             return
+        # Experts lie in order, and each rank has as many.
+        first = self._ranks.rank * len(data) if self._ranks.shards > 1 else 0
+        if len(data) == self._model["router"]["num_experts"]:
+            first = 0  # Of inputs, ranks may have the scales of all experts.
         for part, tensors in made.items():
-            for expert, tensor in enumerate(tensors):
+            # A loader is given those of other ranks as well, and skips them.
+            others = [(0, tensors[-1])] if first else []
+            for expert, tensor in [*enumerate(tensors, first), *others]:
                 parameter.weight_loader(
                     parameter, tensor, f"{factory.PREFIX}.{name}", shard_id=part, expert_id=expert
                 )

@@ -104,6 +104,36 @@ BROKEN = {
         *(*W4A4, r"layer.w13_input_scale_quant,", "layer.w2_input_scale_quant,"),
         *("qwen3-30b-a3b", "nvfp4"),
     ),
+    "scales of halves loaded swapped": (
+        *(f"{LAYERS}.moe.fused_moe_triton.layer", "FusedMoE._load_per_tensor_weight_scale"),
+        *("idx = 0 if", "idx = 1 if", "qwen3-30b-a3b", "fp8_per_tensor"),
+    ),
+    "smaller scale of the halves": (
+        f"{LAYERS}.quantization.modelopt_quant",
+        "ModelOptFp8MoEMethod.process_weights_after_loading",
+        *(r"(w13_weight_scale\.)max\(dim=1\)", r"\1min(dim=1)"),
+        *("qwen3-30b-a3b", "fp8_per_tensor"),
+    ),
+    "scale of the gate for up rows": (
+        *(f"{LAYERS}.quantization.modelopt_quant", "_compute_gemm1_alphas"),
+        *(r"up_scale = w13_weight_scale_2\[:, 1\]", "up_scale = gate_scale", "qwen3-30b-a3b", "nvfp4"),
+    ),
+    "up rows stored for the scale of the gate": (
+        f"{LAYERS}.quantization.modelopt_quant",
+        "ModelOptNvFp4FusedMoEMethod.process_weights_after_loading",
+        *(r"torch\.maximum\(", "torch.minimum("),
+        *("glm-5.3-flash", "nvfp4"),
+    ),
+    "smallest input scale": (
+        f"{LAYERS}.quantization.modelopt_quant",
+        "ModelOptFp8MoEMethod.process_weights_after_loading",
+        *(r"w2_input_scale\.max\(\)", "w2_input_scale.min()"),
+        *("qwen3-30b-a3b", "fp8_per_tensor"),
+    ),
+    "experts of a rank in another order": (
+        *(f"{LAYERS}.moe.fused_moe_triton.layer", "FusedMoE._map_global_expert_id_to_local_expert_id"),
+        *(r"return expert_id - start_idx", "return end_idx - 1 - expert_id", "qwen3-30b-a3b", "bf16"),
+    ),
     "nothing for Hopper": (*HOPPER, "2880", "2880", "gpt-oss-20b", "mxfp4"),
     "biases swapped for Hopper": (
         *(*HOPPER, r"(?s)= w13_bias_up\n(.*)= w13_bias_gate", r"= w13_bias_gate\n\1= w13_bias_up"),

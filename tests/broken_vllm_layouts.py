@@ -137,6 +137,52 @@ BROKEN = {
         *(r"1\.0 / layer\.w2_weight_global_scale", "layer.w2_weight_global_scale"),
         *("mixtral-8x7b", "nvfp4"),
     ),
+    "scales of halves swapped": (
+        *(f"{QUANT}.modelopt", "ModelOptFp8MoEMethod.process_weights_after_loading"),
+        *(r"w13_scale,(\s+shard_size)", r"w13_scale.flip(1),\1", "mixtral-8x7b", "fp8_per_tensor"),
+    ),
+    "scale of the gate for both halves": (
+        f"{TENSORS}.compressed_tensors_moe_w8a8_fp8",
+        "CompressedTensorsW8A8Fp8MoEMethod.process_weights_after_loading",
+        r"w13_scale,(\s+shard_size)",
+        *(r"w13_scale[:, :1].repeat(1, 2),\1", "mixtral-8x7b", "fp8_per_tensor"),
+    ),
+    "scales of half of the inputs": (
+        *(*MODELOPT, "a13_scale=layer.w13_input_scale", "a13_scale=layer.w13_input_scale[:, :1]"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "scales of the other half of the inputs": (
+        *(*MODELOPT, "a13_scale=layer.w13_input_scale", "a13_scale=layer.w13_input_scale[:, 1:]"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "block scales cast": (
+        *(*FP8, r"(?s)(block_quant:\s+w13_scale = )(swap_w13_to_w31\(w13_scale\))"),
+        *(r"\1\2.bfloat16().float()", "deepseek-r1", "fp8_block"),
+    ),
+    "small block scales clamped": (*FP8, "= 1e-10", "= 1e-3", "deepseek-r1", "fp8_block"),
+    "experts of a rank in another order": (
+        *(f"{MOE}.routed_experts", "RoutedExperts._map_global_expert_id_to_local_expert_id"),
+        *(r"return (.*)", r"at = \1; return at if at < 1 else self.local_num_experts - at"),
+        *("mixtral-8x7b", "bf16"),
+    ),
+    "halves for CUTLASS": (
+        *(FP4, "prepare_nvfp4_moe_layer_for_fi_or_cutlass"),
+        *(r"(?s)(and backend\s+in \[\s+)NvFp4MoeBackend.FLASHINFER_CUTLASS,", r"\1"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "scales not in tiles for CUTLASS": (
+        *(FP4, "prepare_nvfp4_moe_layer_for_fi_or_cutlass"),
+        *(r"w2_scale = swizzle_blockscale\(w2_scale\)", "w2_scale = w2_scale"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "factor for CUTLASS": (
+        *(f"{MOE}.oracle.fp8", "make_fp8_moe_quant_config"),
+        *(r"g2_alphas = w2_scale \* a2_scale", "g2_alphas = w2_scale * 1"),
+        *("mixtral-8x7b", "fp8_per_tensor"),
+    ),
+    "rows of experts without a gate for CUTLASS": (
+        *(*GPT_OSS, "128", "128", "nemotron-3-nano", "mxfp4"),
+    ),
     "nothing with biases": (*GPT_OSS, "128", "128", "gpt-oss-20b", "mxfp4"),
     "nothing without gates": (*DEEPSEEK, "64", "64", "nemotron-3-nano", "nvfp4"),
     "nothing with SiTU": (*DEEPSEEK, "64", "64", "kimi-k3", "nvfp4"),

@@ -19,10 +19,17 @@ from pytest_moe_routing.oracle.scales import wrong_input, wrong_parameters, wron
 from pytest_moe_routing.report.text import sentence
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.recorder import plain
-from pytest_moe_routing.targets.scales import GIVEN, per_expert
+from pytest_moe_routing.targets.scales import GIVEN, of_part, per_expert
 
 MODELS = load_models(packaged_directory())
 SILU, RELU2, OSS = (MODELS[m].experts for m in ("qwen3-30b-a3b", "nemotron-3-nano", "gpt-oss-20b"))
+#: Scales of a layer's first experts, as numbers that are easy to read.
+LAYER = {
+    "w1_scale": (3.0, 5.0, 7.0, 9.0),
+    "a1_scale": (0.5,) * 4,
+    "w2_scale": (11.0, 13.0, 15.0, 14.0),
+    "a2_scale": (2.0**-11,) * 4,
+}
 PER_TENSOR = {
     "output1_scales_gate_scalar": [1.5, 2.5, 3.5, 4.5],
     "output1_scales_scalar": [3072.0, 5120.0, 7168.0, 9216.0],
@@ -44,7 +51,7 @@ def vectors(**arguments):
 def found_in(experts, scheme, **arguments):
     kernel = kernel_of(scheme)
     parts = wrong_scales, wrong_parameters
-    return [sentence(f) for part in parts for f in part(experts, kernel, arguments, GIVEN)]
+    return [sentence(f) for part in parts for f in part(experts, kernel, arguments, LAYER)]
 
 
 @pytest.mark.parametrize(
@@ -79,8 +86,14 @@ def test_factors_and_units_are_those_of_calls_that_the_simulator_computes_right(
 
 
 def test_no_two_formulas_that_a_caller_may_compute_have_the_same_values():
-    values = [formula.values(GIVEN) for formula in likely_formulas()]
-    assert len(set(values)) == len(values) == 5**4
+    formulas = likely_formulas()
+    of_one_scale = [formula.values(GIVEN) for formula in formulas if not formula.powers[1]]
+    assert len(set(of_one_scale)) == len(of_one_scale) == 5**4
+    of_two = {
+        f"{part}_scale": tuple(of_part("w1_scale", part, 4).tolist()) for part in ("w1", "w3")
+    }
+    values = [formula.values({**GIVEN, **of_two}) for formula in formulas]
+    assert len(set(values)) == len(values) == 5**5
 
 
 @pytest.mark.parametrize("text", ["1", "1 / a2_scale", "w1_scale * a1_scale / a2_scale / a2_scale"])
@@ -106,6 +119,23 @@ def test_a_wrong_factor_is_told_by_its_formula(name, value, got):
     formula = factors(kernel_of("fp8_per_tensor"), gated=True)[name]
     found = found_in(SILU, "fp8_per_tensor", **vectors(**{**PER_TENSOR, name: value}))
     assert found == [f"{name} arrives as {got}, the layer has {formula}"]
+
+
+def test_up_rows_with_a_scale_of_their_own_are_not_dequantized_with_that_of_the_gate():
+    given, right = (
+        {**LAYER, "w3_scale": (1.5, 2.5, 14.0, 18.0)},
+        {
+            **PER_TENSOR,
+            "output1_scales_scalar": [1536.0, 2560.0, 14336.0, 18432.0],
+        },
+    )
+    kernel = kernel_of("fp8_per_tensor")
+    assert [*wrong_scales(SILU, kernel, vectors(**right), given)] == []
+    (found,) = wrong_scales(SILU, kernel, vectors(**PER_TENSOR), given)
+    assert sentence(found) == (
+        "output1_scales_scalar arrives as w1_scale * a1_scale / a2_scale, the layer has "
+        "w3_scale * a1_scale / a2_scale"
+    )
 
 
 def test_factors_of_experts_without_a_gate_do_not_dequantize_it_twice():
@@ -179,13 +209,13 @@ def test_a_clamp_is_in_units_of_accumulators(limit, problem):
 def test_the_input_is_quantized_with_the_scale_that_dequantizes_it(
     scheme, right, inverted, formula
 ):
-    assert [*wrong_input(scheme, {"input_scale": {"all": right}}, GIVEN)] == []
-    [found] = wrong_input(scheme, {"input_scale": {"all": inverted}}, GIVEN)
+    assert [*wrong_input(scheme, {"input_scale": {"all": right}}, LAYER)] == []
+    [found] = wrong_input(scheme, {"input_scale": {"all": inverted}}, LAYER)
     wanted, got = formula
     assert sentence(found) == f"input_scale arrives as {got}, the layer has {wanted}"
     # A step that the probe replaces, or a scheme without such a scale.
-    assert [*wrong_input(scheme, {}, GIVEN)] == []
-    assert [*wrong_input("mxfp8", {"input_scale": {"all": inverted}}, GIVEN)] == []
+    assert [*wrong_input(scheme, {}, LAYER)] == []
+    assert [*wrong_input("mxfp8", {"input_scale": {"all": inverted}}, LAYER)] == []
 
 
 def test_what_flashinfer_does_not_document_is_not_compared():
@@ -198,6 +228,14 @@ def test_a_vector_is_recorded_by_its_first_experts(experts):
     value = per_expert("w1_scale", experts)
     assert plain(value, {})["each"] == list(GIVEN["w1_scale"])
     assert "each" not in plain(torch.arange(experts + 4).float(), {})
+
+
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_of_the_scale_of_a_whole_tensor_shows(name, dtype):
+    values = per_expert(name, 4)
+    cast = values.to(dtype).float()
+    assert not any(abs(x / y - 1) < 1e-4 for x, y in zip(cast, values, strict=True))
 
 
 def test_scales_of_eight_bits_are_recognized_by_their_bytes():

@@ -12,7 +12,7 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.schemes import KernelSpec
 
 #: Scales of whole tensors of an expert, see `scales.yaml`.
-SCALES = ("w1_scale", "a1_scale", "w2_scale", "a2_scale", "w3_scale")
+SCALES = ("w1_scale", "w3_scale", "a1_scale", "w2_scale", "a2_scale")
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _usual(
         is_exact = verdict is Verdict.EXACT
         if not is_exact and not (judged.by_choice and verdict is not Verdict.CRASH):
             continue
-        kind = kind_of(model), model.experts.activation_limit is None, is_exact, method in methods
+        kind = kind_of(model), is_exact, method in methods
         if kind not in kinds:
             kinds.add(kind)
             yield model, verdict

@@ -124,7 +124,9 @@ def _ask(
 
 def kind_of(model: ModelSpec) -> Any:
     """Return what tells apart kinds of experts, whose weights get to a kernel in different ways."""
-    return model.experts.activation, model.experts.bias
+    # Frameworks may store weights again for experts with a limit.
+    has_limit = model.experts.activation_limit is not None
+    return model.experts.activation, model.experts.bias, has_limit
 
 
 def layout_findings(orders: Sequence[Mapping[str, Any]], where: str) -> tuple[Finding, ...]:

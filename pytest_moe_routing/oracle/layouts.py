@@ -91,7 +91,7 @@ def _elsewhere(
     Args:
         answered, unanswered: Those of the scheme's own kernels, to which these are added.
     """
-    wrong: dict[Any, WrongLayout] = {}
+    wrong: dict[Any, tuple[LaidOut, list[ModelSpec]]] = {}
 
     def ask(model: ModelSpec) -> tuple[LaidOut, ...]:
         return target.laid_out_elsewhere(model, scheme)
@@ -102,8 +102,8 @@ def _elsewhere(
             if at.findings:
                 # Precisions of one GPU show one mistake.
                 key = at.method, at.device, at.findings
-                wrong.setdefault(key, WrongLayout(at, tuple(alike)))
-    return wrong.values()
+                wrong.setdefault(key, (at, []))[1].extend(alike)
+    return (WrongLayout(at, tuple(dict.fromkeys(given))) for at, given in wrong.values())
 
 
 def _ask(

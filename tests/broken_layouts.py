@@ -61,6 +61,11 @@ BROKEN = {
         *(*MXFP4, r"reorder_w1w3_to_w3w1\(\s", "(lambda *both: both)( "),
         *("deepseek-v4-flash", "mxfp4"),
     ),
+    "names of gate and up swapped": (
+        *(f"{LAYERS}.moe.fused_moe_triton.layer", "FusedMoE.make_expert_params_mapping"),
+        r'(?s)"w1", ckpt_gate_proj_name(.*)"w3", ckpt_up_proj_name',
+        *(r'"w1", ckpt_up_proj_name\1"w3", ckpt_gate_proj_name', "qwen3-30b-a3b", "bf16"),
+    ),
     "loaded swapped": (
         *(*LOADER, 'switch_w13 and shard_id == "w1"', 'switch_w13 and shard_id == "w3"'),
         *("llama-4-scout", "nvfp4"),

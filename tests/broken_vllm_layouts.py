@@ -59,6 +59,11 @@ BROKEN = {
         *(*FP8, r"(?s)(block_quant:\s+w13_scale = )swap_w13_to_w31\(", r"\1("),
         *("deepseek-r1", "fp8_block"),
     ),
+    "names of gate and up swapped": (
+        *(f"{MOE}.routed_experts", "RoutedExperts.build_expert_params_mapping"),
+        r'(?s)"w1", ckpt_gate_proj_name(.*)"w3", ckpt_up_proj_name',
+        *(r'"w1", ckpt_up_proj_name\1"w3", ckpt_gate_proj_name', "mixtral-8x7b", "bf16"),
+    ),
     "loaded swapped": (
         *(*LOADER, r"(?s)(dim, )0(, shard_size.*?dim, )shard_size(, shard_size)"),
         *(r"\1shard_size\g<2>0\3", "mixtral-8x7b", "bf16"),

@@ -15,6 +15,10 @@ FOUND = {
     "nothing mxfp4": [],
     "blocks not made": ["weight_layout says BlockMajorK, the weights are MajorK"],
     "halves not swapped": [HALVES],
+    "names of gate and up swapped": [
+        "gemm1_weights: gate and up halves are swapped",
+        "fc1_expert_weights: gate and up halves are swapped",
+    ],
     "loaded swapped": [HALVES],
     "not shuffled": ["gemm2_weights: rows are not shuffled"],
     "layout says blocks": ["weight_layout says BlockMajorK, the weights are MajorK"],
@@ -144,6 +148,7 @@ OF_VLLM = {
     ),
     "halves of weights": (MXFP8, [f"gemm1_weights: {SWAPPED}"]),
     "halves of square scales": (FP8, [f"gemm1_weights_scale: {SWAPPED}"]),
+    "names of gate and up swapped": (["UnquantizedFusedMoEMethod"], [f"gemm1_weights: {SWAPPED}"]),
     "loaded swapped": (["UnquantizedFusedMoEMethod"], [f"gemm1_weights: {SWAPPED}"]),
     "scales not in tiles": (
         MXFP8,

@@ -28,6 +28,8 @@ _SIGNS = 0x88
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 #: What tells apart the mantissas of random bytes.
 _STRIDE = 32749
+#: What checkpoints call the parts of an expert.
+MATRICES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 #: What a kernel is given of a matrix, block scales after its weights.
 KINDS = ("weights", "scale", "bias")
 #: What is quantized again where gate and up rows get one scale: E4M3 numbers.

@@ -18,7 +18,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets import marked_weights
 from pytest_moe_routing.targets.given_weights import orders_of_given, scales_of
-from pytest_moe_routing.targets.marked_checkpoint import MarkedCheckpoint
+from pytest_moe_routing.targets.marked_checkpoint import MATRICES, MarkedCheckpoint
 from pytest_moe_routing.targets.recorder import factors_of
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
 from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, accepted
@@ -292,5 +292,13 @@ def _load_part(layer: Any, name: str, parameter: Any, part: str, tensors: Sequen
     numbered = [*enumerate(tensors, first)]
     # A loader is given those of other ranks as well, and skips them.
     numbered += [(0, tensors[-1])] if first else []
+    kind = name.partition("_")[2]
+    names = [MATRICES[each] for each in ("w1", "w2", "w3")]
+    mapping = layer.make_expert_params_mapping(*names, layer.num_experts)
+    places = {weight: (f"{start}{kind}", shard, number) for start, weight, number, shard in mapping}
     for expert, tensor in numbered:
-        layer.weight_loader(parameter, tensor, f"experts.{name}", part, expert)
+        # As the models' loaders find the place of a weight.
+        place, shard, number = places[f"experts.{expert}.{MATRICES[part]}."]
+        if place != f"experts.{name}":
+            raise Unsupported(f"not judged: SGLang loads {MATRICES[part]} into {place}")
+        layer.weight_loader(parameter, tensor, place, shard, number)

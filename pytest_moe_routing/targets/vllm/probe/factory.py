@@ -56,6 +56,16 @@ def _context() -> Surroundings:
     return Surroundings(no_compile_layers=layers, all_moe_layers=None, dp_metadata=None)
 
 
+class _Placement:
+    """Where experts are placed at first: no layer here has one twice."""
+
+    @staticmethod
+    def build_initial_global_physical_to_logical_map(
+        num_routed_experts: int, _num_redundant_experts: int
+    ) -> list[int]:
+        return [*range(num_routed_experts)]
+
+
 class _Off:
     """Operators of other GPUs: none is enabled."""
 
@@ -76,6 +86,7 @@ def stand_ins() -> dict[str, Any]:
         "get_forward_context": _context,
         "is_forward_context_available": lambda: True,
         "aux_stream": lambda: None,
+        "EplbState": _Placement,
         "resolve_quant_method": lambda config, *of: config.get_quant_method(*of),
         "rocm_aiter_ops": _Off(),
         "_USE_LAYERNAME": False,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked, marked_weights, scales, stubs
-from pytest_moe_routing.targets.marked_checkpoint import MarkedCheckpoint
+from pytest_moe_routing.targets.marked_checkpoint import MATRICES, MarkedCheckpoint
 from pytest_moe_routing.targets.recorder import Reached
 from pytest_moe_routing.targets.shares import whole_blocks
 from pytest_moe_routing.targets.vllm.probe import factory, release
@@ -310,10 +310,16 @@ class LoadedLayer:
         for part, tensors in made.items():
             # A loader is given those of other ranks as well, and skips them.
             others = [(0, tensors[-1])] if first else []
-            for expert, tensor in [*enumerate(tensors, first), *others]:
-                parameter.weight_loader(
-                    parameter, tensor, f"{factory.PREFIX}.{name}", shard_id=part, expert_id=expert
-                )
+            self._load_named(name, part, [*enumerate(tensors, first), *others])
+
+    def _load_named(self, name: str, part: str, tensors: Iterable[tuple[int, Tensor]]) -> None:
+        """Load a part of a parameter of each expert, by the names that checkpoints have."""
+        matrix = MATRICES[part] if self._is_gated or part == "w2" else MATRICES["w3"]
+        kind = name.partition("_")[2]
+        weights = [(f"{expert}.{matrix}.{kind}", tensor) for expert, tensor in tensors]
+        # What it returns are names of parameters, one by one.
+        for _ in self._experts.load_weights(weights):
+            pass
 
     def _marked(self, name: str, data: Tensor) -> Callable[..., list[Tensor]]:
         hidden, inner = self._sizes

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from pytest_moe_routing.targets import marked_checkpoint
 from pytest_moe_routing.targets.marked_checkpoint import MarkedCheckpoint, Padded
 from pytest_moe_routing.targets.marked_weights import orders
 from pytest_moe_routing.targets.scales import GIVEN
@@ -92,6 +93,19 @@ def test_rows_of_two_scales_are_those_of_the_checkpoint():
 def test_a_cast_of_block_scales_shows(dtype, cast):
     (scales, *_) = MarkedCheckpoint().make("w2_weight_scale", "w2", 1, LIKE.to(dtype))
     assert (scales.float() != scales.to(cast).float()).float().mean() > 0.4
+
+
+def test_scales_keep_their_bits_whatever_the_default_dtype():
+    """SGLang makes its layers with bfloat16 as torch's default."""
+    before = torch.get_default_dtype()
+    marked_checkpoint._values.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        scales = marked_checkpoint._values(torch.float32, is_scale=True)
+    finally:
+        torch.set_default_dtype(before)
+        marked_checkpoint._values.cache_clear()
+    assert (scales != scales.bfloat16().float()).float().mean() > 0.4
 
 
 def test_float32_scales_are_as_small_as_those_of_weights():

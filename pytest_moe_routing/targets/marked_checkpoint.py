@@ -203,7 +203,9 @@ def _values(dtype: torch.dtype, *, is_scale: bool) -> Tensor:
     # Scales of float32 reach down to those of small weights.
     range_ = 28 if is_scale and dtype == torch.float32 else 7
     steps = round(1 / torch.finfo(dtype).eps)
-    made = torch.exp2((3 - byte % range_).float()) * (1 + byte * _STRIDE % steps / steps)
+    # Not in torch's default dtype, which a framework may set.
+    fraction = (byte * _STRIDE % steps).float() / steps
+    made = torch.exp2((3 - byte % range_).float()) * (1 + fraction)
     return (made if is_scale else made * (1 - byte // 128 * 2)).to(dtype)
 
 

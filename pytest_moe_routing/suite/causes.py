@@ -226,18 +226,22 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
     models = few(list(dict.fromkeys(each.id for each in (model, *wrong.models))))
     is_order = all(finding.kind is Kind.LAYOUT for finding in call.findings)
     problem = "reads other elements than it is given" if is_order else "is given other factors"
-    lines = (
+    lines: tuple[str, ...] = (
         f"{model} on {scheme}, {target}: {call.function} {problem}",
         f"  reach    {reached}",
         *(f"  because  {line}" for line in text.sentences(call.findings)),
         f"  at       {call.method}",
         f"  models   {models}",
     )
+    rank = Rank.SILENT
+    if reach in (Reach.OPT_IN, Reach.NO_MODEL):
+        rank = Rank.LATENT
+        lines = (f"{lines[0]}: {'; '.join(text.sentences(call.findings))}", reached)
     source, _, name = call.method.partition(" ")
     what = "+".join(dict.fromkeys(f"{f.field}-{f.got}" for f in call.findings))
     return Failure(
         cause_id("layout", re.sub(r"[^\w+-]+", "-", what), name),
-        Rank.SILENT,
+        rank,
         f"{model.id} {scheme}",
         lines,
         source,

@@ -371,9 +371,7 @@ class SglangTarget(SglangQuestions):
             return ()
         del asked["scale"]
         calls = self._remembered("other_layouts", asked)
-        return tuple(
-            laid_out(call, model, scheme, call["switches"], call["device"]) for call in calls
-        )
+        return tuple(laid_out(c, model, scheme, c["switches"], c["device"]) for c in calls)
 
     def _runner_given(self, model: ModelSpec, scheme: str) -> str | None:
         """Return the runner whose kernel routes for a model, or is given experts by default."""

@@ -125,7 +125,7 @@ def split(monkeypatch):
     world.names = SimpleNamespace(require=lambda question: None)
     parallel = SimpleNamespace(use_sequence_parallel_moe=False)
     vars(world)["vllm_config"] = SimpleNamespace(parallel_config=parallel)
-    monkeypatch.setattr(blocks, "world", lambda: world)
+    monkeypatch.setattr(sequence_parallel, "world", lambda: world)
 
     def ask(shared, *, nested=False):
         def build(row, values, *, runs):
@@ -167,6 +167,6 @@ def test_shared_experts_of_a_stub_are_not_judged(split):
 
 
 def test_an_installed_vllm_is_not_asked(monkeypatch):
-    monkeypatch.setattr(blocks, "world", object)
+    monkeypatch.setattr(sequence_parallel, "world", object)
     with pytest.raises(Unsupported, match="needs a vLLM apart from its dependencies"):
         sequence_parallel.split_shared_experts({}, {})

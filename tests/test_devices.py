@@ -128,15 +128,14 @@ def split(monkeypatch):
     monkeypatch.setattr(sequence_parallel, "world", lambda: world)
 
     def ask(shared, *, nested=False):
-        def build(row, values, *, runs):
-            assert not runs
+        def build(row, values, _run):
             given = {
                 "shared_experts": shared,
                 "is_sequence_parallel": parallel.use_sequence_parallel_moe,
             }
             arguments = {"kwargs": given} if nested else given
-            block = blocks.Block("a.Block", "", torch.nn.Module())
-            return block, [SimpleNamespace(arguments=arguments)], torch.empty(0)
+            layers = [SimpleNamespace(arguments=arguments)]
+            return blocks.Block("a.Block", "", torch.nn.Module(), layers)
 
         monkeypatch.setattr(blocks, "build", build)
         found = sequence_parallel.split_shared_experts({}, {})

@@ -83,7 +83,7 @@ class Failure:
         Args:
             reach: Who can meet that one.
         """
-        told = f" ({self.reach})" if self.reach != reach else ""
+        told = f" ({self.reach})" if self.reach not in ("", reach) else ""
         return _listed(f"{self.cause}: ", list(dict.fromkeys(cases)) or [self.case]) + told
 
     def block(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+
+from pytest_moe_routing.failure import Failure, Rank
 
 TESTS = """
 import pytest
@@ -222,3 +226,10 @@ def test_the_case_that_most_people_can_meet_is_shown(host, workers):
     ]
     text = host.runpytest_subprocess("test_own.py", "-v", *workers).stdout.str()
     assert "m3: wrong\n  reach    everybody\n  also     2 more: m2, m4\n" in text
+
+
+def test_a_defect_elsewhere_says_who_meets_it_if_that_is_known_and_differs():
+    failure = Failure("a:b", Rank.SILENT, "m1", ("m1",), reach="nobody")
+    assert failure.elsewhere([], "everybody") == "a:b: m1 (nobody)"
+    assert failure.elsewhere([], "nobody") == "a:b: m1"
+    assert replace(failure, reach="").elsewhere([], "everybody") == "a:b: m1"

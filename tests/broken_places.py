@@ -151,10 +151,10 @@ def moved(target, scheme):
 
 def refused(target):
     """What is found where CUTLASS experts take blocks of FP8 on any GPU."""
-    other_experts._kinds.cache_clear()
+    other_experts.kinds_of.cache_clear()
     with replaced("modular-flashinfer-cutlass", "_supports_quant_scheme", anything):
         found = other_calls(target, "fp8_block", [MODELS["qwen3-30b-a3b"]])
-    other_experts._kinds.cache_clear()
+    other_experts.kinds_of.cache_clear()
     told = [of_other_experts(target, "fp8_block", each) for each in found.wrong]
     return [[failure.cause, *failure.lines] for failure in told]
 

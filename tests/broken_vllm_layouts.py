@@ -34,6 +34,7 @@ MODELOPT = f"{QUANT}.modelopt", "ModelOptNvFp4FusedMoE.process_weights_after_loa
 TENSORS = f"{QUANT}.compressed_tensors.compressed_tensors_moe"
 LOADER = f"{MOE}.routed_experts", "RoutedExperts._load_w13"
 MXFP4 = f"{MOE}.oracle.mxfp4"
+CUTEDSL = FP4, "prepare_nvfp4_moe_layer_for_flashinfer_cutedsl"
 GPT_OSS = MXFP4, "convert_gpt_oss_weight_to_mxfp4_moe_kernel_format"
 #: What is broken: the function, what is replaced in it and by what, the model and the scheme.
 BROKEN = {
@@ -184,6 +185,38 @@ BROKEN = {
         *(f"{MOE}.oracle.fp8", "make_fp8_moe_quant_config"),
         *(r"g2_alphas = w2_scale \* a2_scale", "g2_alphas = w2_scale * 1"),
         *("mixtral-8x7b", "fp8_per_tensor"),
+    ),
+    "hidden size for CuteDSL": (
+        *(UTILS, "align_fp4_moe_hidden_dim_for_fi", "min_alignment: int = 256"),
+        *("min_alignment: int = 128", "nemotron-3-nano", "nvfp4"),
+    ),
+    "rows for CuteDSL": (
+        *(*CUTEDSL, "64 if gated else 128", "16", "nemotron-3-nano", "nvfp4"),
+    ),
+    "halves for CuteDSL": (
+        *(*CUTEDSL, r"(?s)w13, w13_scale = reorder_w13_to_w31_for_flashinfer_cutedsl\(.*?\)", "pass"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "groups for CuteDSL": (
+        *(*CUTEDSL, "group_size=64", "group_size=32", "mixtral-8x7b", "nvfp4"),
+    ),
+    "groups of scales for CuteDSL": (
+        *(*CUTEDSL, r"w13_scale = interleave_linear_and_gate\(w13_scale, group_size=64, dim=1\)"),
+        *("pass", "mixtral-8x7b", "nvfp4"),
+    ),
+    "scales not in tiles for CuteDSL": (
+        *(*CUTEDSL, r"w2_scale = swizzle_blockscale\(w2_scale\)", "pass", "mixtral-8x7b", "nvfp4"),
+    ),
+    "alpha for CuteDSL": (
+        f"{MOE}.experts.flashinfer_cutedsl_moe",
+        "FlashInferCuteDSLExperts.process_weights_after_loading",
+        *(r"layer\.w13_weight_scale_2\.data\.mul_\(layer\.w13_input_scale\)", "pass"),
+        *("mixtral-8x7b", "nvfp4"),
+    ),
+    "scale of the second input for CuteDSL": (
+        *(f"{MOE}.experts.flashinfer_cutedsl_moe", "FlashInferCuteDSLExperts.apply"),
+        *(r"fc2_input_scale=fc2_input_scale", "fc2_input_scale=self.a1_gscale"),
+        *("mixtral-8x7b", "nvfp4"),
     ),
     "rows of experts without a gate for CUTLASS": (
         *(*GPT_OSS, "128", "128", "nemotron-3-nano", "mxfp4"),

@@ -6,6 +6,7 @@ import torch
 from independent import independent
 
 from pytest_moe_routing.errors import QuantizationError
+from pytest_moe_routing.flashinfer import preparation
 from pytest_moe_routing.logits import integers
 from pytest_moe_routing.reference import layouts
 
@@ -46,6 +47,24 @@ def test_any_dtype_can_be_laid_out(there, back, dtype):
     there_and_back = back(there(matrix))
     assert there_and_back.dtype == dtype
     assert torch.equal(there_and_back.view(torch.uint8), matrix.view(torch.uint8))
+
+
+def test_groups_of_both_halves_in_turns():
+    rows = layouts.interleave_groups(numbered(8, 1), 2).flatten().tolist()
+    assert rows == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert layouts.interleave_groups(numbered(4, 1), 2).flatten().tolist() == [0, 1, 2, 3]
+
+
+def test_scales_in_tiles_as_cutedsl_kernels_see_them():
+    """The place that `convert_sf_to_mma_layout` documents: [m % 32, m % 128 // 32, m // 128, ...]."""
+    scales = numbered(2 * 256, 8).to(torch.int32)
+    tiles = torch.stack([layouts.swizzle_scales(each) for each in scales.chunk(2)])
+    view = preparation.convert_sf_to_mma_layout(tiles, m=256, k=128, num_groups=2)
+    assert view.shape == (32, 4, 2, 4, 2, 2)
+    assert view.data_ptr() == tiles.data_ptr()
+    assert view[5, 2, 1, 3, 1, 1] == scales[256 + 128 + 2 * 32 + 5, 4 + 3]
+    with pytest.raises(ValueError, match="scales do not fill 1 times 2x2 tiles"):
+        preparation.convert_sf_to_mma_layout(tiles, m=256, k=128)
 
 
 def test_layouts_by_hand():

@@ -253,6 +253,33 @@ OF_VLLM = {
             "dequantization"
         ],
     ),
+    "halves for CuteDSL": (NVFP4, [f"w1_weight and w1_weight_sf: {SWAPPED}"]),
+    "groups for CuteDSL": (
+        NVFP4,
+        ["w1_weight: gate and up rows lie in groups of 32, the kernel reads groups of 64"],
+    ),
+    "groups of scales for CuteDSL": (
+        NVFP4,
+        ["w1_weight_sf: gate and up rows lie in halves, the kernel reads groups of 64"],
+    ),
+    "scales not in tiles for CuteDSL": (
+        NVFP4,
+        ["w2_weight_sf: it lies in rows in their order, the kernel reads 128x4 tiles"],
+    ),
+    "alpha for CuteDSL": (
+        NVFP4,
+        [
+            "fc1 dequantization arrives as w1_scale, the layer has w1_scale * a1_scale as fc1 "
+            "dequantization"
+        ],
+    ),
+    "scale of the second input for CuteDSL": (
+        NVFP4,
+        [
+            "fc2 quantization arrives as 1 / a1_scale, the layer has 1 / a2_scale as fc2 "
+            "quantization"
+        ],
+    ),
     "nothing with biases": ([], []),
     "nothing without gates": ([], []),
     "nothing with SiTU": ([], []),
@@ -264,6 +291,29 @@ def test_halves_that_experts_without_a_gate_do_not_have_are_not_swapped(broken_v
     answered, *told = broken_vllm["rows of experts without a gate for CUTLASS"]
     swapped = f"fc1_expert_weights and quant_scales[0]: {NO_ORDER}"
     assert (answered, told) == (1, [["mxfp4.py Mxfp4MoEMethod", swapped]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        (
+            "hidden size for CuteDSL",
+            "hidden size is 384, expected a multiple of 256: FlashInfer reads past the end of rows "
+            "of another size",
+        ),
+        (
+            "rows for CuteDSL",
+            "number of rows is 96, expected a multiple of 128: FlashInfer rejects other sizes",
+        ),
+    ],
+)
+def test_sizes_that_a_kernel_of_cutedsl_does_not_take_are_found(broken_vllm, what, found):
+    answered, *told = broken_vllm[what]
+    assert answered == 1
+    # GPUs have kernels of their own, and some of these need it no longer.
+    assert {(method.partition(" ")[2], *said) for method, *said in told} == {
+        (method, found) for method in NVFP4
+    }
 
 
 @pytest.fixture(scope="module")

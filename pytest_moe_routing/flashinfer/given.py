@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,26 @@ from pytest_moe_routing.flashinfer.scales import Formula
 
 #: What scales there are for a scheme, by argument: one, or those of a list in its order.
 Scales = Mapping[str, str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class SizeLimit:
+    """What a size is a multiple of, on GPUs from the first to the last of some.
+
+    Attributes:
+        until: The first release without the limit; None if no known one is.
+    """
+
+    of: int
+    devices: Sequence[str]
+    reason: str
+    until: str | None = None
+
+    def holds(self, release: str, device: str) -> bool:
+        """Return whether a release has the limit on a compute capability."""
+        first, last = map(Version, self.devices)
+        is_over = self.until is not None and Version(release) >= Version(self.until)
+        return not is_over and first <= Version(device) <= last
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,8 @@ class GivenExperts:
         flags: By scheme, the arguments that must be true.
         unset: Arguments that must be false.
         devices: By scheme, the first and the last compute capability that the kernel runs on.
+        group: How many up and gate rows alternate; 0 if all up rows come first.
+        sizes: Limits of sizes, by name.
     """
 
     function: str
@@ -43,21 +65,23 @@ class GivenExperts:
     weight_dtypes: Sequence[str]
     hidden: str
     scale: str
-    tiled: str
     experts: str
-    rank: str
     activation: str
-    numbers: Mapping[str, int | str]
-    parameters: Mapping[str, str]
-    biases: Mapping[str, str]
     scales: Mapping[str, Scales]
-    ones: Mapping[str, Sequence[str]]
     factors: Mapping[str, Formula]
     matrices: Mapping[str, str]
     orders: Mapping[str, Sequence[str]]
-    flags: Mapping[str, Sequence[str]]
-    unset: Sequence[str]
     devices: Mapping[str, Sequence[str]]
+    tiled: str = ""
+    rank: str = ""
+    numbers: Mapping[str, int | str] = field(default_factory=dict)
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
+    ones: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unset: Sequence[str] = ()
+    group: int = 0
+    sizes: Mapping[str, Sequence[SizeLimit]] = field(default_factory=dict)
 
 
 @cache
@@ -71,8 +95,14 @@ def _read(function: str, row: Mapping[str, Any]) -> GivenExperts:
     ((weights, weight_dtypes),) = row["weights"].items()
     chosen = {"ids": ids, "weights": weights}
     dtypes = {"id_dtypes": id_dtypes, "weight_dtypes": weight_dtypes}
-    factors = {"factors": {role: Formula.of(text) for role, text in row["factors"].items()}}
-    return GivenExperts(function=function, **{**row, **chosen, **dtypes, **factors})
+    made = {
+        "factors": {role: Formula.of(text) for role, text in row["factors"].items()},
+        "sizes": {
+            name: [SizeLimit(**limit) for limit in limits]
+            for name, limits in row.get("sizes", {}).items()
+        },
+    }
+    return GivenExperts(function=function, **{**row, **chosen, **dtypes, **made})
 
 
 def given_experts(function: str) -> GivenExperts | None:

@@ -113,6 +113,22 @@ def block_scale_interleave(unswizzled_sf: Tensor, *, out: Tensor | None = None) 
     return swizzle_scales(unswizzled_sf).flatten()
 
 
+def convert_sf_to_mma_layout(
+    sf: Tensor, m: int, k: int, num_groups: int = 1, sf_vec_size: int = 16
+) -> Tensor:
+    """View scales in 128x4 tiles as `[32, 4, m tiles, 4, k tiles, groups]`.
+
+    `flashinfer/cute_dsl/utils.py`.
+
+    Raises:
+        ValueError: There are not as many scales as in whole tiles.
+    """
+    tiles = -(-m // 128), -(-k // sf_vec_size // 4)
+    if sf.numel() != num_groups * tiles[0] * tiles[1] * 512:
+        raise ValueError(f"scales do not fill {num_groups} times {tiles[0]}x{tiles[1]} tiles")
+    return sf.reshape(num_groups, *tiles, 32, 4, 4).permute(3, 4, 1, 5, 2, 0)
+
+
 def interleave_weights_for_hopper(weight: Tensor, quant_type: str = "fp4") -> Tensor:
     return interleave_for_hopper(weight)
 

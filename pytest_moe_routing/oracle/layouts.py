@@ -165,6 +165,9 @@ def _differences(order: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str] | N
             None,
             f"gate and up rows {'alternate' if found['interleaved'] else 'do not alternate'}",
         )
+    if found["group"] != read["group"]:
+        groups = f"in groups of {found['group']}" if found["group"] else "in halves"
+        yield None, f"gate and up rows lie {groups}, the kernel reads groups of {read['group']}"
     if found["tile"] != read["tile"]:
         if not (found["tile"] and read["tile"]):
             state = "shuffled" if found["tile"] else "not shuffled"

@@ -68,6 +68,17 @@ def interleave_rows(rows: Tensor) -> Tensor:
     return torch.stack(rows.chunk(2, -2), -2).flatten(-3, -2)
 
 
+def interleave_groups(rows: Tensor, group: int) -> Tensor:
+    """Rows of two halves in turns: `group` of the first half, then as many of the second.
+
+    What FlashInfer's CuteDSL kernels read of up and gate rows, in groups of 64
+    (`_interleave_linear_and_gate` in fused_moe/prepare.py of 0.7.2.post1).
+    """
+    _check_multiple("rows of both halves", rows.shape[-2], 2 * group)
+    halves = unflatten(rows, -2, (2, -1, group))
+    return halves.transpose(-4, -3).reshape(rows.shape)
+
+
 def shuffle_rows(rows: Tensor, epilogue_tile: int = 128) -> Tensor:
     """Reorder rows within blocks for the GEMM's epilogue, as FlashInfer's `shuffle_matrix_a`.
 

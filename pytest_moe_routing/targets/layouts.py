@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Required, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import given_experts
@@ -55,10 +55,14 @@ class LaidOutElsewhere(LaidOutAnswer):
 
     Attributes:
         switches: Those without which the call is not made.
+        sizes: Those that the kernel limits, by name.
+        capability: The compute capability of the GPU, if there are such.
     """
 
     device: str
     switches: list[str]
+    sizes: NotRequired[dict[str, int]]
+    capability: NotRequired[str]
 
 
 class _Raised(TypedDict):
@@ -100,18 +104,35 @@ def split(answer: SplitAnswer, scheme: str, flashinfer: FlashInfer) -> LaidOut:
     return LaidOut("", answer["method"], () if refused else (finding,), refused=refused)
 
 
+def _beyond_limits(answer: Mapping[str, Any], release: str) -> tuple[Finding, ...]:
+    """Return the sizes of a call that the kernel of a FlashInfer release does not take."""
+    entry, where = given_experts(answer["function"]), answer["function"]
+    sizes = answer.get("sizes", {})
+    if entry is None or not sizes:
+        return ()
+    return tuple(
+        Finding(Kind.LIMIT, name, f"%{limit.of}", size, where, limit.reason)
+        for name, size in sizes.items()
+        for limit in entry.sizes[name]
+        if size % limit.of and limit.holds(release, answer["capability"])
+    )
+
+
 def laid_out(
     answer: LaidOutAnswer,
     model: ModelSpec,
     scheme: str,
     switches: Iterable[str] | None,
     device: str = "",
+    *,
+    release: str = "",
 ) -> LaidOut:
     """Read an answer.
 
     Args:
         switches: Those without which the call is not made; None if that cannot be asked.
         device: The GPU, if it is not the usual one.
+        release: That of FlashInfer, if the kernel may limit sizes.
     """
     function, method = answer["function"], answer["method"]
     halves = answer.get("halves", {})
@@ -133,6 +154,7 @@ def laid_out(
         (
             *layout_findings(answer["orders"], function),
             *(replace(finding, where=function) for finding in wrong),
+            *_beyond_limits(answer, release),
         ),
         None if switches is None else tuple(switches),
         device,

@@ -160,17 +160,22 @@ class MarkedCheckpoint:
 
     def padded(self, arguments: Mapping[str, Any]) -> Padded:
         """Return by how much a call's weights are larger than those of the checkpoint."""
-        rows = [self._rows(gemm, arguments) for gemm in ("gemm1", "gemm2")]
-        padded = Padded(hidden=rows[1], inner=rows[0])
-        return padded if min(rows) >= 1 else Padded()
+        weights = [arguments.get(f"{gemm}_weights") for gemm in ("gemm1", "gemm2")]
+        return self.padded_to(
+            *(w.shape[-2] if isinstance(w, Tensor) and w.ndim > 1 else None for w in weights)
+        )
 
-    def _rows(self, gemm: str, arguments: Mapping[str, Any]) -> Fraction:
-        """Return how many times as many rows as in the checkpoint a call's weights have."""
-        parameter, value = self.named(gemm, KINDS[0]), arguments.get(f"{gemm}_weights")
-        if parameter is None or not isinstance(value, Tensor) or value.ndim < 2:
+    def padded_to(self, *rows: int | None) -> Padded:
+        """Return the same of weights of both GEMMs with so many rows; None if that is not known."""
+        inner, hidden = (self._times(*each) for each in zip(("gemm1", "gemm2"), rows, strict=True))
+        return Padded(hidden, inner) if min(hidden, inner) >= 1 else Padded()
+
+    def _times(self, gemm: str, rows: int | None) -> Fraction:
+        """Return how many times as many rows as in the checkpoint weights have."""
+        parameter = self.named(gemm, KINDS[0])
+        if parameter is None or rows is None:
             return Fraction(1)
-        parts = self.parts[parameter].values()
-        return Fraction(value.shape[-2], sum(len(part[0]) for part in parts))
+        return Fraction(rows, sum(len(part[0]) for part in self.parts[parameter].values()))
 
     def named(self, gemm: str, kind: str) -> str | None:
         """Return the parameter with a GEMM's weights, block scales or biases; see `KINDS`."""

@@ -15,6 +15,7 @@ from pytest_moe_routing.reference.kernel_layouts import Layout, layout_of
 from pytest_moe_routing.reference.layouts import (
     fold_scales,
     interleave_for_hopper,
+    interleave_groups,
     swap_halves,
     swizzle_scales,
 )
@@ -37,6 +38,8 @@ _INPUT = "hidden_states_scale"
 LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
 #: Tiles of rows that may be shuffled.
 _TILES = (0, 64, 128)
+#: Groups of up and gate rows that may alternate.
+_GROUPS = (64, 0, 128, 32, 16, 8)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Order:
     Attributes:
         up_first: The up rows precede the gate rows, in halves or in pairs.
         interleaved: Up and gate rows alternate.
+        group: Groups of so many up and gate rows alternate; 0 if none do.
         tile: Rows are shuffled for an epilogue of so many; 0 for not at all.
         weight_layout: A number of FlashInfer's `WeightLayout`, see `LAYOUTS`.
         tiled: Scales lie in 128x4 tiles.
@@ -60,11 +64,15 @@ class Order:
     tiled: bool = False
     hopper: str = ""
     dtype: str = ""
+    group: int = 0
 
     def lay(self, matrix: Tensor, *, gated: bool) -> Tensor:
         """Return a matrix `[rows, columns]`, gate before up, in this order."""
         layout = Layout(self.tile, self.interleaved, LAYOUTS[self.weight_layout] == "BlockMajorK")
         given = swap_halves(matrix) if gated and not self.up_first else matrix
+        if gated and self.group:
+            # `elements` would swap halves, too.
+            given, gated = interleave_groups(swap_halves(given), self.group), False
         laid = layout.elements(given, gated)
         if LAYOUTS[self.weight_layout] == "MajorMn":
             laid = laid.transpose(-2, -1).contiguous()
@@ -110,7 +118,9 @@ class Argument:
             raise Unsupported(f"{name} has more elements than the checkpoint")
         # Whatever scales zeros have, they stay zeros.
         is_open = kind == "scale" and padded
-        if is_open and any(part.numel() != matrix.numel() for part, matrix in pairs):
+        is_tiled = self.read.tiled and not self.is_padded
+        whole = [(part, swizzle_scales(m) if is_tiled and is_open else m) for part, m in pairs]
+        if is_open and any(part.numel() != matrix.numel() for part, matrix in whole):
             raise Unsupported(f"{name} is not padded as the weights are")
         known = checkpoint.known(self.parameter, padded) if is_open else None
         found = _order_of(pairs, self.read, known, gated=self.gated)
@@ -242,20 +252,29 @@ def _order_of(
 
 def _likely(read: Order, *, gated: bool) -> Iterator[Order]:
     """Yield orders, those that differ least from the right one first."""
-    choices = product(
-        (True, False) if gated else (False,),
-        (True, False) if gated else (False,),
-        _TILES,
-        (0,) if read.tiled or read.hopper else range(len(LAYOUTS)),
-        (True, False) if read.tiled else (False,),
-        (read.hopper, "") if read.hopper else ("",),
-    )
-    every = [Order(*choice) for choice in choices]
+    swapped = (True, False) if gated else (False,)
+    if read.group:
+        choices = [
+            replace(read, up_first=up_first, group=group, tiled=tiled)
+            for up_first, group, tiled in product(swapped, _GROUPS, {read.tiled, False})
+        ]
+    else:
+        choices = [
+            Order(*choice)
+            for choice in product(
+                swapped,
+                swapped,
+                _TILES,
+                (0,) if read.tiled or read.hopper else range(len(LAYOUTS)),
+                (True, False) if read.tiled else (False,),
+                (read.hopper, "") if read.hopper else ("",),
+            )
+        ]
 
     def distance(order: Order) -> int:
         return sum(vars(order)[name] != value for name, value in vars(read).items())
 
-    yield from sorted(every, key=distance)
+    yield from sorted(choices, key=distance)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

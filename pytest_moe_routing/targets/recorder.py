@@ -31,6 +31,7 @@ MODULES = (
     "flashinfer.fused_moe.core",
     "flashinfer.fp4_quantization",
     "flashinfer.tllm_enums",
+    "flashinfer.cute_dsl.utils",
 )
 #: FlashInfer's names for what puts block scales into tiles.
 _SWIZZLES = ("block_scale_interleave", "nvfp4_block_scale_interleave")
@@ -91,6 +92,7 @@ def install(
     listed = None if names is None else Listed(names)
     ours: dict[str, Callable[..., Any]] = dict.fromkeys(_SWIZZLES, swizzle_scales)
     ours["mxfp8_quantize"] = _mxfp8_quantize
+    ours["convert_sf_to_mma_layout"] = preparation.convert_sf_to_mma_layout
     for name, function in ours.items():
         members[name] = function if listed is None else listed.checked(name, function)
     present = functions(flashinfer.release)

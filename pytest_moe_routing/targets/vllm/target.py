@@ -212,8 +212,9 @@ class VllmTarget(FrameworkTarget):
         if self.asked_of_others(model, scheme) is None:
             return ()
         calls = self._probe.ask("other_layouts", **questions.of_case(model, scheme))
+        release = self.flashinfer.release
         return tuple(
-            laid_out(call, model, scheme, call["switches"], call["device"]) for call in calls
+            laid_out(c, model, scheme, c["switches"], c["device"], release=release) for c in calls
         )
 
     def _ways(self, model: ModelSpec, scheme: str) -> list[bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +12,7 @@ from unittest.mock import patch
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer.given import given_experts, refused_on
 from pytest_moe_routing.targets import marked_weights
-from pytest_moe_routing.targets.given_weights import orders_of_given, scales_of
+from pytest_moe_routing.targets.given_weights import orders_of_given, scales_of, sizes_of
 from pytest_moe_routing.targets.recorder import Reached, factors_of
 from pytest_moe_routing.targets.shares import Share, split_orders
 from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
@@ -25,7 +25,7 @@ from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, INTERMEDIATE
 from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, is_whole, surroundings
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
 from pytest_moe_routing.targets.vllm.probe.other_experts import (
-    DEVICES,
+    CAPABILITIES,
     Kind,
     Way,
     kinds_of,
@@ -46,6 +46,9 @@ _PADS = {
 #: The least that all kernels take.
 _HIDDEN_OF_SPLIT = 256
 _FLAG = "--moe-backend "
+#: Models whose own code loads gate and up rows that alternate (`_load_packed_expert` in vLLM's
+#: models/gpt_oss.py), which is not run here.
+_ALTERNATING = "GptOss"
 #: What checks raise.
 _DELIBERATE = (AssertionError, NotImplementedError, ValueError)
 #: Experts of a layer, for what does not depend on their number.
@@ -226,33 +229,51 @@ def other_layouts(model: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
     for (kind, stored), devices in kinds_of(scheme).items():
         ways: list[dict[str, Any]] = []
         for device in devices:
-            with on_capability(*DEVICES[device]):
+            with on_capability(*CAPABILITIES[device]):
                 taken = taken_as(selector, kind, names().get(kind.key), Way(Ranks()))
-            capability = "{}.{}".format(*DEVICES[device])
+            capability = "{}.{}".format(*CAPABILITIES[device])
             if taken and refused_on(kind.function, stored, capability) is None:
                 ways.append({"device": device, "switches": taken[0]})
         if not ways:
             continue
-        way = min(ways, key=needs)
-        with on_capability(*DEVICES[way["device"]]):
-            for caller in callers:
-                answer = _laid_out_elsewhere(few, scheme, class_of(caller), kind, stored, way)
-                found.append({**way, **answer})
+        entry = given_experts(kind.function)
+        if entry is not None and entry.group and model["architecture"].startswith(_ALTERNATING):
+            continue
+        # Where sizes are limited, each GPU is asked: they have kernels of their own.
+        are_limited = entry is not None and bool(entry.sizes)
+        sizes = [(HIDDEN, INTERMEDIATE), *([_PADDED] if are_limited else ())]
+        shown: list[Any] = []
+        for way in sorted(ways, key=needs)[: None if are_limited else 1]:
+            with on_capability(*CAPABILITIES[way["device"]]):
+                for caller, size in product(callers, sizes):
+                    loading = _Loading(size, backend=_backend(way["switches"]))
+                    about = kind, stored, way["device"]
+                    answer = _laid_out_elsewhere(few, scheme, class_of(caller), loading, about)
+                    # What is the same on another GPU is one mistake.
+                    known = answer["method"], answer["orders"], answer["scales"]
+                    if known in shown:
+                        answer |= {"orders": [], "scales": {}}
+                    shown.append(known)
+                    found.append({**way, **answer})
     return found
+
+
+def _backend(switches: Sequence[str]) -> str:
+    """Return what `--moe-backend` says with some switches."""
+    flags = [flag.removeprefix(_FLAG) for flag in switches if flag.startswith(_FLAG)]
+    return flags[0] if flags else server_defaults.moe_backend()
 
 
 def _laid_out_elsewhere(
     model: Mapping[str, Any],
     scheme: str,
     method: Any,
-    kind: Kind,
-    stored: str,
-    way: Mapping[str, Any],
+    loading: _Loading,
+    about: tuple[Kind, str, str],
 ) -> dict[str, Any]:
+    """Return an answer about a kind, as what it stores the scheme, and the GPU."""
+    kind, stored, device = about
     place, experts = _place(method), names().get(kind.key)
-    flags = [flag.removeprefix(_FLAG) for flag in way["switches"] if flag.startswith(_FLAG)]
-    backend = flags[0] if flags else server_defaults.moe_backend()
-    loading = _Loading((HIDDEN, INTERMEDIATE), backend=backend)
     with surroundings(), on_one_gpu():
         layer, call = _prepared(model, scheme, method, loading)
     if layer.method.experts_cls is not experts:
@@ -266,6 +287,8 @@ def _laid_out_elsewhere(
         "method": place,
         "orders": orders_of_given(entry, stored, call.arguments, layer.checkpoint, gated=gated),
         "scales": scales_of(entry, stored, call.arguments),
+        "sizes": sizes_of(entry, call.arguments),
+        "capability": "{}.{}".format(*CAPABILITIES[device]),
     }
 
 

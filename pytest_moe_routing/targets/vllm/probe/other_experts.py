@@ -47,11 +47,15 @@ class Kind:
         key: Its row of the contract.
         backends: The values of `--moe-backend` that ask for it.
         function: The entry point of FlashInfer that it calls.
+        devices: Names of the GPUs that it is asked about; see `CAPABILITIES`.
+        is_run: Whether its calls are recorded, and not only how weights lie in them.
     """
 
     key: str
     backends: tuple[str, ...]
     function: str
+    devices: tuple[str, ...] = ("Blackwell", "Hopper")
+    is_run: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,18 @@ _KINDS = (
         ("flashinfer_cutlass", "flashinfer_cutlass_afp8"),
         "cutlass_fused_moe",
     ),
+    Kind(
+        "modular-cutedsl",
+        ("flashinfer_cutedsl",),
+        "cute_dsl_fused_moe_nvfp4",
+        ("Blackwell", "Rubin"),
+        is_run=False,
+    ),
 )
 #: The compute capability of each GPU that the selectors are asked for.
 DEVICES = {"Blackwell": (10, 0), "Hopper": (9, 0)}
+#: The same, and that of GPUs that only some kinds are asked about.
+CAPABILITIES = {**DEVICES, "Rubin": (10, 7)}
 _EXPERT_PARALLEL = "--enable-expert-parallel"
 _WAYS = (
     Way(Ranks()),
@@ -109,7 +122,8 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     if SCHEMES[scheme].modular is None:
         return {"calls": []}
     names().require("modular", scheme)
-    if not kinds_of(scheme):
+    kinds = {key: devices for key, devices in kinds_of(scheme).items() if key[0].is_run}
+    if not kinds:
         return {"calls": []}
     row, method = SCHEMES[scheme], factory.classify(model)[0]
     try:
@@ -120,7 +134,7 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     if selector is None or not callers:
         raise Unsupported("no selector of this release chooses modular experts for the scheme")
     calls = []
-    for (kind, stored), devices in kinds_of(scheme).items():
+    for (kind, stored), devices in kinds.items():
         experts = names().get(kind.key)
         for way in _ways(model):
             found = []
@@ -191,8 +205,8 @@ def kinds_of(scheme: str) -> dict[tuple[Kind, str], list[str]]:
     """
     found: dict[tuple[Kind, str], list[str]] = {}
     for kind in _KINDS:
-        for device in DEVICES if names().has(kind.key) else ():
-            with on_capability(*DEVICES[device]):
+        for device in kind.devices if names().has(kind.key) else ():
+            with on_capability(*CAPABILITIES[device]):
                 stored = _stored(names().get(kind.key), scheme)
             if stored:
                 found.setdefault((kind, stored), []).append(device)

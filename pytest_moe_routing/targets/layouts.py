@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NotRequired, Required, TypedDict
+from typing import Any, Required, TypedDict
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import given_experts
@@ -50,7 +50,14 @@ class LaidOutAnswer(_Factors):
     orders: list[WrongOrder]
 
 
-class LaidOutElsewhere(LaidOutAnswer):
+class _Limited(LaidOutAnswer, total=False):
+    """An answer about a kernel that may limit sizes."""
+
+    sizes: dict[str, int]
+    capability: str
+
+
+class LaidOutElsewhere(_Limited):
     """The same on a GPU, or for a server, that makes another kernel run.
 
     Attributes:
@@ -61,8 +68,6 @@ class LaidOutElsewhere(LaidOutAnswer):
 
     device: str
     switches: list[str]
-    sizes: NotRequired[dict[str, int]]
-    capability: NotRequired[str]
 
 
 class _Raised(TypedDict):

@@ -75,29 +75,6 @@ def test_every_argument_is_one_of_the_entry_point():
         assert {*ones} <= {name for row in entry.scales[scheme].values() for name in row}
 
 
-def test_every_argument_of_cutedsl_is_one_of_the_entry_point():
-    entry = given_experts("cute_dsl_fused_moe_nvfp4")
-    known = {p.partition("=")[0] for p in parameters(entry.function, FLASHINFER.release)}
-    single = {entry.ids, entry.weights, entry.hidden, entry.scale, entry.experts, entry.activation}
-    assert single | {*entry.matrices.values(), *entry.scales["nvfp4"]} <= known
-    assert {*entry.factors} <= {*entry.scales["nvfp4"].values()}
-    assert {*entry.orders} == {*entry.scales} == {*entry.devices}
-
-
-@pytest.mark.parametrize(
-    ("release", "device", "of"),
-    [
-        ("0.7.0.post1", "10.0", 256),
-        ("0.7.1", "10.0", 128),
-        ("0.7.1", "10.3", 128),
-        ("0.7.2.post1", "10.7", 256),
-    ],
-)
-def test_what_hidden_sizes_are_multiples_of_for_cutedsl(release, device, of):
-    limits = given_experts("cute_dsl_fused_moe_nvfp4").sizes["hidden size"]
-    assert max(limit.of for limit in limits if limit.holds(release, device)) == of
-
-
 def test_a_right_call():
     assert sentences() == []
     # A rank that has a part of every expert.

@@ -152,6 +152,10 @@ class MoESession:
             (model, s) for each in self.models for model in variants_of(each) for s in self.schemes
         ]
 
+    def models_in(self, scheme: str) -> list[ModelSpec]:
+        """Return the models of the cases in a scheme."""
+        return [model for model, name in self.cases if name == scheme]
+
     @cached_property
     def published_cases(self) -> list[tuple[ModelSpec, str]]:
         """The cases of which there is a published checkpoint."""

@@ -109,7 +109,7 @@ def test_checkpoints(
     from pytest_moe_routing.oracle.served import served_otherwise
     from pytest_moe_routing.suite.checkpoints import of_served
 
-    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    models = _moe_session.models_in(moe_scheme)
     found = served_otherwise(_moe_framework, moe_scheme, models)
     note(_moe_property, {CHECKPOINTS: found.unanswered})
     skip_without(found, "no format of the scheme's checkpoints is known of the target")
@@ -126,7 +126,7 @@ def test_modular(
     from pytest_moe_routing.oracle.modular import rejected_by_method
     from pytest_moe_routing.suite.causes import of_rejection
 
-    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    models = _moe_session.models_in(moe_scheme)
     with unsupported_is_skipped():
         rejections = rejected_by_method(_moe_framework, moe_scheme, models)
     fail(_moe_property, [of_rejection(_moe_framework, moe_scheme, r) for r in rejections])
@@ -165,7 +165,7 @@ def test_other_experts(
     from pytest_moe_routing.suite.causes import of_other_experts
     from pytest_moe_routing.suite.placements import of_lost_others
 
-    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    models = _moe_session.models_in(moe_scheme)
     found = other_calls(_moe_framework, moe_scheme, models)
     note(_moe_property, {OTHERS: found.unanswered})
     skip_without(found, "no chosen model runs in experts of other kernels")
@@ -184,7 +184,7 @@ def test_around_call(
     from pytest_moe_routing.oracle.ignored import ignored_requests
     from pytest_moe_routing.suite.causes import of_ignored
 
-    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    models = _moe_session.models_in(moe_scheme)
     found = ignored_requests(_moe_framework, moe_scheme, models)
     note(_moe_property, {AROUND: found.unanswered})
     skip_without(found, "the experts accept no chosen model")
@@ -208,7 +208,7 @@ def test_layouts(
     from pytest_moe_routing.suite.causes import of_format, of_layout, of_other_experts
     from pytest_moe_routing.suite.shares import of_split
 
-    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    models = _moe_session.models_in(moe_scheme)
     found = wrong_layouts(_moe_framework, moe_scheme, models)
     others = unlike_formats(_moe_framework, moe_scheme, models)
     split = wrong_splits(_moe_framework, moe_scheme, models)
@@ -232,7 +232,7 @@ def test_placements(
     from pytest_moe_routing.oracle.moved import moved_placements
     from pytest_moe_routing.suite.placements import of_moved
 
-    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
+    models = _moe_session.models_in(moe_scheme)
     with unsupported_is_skipped():
         found = moved_placements(_moe_framework, moe_scheme, models)
     note(_moe_property, {PLACES: found.unanswered})

@@ -11,7 +11,7 @@ class MisnamedWeight:
 
     Attributes:
         name: What the checkpoint calls it.
-        own: Which matrix that is: gate, up or down.
+        own: Which matrix that is: gate, up or down; empty if the name is not known.
         place: The matrix whose place it takes.
         line: The line in its file.
         file: The file, from the package on.

@@ -368,7 +368,7 @@ class Target:
         """Return what of a model's shared experts is split over ranks that have other tokens."""
         return None
 
-    def misnamed_weights(self, model: ModelSpec) -> Iterable[MisnamedWeight]:
+    def misnamed_weights(self, model: ModelSpec) -> Sequence[MisnamedWeight]:
         """Return the weights that a model's code loads into another matrix's place."""
         return ()
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.report.failures import fail
-from pytest_moe_routing.report.unanswered import REQUESTS, SPLIT, note
+from pytest_moe_routing.report.unanswered import REQUESTS, SPLIT, WEIGHTS, note
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ def test_model_code(
         unanswered[SPLIT] = {str(reason): 1}
     with suppress(Unsupported):
         # Where the models of a release are not known, the next question says so.
-        failures += of_misnamed(moe_model, _moe_framework.misnamed_weights(moe_model))
+        weights = _moe_framework.misnamed_weights(moe_model)
+        failures += of_misnamed(moe_model, (each for each in weights if each.own))
+        unknown = [f"{each.file}:{each.line}: {each.name}" for each in weights if not each.own]
+        unanswered[WEIGHTS] = dict.fromkeys(unknown, 1)
     judgements: list[CodeJudgement] = []
     with unsupported_is_skipped():
         try:

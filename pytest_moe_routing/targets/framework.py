@@ -309,7 +309,7 @@ class FrameworkTarget(Target):
         except Unsupported:
             return False
 
-    def misnamed_weights(self, model: ModelSpec) -> Iterable[MisnamedWeight]:
+    def misnamed_weights(self, model: ModelSpec) -> Sequence[MisnamedWeight]:
         """Return the weights that a model's code loads into another matrix's place.
 
         Raises:

@@ -56,13 +56,16 @@ def _of_call(call: ast.Call) -> Iterator[MisnamedWeight]:
     named = {k.arg: k.value for k in call.keywords if k.arg}
     if isinstance(names := named.get(_NAMES), ast.Tuple):
         has_gate = len(names.elts) == len(_ORDER) and bool(_text(names.elts[2]))
-        yield from _of_order(names, _ORDER if has_gate else (_UP, _DOWN))
+        yield from _of_order(names, _ORDER if has_gate else (_UP, _DOWN), must_be_known=True)
     found = {role: named[keyword] for keyword, role in _KEYWORDS.items() if keyword in named}
+    if (both := _text(found.get(_GATE))) and both == _text(found.get(_UP)):
+        # The checkpoint has gate and up in one tensor.
+        found = {role: name for role, name in found.items() if role == _DOWN}
     if not _text(found.get(_UP)) and _GATE in found:
         # An expert without a gate has its one matrix in the place of the gate's.
         found[_UP] = found.pop(_GATE)
     for role, name in found.items():
-        yield from _unless(name, role)
+        yield from _unless(name, role, must_be_known=True)
 
 
 def _of_row(row: ast.Tuple) -> Iterator[MisnamedWeight]:
@@ -72,17 +75,25 @@ def _of_row(row: ast.Tuple) -> Iterator[MisnamedWeight]:
                 yield from _unless(row.elts[1], _SHARDS[shard])
 
 
-def _of_order(names: ast.List | ast.Tuple, roles: tuple[str, ...]) -> Iterator[MisnamedWeight]:
+def _of_order(
+    names: ast.List | ast.Tuple, roles: tuple[str, ...], *, must_be_known: bool = False
+) -> Iterator[MisnamedWeight]:
     for name, role in zip(names.elts, roles, strict=False):
-        yield from _unless(name, role)
+        yield from _unless(name, role, must_be_known=must_be_known)
 
 
-def _unless(name: ast.expr, role: str) -> Iterator[MisnamedWeight]:
-    """Yield a weight whose name is known, and is that of another matrix than `role`."""
+def _unless(name: ast.expr, role: str, *, must_be_known: bool = False) -> Iterator[MisnamedWeight]:
+    """Yield a weight unless its name is that of a matrix.
+
+    Args:
+        role: The matrix.
+        must_be_known: Whether a name of no matrix is one of an expert's, too.
+    """
     text = _text(name)
-    own = next((_ROLES[part] for part in reversed(text.split(".")) if part in _ROLES), role)
+    usual = "" if must_be_known else role
+    own = next((_ROLES[part] for part in reversed(text.split(".")) if part in _ROLES), usual)
     if own != role:
-        yield MisnamedWeight(text, own, role, name.lineno)
+        yield MisnamedWeight(text or ast.unparse(name), own, role, name.lineno)
 
 
 def _is_stack(parameter: str) -> bool:

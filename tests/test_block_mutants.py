@@ -87,7 +87,7 @@ def root(tmp_path_factory):
 
 
 def asked(root, models):
-    """Return what is told about the code of models."""
+    """Return the findings about each model's code."""
     target = load_target(f"vllm@{root}", FlashInfer.of("0.7.0"))
     try:
         found = {}

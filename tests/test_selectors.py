@@ -9,6 +9,7 @@ import pytest
 
 from pytest_moe_routing.targets.vllm.probe import (
     choice,
+    gates,
     rejections,
     selectors,
     server_defaults,
@@ -140,7 +141,7 @@ def served(monkeypatch):
         release.get = lambda key: function
         monkeypatch.setattr(choice, "names", lambda: release)
         monkeypatch.setattr(choice, "moe_config", lambda model, method: Config())
-        monkeypatch.setattr(choice, "quant_keys", lambda row: ("key of weights", "of activations"))
+        monkeypatch.setattr(gates, "quant_keys", lambda row: ("key of weights", "of activations"))
         return choice.selector_of({"architecture": "SomeForCausalLM"}, scheme, "Renormalize")
 
     return find

@@ -33,7 +33,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class OwnRouter:
-    """A router of its own.
+    """A router that no recipe expresses.
 
     Attributes:
         route: Takes logits `[num_tokens, num_logits]`, what the router has for each of them

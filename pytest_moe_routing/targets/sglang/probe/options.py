@@ -30,7 +30,7 @@ class Defaults:
 
 
 class Groups(Defaults):
-    """The options of a server by group, of which those of experts are known."""
+    """The options of a server, by group; each group that is not set has only defaults."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

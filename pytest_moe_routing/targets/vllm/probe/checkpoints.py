@@ -21,7 +21,7 @@ from pytest_moe_routing.targets.vllm.probe.accepted_keys import known_keys
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, raised, refusal
 from pytest_moe_routing.targets.vllm.probe.config import layer_arguments
 from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
-from pytest_moe_routing.targets.vllm.probe.gates import quant_keys
+from pytest_moe_routing.targets.vllm.probe.gates import declared_keys
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, INTERMEDIATE
 from pytest_moe_routing.targets.vllm.probe.loaded import surroundings
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, Surroundings
@@ -34,6 +34,8 @@ _SELECTORS = "select-"
 _KEYS = ("weight_key", "activation_key")
 #: What vLLM's code raises of a checkpoint that it rejects.
 _DELIBERATE = (AssertionError, NotImplementedError, RuntimeError, ValueError)
+#: The function that finds the config of a quantization.
+_CONFIG = "checkpoint-config"
 #: A selector's row of the contract, and the keys that it is asked with.
 _Chosen = tuple[str, dict[str, Any]]
 #: The class of another package, which the package itself has from that one.
@@ -67,7 +69,7 @@ def checkpoint(
     name, kept = "", SimpleNamespace(**hf_config)
     try:
         name = _named(config, kept)
-        quantization = _configs().get_quantization_config(name).from_config(config)
+        quantization = _configs().own(name).from_config(config)
         with _recording(chosen):
             method = _method(model, quantization, kept, prefix)
     except Exception as error:
@@ -87,7 +89,10 @@ def _is_rejection(error: Exception) -> bool:
     """Return whether a statement of vLLM raises an error, rather than what the statement calls."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     is_raised = (last.line or "").startswith(("raise ", "assert "))
-    return isinstance(error, _DELIBERATE) and is_raised and release.is_of_vllm(last.filename)
+    # vLLM looks up the config of a quantization by its name.
+    is_unknown = isinstance(error, KeyError) and last.name == names().spelling(_CONFIG).path
+    is_deliberate = isinstance(error, _DELIBERATE) and is_raised
+    return (is_deliberate or is_unknown) and release.is_of_vllm(last.filename)
 
 
 def _answer(
@@ -118,18 +123,11 @@ def _method(
     model: Mapping[str, Any], quantization: Any, hf_config: SimpleNamespace, prefix: str
 ) -> Any:
     """Return the class of the method that vLLM gives a layer's experts."""
-    ranks = Ranks()
-    given = {
-        **layer_arguments(model, (HIDDEN, INTERMEDIATE), None),
-        **ranks.arguments(),
-        "quant_config": quantization,
-        "prefix": prefix,
-        "shared_experts": None,
-    }
-    server = ranks.config(given["params_dtype"])
+    ranks, arguments = Ranks(), layer_arguments(model, (HIDDEN, INTERMEDIATE), None)
+    server = ranks.config(arguments["params_dtype"])
     server.model_config.hf_config = hf_config
-    with surroundings(), on_one_gpu(), factory.around(ranks, server):
-        layer = names().get("layer-factory")(**given)
+    with surroundings(), on_one_gpu():
+        layer = factory.make_layer(arguments, ranks, server, quantization, prefix)
     return type(layer.routed_experts.quant_method)
 
 
@@ -157,14 +155,14 @@ class _NotRun:
 @cache
 def _configs() -> Any:
     """Return vLLM's package of quantizations, with the configs whose code runs here."""
-    package = stubs.run_apart(names().spelling("checkpoint-config").module)
+    package = stubs.run_apart(names().spelling(_CONFIG).module)
     base = names().get("checkpoint-base")
 
     def config_of(name: str) -> Any:
         try:
             found = package.get_quantization_config(name)
         except KeyError:
-            # The package reads some names from a module that is a stub.
+            # The package reads some names from a module that is a stub: no checkpoint has them.
             return _NotRun
         return found if isinstance(found, type) and issubclass(found, base) else _NotRun
 
@@ -173,6 +171,7 @@ def _configs() -> Any:
         DEPRECATED_QUANTIZATION_METHODS=package.DEPRECATED_QUANTIZATION_METHODS,
         QuantizationMethods=package.QuantizationMethods,
         get_quantization_config=config_of,
+        own=package.get_quantization_config,
     )
 
 
@@ -228,9 +227,6 @@ def _schemes(selector: str, keys: Mapping[str, Any]) -> Iterator[str]:
     for scheme, served in (SCHEMES | ELSEWHERE).items():
         if selector != served.selector and scheme not in (row.schemes or ()):
             continue
-        expected = dict(zip(_KEYS, quant_keys(served), strict=True))
-        if scheme == "mxfp4":
-            # The checkpoints declare none: each backend has its own.
-            expected["activation_key"] = None
+        expected = declared_keys(scheme, served)
         if all(value == expected[name] for name, value in keys.items()):
             yield scheme

@@ -21,7 +21,7 @@ from pytest_moe_routing.targets.vllm.probe import server_defaults as server_defa
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation, moe_config, parallel_config
 from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
-from pytest_moe_routing.targets.vllm.probe.gates import experts_of, quant_keys
+from pytest_moe_routing.targets.vllm.probe.gates import declared_keys, experts_of
 from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 
@@ -155,11 +155,8 @@ def selector_of(model: Mapping[str, Any], scheme: str, method: str) -> Selector 
     if not names().has(key):
         return None
     names().spelling("selectable")
-    weight, activation = quant_keys((SCHEMES | ELSEWHERE)[scheme])
     arguments = {
-        "weight_key": weight,
-        # None is what the checkpoints of MXFP4 declare.
-        **({} if scheme == "mxfp4" else {"activation_key": activation}),
+        **declared_keys(scheme, (SCHEMES | ELSEWHERE)[scheme]),
         "quant_config": SimpleNamespace(group_size=32, desc_act=False),
         "may_have_zp": False,
         "may_have_bias": False,

@@ -13,6 +13,7 @@ import torch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.stubs import module_exists, source_of
+from pytest_moe_routing.targets.vllm.probe.ranks import Off
 from pytest_moe_routing.targets.vllm.probe.world import world
 
 MODELS = "vllm.model_executor.models"
@@ -35,15 +36,8 @@ _LATENT = 16
 _INNER = 48
 
 
-class _Off:
-    """Operators of other GPUs: none is enabled."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: False
-
-
 #: What the arguments of a constructor are made of, besides the config.
-_AROUND = {"rocm_aiter_ops": _Off()}
+_AROUND = {"rocm_aiter_ops": Off()}
 
 
 def full_name(module: str) -> str:

@@ -24,7 +24,7 @@ from pytest_moe_routing.oracle.swept_configs import MADE_UP
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.vllm.probe import release
 from pytest_moe_routing.targets.vllm.probe.config import router_part
-from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, Surroundings
+from pytest_moe_routing.targets.vllm.probe.ranks import Off, Ranks, Surroundings
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: Rows of the contract whose modules make and run a layer.
@@ -66,13 +66,6 @@ class _Placement:
         return [*range(num_routed_experts)]
 
 
-class _Off:
-    """Operators of other GPUs: none is enabled."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: False
-
-
 def stand_ins() -> dict[str, Any]:
     """Return what the modules that make and run a layer find around them, by name."""
     return {
@@ -88,7 +81,7 @@ def stand_ins() -> dict[str, Any]:
         "aux_stream": lambda: None,
         "EplbState": _Placement,
         "resolve_quant_method": lambda config, *of: config.get_quant_method(*of),
-        "rocm_aiter_ops": _Off(),
+        "rocm_aiter_ops": Off(),
         "_USE_LAYERNAME": False,
     }
 
@@ -271,6 +264,32 @@ class Made:
         """Return the power of the layer's factor that is rounded to `scale`, if one is."""
         powers = (self._factor**count for count in _TIMES)
         return next((p for p in powers if math.isclose(p, scale, rel_tol=_TOLERANCE)), scale)
+
+
+def make_layer(
+    arguments: Mapping[str, Any],
+    ranks: Ranks,
+    server: Surroundings,
+    quantization: Any,
+    prefix: str = PREFIX,
+) -> Any:
+    """Return the runner of a layer without shared experts that vLLM's factory makes.
+
+    Args:
+        arguments: Those of the factory, but for what follows from the other ones.
+        server: The config of the server.
+        quantization: The quantization config of the checkpoint.
+        prefix: The name of the layer's experts.
+    """
+    given = {
+        **arguments,
+        **ranks.arguments(),
+        "quant_config": quantization,
+        "prefix": prefix,
+        "shared_experts": None,
+    }
+    with around(ranks, server):
+        return names().get("layer-factory")(**given)
 
 
 class _RouterMade(Exception):

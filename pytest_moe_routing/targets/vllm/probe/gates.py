@@ -52,6 +52,17 @@ def quant_keys(scheme: ServedScheme) -> tuple[Any, Any]:
     return weight, activation
 
 
+def declared_keys(scheme: str, served: ServedScheme) -> dict[str, Any]:
+    """Return the quantization keys with which the checkpoints of a scheme ask for experts.
+
+    Raises:
+        Unsupported: This release does not have the scheme.
+    """
+    weight, activation = quant_keys(served)
+    # Those of MXFP4 declare none of activations: each backend has its own.
+    return {"weight_key": weight, "activation_key": None if scheme == "mxfp4" else activation}
+
+
 def gates(
     model: Mapping[str, Any], scheme: str, method: str, modular: bool = False
 ) -> list[list[Any]]:

@@ -243,15 +243,8 @@ class LoadedLayer:
         arguments = layer_arguments(model, sizes, bias)
         self._config = ranks.config(arguments["params_dtype"])
         self._config.kernel_config.moe_backend = backend or _BACKENDS.get(scheme, _BACKEND)
-        given = {
-            **arguments,
-            **ranks.arguments(),
-            "quant_config": Quantization(scheme, method, are_whole=self._are_whole),
-            "prefix": factory.PREFIX,
-            "shared_experts": None,
-        }
-        with factory.around(ranks, self._config):
-            self._runner = names().get("layer-factory")(**given)
+        quantization = Quantization(scheme, method, are_whole=self._are_whole)
+        self._runner = factory.make_layer(arguments, ranks, self._config, quantization)
         self._experts = self._runner.routed_experts
         self.method = self._experts.quant_method
         if not hasattr(self.method, "forward"):

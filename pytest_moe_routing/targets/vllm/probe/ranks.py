@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -15,6 +16,13 @@ TOKENS = 8
 
 class Surroundings(SimpleNamespace):
     """An object of vLLM that a layer reads: what is not in it, the probe does not know."""
+
+
+class Off:
+    """Operators of other GPUs: none is enabled."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: False
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm import operators
 from pytest_moe_routing.targets.vllm.probe import factory, release
+from pytest_moe_routing.targets.vllm.probe.ranks import Off
 from pytest_moe_routing.targets.vllm.probe.router_case import (
     Case,
     LayerMethod,
@@ -61,13 +62,6 @@ class _Cpu:
         if name.startswith(("is_", "has_", "supports_")):
             return lambda *_, **__: False
         raise AttributeError(name)
-
-
-class _Off:
-    """vLLM's AITER operators where there is no AITER: none is enabled."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: False
 
 
 class _TritonKernel:
@@ -221,7 +215,7 @@ def stand_ins(platform: str) -> dict[str, Any]:
         f"router-operators.{name}": f for name, f in operators.in_torch(platform).items()
     }
     values |= {
-        "router-aiter": _Off(),
+        "router-aiter": Off(),
         "router-context": lambda: False,
         "router-batches": lambda: False,
         "router-logger": lambda _: stubs.Stub("logger"),

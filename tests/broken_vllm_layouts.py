@@ -272,6 +272,7 @@ def main(root, flashinfer, version):
             split = wrong_splits(target, scheme, [models[model]])
         told = [[str(e.splits[0]), *sentences(e.at.findings)] for e in split.wrong]
         found[name] = [split.answered, *told]
+    found["unanswered"] = wrong_layouts(target, "nvfp4", [models["gpt-oss-20b"]]).unanswered
     print(json.dumps(found))
 
 

@@ -333,6 +333,11 @@ def test_what_vllm_lays_in_another_order_is_found(broken_vllm, what):
     assert [found for _, *found in told].count(sentences) == len(methods)
 
 
+def test_experts_whose_rows_cannot_be_followed_are_counted(broken_vllm):
+    told = "not judged: rows of gpt-oss as cute_dsl_fused_moe_nvfp4 reads them"
+    assert broken_vllm["unanswered"] == {told: 1}
+
+
 #: The same of experts that are split over ranks, and which split is found.
 OF_RANKS = {
     "nothing split": [],

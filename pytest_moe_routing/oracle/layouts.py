@@ -99,6 +99,8 @@ def _elsewhere(
     for alike, found in of_each_kind(models, kind_of, ask, unanswered):
         answered.update(alike)
         for at in found:
+            if at.unanswered:
+                unanswered[at.unanswered] += len(alike)
             if at.findings:
                 # Precisions of one GPU show one mistake.
                 key = at.method, at.device, at.findings

@@ -106,6 +106,7 @@ class LaidOut:
         switches: Those without which the call is not made; None if that cannot be asked.
         device: The GPU, if it is not the usual one.
         refused: What the target raised when it made a layer; then there is no call.
+        unanswered: Why nothing is known of the call, if so; then nothing is found either.
     """
 
     function: str
@@ -114,6 +115,7 @@ class LaidOut:
     switches: tuple[str, ...] | None = ()
     device: str = ""
     refused: Finding | None = None
+    unanswered: str = ""
 
 
 class Target:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Required, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import given_experts
@@ -43,11 +43,16 @@ class _Factors(TypedDict, total=False):
 
 
 class LaidOutAnswer(_Factors):
-    """The entry point, the code that prepares its weights, and what lies wrongly."""
+    """The entry point, the code that prepares its weights, and what lies wrongly.
+
+    Attributes:
+        unanswered: Why nothing is known of the weights, if so; then there is nothing else.
+    """
 
     function: str
     method: str
     orders: list[WrongOrder]
+    unanswered: NotRequired[str]
 
 
 class _Limited(LaidOutAnswer, total=False):
@@ -163,4 +168,5 @@ def laid_out(
         ),
         None if switches is None else tuple(switches),
         device,
+        unanswered=answer.get("unanswered", ""),
     )

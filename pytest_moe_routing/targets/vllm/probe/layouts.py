@@ -219,14 +219,17 @@ def other_layouts(model: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
         names().require(what, scheme)
     if not factory.is_run(model):
         raise Unsupported(f"not judged: what makes a layer of vLLM {names().version} is not run")
+    kinds = kinds_of(scheme)
+    if not kinds:
+        return []
     try:
         selector = selector_of(model, scheme, factory.classify(model)[0])
     except NoActivation:
         return []
     callers, few, found = methods_of(row.modular_methods, model), _with_few_experts(model), []
     if selector is None:
-        return []
-    for (kind, stored), devices in kinds_of(scheme).items():
+        raise Unsupported("no selector of this release chooses modular experts for the scheme")
+    for (kind, stored), devices in kinds.items():
         ways: list[dict[str, Any]] = []
         for device in devices:
             with on_capability(*CAPABILITIES[device]):
@@ -238,6 +241,8 @@ def other_layouts(model: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
             continue
         entry = given_experts(kind.function)
         if entry is not None and entry.group and model["architecture"].startswith(_ALTERNATING):
+            gap = f"not judged: rows of gpt-oss as {kind.function} reads them"
+            found.append({**ways[0], **_no_answer(kind.function, gap)})
             continue
         # Where sizes are limited, each GPU is asked: they have kernels of their own.
         are_limited = entry is not None and bool(entry.sizes)
@@ -262,6 +267,10 @@ def _backend(switches: Sequence[str]) -> str:
     """Return what `--moe-backend` says with some switches."""
     flags = [flag.removeprefix(_FLAG) for flag in switches if flag.startswith(_FLAG)]
     return flags[0] if flags else server_defaults.moe_backend()
+
+
+def _no_answer(function: str, reason: str) -> dict[str, Any]:
+    return {"function": function, "method": "", "orders": [], "unanswered": reason}
 
 
 def _laid_out_elsewhere(

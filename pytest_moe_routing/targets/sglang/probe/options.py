@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pytest_moe_routing.targets.stubs import Stub
+
 
 class Options:
     """Options of a server, each as given here or else not set."""
@@ -18,7 +20,7 @@ class Options:
 
 
 class Defaults:
-    """A group of a server's options of which none is given."""
+    """A group of a server's options of which none is given; one without a default is a stub."""
 
     def __init__(self, defaults: Callable[[], Mapping[str, Any]]) -> None:
         self._defaults = defaults
@@ -26,7 +28,8 @@ class Defaults:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._defaults().get(name)
+        values = self._defaults()
+        return values[name] if name in values else Stub(name)
 
 
 class Groups(Defaults):

@@ -9,9 +9,9 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 from edited import edited
+from in_process import InProcess
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
@@ -85,13 +85,8 @@ def found(target, models):
 
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
-
-    def ask(question, **given):
-        # As a process of its own is asked: what it changes is its own.
-        return handlers[question](**json.loads(json.dumps(given)))
-
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = SimpleNamespace(ask=ask)
+    target._probe = InProcess(target._probe, handlers)
     models = [load_models(packaged_directory())["deepseek-r1"]]
     told = {}
     for name, change in CHANGES.items():

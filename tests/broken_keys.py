@@ -9,9 +9,9 @@ import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 
 from broken_places import anything, replaced
+from in_process import InProcess
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.oracle.changed_keys import changed_keys
@@ -59,7 +59,7 @@ def changed(target):
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = SimpleNamespace(ask=lambda question, **given: handlers[question](**given))
+    target._probe = InProcess(target._probe, handlers)
     found = {}
     for name, change in CHANGES.items():
         with change():

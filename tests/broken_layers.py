@@ -12,8 +12,9 @@ import sys
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
+
+from in_process import InProcess
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
@@ -130,9 +131,7 @@ def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = SimpleNamespace(
-        ask=lambda question, **given: handlers[question](**given), prepare=lambda *_: None
-    )
+    target._probe = InProcess(target._probe, handlers)
     owner_of(FORWARD)._twice = _twice
     found = {}
     for name, (function, old, new, model, scheme) in BROKEN.items():

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 from edited import edited
+from in_process import InProcess
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
@@ -180,9 +180,7 @@ def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
     target = SglangTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = SimpleNamespace(
-        ask=lambda question, **given: handlers[question](**given), prepare=lambda *_: None
-    )
+    target._probe = InProcess(target._probe, handlers)
     handlers["method_numbers"]()
     found = {}
     for name, (module, path, old, new, model, scheme) in BROKEN.items():

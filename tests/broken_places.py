@@ -9,8 +9,9 @@ import json
 import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
+
+from in_process import InProcess
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -174,7 +175,7 @@ def placed(target):
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = SimpleNamespace(ask=lambda question, **given: handlers[question](**given))
+    target._probe = InProcess(target._probe, handlers)
     found = {}
     for name, (change, scheme) in MOVED.items():
         with change():

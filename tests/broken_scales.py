@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 from edited import edited
+from in_process import InProcess
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -150,9 +150,7 @@ def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = SimpleNamespace(
-        ask=lambda question, **given: handlers[question](**given), prepare=lambda *_: None
-    )
+    target._probe = InProcess(target._probe, handlers)
     found = {}
     for name, (module, path, old, new, model, scheme) in BROKEN.items():
         with edited(module, path, old, new):

@@ -11,11 +11,11 @@ import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 from broken_kernels import elsewhere, other_kernels
+from in_process import InProcess
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -247,7 +247,7 @@ def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = SimpleNamespace(ask=lambda question, **given: handlers[question](**given))
+    target._probe = InProcess(target._probe, handlers)
     factory = release.names().spelling("prepare-factory").module.rpartition(".")[0]
     steps = stubs.real_module(f"{factory}.prepare_finalize.no_dp_ep")
     found = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 import pytest
 
@@ -23,7 +23,20 @@ class Calls(TypedDict):
     factor: float | None
 
 
+class Marked(TypedDict, total=False):
+    method: Required[str]
+    why: str
+
+
+class Told(TypedDict):
+    method: str
+    why: NotRequired[str]
+
+
 GOOD = [
+    (Marked, {"method": "a"}),
+    (Told, {"method": "a"}),
+    (Told, {"method": "a", "why": "b"}),
     (str, "a"),
     (int, 3),
     (float, 3),
@@ -40,6 +53,9 @@ GOOD = [
     (Calls, {"calls": [{"by": "a", "shards": 1, "function": "f"}], "factor": None}),
 ]
 BAD = [
+    (Marked, {"why": "b"}, "the answer has no method"),
+    (Told, {"why": "b"}, "the answer has no method"),
+    (Told, {"method": "a", "why": 1}, "the answer.why is 1, expected text"),
     (str, 1, "the answer is 1, expected text"),
     (int, True, "the answer is True, expected an integer"),
     (int, 1.0, "the answer is 1.0, expected an integer"),

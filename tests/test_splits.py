@@ -14,8 +14,8 @@ from pytest_moe_routing.flashinfer import FlashInfer, preparation
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.shares import split_findings, wrong_splits
-from pytest_moe_routing.oracle.target import LaidOut
 from pytest_moe_routing.suite.shares import of_split
 
 FLASHINFER = FlashInfer.of("0.7.2")

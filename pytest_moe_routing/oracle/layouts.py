@@ -15,7 +15,8 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.kinds import of_each_kind
-from pytest_moe_routing.oracle.target import LaidOut, Target
+from pytest_moe_routing.oracle.laid_out import LaidOut
+from pytest_moe_routing.oracle.target import Target
 
 #: FlashInfer's `WeightLayout`, whose numbers have never moved.
 _LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")

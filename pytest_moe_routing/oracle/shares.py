@@ -16,8 +16,9 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.layouts import layout_findings
-from pytest_moe_routing.oracle.target import LaidOut, Target
+from pytest_moe_routing.oracle.target import Target
 
 #: Over how many ranks people split experts.
 _COUNTS = (2, 4, 8)

@@ -15,6 +15,7 @@ from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Choice, Expected, Rule
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.placed import KnownPlacements, Placed, Placements
@@ -93,29 +94,6 @@ class OtherCall:
     switches: tuple[str, ...]
     requests: bool
     findings: tuple[Finding, ...]
-
-
-@dataclass(frozen=True)
-class LaidOut:
-    """The call of a kernel that is given the weights of a checkpoint.
-
-    Attributes:
-        function: The entry point.
-        method: The file and the class that prepare the weights.
-        findings: What lies otherwise than the entry point reads it.
-        switches: Those without which the call is not made; None if that cannot be asked.
-        device: The GPU, if it is not the usual one.
-        refused: What the target raised when it made a layer; then there is no call.
-        unanswered: Why nothing is known of the call, if so; then nothing is found either.
-    """
-
-    function: str
-    method: str
-    findings: tuple[Finding, ...]
-    switches: tuple[str, ...] | None = ()
-    device: str = ""
-    refused: Finding | None = None
-    unanswered: str = ""
 
 
 class Target:

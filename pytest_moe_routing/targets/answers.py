@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Any,
+    NotRequired,
+    Required,
+    TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from pytest_moe_routing.escape import shorten
 
@@ -135,9 +144,10 @@ def _check_within(hint: Any) -> _Check:
 
 def _check_keys(hint: Any) -> _Check:
     checks = {key: _check(of) for key, of in get_type_hints(hint).items()}
+    required = _required_keys(hint)
 
     def check(value: Any) -> str | None:
-        if missing := hint.__required_keys__ - value.keys():
+        if missing := required - value.keys():
             return f" has no {', '.join(sorted(missing))}"
         for key, item in value.items():
             if key in checks and (found := checks[key](item)) is not None:
@@ -145,6 +155,17 @@ def _check_keys(hint: Any) -> _Check:
         return None
 
     return check
+
+
+def _required_keys(hint: Any) -> set[str]:
+    """Return the keys that a value must have.
+
+    `__required_keys__` alone misses `Required` and `NotRequired` in annotations that are text, as
+    all are in modules that import `annotations`.
+    """
+    marks = {key: get_origin(of) for key, of in get_type_hints(hint, include_extras=True).items()}
+    usual = hint.__required_keys__
+    return {k for k, m in marks.items() if m is Required or (k in usual and m is not NotRequired)}
 
 
 def _check_values(check_one: _Check) -> _Check:

@@ -16,9 +16,10 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.accepted_keys import AcceptedKeys, KnownKeys
 from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Expected, Rule
+from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
-from pytest_moe_routing.oracle.target import Lacking, LaidOut, OtherCall, Target
+from pytest_moe_routing.oracle.target import Lacking, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.checkpoints import checkpoints_of
 from pytest_moe_routing.targets.expected import (

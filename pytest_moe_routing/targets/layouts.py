@@ -10,10 +10,10 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.layouts import layout_findings
 from pytest_moe_routing.oracle.scales import wrong_factor, wrong_factors, wrong_input
 from pytest_moe_routing.oracle.shares import split_findings
-from pytest_moe_routing.oracle.target import LaidOut
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets import scales
 

@@ -24,9 +24,10 @@ from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.choice import Choice, Rule
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding
+from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.model_code import LayerRequest
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Classification, LaidOut, OtherCall
+from pytest_moe_routing.oracle.target import Captured, Classification, OtherCall
 from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.layouts import laid_out

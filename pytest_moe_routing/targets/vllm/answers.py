@@ -12,7 +12,7 @@ from pytest_moe_routing.targets.answers import (
     RuleAnswer,
     ServedAnswer,
 )
-from pytest_moe_routing.targets.layouts import LaidOutAnswer, SplitAnswer
+from pytest_moe_routing.targets.layouts import LaidOutAnswer, LaidOutElsewhere, SplitAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 
 
@@ -86,5 +86,6 @@ ANSWERS: Mapping[str, Any] = {
     "capture_modular": _RoutedCalls,
     "other_experts": OtherCallsAnswer,
     "layouts": list[LaidOutAnswer],
+    "other_layouts": list[LaidOutElsewhere],
     "split_layouts": list[SplitAnswer],
 }

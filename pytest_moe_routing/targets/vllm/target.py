@@ -18,21 +18,17 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall
 from pytest_moe_routing.models import ModelSpec, RouterConfig
-from pytest_moe_routing.oracle.arguments import (
-    differing,
-    misscaled,
-    read,
-    read_routed,
-)
+from pytest_moe_routing.oracle.arguments import differing, misscaled, read, read_routed
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.around import read as read_responses
 from pytest_moe_routing.oracle.choice import Choice, Rule
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.finding import Finding, Kind, distinct, only_with
+from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
-from pytest_moe_routing.oracle.target import Captured, Classification, LaidOut
+from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget

@@ -35,6 +35,10 @@ class Rank(IntEnum):
     LATENT = 5
 
 
+#: The cause that no ledger may name: a target that ended leaves further questions unasked.
+NO_ANSWERS = "target:no-answers"
+
+
 @dataclass(frozen=True)
 class Failure:
     """One cause of a failed test.

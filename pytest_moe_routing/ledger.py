@@ -19,7 +19,7 @@ from packaging.version import Version
 
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
 from pytest_moe_routing.escape import is_web_address, printable, shorten
-from pytest_moe_routing.failure import PROPERTY, Failure, failures_of, text_of
+from pytest_moe_routing.failure import NO_ANSWERS, PROPERTY, Failure, failures_of, text_of
 from pytest_moe_routing.inputs import parse_release
 from pytest_moe_routing.models.kinds import Problem, key
 from pytest_moe_routing.models.sections import Section, compose, fail_at, show
@@ -68,6 +68,8 @@ class KnownFailure:
             yield "cases", "nothing", "a list of shell patterns"
         if self.cause is not None and not self.cause.strip():
             yield "cause", "nothing", "the id of a cause"
+        if self.cause == NO_ANSWERS:
+            yield "cause", repr(self.cause), "another one: such a target was not asked the rest"
         if self.link is not None and not is_web_address(self.link):
             yield "link", repr(self.link), "https://..., where the failure is tracked"
         if ":" not in self.target and self.target not in target_names():

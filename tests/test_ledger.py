@@ -39,6 +39,7 @@ def ledger(path, *entries):
         ({"since": "0.30.0", "until": "0.30.0"}, "until: found '0.30.0', expected a release after"),
         ({"flashinfer_since": "1.0.0", "flashinfer_until": "0.9.0"}, "flashinfer_until: found '0.9.0'"),
         ({"cause": "' '"}, "cause: found nothing, expected the id of a cause"),
+        ({"cause": "target:no-answers"}, "cause: found 'target:no-answers', expected another one: such"),
         ({"case": "' '"}, "case: found nothing, expected text"),
         ({"cases": "x"}, "cases: found 'x', expected a non-empty list, each item text"),
         ({"cases": "[a, ' ']"}, "cases: found nothing, expected a list of shell patterns"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_moe_routing.errors import MoERoutingError
-from pytest_moe_routing.failure import failures_of
+from pytest_moe_routing.failure import NO_ANSWERS, failures_of
 from pytest_moe_routing.report.endings import stopped_early
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class LedgerWriter:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if stopped_early(session):
             self.not_written = "the run stopped early"
+            return
+        if any(cause == NO_ANSWERS for _, cause in self.causes):
+            self.not_written = "the target did not answer all questions"
             return
         import yaml
 

@@ -11,6 +11,8 @@ from pytest_moe_routing.targets.vllm.probe import server_defaults
 
 SOURCES = {
     "vllm.config.kernel": """
+MoEBackend = Literal["auto", "triton", "flashinfer_cutedsl"]
+
 class KernelConfig:
     moe_backend: MoEBackend = "auto"
 
@@ -108,6 +110,17 @@ def test_a_backend_that_cannot_be_read(reads, module, old, new, found):
     with pytest.raises(Unsupported, match="not judged: ") as error:
         reads(server_defaults.moe_backend, module, old, new)
     assert found in str(error.value)
+
+
+def test_a_name_of_experts_that_no_user_can_ask_for(reads):
+    ask, about = server_defaults.require_backend, {"about": ["flashinfer_cutedsl", "own"]}
+    assert reads(ask, **about) is None
+    with pytest.raises(Unsupported, match="does not take flashinfer_cutedsl or own"):
+        reads(ask, KERNEL, "flashinfer_cutedsl", "cutedsl", **about)
+    with pytest.raises(Unsupported, match="is no list of literals"):
+        reads(ask, KERNEL, "Literal[", "backends[", **about)
+    with pytest.raises(Unsupported, match="contract row 'moe-backends'"):
+        reads(ask, KERNEL, "MoEBackend =", "Backends =", **about)
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,11 @@ def taken_as(
     """Return what has to be switched on for a server to take a class, and as which backend.
 
     None if it never takes the class.
+
+    Raises:
+        Unsupported: No user of this release can ask for the class.
     """
+    server_defaults.require_backend(*kind.backends)
     config, ranks = selector.config, way.ranks
     if ranks.count > 1:
         parallel = parallel_config(ranks.shards, dispatched=ranks.dispatched, parts=ranks.parts)

@@ -152,6 +152,8 @@ def _taken(
     """
     kinds = {cls: kind for kind in _kinds(scheme) if (cls := _class(kind)) is not None}
     backends = dict.fromkeys(kind.backend for kind in kinds.values())
+    for backend in backends:
+        server_defaults.require_backend(backend)
     for place in asked:
         _, parallel = _placements()[place]
         default = _asked(selector, parallel, server_defaults.moe_backend(), ())

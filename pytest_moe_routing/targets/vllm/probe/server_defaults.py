@@ -18,6 +18,7 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 AUTO = "auto"
 #: Rows of the contract: options, and the fields of configs that they fill.
 _OPTIONS, _PARALLEL, _KERNEL = "server-options", "server-parallel", "server-kernel"
+_BACKENDS = "moe-backends"
 #: Fields of the parallel config that the probe asks with as a server has them.
 ALL2ALL, PLACEMENT = "all2all_backend", "expert_placement_strategy"
 #: Of the parallel config, everything else is asked as of a server that does this.
@@ -43,6 +44,25 @@ def moe_backend() -> str:
     stated = _default(option, field)
     value: str = _default(field) if stated == AUTO else stated
     return value
+
+
+@cache
+def require_backend(*wanted: str) -> None:
+    """Check that a user of this release can name experts by one of these values.
+
+    A selector that does not know a value answers as for experts that do not support a layer.
+
+    Raises:
+        Unsupported: `--moe-backend` takes none of them, or what it takes cannot be read.
+    """
+    if not names().has(_BACKENDS):
+        return
+    spelling = names().spelling(_BACKENDS)
+    if not {*wanted} & {*names().definitions.literals(spelling.module, spelling.path)}:
+        raise Unsupported(
+            f"not judged: --moe-backend of vLLM {names().version} does not take "
+            f"{' or '.join(wanted)}"
+        )
 
 
 @cache

@@ -150,6 +150,15 @@ def test_a_gate_that_is_only_inherited_is_missing(frame, instead):
     assert missing(names) == ["gate.supports"]
 
 
+@pytest.mark.parametrize("decorator", ["dataclass", "dataclasses.dataclass(frozen=True)", "config"])
+def test_a_field_that_only_a_method_still_sets_is_missing(frame, decorator):
+    """So it was with `ServerArgs.moe_a2a_backend` of SGLang 0.5.18."""
+    head = "class Config(base.Base):\n            size: int"
+    text = f"@{decorator}\n        {head}\n            made: bool = False"
+    assert missing(frame("2.0", **{head: text})) == []
+    assert missing(frame("2.0", **{head: text.replace("made", "done")})) == ["config.made"]
+
+
 def test_a_name_of_other_releases_is_not_missing(frame):
     names = frame("1.0", late="other")
     assert missing(names) == []

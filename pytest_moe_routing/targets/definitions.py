@@ -23,6 +23,9 @@ _IMPORTS = re.compile(
 _Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 _Import = (ast.Import, ast.ImportFrom)
 
+#: Decorators that make a class's annotations its fields; `config` is vLLM's.
+_DATACLASS = ("dataclass", "config")
+
 
 class Definitions:
     """The definitions in one release of a framework.
@@ -210,7 +213,8 @@ class Definitions:
 def _bindings(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, ast.AST]]:
     """Yield the names that statements bind, in whatever branch, and where.
 
-    `self.x = ...` in a method of C is C.x, and `layer.x = ...` is C.layer.x.
+    `self.x = ...` in a method of C is C.x, unless C is a dataclass, which has the fields that its
+    body lists. `layer.x = ...` is C.layer.x.
     """
     stars: list[ast.stmt] = []
     for node in body:
@@ -218,7 +222,8 @@ def _bindings(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, ast.AST]]
             full = f"{owner}{node.name}"
             yield full, node
             if isinstance(node, ast.ClassDef):
-                yield from _bindings(node.body, f"{full}.")
+                bound = _bindings(node.body, f"{full}.")
+                yield from filter(_is_of_body, bound) if _is_dataclass(node) else bound
             elif owner:
                 yield from _own_attributes(node, owner)
         elif isinstance(node, _Import):
@@ -226,10 +231,10 @@ def _bindings(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, ast.AST]]
                 if alias.name == "*":
                     stars.append(node)
                 else:
-                    bound = alias.asname or (
+                    name = alias.asname or (
                         alias.name.partition(".")[0] if isinstance(node, ast.Import) else alias.name
                     )
-                    yield f"{owner}{bound}", node
+                    yield f"{owner}{name}", node
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for target in targets:
@@ -243,6 +248,16 @@ def _bindings(body: list[ast.stmt], owner: str) -> Iterator[tuple[str, ast.AST]]
                 yield from _bindings(handler.body, owner)
     if stars and not owner:
         yield "*", ast.Module(stars, [])
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    names = (ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list)
+    return any(name.rpartition(".")[2] in _DATACLASS for name in names)
+
+
+def _is_of_body(binding: tuple[str, ast.AST]) -> bool:
+    node = binding[1]
+    return not (isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self")
 
 
 def _own_attributes(method: ast.AST, owner: str) -> Iterator[tuple[str, ast.AST]]:

@@ -68,6 +68,8 @@ def choice_problem(
     logits = table.T.repeat(2, 1)
     each = _fill(seen.block, own, gates, table)
     (topk,), given, after = seen.topks, list[_Given](), factor / seen.weight
+    if problem := _row_problem(seen.block, topk.topk_config.correction_bias):
+        return problem
     try:
         with _taking(names, given), torch.no_grad():
             output = blocks.first_of(blocks.run(seen.block, tokens, logits))
@@ -123,6 +125,21 @@ def _fill(block: nn.Module, own: OwnRouter | None, gates: list[Tensor], table: T
         if is_each and tensor.numel() == each.numel():
             tensor.copy_(each.view_as(tensor))
     return each
+
+
+def _row_problem(block: nn.Module, bias: Tensor | None) -> str | None:
+    """Return whose bias a router has, if the block has a row for each kind of tokens.
+
+    The only experts of such a block are those of the first kind, which is text.
+    """
+    if bias is None:
+        return None
+    for name, rows in block.named_parameters():
+        has_rows = rows.dim() == 2 and len(rows) > 1
+        if has_rows and rows.untyped_storage()._cdata == bias.untyped_storage()._cdata:
+            row = (bias.storage_offset() - rows.storage_offset()) // rows.stride(0)
+            return f"TopK has row {row} of {name}, its tokens have row 0" if row else None
+    return None
 
 
 @contextmanager

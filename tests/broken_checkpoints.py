@@ -64,6 +64,18 @@ CHANGES = {
         "group_size == 16",
         "group_size == 128",
     ),
+    "activations quantized in ModelOpt's checkpoints": (
+        f"{QUANT}.modelopt",
+        "ModelOptNvFp4Config._from_config",
+        'quant_method = "W4A16_NVFP4"',
+        "pass",
+    ),
+    "activations quantized in those of compressed-tensors": (
+        f"{TENSORS}_moe.compressed_tensors_moe",
+        "CompressedTensorsMoEMethod.get_moe_method",
+        r"use_a16=\(input_quant is None\)",
+        "use_a16=False",
+    ),
     "experts of FP4 by default": (
         "vllm.models.deepseek_v41.quant_config",
         "DeepseekV4FP8Config.get_quant_method",
@@ -74,13 +86,14 @@ CHANGES = {
 
 
 def found(target, models):
-    wrong, answered = [], 0
+    wrong, answered, unanswered = [], 0, 0
     for scheme in (*SCHEMES, *ELSEWHERE):
         about = served_otherwise(target, scheme, models)
-        assert not about.unanswered, about.unanswered
         answered += about.answered
+        unanswered += about.unanswered.total()
         wrong += [of_served(target, each) for each in about.wrong]
-    return {"failures": [[each.cause, *each.lines] for each in wrong], "answered": answered}
+    failures = [[each.cause, *each.lines] for each in wrong]
+    return {"failures": failures, "answered": answered, "unanswered": unanswered}
 
 
 def main(root, flashinfer, version):

@@ -93,15 +93,22 @@ CAUSES = {
     },
     "experts excluded": {
         f"checkpoint:{scheme}:as-bf16:UnquantizedFusedMoEMethod"
-        for scheme in ("fp8_per_tensor", "mxfp8", "nvfp4")
+        for scheme in ("fp8_per_tensor", "mxfp8", "nvfp4", "weights-only")
     },
     "patterns ignored": {
         "checkpoint:bf16:as-fp8_per_tensor:ModelOptFp8MoEMethod",
         "checkpoint:bf16:as-mxfp8:ModelOptMxFp8FusedMoE",
         "checkpoint:bf16:as-nvfp4:ModelOptNvFp4FusedMoE",
+        "checkpoint:bf16:as-none:ModelOptNvFp4FusedMoE",
     },
     "weights of groups of 128": {
         "checkpoint-rejected:RuntimeError-in-compressed_tensors_moe.py-get_moe_method"
+    },
+    "activations quantized in ModelOpt's checkpoints": {
+        "checkpoint:weights-only:as-nvfp4:ModelOptNvFp4FusedMoE"
+    },
+    "activations quantized in those of compressed-tensors": {
+        "checkpoint:weights-only:as-nvfp4:CompressedTensorsW4A4Nvfp4MoEMethod"
     },
     "experts of FP4 by default": {"checkpoint:fp8_block:as-mxfp4:Mxfp4MoEMethod"},
 }
@@ -111,4 +118,6 @@ CAUSES = {
 def test_a_change_of_vllm(broken, change):
     found = broken[change]
     assert {cause for cause, *_ in found["failures"]} == CAUSES[change]
-    assert found["answered"] == 20
+    # vLLM's code for weights of eight bits raises by accident where activations have no quantization.
+    crashes = change == "weights of groups of 128"
+    assert (found["answered"], found["unanswered"]) == (22 - crashes, crashes)

@@ -15,7 +15,8 @@ class Checkpoint:
         format: What wrote the checkpoint's config, in words.
         config: The quantization config.
         hf_config: What else config.json has.
-        experts: The scheme of a layer's experts, by the name of the experts.
+        experts: The scheme of a layer's experts, by the name of the experts; empty if it is none
+            that is judged.
     """
 
     format: str

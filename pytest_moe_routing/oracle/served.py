@@ -72,6 +72,10 @@ def served_otherwise(target: Target, scheme: str, models: Sequence[ModelSpec]) -
         rejected = [each for each in found if each.served.rejection]
         # A checkpoint is rejected as a whole.
         wrong += rejected[:1] or [
-            each for each in found if checkpoint.experts[each.experts] not in each.served.schemes
+            each for each in found if not _is_right(checkpoint.experts[each.experts], each.served)
         ]
     return CheckpointsFound(tuple(wrong), answered, unanswered)
+
+
+def _is_right(scheme: str, served: Served) -> bool:
+    return scheme in served.schemes if scheme else not served.schemes

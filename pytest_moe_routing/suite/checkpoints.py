@@ -16,12 +16,16 @@ def of_served(target: Target, found: ServedOtherwise) -> Failure:
     served, checkpoint = found.served, found.checkpoint
     scheme = checkpoint.experts[found.experts]
     title = f"{target}: experts that a checkpoint has in {scheme} are not served as {scheme}"
+    if not scheme:
+        title = f"{target}: experts with quantized weights only are not served as such"
     if served.rejection:
         cause, rank = cause_id("checkpoint-rejected", served.rejected_in), Rank.LOUD
         why = f"the checkpoint is rejected: {served.rejection}"
     else:
         others = ", ".join(served.schemes)
-        cause = cause_id("checkpoint", scheme, f"as-{others or 'none'}", served.method)
+        cause = cause_id(
+            "checkpoint", scheme or "weights-only", f"as-{others or 'none'}", served.method
+        )
         rank = Rank.SILENT
         keys = f" ({', '.join(served.keys)})" if served.keys else ""
         why = (

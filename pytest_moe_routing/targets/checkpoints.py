@@ -17,7 +17,7 @@ def checkpoints_of(package: str, scheme: str) -> Iterator[Checkpoint]:
     data = read_data(__package__, package, "checkpoints.yaml") or {"formats": {}}
     formats: Mapping[str, Any] = data["formats"].get(scheme, {})
     for name, row in formats.items():
-        experts = {_EXPERTS: scheme}
+        experts = {_EXPERTS: "" if row.get("weights_only") else scheme}
         if unquantized := row.get("unquantized"):
             experts[unquantized] = "bf16"
         yield Checkpoint(name, row["config"], row.get("hf_config", {}), experts)

@@ -94,6 +94,25 @@ def test_a_run_with_a_renamed_name_is_red(drilled, way, pytester, monkeypatch):
     )
 
 
+def test_a_run_with_a_name_lost_in_a_part_is_red(drilled, pytester, monkeypatch):
+    """One that a test needs for some of its questions, although it passes for the others."""
+    tree, _ = drilled
+    if tree.package != "vllm":
+        pytest.skip("the name is one of vLLM")
+    key = "modular-cutedsl"
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    options = ["--moe-golden", "--moe-target", f"vllm@{tree.root}", "-p", "no:xdist"]
+    chosen = ["--moe-models", "deepseek-r1", "--moe-schemes", "nvfp4", "-k", "test_layouts["]
+    assert pytester.runpytest_subprocess(*options, *chosen).ret == 0
+    with tree.renamed(key, "everywhere"):
+        result = pytester.runpytest_subprocess(*options, *chosen)
+    assert result.ret == 1
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(
+        ["moe-routing: 1 case is not judged, although this framework release*", f"*{key}*"]
+    )
+
+
 def test_a_crash_of_another_cause_is_seen():
     def crash(kind, field):
         findings = [{"kind": kind, "field": field, "got": 0}]

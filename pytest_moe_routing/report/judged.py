@@ -4,39 +4,71 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.report.endings import PASSED
+from pytest_moe_routing.report.unanswered import PROPERTY
+
+if TYPE_CHECKING:
+    from pytest_moe_routing.targets.framework import FrameworkTarget
 
 #: So many cases are named for each reason.
 _NAMED = 5
+#: The property of a test of which a part is not judged, for want of a name of the contract.
+_LOST = "moe_lost_name"
 
 
 def _note(item: pytest.Item, skipped: BaseException) -> None:
     """Tell the reports of a test that its framework has no answer."""
     from pytest_moe_routing.goldens import packaged_directory
+
+    target, reason = _target(item), skipped.__context__
+    if target is None or not isinstance(reason, Unsupported):
+        return
+    model = getattr(item, "funcargs", {}).get("moe_model")
+    # Nothing is known of what releases do with a user's own model.
+    is_held = model is None or model.folder.parent == packaged_directory()
+    asked = {**_asked(item, target, str(reason)), "is_held": is_held}
+    item.user_properties.append(("moe_not_judged", asked))
+
+
+def _note_lost(item: pytest.Item) -> None:
+    """Tell the reports of a test that a name which it needs in a part of it is lost."""
+    properties: dict[str, Any] = dict(item.user_properties)
+    counts: dict[str, dict[str, int]] = properties.get(PROPERTY, {})
+    target = _target(item) if counts else None
+    if target is None:
+        return
+    from pytest_moe_routing.targets.contract import lost_names
+
+    for reason in chain.from_iterable(counts.values()):
+        if lost_names(target.package, target.source.version, reason):
+            item.user_properties.append((_LOST, _asked(item, target, reason)))
+            return
+
+
+def _target(item: pytest.Item) -> FrameworkTarget | None:
+    """Return the framework that a test is about."""
     from pytest_moe_routing.targets.framework import FrameworkTarget
 
-    given: dict[str, Any] = getattr(item, "funcargs", {})
-    target, model = given.get("moe_target"), given.get("moe_model")
-    reason = skipped.__context__
-    if not isinstance(reason, Unsupported) or not isinstance(target, FrameworkTarget):
-        return
+    target = getattr(item, "funcargs", {}).get("moe_target")
+    return target if isinstance(target, FrameworkTarget) else None
+
+
+def _asked(item: pytest.Item, target: FrameworkTarget, reason: str) -> dict[str, Any]:
     assert isinstance(item, pytest.Function)
-    asked = {
+    return {
         "package": target.package,
         "release": target.source.version,
         "test": item.originalname,
         "case": item.callspec.id if hasattr(item, "callspec") else "",
-        "reason": str(reason),
-        # Nothing is known of what releases do with a user's own model.
-        "is_held": model is None or model.folder.parent == packaged_directory(),
+        "reason": reason,
     }
-    item.user_properties.append(("moe_not_judged", asked))
 
 
 class JudgedReporter:
@@ -77,6 +109,8 @@ class JudgedReporter:
         except pytest.skip.Exception as skipped:
             _note(item, skipped)
             raise
+        finally:
+            _note_lost(item)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties: dict[str, Any] = dict(report.user_properties)
@@ -86,9 +120,11 @@ class JudgedReporter:
         is_judged = not report.skipped or hasattr(report, "wasxfail")
         if "moe_verdict" in properties and not is_judged:
             self.unjudged.add(report.nodeid)
-        if "moe_not_judged" in properties:
+        if _LOST in properties:
+            self.missing[report.nodeid] = properties[_LOST]
+        elif "moe_not_judged" in properties:
             self._note(report.nodeid, properties["moe_not_judged"])
-        elif "moe_verdict" in properties and is_judged:
+        if "moe_verdict" in properties and is_judged and "moe_not_judged" not in properties:
             from pytest_moe_routing.oracle.verdict import Verdict
 
             if Verdict(properties["moe_verdict"]["verdict"]).is_given:

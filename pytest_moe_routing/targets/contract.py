@@ -7,6 +7,7 @@ names the release does not have is `Unsupported`, and nothing is assumed in its 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -26,8 +27,9 @@ QUESTIONS = (
 )
 _ROW = {"is", "members", "own", "use", "without", "schemes"}
 _SPELLING = {"name", "since", "until"}
-#: So many missing names are quoted in one message.
+#: So many missing names are quoted in one message, and how.
 _QUOTED = 3
+_ROW_QUOTED = re.compile(r"\(contract row '([^']+)': ")
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,16 @@ def release_of(version: str) -> Version | None:
         return None
     is_unknown = release.release[:2] <= ((0, 1) if release.is_devrelease else (0, 0))
     return None if is_unknown else release
+
+
+def lost_names(package: str, version: str, reason: str) -> list[str]:
+    """Return the contract's rows that a release is expected to have, and lacks by a reason.
+
+    Args:
+        reason: Why a question is not judged, as `Names.sentence` writes it.
+    """
+    rows, release = Contract.of(package).rows, release_of(version)
+    return [key for key in _ROW_QUOTED.findall(reason) if rows[key].spellings_in(release)]
 
 
 class Names:

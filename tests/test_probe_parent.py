@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from processes import is_alive, wait_until_gone
 
+#: A shell has what it runs in the background ignore interrupts, and the tests with it.
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {path!r})
 from pytest_moe_routing.targets.probe import Probe
 probe = Probe("mine", "child_0")

@@ -172,6 +172,19 @@ def test_a_name_of_other_releases_is_not_missing(frame):
         frame("2.1", late="other").has("config(late)")
 
 
+def test_names_that_are_lost_are_those_that_the_release_should_have():
+    def lost(release, *keys):
+        reason = "; ".join(f"no x (contract row {key!r}: for y)" for key in keys)
+        return contract.lost_names("vllm", release, f"not judged: vLLM has {reason}")
+
+    assert lost("0.33.0", "modular-cutedsl", "layer-factory") == [
+        "modular-cutedsl",
+        "layer-factory",
+    ]
+    assert lost("0.21.0", "modular-cutedsl") == []
+    assert lost("0.33.0", "of another contract") == []
+
+
 def test_a_version_that_is_no_number_is_later_than_all(frame):
     assert str(frame("checkout").spelling("layer")) == "frame.layers.moe.layer:New"
 

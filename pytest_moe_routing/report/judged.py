@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: So many cases are named for each reason.
 _NAMED = 5
-#: The property of a test of which a part is not judged, for want of a name of the contract.
+#: The property of a test of which a lost name of the contract left a part unasked.
 _LOST = "moe_lost_name"
 
 
@@ -38,7 +38,7 @@ def _note(item: pytest.Item, skipped: BaseException) -> None:
 
 
 def _note_lost(item: pytest.Item) -> None:
-    """Tell the reports of a test that a name which it needs in a part of it is lost."""
+    """Tell the reports of a test that a lost name left a part of it unasked."""
     properties: dict[str, Any] = dict(item.user_properties)
     counts: dict[str, dict[str, int]] = properties.get(PROPERTY, {})
     target = _target(item) if counts else None

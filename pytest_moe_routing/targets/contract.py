@@ -247,13 +247,14 @@ def release_of(version: str) -> Version | None:
 
 
 def lost_names(package: str, version: str, reason: str) -> list[str]:
-    """Return the contract's rows that a release is expected to have, and lacks by a reason.
+    """Return the contract's rows that a reason calls missing, and that the release should have.
 
     Args:
-        reason: Why a question is not judged, as `Names.sentence` writes it.
+        reason: Why a question is not judged; `Names.sentence` says what is missing.
     """
     rows, release = Contract.of(package).rows, release_of(version)
-    return [key for key in _ROW_QUOTED.findall(reason) if rows[key].spellings_in(release)]
+    quoted = (key for key in _ROW_QUOTED.findall(reason) if key in rows)
+    return [key for key in quoted if rows[key].spellings_in(release)]
 
 
 class Names:

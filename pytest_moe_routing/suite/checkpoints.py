@@ -17,7 +17,7 @@ def of_served(target: Target, found: ServedOtherwise) -> Failure:
     scheme = checkpoint.experts[found.experts]
     title = f"{target}: experts that a checkpoint has in {scheme} are not served as {scheme}"
     if not scheme:
-        title = f"{target}: experts with quantized weights only are not served as such"
+        title = f"{target}: experts with unquantized activations are not served as such"
     if served.rejection:
         cause, rank = cause_id("checkpoint-rejected", served.rejected_in), Rank.LOUD
         why = f"the checkpoint is rejected: {served.rejection}"

@@ -178,7 +178,11 @@ def test_drift_is_named(file, old, new, difference, tmp_path):
 def test_what_cannot_be_read_is_said(file, unread, tmp_path, capsys):
     path = wheel(tmp_path / "a.whl", {n: t for n, t in files().items() if n != file})
     assert main(["drift", "flashinfer", str(path)]) == 0
-    assert f"not read  {unread}\n" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"not read  {unread}\n" in text
+    assert text.endswith(
+        f"  no drift in what was read; not read: {text.count('not read  ')} (above)\n"
+    )
 
 
 @pytest.mark.parametrize(

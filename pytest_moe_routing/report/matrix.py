@@ -136,7 +136,7 @@ def assumed_releases(verdicts: Sequence[VerdictRecord]) -> list[str]:
     """Return a sentence for each FlashInfer release that was judged by the facts of another."""
     pairs = dict.fromkeys((v.flashinfer, v.judged_as) for v in verdicts)
     return [
-        f"assumption: the kernels of FlashInfer {release}, which this package does not know, are "
+        f"assumption: the kernels of FlashInfer {release}, which has no table of its own, are "
         f"those of {known}; check with: moe-routing drift flashinfer PATH"
         for release, known in pairs
         if release.partition("+")[0] != known  # a local build is the release it is built from

@@ -127,6 +127,8 @@ def main() -> None:
     module, sys.argv = sys.argv[2], sys.argv[2:]
     folder = Path(settings["folder"])
     _guard(folder)
+    # While the framework is imported there is nothing to free, and much to look at.
+    gc.disable()
     faulthandler.enable(all_threads=False)
     _channel = _Channel(settings["seconds"], folder / STACK)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -232,7 +234,8 @@ def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None
     """
     assert _channel is not None
     decode, encode = JSONDecoder().decode, JSONEncoder().encode
-    leave_out_of_collections, collector = gc.freeze, Collector(_resident)
+    leave_out_of_collections, collect_automatically = gc.freeze, gc.enable
+    collector = Collector(_resident)
     while True:
         number, data = _channel.next()
         replies = []
@@ -252,6 +255,7 @@ def serve(handlers: Mapping[str, Callable[..., Any]], package: str = "") -> None
         if number == 1:
             # The framework is imported by now. A fifth of the time went into looking at it again.
             leave_out_of_collections()
+            collect_automatically()
 
 
 def _place(error: Exception, package: str) -> str:

@@ -120,6 +120,13 @@ def test_a_misread_number_matters_where_no_gate_stops_its_method():
     )
     assert custom.cases == tuple(f"{model}-{scheme}" for model, scheme in CASES)
     assert (deepseek.finding.wanted, deepseek.finding.got) == (7, "MiniMax2")
+    assert custom.classified == ()
+    assert "deepseek-r1-nvfp4" in deepseek.classified
+    assert not any(case.startswith("minimax-m2") for case in deepseek.classified)
+    drifted = miniatures.DriftedNumbers(FlashInfer.of("0.6.8"))
+    reach = [of_enum(drifted, each).lines[1] for each in (deepseek, custom)]
+    assert reach[0].startswith("  reach    so classified: deepseek-r1-")
+    assert reach[1] == "  reach    so classified: no chosen model"
 
     class Closed(miniatures.DriftedNumbers):
         def gates(self, model, scheme, method):

@@ -27,10 +27,12 @@ class EnumMismatch:
     Attributes:
         cases: Ids of the cases, `model-scheme`, whose gates all accept the method; none if the
             mismatch is latent.
+        classified: Those of them whose model the target classifies as the method.
     """
 
     finding: Finding
     cases: tuple[str, ...]
+    classified: tuple[str, ...] = ()
 
 
 def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> list[EnumMismatch]:
@@ -50,7 +52,8 @@ def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
         target.prepare_gates([m for m, named in cases if named == scheme], scheme, misread)
     for method in misread:
         number, read_as = target.method_numbers()[method], read[method]
-        passes, unanswered = [], Counter[str]()
+        passes: dict[str, bool] = {}
+        unanswered = Counter[str]()
         for model, scheme in cases:
             try:
                 gates = target.gates(model, scheme, method)
@@ -58,10 +61,11 @@ def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
                 unanswered[str(reason)] += 1
                 continue
             if all(gate.ok for gate in gates):
-                passes.append(f"{model}-{scheme}")
+                passes[f"{model}-{scheme}"] = _is_classified(target, model, method)
         finding = Finding(Kind.ENUM, method, number, read_as)
         if passes:
-            found.append(EnumMismatch(finding, tuple(passes)))
+            classified = tuple(filter(passes.__getitem__, passes))
+            found.append(EnumMismatch(finding, tuple(passes), classified))
         elif cases and unanswered.total() == len(cases):
             raise Unsupported(
                 f"no gate answers for {method} ({number}): {unanswered.most_common(1)[0][0]}"
@@ -69,3 +73,10 @@ def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
         elif method != _NONE and flashinfer.number(method) is not None:
             found.append(EnumMismatch(finding, ()))
     return found
+
+
+def _is_classified(target: Target, model: ModelSpec, method: str) -> bool:
+    try:
+        return target.classify(model).method == method
+    except Unsupported:
+        return False

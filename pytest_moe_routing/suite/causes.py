@@ -72,7 +72,8 @@ def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
     cause = cause_id("enum", finding.field)
     if not mismatch.cases:
         return Failure(cause, Rank.LATENT, "", (what, "no gate of a chosen model accepts it"))
-    lines = (what, f"  gate     all accept {finding.field} for {few(mismatch.cases)}")
+    of = f"  reach    so classified: {few(mismatch.classified or ('no chosen model',))}"
+    lines = (what, of, f"  gate     all accept {finding.field} for {few(mismatch.cases)}")
     return Failure(cause, Rank.SILENT, finding.field, lines)
 
 
@@ -98,9 +99,8 @@ def of_router(cause: RouterCause) -> Failure:
     shown = cause.lines(3 if rank is Rank.DOWNCAST else None)
     # A number in it is that of an example.
     why = re.sub(r"[^a-z]+", "-", cause.first.cause.lower()).strip("-")
-    function = cause.function.replace("?", "")
     return Failure(
-        cause_id("router", cause.kind, function, why),
+        cause_id("router", cause.kind, cause.function.replace("?", ""), why),
         rank,
         cause.runs[0].subject,
         tuple(cause.lines()),

@@ -342,9 +342,9 @@ class SglangTarget(SglangQuestions):
         return found
 
     def choice_of_others(self, model: ModelSpec, scheme: str) -> object:
-        """Return the default runner of a checkpoint that is served elsewhere, and the method."""
+        """Return whose code may apply a scaling factor, or what a checkpoint is served with."""
         if not self.elsewhere:
-            return None
+            return None if model.router.routed_scaling_factor == 1.0 else model.architecture
         with suppress(Unsupported):  # It is asked about as well then, and the reason is counted.
             return self._server_runner(model, scheme), self.classify(model).method == UNDECLARED
         return None
@@ -390,9 +390,8 @@ class SglangTarget(SglangQuestions):
 
     def _handed_over(self, model: ModelSpec, scheme: str, runner: str | None = None) -> HandedOver:
         runner = runner or self._server_runner(model, scheme)
-        question = self._question(model, scheme, runner)
-        question["scale"] = model.router.routed_scaling_factor
-        answer: HandedOver = self._remembered("handed_over", question)
+        scale, question = model.router.routed_scaling_factor, self._question(model, scheme, runner)
+        answer: HandedOver = self._remembered("handed_over", {**question, "scale": scale})
         return answer
 
     @cached_property

@@ -20,7 +20,7 @@ from pytest_moe_routing.targets import layers, scales, stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.recorder import input_scale, plain
 from pytest_moe_routing.targets.server import serve
-from pytest_moe_routing.targets.sglang.model_configs import served_as
+from pytest_moe_routing.targets.sglang.model_configs import configs, served_as
 from pytest_moe_routing.targets.sglang.probe import weights
 from pytest_moe_routing.targets.sglang.probe.around import around
 from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig, quant_config, rewritten
@@ -53,7 +53,9 @@ from pytest_moe_routing.targets.stubs import Stub
 #: More than the largest batch of any special gate kernel.
 _TOKENS = 64
 #: A layer of experts in every model: the first few are dense, or routed by a table.
-_LAYER, _SIZE = 5, 256
+_LAYER = 5
+#: The width of hidden states, and of experts; see `configs.yaml`.
+_SIZES: tuple[int, ...] = tuple(configs()["sizes"][name] for name in ("hidden_size", "intermediate_size"))
 #: The runner of Triton kernels, by its name on the command line of a server.
 TRITON = "triton"
 #: Why no kernel routes, in the code of some models.
@@ -241,7 +243,7 @@ class Blocks:
         try:
             with watching(self.names, seen):
                 seen.block = _build(self.names, module, name, given, values, quantization)
-                weights.fill(seen.block, seen, values, _SIZE)
+                weights.fill(seen.block, seen, values, _SIZES[0])
                 scales.quantized_by.clear()
                 output = first_of(_forward(seen.block, values["num_experts"]))
         except RoutedOutside as outside:
@@ -330,8 +332,8 @@ def _build(
         "layer_idx": _LAYER,
         "num_experts": values["num_experts"],
         "top_k": values["num_experts_per_tok"],
-        "hidden_size": _SIZE,
-        "intermediate_size": requested(INNER) or _SIZE,
+        "hidden_size": _SIZES[0],
+        "intermediate_size": requested(INNER) or _SIZES[1],
         **given,
     }
     block = getattr(stubs.real_module(module), name)
@@ -344,7 +346,7 @@ def _build(
 def _forward(block: nn.Module, num_experts: int) -> Any:
     """One pass; a block that gets its logits from outside has ours anyway."""
     tokens = requested(TOKENS) or _TOKENS
-    return run(block, torch.zeros(tokens, _SIZE), torch.zeros(tokens, num_experts))
+    return run(block, torch.zeros(tokens, _SIZES[0]), torch.zeros(tokens, num_experts))
 
 
 def run(block: nn.Module, hidden: Tensor, logits: Tensor) -> Any:

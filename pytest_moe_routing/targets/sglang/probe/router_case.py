@@ -175,7 +175,7 @@ def noting(called: dict[str, str]) -> Iterator[None]:
 
 def values_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes of a model's config, with the widths that routers are run with."""
-    widths = {n: HIDDEN for n, value in config.items() if value == blocks._SIZE and "size" in n}
+    widths = {n: HIDDEN for n, value in config.items() if value in blocks._SIZES and "size" in n}
     return {**_FURTHER.get(architecture, {}), **config, **widths}
 
 

@@ -254,7 +254,7 @@ class Routers(blocks.Blocks):
         """Run the router of a layer that routes by a table."""
         module, name, given = self.sources.blocks(architecture)[0]
         try:
-            with patch.object(blocks, "_SIZE", HIDDEN), patch.object(blocks, "_LAYER", 0):
+            with patch.object(blocks, "_SIZES", (HIDDEN, HIDDEN)), patch.object(blocks, "_LAYER", 0):
                 block = blocks._build(self.names, module, name, given, values, None)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
@@ -294,7 +294,7 @@ class Routers(blocks.Blocks):
         seen = seen or Seen()
         try:
             with (
-                patch.object(blocks, "_SIZE", HIDDEN),
+                patch.object(blocks, "_SIZES", (HIDDEN, HIDDEN)),
                 watching(self.names, seen),
                 torch.no_grad(),
                 ways.experts_give_weights(self.names, seen),

@@ -55,7 +55,9 @@ _TOKENS = 64
 #: A layer of experts in every model: the first few are dense, or routed by a table.
 _LAYER = 5
 #: The width of hidden states, and of experts; see `configs.yaml`.
-_SIZES: tuple[int, ...] = tuple(configs()["sizes"][name] for name in ("hidden_size", "intermediate_size"))
+_SIZES: tuple[int, ...] = tuple(
+    configs()["sizes"][name] for name in ("hidden_size", "intermediate_size")
+)
 #: The runner of Triton kernels, by its name on the command line of a server.
 TRITON = "triton"
 #: Why no kernel routes, in the code of some models.

@@ -32,7 +32,7 @@ from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.methods import lost_factors
 from pytest_moe_routing.targets.sglang.probe.options import Options
 from pytest_moe_routing.targets.sglang.probe.router_case import (
-    HIDDEN,
+    NARROW,
     Case,
     compare,
     function_of,
@@ -280,7 +280,7 @@ class OldRouters:
             tensor.zero_()
         factor = None
         if all(layer.arguments.get("routed_scaling_factor") is None for layer in _Layer.made):
-            with patch.object(blocks, "_SIZES", (HIDDEN, HIDDEN)), self._weighing_1(topk):
+            with patch.object(blocks, "_SIZES", NARROW), self._weighing_1(topk):
                 factor = _factor(block, values["num_experts"])
         if topk is not None:
             bias = topk._parameters.pop("correction_bias", None)
@@ -301,7 +301,7 @@ class OldRouters:
         topks: list[Any] = []
         _Layer.made = []
         try:
-            with patch.object(blocks, "_SIZES", (HIDDEN, HIDDEN)), self._noting(topks), torch.no_grad():
+            with patch.object(blocks, "_SIZES", NARROW), self._noting(topks), torch.no_grad():
                 block = blocks._build(self.names, module, name, given, values, None)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"

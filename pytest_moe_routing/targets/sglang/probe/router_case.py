@@ -32,6 +32,8 @@ from pytest_moe_routing.targets.stubs import source_of
 
 #: Small, and other than any number of experts.
 HIDDEN = 32
+#: The sizes of blocks whose experts are not run.
+NARROW = HIDDEN, HIDDEN
 #: What consumers of TopK's output take.
 _OUTPUT = Output(weights=("float32", "bfloat16"))
 #: Frames of these files are SGLang's routing.

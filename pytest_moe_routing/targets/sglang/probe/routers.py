@@ -41,6 +41,7 @@ from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
 from pytest_moe_routing.targets.sglang.probe.requests import requested
 from pytest_moe_routing.targets.sglang.probe.router_case import (
     HIDDEN,
+    NARROW,
     Case,
     compare,
     exact,
@@ -254,7 +255,7 @@ class Routers(blocks.Blocks):
         """Run the router of a layer that routes by a table."""
         module, name, given = self.sources.blocks(architecture)[0]
         try:
-            with patch.object(blocks, "_SIZES", (HIDDEN, HIDDEN)), patch.object(blocks, "_LAYER", 0):
+            with patch.object(blocks, "_SIZES", NARROW), patch.object(blocks, "_LAYER", 0):
                 block = blocks._build(self.names, module, name, given, values, None)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
@@ -294,7 +295,7 @@ class Routers(blocks.Blocks):
         seen = seen or Seen()
         try:
             with (
-                patch.object(blocks, "_SIZES", (HIDDEN, HIDDEN)),
+                patch.object(blocks, "_SIZES", NARROW),
                 watching(self.names, seen),
                 torch.no_grad(),
                 ways.experts_give_weights(self.names, seen),

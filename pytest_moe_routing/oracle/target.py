@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,6 +17,7 @@ from pytest_moe_routing.oracle.choice import Choice, Expected, Rule
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.laid_out import LaidOut
+from pytest_moe_routing.oracle.methods_run import MethodsRun
 from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.placed import KnownPlacements, Placed, Placements
@@ -216,6 +218,10 @@ class Target:
         By what they say, as `formats` are; "" is the usual one of a scheme that no kernel serves.
         """
         return {}
+
+    def methods_run(self) -> MethodsRun:
+        """Return what of the target's quantization methods its tests run, as far as it is known."""
+        return MethodsRun(0, Counter())
 
     def choice_of_others(self, model: ModelSpec, scheme: str) -> object:
         """Return what tells models apart that the target chooses other experts for."""

@@ -14,6 +14,7 @@ from pytest_moe_routing.report.unanswered import (
     FORMATS,
     KEYS,
     LAYOUTS,
+    METHODS,
     NAMED,
     OTHERS,
     PLACES,
@@ -97,6 +98,16 @@ def test_quantization_keys(
     note(_moe_property, {KEYS: found.unanswered})
     skip_without(found, "which quantization keys experts accept is not known of the target")
     fail(_moe_property, [of_changed_keys(_moe_framework, each) for each in found.changed])
+
+
+def test_quantization_methods(
+    _moe_framework: Target, _moe_property: Callable[[str, Any], None]
+) -> None:
+    """Quantization methods that hand weights to kernels of FlashInfer are run by other tests."""
+    with unsupported_is_skipped():
+        found = _moe_framework.methods_run()
+    note(_moe_property, {METHODS: found.unanswered})
+    skip_without(found, "what quantization methods hand to kernels is not known of the target")
 
 
 def test_checkpoints(

@@ -56,16 +56,26 @@ def lacking(
 
 def _trees(root: Path, modules: Sequence[str]) -> Iterator[tuple[str, ast.Module]]:
     """Yield path and syntax tree of each file that mentions FlashInfer."""
-    for file, text in sorted(_texts(root, modules)):
+    for file, text in sorted(texts(root, modules)):
         if _PACKAGE in text:
-            try:
-                yield file, ast.parse(text)
-            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                what = type(error).__name__
-                raise Unsupported(f"not judged: {file} cannot be parsed ({what})") from None
+            yield file, tree_of(file, text)
 
 
-def _texts(root: Path, modules: Sequence[str]) -> Iterator[tuple[str, str]]:
+def tree_of(file: str, text: str) -> ast.Module:
+    """Return the syntax tree of a file.
+
+    Raises:
+        Unsupported: It cannot be parsed.
+    """
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        what = type(error).__name__
+        raise Unsupported(f"not judged: {file} cannot be parsed ({what})") from None
+
+
+def texts(root: Path, modules: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield path and text of each file of modules, and of those below them."""
     paths = tuple(module.replace(".", "/") for module in modules)
     if root.is_file():
         with Archive(root, TargetError) as wheel:

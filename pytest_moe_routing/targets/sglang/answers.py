@@ -25,6 +25,18 @@ class _Call(TypedDict, total=False):
     raised_in: str
 
 
+class Callers(TypedDict):
+    """What called a kernel.
+
+    Attributes:
+        owners: The file and the class of each method that was running.
+        given: The kernel, the functions that were running, and the classes of what they had.
+    """
+
+    owners: list[list[str]]
+    given: list[str]
+
+
 class Answer(_Call):
     place: str
     declared: str | None
@@ -55,4 +67,5 @@ ANSWERS: Mapping[str, Any] = {
     "rewritten": dict[str, Any],
     "keeps_shared_apart": bool,
     "layer_runner": str,
+    "hand_overs": list[list[Callers]],
 }

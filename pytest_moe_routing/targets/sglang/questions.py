@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from packaging.version import Version
@@ -11,17 +12,21 @@ from packaging.version import Version
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.methods_run import MethodsRun
 from pytest_moe_routing.targets.contract import release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.sglang.answers import ANSWERS
+from pytest_moe_routing.targets.sglang.hand_overs import methods_run
 from pytest_moe_routing.targets.sglang.model_configs import (
     config_of,
     configs,
     deciding_of,
+    other_ways,
     rewriting_of,
     rewritten_config,
     server_of,
+    told_of,
 )
 from pytest_moe_routing.targets.source import Source
 
@@ -114,6 +119,29 @@ class SglangQuestions(FrameworkTarget):
             "config": self._config(model),
             "quantization": config,
         }
+
+    def formats(self, scheme: str) -> Mapping[str, SglangQuestions]:
+        rows = configs()["schemes"].get(scheme, {}).get("formats", {})
+        found = {name: copy(self) for name in rows}
+        for name, other in found.items():
+            other._served = {scheme: rows[name]}
+        return found
+
+    def asked_of_hand_overs(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
+        """Return the arguments of the question about what calls kernels, on every way."""
+        row, served = self._row(model, scheme), self._served.get(scheme, {})
+        ways = other_ways(scheme, release_of(self.version()), served)
+        told = {"ways": ways, **told_of(self._server(model, scheme), row, elsewhere=False)}
+        runners = dict.fromkeys((row["runner"], row.get("routed", row["runner"])))
+        asked = {**self._block(model, scheme), "scheme": scheme, "told": told}
+        return {**asked, "runners": [*runners]}
+
+    def ask(self, kind: str, question: Mapping[str, Any]) -> Any:
+        """Return an answer of the child that runs blocks."""
+        return self._probe.ask(kind, **question)
+
+    def methods_run(self) -> MethodsRun:
+        return methods_run(self)
 
     def _remembered(self, kind: str, question: Mapping[str, Any]) -> Any:
         """Ask the child, each question once."""

@@ -326,13 +326,6 @@ class SglangTarget(SglangQuestions):
         runner = self._runner_given(model, scheme)
         return runner and json.dumps([self._row(model, scheme), runner], sort_keys=True)
 
-    def formats(self, scheme: str) -> Mapping[str, SglangTarget]:
-        rows = configs()["schemes"].get(scheme, {}).get("formats", {})
-        found = {name: copy(self) for name in rows}
-        for name, other in found.items():
-            other._served = {scheme: rows[name]}
-        return found
-
     def served_elsewhere(self, scheme: str) -> Mapping[str, SglangTarget]:
         rows = {} if self._served or self.elsewhere else configs()["elsewhere"].get(scheme, {})
         found = {}

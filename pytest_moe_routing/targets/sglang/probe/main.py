@@ -36,6 +36,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     started,
 )
 from pytest_moe_routing.targets.sglang.probe.device import OnCpu
+from pytest_moe_routing.targets.sglang.probe.hand_overs import hand_overs
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
 from pytest_moe_routing.targets.sglang.probe.layouts import layouts, other_layouts, split_layouts
 from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
@@ -368,11 +369,12 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
     names, chosen = blocks.names, blocks.default_runner
     own = ("method_numbers", "accepted_quantizations", "default_runner", "keeps_shared_apart")
+    of_layers = layouts, other_layouts, split_layouts
     runs = ("layer_runner", "capture", "around", "handed_over", "other_experts")
     return {
         **{name: getattr(blocks, name) for name in (*own, *runs)},
         **placement_questions(blocks),
-        **{ask.__name__: partial(ask, blocks) for ask in (layouts, other_layouts, split_layouts)},
+        **{ask.__name__: partial(ask, blocks) for ask in (*of_layers, hand_overs)},
         "rewritten": partial(rewritten, blocks.enter),
         "with_tokens": partial(with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),

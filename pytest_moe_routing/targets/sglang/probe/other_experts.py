@@ -88,6 +88,15 @@ def other_experts(blocks: Blocks, *, scale: float, told: Told, **question: Any) 
     return {"calls": calls}
 
 
+def options_of(blocks: Blocks, way: Way) -> dict[str, Any]:
+    """Return what a block is requested to be run with on a way, besides its router."""
+    options = dict[str, Any](way["options"])
+    if way["device"] != BLACKWELL:
+        # Weights are prepared from beginning to end, and `layouts` looks at their order.
+        options[MARKED] = _InAnyOrder(blocks.names)
+    return options
+
+
 def _may_call(blocks: Blocks, runner: str, question: Mapping[str, Any]) -> bool:
     """Return whether a layer that a server makes for a runner may call FlashInfer's kernels."""
     try:
@@ -107,10 +116,7 @@ def _call(
     """
     chosen: list[Chosen] = []
     layers: list[Any] = []
-    runner, options = way["runner"], dict[str, Any](way["options"])
-    if way["device"] != BLACKWELL:
-        # Weights are prepared from beginning to end, and `layouts` looks at their order.
-        options[MARKED] = _InAnyOrder(blocks.names)
+    runner, options = way["runner"], options_of(blocks, way)
     kept = partial(_keep, layers)
     with requesting(router=router(blocks.names, chosen), prepared=kept, **options):
         answer = blocks.capture(**question, runner=runner)

@@ -37,6 +37,8 @@ OWN = {
     "alias_or_bind_derived_param": "stand-ins.derived",
     "per_tensor_dequantize": "stand-ins.scales",
 }
+#: What is told of each kernel that is called, which is requested by this name.
+CALLERS = "callers"
 #: That a server compiles models, which is requested by this name.
 COMPILED = "enable_torch_compile"
 #: What the server is asked for besides the runner, by the name of its option or stand-in.

@@ -26,6 +26,7 @@ from pytest_moe_routing.targets.sglang.probe.options import Groups, Options
 from pytest_moe_routing.targets.sglang.probe.quantizers import quantizers
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS
 from pytest_moe_routing.targets.sglang.probe.requests import (
+    CALLERS,
     COMPILED,
     DEVICE,
     OWN,
@@ -111,6 +112,8 @@ def enter(
     def answer(function: str, arguments: Mapping[str, Any]) -> Any:
         """Return a kernel's output: ones, in the shape of the function's result."""
         calls.append((function, dict(arguments)))
+        if (note := requested(CALLERS)) is not None:
+            note(function)
         replay = arguments.get("routing_replay_out")
         if replay is not None:
             replay.copy_(torch.arange(replay.numel()).reshape(replay.shape))

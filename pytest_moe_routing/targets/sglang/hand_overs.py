@@ -12,20 +12,29 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from pytest_moe_routing.data import read_data
+from pytest_moe_routing.data import packaged_directory, read_data
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.goldens import packaged_directory
-from pytest_moe_routing.models import load_models
+from pytest_moe_routing.models import ModelSpec, load_models
 from pytest_moe_routing.oracle.methods_run import MethodsRun
 from pytest_moe_routing.targets.sglang.answers import Callers
 from pytest_moe_routing.targets.sglang.model_configs import configs
+from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.uses import texts, tree_of
 
-if TYPE_CHECKING:
-    from pytest_moe_routing.models import ModelSpec
-    from pytest_moe_routing.targets.sglang.questions import SglangQuestions
+
+class Asked(Protocol):
+    """The target, as far as it is asked here; see `SglangQuestions`."""
+
+    source: Source
+
+    def formats(self, scheme: str) -> Mapping[str, Asked]: ...
+
+    def asked_of_hand_overs(self, model: ModelSpec, scheme: str) -> dict[str, Any]: ...
+
+    def ask(self, kind: str, question: Mapping[str, Any]) -> Any: ...
+
 
 _UNKNOWN = "no checkpoint, runner and GPU that is asked about reaches it"
 #: With so many models, of the fewest experts, each kind of checkpoints is run.
@@ -140,7 +149,7 @@ def is_by(hand_over: HandOver, callers: Callers) -> bool:
 
 
 def reached(
-    target: SglangQuestions, every: Collection[HandOver], models: Iterable[ModelSpec]
+    target: Asked, every: Collection[HandOver], models: Iterable[ModelSpec]
 ) -> set[HandOver]:
     """Return the hand-overs that kernels are called for when the target is judged.
 
@@ -160,9 +169,7 @@ def reached(
     return found
 
 
-def _callers_of(
-    target: SglangQuestions, scheme: str, models: Iterable[ModelSpec]
-) -> Iterator[Callers]:
+def _callers_of(target: Asked, scheme: str, models: Iterable[ModelSpec]) -> Iterator[Callers]:
     """Yield what called kernels, for checkpoints of each kind that SGLang has in a scheme."""
     tried, left = Counter[str](), dict[str, list[Any]]()
     for model in models:
@@ -183,7 +190,7 @@ def _callers_of(
             yield from callers
 
 
-def methods_run(target: SglangQuestions) -> MethodsRun:
+def methods_run(target: Asked) -> MethodsRun:
     """Return which hand-overs of a release are judged, and why others are not.
 
     Raises:

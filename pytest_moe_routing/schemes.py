@@ -198,7 +198,7 @@ SCHEMES: Mapping[str, Scheme] = {
             Storage("mxfp8", "mxfp8", "mxfp8"),
             KernelSpec(
                 "trtllm_fp8_block_scale",
-                ("silu", "relu2", "gelu", "swigluoai", "swiglustep"),
+                ("silu", "relu2", "gelu_tanh", "swigluoai", "swiglustep"),
                 takes_layout=True,
                 weight_scales="tiles",
                 input_scales="token",
@@ -216,7 +216,7 @@ SCHEMES: Mapping[str, Scheme] = {
             "nvfp4",
             Storage("nvfp4", "nvfp4", "nvfp4"),
             KernelSpec(
-                activations=("silu", "relu2", "gelu", "swigluoai", "swiglustep"),
+                activations=("silu", "relu2", "gelu_tanh", "swigluoai", "swiglustep"),
                 input_scales="token",
                 scalars="scale",
                 **_FP4,
@@ -248,7 +248,7 @@ SCHEMES: Mapping[str, Scheme] = {
             "mxfp4",
             Storage("mxfp4", "mxfp8", "mxfp8"),
             KernelSpec(
-                activations=("silu", "gelu", "swigluoai"),
+                activations=("silu", "gelu_tanh", "swigluoai"),
                 input_scales="token",
                 **_FP4,
             ),

@@ -110,7 +110,8 @@ class Honest:
             value = bounded * self.approximate(act.alpha * bounded)
             value = value.clamp_max(limit) if act.clamp_after else value
         else:
-            value = gelu(gate.clamp_max(limit))
+            approximate = "tanh" if act.function == "gelu_tanh" else "none"
+            value = gelu(gate.clamp_max(limit), approximate=approximate)
         return value * (up.clamp(-limit, limit) + act.beta)
 
     def approximate(self, x):

@@ -26,7 +26,7 @@ KERNELS = int(os.environ.get("MOE_KERNELS", "50"))
 #: Kernels that solve one problem.
 TOGETHER = 10
 
-ACTIVATIONS = ("silu", "swigluoai", "gelu", "relu2", "swiglustep")
+ACTIVATIONS = ("silu", "swigluoai", "gelu_tanh", "relu2", "swiglustep")
 
 #: Sums over few elements: where a kernel uses all of its tolerances they are near their deviation.
 ROWS = ("row of the first GEMM", "row of the second GEMM")

@@ -227,12 +227,19 @@ def test_the_parameters_of_an_activation_must_arrive():
     assert reading(squared, activation_type=6).wrong == ()
 
 
-def test_trtllms_kernels_have_no_gelu_with_tanh():
-    """trtllm_fused_moe_runner.cu of FlashInfer 0.7.2.post1 refuses it; CUTLASS' kernels have it."""
-    model = replace(R1, experts=replace(R1.experts, activation="gelu"))
-    assert reading(model, activation_type=4).wrong == ()
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_trtllms_kernels_have_one_gelu(activation):
+    """It has another name than that of CUTLASS' kernels, which trtllm_fused_moe_runner.cu refuses."""
+    model = replace(R1, experts=replace(R1.experts, activation=activation))
+    right = reading(model, activation_type=4)
+    assert right.wrong == ()
+    told = "the kernel computes gelu_tanh for gelu; the two differ by at most 0.0005"
+    assert [note.fact for note in right.notes] == [told] * (activation == "gelu")
     assert problems(reading(model, activation_type=8)) == [
         "activation_type arrives as GegluTanh, the layer has Geglu"
+    ]
+    assert problems(reading(model, activation_type=3)) == [
+        "activation_type arrives as Swiglu, the layer has Geglu"
     ]
 
 

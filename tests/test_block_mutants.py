@@ -62,7 +62,7 @@ MISTAKES = [
                 "vision_router_logits, _ = self.text_experts_gate(",
                 "the logits of vision_experts are those of text_experts_gate.weight"),
         GEMMA: ('activation="gelu_tanh"', 'activation="silu"',
-                "activation: the model has gelu, the model code asks for silu"),
+                "activation: the model has gelu_tanh, the model code asks for silu"),
         LONGCAT: ("n_routed_experts + zero_expert_num", "n_routed_experts",
                   "router logits has 512 experts, the model has 768"),
         PHI: ("sparsemixer(gating_output)", "sparsemixer(gating_output, 0.1)",

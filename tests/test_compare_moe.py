@@ -35,6 +35,7 @@ ACTIVATED = [
     ("silu", None),
     ("swigluoai", 7.0),
     ("gelu", None),
+    ("gelu_tanh", None),
     ("relu2", None),
     ("swiglustep", 7.0),
 ]

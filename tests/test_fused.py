@@ -94,7 +94,7 @@ def test_calls_fit_the_installed_package(scheme, activated, routed):
     function = getattr(fused_moe, kernel_of(scheme).function(routed))
     inspect.signature(function).bind(**given)
     assert given["routing_method_type"] == fused_moe.RoutingMethodType.Renormalize
-    members = {"silu": "Swiglu", "swigluoai": "Swiglu", "gelu": "Geglu", "relu2": "Relu2"}
+    members = {"silu": "Swiglu", "swigluoai": "Swiglu", "gelu_tanh": "Geglu", "relu2": "Relu2"}
     member = members.get(activated, "SwigluStep")
     enums = pytest.importorskip("flashinfer.tllm_enums")
     assert given.get("activation_type", 3) == enums.ActivationType[member]

@@ -70,7 +70,10 @@ CASES = [
         ),
     ),
     no_case(
-        "which the launcher does not reject", "nvfp4", ones("gemm1_alpha", 8), {"activated": "gelu"}
+        "which the launcher does not reject",
+        "nvfp4",
+        ones("gemm1_alpha", 8),
+        {"activated": "gelu_tanh"},
     ),
     *(
         no_case(f"{name} that is not float32", scheme, ones(name, 8, dtype=F16))

@@ -131,12 +131,6 @@ def test_a_wrong_call(model, changes, found):
     assert sentences(model, **changes) == [found]
 
 
-@pytest.mark.parametrize(("number", "is_right"), [(4, True), (8, True), (3, False)])
-def test_cutlass_kernels_have_both_kinds_of_gelu(number, is_right):
-    model = replace(R1, experts=replace(R1.experts, activation="gelu"))
-    assert (sentences(model, activation_type=number) == []) is is_right
-
-
 @pytest.mark.parametrize(
     ("limit", "found"),
     [

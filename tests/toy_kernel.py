@@ -134,6 +134,9 @@ class Toy:
             )
         if self.activation == "gelu":
             return 0.5 * gate * (1 + torch.erf(gate / math.sqrt(2))) * up
+        if self.activation == "gelu_tanh":
+            inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+            return 0.5 * gate * (1 + torch.tanh(inner)) * up
         alpha, beta = (1.702, 1.0) if self.activation == "swigluoai" else (1.0, 0.0)
         gate = torch.minimum(gate, torch.tensor(limit))
         return gate * self.sigmoid(alpha * gate) * (torch.clamp(up, -limit, limit) + beta)

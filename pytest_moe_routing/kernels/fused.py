@@ -35,7 +35,7 @@ ACTIVATIONS = {
     "silu": "Swiglu",
     "swigluoai": "Swiglu",
     "swiglustep": "SwigluStep",
-    "gelu": "Geglu",
+    "gelu_tanh": "Geglu",
     "relu2": "Relu2",
 }
 #: Scales lie token by token (`SfLayout.layout_linear`); from 0.7.0 on one is warned for not saying.

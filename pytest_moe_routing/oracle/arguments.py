@@ -20,7 +20,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.grammar import KernelCall
 from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.calls import ACTIVATIONS
+from pytest_moe_routing.oracle.calls import ACTIVATIONS, wrong_activation
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.scales import Scales, wrong_input, wrong_parameters, wrong_scales
 from pytest_moe_routing.oracle.target import Captured
@@ -150,7 +150,7 @@ def read_routed(
         *_wrong_memory(arguments),
         *_wrong_experts(model, scheme, record, layer, flashinfer),
     )
-    return tuple(replace(finding, where=function) for finding in findings)
+    return tuple(replace(f, where=function) for f in findings if f.kind is not Kind.PRECISION)
 
 
 def _too_many(scheme: str, arguments: Arguments, flashinfer: FlashInfer) -> Iterator[Finding]:
@@ -302,15 +302,11 @@ def _wrong_experts(
     """Yield what is wrong with the activation, its parameters, scales and biases."""
     arguments = record["arguments"]
     experts, kernel, scales = model.experts, kernel_of(scheme), layer.scales
-    numbers = enum("ActivationType", flashinfer.release)
-    names = ACTIVATIONS[experts.activation]
-    known = {number: name for name, number in numbers.items()}
     # Entry points without the argument have Swiglu kernels only.
-    number = arguments.get("activation_type", numbers.get("Swiglu"))
-    if known.get(number) not in names:
-        got = str(known.get(number, number))
-        yield Finding(Kind.ARGUMENT, "activation_type", " or ".join(names), got)
-    if names == ("Swiglu",):
+    default = enum("ActivationType", flashinfer.release).get("Swiglu")
+    number, activation = arguments.get("activation_type", default), experts.activation
+    yield from wrong_activation("activation_type", number, activation, ACTIVATIONS, flashinfer)
+    if ACTIVATIONS[activation] == ("Swiglu",):
         yield from wrong_parameters(experts, kernel, arguments, scales or {})
     if scales is not None:
         yield from wrong_scales(experts, kernel, arguments, scales)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pytest_moe_routing.flashinfer import FlashInfer, KernelCall, signatures
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models.spec import NEARLY
+from pytest_moe_routing.oracle.finding import Finding, Kind, nearly
 from pytest_moe_routing.schemes import kernel_of
 
 #: FlashInfer's names of each activation that TRT-LLM's kernels have; all kinds of Swiglu are one
-#: kernel, told apart by its parameters.
+#: kernel, told apart by its parameters. Geglu is the approximation: all 57 kernels of it in
+#: flashinfer-cubin 0.6.13 have the constants 0.044715 and sqrt(2 / pi), and so has `phi` in
+#: trtllm/batched_gemm/KernelRunner.h of 0.7.2.post1.
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "silu": ("Swiglu",),
     "swigluoai": ("Swiglu",),
-    "gelu": ("Geglu",),
+    "gelu": (),
+    "gelu_tanh": ("Geglu",),
     "relu2": ("Relu2",),
     "swiglustep": ("SwigluStep",),
     "situ": ("Situ",),
 }
-#: Those that CUTLASS' kernels have.
-CUTLASS_ACTIVATIONS = {**ACTIVATIONS, "gelu": ("Geglu", "GegluTanh")}
+#: Those that CUTLASS' kernels have: `GLUAdaptor`s of GELU (erf) and of GELU_taylor (tanh) in
+#: fused_moe/cutlass_backend/cutlass_fused_moe_kernels.cuh of 0.7.2.post1.
+CUTLASS_ACTIVATIONS = {**ACTIVATIONS, "gelu": ("Geglu",), "gelu_tanh": ("GegluTanh",)}
 #: Parameters of the gated kernels: the key of `ExpertsConfig`, and what the kernel computes with
 #: if it is given none.
 PARAMETERS: Mapping[str, tuple[str, float]] = {
@@ -28,6 +35,36 @@ PARAMETERS: Mapping[str, tuple[str, float]] = {
     "gemm1_beta": ("activation_beta", 0.0),
     "gemm1_clamp_limit": ("activation_limit", float("inf")),
 }
+
+
+def wrong_activation(
+    argument: str,
+    number: Any,
+    activation: str,
+    kernels: Mapping[str, tuple[str, ...]],
+    flashinfer: FlashInfer,
+) -> Iterator[Finding]:
+    """Yield that a kernel is told to compute another activation than the experts have.
+
+    That is a note where the kernel has nothing nearer to it.
+
+    Args:
+        number: What `argument`, a member of `ActivationType`, arrives as.
+        kernels: `ACTIVATIONS` or `CUTLASS_ACTIVATIONS`.
+    """
+    numbers = signatures.enum("ActivationType", flashinfer.release)
+    told = next((name for name, value in numbers.items() if value == number), str(number))
+    names, other = kernels[activation], NEARLY.get(activation, activation)
+    if told in names:
+        return
+    if told not in kernels[other]:
+        yield Finding(Kind.ARGUMENT, argument, " or ".join(names or kernels[other]), told)
+    elif numbers.keys() & {*names}:
+        yield nearly(activation, other)
+    else:
+        slight = nearly(activation, other)
+        fact = f"the kernel computes {other} for {activation}; {slight.fact}"
+        yield replace(slight, kind=Kind.PRECISION, fact=fact)
 
 
 def arguments_of(model: ModelSpec, call: KernelCall, flashinfer: FlashInfer) -> dict[str, Any]:

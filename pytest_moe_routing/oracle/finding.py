@@ -9,6 +9,8 @@ from enum import StrEnum
 from math import isfinite
 from typing import Any, Self
 
+from pytest_moe_routing.models.spec import MOST_APART
+
 #: What a finding may hold: plain data, so that it travels as JSON.
 Value = str | int | float | bool | None
 
@@ -39,6 +41,9 @@ class Kind(StrEnum):
     LAYOUT = "layout"
     #: An argument is less precise (`got`) than the layer (`wanted`).
     DOWNCAST = "downcast"
+    #: The experts have the activation `wanted`, and get `got`, which is nearly the same (`NEARLY`
+    #: of `models.spec`). `fact` says by how much they differ.
+    NEARLY = "nearly"
     #: A matter of precision in the kernel itself, told by `fact`.
     PRECISION = "precision"
 
@@ -110,6 +115,17 @@ NOT_LOADED = Finding(
     "the checkpoint's",
     "a copy that was made before the checkpoint's weights are loaded",
 )
+
+
+def nearly(wanted: str, got: str, where: str = "") -> Finding:
+    """Return that experts get another activation that is nearly their own."""
+    fact = f"the two differ by at most {MOST_APART:g}"
+    return Finding(Kind.NEARLY, "activation", wanted, got, where, fact)
+
+
+def are_slight(findings: Iterable[Finding]) -> bool:
+    """Return whether all that is wrong changes next to nothing."""
+    return {finding.kind for finding in findings} == {Kind.NEARLY}
 
 
 def source_of(findings: Iterable[Finding]) -> str:

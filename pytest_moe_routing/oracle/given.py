@@ -12,9 +12,8 @@ from typing import Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import GivenExperts, given_experts, refused_on
-from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
-from pytest_moe_routing.oracle.calls import CUTLASS_ACTIVATIONS, PARAMETERS
+from pytest_moe_routing.oracle.calls import CUTLASS_ACTIVATIONS, PARAMETERS, wrong_activation
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.scales import Scales, wrong_factor
 from pytest_moe_routing.schemes import kernel_of
@@ -138,16 +137,14 @@ def _wrong_activation(
     parameters: Mapping[str, str],
     flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
-    names = CUTLASS_ACTIVATIONS[experts.activation]
-    known = {number: name for name, number in enum("ActivationType", flashinfer.release).items()}
-    kind = arguments[entry.activation]
-    if known.get(kind) not in names:
-        got = str(known.get(kind, kind))
-        yield Finding(Kind.ARGUMENT, entry.activation, " or ".join(names), got)
+    activation, kind = experts.activation, arguments[entry.activation]
+    names = CUTLASS_ACTIVATIONS[activation]
+    wrong = [*wrong_activation(entry.activation, kind, activation, CUTLASS_ACTIVATIONS, flashinfer)]
+    yield from (finding for finding in wrong if finding.kind is not Kind.PRECISION)
     checked: Iterable[tuple[str, str]] = parameters.items()
     if names != ("Swiglu",):
         # Of others, those that clamp after the activation have a limit, if they are what is called.
-        is_step = names == ("SwigluStep",) and known.get(kind) in names
+        is_step = names == ("SwigluStep",) and not wrong
         checked = [pair for pair in checked if is_step and pair[0] == "gemm1_clamp_limit"]
     for name, argument in checked:
         field, neutral = PARAMETERS[name]

@@ -366,7 +366,7 @@ def _judge_call(
         return bad(Verdict.CRASH if violations[0].is_error else Verdict.WRONG, *broken)
     got, experts = flashinfer.recipe(call), model.router.num_experts
     facts = (*flashinfer.notes(call), *mask_notes(base.wanted, got, experts))
-    notes = tuple(Finding(Kind.PRECISION, method, fact=fact) for fact in facts)
+    notes = (*(Finding(Kind.PRECISION, method, fact=fact) for fact in facts), *captured.notes)
     base = replace(base, got=got, downcasts=captured.downcasts, notes=notes)
     got = meaning(got)
     is_same = same(base.wanted, got, experts)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models.spec import NEARLY
 from pytest_moe_routing.oracle.calls import PARAMETERS
-from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind, Value
+from pytest_moe_routing.oracle.finding import NOT_LOADED, Finding, Kind, Value, are_slight, nearly
 from pytest_moe_routing.routing import Recipe, recipe_of
 
 if TYPE_CHECKING:
@@ -125,6 +126,15 @@ class CodeJudgement:
     notes: tuple[Finding, ...]
     counterexample: Counterexample | None = None
 
+    def by_effect(self) -> Iterator[CodeJudgement]:
+        """Yield what is wrong, then what changes next to nothing: each is a cause of its own."""
+        slight = tuple(finding for finding in self.findings if are_slight([finding]))
+        rest = tuple(finding for finding in self.findings if finding not in slight)
+        if rest:
+            yield replace(self, findings=rest)
+        if slight:
+            yield replace(self, findings=slight, counterexample=None)
+
     @property
     def unanswered(self) -> str | None:
         """Why a block's choice or the router's weight is not judged; None if both are.
@@ -201,7 +211,11 @@ def _experts(model: ModelSpec, request: LayerRequest) -> Iterator[Finding]:
         follows = name == "gated" and request.experts.get("activation") != model.experts.activation
         if not is_same and not follows:
             field = _EXPERTS.get(name, name)
-            yield Finding(Kind.RECIPE, field, ours, theirs, request.passed.get(field, ""))
+            passed = request.passed.get(field, "")
+            if name == "activation" and theirs == NEARLY.get(ours):
+                yield nearly(ours, NEARLY[ours], passed)
+            else:
+                yield Finding(Kind.RECIPE, field, ours, theirs, passed)
 
 
 def _logits(wanted: str, request: LayerRequest) -> tuple[list[Finding], list[Finding]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.finding import Finding
+from pytest_moe_routing.oracle.finding import Finding, are_slight
 from pytest_moe_routing.oracle.kinds import of_each_kind
 from pytest_moe_routing.oracle.target import OtherCall, Target
 
@@ -104,7 +104,7 @@ def _other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Ot
     # What is wrong with the same models in the same place is one mistake.
     together: dict[Any, WrongCall] = {}
     for (way, finding), asked in found.items():
-        key = way, finding.where, tuple(asked)
+        key = way, finding.where, tuple(asked), are_slight([finding])
         before = together[key].findings if key in together else ()
         alike = (other for others in asked.values() for other in others)
         together[key] = WrongCall(way, (*before, finding), (*asked, *alike))

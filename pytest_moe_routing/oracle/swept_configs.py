@@ -91,6 +91,7 @@ USUAL_EXPERTS = ExpertsConfig(
 _OTHER_EXPERTS = (
     replace(USUAL_EXPERTS, activation_limit=10.0),
     replace(USUAL_EXPERTS, activation="gelu"),
+    replace(USUAL_EXPERTS, activation="gelu_tanh"),
     replace(USUAL_EXPERTS, activation="relu2", gated=False),
     replace(
         USUAL_EXPERTS,

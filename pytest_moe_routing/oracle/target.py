@@ -41,7 +41,8 @@ class Captured:
 
     Attributes:
         call: The routing arguments that reached the kernel; None if the code failed before.
-        findings: What is wrong with the call, or why there is none; downcasts included.
+        findings: What is wrong with the call, or why there is none; downcasts and notes
+            included.
         site: The code that makes the call, and the entry point, as far as they are known.
         unknown: What cannot be known of the call, as a sentence. It is not judged then, unless
             something else is wrong with it.
@@ -57,12 +58,18 @@ class Captured:
     @property
     def wrong(self) -> tuple[Finding, ...]:
         """The findings that are no matter of precision."""
-        return tuple(f for f in self.findings if f.kind is not Kind.DOWNCAST)
+        precision = (Kind.DOWNCAST, Kind.PRECISION)
+        return tuple(f for f in self.findings if f.kind not in precision)
 
     @property
     def downcasts(self) -> tuple[Finding, ...]:
         """What arrives less precise than the layer has it."""
         return tuple(f for f in self.findings if f.kind is Kind.DOWNCAST)
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """What the kernel itself computes less precisely than the layer."""
+        return tuple(f for f in self.findings if f.kind is Kind.PRECISION)
 
 
 @dataclass(frozen=True)

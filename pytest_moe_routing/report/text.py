@@ -58,6 +58,8 @@ def sentence(finding: Finding, wanted_by: str = "the router", got_by: str = "the
             return f"{field}: {finding.fact}"
         case Kind.RECIPE:
             return f"{_FIELDS.get(field, field)}: {wanted_by} has {wanted}, {got_by} {got}"
+        case Kind.NEARLY:
+            return f"{field}: the experts have {wanted}, {got_by} {got}; {finding.fact}"
         case Kind.ARGUMENT:
             return f"{field} arrives as {got}, the layer has {wanted}"
         case Kind.APPLIED:

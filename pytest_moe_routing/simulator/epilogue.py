@@ -72,7 +72,7 @@ class Epilogue:
         linear, gate = acc.chunk(2, -1)
         limit = self._number("gemm1_clamp_limit", expert, float("inf"))
         if self.kind == "Geglu":
-            return scale_c * linear * gelu(gate * scale_gate)
+            return scale_c * linear * gelu(gate * scale_gate, approximate="tanh")
         if self.kind == "SwigluStep":
             if self.given.get("gemm1_clamp_limit") is None:
                 limit = 7.0 / scale_gate

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.failure import Failure, Rank, cause_id, few
-from pytest_moe_routing.oracle.finding import Finding, Kind, source_of, switches_of
+from pytest_moe_routing.oracle.finding import Finding, Kind, are_slight, source_of, switches_of
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import brief, text
@@ -149,9 +149,7 @@ def of_modular_call(
     cause = cause_id("modular-call", what, site)
     kinds = {finding.kind for finding in findings}
     ranks = {Kind.RAISED: Rank.LOUD, Kind.LIMIT: Rank.LOUD, Kind.DOWNCAST: Rank.DOWNCAST}
-    rank = ranks.get(findings[0].kind, Rank.SILENT)
-    if len(kinds) > 1:
-        rank = Rank.SILENT
+    rank = Rank.SILENT if len(kinds) > 1 else ranks.get(findings[0].kind, Rank.SILENT)
     if reach is Reach.NO_MODEL and choice is not None:
         rank = Rank.LATENT
         told = "; ".join(text.sentences(findings))
@@ -196,7 +194,8 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         *([f"  at       {findings[0].where}"] if findings[0].where else []),
         f"  models   {few(ids)}",
     )
-    rank = Rank.LOUD if findings[0].kind in (Kind.RAISED, Kind.LIMIT) else Rank.SILENT
+    ranks = {Kind.RAISED: Rank.LOUD, Kind.LIMIT: Rank.LOUD}
+    rank = Rank.DOWNCAST if are_slight(findings) else ranks.get(findings[0].kind, Rank.SILENT)
     # Arguments that get lost are one defect, whichever of them a model needs.
     are_arguments = {finding.kind for finding in findings} == {Kind.ARGUMENT}
     return Failure(
@@ -331,12 +330,13 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
 
 def of_model_code(judgement: CodeJudgement) -> Failure:
     """Model code that asks its layer for another router than the model has."""
-    fields = "+".join(dict.fromkeys(finding.field for finding in judgement.findings))
+    is_slight = are_slight(judgement.findings)
+    fields = "+".join(dict.fromkeys(f.id if is_slight else f.field for f in judgement.findings))
     site = cause_id(judgement.request.block)
     cause = cause_id("model-code", fields, site)
     return Failure(
         cause,
-        Rank.SILENT,
+        Rank.DOWNCAST if is_slight else Rank.SILENT,
         judgement.model.id,
         tuple(text.model_code(judgement)),
         source_of(judgement.findings),

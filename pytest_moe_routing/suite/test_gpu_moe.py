@@ -37,7 +37,7 @@ MANY = 129
 #: Schemes whose entry points take fused shared experts.
 SHARING = ("fp8_block", "mxfp8", "nvfp4", "nvfp4_per_token", "mxfp4", "mxfp4_bf16")
 
-ACTIVATIONS = ("silu", "relu2", "gelu", "swigluoai", "swiglustep")
+ACTIVATIONS = ("silu", "relu2", "gelu_tanh", "swigluoai", "swiglustep")
 
 
 def small_call(scheme: str, method: str = "DeepSeekV3", **fields: Any) -> KernelCall:

@@ -62,7 +62,7 @@ def test_model_code(
     if open_ones:
         unanswered[REQUESTS] = open_ones
     note(_moe_property, unanswered)
-    failures += [of_model_code(each) for each in judgements if each.findings]
+    failures += [of_model_code(part) for each in judgements for part in each.by_effect()]
     for judgement in judgements[:1]:
         failures += [of_left_out_key(*found) for found in without_keys(_moe_framework, judgement)]
     fail(_moe_property, failures)
@@ -79,4 +79,4 @@ def test_transformers_backend(
         request = _moe_framework.backend_request(moe_model)
         # Where transformers' own code routes, `--moe-target transformers` judges it.
         judged = [] if request is None else [compare_request(moe_model, request)]
-    fail(_moe_property, [of_model_code(each) for each in judged if each.findings])
+    fail(_moe_property, [of_model_code(part) for each in judged for part in each.by_effect()])

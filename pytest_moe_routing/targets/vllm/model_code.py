@@ -31,7 +31,7 @@ from pytest_moe_routing.targets.source import Source
 _CHILD = "pytest_moe_routing.targets.vllm.probe.model_code"
 _BACKEND = "pytest_moe_routing.targets.vllm.probe.backend"
 #: Activations that vLLM names otherwise.
-_ACTIVATIONS = {"gelu_tanh": "gelu", "swigluoai_uninterleave": "swigluoai"}
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "swigluoai_uninterleave": "swigluoai"}
 #: The arguments of vLLM's layer for the parameters of an activation, by key of `ExpertsConfig`.
 _SWIGLU = {
     "activation_limit": "swiglu_limit",

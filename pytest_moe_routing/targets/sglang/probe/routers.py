@@ -25,6 +25,7 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import RouterConfig
+from pytest_moe_routing.models.spec import NEARLY
 from pytest_moe_routing.oracle.own_router import reading_of
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import config_classes, stubs
@@ -120,8 +121,9 @@ class Routers(blocks.Blocks):
         (told,) = seen.runners
         experts = model["experts"]
         limit = told.gemm1_clamp_limit or told.swiglu_limit
-        asked = experts["activation"], experts["activation_limit"], experts["gated"]
-        if (told.activation, limit, told.is_gated) != asked:
+        asked = experts["activation_limit"], experts["gated"]
+        names = experts["activation"], NEARLY.get(experts["activation"])
+        if told.activation not in names or (limit, told.is_gated) != asked:
             raise Unsupported(f"{seen.place} has other experts than the config")
 
         def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -243,6 +243,26 @@ def test_the_arguments_of_a_layer_are_read_from_the_models_code(tmp_path, archit
 
 
 @pytest.mark.parametrize(
+    ("code", "activation"),
+    [
+        ("FusedMoEFactory(activation='gelu_tanh')", "gelu_tanh"),
+        ("FusedMoEFactory(activation=MoEActivation.GELU_TANH)", "gelu_tanh"),
+        ("FusedMoEFactory(activation='gelu'); FusedMoEFactory(activation='gelu')", "gelu"),
+        # What depends on the config, or on the layer.
+        ("FusedMoEFactory(activation=config.hidden_act)", None),
+        ("FusedMoEFactory(activation='gelu' if config.old else 'silu')", None),
+        ("FusedMoEFactory(activation='gelu'); FusedMoEFactory()", None),
+        ("FusedMoEFactory()", None),
+        ("Linear(activation='gelu')", None),
+    ],
+)
+def test_a_constant_activation_is_read_from_the_models_code(tmp_path, code, activation):
+    files = {**CODE, f"{MODELS}/router.py": code}
+    assert sources(write(tmp_path, files)).activation("Router") == activation
+    assert sources(str(tmp_path)).activation("Unknown") is None
+
+
+@pytest.mark.parametrize(
     ("architecture", "question"),
     [
         ("Open", r"open.py:1 of vLLM unknown leaves open whether the layer or its router applies"),

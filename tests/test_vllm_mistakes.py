@@ -42,6 +42,12 @@ MISTAKES = (
         "        router_logits.mul_(-1)\n        kwargs = dict(\n",
     ),
     (
+        "model_executor/layers/fused_moe/experts/trtllm_fp8_moe.py",
+        "        return activation in [\n",
+        "        return activation in [\n            MoEActivation.GELU_TANH,\n"
+        "            MoEActivation.SWIGLUOAI,\n            MoEActivation.SITU,\n",
+    ),
+    (
         "model_executor/models/minimax_m2.py",
         "params_dtype=torch.float32,",
         "params_dtype=None,",
@@ -141,6 +147,20 @@ def test_logits_that_are_changed_in_place(target):
     found = judge(target, MODELS["deepseek-r1"], "fp8_block")
     assert found.verdict is Verdict.WRONG
     assert "routing_logits arrives as another tensor" in "\n".join(sentences(found.findings))
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("gemma-4-26b-a4b", "activation_type arrives as Swiglu, the layer has Geglu"),
+        ("gpt-oss-20b", "gemm1_alpha arrives as 1, the layer has 1.702"),
+        ("kimi-k3", "activation_type arrives as Swiglu, the layer has Situ"),
+    ],
+)
+def test_a_gate_that_accepts_activations_that_its_experts_do_not_pass_on(target, model, text):
+    method = target.classify(MODELS[model]).method
+    assert all(gate.ok for gate in target.modular_gates(MODELS[model], "mxfp8", method))
+    assert text in list(sentences(target.modular_findings(MODELS[model], "mxfp8")))
 
 
 def test_gate_and_up_that_are_loaded_into_each_others_place(target):

@@ -29,7 +29,13 @@ class NoActivation(Unsupported):
 
 
 def activation_name(model: Mapping[str, Any]) -> str:
-    """Return the name that the model's code has for its activation."""
+    """Return the name that the model's code has for its activation.
+
+    Where its code states no name, that is the name of what its config has.
+    """
+    stated = sources().activation(architecture_of(model))
+    if stated is not None:
+        return stated
     name: str = model["experts"]["activation"]
     if not model["experts"]["gated"]:
         return f"{name}_no_mul"

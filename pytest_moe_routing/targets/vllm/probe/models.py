@@ -1,14 +1,14 @@
 """What the code of a model in one release of vLLM gives to its MoE layer, read from its source.
 
-Only what no config says: who applies the scaling factor, groups that are constants, and a routing
-function of its own.
+Only what no config says: who applies the scaling factor, groups and activations that are constants,
+and a routing function of its own.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class ModelSources:
         # Architectures share modules, and each of these reads one from end to end.
         self._calls, self._led = cache(self._find_calls), cache(self._find_led)
         # Each reads whole modules, and is asked for every layer and router that is made.
-        for name in ("scaled_by", "stated", "passes_limit", "routing_function"):
+        for name in ("scaled_by", "stated", "passes_limit", "activation", "routing_function"):
             setattr(self, name, cache(getattr(self, name)))
 
     def has_architecture(self, architecture: str) -> bool:
@@ -130,6 +130,18 @@ class ModelSources:
         if any(word.arg is None for word in layer.call.keywords):
             raise self._unproven(layer, "whether the layer is given the clamp limit")
         return False
+
+    def activation(self, architecture: str) -> str | None:
+        """Return the activation that the model's code states as a constant in all of its layers.
+
+        None if it states none, or one that depends on the config.
+        """
+        made = self._made(architecture)
+        if made is None:
+            return None
+        layers = (replace(made, call=call) for call in self._calls(made.module))
+        stated = {_constant(layer.argument("activation")) for layer in layers}
+        return stated.pop() if len(stated) == 1 else None
 
     def groups(self, architecture: str) -> dict[str, Any]:
         """Return the arguments of groups that the model's code states as constants, all or none.
@@ -267,6 +279,16 @@ def _passed(tree: ast.AST, parameter: str) -> ast.expr | None:
             ]
             values += [default for name, default in defaults if name.arg == parameter]
     return values[0] if values else None
+
+
+def _constant(value: ast.expr | None) -> str | None:
+    """Return a text that an argument is, or the value of a member of an enum; None for others."""
+    if isinstance(value, ast.Constant) and isinstance(value.value, str):
+        return value.value
+    if isinstance(value, ast.Attribute) and value.attr.isupper():
+        # Members of `MoEActivation` are named as their values.
+        return value.attr.lower()
+    return None
 
 
 def _asks_for_aiter(test: ast.expr) -> bool:

@@ -53,10 +53,14 @@ def files(release="0.7.0"):
     # Both ways of writing a member are in use: `Default = (0,)` and `Unspecified = 6`.
     enums = [python_enum("RoutingMethodType", {m: f"({n},)" for m, n in numbers.items()})]
     enums += [python_enum(name, signatures.enum(name, release)) for name in signatures.enums()]
-    functions = {
-        name: f"@decorated\ndef {name}({', '.join(signatures.parameters(name, release))}):\n    pass\n"
-        for name in signatures.functions(release)
-    }
+    functions, methods = {}, []
+    for name in signatures.functions(release):
+        parameters = ", ".join(signatures.parameters(name, release))
+        if f"{name}.run" in signatures.functions(release) or name.endswith(".run"):
+            method = "run" if name.endswith(".run") else "__init__"
+            methods.append(f"    @decorated\n    def {method}(self, {parameters}):\n        pass\n")
+        else:
+            functions[name] = f"@decorated\ndef {name}({parameters}):\n    pass\n"
     routing = functions.pop("trtllm_gen_routing", "")
     tiers = "".join(
         f"template <>\nstruct PolicyTraits<{pre}Preprocess, {post}Postprocess> {{\n"
@@ -69,6 +73,9 @@ def files(release="0.7.0"):
         "tllm_enums.py": "from enum import IntEnum\n" + "\n".join(enums),
         "fused_moe/core.py": "import torch_that_is_not_there\n" + "\n".join(functions.values()),
         "fused_moe/trtllm_gen_routing.py": routing,
+        "fused_moe/cute_dsl/fused_moe.py": "\n".join(["class CuteDslMoEWrapper:", *methods])
+        if methods
+        else "",
         f"{INCLUDE}runner.h": f"enum class RoutingMethodType : int64_t {{ // in step\n{cpp},\n}};",
         f"{INCLUDE}RoutingCustomPolicy.cuh": tiers,
         f"{KERNELS}llama4.cu": "static constexpr int MaxNumTopExperts = 1;\n"

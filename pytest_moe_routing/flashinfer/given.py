@@ -44,6 +44,8 @@ class GivenExperts:
         ids, weights, hidden, scale, tiled, experts, rank, activation: Names of arguments.
         id_dtypes, weight_dtypes: The dtypes that the kernel accepts, by their names in torch.
         numbers: The value of each integer, or the name of a number of the layer.
+        modes: By argument and scheme, the word that says how numbers are stored.
+        activations: By activation of a model, FlashInfer's kinds; empty for those of CUTLASS.
         parameters: Names of arguments, by those of TRT-LLM's entry points.
         biases: What each argument with biases has.
         scales: By scheme; a scheme without an entry is none of the kernel's.
@@ -51,6 +53,7 @@ class GivenExperts:
         factors: What other scales of whole tensors are, by what they are to the kernel.
         matrices: Names of arguments with weights, by product.
         orders: By scheme, how weights and their block scales lie.
+        inputs: By scheme, how the scales of hidden states lie, where that is compared.
         flags: By scheme, the arguments that must be true.
         unset: Arguments that must be false.
         devices: By scheme, the first and the last compute capability that the kernel runs on.
@@ -75,6 +78,9 @@ class GivenExperts:
     tiled: str = ""
     rank: str = ""
     numbers: Mapping[str, int | str] = field(default_factory=dict)
+    modes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    activations: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, str] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
     ones: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -32,6 +32,7 @@ _FUNCTION_FILES = (
 #: An entry point that routes or is given what a router chose (and not `trtllm_moe_*`, its helpers).
 _ENTRY_POINT = re.compile(
     r"trtllm_(?!moe_)\w+_moe|trtllm_gen_routing|cutlass_fused_moe|cute_dsl_fused_moe_nvfp4"
+    r"|CuteDslMoEWrapper"
 )
 
 
@@ -147,13 +148,29 @@ class Package:
 
     @cached_property
     def signatures(self) -> Mapping[str, tuple[str, ...]]:
-        """The parameters of every entry point, each as `name` or `name=default`, `*` included."""
+        """The parameters of every entry point, each as `name` or `name=default`, `*` included.
+
+        A class is one with those of its constructor, and its method `run` is another.
+        """
         return {
-            node.name: tuple(parameters_of(node.args))
-            for name in _FUNCTION_FILES
-            for node in self._tree(name).body
-            if isinstance(node, ast.FunctionDef) and _ENTRY_POINT.fullmatch(node.name)
+            name: tuple(p for p in parameters_of(function.args) if p != "self")
+            for file in _FUNCTION_FILES
+            for node in self._tree(file).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and _ENTRY_POINT.fullmatch(node.name)
+            for name, function in _functions(node)
         }
+
+
+def _functions(node: ast.FunctionDef | ast.ClassDef) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Yield what is called of an entry point, by name."""
+    if isinstance(node, ast.FunctionDef):
+        yield node.name, node
+        return
+    names = {"__init__": node.name, "run": f"{node.name}.run"}
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and method.name in names:
+            yield names[method.name], method
 
 
 def _members(node: ast.ClassDef) -> Iterator[tuple[str, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ def wrong_activation(
     argument: str,
     number: Any,
     activation: str,
-    kernels: Mapping[str, tuple[str, ...]],
+    kernels: Mapping[str, Sequence[str]],
     flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
     """Yield that a kernel is told to compute another activation than the experts have.
@@ -55,10 +55,11 @@ def wrong_activation(
     numbers = signatures.enum("ActivationType", flashinfer.release)
     told = next((name for name, value in numbers.items() if value == number), str(number))
     names, other = kernels[activation], NEARLY.get(activation, activation)
+    others = kernels.get(other, ())
     if told in names:
         return
-    if told not in kernels[other]:
-        yield Finding(Kind.ARGUMENT, argument, " or ".join(names or kernels[other]), told)
+    if told not in others:
+        yield Finding(Kind.ARGUMENT, argument, " or ".join(names or others), told)
     elif numbers.keys() & {*names}:
         yield nearly(activation, other)
     else:

@@ -48,7 +48,11 @@ def read_given(
     arguments = record["arguments"]
     shards, parts = record["shards"], record.get("parts", 1)
     layer = {"ep_size": shards, "ep_rank": shards - 1, "tp_size": parts, "tp_rank": int(parts > 1)}
-    yield from _wrong_numbers(entry, arguments, layer, model.router.num_experts // shards)
+    local = model.router.num_experts // shards
+    layer |= {"experts": model.router.num_experts, "top_k": model.router.top_k}
+    layer |= {"local_experts": local, "first_expert": local * (shards - 1)}
+    yield from _wrong_numbers(entry, arguments, layer, local)
+    yield from _wrong_modes(entry, record["stored"], arguments)
     yield from _wrong_choice(entry, arguments)
     if not {"applied", "unusable"} & record.keys():
         yield from _wrong_weights(entry, model, arguments[entry.weights])
@@ -97,13 +101,26 @@ def _wrong_numbers(
     entry: GivenExperts, arguments: Mapping[str, Any], layer: Mapping[str, int], local: int
 ) -> Iterator[Finding]:
     for name, value in entry.numbers.items():
-        wanted = layer[value] if isinstance(value, str) else value
+        wanted = value
+        if value == "columns":
+            wanted = arguments[entry.matrices["fc2"]]["shape"][1]
+        elif isinstance(value, str):
+            wanted = layer[value]
         if arguments[name] != wanted:
             got = arguments[name]
             yield Finding(Kind.ARGUMENT, name, wanted, got if isinstance(got, int) else str(got))
     rows = arguments[entry.experts]["shape"][0]
     if rows != local:
         yield Finding(Kind.ARGUMENT, entry.experts, f"{local} experts", f"{rows} experts")
+
+
+def _wrong_modes(
+    entry: GivenExperts, stored: str, arguments: Mapping[str, Any]
+) -> Iterator[Finding]:
+    for name, modes in entry.modes.items():
+        # Releases without the argument have one mode.
+        if arguments.get(name, modes[stored]) != modes[stored]:
+            yield Finding(Kind.ARGUMENT, name, modes[stored], str(arguments[name]))
 
 
 def _wrong_choice(entry: GivenExperts, arguments: Mapping[str, Any]) -> Iterator[Finding]:
@@ -137,9 +154,12 @@ def _wrong_activation(
     parameters: Mapping[str, str],
     flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
+    kernels = entry.activations or CUTLASS_ACTIVATIONS
     activation, kind = experts.activation, arguments[entry.activation]
-    names = CUTLASS_ACTIVATIONS[activation]
-    wrong = [*wrong_activation(entry.activation, kind, activation, CUTLASS_ACTIVATIONS, flashinfer)]
+    if activation not in kernels:
+        raise Unsupported(f"not judged: how {entry.function} is told {activation} is not known")
+    names = tuple(kernels[activation])
+    wrong = [*wrong_activation(entry.activation, kind, activation, kernels, flashinfer)]
     yield from (finding for finding in wrong if finding.kind is not Kind.PRECISION)
     checked: Iterable[tuple[str, str]] = parameters.items()
     if names != ("Swiglu",):
@@ -152,7 +172,8 @@ def _wrong_activation(
         wanted = neutral if stated is None else float(stated)
         neutral = neutral if names == ("Swiglu",) else _LIMIT_OF_STEP
         # A vector has one value for each expert.
-        number = neutral if value is None else value.get("all")
+        number = value.get("all") if isinstance(value, Mapping) else value
+        number = neutral if value is None else number
         if number is None or not isclose(number, wanted, rel_tol=1e-6):
             arrived = "values that differ" if number is None else number
             yield Finding(Kind.ARGUMENT, argument, wanted, arrived)
@@ -167,7 +188,8 @@ def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Fi
     given: Scales = record.get("scales") or {}
     for name, wanted in entry.scales[record["stored"]].items():
         expected = [wanted] if isinstance(wanted, str) else list(wanted)
-        got = list(roles.get(name, ()))
+        # A tensor that is none of the layer's own has no role.
+        got = list(roles.get(name, (None,) if isinstance(wanted, str) else ()))
         if len(got) != len(expected):
             yield Finding(Kind.ARGUMENT, name, f"{len(expected)} scales", f"{len(got)} scales")
             continue
@@ -184,6 +206,9 @@ def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Fi
                 yield Finding(Kind.ARGUMENT, name, role, "none")
             elif role in entry.factors and role not in ones and given:
                 yield from wrong_factor(name, scale, role, entry.factors[role], given)
+    if record["has_biases"] and not entry.biases:
+        fact = f"{entry.function} takes no biases of experts"
+        yield Finding(Kind.LIMIT, "biases", fact=fact)
     for name, wanted in entry.biases.items() if record["has_biases"] else ():
         (bias,) = roles.get(name) or ["none"]
         if bias != wanted:

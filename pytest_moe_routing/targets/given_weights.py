@@ -11,7 +11,12 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer.given import GivenExperts
 from pytest_moe_routing.targets.marked_checkpoint import KINDS, MarkedCheckpoint, Padded
-from pytest_moe_routing.targets.marked_weights import Argument, Order, wrong_orders
+from pytest_moe_routing.targets.marked_weights import (
+    Argument,
+    Order,
+    order_of_activations,
+    wrong_orders,
+)
 from pytest_moe_routing.targets.recorder import plain
 
 #: Those of a matrix of each expert.
@@ -55,7 +60,11 @@ def orders_of_given(
                 value = _in_memory(value, len(arguments[entry.experts]))
             # At the sizes of a layer here, CUTLASS kernels need no padding.
             found.append(Argument(name, value, parameter, read, halves, is_padded=False))
-    return wrong_orders(found, checkpoint, padded, {})
+    wrong = wrong_orders(found, checkpoint, padded, {})
+    if stored in entry.inputs:
+        scales, of_inputs = arguments[entry.scale], Order(tiled=entry.inputs[stored] == "tiles")
+        wrong += order_of_activations(entry.scale, scales, of_inputs)
+    return wrong
 
 
 def sizes_of(entry: GivenExperts, arguments: Mapping[str, Any]) -> dict[str, int]:

@@ -194,20 +194,27 @@ def _order_of_activations(
     arguments: Mapping[str, Any], kernel: KernelSpec
 ) -> Iterator[dict[str, Any]]:
     """Yield how the scales of hidden states lie otherwise than the kernel reads them."""
-    scales, tokens = arguments.get(_INPUT), TOKENS
-    if not kernel.input_scales:
-        return
-    if not isinstance(scales, Tensor) or bool((scales == scales.flatten()[0]).all()):
-        raise Unsupported(f"{_INPUT} cannot be compared with the scales of activations")
+    if kernel.input_scales:
+        read = Order(weight_layout=int(kernel.input_scales == "block"))
+        yield from order_of_activations(_INPUT, arguments.get(_INPUT), read)
+
+
+def order_of_activations(name: str, scales: Any, read: Order) -> Iterator[dict[str, Any]]:
+    """Yield how the scales of hidden states lie otherwise than they are read; see `orders`.
+
+    Raises:
+        Unsupported: They are none that are known by their place.
+    """
+    if not isinstance(scales, Tensor) or len(scales.float().unique()) == 1:
+        raise Unsupported(f"{name} cannot be compared with the scales of activations")
     dtype = torch.uint8 if scales.element_size() == 1 else torch.float32
-    rows = activation_scales(tokens, scales.numel() // tokens, dtype, is_tiled=False)
-    read = Order(weight_layout=int(kernel.input_scales == "block"))
+    rows = activation_scales(TOKENS, scales.numel() // TOKENS, dtype, is_tiled=False)
     candidates = (read, Order(), Order(weight_layout=1), Order(tiled=True))
     laid = ((order, order.lay(rows, gated=False)) for order in candidates)
     found = next((order for order, scale in laid if _same_bytes(scales, scale)), None)
     if found != read:
         as_found = None if found is None else vars(found)
-        yield {"name": _INPUT, "read": vars(read), "found": as_found, "told": {}}
+        yield {"name": name, "read": vars(read), "found": as_found, "told": {}}
 
 
 def _read(kernel: KernelSpec, told: Mapping[str, int], kind: str, *, gated: bool) -> Order:

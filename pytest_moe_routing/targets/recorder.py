@@ -38,6 +38,8 @@ _SWIZZLES = ("block_scale_interleave", "nvfp4_block_scale_interleave")
 _ENUMS = ("ActivationType", "Fp8QuantizationType", "WeightLayout")
 
 
+#: What follows the name of a class in that of its method that calls the kernel.
+_RUN = ".run"
 #: Entry points that return a list, of which the first is the output.
 _LISTS = ("trtllm_fp4", "trtllm_mxint4", "cutlass")
 
@@ -96,7 +98,11 @@ def install(
     for name, function in ours.items():
         members[name] = function if listed is None else listed.checked(name, function)
     present = functions(flashinfer.release)
-    members.update({name: _recorded(name, flashinfer, answer) for name in present})
+    for name in present:
+        if f"{name}{_RUN}" in present:
+            members[name] = _recorded_class(name, flashinfer, answer)
+        elif not name.endswith(_RUN):
+            members[name] = _recorded(name, flashinfer, answer)
     if listed is not None:
         limit("flashinfer", listed)
     for name in MODULES:
@@ -150,6 +156,29 @@ def _recorded(
     record.__name__ = record.__qualname__ = name
     record.__signature__ = signature  # type: ignore[attr-defined]
     return record
+
+
+def _recorded_class(
+    name: str, flashinfer: FlashInfer, answer: Callable[[str, Mapping[str, Any]], Any]
+) -> type:
+    """Return a class whose method calls the kernel with the arguments of its constructor, too."""
+
+    def only(_: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        return arguments
+
+    made = _recorded(name, flashinfer, only)
+    called = _recorded(f"{name}{_RUN}", flashinfer, only)
+
+    class Recorded:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._made = made(*args, **kwargs)
+            vars(self).update(self._made)
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            return answer(f"{name}{_RUN}", {**self._made, **called(*args, **kwargs)})
+
+    Recorded.__name__ = Recorded.__qualname__ = name
+    return Recorded
 
 
 def input_scale() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets import marked_weights
 from pytest_moe_routing.targets.given_weights import orders_of_given, scales_of
 from pytest_moe_routing.targets.marked_checkpoint import MATRICES, MarkedCheckpoint
-from pytest_moe_routing.targets.recorder import factors_of
+from pytest_moe_routing.targets.recorder import factors_of, input_scale
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
 from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, accepted
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
@@ -86,17 +86,32 @@ def layouts(
         factors = factors_of(arguments, checkpoint.halves_apart())
     else:
         found = orders_of_given(entry, stored, *marked, gated=loaded.is_gated)
-        factors = {"scales": scales_of(entry, stored, arguments)}
+        factors = {"scales": scales_of(entry, stored, arguments), **input_scale()}
     return {"function": function, "method": loaded.method, "orders": found, **factors}
 
 
 def other_layouts(blocks: Blocks, *, told: Told, **question: Any) -> list[dict[str, Any]]:
-    """Return the same of kernels that are not TRT-LLM's, with the `device` and the `switches`."""
-    found = []
+    """Return the same of kernels that are not TRT-LLM's, with the `device` and the `switches`.
+
+    A way on which the weights cannot be traced has `unanswered`, the reason.
+
+    Raises:
+        Unsupported: There is no other way.
+    """
+    found, reasons = [], list[Unsupported]()
     for way, switches in accepted(blocks, told):
         stored, options = way["stored"], way["options"]
-        answer = layouts(blocks, stored=stored, options=options, runner=way["runner"], **question)
+        answer: dict[str, Any] = {"function": "", "method": "", "orders": []}
+        try:
+            answer = layouts(
+                blocks, stored=stored, options=options, runner=way["runner"], **question
+            )
+        except Unsupported as reason:
+            reasons.append(reason)
+            answer["unanswered"] = str(reason)
         found.append({**answer, "device": way["device"], "switches": switches})
+    if reasons and len(reasons) == len(found):
+        raise reasons[0]
     return found
 
 

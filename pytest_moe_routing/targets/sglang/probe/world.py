@@ -243,6 +243,7 @@ def _parallel() -> dict[str, Any]:
     """Two ranks of expert parallelism, or one; or ranks that split experts, see `RANKS`."""
     sizes = {
         "moe_dp_size": 1,
+        "num_dp_ranks": 1,
         "attn_tp_size": 1,
         "attn_tp_rank": 0,
         "dwdp_size": 1,
@@ -309,6 +310,8 @@ def _options(names: Names, defaults: Callable[[], Mapping[str, Any]]) -> dict[st
         "get_disagg": lambda: stubs.known("disagg", disaggregation_mode="null"),
         "get_schedule": lambda: stubs.known("schedule", max_prefill_tokens=8192),
         "max_prefill_buffer_tokens": lambda: None,
+        # What a wrapper of FlashInfer's kernels has buffers for.
+        "cutedsl_moe_max_num_tokens": lambda: 8192,
         "get_exec": lambda: groups,
         "get_flags": flags,
         "get_forward": lambda: stubs.known("forward", moe_output_buffer=None),

@@ -49,6 +49,13 @@ W4A4 = (
 )
 FACTOR = (f"{LAYERS}.moe.fused_moe_triton.layer", "_fuses_routed_scaling_factor_in_topk")
 LOADER = (f"{LAYERS}.moe.fused_moe_triton.layer", "FusedMoE._load_w13")
+CUTEDSL = f"{LAYERS}.moe.moe_runner.flashinfer_cutedsl"
+WRAPPER = (CUTEDSL, "ensure_cutedsl_wrapper")
+TO_CUTEDSL = (CUTEDSL, "fused_experts_none_to_flashinfer_cutedsl_fp4")
+MODELOPT = (
+    f"{LAYERS}.quantization.modelopt_quant",
+    "ModelOptNvFp4FusedMoEMethod.process_weights_after_loading",
+)
 #: What is broken: the function, what is replaced in it and by what, the model and the scheme.
 BROKEN = {
     "nothing bf16": (*BF16, "clone", "clone", "qwen3-30b-a3b", "bf16"),
@@ -160,7 +167,63 @@ BROKEN = {
         *(*V4_ON_HOPPER, r"block_scale_interleave\(scale_u8\)", "scale_u8"),
         *("deepseek-v4-flash", "mxfp4"),
     ),
+    "scales in each other's place for CuteDSL": (
+        *(*WRAPPER, r"_scales = \(w1_alpha, fc2_input_scale, w2_alpha\)"),
+        *("_scales = (w1_alpha, w2_alpha, fc2_input_scale)", "qwen3-30b-a3b", "nvfp4"),
+    ),
+    "scale inverted for CuteDSL": (
+        *(CUTEDSL, "resolve_cutedsl_standard_scales"),
+        *(r"(return w13_weight_scale_2.*) / scalar", r"\1 * scalar", "qwen3-30b-a3b", "nvfp4"),
+    ),
+    "scales of activations in tiles for CuteDSL": (
+        *(*TO_CUTEDSL, "is_sf_swizzled_layout=False", "is_sf_swizzled_layout=True"),
+        *("qwen3-30b-a3b", "nvfp4"),
+    ),
+    "scale of the input for CuteDSL": (
+        *(*TO_CUTEDSL, r"(?s)( fp4_quantize\(\s+hidden_states,\s+)quant_info.a1_scale"),
+        *(r"\1quant_info.a2_scale", "qwen3-30b-a3b", "nvfp4"),
+    ),
+    "groups for CuteDSL": (
+        *(*MODELOPT, r"(w13_weight\.view\(torch\.uint8\), group_size=)64", r"\g<1>32"),
+        *("qwen3-30b-a3b", "nvfp4"),
+    ),
+    "groups of scales for CuteDSL": (
+        *(*MODELOPT, r"(layer\.w13_weight_scale, group_size=)64", r"\g<1>32"),
+        *("qwen3-30b-a3b", "nvfp4"),
+    ),
+    "blocks of another matrix for CuteDSL": (
+        *(MODELOPT[0], "ModelOptNvFp4FusedMoEMethod.apply"),
+        *('"w2_blockscale_mma"', '"w13_blockscale_mma"', "qwen3-30b-a3b", "nvfp4"),
+    ),
+    # Those of `test_other_experts`; see `CALLS`.
+    "rank lost for CuteDSL": (
+        *(*WRAPPER, "local_expert_offset=.*", "", "qwen3-30b-a3b", "nvfp4"),
+    ),
+    "experts lost for CuteDSL": (
+        *(*WRAPPER, "num_experts=layer.num_experts", "num_experts=layer.num_local_experts"),
+        *("qwen3-30b-a3b", "nvfp4"),
+    ),
+    "mode lost for CuteDSL": (
+        *(*WRAPPER, "quant_mode=quant_mode", "quant_mode='w4a16'", "qwen3-30b-a3b", "nvfp4"),
+    ),
+    "dtype of router weights for CuteDSL": (
+        *(*TO_CUTEDSL, "token_final_scales=topk_weights", "token_final_scales=topk_weights.bfloat16()"),
+        *("qwen3-30b-a3b", "nvfp4"),
+    ),
+    "activation for CuteDSL": (
+        *(CUTEDSL, "_cutedsl_wrapper_activation_type"),
+        *("activation_type_cls.Swiglu", "activation_type_cls.Relu2", "qwen3-30b-a3b", "nvfp4"),
+    ),
 }  # fmt: skip
+#: What is also looked for in `test_other_experts`.
+CALLS = (
+    "factor of a runner that is named",
+    "rank lost for CuteDSL",
+    "experts lost for CuteDSL",
+    "mode lost for CuteDSL",
+    "dtype of router weights for CuteDSL",
+    "activation for CuteDSL",
+)
 
 
 LAYER = f"{LAYERS}.moe.fused_moe_triton.layer", "FusedMoE._load_w13"
@@ -188,7 +251,7 @@ def main(root, flashinfer, version):
             target._answers.clear()
             usual = wrong_layouts(target, scheme, [models[model]])
             others = unlike_formats(target, scheme, [models[model]])
-            named = other_calls(target, scheme, [models[model]]).wrong if path == FACTOR[1] else ()
+            named = other_calls(target, scheme, [models[model]]).wrong if name in CALLS else ()
         told = [
             [e.at.method.rpartition("/")[2], *sentences(e.at.findings)]
             for e in (*usual.wrong, *others.layouts)

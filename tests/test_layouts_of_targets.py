@@ -19,7 +19,7 @@ FOUND = {
         "gemm1_weights: gate and up halves are swapped",
         "fc1_expert_weights: gate and up halves are swapped",
     ],
-    "loaded swapped": [HALVES],
+    "loaded swapped": [HALVES, "w1_weight and w1_weight_sf: gate and up halves are swapped"],
     "not shuffled": ["gemm2_weights: rows are not shuffled"],
     "layout says blocks": ["weight_layout says BlockMajorK, the weights are MajorK"],
     "not interleaved": ["gemm1_weights: gate and up rows do not alternate", OF_CUTLASS],
@@ -58,6 +58,44 @@ FOUND |= {
         "quant_scales[0] and quant_scales[2]: it lies in rows in their order, the kernel reads 128x4 "
         "tiles"
     ],
+}
+#: The same of what `flashinfer_cutedsl` hands over. Where several are found, they are of one call.
+OF_CUTEDSL = {
+    "scales in each other's place for CuteDSL": [
+        "fc2 quantization arrives as w2_scale * a2_scale, the layer has 1 / a2_scale as fc2 "
+        "quantization",
+        "fc2 dequantization arrives as 1 / a2_scale, the layer has w2_scale * a2_scale as fc2 "
+        "dequantization",
+    ],
+    "scale inverted for CuteDSL": [
+        "fc1 dequantization arrives as w1_scale / a1_scale, the layer has w1_scale * a1_scale as "
+        "fc1 dequantization"
+    ],
+    "scales of activations in tiles for CuteDSL": [
+        "x_sf: it lies in 128x4 tiles, the kernel reads rows in their order"
+    ],
+    "scale of the input for CuteDSL": [
+        "input_scale arrives as 1 / a2_scale, the layer has 1 / a1_scale"
+    ],
+    "groups for CuteDSL": [
+        "w1_weight: gate and up rows lie in groups of 32, the kernel reads groups of 64"
+    ],
+    "groups of scales for CuteDSL": [
+        "w1_weight_sf: gate and up rows lie in groups of 32, the kernel reads groups of 64"
+    ],
+    "blocks of another matrix for CuteDSL": [
+        "w2_weight_sf: its rows and columns lie in no order that a kernel reads"
+    ],
+    "rank lost for CuteDSL": ["local_expert_offset arrives as 0, the layer has 64"],
+    "experts lost for CuteDSL": ["num_experts arrives as 64, the layer has 128"],
+    "mode lost for CuteDSL": [
+        "quant_mode arrives as w4a16, the layer has w4a4",
+        "fc2_input_scale arrives as 1, the layer has 1 / a2_scale as fc2 quantization",
+    ],
+    "dtype of router weights for CuteDSL": [
+        "token_final_scales arrives as bfloat16, the layer has float32"
+    ],
+    "activation for CuteDSL": ["activation_type arrives as Relu2, the layer has Swiglu"],
 }
 #: The same of scales of whole tensors, for the method that serves a usual checkpoint.
 FACTORS = {
@@ -103,6 +141,13 @@ def test_what_lies_in_another_order_is_found(broken, what):
     answered, *told = broken[what]
     assert answered == 1
     assert [sentences for _, *sentences in told] == [[line] for line in FOUND[what]]
+
+
+@pytest.mark.parametrize("what", OF_CUTEDSL)
+def test_what_cutedsl_is_given_otherwise_is_found(broken, what):
+    answered, *told = broken[what]
+    assert answered == 1
+    assert [sentences for _, *sentences in told] == [OF_CUTEDSL[what]]
 
 
 @pytest.mark.parametrize("what", FACTORS)

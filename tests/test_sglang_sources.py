@@ -80,6 +80,11 @@ class ServerArgs:
             ["fp8", "modelopt_fp4"],
         ),
         ('self.quantization in ["fp8"] or self.quantization is None', ["fp8", None]),
+        # No checkpoint here has such experts.
+        (
+            'self.quantization in ["fp8"] or config(self).nvfp4_moe_meta is not None',
+            ["fp8"],
+        ),
     ],
 )
 def test_quantizations_that_are_allowed_one_by_one(tmp_path, test, allowed):

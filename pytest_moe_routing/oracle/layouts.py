@@ -14,7 +14,6 @@ from typing import Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.kinds import of_each_kind
 from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.target import Target
 
@@ -93,20 +92,51 @@ def _elsewhere(
         answered, unanswered: Those of the scheme's own kernels, to which these are added.
     """
     wrong: dict[Any, tuple[LaidOut, list[ModelSpec]]] = {}
-
-    def ask(model: ModelSpec) -> tuple[LaidOut, ...]:
-        return target.laid_out_elsewhere(model, scheme)
-
-    for alike, found in of_each_kind(models, kind_of, ask, unanswered):
-        answered.update(alike)
+    kinds: dict[Any, list[ModelSpec]] = {}
+    for model in models:
+        kinds.setdefault(kind_of(model), []).append(model)
+    for members in kinds.values():
+        # A layer of few experts is made sooner.
+        alike = sorted(members, key=lambda model: model.router.num_experts)
+        found, reasons = _on_each_way(target, scheme, alike, unanswered)
+        unanswered.update({reason: len(alike) for reason in reasons})
+        if found:
+            answered.update(alike)
         for at in found:
-            if at.unanswered:
-                unanswered[at.unanswered] += len(alike)
             if at.findings:
                 # Precisions of one GPU show one mistake.
                 key = at.method, at.device, at.findings
                 wrong.setdefault(key, (at, []))[1].extend(alike)
     return (WrongLayout(at, tuple(dict.fromkeys(given))) for at, given in wrong.values())
+
+
+def _on_each_way(
+    target: Target, scheme: str, models: Iterable[ModelSpec], unanswered: Counter[str]
+) -> tuple[list[LaidOut], set[str]]:
+    """Ask about models of one kind until one has answered on each way to a kernel.
+
+    Returns:
+        The answers, and why there is none on further ways.
+    """
+    found: dict[Any, list[LaidOut]] = {}
+    open_ones: dict[Any, str] = {}
+    for model in models:
+        try:
+            answers = target.laid_out_elsewhere(model, scheme)
+        except Unsupported as reason:
+            unanswered[str(reason)] += 1
+            continue
+        before = {*found}
+        for at in answers:
+            way = at.switches, at.device
+            if at.unanswered:
+                open_ones.setdefault(way, at.unanswered)
+            elif way not in before:
+                found.setdefault(way, []).append(at)
+        if answers and open_ones.keys() <= found.keys():
+            break
+    every = [at for each in found.values() for at in each]
+    return every, {reason for way, reason in open_ones.items() if way not in found}
 
 
 def _ask(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -139,15 +139,28 @@ def server_of(
 
 
 def told_of(
-    server: Mapping[str, Any], row: Mapping[str, Any], *, elsewhere: bool
+    server: Mapping[str, Any],
+    row: Mapping[str, Any],
+    ways: Iterable[Mapping[str, Any]],
+    *,
+    elsewhere: bool,
 ) -> dict[str, Any]:
-    """Return those arguments, and the value of `--quantization` by itself.
+    """Return what a question about runners is told; see `probe.other_ways`.
 
     Args:
-        server: Those arguments.
+        server: The arguments of a server to which no runner was named.
         elsewhere: Whether the row is one of `elsewhere` in `configs.yaml`.
     """
-    return {"server": server, "quantization": row["quantization"], "elsewhere": elsewhere}
+    ways = list(ways)
+    known = {*(way["runner"] for way in ways), row.get("runner"), row.get("routed")}
+    return {
+        "ways": ways,
+        "server": server,
+        "quantization": row["quantization"],
+        "elsewhere": elsewhere,
+        "known": sorted(known - {None}),
+        "unjudged": row.get("unjudged", {}),
+    }
 
 
 def ways_of_flashinfer(scheme: str, default: str) -> list[dict[str, Any]]:

@@ -304,19 +304,22 @@ class SglangTarget(SglangQuestions):
             yield OtherCall(f"{runner} runner", "Blackwell", switches, True, findings)
 
     def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
-        is_elsewhere = scheme in self.elsewhere
-        if is_elsewhere:
+        if scheme in self.elsewhere:
             ways = ways_of_flashinfer(scheme, self._server_runner(model, scheme))
         else:
-            served = self._served.get(scheme, {})
-            ways = other_ways(scheme, release_of(self.version()), served)
+            ways = other_ways(scheme, release_of(self.version()), self._served.get(scheme, {}))
         if not ways:
             return None
-        # On two ranks: there, models keep their shared experts apart.
-        row = self._row(model, scheme)
-        told = {"ways": ways, **told_of(self._server(model, scheme), row, elsewhere=is_elsewhere)}
         scale = model.router.routed_scaling_factor
-        return {**self._block(model, scheme), "scheme": scheme, "told": told, "scale": scale}
+        return {**self._asked_of_ways(model, scheme, ways), "scale": scale}
+
+    def _asked_of_ways(
+        self, model: ModelSpec, scheme: str, ways: Iterable[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        about = self._server(model, scheme), self._row(model, scheme), ways
+        told = told_of(*about, elsewhere=scheme in self.elsewhere)
+        # On two ranks: there, models keep their shared experts apart.
+        return {**self._block(model, scheme), "scheme": scheme, "told": told}
 
     def asked_of_placements(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         placed = placed_by(self._row(model, scheme))
@@ -360,11 +363,9 @@ class SglangTarget(SglangQuestions):
         return None
 
     def laid_out_elsewhere(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
-        asked = self.asked_of_others(model, scheme)
-        if asked is None or self._served:  # Other checkpoints are asked of TRT-LLM's kernels alone.
-            return ()
-        del asked["scale"]
-        calls = self._remembered("other_layouts", asked)
+        # Other checkpoints are asked of TRT-LLM's kernels alone.
+        ways = [] if self._served else other_ways(scheme, release_of(self.version()), {})
+        calls = self._remembered("other_layouts", self._asked_of_ways(model, scheme, ways))
         return tuple(laid_out(c, model, scheme, c["switches"], c["device"]) for c in calls)
 
     def _runner_given(self, model: ModelSpec, scheme: str) -> str | None:

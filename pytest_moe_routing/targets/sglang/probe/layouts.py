@@ -20,8 +20,9 @@ from pytest_moe_routing.targets import marked_weights
 from pytest_moe_routing.targets.given_weights import orders_of_given, scales_of
 from pytest_moe_routing.targets.marked_checkpoint import MATRICES, MarkedCheckpoint
 from pytest_moe_routing.targets.recorder import factors_of, input_scale
+from pytest_moe_routing.targets.sglang.probe.device import BLACKWELL
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
-from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, accepted
+from pytest_moe_routing.targets.sglang.probe.other_ways import Blocks, Told, accepted, unjudged
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS, splitting
 from pytest_moe_routing.targets.sglang.probe.requests import (
@@ -93,25 +94,23 @@ def layouts(
 def other_layouts(blocks: Blocks, *, told: Told, **question: Any) -> list[dict[str, Any]]:
     """Return the same of kernels that are not TRT-LLM's, with the `device` and the `switches`.
 
-    A way on which the weights cannot be traced has `unanswered`, the reason.
-
-    Raises:
-        Unsupported: There is no other way.
+    A way on which the weights cannot be traced, or that is not asked about, has `unanswered`, the
+    reason.
     """
-    found, reasons = [], list[Unsupported]()
+    found, empty = list[dict[str, Any]](), {"function": "", "method": "", "orders": []}
     for way, switches in accepted(blocks, told):
         stored, options = way["stored"], way["options"]
-        answer: dict[str, Any] = {"function": "", "method": "", "orders": []}
+        answer: dict[str, Any] = {}
         try:
             answer = layouts(
                 blocks, stored=stored, options=options, runner=way["runner"], **question
             )
         except Unsupported as reason:
-            reasons.append(reason)
-            answer["unanswered"] = str(reason)
+            answer = {**empty, "unanswered": str(reason)}
         found.append({**answer, "device": way["device"], "switches": switches})
-    if reasons and len(reasons) == len(found):
-        raise reasons[0]
+    for flags in unjudged(blocks, told, **question):
+        text = f"not judged: what the kernels of {' '.join(flags)} are given"
+        found.append({**empty, "unanswered": text, "device": BLACKWELL, "switches": flags})
     return found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, TypedDict, Unpack
 
 from pytest_moe_routing.errors import Unsupported
@@ -11,6 +13,12 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import FIELD, Checkp
 from pytest_moe_routing.targets.sglang.probe.device import on
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.world import Call
+
+_FLAG = "--moe-runner-backend"
+#: The module that names the environment variables.
+_VARIABLES = "sglang.srt.environ"
+#: How the names of FlashInfer's runners begin.
+_FLASHINFER = "flashinfer"
 
 
 class Way(TypedDict):
@@ -46,6 +54,9 @@ class Blocks(Protocol):
     sources: Sources
     calls: list[Call]
 
+    @property
+    def defaults(self) -> Callable[[], Mapping[str, Any]]: ...
+
     def method_numbers(self) -> dict[str, int]: ...
 
     def rejection(self, server: Checkpoint, options: Mapping[str, Any]) -> str | None: ...
@@ -63,12 +74,16 @@ class Told(TypedDict):
     Attributes:
         quantization: The value of `--quantization`.
         elsewhere: Whether no kernel of FlashInfer's is known to serve the checkpoint.
+        known: Every runner that is asked about, here or by other questions.
+        unjudged: By runner, further settings with which it is not asked about.
     """
 
     ways: Iterable[Way]
     server: Checkpoint
     quantization: str | None
     elsewhere: bool
+    known: Iterable[str]
+    unjudged: Mapping[str, Iterable[str]]
 
 
 def accepted(blocks: Blocks, told: Told) -> Iterator[tuple[Way, list[str]]]:
@@ -88,10 +103,56 @@ def accepted(blocks: Blocks, told: Told) -> Iterator[tuple[Way, list[str]]]:
             if blocks.rejection(told["server"], {FIELD: runner}):
                 continue
             is_default = _is_default(blocks, told["server"], runner)
-            switches = [] if is_default else [f"--moe-runner-backend {runner}"]
+            switches = [] if is_default else [f"{_FLAG} {runner}"]
             for name, value in way["options"].items():
                 switches.append(f"--{name.replace('_', '-')} {value}")
             yield way, switches
+
+
+def unjudged(blocks: Blocks, told: Told, **question: Any) -> Iterator[list[str]]:
+    """Yield flags with which a server may run a kernel of FlashInfer's that is not asked about.
+
+    These are the runners of the release that are not known, as far as servers accept them and
+    layers do not take another one, and settings in which a known one hands over something else.
+
+    Args:
+        question: That about a block, but for the runner.
+    """
+    blocks.method_numbers()
+    choices = blocks.defaults().get(blocks.names.spelling("runner-choices").path) or ()
+    for runner in choices:
+        if not runner.startswith(_FLASHINFER) or not _may_be_accepted(blocks, told, runner):
+            continue
+        if runner in told["known"]:
+            settings = filter(partial(_is_known, blocks), told["unjudged"].get(runner, ()))
+            yield from ([f"{_FLAG} {runner}", f"with {setting}"] for setting in settings)
+        elif _may_be_taken(blocks, runner, question):
+            yield [f"{_FLAG} {runner}"]
+
+
+def _is_known(blocks: Blocks, setting: str) -> bool:
+    """Return whether a release has a setting, if it is an environment variable."""
+    if setting.startswith("-"):
+        return True
+    return setting.partition("=")[0] in blocks.sources.source(_VARIABLES)
+
+
+def _may_be_accepted(blocks: Blocks, told: Told, runner: str) -> bool:
+    """Return whether a server accepts a runner, as far as its code says."""
+    with suppress(Unsupported):  # It asserts nothing about the runner.
+        allowed = blocks.sources.accepted_quantizations(runner)
+        if allowed is not None and told["quantization"] not in allowed:
+            return False
+    with suppress(Unsupported):
+        return not blocks.rejection(told["server"], {FIELD: runner})
+    return True
+
+
+def _may_be_taken(blocks: Blocks, runner: str, question: Mapping[str, Any]) -> bool:
+    """Return whether a layer takes a runner of FlashInfer's, as far as its code says."""
+    with suppress(Unsupported):
+        return blocks.layer_runner(**question, runner=runner).startswith(_FLASHINFER)
+    return True
 
 
 def _is_default(blocks: Blocks, server: Checkpoint, runner: str) -> bool:

@@ -243,6 +243,7 @@ def _parallel() -> dict[str, Any]:
     """Two ranks of expert parallelism, or one; or ranks that split experts, see `RANKS`."""
     sizes = {
         "moe_dp_size": 1,
+        "dp_size": 1,
         "num_dp_ranks": 1,
         "attn_tp_size": 1,
         "attn_tp_rank": 0,

@@ -157,7 +157,7 @@ def test_a_call_has_the_arguments_of_the_constructor():
     assert (arguments["num_experts"], arguments["x"], arguments["tactic"]) == (8, None, None)
     with pytest.raises(DoesNotBind, match=r"CuteDslMoEWrapper.run of .*: missing .*'x'"):
         made.run()
-    with pytest.raises(DoesNotBind, match="CuteDslMoEWrapper of .*'num_experts'"):
+    with pytest.raises(DoesNotBind, match=r"CuteDslMoEWrapper of .*'num_experts'"):
         wrapper(experts=8)
 
 

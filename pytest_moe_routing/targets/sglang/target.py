@@ -346,19 +346,15 @@ class SglangTarget(SglangQuestions):
         return None
 
     def laid_out(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
-        runner = self._runner_given(model, scheme) or self._row(model, scheme)["runner"]
-        answer = self._remembered("layouts", self._asked(model, scheme, runner))
-        switches = None
-        with suppress(Unsupported):  # Before 0.5.18, nobody can ask which runner is the default.
-            switches = self.opt_in(model, scheme)
-        return (laid_out(answer, model, scheme, switches),)
+        answer = self._remembered("layouts", self.asked_of_split(model, scheme))
+        return (laid_out(answer, model, scheme, self.split_switches(model, scheme)),)
 
     def asked_of_split(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         runner = self._runner_given(model, scheme) or self._row(model, scheme)["runner"]
         return self._asked(model, scheme, runner)
 
     def split_switches(self, model: ModelSpec, scheme: str) -> tuple[str, ...] | None:
-        with suppress(Unsupported):
+        with suppress(Unsupported):  # Before 0.5.18, nobody can ask which runner is the default.
             return self.opt_in(model, scheme)
         return None
 

@@ -122,6 +122,11 @@ def test_the_clamp_of_a_model_is_compared():
     assert sentences(limited, swiglu_limit=10.0) == []
 
 
+def test_a_kernel_without_an_activation_is_wrong_whatever_it_is_told():
+    step = replace(R1, experts=replace(R1.experts, activation="swiglustep", activation_limit=7.0))
+    assert sentences(step) == ["activation_type arrives as Swiglu, the layer has SwigluStep"]
+
+
 def test_what_the_kernel_has_for_situ_is_not_known():
     with pytest.raises(Unsupported, match=f"how {RUN} is told situ is not known"):
         sentences(K3)

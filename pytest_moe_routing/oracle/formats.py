@@ -75,9 +75,10 @@ def unlike_formats(target: Target, scheme: str, models: Iterable[ModelSpec]) -> 
                 continue
             if found.unanswered:
                 unanswered[f"{name}: {found.unanswered}"] += 1
-            if placed is not None and placed.unanswered:
+            if placed is not None:
                 unanswered.update(f"{name}: {reason}" for reason in placed.unanswered)
-                continue
+                if not placed.answered:
+                    continue
             for each in placed.wrong if placed else ():
                 layouts.append(replace(each, models=_unpublished(each.models)))
             is_alike = found.verdict is not Verdict.CRASH and verdict is not Verdict.EXACT

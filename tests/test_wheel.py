@@ -268,7 +268,7 @@ def test_the_command_says_what_it_found(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"flashinfer-python 0.7.0 ({good})\n" in text
     assert "methods   Default 0, Renormalize 1, " in text
-    assert "compared  15 entry points, 0 calls of operators\n  no drift\n" in text
+    assert "compared  17 entry points, 0 calls of operators\n  no drift\n" in text
     contents = files()
     contents["tllm_enums.py"] = contents["tllm_enums.py"].replace(
         "TopKSigmoid = (9,)", "Other = (9,)"

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 #: Who can reach a deviation, the most first.
 REACHES = ("model", "bfloat16 logits", "opt-in", "no known model")
 #: Kinds of deviations that are wrong, worst first.
-WRONG = ("crash", "structure", "experts", "weights", "not loaded", "captured", "output")
+WRONG = (
+    *("crash", "structure", "logits", "experts", "weights", "not loaded", "captured", "output"),
+)
 #: A correction bias that the weights of a checkpoint do not reach.
 NOT_LOADED = "not loaded"
 #: A router that does not run here, with the reason.
@@ -337,6 +339,7 @@ class Cause:
             "crash": "fails",
             "structure": "returns experts that do not exist or repeat, or a wrong "
             "shared-expert slot",
+            "logits": "computes other logits than those of the router's weight",
             NOT_LOADED: "selects experts by a bias that is not loaded from the checkpoint",
             "captured": "does not pass the selected experts on to --enable-return-routed-experts",
             "output": "returns a dtype or layout that its consumer does not accept",

@@ -70,6 +70,7 @@ class VllmTarget(FrameworkTarget):
         "CustomRoutingRouter",
         "FusedTopKBiasRouter",
         "FusedTopKRouter",
+        "GateLinear",
         "GroupedTopKRouter",
         "RoutingSimulatorRouter",
         "SelectExperts",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 from unittest.mock import patch
@@ -29,6 +30,7 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm import operators
 from pytest_moe_routing.targets.vllm.probe import factory, release
+from pytest_moe_routing.targets.vllm.probe.gate_linear import gate_cases
 from pytest_moe_routing.targets.vllm.probe.ranks import Off
 from pytest_moe_routing.targets.vllm.probe.router_case import (
     Case,
@@ -161,7 +163,8 @@ class Routers:
         self._enter()
         if self.platform == "cpu" or not self.names.has("router-factory"):
             return []
-        return [compare(case, self.output) for case in cases(self.names)]
+        every = chain(cases(self.names), gate_cases())
+        return [compare(case, self.output) for case in every]
 
     def read(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the factory's router has otherwise than the config of a model.

@@ -188,7 +188,7 @@ def test_groups_and_experts_of_the_factory_are_those_that_a_configuration_is_nam
 def test_what_fails_after_a_stand_in_was_asked_is_no_crash_of_vllm(made, before, kind):
     code = f"from pytest_moe_routing.targets.stubs import Stub; {before}; raise ValueError('x')"
     names = made("logits = logits.double()", code)
-    [case] = [case for case in router_configs.cases(names) if case.subject.startswith("softmax")]
+    [case] = [case for case in router_configs.cases(names) if case.subject.startswith("softmax,")]
     found = router_case.compare(case, Output())["deviations"]
     assert {deviation["kind"] for deviation in found} == {kind}
 

@@ -66,6 +66,13 @@ VLLM = {
         Mutant(f"{ROUTER}/cpu_router.py", "        topk_weights = topk_weights * routed_scaling_factor", "        topk_weights = topk_weights * routed_scaling_factor**2", "hy4-preview", "_grouped_topk", platform="cpu"),
         Mutant(GEMMA4, "topk, self.per_expert_scale\n            )", "topk, self.per_expert_scale**2\n            )", "", "gemma4_routing_function_torch"),
     ],
+    "lost factor that no model has with this score": [
+        Mutant(f"{ROUTER}/fused_topk_bias_router.py", "            if routed_scaling_factor != 1.0:\n                topk_weights *= routed_scaling_factor\n            return topk_weights, topk_ids\n        elif", "            return topk_weights, topk_ids\n        elif", "softmax -> + bias to choose -> top 4 -> / sum -> x 2.5", "vllm_topk_softmax"),
+    ],
+    "groups that are taken for none": [
+        Mutant(f"{ROUTER}/router_factory.py", "routed_scaling_factor == 1.0 or", "routed_scaling_factor >= 1.0 or", "softmax -> top 4 -> / sum -> x 2.5, num_expert_group=1, topk_group=1", "vllm_topk_softmax"),
+        Mutant(f"{ROUTER}/router_factory.py", "num_expert_group <= 1 and topk_group <= 1", "num_expert_group <= 1 or topk_group <= 1", "softmax -> best 1 of 8 groups by max -> top 4, num_expert_group=8, topk_group=1", "vllm_topk_softmax"),
+    ],
     "wrong mask or group score": [
         Mutant(f"{ROUTER}/grouped_topk_router.py", 'float("-inf")', "0.0", "deepseek-r1", "grouped_topk"),
         Mutant(f"{ROUTER}/cpu_router.py", ".topk(2, dim=-1)[0].sum(dim=-1)", ".max(dim=-1).values", "deepseek-r1", "_grouped_topk", platform="cpu"),

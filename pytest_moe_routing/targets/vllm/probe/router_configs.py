@@ -66,6 +66,15 @@ class _Config:
         return factory(**names.accepted("router-factory", arguments), **more)
 
 
+#: Routers that can be asked for in a simpler way, or need a step that no model needs together with
+#: their score; with the groups that are asked for.
+_FURTHER = (
+    (Recipe(top_k=4, score="softmax", bias=True, normalize="sum", scale=2.5), None),
+    (Recipe(top_k=4, score="softmax", normalize="sum", scale=2.5), (1, 1)),
+    (Recipe(top_k=4, score="softmax", n_group=8, topk_group=1, group_score="max"), (8, 1)),
+)
+
+
 def cases(names: Names) -> Iterator[Case]:
     """Yield the configurations that the release has."""
     float32 = torch.float32
@@ -78,6 +87,11 @@ def cases(names: Names) -> Iterator[Case]:
         config = _Config(recipe, 60, groups=(8, 4))
         subject = f"{score}{' and bias' if bias else ''}, 60 experts in 8 groups, scale {scale:g}"
         yield Case(config.make, recipe, 60, float32, "cuda", subject, "no known model")
+    for recipe, groups in _FURTHER:
+        config = _Config(recipe, 64, groups)
+        named = zip(("num_expert_group", "topk_group"), groups or (), strict=False)
+        subject = ", ".join([str(recipe), *(f"{name}={value}" for name, value in named)])
+        yield Case(config.make, recipe, 64, float32, "cuda", subject, "no known model")
     flat = Recipe(top_k=8, score="sigmoid", normalize="sum")
     subject = "sigmoid without a bias or groups"
     yield Case(_Config(flat, 128).make, flat, 128, float32, "cuda", subject, "no known model")

@@ -169,6 +169,7 @@ HALF_OF_INPUTS = [
     "w1_scale * a1_scale / a2_scale",
     "input_scale arrives as 3.99902, the layer has 1 / a1_scale",
 ]
+UNPADDED = "hidden_states arrives as 384 columns, the layer has 512 columns"
 #: The same for vLLM, and by which methods of checkpoints; see `broken_vllm_layouts.py`.
 FP8 = ["CompressedTensorsW8A8Fp8MoEMethod", "Fp8MoEMethod"]
 MXFP8 = ["CompressedTensorsW8A8Mxfp8MoEMethod", "ModelOptMxFp8FusedMoE"]
@@ -193,6 +194,7 @@ OF_VLLM = {
     ),
     "halves of weights": (MXFP8, [f"gemm1_weights: {SWAPPED}"]),
     "halves of square scales": (FP8, [f"gemm1_weights_scale: {SWAPPED}"]),
+    "hidden states that are padded otherwise than weights": (["Mxfp4MoEMethod"], [UNPADDED]),
     "names of gate and up swapped": (["UnquantizedFusedMoEMethod"], [f"gemm1_weights: {SWAPPED}"]),
     "loaded swapped": (["UnquantizedFusedMoEMethod"], [f"gemm1_weights: {SWAPPED}"]),
     "scales not in tiles": (

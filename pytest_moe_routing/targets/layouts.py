@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NotRequired, Required, TypedDict
 
@@ -46,12 +46,14 @@ class LaidOutAnswer(_Factors):
     """The entry point, the code that prepares its weights, and what lies wrongly.
 
     Attributes:
+        columns: Those of hidden states, and those that the weights are for.
         unanswered: Why nothing is known of the weights, if so; then there is nothing else.
     """
 
     function: str
     method: str
     orders: list[WrongOrder]
+    columns: NotRequired[list[int]]
     unanswered: NotRequired[str]
 
 
@@ -128,6 +130,13 @@ def _beyond_limits(answer: Mapping[str, Any], release: str) -> tuple[Finding, ..
     )
 
 
+def _wrong_columns(columns: Sequence[int]) -> Iterator[Finding]:
+    """Yield that hidden states have other columns than the weights; none if it is not known."""
+    if len({*columns}) > 1:
+        given, wanted = (f"{count} columns" for count in columns)
+        yield Finding(Kind.ARGUMENT, "hidden_states", wanted, given)
+
+
 def laid_out(
     answer: LaidOutAnswer,
     model: ModelSpec,
@@ -155,6 +164,7 @@ def laid_out(
             for role, value in own.items()
             for finding in wrong_factor(role, value, role, formulas[role], given)
         ),
+        *_wrong_columns(answer.get("columns", [])),
         *wrong_factors(model.experts, kernel_of(scheme), answer.get("factors", {}), given),
         *wrong_input(scheme, answer, given),
     )

@@ -34,6 +34,8 @@ _SEED = 12
 #: The first experts, which are compared.
 _EXPERTS = 2
 _INPUT = "hidden_states_scale"
+#: Elements in a byte of hidden states in e2m1.
+_PACKED = 2
 #: FlashInfer's `WeightLayout`, whose numbers have never moved.
 LAYOUTS = ("MajorK", "MajorMn", "BlockMajorK")
 #: Tiles of rows that may be shuffled.
@@ -159,6 +161,12 @@ def orders(
         *wrong_orders(found, checkpoint, padded, told),
         *_order_of_activations(arguments, kernel),
     ]
+
+
+def columns(arguments: Mapping[str, Any]) -> list[int]:
+    """Return how many columns a call's hidden states have, and how many its weights are for."""
+    hidden, weights = arguments["hidden_states"], arguments["gemm2_weights"]
+    return [hidden.shape[-1] * (_PACKED if hidden.dtype == torch.uint8 else 1), weights.shape[-2]]
 
 
 def wrong_orders(

@@ -199,6 +199,7 @@ def _laid_out(
         "function": call.function,
         "method": place,
         "orders": marked_weights.orders(scheme, arguments, checkpoint, gated=gated),
+        "columns": marked_weights.columns(arguments),
         **factors_of(arguments, checkpoint.halves_apart()),
     }
 

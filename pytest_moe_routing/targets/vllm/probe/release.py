@@ -125,8 +125,10 @@ def _fp4(
 
 
 def _mxfp8(
-    x: Tensor, is_sf_swizzled_layout: bool = False, *_: Any, **__: Any
+    x: Tensor, is_sf_swizzled_layout: bool = False, alignment: int = 0, **_: Any
 ) -> tuple[Tensor, Tensor]:
+    # Columns are padded with zeros to a multiple of `alignment`.
+    x = nn.functional.pad(x, (0, -x.shape[-1] % alignment if alignment else 0))
     ones, scales = torch.ones_like(x, dtype=torch.float8_e4m3fn), marked.block_scales(x, 32)
     scales = marked.to_ue8m0(scales)
     return ones, swizzle_scales(scales) if is_sf_swizzled_layout else scales

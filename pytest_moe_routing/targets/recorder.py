@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, IntEnum
 from importlib import import_module
 from inspect import Parameter
+from traceback import walk_stack
 from types import ModuleType
 from typing import Any
 
@@ -158,6 +159,17 @@ def _recorded(
     return record
 
 
+class Made:
+    """An object of FlashInfer's that calls a kernel later.
+
+    Attributes:
+        makers: Names of the functions that were running when it was made.
+    """
+
+    def __init__(self) -> None:
+        self.makers = frozenset(frame.f_code.co_name for frame, _ in walk_stack(None))
+
+
 def _recorded_class(
     name: str, flashinfer: FlashInfer, answer: Callable[[str, Mapping[str, Any]], Any]
 ) -> type:
@@ -169,8 +181,9 @@ def _recorded_class(
     made = _recorded(name, flashinfer, only)
     called = _recorded(f"{name}{_RUN}", flashinfer, only)
 
-    class Recorded:
+    class Recorded(Made):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__()
             self._made = made(*args, **kwargs)
             vars(self).update(self._made)
 

@@ -30,7 +30,8 @@ class Callers(TypedDict):
 
     Attributes:
         owners: The file and the class of each method that was running.
-        given: The kernel, the functions that were running, and the classes of what they had.
+        given: The kernel, the functions that were running, now and when an object of FlashInfer's
+            was made that calls the kernel, and the classes of what they had.
     """
 
     owners: list[list[str]]

@@ -131,7 +131,7 @@ class SglangQuestions(FrameworkTarget):
         """Return the arguments of the question about what calls kernels, on every way."""
         row, served = self._row(model, scheme), self._served.get(scheme, {})
         ways = other_ways(scheme, release_of(self.version()), served)
-        told = {"ways": ways, **told_of(self._server(model, scheme), row, elsewhere=False)}
+        told = told_of(self._server(model, scheme), row, ways, elsewhere=False)
         runners = dict.fromkeys((row["runner"], row.get("routed", row["runner"])))
         asked = {**self._block(model, scheme), "scheme": scheme, "told": told}
         return {**asked, "runners": [*runners]}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.recorder import Made
 from pytest_moe_routing.targets.sglang.answers import Callers
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
 from pytest_moe_routing.targets.sglang.probe.other_experts import options_of
@@ -66,5 +67,7 @@ def callers(kernel: str) -> Callers:
             if name:
                 owners[_SOURCES + file, owner] = None
             given.update(dict.fromkeys(type(each).__name__ for each in frame.f_locals.values()))
+        elif isinstance(made := frame.f_locals.get("self"), Made):
+            given.update(dict.fromkeys(made.makers))
         frame = frame.f_back  # type: ignore[assignment]
     return {"owners": [[*owner] for owner in owners], "given": [*given]}

@@ -226,7 +226,8 @@ def test_release_hands_the_choice_to_another_runner(target):
         "swiglu_limit arrives as inf, the layer has 7",
     ]
     for scheme in ("nvfp4", "bf16", "fp8_per_tensor"):
-        call, *named = target.other_experts(m3, scheme)
+        call, *more = target.other_experts(m3, scheme)
+        named = [each for each in more if each.experts == "flashinfer_trtllm_routed runner"]
         assert list(sentences(call.findings)) == lost * loses
         # FP8 per tensor has no kernel that is given experts and weights.
         assert len(named) == (scheme != "fp8_per_tensor")

@@ -91,17 +91,33 @@ def test_a_release_is_right(tree):
     assert not [deviation for run in runs for deviation in run.deviations]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_found(mistake, tree):
-    before, after, (kind, text, ways) = MISTAKES[mistake]
-    path = tree / FILE
+def runs_of_mutant(root, before, after):
+    path = root / FILE
     original = path.read_text()
     assert original.count(before) == 1
     path.write_text(original.replace(before, after))
     try:
-        runs = gate_runs(tree)
+        return gate_runs(root)
     finally:
         path.write_text(original)
+
+
+def test_another_default_is_found_where_the_dtype_is_left_out_and_where_it_is_set_late(tree):
+    given = "        out_dtype: torch.dtype | None = {},\n        params_dtype"
+    runs = runs_of_mutant(tree, given.format("None"), given.format("torch.float32"))
+    wrong = {run.subject: d.cause for run in runs for d in run.deviations}
+    assert wrong == {
+        "a bfloat16 weight and no dtype of logits": "logits are float32, bfloat16 was asked for",
+        "a bfloat16 weight and float32 logits, asked for after the layer is made": (
+            "ValueError: out_dtype has already been set"
+        ),
+    }
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(mistake, tree):
+    before, after, (kind, text, ways) = MISTAKES[mistake]
+    runs = runs_of_mutant(tree, before, after)
     wrong = [(run, deviation) for run in runs for deviation in run.deviations]
     assert {(d.kind, d.cause) for _, d in wrong} == {(kind, text)}
     assert {run.way for run, _ in wrong} == ways

@@ -123,7 +123,7 @@ def gate_cases() -> Iterator[Case]:
             gate = _Gate(capability, weight, logits, is_late)
             yield Case(
                 gate.make, Recipe(top_k=1), _SIZES[0][1], torch.float32, f"cuda, {gpu}", str(gate),
-                "model", judge=gate.judge, function="GateLinear.forward",
+                "model", judge=gate.judge, function="GateLinear.forward", router="GateLinear",
             )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ class _Gate:
 
     def make(self, _bias: Tensor | None = None, sizes: tuple[int, int] = _SIZES[0]) -> Any:
         dtypes: dict[str, Any] = {"params_dtype": self.weight}
-        if not self.is_late:
+        if self.logits is not None and not self.is_late:
             dtypes["out_dtype"] = self.logits
         layer = _layer_class()(*sizes, **dtypes)
         if self.is_late:
@@ -155,11 +155,11 @@ class _Gate:
         for sizes in _SIZES:
             for tokens in _TOKENS:
                 with _on_gpu(self.capability):
-                    layer = self.make(sizes=sizes)
-                    noise = torch.Generator().manual_seed(tokens)
-                    layer.weight.copy_(torch.randn(layer.weight.shape, generator=noise))
-                    x = torch.randn(tokens, sizes[0], generator=noise).bfloat16()
                     try:
+                        layer = self.make(sizes=sizes)
+                        noise = torch.Generator().manual_seed(tokens)
+                        layer.weight.copy_(torch.randn(layer.weight.shape, generator=noise))
+                        x = torch.randn(tokens, sizes[0], generator=noise).bfloat16()
                         logits = layer(x)[0]
                     except (RuntimeError, TypeError, ValueError) as error:
                         text = f"{type(error).__name__}: {error}"

@@ -73,7 +73,9 @@ class LayerRequest:
             None where it states that there is none.
         sizes: Hidden and intermediate size, by key of `ExpertsConfig`: that of the config of which
             the block was built, which is not the model's, and that which its layer has.
-        further: What the block asks of further layers that it has for other kinds of tokens.
+        when: When it does so, if it asks for something else at other times; empty if it does not.
+        further: What the block asks of further layers that it has for other kinds of tokens, or at
+            other times.
     """
 
     block: str
@@ -93,6 +95,7 @@ class LayerRequest:
     rounds_logits: str | None = None
     bias_is_loaded: bool = True
     switch: str = ""
+    when: str = ""
     config_class: str = ""
     experts: Mapping[str, Value] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)

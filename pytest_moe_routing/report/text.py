@@ -336,6 +336,8 @@ def model_code(judgement: CodeJudgement) -> list[str]:
     for finding in judgement.findings:
         passed = f" ({finding.where})" if finding.where else ""
         lines.append(f"  problem  {sentence(finding, *CODE)}{passed}")
+    if judgement.request.when:
+        lines.append(f"  when     {judgement.request.when}")
     if judgement.request.switch:
         lines.append(f"  reach    only with an opt-in switch: {judgement.request.switch}")
     config_class = judgement.request.config_class

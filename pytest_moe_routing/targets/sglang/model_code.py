@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import isclose
 from typing import Any, TypedDict
@@ -29,6 +29,9 @@ class Asked(TypedDict):
     """The arguments of a block's TopK, and what goes around it."""
 
     block: str
+    captured: bool
+    num_experts: int | None
+    sizes: dict[str, list[int]]
     config_class: str
     top_k: int
     use_grouped_topk: bool
@@ -63,6 +66,19 @@ _BEHIND: Mapping[str, tuple[str, ...]] = {
 
 #: A factor is measured on bfloat16 outputs.
 _MEASURED = 2.0**-8
+
+
+def requests_of(
+    answers: Iterable[Mapping[str, Any]], model: ModelSpec, rounds_logits: str | None = None
+) -> LayerRequest:
+    """Make a request of each answer; those that differ from the first are its further ones.
+
+    Args:
+        rounds_logits: See `request_of`.
+    """
+    first, *others = (request_of(answer, model, rounds_logits) for answer in answers)
+    further = (other for other in others if replace(other, when="") != first)
+    return replace(first, further=tuple(further))
 
 
 def request_of(
@@ -123,8 +139,15 @@ def request_of(
         experts=_experts(answer["experts"]),
         unanswered=answer["choice_unknown"] and f"{answer['block']}: {answer['choice_unknown']}",
         block=answer["block"],
+        when="while a CUDA graph is captured, as servers decode by default" * answer["captured"],
         config_class=answer["config_class"],
-        num_experts=model.router.num_experts,
+        num_experts=answer["num_experts"] or model.router.num_experts,
+        sizes={
+            name: (ours, theirs)
+            for name, (ours, theirs) in answer["sizes"].items()
+            # Experts of a narrower width have a hidden size of their own.
+            if not (name == "hidden_size" and model.experts.latent_size)
+        },
         recipe=replace(recipe, weight_on="input" if answer["on_input"] else "output"),
         passed=passed,
         # TopK is not told a dtype: it takes what it is handed.

@@ -35,7 +35,7 @@ from pytest_moe_routing.targets.model_classes import Place
 from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.routers import ANSWERS, OTHER, RouterProbes
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver, findings_of, raised
-from pytest_moe_routing.targets.sglang.model_code import Asked, request_of
+from pytest_moe_routing.targets.sglang.model_code import Asked, requests_of
 from pytest_moe_routing.targets.sglang.model_configs import (
     configs,
     other_ways,
@@ -85,7 +85,7 @@ class SglangTarget(SglangQuestions):
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
-        answers = {**ANSWERS, "layer_request": Asked}
+        answers = {**ANSWERS, "layer_request": list[Asked]}
         self._torch = self.child("routers", answers)
         self._routers = RouterProbes(
             [self._torch], self.routers, lambda m: {"config": self._config(m)}
@@ -181,7 +181,7 @@ class SglangTarget(SglangQuestions):
             "published": published_of(model, without),
         }
         reason = configs()["rounds_logits"].get(model.architecture)
-        return request_of(self._torch.ask("layer_request", **question), model, reason)
+        return requests_of(self._torch.ask("layer_request", **question), model, reason)
 
     def left_out(self, model: ModelSpec) -> Iterable[tuple[str, ModelSpec]]:
         return left_out(model, configs()["published"].get(model.architecture, ()))

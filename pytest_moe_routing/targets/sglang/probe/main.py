@@ -44,9 +44,15 @@ from pytest_moe_routing.targets.sglang.probe.placements import placement_questio
 from pytest_moe_routing.targets.sglang.probe.raised import raising, verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import fusing
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
-from pytest_moe_routing.targets.sglang.probe.requests import INNER, TOKENS, requested, with_tokens
+from pytest_moe_routing.targets.sglang.probe.requests import (
+    CAPTURED,
+    INNER,
+    TOKENS,
+    requested,
+    with_tokens,
+)
 from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rules
-from pytest_moe_routing.targets.sglang.probe.sources import Sources
+from pytest_moe_routing.targets.sglang.probe.sources import OfConfig, Sources
 from pytest_moe_routing.targets.sglang.probe.watching import Seen, replace_function, watching
 from pytest_moe_routing.targets.sglang.probe.world import Call, RoutedOutside, choose_runner, enter
 from pytest_moe_routing.targets.stubs import Stub
@@ -339,10 +345,15 @@ def _build(
         "intermediate_size": requested(INNER) or _SIZES[1],
         **given,
     }
+    if requested(CAPTURED):
+        # Shared experts run in it while a graph is captured.
+        known["alt_stream"] = torch.cpu.Stream()
     block = getattr(stubs.real_module(module), name)
     parameters = inspect.signature(block.__init__).parameters
+    told = {n: known[n] for n in parameters if n in known}
+    told |= {n: v.of(known["config"]) for n, v in told.items() if isinstance(v, OfConfig)}
     with OnCpu():
-        built: nn.Module = block(**{n: known[n] for n in parameters if n in known})
+        built: nn.Module = block(**told)
     return built
 
 

@@ -14,6 +14,8 @@ from pytest_moe_routing.targets.contract import Names
 _Answer = TypeVar("_Answer")
 #: How many tokens a block is given, which is requested by this name.
 TOKENS = "tokens_of_block"
+#: That the pass of a block is captured as a CUDA graph, which is requested by this name.
+CAPTURED = "captured"
 #: The intermediate size of experts, which is requested by this name.
 INNER = "inner"
 #: The compute capability of the GPU, which is requested by this name.
@@ -56,8 +58,11 @@ def requesting(**options: Any) -> Iterator[None]:
 
 
 def with_tokens(run: Callable[..., _Answer], tokens: int, **question: Any) -> _Answer:
-    """Run a question about a block that is given so many tokens."""
-    with requesting(**{TOKENS: tokens}):
+    """Run a question about a block that is given so many tokens.
+
+    A pass with one token is captured as a CUDA graph, as servers decode by default.
+    """
+    with requesting(**{TOKENS: tokens, CAPTURED: tokens == 1}):
         return run(**question)
 
 

@@ -32,8 +32,10 @@ from pytest_moe_routing.targets.stubs import source_of
 
 #: Small, and other than any number of experts.
 HIDDEN = 32
+#: The intermediate size of experts, other than that.
+INNER = 48
 #: The sizes of blocks whose experts are not run.
-NARROW = HIDDEN, HIDDEN
+NARROW = HIDDEN, INNER
 #: What consumers of TopK's output take.
 _OUTPUT = Output(weights=("float32", "bfloat16"))
 #: Frames of these files are SGLang's routing.
@@ -177,8 +179,17 @@ def noting(called: dict[str, str]) -> Iterator[None]:
 
 def values_of(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attributes of a model's config, with the widths that routers are run with."""
-    widths = {n: HIDDEN for n, value in config.items() if value in blocks._SIZES and "size" in n}
+    widths = {name: _width(name, value) for name, value in config.items() if "size" in name}
     return {**_FURTHER.get(architecture, {}), **config, **widths}
+
+
+def _width(name: str, value: Any) -> Any:
+    """Return an attribute that has a size of the block that is built, or one for each kind."""
+    if isinstance(value, list):
+        return [_width(name, each) for each in value]
+    if value not in blocks._SIZES:
+        return value
+    return INNER if "intermediate" in name or "ffn" in name else HIDDEN
 
 
 def runs_of(

@@ -9,7 +9,6 @@ Triton runs on torch (`triton_gate`), and in the place of a compiled kernel runs
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,14 +31,13 @@ from pytest_moe_routing.targets import config_classes, stubs
 from pytest_moe_routing.targets.config_classes import ConfigClasses
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.dtypes import Dtypes
-from pytest_moe_routing.targets.layers import is_loaded
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe import ways
-from pytest_moe_routing.targets.sglang.probe.choices import choice_problem
+from pytest_moe_routing.targets.sglang.probe.asked import asked
 from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
-from pytest_moe_routing.targets.sglang.probe.requests import requested
+from pytest_moe_routing.targets.sglang.probe.requests import CAPTURED, requested, requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import (
     HIDDEN,
     NARROW,
@@ -143,8 +141,10 @@ class Routers(blocks.Blocks):
         nested: Sequence[str],
         published: Mapping[str, Any],
         router: Mapping[str, Any],
-    ) -> dict[str, Any]:
+    ) -> list[dict[str, Any]]:
         """Return what a model's block asks of its TopK, and what goes around it.
+
+        If its code may do so otherwise while a CUDA graph is captured, that is a second answer.
 
         Args:
             config: Attributes of the model's config object, where the release has no class of its
@@ -157,35 +157,25 @@ class Routers(blocks.Blocks):
             Unsupported: The release has no such architecture, or its block cannot be built here.
         """
         self._enter_torch()
-        seen = Seen()
-        values = values_of(architecture, published)
-        made, config_class = self._config_classes.make(values, *nested) or (None, "")
-        with Dtypes() as dtypes:
-            topk, factor = self._built(architecture, values_of(architecture, config), seen, made)
-        asked, bias = topk.topk_config, topk.topk_config.correction_bias
-        function = asked.custom_routing_function
-        gates = [*dtypes.weights_of(seen.logits[0], seen.block).values()]
-        if not gates and "router_logits" not in inspect.signature(seen.block.forward).parameters:
-            gates = [each for each in seen.block.parameters() if each is seen.logits[0]]
         question = {"architecture": architecture, "router": router, "config": config}
-        scaled = asked.apply_routed_scaling_factor_on_output
-        names = ("top_k", "use_grouped_topk", "num_expert_group", "topk_group", "renormalize")
-        return {
-            "block": seen.place,
+        values = values_of(architecture, published)
+        made = self._config_classes.make(values, *nested) or (None, "")
+        first = self._request(question, made, is_captured=False)
+        if not self.sources.captures(architecture):
+            return [first]
+        return [first, self._request(question, made, is_captured=True)]
+
+    def _request(
+        self, question: Mapping[str, Any], config: tuple[Any, str], *, is_captured: bool
+    ) -> dict[str, Any]:
+        """Return what a block asks of its TopK, of the config object of a named class."""
+        seen, (made, config_class) = Seen(), config
+        values = values_of(question["architecture"], question["config"])
+        with Dtypes() as dtypes, requesting(**{CAPTURED: is_captured}):
+            _, factor = self._built(question["architecture"], values, seen, made)
+        return asked(self.names, question, seen, dtypes, factor) | {
+            "captured": is_captured,
             "config_class": config_class,
-            **{name: getattr(asked, name) for name in names},
-            "scoring_func": asked.scoring_func,
-            "routed_scaling_factor": asked.routed_scaling_factor if scaled else None,
-            "bias_dtype": None if bias is None else _dtype(bias),
-            "bias_is_loaded": bias is None or is_loaded(bias, seen.block, topk),
-            "logits_dtype": _dtype(seen.logits[0]),
-            "gate_dtypes": sorted(dtypes.of(seen.logits[0])),
-            "router_weight_dtypes": sorted(dtypes.of_weight(seen.logits[0], seen.block)),
-            "on_input": seen.on_input,
-            "output_factor": factor,
-            "experts": _experts(seen),
-            "custom_routing": None if function is None else _name(function),
-            **_problem(lambda: choice_problem(self.names, question, seen, gates, factor)),
         }
 
     def run_other(self) -> list[dict[str, Any]]:
@@ -324,32 +314,6 @@ def _case(topk: Any, router: RouterConfig, factor: float) -> Case:
     recipe = replace(recipe, scale=rest(recipe.scale, factor))
     dtype = getattr(torch, router.logits_dtype)
     return Case(topk.forward_cuda, topk.topk_config, recipe, router.num_experts, dtype)
-
-
-def _experts(seen: Seen) -> dict[str, Any]:
-    """Return what a block states of its experts, by SGLang's names."""
-    told = seen.runners[0]
-    names = ("activation", "is_gated", "gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit")
-    has_bias = any("bias" in n for layer in seen.made for n, _ in layer.named_parameters())
-    return {**{name: getattr(told, name) for name in names}, "has_bias": has_bias}
-
-
-def _name(function: Any) -> str:
-    """Return the name of a routing function, also of one with arguments."""
-    inner = getattr(function, "func", function)
-    return str(getattr(inner, "__qualname__", inner)).partition(".<locals>")[0].lstrip("_")
-
-
-def _problem(find: Callable[[], str | None]) -> dict[str, str | None]:
-    """Return what is wrong with a block's choice, or why that is not judged."""
-    try:
-        return {"choice_problem": find(), "choice_unknown": None}
-    except Unsupported as reason:
-        return {"choice_problem": None, "choice_unknown": str(reason)}
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _choose_triton(names: Names) -> None:

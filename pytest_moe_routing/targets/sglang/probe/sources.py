@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -21,6 +22,21 @@ _RUNNER = "flashinfer_trtllm"
 _UNMET = ".nvfp4_moe_meta is not None"
 #: A module, and a name in it.
 Place = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class OfConfig:
+    """An argument that the code which makes a block takes from the model's config.
+
+    Attributes:
+        text: The expression, which has no other name than the config's in it.
+    """
+
+    text: str
+
+    def of(self, config: Any) -> Any:
+        """Return its value."""
+        return eval(self.text, {"config": config})
 
 
 class Sources:
@@ -112,9 +128,10 @@ class Sources:
         return found
 
     def _blocks(self, architecture: str) -> list[tuple[str, str, dict[str, Any]]]:
-        """Each class that makes an architecture's MoE layer: module, name, and constant arguments.
+        """Each class that makes an architecture's MoE layer: module, name, and arguments.
 
-        The nearest comes first; the arguments are those that the code which makes it says outright.
+        The nearest comes first; the arguments are those that the code which makes it says outright,
+        or takes from the config (`OfConfig`).
 
         Raises:
             Unsupported: This release has no such architecture, or it makes no MoE layer.
@@ -135,11 +152,22 @@ class Sources:
                     arguments[there] = {}
                     if id(expression) in derived_from:
                         bases.add(there)
-                arguments[there] |= _constants(calls.get(id(expression)))
+                arguments[there] |= _said(calls.get(id(expression)))
         if not found:
             raise Unsupported(f"the code of {architecture} makes no FusedMoE layer with TopK")
         self._reached[architecture] = [*arguments]
         return found
+
+    def captures(self, architecture: str) -> bool:
+        """Return whether an architecture's block may run otherwise while a CUDA graph is captured.
+
+        Raises:
+            Unsupported: This release has no such architecture, or it makes no MoE layer.
+        """
+        if not self.names.has("stand-ins.captured.get_is_capture_mode"):
+            return False
+        asks = self.names.spelling("stand-ins.captured.get_is_capture_mode").path
+        return asks in self.source(self.blocks(architecture)[0][0])
 
     def overlaps(self, architecture: str) -> bool:
         """Return whether an architecture's decoder layer can run two batches that overlap.
@@ -260,15 +288,18 @@ def _defaults(node: ast.AST) -> Iterator[int]:
                 yield from map(id, ast.walk(value))
 
 
-def _constants(call: ast.Call | None) -> dict[str, Any]:
-    """Keyword arguments of a call that are constants."""
-    if call is None:
-        return {}
-    return {
-        word.arg: word.value.value
-        for word in call.keywords
-        if word.arg and isinstance(word.value, ast.Constant)
-    }
+def _said(call: ast.Call | None) -> dict[str, Any]:
+    """Keyword arguments of a call that are constants, or are taken from the config alone."""
+    words = [] if call is None else [word for word in call.keywords if word.arg]
+    constants = {w.arg: w.value.value for w in words if isinstance(w.value, ast.Constant)}
+    taken = {w.arg: OfConfig(ast.unparse(w.value)) for w in words if _is_of_config(w.value)}
+    return {str(name): value for name, value in {**constants, **taken}.items()}
+
+
+def _is_of_config(value: ast.expr) -> bool:
+    """Return whether an expression reads a config named `config`, and names nothing else."""
+    names = {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}
+    return "config" in names and names <= {"config", "getattr"} and not isinstance(value, ast.Name)
 
 
 def _asks_for_runner(test: ast.expr, runner: str) -> bool:

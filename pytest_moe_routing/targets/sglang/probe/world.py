@@ -27,6 +27,7 @@ from pytest_moe_routing.targets.sglang.probe.quantizers import quantizers
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS
 from pytest_moe_routing.targets.sglang.probe.requests import (
     CALLERS,
+    CAPTURED,
     COMPILED,
     DEVICE,
     OWN,
@@ -101,6 +102,9 @@ def enter(
     torch.mm = mm_on_a_cpu  # type: ignore[assignment]
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_capability = lambda *_: (10, 0)
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
+    torch.cuda.stream = torch.cpu.stream  # type: ignore[assignment]
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     # A torch built for CUDA has CUDA's streams, which nothing runs in without a GPU.
     torch.get_device_module = lambda *_: torch.cpu  # type: ignore[assignment]
     for level in ("info", "warning"):
@@ -175,6 +179,7 @@ def _utilities() -> dict[str, Any]:
         "has_fp8_weights_in_checkpoint": lambda *_: False,
         "get_device_capability": lambda *_: _capability(),
         "get_device_sm": lambda *_: _sm(),
+        "get_is_capture_mode": lambda: bool(requested(CAPTURED)),
         # Of models, which are none of a runner's.
         "model_supports_deepep_v2": lambda _: True,
         "get_platform": _platform,
@@ -330,6 +335,10 @@ class _Linear(layers.ZeroLinear):
         self.skip_bias_add, self.reduce_results, self.tp_group = False, False, None
         self.output_size_per_partition = self.output_size
         self.input_size_per_partition = self.input_size
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        # SGLang's casts nothing: hidden states of another dtype are an error.
+        return functional.linear(x, self.weight, self.bias), None
 
 
 class _FusedOp(nn.Module):

@@ -21,13 +21,12 @@ from pytest_moe_routing.flashinfer import FlashInfer, preparation
 from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets import layers, recorder, stubs
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.sglang.probe import compressed, device
+from pytest_moe_routing.targets.sglang.probe import captured, compressed, device
 from pytest_moe_routing.targets.sglang.probe.options import Groups, Options
 from pytest_moe_routing.targets.sglang.probe.quantizers import quantizers
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS
 from pytest_moe_routing.targets.sglang.probe.requests import (
     CALLERS,
-    CAPTURED,
     COMPILED,
     DEVICE,
     OWN,
@@ -102,9 +101,7 @@ def enter(
     torch.mm = mm_on_a_cpu  # type: ignore[assignment]
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_capability = lambda *_: (10, 0)
-    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
-    torch.cuda.stream = torch.cpu.stream  # type: ignore[assignment]
-    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
+    captured.enter()
     # A torch built for CUDA has CUDA's streams, which nothing runs in without a GPU.
     torch.get_device_module = lambda *_: torch.cpu  # type: ignore[assignment]
     for level in ("info", "warning"):
@@ -127,6 +124,8 @@ def enter(
             width = states.shape[1] * (2 if states.dtype == torch.uint8 else 1)
             output = torch.empty(len(states), width, dtype=torch.bfloat16)
         output.fill_(1)
+        if arguments.get("do_finalize") is False:
+            return captured.unsummed(output, arguments)
         return recorder.returned(function, {}, output)
 
     recorder.install(flashinfer, answer)
@@ -145,6 +144,7 @@ def stand_ins(names: Names, defaults: Callable[[], Mapping[str, Any]] = dict) ->
         **_modules(),
         **quantizers(),
         **compressed.stand_ins(),
+        **captured.stand_ins(),
     }
     # By SGLang's own code or as its kernels take them only where that is what is asked.
     exact = {**preparation.FUNCTIONS, **dict.fromkeys(OWN)}
@@ -179,7 +179,6 @@ def _utilities() -> dict[str, Any]:
         "has_fp8_weights_in_checkpoint": lambda *_: False,
         "get_device_capability": lambda *_: _capability(),
         "get_device_sm": lambda *_: _sm(),
-        "get_is_capture_mode": lambda: bool(requested(CAPTURED)),
         # Of models, which are none of a runner's.
         "model_supports_deepep_v2": lambda _: True,
         "get_platform": _platform,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from packaging.version import Version
+
 from pytest_moe_routing.data import read_data
 from pytest_moe_routing.oracle.checkpoints import Checkpoint
 
@@ -12,11 +14,17 @@ from pytest_moe_routing.oracle.checkpoints import Checkpoint
 _EXPERTS = "model.layers.3.mlp.experts"
 
 
-def checkpoints_of(package: str, scheme: str) -> Iterator[Checkpoint]:
-    """Yield the checkpoints of a scheme that `checkpoints.yaml` of a framework lists."""
+def checkpoints_of(package: str, scheme: str, release: Version | None) -> Iterator[Checkpoint]:
+    """Yield the checkpoints of a scheme that `checkpoints.yaml` of a framework lists.
+
+    Args:
+        release: Of the framework, whose later formats are left out; None for one newer than all.
+    """
     data = read_data(__package__, package, "checkpoints.yaml") or {"formats": {}}
     formats: Mapping[str, Any] = data["formats"].get(scheme, {})
     for name, row in formats.items():
+        if release is not None and release < Version(row.get("since", "0")):
+            continue
         experts = {_EXPERTS: "" if row.get("weights_only") else scheme}
         if unquantized := row.get("unquantized"):
             experts[unquantized] = "bf16"

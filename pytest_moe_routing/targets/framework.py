@@ -22,6 +22,7 @@ from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Pl
 from pytest_moe_routing.oracle.target import Lacking, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.checkpoints import checkpoints_of
+from pytest_moe_routing.targets.contract import release_of
 from pytest_moe_routing.targets.expected import (
     expected_kernel,
     is_open,
@@ -272,7 +273,7 @@ class FrameworkTarget(Target):
         return AcceptedKeys(pairs=pairs, **about)
 
     def checkpoints(self, scheme: str) -> Iterable[Checkpoint]:
-        return checkpoints_of(self.package, scheme)
+        return checkpoints_of(self.package, scheme, release_of(self.version()))
 
     def served(self, model: ModelSpec, checkpoint: Checkpoint, experts: str) -> Served:
         """Return what this release makes of the experts of a checkpoint.

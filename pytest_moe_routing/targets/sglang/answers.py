@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from pytest_moe_routing.targets.answers import PlacementsAnswer, RequestAnswer, RuleAnswer
+from pytest_moe_routing.targets.answers import (
+    PlacementsAnswer,
+    RequestAnswer,
+    RuleAnswer,
+    ServedAnswer,
+)
 from pytest_moe_routing.targets.layouts import LaidOutAnswer, LaidOutElsewhere, SplitAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
 from pytest_moe_routing.targets.sglang.handed_over import HandedOver
@@ -66,6 +71,7 @@ ANSWERS: Mapping[str, Any] = {
     "placement_rule": RuleAnswer,
     "default_runner": str,
     "rewritten": dict[str, Any],
+    "checkpoint": ServedAnswer,
     "keeps_shared_apart": bool,
     "layer_runner": str,
     "hand_overs": list[list[Callers]],

@@ -23,6 +23,7 @@ from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang.model_configs import configs, served_as
 from pytest_moe_routing.targets.sglang.probe import weights
 from pytest_moe_routing.targets.sglang.probe.around import around
+from pytest_moe_routing.targets.sglang.probe.checkpoints import checkpoint
 from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig, quant_config, rewritten
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
@@ -386,6 +387,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         **{name: getattr(blocks, name) for name in (*own, *runs)},
         **placement_questions(blocks),
         **{ask.__name__: partial(ask, blocks) for ask in (*of_layers, hand_overs)},
+        "checkpoint": partial(checkpoint, blocks),
         "rewritten": partial(rewritten, blocks.enter),
         "with_tokens": partial(with_tokens, blocks.capture),
         "replaced_runner": lambda **told: blocks.sources.replaced_runner(Told(**told)),

@@ -16,6 +16,8 @@ _Answer = TypeVar("_Answer")
 TOKENS = "tokens_of_block"
 #: That the pass of a block is captured as a CUDA graph, which is requested by this name.
 CAPTURED = "captured"
+#: The dtype of experts in a checkpoint's files, which is requested by this name.
+EXPERTS = "dtype_of_experts"
 #: The intermediate size of experts, which is requested by this name.
 INNER = "inner"
 #: The compute capability of the GPU, which is requested by this name.

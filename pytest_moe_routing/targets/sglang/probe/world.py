@@ -29,6 +29,7 @@ from pytest_moe_routing.targets.sglang.probe.requests import (
     CALLERS,
     COMPILED,
     DEVICE,
+    EXPERTS,
     OWN,
     by_request,
     requested,
@@ -310,6 +311,7 @@ def _options(names: Names, defaults: Callable[[], Mapping[str, Any]]) -> dict[st
             "placement", init_new=lambda *_, **__: requested("placement")
         ),
         "get_global_experts_capturer": lambda: requested("capturer"),
+        "probe_routed_expert_weight_dtype": lambda _: requested(EXPERTS),
         # How many tokens a tuner tries.
         "deployment_attn_dp_size": lambda: 1,
         "get_disagg": lambda: stubs.known("disagg", disaggregation_mode="null"),

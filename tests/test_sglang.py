@@ -154,6 +154,9 @@ def test_release_asks_its_topk_for_the_models_router(target, model, findings):
 #: What SGLang's code of DeepSeek-V3 asks of its TopK.
 R1 = {
     "block": "a.Block",
+    "captured": False,
+    "num_experts": 256,
+    "sizes": {},
     "config_class": "",
     "top_k": 8,
     "use_grouped_topk": True,

@@ -44,17 +44,25 @@ EDITS = [
 ]  # fmt: skip
 
 
+#: A default of SGLang's own config class: no published config has the key.
+DEFAULT = 'rounter_params_dtype="float32"'
+
+
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory):
-    wheels = wheels_since("0.5.18", "sglang")
+    wheels = wheels_since("0.5.23", "sglang")
     if not wheels:
-        pytest.skip("MOE_WHEELS has no SGLang whose code is asked")
+        pytest.skip("MOE_WHEELS has no SGLang whose code is edited")
     root = unpack(wheels[-1], tmp_path_factory.mktemp("sglang"))
     for file, old, new, _ in EDITS:
         path = root / f"sglang/srt/models/{file}.py"
         text, count = re.subn(old, new, path.read_text(), count=1)
         assert count == 1, file
         path.write_text(text)
+    path = root / "sglang/srt/configs/longcat_flash.py"
+    text = path.read_text()
+    assert text.count(DEFAULT) == 1
+    path.write_text(text.replace(DEFAULT, DEFAULT.replace("float32", "bfloat16")))
     yield from opened(root)
 
 
@@ -122,3 +130,8 @@ def test_blocks_that_do_the_same_in_a_cuda_graph(edited, model):
     """Deepseek's block has code for it as well."""
     request = edited.layer_request(MODELS[model])
     assert request.further == ()
+
+
+def test_another_default_of_a_config_class(found):
+    problems, _ = found("longcat-flash")
+    assert "the float32 router logits are downcast to bfloat16 before the call" in problems

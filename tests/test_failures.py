@@ -44,7 +44,7 @@ CASES = {
     "first": [wrong("m1", "nvfp4", "A->f", "everybody"), latent(3)],
     "adds": [ADDS],
     "combined": [BOTH, elsewhere("A"), elsewhere("B")],
-    "second": [wrong("m2", "bf16", "B->g", "nobody")],
+    "second": [wrong("m2", scheme, "B->g", "nobody") for scheme in ("bf16", "fp8")],
     "third": [wrong("m3", "bf16", "B->g", "nobody")],
     "fourth": [wrong("m5", "mxfp8", "C->h", "everybody")],
     "good": [],
@@ -59,7 +59,7 @@ ___ m1 on nvfp4: wrong ___
   because  of the scale; of the bias
   because  xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
   kernel   k
-  also     wrong:scale:B->g: m2 bf16, m3 bf16 (nobody); wrong:scale:C->h: m5 mxfp8
+  also     wrong:scale:B->g: m2 bf16, m2 fp8, m3 bf16 (nobody); wrong:scale:C->h: m5 mxfp8
   cause    wrong:scale:A->f
 ___ m4 on nvfp4: crash ___
   because  of a limit
@@ -131,7 +131,7 @@ def test_verbose_output_has_everything(host):
     text = host.runpytest_subprocess("test_own.py", "-v").stdout.str()
     assert text.count("  kernel   k\n") == 3
     assert "___ test_it[second] ___" in text
-    assert "  also     1 more: m3 bf16\n  cause    wrong:scale:B->g\n" in text
+    assert "  also     2 more: m2 fp8, m3 bf16\n  cause    wrong:scale:B->g\n" in text
     assert "test_own.py::test_it[third] REPEATED" in text
 
 

@@ -98,7 +98,8 @@ class Grouping:
         if report.when != "call" or not failures:
             return None
         if id(report) not in self._is_shown:
-            fresh = [failure for failure in failures if failure.cause not in self._cases]
+            # A test may meet one cause in several places.
+            fresh = list({f.cause: f for f in failures if f.cause not in self._cases}.values())
             for failure in failures:
                 self._cases.setdefault(failure.cause, []).append(failure.case)
                 first = self._first.setdefault(failure.cause, failure)

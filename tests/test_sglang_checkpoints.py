@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from packaging.version import Version
 from sglang_targets import oldest_and_newest, opened
 from wheels import unpack, wheels_since
 
@@ -13,6 +14,8 @@ from pytest_moe_routing.suite.checkpoints import of_served
 from pytest_moe_routing.targets.sglang.model_configs import configs
 
 MODELS = [*load_models(packaged_directory()).values()]
+#: What reads the dtype of MiMo-V2's experts.
+STORED = 'get("store_dtype")'
 #: Files, what is in them, and what takes its place.
 EDITS = [
     # Sizes of blocks that are lost.
@@ -22,8 +25,8 @@ EDITS = [
     # A file that only ModelOpt writes is read as if it had other groups.
     ("layers/quantization/modelopt_quant.py", "group_size = ModelOptFp4Config.common_group_size(config)",
      "group_size = 32"),
-    # A key that marks experts as MXFP4 is ignored.
-    ("configs/model_config.py", 'get("store_dtype")', 'get("stored_dtype")'),
+    # A key that marks experts as MXFP4 is ignored. 0.5.18 does not have it.
+    ("configs/model_config.py", STORED, 'get("stored_dtype")'),
 ]  # fmt: skip
 #: Groups of DeepSeek V4's experts, which mean none.
 GROUPS = ("configs/model_config.py", "self.hf_config.topk_group = n_group", "pass")
@@ -37,7 +40,7 @@ def edited(folder, *edits):
     for file, old, new in edits:
         path = root / "sglang/srt" / file
         text = path.read_text()
-        assert old in text, (file, old)
+        assert old in text or old == STORED, (file, old)
         path.write_text(text.replace(old, new, 1))
     return opened(root)
 
@@ -75,6 +78,8 @@ def test_every_known_format_is_read(target, scheme):
     ],
 )
 def test_a_checkpoint_that_is_read_as_another(wrong, scheme, format_, because):
+    if format_.startswith("MiMo") and Version(wrong.version()) < Version("0.5.23"):
+        pytest.skip("this release does not read such experts")
     found = [of_served(wrong, each) for each in served_otherwise(wrong, scheme, MODELS).wrong]
     lines = {line for failure in found if failure.case == format_ for line in failure.lines}
     assert any(line.startswith("  because  ") and because in line for line in lines)

@@ -144,7 +144,8 @@ def test_experts_are_shared_out_where_their_number_is_even(num_experts, ranks):
 
 @pytest.mark.parametrize(("model", "width"), [("nemotron-3-super", 1024), ("deepseek-r1", 7168)])
 def test_routed_experts_of_a_latent_width_have_that_width(monkeypatch, model, width):
-    for name in ("_activation", "_activation_arguments", "method_named", "told_dtype"):
+    told_by_others = ("_activation", "_activation_arguments", "activation_name", "method_named")
+    for name in (*told_by_others, "told_dtype"):
         monkeypatch.setattr(config, name, lambda *_: {})
     monkeypatch.setattr(config, "parallel_config", lambda *_, **__: None)
     monkeypatch.setattr(config.server_defaults, "moe_backend", lambda: "auto")

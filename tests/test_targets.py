@@ -128,6 +128,13 @@ def test_a_misread_number_matters_where_no_gate_stops_its_method():
     assert reach[0].startswith("  reach    so classified: deepseek-r1-")
     assert reach[1] == "  reach    so classified: no chosen model"
 
+    class Unclassified(miniatures.DriftedNumbers):
+        def classify(self, model):
+            raise Unsupported("not judged")
+
+    open_ones, _ = enum_mismatches(Unclassified(FlashInfer.of("0.6.8")), CASES)
+    assert open_ones.classified == tuple(f"{case} (not known)" for case in open_ones.cases)
+
     class Closed(miniatures.DriftedNumbers):
         def gates(self, model, scheme, method):
             return (Gate("routing method", method != "Custom", "not a kernel's"),)

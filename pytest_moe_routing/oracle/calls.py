@@ -50,7 +50,7 @@ def wrong_activation(
 
     Args:
         number: What `argument`, a member of `ActivationType`, arrives as.
-        kernels: `ACTIVATIONS` or `CUTLASS_ACTIVATIONS`.
+        kernels: FlashInfer's names of each activation that the kernel has, as `ACTIVATIONS`.
     """
     numbers = signatures.enum("ActivationType", flashinfer.release)
     told = next((name for name, value in numbers.items() if value == number), str(number))

@@ -27,7 +27,8 @@ class EnumMismatch:
     Attributes:
         cases: Ids of the cases, `model-scheme`, whose gates all accept the method; none if the
             mismatch is latent.
-        classified: Those of them whose model the target classifies as the method.
+        classified: Those of them whose model the target classifies as the method, or may: then the
+            case says so.
     """
 
     finding: Finding
@@ -52,7 +53,7 @@ def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
         target.prepare_gates([m for m, named in cases if named == scheme], scheme, misread)
     for method in misread:
         number, read_as = target.method_numbers()[method], read[method]
-        passes: dict[str, bool] = {}
+        passes: dict[str, str] = {}
         unanswered = Counter[str]()
         for model, scheme in cases:
             try:
@@ -61,10 +62,10 @@ def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
                 unanswered[str(reason)] += 1
                 continue
             if all(gate.ok for gate in gates):
-                passes[f"{model}-{scheme}"] = _is_classified(target, model, method)
+                passes[f"{model}-{scheme}"] = _classified(target, model, scheme, method)
         finding = Finding(Kind.ENUM, method, number, read_as)
         if passes:
-            classified = tuple(filter(passes.__getitem__, passes))
+            classified = tuple(filter(None, passes.values()))
             found.append(EnumMismatch(finding, tuple(passes), classified))
         elif cases and unanswered.total() == len(cases):
             raise Unsupported(
@@ -75,8 +76,9 @@ def enum_mismatches(target: Target, cases: Sequence[tuple[ModelSpec, str]]) -> l
     return found
 
 
-def _is_classified(target: Target, model: ModelSpec, method: str) -> bool:
+def _classified(target: Target, model: ModelSpec, scheme: str, method: str) -> str:
+    """Return the case if its model is classified as the method, or may be; empty if it is not."""
     try:
-        return target.classify(model).method == method
+        return f"{model}-{scheme}" if target.classify(model).method == method else ""
     except Unsupported:
-        return False
+        return f"{model}-{scheme} (not known)"

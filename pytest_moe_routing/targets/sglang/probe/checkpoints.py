@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
@@ -96,34 +96,30 @@ def checkpoint(
             ) from error
         code = raising(error)
         name = "" if asked is None else asked.quantization or ""
-        return _answer(name, "", (), (), code["source"], text, code["name"])
+        return ServedAnswer(
+            name=name,
+            method="",
+            schemes=[],
+            keys=[],
+            source=code["source"],
+            rejection=text,
+            rejected_in=code["name"],
+        )
     facts = [f"{name}={value}" for name, value in _facts(made).items()]
     found = [f"{name}={getattr(asked, name)}" for name in _IN_WEIGHTS]
     found += [f"{name}={value}" for name, (_, value) in _filled_in(asked).items()]
     code = type(made).__init__.__code__
     file = code.co_filename.rpartition("/sglang/")[2]
     source = f"sglang/{file}:{code.co_firstlineno}"
-    return _answer(asked.quantization, type(method).__name__, served, facts + found, source)
-
-
-def _answer(
-    name: str,
-    method: str,
-    schemes: Collection[str],
-    keys: Collection[str],
-    source: str,
-    rejection: str = "",
-    rejected_in: str = "",
-) -> ServedAnswer:
-    return {
-        "name": name,
-        "method": method,
-        "schemes": [*schemes],
-        "keys": [*keys],
-        "source": source,
-        "rejection": rejection,
-        "rejected_in": rejected_in,
-    }
+    return ServedAnswer(
+        name=asked.quantization,
+        method=type(method).__name__,
+        schemes=served,
+        keys=facts + found,
+        source=source,
+        rejection="",
+        rejected_in="",
+    )
 
 
 def _asked(blocks: Blocks, folder: str, hf_config: Mapping[str, Any]) -> Any:

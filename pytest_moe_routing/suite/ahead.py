@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
     from pytest_moe_routing.targets.probe import Questions
 
-#: By test, the target's method whose questions are asked of another child than most.
+#: By test, the target's methods whose questions are asked of other children than most.
 _METHODS = {
-    "test_model_code": "layer_request",
-    "test_transformers_backend": "backend_request",
-    "test_router": "router_runs",
-    "test_router_precision": "router_runs",
+    "test_model_code": ("layer_request", "misnamed_weights"),
+    "test_transformers_backend": ("backend_request",),
+    "test_router": ("router_runs",),
+    "test_router_precision": ("router_runs",),
 }
 #: The tests that ask most of what the first child is asked.
 _SWEEP, _VERDICT, _MODULAR = "test_config_sweep", "test_verdict", "test_modular_call"
@@ -130,12 +130,10 @@ def _models(items: Iterable[pytest.Item], session: MoESession) -> Mapping[str, l
     """Return the models that tests are about, by method, in the order in which tests are run."""
     models: dict[str, list[ModelSpec]] = {}
     for name, params in _of_suite(items):
-        method = _METHODS.get(name)
-        if method is None:
-            continue
         about = params.get("moe_model")
-        if about is None:
-            models[method] = session.models
-        else:
-            models.setdefault(method, []).append(about)
+        for method in _METHODS.get(name, ()):
+            if about is None:
+                models[method] = session.models
+            else:
+                models.setdefault(method, []).append(about)
     return models

@@ -74,6 +74,17 @@ class AcceptedKeysAnswer(TypedDict):
     source: str
 
 
+class MisnamedAnswer(TypedDict):
+    """A weight that code loads into another matrix's place; see `oracle.misnamed`."""
+
+    name: str
+    own: str
+    place: str
+    line: int
+    file: str
+    function: str
+
+
 class ServedAnswer(TypedDict):
     """What serves a checkpoint; see `oracle.checkpoints.Served`."""
 

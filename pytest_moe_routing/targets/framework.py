@@ -21,6 +21,7 @@ from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.target import Lacking, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
+from pytest_moe_routing.targets.answers import MisnamedAnswer
 from pytest_moe_routing.targets.checkpoints import checkpoints_of
 from pytest_moe_routing.targets.contract import release_of
 from pytest_moe_routing.targets.expected import (
@@ -47,6 +48,14 @@ def _config_reads(package: str) -> Mapping[str, Any]:
     return table
 
 
+_READER = "pytest_moe_routing.targets.reading"
+
+
+def _of_architecture(model: ModelSpec) -> dict[str, Any]:
+    """Return the arguments of a question that the code of a model answers."""
+    return {"architecture": model.architecture}
+
+
 class FrameworkTarget(Target):
     """A target made with a `Source`: an installed framework, or the one at `name@PATH`.
 
@@ -71,18 +80,29 @@ class FrameworkTarget(Target):
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer)
         self.source = source
+        cls, release = type(self), (str(source.root), flashinfer.release, source.version)
+        arguments = cls.__module__, cls.__qualname__, *release
+        answers = {"misnamed_weights": list[MisnamedAnswer]}
+        #: The child that reads the code of models.
+        self._reader = Probe(str(self), _READER, *arguments, answers=answers)
 
     def probes(self) -> Iterable[Probe]:
         """Return the children whose answers depend on nothing but what `targets.kept` knows."""
-        return ()
+        return (self._reader,)
+
+    def close(self) -> None:
+        """End the children, and keep what they said."""
+        self._reader.close()
 
     def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Questions]:
         """Return what a method of the target will ask about models, of another child than most.
 
         Args:
-            method: `layer_request`, `backend_request` or `router_runs`.
+            method: `misnamed_weights`, `layer_request`, `backend_request` or `router_runs`.
         """
-        return ()
+        if method != "misnamed_weights" or not self.model_packages:
+            return ()
+        return [Questions(self._reader, method, map(_of_architecture, models))]
 
     def verdict_questions(
         self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True
@@ -187,7 +207,8 @@ class FrameworkTarget(Target):
         )
 
     @cached_property
-    def _classes(self) -> ModelClasses:
+    def classes(self) -> ModelClasses:
+        """The classes of the release's models, and the code that they lead to."""
         from pytest_moe_routing.targets.contract import Contract, Names
         from pytest_moe_routing.targets.stubs import definitions
 
@@ -293,7 +314,7 @@ class FrameworkTarget(Target):
         from pytest_moe_routing.targets.architectures import unknown_architectures
 
         data = read_data(__package__, self.package, "architectures.yaml")
-        return unknown_architectures(self._classes, data)
+        return unknown_architectures(self.classes, data)
 
     def registered(self, names: Names, root: str) -> Mapping[str, Place]:
         """Return the class of each architecture that the release has code for.
@@ -306,8 +327,8 @@ class FrameworkTarget(Target):
     def runs_as(self, architecture: str, known: Collection[str]) -> bool:
         """Whether the release runs an architecture by the class of one of the known ones."""
         try:
-            place = self._classes.runs(architecture)
-            return place is not None and place in map(self._classes.runs, known)
+            place = self.classes.runs(architecture)
+            return place is not None and place in map(self.classes.runs, known)
         except Unsupported:
             return False
 
@@ -317,7 +338,10 @@ class FrameworkTarget(Target):
         Raises:
             Unsupported: The release has no registry that can be read.
         """
-        return self._classes.misnamed(model.architecture) if self.model_packages else ()
+        if not self.model_packages:
+            return ()
+        rows = self._reader.ask("misnamed_weights", **_of_architecture(model))
+        return [MisnamedWeight(**row) for row in rows]
 
     def contains(self, name: str) -> bool:
         return self.source.names(self.package, name)
@@ -334,7 +358,7 @@ class FrameworkTarget(Target):
         known: bool | None = rows.get(model.architecture, {}).get(name)
         if known is None:
             try:
-                return False if self._classes.ignores(model.architecture, name) else None
+                return False if self.classes.ignores(model.architecture, name) else None
             except Unsupported:
                 return None
         return known

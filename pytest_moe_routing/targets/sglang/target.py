@@ -92,12 +92,15 @@ class SglangTarget(SglangQuestions):
         )
 
     def probes(self) -> Iterable[Probe]:
-        return (self._probe, *self._routers.probes)
+        return (*super().probes(), self._probe, *self._routers.probes)
 
     def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Questions]:
-        return self._routers.questions(models) if method == "router_runs" else ()
+        if method == "router_runs":
+            return self._routers.questions(models)
+        return super().questions_ahead(method, models)
 
     def close(self) -> None:
+        super().close()
         self._probe.close()
         self._routers.close()
 

@@ -100,8 +100,9 @@ class VllmTarget(FrameworkTarget):
         )
 
     def probes(self) -> Iterable[Probe]:
-        apart = [self._model_code.probe] if self._model_code.is_apart else []
-        return (self._probe, *self._routers.probes, self._model_code.backend, *apart)
+        code = self._model_code
+        of_models = [code.backend, *([code.probe] if code.is_apart else [])]
+        return (*super().probes(), self._probe, *self._routers.probes, *of_models)
 
     def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Questions]:
         ask = {
@@ -109,9 +110,10 @@ class VllmTarget(FrameworkTarget):
             "backend_request": self._model_code.backend_questions,
             "router_runs": self._routers.questions,
         }
-        return ask[method](models)
+        return ask[method](models) if method in ask else super().questions_ahead(method, models)
 
     def close(self) -> None:
+        super().close()
         self._probe.close()
         self._model_code.close()
         self._routers.close()

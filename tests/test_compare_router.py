@@ -193,21 +193,3 @@ def test_experts_that_are_named_need_no_selection_scores_in_a_terminal():
     assert not any("(expert: selection score)" in line for line in failure.brief)
     (token,) = (line for line in failure.brief if "token " in line and "instead of" in line)
     assert token in failure.lines
-
-
-def test_a_router_that_answers_in_one_place_is_compared_each_time():
-    recipe = replace(RECIPE, scale=2.25)
-    place = torch.zeros(24, 8), torch.zeros(24, 8, dtype=torch.int32)
-
-    def router(logits, bias, factor=1.0):
-        routing = route(logits, recipe, bias)
-        place[0].copy_(routing.topk_weights * factor)
-        place[1].copy_(routing.topk_ids)
-        return place
-
-    def doubled(logits, bias):
-        return router(logits, bias, 2.0)
-
-    right, wrong = (compare_router(r, recipe, 64, torch.float32) for r in (router, doubled))
-    assert not right
-    assert [deviation.kind for deviation in wrong] == ["weights"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import linecache
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -52,10 +51,6 @@ _TOKENS = 24
 _WIDTH = 200
 #: Packages that call a framework's code, or are called by it.
 _OTHERS = ("pytest_moe_routing/", "torch/", "None/")
-#: How many answers to logits of one shape are remembered: of some routers, to each pattern.
-_SEEN = 100
-#: What `_kind` found for answers, by recipe and shape of the logits.
-_KINDS: dict[tuple[object, ...], deque[tuple[Any, tuple[str, RoutingComparison, str]]]] = {}
 
 
 class WrongAnswer(Exception):
@@ -272,26 +267,7 @@ def _unfit(x: Tensor, dtypes: tuple[str, ...], contiguous: bool, name: str) -> I
 def _kind(
     weights: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, recipe: Recipe
 ) -> tuple[str, RoutingComparison, str]:
-    """Return the mildest kind of deviation that explains an answer, "" for none, and its cause.
-
-    Routers of many models are told the same and answer the same, bit by bit.
-    """
-    from pytest_moe_routing.reference.bits import are_same
-
-    answer = logits, bias, weights, ids
-    seen = _KINDS.setdefault((recipe, *logits.shape), deque(maxlen=_SEEN))
-    for earlier, found in seen:
-        if all(map(are_same, answer, earlier)):
-            return found
-    found = _find_kind(weights, ids, logits, bias, recipe)
-    # A router may write its next answer where this one is.
-    seen.append((tuple(None if x is None else x.clone() for x in answer), found))
-    return found
-
-
-def _find_kind(
-    weights: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, recipe: Recipe
-) -> tuple[str, RoutingComparison, str]:
+    """Return the mildest kind of deviation that explains an answer, "" for none, and its cause."""
     from pytest_moe_routing.compare.routing import compare_routing
 
     def compared(recipe: Recipe, precision: str, *, explain: bool = False) -> RoutingComparison:

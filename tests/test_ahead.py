@@ -123,6 +123,27 @@ def test_the_first_child_is_asked_what_the_sweep_and_models_need(probe):
     ]
 
 
+def test_a_thread_does_ahead_what_tests_do_with_one_question_after_the_other(probe, monkeypatch):
+    """What fails there fails again in the test, and keeps nothing else from being asked."""
+
+    def check(target, scheme, models):
+        if scheme == "bf16":
+            probe.ask("die")
+        probe.ask("note", word=scheme)
+
+    monkeypatch.setattr("pytest_moe_routing.oracle.ignored.ignored_requests", check)
+    session = SimpleNamespace(models_in=lambda scheme: ["a model"])
+    verdicts = "test_verdicts.py"
+    tests = [item("test_around_call", verdicts, moe_scheme=s) for s in ("mxfp8", "bf16", "nvfp4")]
+    with asking_ahead(target_of(), tests, session):
+        for thread in threading.enumerate():
+            if thread.name == "moe-routing-ahead":
+                thread.join()
+    assert [value for _, value in probe._replies.values()] == [["mxfp8"], ["nvfp4"]]
+    with pytest.raises(TargetError, match="target mine: die: its process ended with 3"):
+        probe.ask("die")
+
+
 def test_many_questions_are_asked_a_few_at_a_time(probe):
     """So another thread has its turn soon."""
     assert probe.ask_ahead("note", [{"word": n} for n in range(120)])

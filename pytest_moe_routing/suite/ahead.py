@@ -6,14 +6,16 @@ a child, and the child for the next test's question: only one process would work
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import takewhile
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.suite.selection import SUITE
+from pytest_moe_routing.targets import probe as probes
 from pytest_moe_routing.targets.framework import FrameworkTarget
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.target import Target
     from pytest_moe_routing.session import MoESession
     from pytest_moe_routing.targets.probe import Questions
+
+    #: What a test computes with answers, called without arguments.
+    Check = Callable[[], object]
 
 #: By test, the target's methods whose questions are asked of other children than most.
 _METHODS = {
@@ -49,9 +54,10 @@ def asking_ahead(
     stop = Event()
     threads = []
     if isinstance(target, FrameworkTarget):
-        for asked in (_of_others(target, items, session), _of_first(target, items)):
+        checks = _checks(target, items, session)
+        for asked in (_of_others(target, items, session), checks), (_of_first(target, items), ()):
             # A daemon, as a question may have no end: closing the target then ends the child.
-            thread = Thread(target=_ask, args=(asked, stop), name="moe-routing-ahead", daemon=True)
+            thread = Thread(target=_ask, args=(*asked, stop), name="moe-routing-ahead", daemon=True)
             thread.start()
             threads.append(thread)
     try:
@@ -62,12 +68,42 @@ def asking_ahead(
             thread.join(_GRACE)
 
 
-def _ask(asked: Iterable[Questions], stop: Event) -> None:
-    for probe, question, many in asked:
-        wanted = takewhile(lambda _: not stop.is_set(), many)
-        # What `asked` yields next may ask for what was left out here, one question at a time.
-        if not probe.ask_ahead(question, wanted) or stop.is_set():
-            return
+def _ask(asked: Iterable[Questions], checks: Iterable[Check], stop: Event) -> None:
+    with probes.asking_ahead(stop):
+        for probe, question, many in asked:
+            wanted = takewhile(lambda _: not stop.is_set(), many)
+            # What `asked` yields next may ask for what was left out here, one question at a time.
+            if not probe.ask_ahead(question, wanted) or stop.is_set():
+                return
+        for check in checks:
+            # What fails, fails again in the test.
+            with suppress(Exception):
+                check()
+            if stop.is_set():
+                return
+
+
+def _checks(
+    target: FrameworkTarget, items: Sequence[pytest.Item], session: MoESession
+) -> Iterator[Check]:
+    """Yield what tests do that ask one question after the other. It takes them next to no time.
+
+    Which questions these are depends on answers.
+    """
+    from pytest_moe_routing.oracle.formats import unlike_formats
+    from pytest_moe_routing.oracle.ignored import ignored_requests
+    from pytest_moe_routing.oracle.layouts import wrong_layouts
+    from pytest_moe_routing.oracle.other_experts import other_calls
+    from pytest_moe_routing.oracle.shares import wrong_splits
+
+    for test, functions in {
+        "test_other_experts": (other_calls,),
+        "test_around_call": (ignored_requests,),
+        "test_layouts": (wrong_layouts, unlike_formats, wrong_splits),
+    }.items():
+        for scheme in _cases(items, test):
+            for function in functions:
+                yield partial(function, target, scheme, session.models_in(scheme))
 
 
 def _of_others(

@@ -74,8 +74,10 @@ class FrameworkTarget(Target):
     #: Schemes that this target serves in no kernel of FlashInfer's. It is asked whether it takes
     #: experts that call one nevertheless.
     elsewhere: Collection[str] = ()
-    #: The child that answers most questions.
+    #: The child that answers most questions, and the one that is asked about weights and about what
+    #: is around kernel calls. They may be one.
     _probe: Probe
+    _aside: Probe
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer)
@@ -85,6 +87,17 @@ class FrameworkTarget(Target):
         answers = {"misnamed_weights": list[MisnamedAnswer]}
         #: The child that reads the code of models.
         self._reader = Probe(str(self), _READER, *arguments, answers=answers)
+
+    def child(self, module: str, *more: str, answers: Mapping[str, Any]) -> Probe:
+        """Return a child process that runs a module of the framework's probe.
+
+        Args:
+            more: What its command line has after root, FlashInfer and version.
+            answers: See `Probe`.
+        """
+        name = f"pytest_moe_routing.targets.{self.package}.probe.{module}"
+        release = self.flashinfer.release, self.source.version
+        return Probe(str(self), name, str(self.source.root), *release, *more, answers=answers)
 
     def probes(self) -> Iterable[Probe]:
         """Return the children whose answers depend on nothing but what `targets.kept` knows."""
@@ -171,7 +184,7 @@ class FrameworkTarget(Target):
 
     def split(self, model: ModelSpec, scheme: str, count: int, whole: int) -> tuple[LaidOut, ...]:
         asked = {**self.asked_of_split(model, scheme), "count": count, "whole": whole}
-        answers = self._probe.ask("split_layouts", **asked)
+        answers = self._aside.ask("split_layouts", **asked)
         found = [split(answer, scheme, self.flashinfer) for answer in answers]
         if not any(at.findings or at.refused for at in found):
             return tuple(found)
@@ -185,7 +198,7 @@ class FrameworkTarget(Target):
             Unsupported: The release has no such experts for the scheme, or cannot be asked.
         """
         asked = self.asked_of_others(model, scheme)
-        answer = {"calls": []} if asked is None else self._probe.ask("other_experts", **asked)
+        answer = {"calls": []} if asked is None else self._aside.ask("other_experts", **asked)
         calls = tuple(other_call(model, record, self.flashinfer) for record in answer["calls"])
         if not calls and scheme in self.elsewhere:
             # As it should be. It has been asked, and models of the kind need not be.

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, NamedTuple, TypedDict
 
 from pytest_moe_routing.errors import TargetError, Unsupported
@@ -43,6 +44,30 @@ class _Error(TypedDict):
 _Reply = tuple[str, Any]
 #: Questions of one exchange: few enough that another thread waits no second for its turn.
 _BATCH = 50
+
+
+class _Ahead(threading.local):
+    """What ends the questions that a thread asks ahead; None if it does not."""
+
+    stop: Event | None = None
+
+
+_AHEAD = _Ahead()
+
+
+@contextmanager
+def asking_ahead(stop: Event) -> Iterator[None]:
+    """Let this thread ask what others will ask later, until `stop` is set.
+
+    After a child that fails, another one is started for the next question, and a question that has
+    no answer then is asked again. So what `Probe.ask` raises elsewhere does not depend on which
+    thread was first.
+    """
+    before, _AHEAD.stop = _AHEAD.stop, stop
+    try:
+        yield
+    finally:
+        _AHEAD.stop = before
 
 
 class Questions(NamedTuple):
@@ -160,34 +185,25 @@ class Probe:
     def ask_ahead(self, question: str, many: Iterable[Mapping[str, Any]]) -> bool:
         """Do what `prepare` does in another thread, and return whether that went well.
 
-        A child that fails is ended, and `ask` starts another one. So what `ask` raises does not
-        depend on which thread was first.
+        A child that fails is ended, and `ask` starts another one; see `asking_ahead`.
         """
         rest = _requests(question, many)
-        try:
-            while self._exchange_some(rest, is_ahead=True):
-                pass
-        except TargetError:
-            return False
+        with asking_ahead(_AHEAD.stop or Event()):
+            try:
+                while self._exchange_some(rest):
+                    pass
+            except TargetError:
+                return False
         return not self._ended
 
-    def _exchange_some(self, rest: Iterator[Request], *, is_ahead: bool = False) -> bool:
-        """Have the child reply to the next few requests without a reply; return if there are any.
-
-        Args:
-            is_ahead: Whether another child may be started after one that fails.
-        """
+    def _exchange_some(self, rest: Iterator[Request]) -> bool:
+        """Have the child reply to the next few requests without a reply; return if any are."""
         with self._turn():
             if self._ended:
                 return False
             new = list(islice((each for each in rest if not self._is_known(each)), _BATCH))
-            try:
-                if new:
-                    self._exchange(new)
-            except TargetError:
-                if is_ahead:
-                    self._ended = ""
-                raise
+            if new:
+                self._exchange(new)
         return bool(new)
 
     @contextmanager
@@ -202,6 +218,8 @@ class Probe:
 
     def _exchange(self, requests: Sequence[Request]) -> None:
         """Have the child reply to requests."""
+        if _AHEAD.stop is not None and _AHEAD.stop.is_set():
+            raise TargetError("nobody waits for an answer", "no answers")
         self._child = self._child or Child(
             self._command, self._switches, self._limits, self._variables
         )
@@ -211,9 +229,10 @@ class Probe:
             data = self._child.exchange(self._number, requests)
             self._replies.update(zip(requests, self._checked(requests, data), strict=True))
         except Failure as failure:
-            self._ended = f"target {self._target}: {question}: {failure}"
+            ended = f"target {self._target}: {question}: {failure}"
+            self._ended = "" if _AHEAD.stop is not None else ended
             self._end_child()
-            raise TargetError(self._ended, "no answers") from None
+            raise TargetError(ended, "no answers") from None
         except BaseException:
             # An interrupt: nobody will read the answer.
             self._ended = f"target {self._target}: interrupted at {question}"

@@ -15,7 +15,6 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.methods_run import MethodsRun
 from pytest_moe_routing.targets.contract import release_of
 from pytest_moe_routing.targets.framework import FrameworkTarget
-from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.sglang.answers import ANSWERS
 from pytest_moe_routing.targets.sglang.hand_overs import methods_run
 from pytest_moe_routing.targets.sglang.model_configs import (
@@ -39,24 +38,12 @@ class SglangQuestions(FrameworkTarget):
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
-        self._probe = self.child("main", ANSWERS)
+        self._probe = self._aside = self.child("main", answers=ANSWERS)
         self._answers: dict[str, Any] = {}
         #: By scheme, a row of `formats` in `configs.yaml`.
         self._served: dict[str, Any] = {}
         #: By scheme, a row of `elsewhere`.
         self.elsewhere = dict[str, Any]()
-
-    def child(self, module: str, answers: Mapping[str, Any]) -> Probe:
-        """Return a child process that runs a module of the probe."""
-        source = self.source
-        return Probe(
-            f"{self.name} {source.version}",
-            f"pytest_moe_routing.targets.sglang.probe.{module}",
-            str(source.root),
-            self.flashinfer.release,
-            source.version,
-            answers=answers,
-        )
 
     def _server_runner(self, model: ModelSpec, scheme: str) -> str:
         """Return the runner of a server to which none was named."""

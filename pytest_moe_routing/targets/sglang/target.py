@@ -86,7 +86,7 @@ class SglangTarget(SglangQuestions):
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
         answers = {**ANSWERS, "layer_request": list[Asked]}
-        self._torch = self.child("routers", answers)
+        self._torch = self.child("routers", answers=answers)
         self._routers = RouterProbes(
             [self._torch], self.routers, lambda m: {"config": self._config(m)}
         )

@@ -83,26 +83,21 @@ class VllmTarget(FrameworkTarget):
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
-        module = "pytest_moe_routing.targets.vllm.probe.main"
-        arguments = str(source.root), flashinfer.release, source.version
-        self._probe = Probe(str(self), module, *arguments, answers=ANSWERS_OF_PROBE)
+        names = "main", "aside"
+        self._probe, self._aside = (self.child(n, answers=ANSWERS_OF_PROBE) for n in names)
         #: By what the child is told: most models of the config sweep are the same to it.
         self._classified: dict[str, Classification] = {}
         self._known_gates: dict[tuple[str, str, str, bool], tuple[Gate, ...]] = {}
         self._model_code = ModelCode(source, flashinfer)
-        module = "pytest_moe_routing.targets.vllm.probe.routers"
-        self._routers = RouterProbes(
-            [
-                Probe(str(self), module, *arguments, platform, answers=ANSWERS)
-                for platform in ("cuda", "cpu")
-            ],
-            self.routers,
-        )
+        platforms = "cuda", "cpu"
+        routers = [self.child("routers", each, answers=ANSWERS) for each in platforms]
+        self._routers = RouterProbes(routers, self.routers)
 
     def probes(self) -> Iterable[Probe]:
         code = self._model_code
         of_models = [code.backend, *([code.probe] if code.is_apart else [])]
-        return (*super().probes(), self._probe, *self._routers.probes, *of_models)
+        own = self._probe, self._aside
+        return (*super().probes(), *own, *self._routers.probes, *of_models)
 
     def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Questions]:
         ask = {
@@ -115,6 +110,7 @@ class VllmTarget(FrameworkTarget):
     def close(self) -> None:
         super().close()
         self._probe.close()
+        self._aside.close()
         self._model_code.close()
         self._routers.close()
 
@@ -202,7 +198,7 @@ class VllmTarget(FrameworkTarget):
         for modular in self._ways(model, scheme):
             question = {**questions.of_case(model, scheme), "modular": modular}
             choice = self.choice(model, scheme, method, modular=modular)
-            for answer in self._probe.ask("layouts", **question):
+            for answer in self._aside.ask("layouts", **question):
                 switches = None if choice is None else choice.switches
                 found.append(laid_out(answer, model, scheme, switches))
         return tuple(found)
@@ -210,7 +206,7 @@ class VllmTarget(FrameworkTarget):
     def laid_out_elsewhere(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
         if self.asked_of_others(model, scheme) is None:
             return ()
-        calls = self._probe.ask("other_layouts", **questions.of_case(model, scheme))
+        calls = self._aside.ask("other_layouts", **questions.of_case(model, scheme))
         release = self.flashinfer.release
         return tuple(
             laid_out(c, model, scheme, c["switches"], c["device"], release=release) for c in calls
@@ -265,7 +261,7 @@ class VllmTarget(FrameworkTarget):
             Unsupported: The release has no classes of experts.
         """
         self._require_served(scheme)
-        answers = self._probe.ask("around", **questions.of_case(model, scheme), method=method)
+        answers = self._aside.ask("around", **questions.of_case(model, scheme), method=method)
         if not answers:
             raise Unsupported(f"not judged: vLLM {self.version()} has no experts to ask")
         return read_responses(answers)

@@ -1,0 +1,10 @@
+"""Another child of the vLLM target, which answers the same as the first one, beside it.
+
+The first is asked for kernel calls, of which there are many. See `main`.
+"""
+
+from __future__ import annotations
+
+from pytest_moe_routing.targets.vllm.probe.main import main
+
+__all__ = ["main"]

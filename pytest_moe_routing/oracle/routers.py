@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Router = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 #: Who can reach a deviation, the most first.
-REACHES = ("model", "bfloat16 logits", "opt-in", "no known model")
+REACHES = ("model", "bfloat16 logits", "on a CPU", "opt-in", "no known model")
 #: Kinds of deviations that are wrong, worst first.
 WRONG = (
     *("crash", "structure", "logits", "experts", "weights", "not loaded", "captured", "output"),
@@ -94,7 +94,8 @@ class RouterRun:
         way: Platform and switches under which the framework chooses it.
         subject: The model's id, or the configuration in words.
         reach: Who can reach it, one of `REACHES`: a shipped model by default, one whose layer is
-            handed bfloat16 logits, only with a switch, no known model.
+            handed bfloat16 logits, one that is served without a GPU, only with a switch, no known
+            model.
         called: Qualified names of the framework's functions that ran.
         deviations: At most one of each kind.
         source: File and line of the framework at which `function` begins, if they are known.

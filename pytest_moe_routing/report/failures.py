@@ -165,7 +165,9 @@ class Grouping:
             owner = (free or [report for report, _ in self._shown])[-1]
             lines = joined(self._latent(latent, width))
             if free:
-                _entitle(owner, "latent: no known model meets these without an opt-in switch")
+                _entitle(
+                    owner, "latent: no known model meets these on a GPU without an opt-in switch"
+                )
                 ranks[id(owner)] = Rank.LATENT
             texts[id(owner)] = "\n\n".join(filter(None, (texts.get(id(owner)), lines)))
         return texts, ranks

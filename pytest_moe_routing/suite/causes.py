@@ -183,10 +183,13 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
     name = "requested-experts" if is_latent else "other-experts"
     cause = cause_id(name, what, call.experts)
     ids = list(dict.fromkeys(each.id for each in (model, *wrong.models)))
+    # Arguments that get lost are one defect, whichever of them a model needs.
+    are_arguments = {finding.kind for finding in findings} == {Kind.ARGUMENT}
+    site = cause_id(what, call.experts) if are_arguments else call.experts
     if is_latent:
         models = f"{len(ids)} models, such as {model.id}" if len(ids) > 1 else model.id
         lines: tuple[str, ...] = (f"{scheme}: {call.experts}: {'; '.join(told)}", reached)
-        return Failure(cause, Rank.LATENT, models, lines, site=call.experts)
+        return Failure(cause, Rank.LATENT, models, lines, site=site)
     lines = (
         f"{model} on {scheme}, {call.experts} of {target}: the call is wrong",
         f"  reach    {reached}",
@@ -196,14 +199,12 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
     )
     ranks = {Kind.RAISED: Rank.LOUD, Kind.LIMIT: Rank.LOUD}
     rank = Rank.DOWNCAST if are_slight(findings) else ranks.get(findings[0].kind, Rank.SILENT)
-    # Arguments that get lost are one defect, whichever of them a model needs.
-    are_arguments = {finding.kind for finding in findings} == {Kind.ARGUMENT}
     return Failure(
         cause,
         rank,
         f"{model.id} {scheme}",
         lines,
-        site=cause_id(what, call.experts) if are_arguments else call.experts,
+        site=site,
         reach=reached,
         rarity=text.rarity(reach, by_default=not call.switches),
     )

@@ -195,9 +195,10 @@ class Routers:
         switch = self.names.spelling(_FUSED_GROUPED).path if has_switch else ""
         for value, suffix in (("1", ""), ("0", f", {switch}=0")) if has_switch else (("1", ""),):
             way, switches = self.platform + suffix, {switch: value} if has_switch else {}
-            yield way, "opt-in" if suffix else "model", switches, getattr(torch, dtype)
+            only = "opt-in" if suffix else "on a CPU" if self.platform == "cpu" else ""
+            yield way, only or "model", switches, getattr(torch, dtype)
             if dtype == "float32":
-                reach = "opt-in" if suffix else "bfloat16 logits"
+                reach = only or "bfloat16 logits"
                 yield f"{way}, with bfloat16 logits", reach, switches, torch.bfloat16
 
     def _routing_function(self, model: Mapping[str, Any]) -> Any:

@@ -68,7 +68,7 @@ ___ m4 on nvfp4: crash ___
 m4 on nvfp4: hang
   because  of ranks
   cause    crash:b
-_ latent: no known model meets these on a GPU without an opt-in switch _
+___ latent: no known model meets these on a GPU without an opt-in switch ___
 crash: top_k is 1 (bf16; more)  [sweep:1]
 crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]

@@ -276,6 +276,8 @@ def config_of(model):
         config |= {"moe_router_enable_expert_bias": True, "score_function": "sigmoid"}
     if family.name in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm5_next_text"):
         config |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    if family.name == "interns1_pro":
+        config["router_n_groups"] = model.router.router_n_groups
     if family.name == "gemma4_text":
         config["enable_moe_block"] = True
     return config

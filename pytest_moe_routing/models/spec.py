@@ -94,7 +94,11 @@ class RouterConfig:
             parts = {"num_experts": self.num_experts, "top_k": self.top_k}
             for name, whole in parts.items():
                 if whole % self.router_n_groups:
-                    yield "router_n_groups", str(self.router_n_groups), f"a divisor of {name} ({whole})"
+                    yield (
+                        "router_n_groups",
+                        str(self.router_n_groups),
+                        f"a divisor of {name} ({whole})",
+                    )
             if self.n_group is not None:
                 yield "n_group", str(self.n_group), "null with router_n_groups"
         if kept > groups:

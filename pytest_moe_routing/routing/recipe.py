@@ -36,7 +36,7 @@ _CHOICES = {
 }
 
 #: Fields that say something only where they are not at their default.
-_UNUSUAL = ("per_group", "mask", "score_dtype", "normalize_dtype")
+_UNUSUAL = ("mask", "score_dtype", "normalize_dtype")
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Recipe:
             )
         if self.per_group and (self.grouped or self.top_k % self.n_group):
             raise RecipeError(
-                "Recipe.per_group: expected topk_group = n_group and a multiple of it as top_k, found "
-                f"top_k {self.top_k}, topk_group {self.topk_group}, n_group {self.n_group}"
+                "Recipe.per_group: expected topk_group = n_group and a multiple of it as top_k, "
+                f"found top_k {self.top_k}, topk_group {self.topk_group}, n_group {self.n_group}"
             )
         if not self.mask <= 0:
             raise RecipeError(f"Recipe.mask: found {self.mask}, expected -inf or a number up to 0")
@@ -124,9 +124,8 @@ class Recipe:
     def _with_meaning(self) -> dict[str, Any]:
         """Return the fields that can have an effect: those of groups need groups."""
         groups = {"n_group", "topk_group", "per_group", "group_score", "mask"}
-        void = groups if self.n_group == 1 else set()
-        if self.per_group:
-            void = void | {"group_score", "mask"}
+        unused = {"group_score", "mask"} if self.per_group else {"per_group"}
+        void = groups if self.n_group == 1 else unused
         return {name: value for name, value in asdict(self).items() if name not in void}
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:

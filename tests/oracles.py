@@ -49,6 +49,9 @@ def route_token(logits, recipe, bias=None):
         if recipe.mask == -math.inf:
             candidates = sorted(kept)
         masked = [keys[e] if e in kept else recipe.mask for e in range(len(keys))]
+    if recipe.per_group:
+        each = recipe.top_k // recipe.n_group
+        candidates = [e for g in groups for e in sorted(g, key=lambda e: (-keys[e], e))[:each]]
     chosen = sorted(candidates, key=lambda e: (-masked[e], e))[: recipe.top_k]
     if recipe.weigh_by == "selection":
         weights = [keys[e] for e in chosen]

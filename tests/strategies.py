@@ -33,13 +33,16 @@ def recipes(draw, *, mistaken=False):
     experts = draw(st.sampled_from([8, 12, 16, 24]))
     n_group = draw(st.sampled_from([g for g in (1, 2, 4) if experts % g == 0]))
     topk_group = draw(st.integers(1, n_group))
+    per_group = topk_group == n_group and draw(st.booleans())
+    step = n_group if per_group else 1
     recipe = Recipe(
-        top_k=draw(st.integers(1, min(6, experts // n_group * topk_group))),
+        top_k=step * draw(st.integers(1, min(6, experts // n_group * topk_group) // step)),
         score=draw(st.sampled_from(SCORES)),
         weigh_by=draw(st.sampled_from(("", *SCORES))),
         bias=draw(st.booleans()),
         n_group=n_group,
         topk_group=topk_group,
+        per_group=per_group,
         group_score=draw(st.sampled_from(("top2_sum", "max"))),
         normalize=draw(st.sampled_from(NORMALIZATIONS)),
         epsilon=draw(st.sampled_from((0.0, 1e-20))),

@@ -47,9 +47,21 @@ ERNIE = {
 }
 
 ROUTERS = [
-    ("BailingMoeV2_5ForCausalLM", {**GROUPED, **BIASED}, GROUPS, "bfloat16"),
+    ("BailingMoeV2_5ForCausalLM", {**GROUPED, **BIASED}, GROUPS, "float32"),
     ("BailingMoeV3ForCausalLM", GROUPED, GROUPS, "float32"),
-    ("Param2MoEForCausalLM", {**GROUPED, **BIASED}, GROUPS, "bfloat16"),
+    ("Param2MoEForCausalLM", {**GROUPED, **BIASED}, GROUPS, "float32"),
+    (
+        "InternS1ProForConditionalGeneration",
+        {**NUMBERS, "router_n_groups": 2},
+        "softmax -> top 2 of each of 2 groups -> / sum",
+        "bfloat16",
+    ),
+    (
+        "InternS1ProForConditionalGeneration",
+        {**NUMBERS, "router_n_groups": -1},
+        "softmax -> top 4 -> / sum",
+        "bfloat16",
+    ),
     (
         "PanguUltraMoEForCausalLM",
         {**NUMBERS, "routed_scaling_factor": 2.5, "router_enable_expert_bias": True},
@@ -156,7 +168,6 @@ def test_routers(tmp_path, architecture, config, recipe, logits):
         ("LLaDA2MoeModelLM", {**GROUPED, **BIASED, "expert_capacity": 16}),
         ("GigaChat35ForCausalLM", GROUPED),
         ("Ernie4_5_MoeForCausalLM", {**ERNIE, "moe_use_aux_free": False}),
-        ("InternS1ProForConditionalGeneration", {**NUMBERS, "router_n_groups": 8}),
     ],
 )
 def test_what_is_not_known_of_them_is_not_judged(tmp_path, architecture, config):

@@ -28,6 +28,13 @@ WORDS = {
         "n_group": 2,
         "mask": -1.0,
     },
+    "softmax -> top 2 of each of 4 groups -> / sum": {
+        "top_k": 8,
+        "n_group": 4,
+        "topk_group": 4,
+        "per_group": True,
+        "normalize": "sum",
+    },
     # Groups that exclude nothing are no step, whatever the others would be masked with.
     "softmax -> top 2": {"top_k": 2, "n_group": 4, "topk_group": 4, "mask": -1.0},
     "softmax -> top 1 -> / sum": {"normalize": "sum"},

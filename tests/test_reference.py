@@ -87,7 +87,7 @@ def test_scale_is_linear(recipe_and_experts, seed):
 def test_void_groups_change_nothing(recipe_and_experts, seed):
     recipe, experts = recipe_and_experts
     logits, bias = inputs(recipe, experts, seed, coarse=True)
-    void = route(logits, replace(recipe, topk_group=recipe.n_group), bias)
+    void = route(logits, replace(recipe, topk_group=recipe.n_group, per_group=False), bias)
     none = route(logits, replace(recipe, n_group=1, topk_group=1), bias)
     assert torch.equal(void.topk_ids, none.topk_ids)
 
@@ -96,7 +96,8 @@ def test_void_groups_change_nothing(recipe_and_experts, seed):
 @given(recipes(), seeds)
 def test_a_limit_by_best_expert_is_void_when_top_k_fits_the_groups(recipe_and_experts, seed):
     recipe, experts = recipe_and_experts
-    recipe = replace(recipe, group_score="max", top_k=min(recipe.top_k, recipe.topk_group))
+    recipe = replace(recipe, group_score="max", per_group=False)
+    recipe = replace(recipe, top_k=min(recipe.top_k, recipe.topk_group))
     logits, bias = inputs(recipe, experts, seed)
     limited = route(logits, recipe, bias)
     free = route(logits, replace(recipe, n_group=1, topk_group=1), bias)

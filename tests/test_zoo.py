@@ -268,6 +268,10 @@ def config_of(model):
             inner[key] = numbers[name]
     if family.name == "deepseek_v2" and (model.router.n_group or 1) > 1:
         config["topk_method"] = "group_limited_greedy"
+    if family.name == "k2_horizon":
+        config |= {"moe_gate_bias": True, "norm_topk_prob": True, "router_score_func": "sigmoid"}
+    if family.name in ("bailing_moe_linear", "param2moe"):
+        config |= {"moe_router_enable_expert_bias": True, "score_function": "sigmoid"}
     if family.name == "bailing_moe_v2":
         config |= {"moe_router_enable_expert_bias": True, "router_dtype": "fp32"}
     if family.name == "cohere2_moe":
@@ -276,6 +280,8 @@ def config_of(model):
         config |= {"moe_router_enable_expert_bias": True, "score_function": "sigmoid"}
     if family.name in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm5_next_text"):
         config |= {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    if family.name == "interns1_pro":
+        config["router_n_groups"] = model.router.router_n_groups
     if family.name == "gemma4_text":
         config["enable_moe_block"] = True
     return config

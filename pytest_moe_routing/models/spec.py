@@ -61,6 +61,8 @@ class RouterConfig:
     n_group: int | None = key(int, default=None, nullable=True, **_EXPERTS)
     topk_group: int | None = key(int, default=None, nullable=True, **_EXPERTS)
     group_score: str | None = key(str, default=None, choices=GROUP_SCORES, nullable=True)
+    #: Intern-S1-Pro: each of so many groups contributes its best `top_k / router_n_groups` experts.
+    router_n_groups: int | None = key(int, default=None, nullable=True, **_EXPERTS)
     renormalize_epsilon: float = key(float, default=0.0, minimum=0, maximum=1)
     routed_scaling_factor: float = key(float, default=1.0, **_POSITIVE)
     weight_on: str = key(str, default="output", choices=("output", "input"))
@@ -88,6 +90,17 @@ class RouterConfig:
                 yield "group_score", "null", f"one of {', '.join(GROUP_SCORES)} with n_group > 1"
             if self.group_score == "top2_sum" and self.num_experts < 2 * groups:
                 yield "n_group", str(groups), "groups of two or more experts for top2_sum"
+        if self.router_n_groups is not None:
+            parts = {"num_experts": self.num_experts, "top_k": self.top_k}
+            for name, whole in parts.items():
+                if whole % self.router_n_groups:
+                    yield (
+                        "router_n_groups",
+                        str(self.router_n_groups),
+                        f"a divisor of {name} ({whole})",
+                    )
+            if self.n_group is not None:
+                yield "n_group", str(self.n_group), "null with router_n_groups"
         if kept > groups:
             yield "topk_group", str(kept), f"at most n_group ({groups})"
         if self.renormalize_epsilon and not self.renormalize:
@@ -95,8 +108,9 @@ class RouterConfig:
         if self.topk_before_score:
             if self.correction_bias is not None:
                 yield "correction_bias", self.correction_bias, "null with topk_before_score"
-            if groups > 1:
-                yield "n_group", str(groups), "no groups with topk_before_score"
+            if groups > 1 or self.router_n_groups is not None:
+                found = str(self.router_n_groups or groups)
+                yield "n_group", found, "no groups with topk_before_score"
             if self.scoring_func == "softmax" and not self.renormalize:
                 yield "renormalize", "false", "true: a softmax over the chosen always sums to 1"
 
@@ -305,8 +319,9 @@ class ModelSpec(_Described):
         """
         data = {**vars(self), **{name: _section(getattr(self, name)) for name in SECTIONS}}
         names = ("model", "hf_repo", "architecture", "router", "experts")
-        if self.router.not_expressible is None:
-            del data["router"]["not_expressible"]
+        for name in ("not_expressible", "router_n_groups"):
+            if data["router"][name] is None:
+                del data["router"][name]
         imported = (
             *("unknown_scheme", "architectures", "model_types", "raw_config"),
             *("defaulted", "contradicted", "disputed"),

@@ -29,6 +29,7 @@ _FIELDS = (
     "n_group",
     "topk_group",
     "group_score",
+    "per_group",
     "top_k",
     "normalize",
     "scale",

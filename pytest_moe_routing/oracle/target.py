@@ -361,6 +361,10 @@ class Target:
         """Return what of a model's shared experts is split over ranks that have other tokens."""
         return None
 
+    def files_not_run(self) -> Sequence[str]:
+        """Return the files of models with experts that no packaged model runs."""
+        raise Unsupported(f"{self.name} has no model code")
+
     def misnamed_weights(self, model: ModelSpec) -> Sequence[MisnamedWeight]:
         """Return the weights that a model's code loads into another matrix's place."""
         return ()

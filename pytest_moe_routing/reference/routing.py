@@ -152,6 +152,8 @@ def choose(keys: Tensor, recipe: Recipe) -> Tensor:
 
     Experts of excluded groups are candidates only with a `mask`, which is then the key of all.
     """
+    if recipe.per_group:
+        return _choose_per_group(keys, recipe)
     if not recipe.grouped:
         return stable_topk(keys, recipe.top_k)
     kept = stable_topk(group_scores(keys, recipe), recipe.topk_group)
@@ -160,10 +162,23 @@ def choose(keys: Tensor, recipe: Recipe) -> Tensor:
         excluded = kept.new_ones(len(keys), recipe.n_group, dtype=torch.bool)
         excluded = excluded.scatter(1, kept, False).repeat_interleave(size, 1)
         return stable_topk(keys.masked_fill(excluded, recipe.mask), recipe.top_k)
-    # In ascending order, so that equal keys still go to the lower expert index.
     first = kept.sort(-1).values * size
     ids = (first.unsqueeze(-1) + torch.arange(size, device=keys.device)).flatten(1)
-    return ids.gather(1, stable_topk(keys.gather(1, ids), recipe.top_k))
+    return _best_of(ids, keys, recipe.top_k)
+
+
+def _choose_per_group(keys: Tensor, recipe: Recipe) -> Tensor:
+    """Return as many ids of each group; see `choose`."""
+    grouped = keys.unflatten(-1, (recipe.n_group, -1))
+    best = stable_topk(grouped.flatten(0, 1), recipe.top_k // recipe.n_group)
+    first = torch.arange(recipe.n_group, device=keys.device).unsqueeze(-1) * grouped.shape[-1]
+    ids = best.unflatten(0, grouped.shape[:2]) + first
+    return _best_of(ids.flatten(1).sort(-1).values, keys, recipe.top_k)
+
+
+def _best_of(ids: Tensor, keys: Tensor, k: int) -> Tensor:
+    """Return the `k` best of the candidates `ids`, whose ascending order decides between ties."""
+    return ids.gather(1, stable_topk(keys.gather(1, ids), k))
 
 
 def stable_topk(keys: Tensor, k: int) -> Tensor:

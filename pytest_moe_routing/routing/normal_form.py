@@ -43,7 +43,9 @@ def _choice(recipe: Recipe, num_experts: int, weighed: bool) -> dict[str, Any]:
         grouped = False
     groups: dict[str, Any] = {}
     ranks_sums = False
-    if grouped:
+    if recipe.per_group and recipe.n_group > 1:
+        groups = {name: getattr(recipe, name) for name in ("n_group", "topk_group", "per_group")}
+    elif grouped:
         groups = {name: getattr(recipe, name) for name in ("n_group", "topk_group", "group_score")}
         groups["mask"] = mask
         # Groups of one have no second expert: all sums are -inf, and the first groups are kept.

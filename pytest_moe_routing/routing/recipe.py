@@ -53,6 +53,8 @@ class Recipe:
         n_group, topk_group: Experts lie in `n_group` equal groups; all but the best `topk_group`
             are excluded.
         group_score: A group's rank: the sum of its two best selection scores, or the best one.
+        per_group: Each of the `n_group` groups, none of which is excluded, contributes its best
+            `top_k / n_group` experts (Intern-S1-Pro).
         mask: Selection score given to the experts of excluded groups, at most 0. Any number but
             -inf lets them win over kept experts whose biased score is lower.
         normalize: `sum` divides the weights by their sum plus `epsilon`; `softmax` is taken over
@@ -75,6 +77,7 @@ class Recipe:
     n_group: int = 1
     topk_group: int = 1
     group_score: str = "top2_sum"
+    per_group: bool = False
     mask: float = -inf
     normalize: str = "none"
     epsilon: float = 0.0
@@ -96,6 +99,11 @@ class Recipe:
                 "Recipe: expected top_k >= 1 and 1 <= topk_group <= n_group, found "
                 f"top_k {self.top_k}, topk_group {self.topk_group}, n_group {self.n_group}"
             )
+        if self.per_group and (self.grouped or self.top_k % self.n_group):
+            raise RecipeError(
+                "Recipe.per_group: expected topk_group = n_group and a multiple of it as top_k, "
+                f"found top_k {self.top_k}, topk_group {self.topk_group}, n_group {self.n_group}"
+            )
         if not self.mask <= 0:
             raise RecipeError(f"Recipe.mask: found {self.mask}, expected -inf or a number up to 0")
 
@@ -115,7 +123,9 @@ class Recipe:
 
     def _with_meaning(self) -> dict[str, Any]:
         """Return the fields that can have an effect: those of groups need groups."""
-        void = set() if self.n_group > 1 else {"n_group", "topk_group", "group_score", "mask"}
+        groups = {"n_group", "topk_group", "per_group", "group_score", "mask"}
+        unused = {"group_score", "mask"} if self.per_group else {"per_group"}
+        void = groups if self.n_group == 1 else unused
         return {name: value for name, value in asdict(self).items() if name not in void}
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -137,7 +147,11 @@ class Recipe:
             steps.append(f"best {self.topk_group} of {self.n_group} groups by {self.group_score}")
             if self.mask != -inf:
                 steps.append(f"mask the others with {self.mask:g}")
-        steps.append(f"top {self.top_k}")
+        if self.per_group:
+            each = self.top_k // self.n_group
+            steps.append(f"top {each} of each of {self.n_group} groups")
+        else:
+            steps.append(f"top {self.top_k}")
         if self.weigh_by == "selection":
             steps.append("weigh with the bias")
         elif self.weigh_by != self.score:
@@ -170,8 +184,9 @@ def recipe_of(router: RouterConfig) -> Recipe:
         score=score,
         weigh_by=weigh_by,
         bias=router.correction_bias is not None,
-        n_group=router.n_group or 1,
-        topk_group=router.topk_group or 1,
+        n_group=router.router_n_groups or router.n_group or 1,
+        topk_group=router.router_n_groups or router.topk_group or 1,
+        per_group=(router.router_n_groups or 1) > 1,
         group_score=router.group_score or "top2_sum",
         normalize=normalize,
         epsilon=router.renormalize_epsilon,

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.report.failures import fail
-from pytest_moe_routing.report.unanswered import REQUESTS, SPLIT, WEIGHTS, note
+from pytest_moe_routing.report.unanswered import FILES, REQUESTS, SPLIT, WEIGHTS, note
 from pytest_moe_routing.suite.skips import unsupported_is_skipped
 
 if TYPE_CHECKING:
@@ -80,3 +80,10 @@ def test_transformers_backend(
         # Where transformers' own code routes, `--moe-target transformers` judges it.
         judged = [] if request is None else [compare_request(moe_model, request)]
     fail(_moe_property, [of_model_code(part) for each in judged for part in each.by_effect()])
+
+
+def test_model_files(_moe_framework: Target, _moe_property: Callable[[str, Any], None]) -> None:
+    """The files of models that make layers of experts are run for packaged models."""
+    with unsupported_is_skipped():
+        files = _moe_framework.files_not_run()
+    note(_moe_property, {FILES: dict.fromkeys(files, 1)})

@@ -1,8 +1,9 @@
-"""The architectures with experts that a release has code for and no family describes."""
+"""What a release has code for that is not asked: architectures of no family, files of no model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import pkgutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -40,3 +41,39 @@ def patterns(data: Mapping[str, Any]) -> Iterator[str]:
     """Yield the shell patterns of names that need no family."""
     for row in data["not_described"]:
         yield from row["names"]
+
+
+def modules(root: str, package: str) -> Iterator[str]:
+    """Yield every module below a package of a tree or a wheel."""
+    for module in pkgutil.iter_modules(["/".join([root, *package.split(".")])]):
+        name = f"{package}.{module.name}"
+        yield name
+        if module.ispkg:
+            yield from modules(root, name)
+
+
+def files_not_run(
+    classes: ModelClasses,
+    data: Mapping[str, Any],
+    every: Iterable[str],
+    architectures: Collection[str],
+    run: Collection[str],
+) -> list[str]:
+    """Return the files of models that make layers of experts, and that none of these models runs.
+
+    Files for other devices than NVIDIA's GPUs are left out.
+
+    Args:
+        data: The framework's `architectures.yaml`.
+        every: The modules of models.
+        architectures: Those of the models.
+        run: Modules that are known to be run for them.
+    """
+    layers, others = data["layers"], set(data["other_devices"])
+    known = architectures & classes.registered().keys()
+    reached = {module for name in known for module, _ in classes.callers(name, layers)}
+    return sorted(
+        f"{module.replace('.', '/')}.py"
+        for module in classes.modules_with_calls(every, layers)
+        if module not in reached.union(run) and others.isdisjoint(module.split("."))
+    )

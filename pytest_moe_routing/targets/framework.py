@@ -329,6 +329,25 @@ class FrameworkTarget(Target):
         data = read_data(__package__, self.package, "architectures.yaml")
         return unknown_architectures(self.classes, data)
 
+    def files_not_run(self) -> list[str]:
+        """Return the files of models with experts that no packaged model runs.
+
+        Raises:
+            Unsupported: The release has no registry that can be read.
+        """
+        from pytest_moe_routing.models import load_models
+        from pytest_moe_routing.targets.architectures import files_not_run, modules
+
+        data = read_data(__package__, self.package, "architectures.yaml")
+        names = {model.architecture for model in load_models(packaged_directory()).values()}
+        root, packages = str(self.source.root), [name[:-1] for name in self.model_packages]
+        every = [module for package in packages for module in modules(root, package)]
+        return files_not_run(self._classes, data, every, names, self.modules_run(names))
+
+    def modules_run(self, architectures: Collection[str]) -> set[str]:
+        """Return modules of models that are run for architectures, besides those they lead to."""
+        return set()
+
     def registered(self, names: Names, root: str) -> Mapping[str, Place]:
         """Return the class of each architecture that the release has code for.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -114,9 +114,14 @@ class ModelClasses:
         found = misnamed_weights(node) if node is not None else ()
         return tuple(replace(each, file=file, function=place[1]) for each in found)
 
+    def modules_with_calls(self, modules: Iterable[str], names: Collection[str]) -> list[str]:
+        """Return the modules in whose text one of these classes or functions is called."""
+        pattern = _call_of(names)
+        return [module for module in modules if self._definitions.contains(module, pattern)]
+
     def _may_call(self, architecture: str, names: Collection[str]) -> bool:
         """Return whether a module that an architecture's code imports has such a call in it."""
-        pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\(")
+        pattern = _call_of(names)
         queue = [self._registered()[architecture][0]]
         seen = set(queue)
         while queue:
@@ -176,6 +181,10 @@ class ModelClasses:
         if isinstance(node, ast.ImportFrom):
             return f"{self._definitions.source(module, node)}.".startswith(self._packages)
         return node is not None
+
+
+def _call_of(names: Collection[str]) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\(")
 
 
 def _does_nothing(statement: ast.stmt) -> bool:

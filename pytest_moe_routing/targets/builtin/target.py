@@ -43,6 +43,9 @@ class BuiltinTarget(Target):
         router = model.router
         if router.not_expressible is not None:
             return Classification(RoutingMethodType.Custom.name, (router.not_expressible,))
+        if (router.router_n_groups or 1) > 1:
+            path = ("no routing method selects as many experts in each group",)
+            return Classification(RoutingMethodType.Custom.name, path)
         llama4 = router.topk_before_score and router.top_k == 1 and not router.renormalize
         if llama4 and router.scoring_func == "sigmoid":
             # Frameworks recognize this routing function itself, before any tree.

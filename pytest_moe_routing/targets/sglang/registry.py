@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+
+from pytest_moe_routing.targets.architectures import modules
 
 #: What a module's classes are registered by: `EntryClass = Model` or a list of classes.
 _ENTRY = re.compile(r"^EntryClass\b[^=\n]*=\s*(\[[^\]]*\]|\w+)", re.MULTILINE)
-
-
-def modules(root: str, package: str) -> Iterator[str]:
-    """Yield every module below a package of a tree or a wheel."""
-    for module in pkgutil.iter_modules(["/".join([root, *package.split(".")])]):
-        name = f"{package}.{module.name}"
-        yield name
-        if module.ispkg:
-            yield from modules(root, name)
 
 
 def registered(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
@@ -27,6 +27,7 @@ from pytest_moe_routing.targets.dtype_names import narrowest
 from pytest_moe_routing.targets.hf_configs import config_of
 from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.vllm.registry import MODELS
 
 _CHILD = "pytest_moe_routing.targets.vllm.probe.model_code"
 _BACKEND = "pytest_moe_routing.targets.vllm.probe.backend"
@@ -103,6 +104,12 @@ def blocks() -> Mapping[str, Mapping[str, Any]]:
         }
         for name, row in rows.items()
     }
+
+
+def modules_of_blocks(architectures: Collection[str]) -> set[str]:
+    """Return the modules of architectures' blocks."""
+    modules = (row["module"] for name, row in blocks().items() if name in architectures)
+    return {module if "." in module else f"{MODELS}.{module}" for module in modules}
 
 
 class ModelCode:

@@ -7,7 +7,7 @@ one of the Blackwell family (`targets/vllm/probe/main.py`).
 from __future__ import annotations
 
 import ast
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
 from typing import Any
@@ -41,7 +41,7 @@ from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
 from pytest_moe_routing.targets.vllm import questions
 from pytest_moe_routing.targets.vllm.answers import ANSWERS as ANSWERS_OF_PROBE
-from pytest_moe_routing.targets.vllm.model_code import ModelCode
+from pytest_moe_routing.targets.vllm.model_code import ModelCode, modules_of_blocks
 from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
 from pytest_moe_routing.targets.vllm.recorded import at_site, layer_of, raised, site_of
 from pytest_moe_routing.targets.vllm.registry import registered
@@ -80,6 +80,9 @@ class VllmTarget(FrameworkTarget):
 
     def registered(self, names: Names, root: str) -> Mapping[str, Place]:
         return registered(names, ast.parse(source_of(root, names.spelling("registry").module)))
+
+    def modules_run(self, architectures: Collection[str]) -> set[str]:
+        return modules_of_blocks(architectures)
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)

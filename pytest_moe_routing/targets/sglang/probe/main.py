@@ -44,6 +44,7 @@ from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
 from pytest_moe_routing.targets.sglang.probe.placements import placement_questions
 from pytest_moe_routing.targets.sglang.probe.raised import raising, verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import fusing
+from pytest_moe_routing.targets.sglang.probe.remade import remade
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
 from pytest_moe_routing.targets.sglang.probe.requests import (
     CAPTURED,
@@ -350,11 +351,10 @@ def _build(
         # Shared experts run in it while a graph is captured.
         known["alt_stream"] = torch.cpu.Stream()
     block = getattr(stubs.real_module(module), name)
-    parameters = inspect.signature(block.__init__).parameters
-    told = {n: known[n] for n in parameters if n in known}
+    told = {n: known[n] for n in inspect.signature(block.__init__).parameters if n in known}
     told |= {n: v.of(known["config"]) for n, v in told.items() if isinstance(v, OfConfig)}
     with OnCpu():
-        built: nn.Module = block(**told)
+        built: nn.Module = remade(block(**told), known)
     return built
 
 

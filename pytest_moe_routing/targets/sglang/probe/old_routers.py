@@ -25,6 +25,7 @@ from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.oracle.routers import NOT_JUDGED, NOT_LOADED, Deviation
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.architectures import modules as modules_of
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.layers import is_loaded
 from pytest_moe_routing.targets.sglang import kernels
@@ -42,7 +43,6 @@ from pytest_moe_routing.targets.sglang.probe.router_case import (
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.world import stand_ins
-from pytest_moe_routing.targets.sglang.registry import modules as modules_of
 
 #: Layers of experts, by which a block is known; each is replaced by one that notes its arguments.
 _LAYERS = ("FusedMoE", "EPMoE", "DeepEPMoE", "FlashInferEPMoE", "get_moe_impl_class")

@@ -10,10 +10,11 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.targets.architectures import modules as list_modules
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.model_configs import served_as
+from pytest_moe_routing.targets.sglang.probe.remade import WITHIN
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
-from pytest_moe_routing.targets.sglang.registry import modules as list_modules
 from pytest_moe_routing.targets.stubs import source_of
 
 _RUNNER = "flashinfer_trtllm"
@@ -139,11 +140,14 @@ class Sources:
         queue, found = [(self.place(architecture), served_as(architecture))], []
         arguments: dict[Place, dict[str, Any]] = {queue[0]: {}}
         bases: set[Place] = set()
+        within: dict[str, Place] = {}
         while queue:
             module, name = queue.pop(0)
             node = self.definitions(module)[name]
             if self._makes_experts(node):
                 found.append((module, name, arguments[module, name]))
+            elif self._names_any(node, "topk"):
+                within[WITHIN] = module, name
             calls = {id(n.func): n for n in ast.walk(node) if isinstance(n, ast.Call)}
             derived_from = set(map(id, node.bases)) if isinstance(node, ast.ClassDef) else set()
             for there, expression in self._used(module, node, (module, name) in bases):
@@ -156,7 +160,7 @@ class Sources:
         if not found:
             raise Unsupported(f"the code of {architecture} makes no FusedMoE layer with TopK")
         self._reached[architecture] = [*arguments]
-        return found
+        return [(module, name, {**given, **within}) for module, name, given in found]
 
     def captures(self, architecture: str) -> bool:
         """Return whether an architecture's block may run otherwise while a CUDA graph is captured.

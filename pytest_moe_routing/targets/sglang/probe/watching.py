@@ -16,6 +16,7 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import weights
 from pytest_moe_routing.targets.sglang.probe.around import PADDING
+from pytest_moe_routing.targets.sglang.probe.remade import is_replaced
 from pytest_moe_routing.targets.sglang.probe.requests import requested
 from pytest_moe_routing.targets.sglang.probe.rule import line_of_model
 
@@ -81,6 +82,7 @@ def watching(names: Names, seen: Seen) -> Iterator[None]:
 
     def topk_init(self: Any, *args: Any, **kwargs: Any) -> None:
         make_topk(self, *args, **kwargs)
+        seen.topks[:] = [each for each in seen.topks if not is_replaced(each)]
         seen.topks.append(self)
         seen.places.append(line_of_model(models))
 

@@ -67,9 +67,11 @@ def function_problem(asked: Asked, function: _Function) -> str | None:
     recipe = replace(recipe_of(router), scale=1.0)
     for pattern in UNTIED:
         case = make_case(pattern, recipe, num_tokens=TOKENS, num_experts=router.num_experts)
-        weights, ids = asked.route(function, case.logits)
+        # In the dtype that the layer is handed, in which a function may go on to compute.
+        logits = case.logits.to(asked.logits.dtype)
+        weights, ids = asked.route(function, logits)
         try:
-            found = compare_routing(ids, weights, case.logits, recipe, case.bias)
+            found = compare_routing(ids, weights, logits, recipe, case.bias, lower_index=False)
         except RecipeError as error:
             return str(error)
         if not found.ok:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 #: By test, the target's methods whose questions are asked of other children than most.
 _METHODS = {
     "test_model_code": ("layer_request", "misnamed_weights"),
+    "test_model_files": ("files_not_run",),
     "test_transformers_backend": ("backend_request",),
     "test_router": ("router_runs",),
     "test_router_precision": ("router_runs",),

@@ -84,7 +84,7 @@ class FrameworkTarget(Target):
         self.source = source
         cls, release = type(self), (str(source.root), flashinfer.release, source.version)
         arguments = cls.__module__, cls.__qualname__, *release
-        answers = {"misnamed_weights": list[MisnamedAnswer]}
+        answers = {"misnamed_weights": list[MisnamedAnswer], "files_not_run": list[str]}
         #: The child that reads the code of models.
         self._reader = Probe(str(self), _READER, *arguments, answers=answers)
 
@@ -111,11 +111,13 @@ class FrameworkTarget(Target):
         """Return what a method of the target will ask about models, of another child than most.
 
         Args:
-            method: `misnamed_weights`, `layer_request`, `backend_request` or `router_runs`.
+            method: `misnamed_weights`, `files_not_run`, `layer_request`, `backend_request` or
+                `router_runs`.
         """
-        if method != "misnamed_weights" or not self.model_packages:
+        asked = {"misnamed_weights": map(_of_architecture, models), "files_not_run": [{}]}
+        if method not in asked or not self.model_packages:
             return ()
-        return [Questions(self._reader, method, map(_of_architecture, models))]
+        return [Questions(self._reader, method, asked[method])]
 
     def verdict_questions(
         self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True
@@ -329,20 +331,16 @@ class FrameworkTarget(Target):
         data = read_data(__package__, self.package, "architectures.yaml")
         return unknown_architectures(self.classes, data)
 
-    def files_not_run(self) -> list[str]:
+    def files_not_run(self) -> Sequence[str]:
         """Return the files of models with experts that no packaged model runs.
 
         Raises:
             Unsupported: The release has no registry that can be read.
         """
-        from pytest_moe_routing.models import load_models
-        from pytest_moe_routing.targets.architectures import files_not_run, modules
-
-        data = read_data(__package__, self.package, "architectures.yaml")
-        names = {model.architecture for model in load_models(packaged_directory()).values()}
-        root, packages = str(self.source.root), [name[:-1] for name in self.model_packages]
-        every = [module for package in packages for module in modules(root, package)]
-        return files_not_run(self._classes, data, every, names, self.modules_run(names))
+        if not self.model_packages:
+            return super().files_not_run()
+        files: list[str] = self._reader.ask("files_not_run")
+        return files
 
     def modules_run(self, architectures: Collection[str]) -> set[str]:
         """Return modules of models that are run for architectures, besides those they lead to."""

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pytest_moe_routing.data import packaged_directory, read_data
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.targets.architectures import files_not_run, modules
 from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.source import Source
+
+
+def _files_not_run(target: FrameworkTarget) -> list[str]:
+    """Return what `FrameworkTarget.files_not_run` does."""
+    data = read_data(__package__, target.package, "architectures.yaml")
+    names = {model.architecture for model in load_models(packaged_directory()).values()}
+    root, packages = str(target.source.root), [name[:-1] for name in target.model_packages]
+    every = [module for package in packages for module in modules(root, package)]
+    return files_not_run(target.classes, data, every, names, target.modules_run(names))
 
 
 def main() -> None:
@@ -26,4 +39,4 @@ def main() -> None:
     def misnamed_weights(architecture: str) -> list[dict[str, Any]]:
         return [asdict(weight) for weight in target.classes.misnamed(architecture)]
 
-    serve({"misnamed_weights": misnamed_weights})
+    serve({"misnamed_weights": misnamed_weights, "files_not_run": partial(_files_not_run, target)})

@@ -81,12 +81,10 @@ def deciding_of(model: ModelSpec) -> dict[str, Any]:
 def published_of(model: ModelSpec, without: str) -> dict[str, Any]:
     """Return the keys that a model's config.json has, with the sizes of the block that is built."""
     data, latent = configs(), published_keys(model.architecture).get("latent_size")
-    sizes = {
-        **data["sizes"],
-        **({latent: data["latent_size"]} if model.experts.latent_size else {}),
-    }
+    narrower = {latent: data["latent_size"]} if model.experts.latent_size else {}
+    sizes = {**data["sizes"], **narrower}
     stated = {key: value for key, value in stated_keys(model).items() if key not in sizes}
-    values = {**sizes, **data["published"].get(model.architecture, {}), **stated}
+    values = {**sizes, **data["published"].get(model.architecture, {}), **narrower, **stated}
     values |= _parts(model, config_of(model))
     return {key: value for key, value in values.items() if key != without}
 

@@ -38,12 +38,6 @@ def mistaken(tmp_path_factory):
     yield from opened(root)
 
 
-def failures_by_model(found, describe):
-    """Return the failures of what was found, by the model that each names first."""
-    failures = [describe(each) for each in found.wrong]
-    return {failure.case.partition(" ")[0]: failure for failure in failures}
-
-
 @pytest.mark.parametrize(
     ("model", "scheme", "devices"),
     [
@@ -51,7 +45,7 @@ def failures_by_model(found, describe):
         ("nemotron-3-nano", FP8, ["Hopper", "RTX Blackwell"]),
         ("nemotron-3-super", "bf16", ["Hopper", "RTX Blackwell"]),
         # FlashInfer has no kernel for it on Hopper: Marlin's runs there.
-        ("nemotron-3-nano", "nvfp4", []),
+        ("nemotron-3-nano", "nvfp4", ["RTX Blackwell"]),
         ("qwen3-30b-a3b", FP8, []),
         # Triton's kernels are the default on Hopper.
         ("gpt-oss-20b", "mxfp4", ["RTX Blackwell"]),
@@ -72,6 +66,17 @@ def test_a_call_that_is_made_by_default_on_hopper_is_asked_about_there(target):
     assert not any(call.findings for call in calls)
     devices = {at.device for at in target.laid_out_elsewhere(MODELS["nemotron-3-nano"], FP8)}
     assert devices == {"Blackwell", "Hopper", "RTX Blackwell"}
+
+
+def test_an_activation_that_is_lost_by_default_on_rtx_blackwell(target):
+    """flashinfer_cutlass.py has no SwigluStep; `_moe_runner_backend_quant_constraints` takes it."""
+    found = other_calls(target, "nvfp4", [MODELS["step-3.7-flash"].variants()["43-44"]])
+    told = [of_other_experts(target, "nvfp4", wrong) for wrong in found.wrong]
+    [by_default] = [failure for failure in told if failure.rank is not Rank.LATENT]
+    assert by_default.lines[1:3] == (
+        "  reach    a published checkpoint, by default on RTX Blackwell",
+        "  because  activation_type arrives as Swiglu, the layer has SwigluStep",
+    )
 
 
 def test_an_input_scale_that_is_wrong_by_default_on_hopper(mistaken):

@@ -233,3 +233,16 @@ def test_a_defect_elsewhere_says_who_meets_it_if_that_is_known_and_differs():
     assert failure.elsewhere([], "everybody") == "a:b: m1 (nobody)"
     assert failure.elsewhere([], "nobody") == "a:b: m1"
     assert replace(failure, reach="").elsewhere([], "everybody") == "a:b: m1"
+
+
+def test_a_cause_that_a_test_meets_twice_is_as_urgent_as_its_worst_case(host):
+    """A server may take by default on one GPU what it has to be told to take on another."""
+    cases = '[replace(latent(1), cause="crash:a"), LOUD]'
+    host.makepyfile(
+        test_own=f"{TESTS}\nfrom dataclasses import replace\nCASES.clear()\n\n"
+        f"def test_twice(request):\n"
+        f"    fail(lambda *stated: request.node.user_properties.append(stated), {cases})\n"
+    )
+    lines = shown(host.runpytest_subprocess("test_own.py", "-k", "twice"))
+    assert lines[0] == "___ m4 on nvfp4: crash ___"
+    assert not any("latent" in line or "top_k" in line for line in lines)

@@ -223,6 +223,24 @@ def test_what_flashinfer_does_not_document_is_not_compared():
     assert found_in(situ, "nvfp4", **tensors(kernel_of("nvfp4"), output2_scale_scalar=None)) == []
 
 
+@pytest.mark.parametrize(
+    ("alpha", "beta", "problems"),
+    [
+        (4.0, 25.0, []),
+        (None, 25.0, ["gemm1_alpha arrives as 1, the layer has 4"]),
+        (4.0, None, ["gemm1_beta arrives as 1, the layer has 25"]),
+        (4.0, 7.0, ["gemm1_beta arrives as 7, the layer has 25"]),
+    ],
+)
+def test_parameters_of_situ_where_no_tensor_has_a_scale(alpha, beta, problems):
+    situ = replace(SILU, activation="situ", activation_alpha=4.0, activation_beta=25.0)
+    stated = {"gemm1_alpha": alpha, "gemm1_beta": beta}
+    given = {name: value and {"all": value} for name, value in stated.items()}
+    assert found_in(situ, "mxfp4", **tensors(kernel_of("mxfp4"), **given)) == problems
+    # FlashInfer does not document their units where tensors have scales.
+    assert found_in(situ, "nvfp4", **tensors(kernel_of("nvfp4"), **given)) == []
+
+
 @pytest.mark.parametrize("experts", [4, 6, 128])
 def test_a_vector_is_recorded_by_its_first_experts(experts):
     value = per_expert("w1_scale", experts)

@@ -306,7 +306,7 @@ def _wrong_experts(
     default = enum("ActivationType", flashinfer.release).get("Swiglu")
     number, activation = arguments.get("activation_type", default), experts.activation
     yield from wrong_activation("activation_type", number, activation, ACTIVATIONS, flashinfer)
-    if ACTIVATIONS[activation] == ("Swiglu",):
+    if ACTIVATIONS[activation] in (("Swiglu",), ("Situ",)):
         yield from wrong_parameters(experts, kernel, arguments, scales or {})
     if scales is not None:
         yield from wrong_scales(experts, kernel, arguments, scales)

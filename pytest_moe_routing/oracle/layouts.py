@@ -94,7 +94,8 @@ def _elsewhere(
     wrong: dict[Any, tuple[LaidOut, list[ModelSpec]]] = {}
     kinds: dict[Any, list[ModelSpec]] = {}
     for model in models:
-        kinds.setdefault(kind_of(model), []).append(model)
+        kind = kind_of(model), target.taken_elsewhere(model, scheme)
+        kinds.setdefault(kind, []).append(model)
     for members in kinds.values():
         # A layer of few experts is made sooner.
         alike = sorted(members, key=lambda model: model.router.num_experts)
@@ -102,12 +103,23 @@ def _elsewhere(
         unanswered.update({reason: len(alike) for reason in reasons})
         if found:
             answered.update(alike)
-        for at in found:
+        for at in _met_most(found):
             if at.findings:
                 # Precisions of one GPU show one mistake.
                 key = at.method, at.device, at.findings
                 wrong.setdefault(key, (at, []))[1].extend(alike)
     return (WrongLayout(at, tuple(dict.fromkeys(given))) for at, given in wrong.values())
+
+
+def _met_most(found: Sequence[LaidOut]) -> Iterator[LaidOut]:
+    """Yield the calls without those that need more flags to show the same mistake."""
+    least: dict[Any, int] = {}
+    for at in found:
+        key, count = (at.method, at.findings), len(at.switches or ())
+        least[key] = min(count, least.get(key, count))
+    for at in found:
+        if len(at.switches or ()) == least[at.method, at.findings]:
+            yield at
 
 
 def _on_each_way(

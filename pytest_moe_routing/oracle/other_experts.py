@@ -95,7 +95,8 @@ def _other_calls(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Ot
             raise
 
     def kind_of(model: ModelSpec) -> Any:
-        return _kind(model), target.choice_of_others(model, scheme)
+        chosen = target.choice_of_others(model, scheme), target.taken_elsewhere(model, scheme)
+        return _kind(model), *chosen
 
     for (model, *others), calls in of_each_kind(models, kind_of, ask, unanswered):
         answered += 1 + len(others)

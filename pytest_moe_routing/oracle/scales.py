@@ -7,7 +7,7 @@ A record describes a vector with one number for each expert by `all`, if they ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import isclose, isfinite
+from math import inf, isclose, isfinite
 from typing import Any
 
 from pytest_moe_routing.flashinfer import scales
@@ -94,10 +94,17 @@ def wrong_factor(
 def wrong_parameters(
     experts: ExpertsConfig, kernel: KernelSpec, arguments: Arguments, given: Scales
 ) -> Iterator[Finding]:
-    """Yield parameters of Swiglu that are not the model's: all its kinds are one kernel."""
-    given = given if kernel.scalars else {}
-    for name, (field, neutral) in PARAMETERS.items():
-        stated = getattr(experts, field)
+    """Yield parameters of Swiglu or SiTU that are not the model's: all kinds of one are one kernel.
+
+    "``None`` materializes per-expert ``beta=1``", says flashinfer/fused_moe/core.py of SiTU.
+    """
+    if not scales.is_documented(experts.activation, kernel):
+        return
+    given, is_situ = given if kernel.scalars else {}, experts.activation == "situ"
+    for name, (field, usual) in PARAMETERS.items():
+        stated, neutral = getattr(experts, field), usual
+        if is_situ and name == "gemm1_beta":
+            neutral, stated = 1.0, inf if stated is None else stated
         wanted = neutral if stated is None else float(stated)
         if arguments.get(name) is None:
             if not isclose(wanted, neutral):

@@ -215,6 +215,10 @@ class Target:
         """Return the same of calls of other kernels than the scheme's, if the target makes any."""
         return ()
 
+    def taken_elsewhere(self, model: ModelSpec, scheme: str) -> object:
+        """Return what tells models apart that the target takes such kernels for by default."""
+        return None
+
     def other_experts(self, model: ModelSpec, scheme: str) -> tuple[OtherCall, ...]:
         """Return the calls of other kernels that the target runs a model's experts in, if any."""
         raise Unsupported(f"{self.name} runs no experts of other kernels")

@@ -98,8 +98,9 @@ class Grouping:
         if report.when != "call" or not failures:
             return None
         if id(report) not in self._is_shown:
-            # A test may meet one cause in several places.
-            fresh = list({f.cause: f for f in failures if f.cause not in self._cases}.values())
+            # A test may meet one cause in several places; the first is the most urgent.
+            new = [f for f in reversed(failures) if f.cause not in self._cases]
+            fresh = [*{f.cause: f for f in new}.values()][::-1]
             for failure in failures:
                 self._cases.setdefault(failure.cause, []).append(failure.case)
                 first = self._first.setdefault(failure.cause, failure)

@@ -70,6 +70,7 @@ ANSWERS: Mapping[str, Any] = {
     "placements": PlacementsAnswer,
     "placement_rule": RuleAnswer,
     "default_runner": str,
+    "defaults_elsewhere": list[list[str]],
     "rewritten": dict[str, Any],
     "checkpoint": ServedAnswer,
     "keeps_shared_apart": bool,

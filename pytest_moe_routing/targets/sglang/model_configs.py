@@ -16,6 +16,9 @@ from pytest_moe_routing.models.huggingface.published import (
     stated_keys,
 )
 
+#: What a way to a kernel is if `configs.yaml` does not say otherwise.
+_USUAL_WAY: Mapping[str, Any] = {"device": "Blackwell", "options": {}, "is_default": False}
+
 
 @cache
 def configs() -> dict[str, Any]:
@@ -81,12 +84,10 @@ def deciding_of(model: ModelSpec) -> dict[str, Any]:
 def published_of(model: ModelSpec, without: str) -> dict[str, Any]:
     """Return the keys that a model's config.json has, with the sizes of the block that is built."""
     data, latent = configs(), published_keys(model.architecture).get("latent_size")
-    sizes = {
-        **data["sizes"],
-        **({latent: data["latent_size"]} if model.experts.latent_size else {}),
-    }
+    narrower = {latent: data["latent_size"]} if model.experts.latent_size else {}
+    sizes = {**data["sizes"], **narrower}
     stated = {key: value for key, value in stated_keys(model).items() if key not in sizes}
-    values = {**sizes, **data["published"].get(model.architecture, {}), **stated}
+    values = {**sizes, **data["published"].get(model.architecture, {}), **narrower, **stated}
     values |= _parts(model, config_of(model))
     return {key: value for key, value in values.items() if key != without}
 
@@ -100,7 +101,7 @@ def other_ways(
         release: None for one that is newer than all.
         served: What is otherwise with a checkpoint of another format.
     """
-    usual = {"device": "Blackwell", "stored": scheme, "options": {}, "is_restricted": True}
+    usual = {**_USUAL_WAY, "stored": scheme, "is_restricted": True}
     ways = {**configs()["schemes"].get(scheme, {}), **served}.get("others", ())
     rows = [usual | row for row in ways]
     # The child is not told since when.
@@ -165,6 +166,6 @@ def told_of(
 
 def ways_of_flashinfer(scheme: str, default: str) -> list[dict[str, Any]]:
     """Return the ways to each runner of FlashInfer's that a server may take, the default first."""
-    usual = {"device": "Blackwell", "stored": scheme, "options": {}}
+    usual = {**_USUAL_WAY, "stored": scheme}
     runners = dict.fromkeys((default, *configs()["runners"]))
     return [usual | {"runner": name, "is_restricted": name != default} for name in runners]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import copy
 from typing import Any
 
@@ -122,6 +123,16 @@ class SglangQuestions(FrameworkTarget):
         runners = dict.fromkeys((row["runner"], row.get("routed", row["runner"])))
         asked = {**self._block(model, scheme), "scheme": scheme, "told": told}
         return {**asked, "runners": [*runners]}
+
+    def taken_elsewhere(self, model: ModelSpec, scheme: str) -> object:
+        """Return on which GPUs a server takes kernels that are not TRT-LLM's by default."""
+        if scheme in self.elsewhere:
+            return None
+        ways = other_ways(scheme, release_of(self.version()), self._served.get(scheme, {}))
+        with suppress(Unsupported):  # Then, no block is asked about either.
+            asked = {"server": self._server(model, scheme), "ways": ways}
+            return str(self._remembered("defaults_elsewhere", asked))
+        return None
 
     def ask(self, kind: str, question: Mapping[str, Any]) -> Any:
         """Return an answer of the child that runs blocks."""

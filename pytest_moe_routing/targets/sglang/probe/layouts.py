@@ -35,8 +35,9 @@ from pytest_moe_routing.targets.sglang.probe.requests import (
 )
 from pytest_moe_routing.targets.shares import Share, split_orders, whole_blocks
 
-#: The quantization whose checkpoints have the weights of all experts in one tensor.
-_WHOLE = "mxfp4"
+#: The config class of checkpoints that have the weights of all experts in one tensor. The code of
+#: models whose checkpoints have not may make one as well, such as that of Kimi-K3.
+_WHOLE = "config-mxfp4"
 #: What makes a layer.
 _MAKER = "sglang/srt/layers/moe/fused_moe_triton/layer.py FusedMoE"
 #: The intermediate size of experts that are laid out: code that takes one dimension of a matrix for
@@ -74,7 +75,8 @@ def layouts(
         Unsupported: The weights cannot be loaded, prepared or traced.
     """
     blocks.names.require("layouts", question["scheme"])
-    loaded, calls = _Loaded(_tied(blocks, stored)), blocks.calls
+    loaded = _Loaded(_tied(blocks, stored), is_whole=_is_whole(question))
+    calls = blocks.calls
     with requesting(**_requests(blocks, loaded, _WIDTH), **options):
         answer = blocks.capture(**_with_width(question, _WIDTH))
     if answer["failed"] or len(calls) != 1:
@@ -128,7 +130,7 @@ def split_layouts(blocks: Blocks, count: int, whole: int, **question: Any) -> li
         Unsupported: The weights cannot be loaded, prepared or traced.
     """
     blocks.names.require("layouts", question["scheme"])
-    if question["scheme"] == _WHOLE and question["architecture"].startswith("GptOss"):
+    if _is_whole(question):
         raise Unsupported("not judged: how checkpoints of gpt-oss are split")
     share, calls = Share(count, whole), blocks.calls
     loaded = _Loaded(_tied(blocks), share)
@@ -166,6 +168,12 @@ def split_layouts(blocks: Blocks, count: int, whole: int, **question: Any) -> li
         question["scheme"], arguments, loaded.checkpoint, share, gated=loaded.is_gated
     )
     return [{"method": loaded.method, "function": function, **found}]
+
+
+def _is_whole(question: Mapping[str, Any]) -> bool:
+    """Return whether the checkpoint has the weights of all experts in one tensor."""
+    quantization = question["quantization"]
+    return quantization is not None and quantization["name"] == _WHOLE
 
 
 def _tied(blocks: Blocks, stored: str = "") -> tuple[str, ...]:
@@ -208,14 +216,17 @@ class _Loaded:
     Args:
         tied: Parameters whose scales of both halves are equal.
         share: How its experts are split, if they are.
+        is_whole: Whether the checkpoint has the weights of all experts in one tensor.
 
     Attributes:
         raised: What SGLang's code raised meanwhile.
     """
 
-    def __init__(self, tied: Collection[str], share: Share | None = None) -> None:
+    def __init__(
+        self, tied: Collection[str], share: Share | None = None, *, is_whole: bool = False
+    ) -> None:
         self.checkpoint, self.is_gated, self.method = MarkedCheckpoint(), True, ""
-        self._share, self._tied = share, tied
+        self._share, self._tied, self._is_whole = share, tied, is_whole
         self.raised: Exception | None = None
 
     def __call__(self, layer: Any) -> None:
@@ -244,8 +255,7 @@ class _Loaded:
 
     def _load(self, layer: Any, name: str, parameter: Any) -> None:
         data = parameter.data
-        is_whole = layer.quant_config is not None and layer.quant_config.get_name() == _WHOLE
-        if is_whole and (data.ndim == 3 or "bias" in name):
+        if self._is_whole and (data.ndim == 3 or "bias" in name):
             self._load_whole(layer, name, parameter)
             return
         is_first = name.startswith("w13")

@@ -41,6 +41,7 @@ from pytest_moe_routing.targets.sglang.probe.hand_overs import hand_overs
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
 from pytest_moe_routing.targets.sglang.probe.layouts import layouts, other_layouts, split_layouts
 from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
+from pytest_moe_routing.targets.sglang.probe.other_ways import defaults_elsewhere
 from pytest_moe_routing.targets.sglang.probe.placements import placement_questions
 from pytest_moe_routing.targets.sglang.probe.raised import raising, verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import fusing
@@ -64,9 +65,7 @@ _TOKENS = 64
 #: A layer of experts in every model: the first few are dense, or routed by a table.
 _LAYER = 5
 #: The width of hidden states, and of experts; see `configs.yaml`.
-_SIZES: tuple[int, ...] = tuple(
-    configs()["sizes"][name] for name in ("hidden_size", "intermediate_size")
-)
+_SIZES: tuple[int, ...] = tuple(map(configs()["sizes"].get, ("hidden_size", "intermediate_size")))
 #: The runner of Triton kernels, by its name on the command line of a server.
 TRITON = "triton"
 #: Why no kernel routes, in the code of some models.
@@ -381,7 +380,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     blocks = Blocks(root, FlashInfer.of(flashinfer), version)
     names, chosen = blocks.names, blocks.default_runner
     own = ("method_numbers", "accepted_quantizations", "default_runner", "keeps_shared_apart")
-    of_layers = layouts, other_layouts, split_layouts
+    of_layers = defaults_elsewhere, layouts, other_layouts, split_layouts
     runs = ("layer_runner", "capture", "around", "handed_over", "other_experts")
     return {
         **{name: getattr(blocks, name) for name in (*own, *runs)},

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypedDict, Unpack
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.default_runner import FIELD, Checkpoint
-from pytest_moe_routing.targets.sglang.probe.device import on
+from pytest_moe_routing.targets.sglang.probe.device import BLACKWELL, on
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 from pytest_moe_routing.targets.sglang.probe.world import Call
 
@@ -28,6 +28,7 @@ class Way(TypedDict):
         stored: What the call is stored as, see `flashinfer/given.yaml`.
         is_restricted: Whether an assertion names the quantizations that the runner serves.
         options: Further options of the server, by their names.
+        is_default: Whether only servers are asked that take the runner by default.
     """
 
     runner: str
@@ -35,6 +36,7 @@ class Way(TypedDict):
     stored: str
     is_restricted: bool
     options: Mapping[str, str]
+    is_default: bool
 
 
 class Question(TypedDict):
@@ -100,13 +102,24 @@ def accepted(blocks: Blocks, told: Told) -> Iterator[tuple[Way, list[str]]]:
             if allowed is not None and told["quantization"] not in allowed:
                 continue
         with on(way["device"]):
-            if blocks.rejection(told["server"], {FIELD: runner}):
-                continue
             is_default = _is_default(blocks, told["server"], runner)
+            if way["is_default"] > is_default or blocks.rejection(told["server"], {FIELD: runner}):
+                continue
             switches = [] if is_default else [f"{_FLAG} {runner}"]
             for name, value in way["options"].items():
                 switches.append(f"--{name.replace('_', '-')} {value}")
             yield way, switches
+
+
+def defaults_elsewhere(blocks: Blocks, server: Checkpoint, ways: Iterable[Way]) -> list[list[str]]:
+    """Return each GPU but the usual one on which a server takes a way's runner by default."""
+    blocks.method_numbers()
+    found = list[list[str]]()
+    for device, runner in dict.fromkeys((way["device"], way["runner"]) for way in ways):
+        with on(device):
+            if device != BLACKWELL and _is_default(blocks, server, runner):
+                found.append([device, runner])
+    return found
 
 
 def unjudged(blocks: Blocks, told: Told, **question: Any) -> Iterator[list[str]]:

@@ -137,7 +137,7 @@ def experts_give_weights(names: Names, seen: Seen) -> Iterator[None]:
         seen.runners.append(config)
         factor = None if is_scaled else config.routed_scaling_factor
         weight = seen.weight = float(topk_output.topk_weights.flatten()[0])
-        return torch.full_like(hidden_states, weight * (1.0 if factor is None else factor)).float()
+        return torch.full_like(hidden_states, weight * (1.0 if factor is None else factor))
 
     def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
         is_scaled = self.should_fuse_routed_scaling_factor_in_topk

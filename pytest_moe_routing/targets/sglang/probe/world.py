@@ -212,8 +212,9 @@ def _sm() -> int:
 
 def _platform() -> Any:
     major, _ = _capability()
-    families = {f"is_sm{family}": major == family // 10 for family in (90, 100, 110, 120)}
-    return stubs.known("platform", is_blackwell=major >= 10, device_sm=_sm(), **families)
+    facts = {f"is_sm{family}": major == family // 10 for family in (90, 100, 110, 120)}
+    facts |= {"is_cuda": True, "is_blackwell": major >= 10}
+    return stubs.known("platform", device_sm=_sm(), device_capability=_capability(), **facts)
 
 
 def _keep(module: nn.Module, name: str, value: Tensor) -> None:
@@ -372,8 +373,7 @@ def _modules() -> dict[str, Any]:
         "BaseFusedOp": _FusedOp,
         "CustomOp": _FusedOp,
         "MultiPlatformOp": _FusedOp,
-        "SiluAndMul": layers.GatedActivation,
-        "GeluAndMul": layers.GatedActivation,
+        **dict.fromkeys(("SiluAndMul", "GeluAndMul", "SituAndMul"), layers.GatedActivation),
         "ReLU2": layers.Activation,
         "RMSNorm": layers.Activation,
         "silu_and_mul_clamp": lambda _, output, *__: output.zero_(),

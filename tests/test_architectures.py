@@ -83,6 +83,8 @@ FILES = {
         from vllm.model_executor.layers.fused_moe import FusedMoEFactory
         def make(): return FusedMoEFactory()
     """,
+    # For GPUs that are not asked about.
+    "vllm/models/folder/amd/__init__.py": "def make(): return FusedMoEFactory()",
     f"{MODELS}/mixtral.py": """
         from vllm.model_executor.layers.fused_moe import FusedMoEFactory
         class MixtralForCausalLM:
@@ -121,6 +123,15 @@ def release(request, tmp_path):
 
 def test_models_with_experts_that_no_family_describes(release):
     assert list(examine("vllm", release).unknown) == UNKNOWN
+
+
+def test_files_of_models_that_no_packaged_model_runs(release):
+    target = load_target(f"vllm@{release}", FlashInfer.of(None))
+    assert target.files_not_run() == [
+        f"{MODELS}/novel.py",
+        f"{MODELS}/qualified.py",
+        "vllm/models/folder/common.py",
+    ]
 
 
 def test_drift_lists_them(release, capsys):

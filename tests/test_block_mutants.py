@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(WHEEL is None, reason="no wheel of vLLM 0.32.0 o
 
 ERNIE, GEMMA, LONGCAT = "ernie-4.5-vl-28b-a3b", "gemma-4-26b-a4b", "longcat-flash"
 PHI, DBRX, MIXTRAL, QWEN = "phi-3.5-moe", "dbrx-instruct", "mixtral-8x7b", "qwen3-30b-a3b"
+INTERN, HORIZON, PANGU = "intern-s1-pro", "k2-horizon-375b-a23b", "openpangu-ultra-moe-718b"
 FILES = {
     ERNIE: "ernie45_vl_moe.py",
     GEMMA: "gemma4.py",
@@ -26,6 +27,9 @@ FILES = {
     DBRX: "dbrx.py",
     MIXTRAL: "mixtral.py",
     QWEN: "qwen3_moe.py",
+    INTERN: "interns1_pro.py",
+    HORIZON: "k2_horizon.py",
+    PANGU: "openpangu.py",
 }
 VISION = "intermediate_size=config.moe_intermediate_size[1],\n                "
 SCALED = "gating_output, topk, self.per_expert_scale\n            )"
@@ -46,6 +50,12 @@ MISTAKES = [
         QWEN: ("intermediate_size=config.moe_intermediate_size,\n            renorm",
                "intermediate_size=config.intermediate_size,\n            renorm",
                "intermediate_size: the model has 48, the model code asks for 32"),
+        INTERN: ("(gating_output, dim=-1, dtype=torch.float32)", "(gating_output, dim=-1)",
+                 "_custom_routing_function routes otherwise"),
+        HORIZON: ("renormalize=config.norm_topk_prob", "renormalize=False",
+                  "renormalize: the model has sum"),
+        PANGU: ('scoring_func="sigmoid"', 'scoring_func="softmax"',
+                "scoring function: the model has sigmoid"),
     },
     {
         ERNIE: (f"{VISION}renormalize=True", f"{VISION}renormalize=False",
@@ -56,6 +66,11 @@ MISTAKES = [
                   "routed_scaling_factor: the model has 6, the model code asks for 1"),
         PHI: ("top_k=config.num_experts_per_tok", "top_k=config.num_experts_per_tok + 1",
               "the layer cannot call its routing function: Only top-2"),
+        INTERN: ("        if renormalize:", "        if False:",
+                 "router weights are not normalized"),
+    },
+    {
+        INTERN: ("self.n_groups > 0", "self.n_groups > 64", "routes otherwise"),
     },
     {
         ERNIE: ("vision_router_logits, _ = self.vision_experts_gate(",

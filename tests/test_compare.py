@@ -161,6 +161,19 @@ def test_a_mask_gives_no_right_to_experts_below_it():
     assert "1 is chosen over 2, whose selection score is 1 higher" in text
 
 
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_as_many_experts_of_each_group_are_not_the_best_of_all(is_wanted):
+    each = Recipe(top_k=8, n_group=8, topk_group=8, per_group=True, normalize="sum")
+    wanted, other = (each, Recipe(top_k=8, normalize="sum"))[:: 1 if is_wanted else -1]
+    case = make_case("plain", wanted, num_tokens=64, num_experts=512)
+    right, wrong = (route(case.logits, recipe).topk_ids for recipe in (wanted, other))
+    assert compare_routing(right, None, case.logits, wanted).ok
+    found = compare_routing(wrong, None, case.logits, wanted)
+    assert len(found.differences) > 50
+    if is_wanted:
+        assert "of a group that contributes fewer than 1" in found.message()
+
+
 @pytest.mark.parametrize("pattern", ["ties-at-k", "saturated", "ties-at-groups"])
 @pytest.mark.parametrize("precision", ["float32", "flashinfer"])
 def test_the_higher_index_of_a_tie_is_caught(pattern, precision):

@@ -32,6 +32,7 @@ MISTAKES = {
     "deepseek.py": ("MoeRunnerConfig(inplace", 'MoeRunnerConfig(activation="gelu", inplace'),
     "nemotron_h.py": ("activation=config.mlp_hidden_act", 'activation="silu"'),
     "ernie45_moe_vl.py": ("score_correction_bias[0]", "score_correction_bias[1]"),
+    "interns1pro.py": ("        if renormalize:", "        if False:"),
     "gpt_oss.py": ("gemm1_clamp_limit=self", "gemm1_clamp_limit=2 * self"),
 }
 FOUND = {
@@ -44,6 +45,7 @@ FOUND = {
     "deepseek-moe-16b": "activation: the model has silu, the model code asks for gelu",
     "nemotron-3-nano": "activation: the model has relu2, the model code asks for silu",
     "ernie-4.5-vl-28b-a3b": "the block routes otherwise: TopK has row 1 of e_score_correction_bias",
+    "intern-s1-pro": "_custom_routing_function routes otherwise: router weights are not normalized",
     "gpt-oss-20b": "activation_limit: the model has 7, the model code asks for 14",
 }
 WHEELS = wheels_since("0.5.18", "sglang")

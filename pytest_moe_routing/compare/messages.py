@@ -73,6 +73,9 @@ def _beaten(rows: Rows, token: int, beaten: Beaten) -> str:
         return (
             f"{expert} is chosen over {better}, which has the same {what}: the lower index must win"
         )
+    if rows.recipe.per_group and beaten.gap <= 0:
+        each = rows.recipe.top_k // rows.recipe.n_group
+        return f"{expert} is chosen over {better}, of a group that contributes fewer than {each}"
     return (
         f"{expert} is chosen over {better}, whose selection score is {beaten.gap:.3g} higher; "
         f"rounding explains at most {max(beaten.gap - beaten.excess, 0.0):.1g}"

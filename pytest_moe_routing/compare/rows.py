@@ -157,6 +157,9 @@ class Rows:
             beaten |= ((low == high) | alike) & (out.unsqueeze(0) < ids.unsqueeze(1))
         # Routers that mask with a number call torch.topk, whose ties go to any expert.
         beaten &= kept[ids].unsqueeze(1) | kept[out].unsqueeze(0)
+        if self.recipe.per_group:
+            same, misplaced = self._between_groups(ids, out)
+            beaten = (beaten & same) | misplaced
         if not beaten.any():
             return None
         beyond = (low - high).nan_to_num(0.0).masked_fill(~beaten, -torch.inf)
@@ -170,6 +173,18 @@ class Rows:
             float(keys[better] - keys[expert]),
             bool(alike[slot, other]),
         )
+
+    def _between_groups(self, ids: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which chosen experts are of the group of which others, and which are in their place.
+
+        Of a group with too many chosen experts, each is in the place of one of a group with too few.
+        Both results are bool `[top_k, num_experts - top_k]`.
+        """
+        groups, each = self.recipe.n_group, self.recipe.top_k // self.recipe.n_group
+        size = self.keys.shape[1] // groups
+        count = torch.bincount(ids // size, minlength=groups)
+        ours, theirs = (ids // size).unsqueeze(1), (out // size).unsqueeze(0)
+        return ours == theirs, (count[ours] > each) & (count[theirs] < each)
 
     def inputs(self, token: int) -> Tensor:
         """Logit and bias of every expert, `[2, num_experts]`: equal inputs make equal keys."""

@@ -165,6 +165,11 @@ def _taken(
                 yield kinds[found].name, found.__name__, True, place
 
 
+def classes_of_flashinfer() -> set[Any]:
+    """Return all classes of experts that any scheme is asked about here."""
+    return {cls for scheme in SCHEMES for kind in _kinds(scheme) if (cls := _class(kind))}
+
+
 def _class(kind: _Kind) -> Any:
     """Return the class of a kind of experts; None if the release has none."""
     found = names().get(kind.key) if kind.key is not None and names().has(kind.key) else None

@@ -58,6 +58,11 @@ def routing(experts, name, made):
         yield
 
 
+def alone_only(experts):
+    right = getattr(stubs.real_module(experts[0]), experts[1])._supports_parallel_config
+    return wraps(right)(lambda moe_parallel_config: not moe_parallel_config.use_ep)
+
+
 def unnormalized(right):
     return lambda **given: right(**{**given, "renormalize": False})
 
@@ -80,6 +85,14 @@ CHANGES = {
     "an activation of Marlin less": (
         lambda: gate(MARLIN, ACTIVATIONS, {"RELU2_NO_MUL": False}),
         "nvfp4",
+    ),
+    "one GPU alone": (
+        lambda: patch.object(
+            getattr(stubs.real_module(TRITON[0]), TRITON[1]),
+            "_supports_parallel_config",
+            staticmethod(alone_only(TRITON)),
+        ),
+        "bf16",
     ),
     "an activation more": (lambda: gate(WNA16, ACTIVATIONS, {"SITU": True}), "mxint4"),
 }

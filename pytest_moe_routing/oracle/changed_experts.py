@@ -34,6 +34,7 @@ class OtherClass:
         known: The class that is known; `NONE` if the models were rejected.
         now: The class in the first case, likewise.
         cases: The one that needs the least first.
+        switches: What that one needs.
         since: The release that the data describe.
         is_computed: Whether the known class routes, and computes the models' routing methods.
     """
@@ -41,6 +42,7 @@ class OtherClass:
     known: str
     now: str
     cases: tuple[Key, ...]
+    switches: tuple[str, ...]
     models: tuple[ModelSpec, ...]
     kept: Kept
     since: str
@@ -56,6 +58,7 @@ class WrongGate:
             not, it rejects the method although they compute it.
         models: Those that it is wrong about.
         cases: Where they are; the one that needs the least first.
+        switches: What that one needs.
     """
 
     router: Router
@@ -64,6 +67,7 @@ class WrongGate:
     findings: tuple[Finding, ...]
     models: tuple[ModelSpec, ...]
     cases: tuple[Key, ...]
+    switches: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,8 @@ def _not_run(taken: TakenExperts) -> Counter[str]:
     routers = {router.name for router in taken.routers}
     by_default = {
         (name, model)
-        for (model, _, switch), name in taken.classes.items()
-        if not switch and name not in taken.elsewhere and name != NONE
+        for (model, _, way), name in taken.classes.items()
+        if not taken.switches[way] and name not in taken.elsewhere and name != NONE
     }
     counts = Counter(name for name, _ in by_default)
     return Counter(
@@ -146,12 +150,14 @@ def _changed(taken: TakenExperts, models: dict[str, ModelSpec]) -> Iterator[Othe
                 groups.setdefault((known, "" if kept.is_gate else now, kept), []).append(key)
     methods = {router.name: _computed(router) for router in taken.routers}
     for (known, _, kept), keys in groups.items():
-        keys.sort(key=lambda key: bool(key[2]))
+        keys.sort(key=lambda key: len(taken.switches[key[2]]))
         now = taken.classes[keys[0]]
         found = dict.fromkeys(key[0] for key in keys)
         computed = all(taken.methods[each] in methods.get(known, ()) for each in found)
         affected = tuple(models[each] for each in found)
-        yield OtherClass(known, now, tuple(keys), affected, kept, taken.known.release, computed)
+        cases, switches = tuple(keys), taken.switches[keys[0][2]]
+        since = taken.known.release
+        yield OtherClass(known, now, cases, switches, affected, kept, since, computed)
 
 
 def _computed(router: Router) -> set[str]:
@@ -194,7 +200,9 @@ def _wrong_gates(
             for key, name in where.items()
             if name == router.name and taken.methods[key[0]] == method
         ]
-        cases.sort(key=lambda key: bool(key[2]))
+        cases.sort(key=lambda key: len(taken.switches[key[2]]))
         affected = tuple(models[each] for each in dict.fromkeys(key[0] for key in cases))
         findings = _findings(router, method) if routed.accepted else ()
-        yield WrongGate(router, routed.accepted, method, findings, affected, tuple(cases))
+        switches = taken.switches[cases[0][2]] if cases else ()
+        about = findings, affected, tuple(cases), switches
+        yield WrongGate(router, routed.accepted, method, *about)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pytest_moe_routing.routing import Recipe
 
-#: A model, the compute capability of a GPU, and the switch that names a backend, if any does.
+#: A model, the compute capability of a GPU, and how a server is run: a placement, or a backend.
 Key = tuple[str, str, str]
 #: The name of no class: the target rejects the model.
 NONE = "none"
@@ -92,6 +92,7 @@ class TakenExperts:
         methods: The routing method of each model.
         routers: The monolithic classes among them.
         elsewhere: The classes of FlashInfer's, which other questions are asked about.
+        switches: What a user switches on, by the way to run a server.
         kept_by: Says what keeps a class, by its name, from a case.
         unanswered: Why how many models could not be asked about.
     """
@@ -102,5 +103,6 @@ class TakenExperts:
     methods: Mapping[str, str]
     routers: Sequence[Router]
     elsewhere: Collection[str]
+    switches: Mapping[str, tuple[str, ...]]
     kept_by: Callable[[Key, str], Kept]
     unanswered: Counter[str]

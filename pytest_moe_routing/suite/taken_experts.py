@@ -12,11 +12,7 @@ from pytest_moe_routing.oracle.taken import NONE
 from pytest_moe_routing.report import text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from pytest_moe_routing.models import ModelSpec
     from pytest_moe_routing.oracle.changed_experts import OtherClass, WrongGate
-    from pytest_moe_routing.oracle.taken import Key
     from pytest_moe_routing.oracle.target import Target
 
 _COMPUTED = "the experts compute the routing method exactly"
@@ -25,8 +21,8 @@ _COMPUTED = "the experts compute the routing method exactly"
 def of_other_class(target: Target, scheme: str, other: OtherClass) -> Failure:
     """Return the failure of models that end with another class of experts."""
     known, now, kept = other.known, other.now, other.kept
-    reached, lines, rarity = _reach(scheme, other.models, other.cases)
-    by_default = "" if other.cases[0][2] else " by default"
+    reached, lines, rarity = _reach(scheme, other)
+    by_default = "" if other.switches else " by default"
     if known == NONE:
         what = f"{now} run{by_default} where no experts did"
     else:
@@ -61,7 +57,7 @@ def of_wrong_gate(target: Target, scheme: str, wrong: WrongGate) -> Failure:
         nobody = str(Reach.NO_MODEL)
         told = f"{what}: {'; '.join(because)}"
         return Failure(cause, Rank.LATENT, scheme, (told, nobody), router.source, reach=nobody)
-    reached, about, rarity = _reach(scheme, wrong.models, wrong.cases)
+    reached, about, rarity = _reach(scheme, wrong)
     lines = (
         what,
         *about,
@@ -75,18 +71,16 @@ def of_wrong_gate(target: Target, scheme: str, wrong: WrongGate) -> Failure:
     return Failure(cause, rank, scheme, lines, router.source, rarity=rarity, reach=reached)
 
 
-def _reach(
-    scheme: str, models: Sequence[ModelSpec], cases: Sequence[Key]
-) -> tuple[str, list[str], int]:
+def _reach(scheme: str, found: OtherClass | WrongGate) -> tuple[str, list[str], int]:
     """Return who is affected, the lines about that, and how few they are."""
-    is_default = not cases[0][2]
-    switches = () if is_default else (cases[0][2],)
-    first = min((reach_of(m, scheme, switches) for m in models), key=list(Reach).index)
-    reached = text.reached(first, switches, by_default=is_default)
-    devices = sorted({device for _, device, switch in cases if switch == cases[0][2]}, key=float)
+    switches, (first, *_) = found.switches, found.cases
+    ways = (reach_of(model, scheme, switches) for model in found.models)
+    reach = min(ways, key=list(Reach).index)
+    reached = text.reached(reach, switches, by_default=not switches)
+    devices = sorted({device for _, device, way in found.cases if way == first[2]}, key=float)
     lines = [
         f"  reach    {reached}",
         f"  where    on compute capability {', '.join(devices)}",
-        f"  models   {few([str(model) for model in models])}",
+        f"  models   {few([str(model) for model in found.models])}",
     ]
-    return reached, lines, text.rarity(first, by_default=is_default)
+    return reached, lines, text.rarity(reach, by_default=not switches)

@@ -90,7 +90,7 @@ class TakenIn(TypedDict):
 
     experts: str
     device: str
-    switch: str
+    way: str
     cases: list[int]
 
 
@@ -123,6 +123,7 @@ class TakenExpertsAnswer(TypedDict):
 
     taken: list[TakenIn]
     kept_out: list[TakenIn]
+    switches: dict[str, list[str]]
     routers: list[RouterAnswer]
     elsewhere: list[str]
     unasked: dict[str, list[int]]

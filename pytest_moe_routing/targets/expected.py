@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import product
 from typing import Any
 
 from packaging.version import Version
@@ -126,10 +127,11 @@ def known_taken(
     classes: dict[Key, str] = {}
     models = list(models)
     for place, listed in row[1][scheme].items():
-        devices, _, backend = place.partition("--")
-        switch = f"--{backend}" if backend else ""
+        words = place.split()
+        devices = [word for word in words if word[0].isdecimal()]
+        cells = list(product(devices, words[len(devices) :]))
         for model in models:
             fitting = (n for n, ps in listed.items() if any(fnmatchcase(model, p) for p in ps))
             if (name := next(fitting, None)) is not None:
-                classes |= {(model, device, switch): name for device in devices.split()}
+                classes |= {(model, *cell): name for cell in cells}
     return KnownTaken(str(row[0]), row[0] == release_of(version), classes)

@@ -58,14 +58,14 @@ def taken_experts(
 
     def keys(rows: Sequence[TakenIn]) -> dict[Key, str]:
         return {
-            (ids[place], row["device"], row["switch"]): row["experts"]
+            (ids[place], row["device"], row["way"]): row["experts"]
             for row in rows
             for place in row["cases"]
         }
 
     def kept_by(key: Key, experts: str) -> Kept:
-        name, device, switch = key
-        place = {"experts": experts, "device": device, "switch": switch}
+        name, device, way = key
+        place = {"experts": experts, "device": device, "way": way}
         return Kept(**probe.ask("kept_out_by", **cases[name], scheme=scheme, **place))
 
     found = keys(answer["taken"])
@@ -77,6 +77,7 @@ def taken_experts(
         methods=methods,
         routers=[_router(row) for row in answer["routers"]],
         elsewhere=answer["elsewhere"],
+        switches={way: tuple(switches) for way, switches in answer["switches"].items()},
         kept_by=kept_by,
         unanswered=unanswered,
     )

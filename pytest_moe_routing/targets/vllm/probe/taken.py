@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import product
 from types import ModuleType
@@ -22,7 +22,6 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.answers import KeptAnswer, TakenExpertsAnswer
 from pytest_moe_routing.targets.compressed_tensors import QuantizationArgs
 from pytest_moe_routing.targets.stubs import Stub
-from pytest_moe_routing.targets.vllm.probe import server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import refusal
 from pytest_moe_routing.targets.vllm.probe.choice import (
     Selector,
@@ -34,13 +33,19 @@ from pytest_moe_routing.targets.vllm.probe.config import quant_config
 from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import GATES, QUANTIZATION, quant_keys
 from pytest_moe_routing.targets.vllm.probe.other_experts import DEVICES
-from pytest_moe_routing.targets.vllm.probe.placements import classes_of_flashinfer
+from pytest_moe_routing.targets.vllm.probe.placements import (
+    all_placements,
+    classes_of_flashinfer,
+)
+from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import accepted, names
 from pytest_moe_routing.targets.vllm.probe.rule import rule_of
 
 #: Values of `--moe-backend` that ask for other kernels than FlashInfer's.
 _BACKENDS = ("triton", "marlin")
-_SWITCH = "--moe-backend"
+#: Ways to share out experts and tokens to GPUs, see `placements`; of Blackwell, only one GPU is
+#: asked about.
+_PLACEMENTS = {"Blackwell": ("tp",), "Hopper": ("tp", "ep", "ep+eplb", "dp+ep")}
 _ROUTING = "_supports_routing_method"
 #: Questions of vLLM's code that stubs answer, and a build for CUDA affirms.
 _AFFIRMED = ("is_deep_gemm_supported()", "check_moe_marlin_supports_config()")
@@ -85,7 +90,7 @@ _CHOOSING: Mapping[tuple[str, str], Callable[..., None]] = {
 
 
 def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExpertsAnswer:
-    """Return which class is taken in each case, by default and for each backend that is named.
+    """Return which class is taken in each case, in each way to run a server.
 
     `kept_out` are the monolithic classes that would be taken but for their gate of routing methods.
 
@@ -97,20 +102,19 @@ def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExper
     """
     groups, unasked = _groups(cases, scheme)
     flashinfer = classes_of_flashinfer()
-    default = server_defaults.moe_backend()
     taken: list[Any] = []
     kept_out: list[Any] = []
     routers: dict[Any, Selector] = {}
-    for capability in reversed(DEVICES.values()):
-        for backend in dict.fromkeys((default, *_BACKENDS)):
-            switch = "" if backend == default else f"{_SWITCH} {backend}"
-            about = {"device": "{}.{}".format(*capability), "switch": switch}
+    for device, capability in DEVICES.items():
+        for way in (*_PLACEMENTS[device], *_BACKENDS):
+            _, changes = _ways()[way]
+            about = {"device": "{}.{}".format(*capability), "way": way}
             with on_capability(*capability), _in_a_build():
-                found = _outcomes(groups, backend)
+                found = _outcomes(groups, changes)
                 taken += _rows(about, found, groups)
                 for cls in _routing_classes(scheme, flashinfer):
                     with patch.object(cls, _ROUTING, staticmethod(lambda *_, **__: True)):
-                        open_to_all = _outcomes(groups, backend)
+                        open_to_all = _outcomes(groups, changes)
                     for (selector, _), experts in zip(groups, open_to_all, strict=True):
                         if experts is cls:
                             routers.setdefault(cls, selector)
@@ -122,21 +126,22 @@ def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExper
         "kept_out": kept_out,
         "routers": [_router(cls, selector, scheme) for cls, selector in routers.items()],
         "elsewhere": sorted(cls.__name__ for cls in flashinfer),
+        "switches": {way: list(switches) for way, (switches, _) in _ways().items()},
         "unasked": unasked,
     }
 
 
 def kept_out_by(
-    model: Mapping[str, Any], scheme: str, method: str, *, experts: str, device: str, switch: str
+    model: Mapping[str, Any], scheme: str, method: str, *, experts: str, device: str, way: str
 ) -> KeptAnswer:
     """Return what keeps a class of experts from a model: its gate, or the selector."""
     [(selector, _)], _ = _groups([{"model": model, "method": method}], scheme)
-    backend = switch.removeprefix(_SWITCH).strip() or server_defaults.moe_backend()
+    _, changes = _ways()[way]
     with on_capability(*map(int, device.split("."))), _in_a_build():
         # The modules of classes are imported when a selector asks them.
-        _outcomes([(selector, ())], backend)
+        _outcomes([(selector, ())], changes)
         cls = next((cls for cls in _all_classes() if cls.__name__ == experts), None)
-        gate = None if cls is None else _rejecting(cls, selector, backend)
+        gate = None if cls is None else _rejecting(cls, selector, changes)
     rule = rule_of(selector.function if gate is None else gate)
     told = {"name": rule["name"], "source": rule["source"]}
     return {"exists": cls is not None, "is_gate": gate is not None, **told}  # type: ignore[typeddict-item]
@@ -181,11 +186,29 @@ def _in_a_build() -> Iterator[None]:
         yield
 
 
-def _outcomes(groups: _Groups, backend: str) -> list[Any]:
-    """Return for each group the class that is taken, or None if all are rejected."""
-    asked = ((each, replace(each.config, moe_backend=backend)) for each, _ in groups)
-    found = (experts for _, experts in outcomes(asked, ()))
-    return [experts if isinstance(experts, type) else None for experts in found]
+def _ways() -> dict[str, tuple[tuple[str, ...], dict[str, Any]]]:
+    """Return what a server is told, by name: switches, and the config's fields that they set."""
+    shared = {
+        name: (switches, {"moe_parallel_config": parallel})
+        for name, (switches, parallel) in all_placements().items()
+    }
+    return shared | {n: ((f"--moe-backend {n}",), {"moe_backend": n}) for n in _BACKENDS}
+
+
+def _outcomes(groups: _Groups, changes: Mapping[str, Any]) -> list[Any]:
+    """Return for each group the class that is taken, or None if all are rejected.
+
+    Args:
+        changes: Fields of the layer's config that are not those of a server by default.
+    """
+    found: list[Any] = [None] * len(groups)
+    asked = {}
+    for place, (selector, _) in enumerate(groups):
+        with suppress(Rejected), rejections():
+            asked[place] = selector, replace(selector.config, **changes)
+    for place, (_, experts) in zip(asked, outcomes(asked.values(), ()), strict=True):
+        found[place] = experts if isinstance(experts, type) else None
+    return found
 
 
 def _rows(about: Mapping[str, str], found: Sequence[Any], groups: _Groups) -> list[Any]:
@@ -221,7 +244,7 @@ def _routing_classes(scheme: str, flashinfer: set[Any]) -> list[Any]:
     ]
 
 
-def _rejecting(cls: Any, selector: Selector, backend: str) -> Any:
+def _rejecting(cls: Any, selector: Selector, changes: Mapping[str, Any]) -> Any:
     """Return the gate of a class that rejects a layer; None if none does.
 
     Classes may be asked more than once, for other quantization keys.
@@ -241,7 +264,7 @@ def _rejecting(cls: Any, selector: Selector, backend: str) -> Any:
     with ExitStack() as stack:
         for name, gate in gates.items():
             stack.enter_context(patch.object(cls, name, watched(gate)))
-        _outcomes([(selector, ())], backend)
+        _outcomes([(selector, ())], changes)
     own = [gate for gate in said_no if gate is not gates.get(QUANTIZATION)]
     # A class that needs no gate to say no to what is not gated has such a gate all the same.
     is_gated = selector.config.is_act_and_mul

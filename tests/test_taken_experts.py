@@ -317,7 +317,7 @@ def test_what_lost_placements_are_told_of(broken):
     assert reach == f"  reach    only with an opt-in switch: {flags}"
     assert (where, now) == (
         "  where    on compute capability 9.0",
-        "  now      BatchedTritonExperts",
+        "  now      FlashInferExperts",
     )
 
 

@@ -140,12 +140,12 @@ MOVED = {
 
 
 def moved(target, scheme):
-    placements._placements.cache_clear()
+    placements.all_placements.cache_clear()
     # The last one has experts without gates.
     models = ["qwen3-30b-a3b", "deepseek-r1", "nemotron-3-nano"]
     found = moved_placements(target, scheme, [MODELS[name] for name in models])
     told = [of_moved(target, scheme, each) for each in found.moved]
-    placements._placements.cache_clear()
+    placements.all_placements.cache_clear()
     failures = [[failure.cause, failure.rank.name, *failure.lines] for failure in told]
     return {"failures": failures, "answered": found.answered, "open": dict(found.unanswered)}
 

@@ -22,6 +22,7 @@ from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.oracle.placed import KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.routers import RouterRun
+from pytest_moe_routing.oracle.taken import TakenExperts
 
 
 @dataclass(frozen=True)
@@ -299,6 +300,10 @@ class Target:
     def accepted_keys(self, experts: str) -> AcceptedKeys:
         """Return which quantization keys a class of experts accepts; `known_keys` names it."""
         raise Unsupported(f"{self.name} has no experts that accept quantization keys")
+
+    def taken_experts(self, models: Sequence[ModelSpec], scheme: str) -> TakenExperts | None:
+        """Return which classes of experts the target ends with; None if that is not known."""
+        return None
 
     def checkpoints(self, scheme: str) -> Iterable[Checkpoint]:
         """Return the formats of a scheme's checkpoints that the target can be asked about."""

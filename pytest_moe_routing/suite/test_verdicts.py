@@ -19,6 +19,7 @@ from pytest_moe_routing.report.unanswered import (
     OTHERS,
     PLACES,
     SPLITS,
+    TAKEN,
     note,
 )
 from pytest_moe_routing.suite.skips import skip_without, unsupported_is_skipped
@@ -239,13 +240,25 @@ def test_placements(
     _moe_session: MoESession,
     _moe_property: Callable[[str, Any], None],
 ) -> None:
-    """Experts run on the GPUs, and however shared out to them, where their release runs them."""
+    """Experts run on the GPUs, and however shared out to them, where their release runs them.
+
+    So do other experts than FlashInfer's on one GPU, and those that route accept the methods that
+    they compute.
+    """
+    from pytest_moe_routing.oracle.changed_experts import changed_experts
     from pytest_moe_routing.oracle.moved import moved_placements
     from pytest_moe_routing.suite.placements import of_moved
+    from pytest_moe_routing.suite.taken_experts import of_other_class, of_wrong_gate
 
     models = _moe_session.models_in(moe_scheme)
     with unsupported_is_skipped():
         found = moved_placements(_moe_framework, moe_scheme, models)
-    note(_moe_property, {PLACES: found.unanswered})
-    skip_without(found, "where experts run is not known of any chosen model")
-    fail(_moe_property, [of_moved(_moe_framework, moe_scheme, each) for each in found.moved])
+        others = changed_experts(_moe_framework, moe_scheme, models)
+    note(_moe_property, {PLACES: found.unanswered, TAKEN: others.unanswered})
+    skip_without(
+        found if found.answered else others, "where experts run is not known of any chosen model"
+    )
+    causes = [of_moved(_moe_framework, moe_scheme, each) for each in found.moved]
+    causes += [of_other_class(_moe_framework, moe_scheme, each) for each in others.changed]
+    causes += [of_wrong_gate(_moe_framework, moe_scheme, each) for each in others.gates]
+    fail(_moe_property, causes)

@@ -85,6 +85,59 @@ class MisnamedAnswer(TypedDict):
     function: str
 
 
+class TakenIn(TypedDict):
+    """The cases in which a class of experts is taken, by their places."""
+
+    experts: str
+    device: str
+    way: str
+    cases: list[int]
+
+
+class _Choice(TypedDict):
+    score: str
+    normalize: str
+    top_k: int
+    rounded: str
+
+
+class _MethodRouted(TypedDict):
+    accepted: bool
+    calls: list[_Choice]
+    unknown: str
+
+
+class RouterAnswer(TypedDict):
+    """How monolithic experts route; see `oracle.taken.Router`."""
+
+    experts: str
+    gate: str
+    source: str
+    num_experts: int
+    top_k: int
+    methods: dict[str, _MethodRouted]
+
+
+class TakenExpertsAnswer(TypedDict):
+    """Which class of experts is taken in each case; see `oracle.taken.TakenExperts`."""
+
+    taken: list[TakenIn]
+    kept_out: list[TakenIn]
+    switches: dict[str, list[str]]
+    routers: list[RouterAnswer]
+    elsewhere: list[str]
+    unasked: dict[str, list[int]]
+
+
+class KeptAnswer(TypedDict):
+    """What keeps a class of experts from a model; see `oracle.taken.Kept`."""
+
+    exists: bool
+    is_gate: bool
+    name: str
+    source: str
+
+
 class ServedAnswer(TypedDict):
     """What serves a checkpoint; see `oracle.checkpoints.Served`."""
 

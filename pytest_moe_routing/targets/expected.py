@@ -4,7 +4,8 @@ Next to a framework's contract, `not_judged.yaml` lists which questions about th
 open: whatever is not in it must be judged, as a run that asks fewer questions than it could is no
 pass. `fused.yaml` lists the cases whose fused kernel runs: a case that loses it fails.
 `placements.yaml` lists on which GPUs, and how shared out to them, experts run, and
-`accepted_keys.yaml` the quantization keys that they accept.
+`accepted_keys.yaml` the quantization keys that they accept. `taken_experts.yaml` lists which
+classes that call no kernel of FlashInfer's a server ends with.
 
 A release without a row is held to the row before it; one that is newer than all, or whose version
 is no number, to the newest.
@@ -16,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import product
 from typing import Any
 
 from packaging.version import Version
@@ -24,6 +26,7 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.oracle.accepted_keys import KnownKeys, Pair
 from pytest_moe_routing.oracle.choice import Expected
 from pytest_moe_routing.oracle.placed import KnownPlacements
+from pytest_moe_routing.oracle.taken import Key, KnownTaken
 from pytest_moe_routing.targets.contract import release_of
 
 #: The parts of a row of `fused.yaml` and `placements.yaml`.
@@ -108,3 +111,27 @@ def known_keys(package: str, version: str) -> KnownKeys | None:
                     (weights, activations) for weights, activations in map(str.split, keys)
                 )
     return KnownKeys(str(row[0]), row[0] == release_of(version), experts)
+
+
+def known_taken(
+    package: str, version: str, models: Iterable[str], scheme: str
+) -> KnownTaken | None:
+    """Return which classes a release ends with; None if that is not known.
+
+    Args:
+        models: The packaged ones that are asked about.
+    """
+    row = _row(package, "taken_experts.yaml", version)
+    if row is None or scheme not in row[1]:
+        return None
+    classes: dict[Key, str] = {}
+    models = list(models)
+    for place, listed in row[1][scheme].items():
+        words = place.split()
+        devices = [word for word in words if word[0].isdecimal()]
+        cells = list(product(devices, words[len(devices) :]))
+        for model in models:
+            fitting = (n for n, ps in listed.items() if any(fnmatchcase(model, p) for p in ps))
+            if (name := next(fitting, None)) is not None:
+                classes |= {(model, *cell): name for cell in cells}
+    return KnownTaken(str(row[0]), row[0] == release_of(version), classes)

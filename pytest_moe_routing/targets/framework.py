@@ -19,6 +19,7 @@ from pytest_moe_routing.oracle.choice import Expected, Rule
 from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
+from pytest_moe_routing.oracle.taken import TakenExperts
 from pytest_moe_routing.oracle.target import Lacking, OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.answers import MisnamedAnswer
@@ -29,6 +30,7 @@ from pytest_moe_routing.targets.expected import (
     is_open,
     known_keys,
     known_placements,
+    known_taken,
 )
 from pytest_moe_routing.targets.kept import Store, key_of_sources
 from pytest_moe_routing.targets.layouts import split
@@ -36,6 +38,7 @@ from pytest_moe_routing.targets.model_classes import ModelClasses, Place
 from pytest_moe_routing.targets.other_experts import other_call
 from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.taken import taken_experts
 
 if TYPE_CHECKING:
     from pytest_moe_routing.targets.contract import Names
@@ -307,6 +310,20 @@ class FrameworkTarget(Target):
         }
         about = {name: answer[name] for name in ("name", "keys", "function", "source")}
         return AcceptedKeys(pairs=pairs, **about)
+
+    def taken_experts(self, models: Sequence[ModelSpec], scheme: str) -> TakenExperts | None:
+        """Return which classes of experts the selectors of this release end with.
+
+        Raises:
+            Unsupported: The release has no selector for the scheme.
+        """
+        return taken_experts(
+            self._probe,
+            lambda model: self.classify(model).method,
+            lambda ids: known_taken(self.package, self.version(), ids, scheme),
+            models,
+            scheme,
+        )
 
     def checkpoints(self, scheme: str) -> Iterable[Checkpoint]:
         return checkpoints_of(self.package, scheme, release_of(self.version()))

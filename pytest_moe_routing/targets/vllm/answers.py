@@ -7,10 +7,12 @@ from typing import Any, Required, TypedDict
 
 from pytest_moe_routing.targets.answers import (
     AcceptedKeysAnswer,
+    KeptAnswer,
     PlacementsAnswer,
     RequestAnswer,
     RuleAnswer,
     ServedAnswer,
+    TakenExpertsAnswer,
 )
 from pytest_moe_routing.targets.layouts import LaidOutAnswer, LaidOutElsewhere, SplitAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
@@ -80,6 +82,8 @@ ANSWERS: Mapping[str, Any] = {
     "rule": RuleAnswer | None,
     "placements": PlacementsAnswer,
     "placement_rule": RuleAnswer,
+    "taken_experts": TakenExpertsAnswer,
+    "kept_out_by": KeptAnswer,
     "accepted_keys": AcceptedKeysAnswer,
     "checkpoint": ServedAnswer,
     "capture": _Calls,

@@ -234,12 +234,22 @@ def experts_taken(selector: Selector, config: Any, variables: tuple[str, ...]) -
 
 def outcome(selector: Selector, config: Any, variables: tuple[str, ...]) -> tuple[Any, Any]:
     """Return the backend and the class that a selector takes; or None, and why it rejects all."""
+    return outcomes([(selector, config)], variables)[0]
+
+
+def outcomes(
+    asked: Iterable[tuple[Selector, Any]], variables: tuple[str, ...]
+) -> list[tuple[Any, Any]]:
+    """Return the same for many configs, each with its selector."""
+    found: list[tuple[Any, Any]] = []
     with _environment(variables):
-        try:
-            with rejections():
-                return selector.choose(config)
-        except Rejected as rejected:
-            return None, str(rejected)
+        for selector, config in asked:
+            try:
+                with rejections():
+                    found.append(selector.choose(config))
+            except Rejected as rejected:
+                found.append((None, str(rejected)))
+    return found
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from pytest_moe_routing.targets.vllm.probe import modular as vllm_modular
 from pytest_moe_routing.targets.vllm.probe import other_experts as vllm_other
 from pytest_moe_routing.targets.vllm.probe import placements as vllm_placements
 from pytest_moe_routing.targets.vllm.probe import release as release
+from pytest_moe_routing.targets.vllm.probe import taken as vllm_taken
 from pytest_moe_routing.targets.vllm.probe.rule import rule
 
 
@@ -39,6 +40,8 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "rule": rule,
         "placements": vllm_placements.placements,
         "placement_rule": vllm_placements.placement_rule,
+        "taken_experts": vllm_taken.taken_experts,
+        "kept_out_by": vllm_taken.kept_out_by,
         "accepted_keys": vllm_keys.accepted_keys,
         "checkpoint": vllm_checkpoints.checkpoint,
         "capture": vllm_capture.capture,

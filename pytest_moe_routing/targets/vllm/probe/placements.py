@@ -70,7 +70,7 @@ def _kinds(scheme: str) -> tuple[_Kind, ...]:
 
 
 @cache
-def _placements() -> dict[str, tuple[tuple[str, ...], Any]]:
+def all_placements() -> dict[str, tuple[tuple[str, ...], Any]]:
     """Return the flags and the parallel config of each placement, by its name in data."""
     alone, shared = parallel_config(), parallel_config(2)
     own: dict[str, Any] = {"all2all_backend": server_defaults.parallel(server_defaults.ALL2ALL)}
@@ -113,7 +113,7 @@ def placements(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     Raises:
         Unsupported: The release has no selector for the scheme, or one that cannot be asked.
     """
-    selector, asked = _selector(model, scheme), list(_placements())
+    selector, asked = _selector(model, scheme), list(all_placements())
     # Checkpoints of gpt-oss have a selector of their own.
     if model["experts"]["activation"] != "silu" and scheme != "mxfp4":
         asked = list(_FEW)
@@ -125,7 +125,7 @@ def placements(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
                 taken.setdefault(key, []).append(place)
     fields = ("experts", "name", "device", "requested")
     rows = [{**dict(zip(fields, key, strict=True)), "placements": p} for key, p in taken.items()]
-    flags = {name: list(given) for name, (given, _) in _placements().items()}
+    flags = {name: list(given) for name, (given, _) in all_placements().items()}
     requests = {kind.name: f"--moe-backend {kind.backend}" for kind in _kinds(scheme)}
     # `devices` compares gates and selectors.
     return {"taken": rows, "flags": flags, "requests": requests, "compared": ["10.3"]}
@@ -155,7 +155,7 @@ def _taken(
     for backend in backends:
         server_defaults.require_backend(backend)
     for place in asked:
-        _, parallel = _placements()[place]
+        _, parallel = all_placements()[place]
         default = _asked(selector, parallel, server_defaults.moe_backend(), ())
         if default in kinds:
             yield kinds[default].name, default.__name__, False, place
@@ -163,6 +163,11 @@ def _taken(
             found = _asked(selector, parallel, backend, all_switches())
             if found in kinds and found is not default and kinds[found].backend == backend:
                 yield kinds[found].name, found.__name__, True, place
+
+
+def classes_of_flashinfer() -> set[Any]:
+    """Return all classes of experts that any scheme is asked about here."""
+    return {cls for scheme in SCHEMES for kind in _kinds(scheme) if (cls := _class(kind))}
 
 
 def _class(kind: _Kind) -> Any:
@@ -193,12 +198,12 @@ def placement_rule(
 
     The answer's `instead` is what the selector takes.
     """
-    if placement not in _placements():
+    if placement not in all_placements():
         name = f"placement {placement}"
         return {"name": name, "source": "", "instead": "this release has no such placement"}
     selector = _selector(model, scheme)
     kind = next(kind for kind in _kinds(scheme) if kind.name == experts)
-    parallel = _placements()[placement][1]
+    parallel = all_placements()[placement][1]
     backend = kind.backend if requested else server_defaults.moe_backend()
     with on_capability(*map(int, device.split("."))):
         found = _asked(selector, parallel, backend, all_switches() if requested else ())

@@ -161,6 +161,8 @@ class _PluggableLayer(nn.Module):
 _STAND_INS = {
     **preparation.FUNCTIONS,
     **compressed_tensors.STAND_INS,
+    # A build for CUDA contains them, in `vllm.third_party`.
+    "has_triton_kernels": lambda: True,
     "PluggableLayer": _PluggableLayer,
 }
 

@@ -1,0 +1,108 @@
+"""Which class of experts a target ends with for a model, and how monolithic ones route."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from pytest_moe_routing.routing import Recipe
+
+#: A model, the compute capability of a GPU, and how a server is run: a placement, or a backend.
+Key = tuple[str, str, str]
+#: The name of no class: the target rejects the model.
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a class of monolithic experts makes of a routing method.
+
+    Attributes:
+        accepted: Whether its gate accepts the method.
+        recipes: What its calls compute, each once.
+        rounded: The dtype to which a call rounds scores before it chooses, if any does.
+        unknown: Why nothing is known of its calls, if so.
+    """
+
+    accepted: bool
+    recipes: tuple[Recipe, ...] = ()
+    rounded: str = ""
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
+class Router:
+    """A class of monolithic experts that calls no kernel of FlashInfer's.
+
+    Attributes:
+        gate: The function that accepts or rejects routing methods.
+        source: Its file and line.
+        num_experts, top_k: Those of the layer whose calls were recorded.
+        methods: By name.
+    """
+
+    name: str
+    gate: str
+    source: str
+    num_experts: int
+    top_k: int
+    methods: Mapping[str, Routed]
+
+
+@dataclass(frozen=True)
+class KnownTaken:
+    """The classes that a target is known to end with in one scheme.
+
+    Attributes:
+        release: The target's own release, or the newest one before it of which that is known.
+        is_own: Whether it is the target's own.
+        classes: Absent for models that run in experts of FlashInfer's.
+    """
+
+    release: str
+    is_own: bool
+    classes: Mapping[Key, str]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What keeps a class of experts from a model.
+
+    Attributes:
+        exists: Whether the release has the class.
+        is_gate: Whether one of its gates rejects the model; if not, the target prefers another.
+        name: The function that decides.
+        source: Its file and line.
+    """
+
+    exists: bool
+    is_gate: bool
+    name: str
+    source: str
+
+
+@dataclass(frozen=True)
+class TakenExperts:
+    """The classes of experts that a target ends with in one scheme.
+
+    Attributes:
+        classes: The class in each case, or `NONE`.
+        kept_out: The monolithic class that would be taken, but for its gate of routing methods.
+        methods: The routing method of each model.
+        routers: The monolithic classes among them.
+        elsewhere: The classes of FlashInfer's, which other questions are asked about.
+        switches: What a user switches on, by the way to run a server.
+        kept_by: Says what keeps a class, by its name, from a case.
+        unanswered: Why how many models could not be asked about.
+    """
+
+    known: KnownTaken
+    classes: Mapping[Key, str]
+    kept_out: Mapping[Key, str]
+    methods: Mapping[str, str]
+    routers: Sequence[Router]
+    elsewhere: Collection[str]
+    switches: Mapping[str, tuple[str, ...]]
+    kept_by: Callable[[Key, str], Kept]
+    unanswered: Counter[str]

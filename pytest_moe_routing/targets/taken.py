@@ -1,0 +1,100 @@
+"""Which class of experts a framework ends with for each model, as its child answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from pytest_moe_routing.data import packaged_directory
+from pytest_moe_routing.errors import TargetError, Unsupported
+from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.taken import (
+    NONE,
+    Kept,
+    Key,
+    KnownTaken,
+    Routed,
+    Router,
+    TakenExperts,
+)
+from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.targets.answers import RouterAnswer, TakenIn
+from pytest_moe_routing.targets.probe import Probe
+
+
+def taken_experts(
+    probe: Probe,
+    method_of: Callable[[ModelSpec], str],
+    known_of: Callable[[Sequence[str]], KnownTaken | None],
+    models: Sequence[ModelSpec],
+    scheme: str,
+) -> TakenExperts | None:
+    """Ask which classes a framework takes; None if nothing is known of its release.
+
+    Args:
+        method_of: Returns the routing method of a model.
+        known_of: Returns what is known of packaged models, by their ids.
+
+    Raises:
+        Unsupported: The release has nothing that chooses experts for the scheme.
+    """
+    known = known_of([str(m) for m in models if m.folder.parent == packaged_directory()])
+    if known is None:
+        return None
+    cases, methods, unanswered = {}, {}, Counter[str]()
+    for model in models:
+        try:
+            methods[str(model)] = method_of(model)
+        except (TargetError, Unsupported) as reason:
+            unanswered[str(reason)] += 1
+            continue
+        cases[str(model)] = {"model": model.as_dict(), "method": methods[str(model)]}
+    answer = probe.ask("taken_experts", cases=list(cases.values()), scheme=scheme)
+    ids = list(cases)
+    for why, places in answer["unasked"].items():
+        unanswered[why] += len(places)
+        for place in places:
+            del methods[ids[place]]
+
+    def keys(rows: Sequence[TakenIn]) -> dict[Key, str]:
+        return {
+            (ids[place], row["device"], row["way"]): row["experts"]
+            for row in rows
+            for place in row["cases"]
+        }
+
+    def kept_by(key: Key, experts: str) -> Kept:
+        name, device, way = key
+        place = {"experts": experts, "device": device, "way": way}
+        return Kept(**probe.ask("kept_out_by", **cases[name], scheme=scheme, **place))
+
+    found = keys(answer["taken"])
+    asked = {key: name for key, name in known.classes.items() if key[0] in methods}
+    return TakenExperts(
+        known=KnownTaken(known.release, known.is_own, asked),
+        classes={**dict.fromkeys(asked, NONE), **found},
+        kept_out=keys(answer["kept_out"]),
+        methods=methods,
+        routers=[_router(row) for row in answer["routers"]],
+        elsewhere=answer["elsewhere"],
+        switches={way: tuple(switches) for way, switches in answer["switches"].items()},
+        kept_by=kept_by,
+        unanswered=unanswered,
+    )
+
+
+def _router(row: RouterAnswer) -> Router:
+    methods = {}
+    for name, routed in row["methods"].items():
+        recipes = (
+            Recipe(score=call["score"], normalize=call["normalize"], top_k=call["top_k"])
+            for call in routed["calls"]
+        )
+        methods[name] = Routed(
+            routed["accepted"],
+            tuple(dict.fromkeys(recipes)),
+            next((call["rounded"] for call in routed["calls"] if call["rounded"]), ""),
+            routed["unknown"],
+        )
+    sizes = row["num_experts"], row["top_k"]
+    return Router(row["experts"], row["gate"], row["source"], *sizes, methods)

@@ -1,0 +1,127 @@
+"""Changes gates of vLLM's own experts, one at a time, and prints what is found, as JSON.
+
+`python tests/broken_gates.py ROOT FLASHINFER VERSION`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from unittest.mock import patch
+
+from in_process import InProcess
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
+from pytest_moe_routing.oracle.changed_experts import changed_experts
+from pytest_moe_routing.suite.taken_experts import of_other_class, of_wrong_gate
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.source import Source
+from pytest_moe_routing.targets.vllm.probe import main as child
+from pytest_moe_routing.targets.vllm.target import VllmTarget
+
+MODELS = load_models(packaged_directory())
+ASKED = ("gpt-oss-120b", "qwen3-30b-a3b", "nemotron-3-nano", "kimi-k3")
+EXPERTS = "vllm.model_executor.layers.fused_moe.experts"
+TRITON = f"{EXPERTS}.triton_moe", "TritonExperts"
+WNA16 = f"{EXPERTS}.triton_moe", "TritonWNA16Experts"
+MARLIN = f"{EXPERTS}.marlin_moe", "MarlinExperts"
+GPT_OSS = f"{EXPERTS}.gpt_oss_triton_kernels_moe", "OAITritonMxfp4ExpertsMonolithic"
+METHODS, ACTIVATIONS = "_supports_routing_method", "_supports_activation"
+
+
+@contextmanager
+def gate(experts, name, changed):
+    """Have a class's gate answer for a routing method, or an activation, as `changed` says."""
+    module, cls = experts
+    owner = getattr(stubs.real_module(module), cls)
+    right = getattr(owner, name)
+
+    @wraps(right)
+    def wrong(*args, **kwargs):
+        (asked, *_) = (*args, *kwargs.values())
+        return changed[asked.name] if asked.name in changed else right(*args, **kwargs)
+
+    with patch.object(owner, name, staticmethod(wrong)):
+        yield
+
+
+@contextmanager
+def routing(experts, name, made):
+    """Have a function of a class's module compute something else."""
+    module = stubs.real_module(experts[0])
+    with patch.object(module, name, made(getattr(module, name))):
+        yield
+
+
+def alone_only(experts):
+    right = getattr(stubs.real_module(experts[0]), experts[1])._supports_parallel_config
+    return wraps(right)(lambda moe_parallel_config: not moe_parallel_config.use_ep)
+
+
+def unnormalized(right):
+    return lambda **given: right(**{**given, "renormalize": False})
+
+
+#: What is changed, and the scheme that is asked about.
+CHANGES = {
+    "as it is": (ExitStack, "mxfp4"),
+    "as it is in FP8": (ExitStack, "fp8_block"),
+    "a method less": (lambda: gate(GPT_OSS, METHODS, {"RenormalizeNaive": False}), "mxfp4"),
+    "the other method less": (lambda: gate(GPT_OSS, METHODS, {"Renormalize": False}), "mxfp4"),
+    "softmax in bfloat16": (lambda: gate(GPT_OSS, METHODS, {"Default": True}), "mxfp4"),
+    "a method more": (lambda: gate(GPT_OSS, METHODS, {"DeepSeekV3": True}), "mxfp4"),
+    "a method of no recipe": (lambda: gate(GPT_OSS, METHODS, {"Custom": True}), "mxfp4"),
+    "other weights": (lambda: routing(GPT_OSS, "triton_kernel_moe_forward", unnormalized), "mxfp4"),
+    "no call": (
+        lambda: routing(GPT_OSS, "triton_kernel_moe_forward", lambda _: lambda **_: None),
+        "mxfp4",
+    ),
+    "an activation less": (lambda: gate(TRITON, ACTIVATIONS, {"SILU": False}), "fp8_block"),
+    "an activation of Marlin less": (
+        lambda: gate(MARLIN, ACTIVATIONS, {"RELU2_NO_MUL": False}),
+        "nvfp4",
+    ),
+    "one GPU alone": (
+        lambda: patch.object(
+            getattr(stubs.real_module(TRITON[0]), TRITON[1]),
+            "_supports_parallel_config",
+            staticmethod(alone_only(TRITON)),
+        ),
+        "bf16",
+    ),
+    "an activation more": (lambda: gate(WNA16, ACTIVATIONS, {"SITU": True}), "mxint4"),
+}
+
+
+def found_in(target, scheme):
+    found = changed_experts(target, scheme, [MODELS[name] for name in ASKED])
+    told = [of_other_class(target, scheme, each) for each in found.changed]
+    told += [of_wrong_gate(target, scheme, each) for each in found.gates]
+    failures = [[failure.cause, failure.rank.name, *failure.lines] for failure in told]
+    return {"failures": failures, "answered": found.answered, "open": dict(found.unanswered)}
+
+
+def main(root, flashinfer, version):
+    handlers = child.handlers(root, flashinfer, version)
+    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
+    target._probe = InProcess(target._probe, handlers)
+    found = {}
+    for name, (change, scheme) in CHANGES.items():
+        with change():
+            found[name] = found_in(target, scheme)
+    # A release that is newer than all known ones.
+    target.source = Source(Path(root), "99.0.0", flashinfer)
+    for name in ("an activation less", "an activation more"):
+        change, scheme = CHANGES[name]
+        with change():
+            found[f"{name}, newer"] = found_in(target, scheme)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

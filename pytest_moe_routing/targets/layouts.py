@@ -17,6 +17,8 @@ from pytest_moe_routing.oracle.shares import split_findings
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets import scales
 
+_NO_KERNEL = "FlashInfer has no kernel for other sizes"
+
 
 class WrongOrder(TypedDict):
     """A tensor that lies otherwise than its kernel reads it; see `marked_weights.orders`."""
@@ -42,10 +44,25 @@ class _Factors(TypedDict, total=False):
     input_scale: dict[str, Any]
 
 
+class _Raised(TypedDict):
+    type: str
+    message: str
+    where: str
+    code: str
+
+
+class _WrongPadding(TypedDict, total=False):
+    misread: list[str]
+    raised: _Raised
+
+
 class LaidOutAnswer(_Factors):
     """The entry point, the code that prepares its weights, and what lies wrongly.
 
     Attributes:
+        padding: What is wrong where sizes are padded: an argument of the kernel, or the output of
+            the layer, with what is right and what is there instead; or what was raised.
+        run: The lines that make a quantization config, and the one that calls the kernel.
         columns: Those of hidden states, and those that the weights are for.
         unanswered: Why nothing is known of the weights, if so; then there is nothing else.
     """
@@ -54,6 +71,8 @@ class LaidOutAnswer(_Factors):
     method: str
     orders: list[WrongOrder]
     columns: NotRequired[list[int]]
+    padding: NotRequired[list[_WrongPadding]]
+    run: NotRequired[list[str]]
     unanswered: NotRequired[str]
 
 
@@ -75,13 +94,6 @@ class LaidOutElsewhere(_Limited):
 
     device: str
     switches: list[str]
-
-
-class _Raised(TypedDict):
-    type: str
-    message: str
-    where: str
-    code: str
 
 
 class SplitAnswer(TypedDict, total=False):
@@ -108,12 +120,23 @@ def split(answer: SplitAnswer, scheme: str, flashinfer: FlashInfer) -> LaidOut:
     if "raised" not in answer:
         findings = tuple(split_findings(flashinfer, scheme, answer))
         return LaidOut(answer["function"], answer["method"], findings)
-    said = answer["raised"]
-    finding = Finding(
-        Kind.RAISED, said["type"], None, said["message"], said["where"], "", said["code"]
-    )
+    finding = _raised(answer["raised"])
     refused = finding if answer["is_refused"] else None
     return LaidOut("", answer["method"], () if refused else (finding,), refused=refused)
+
+
+def _raised(said: _Raised) -> Finding:
+    where = said["where"]
+    return Finding(Kind.RAISED, said["type"], None, said["message"], where, "", said["code"])
+
+
+def _wrong_padding(answer: LaidOutAnswer) -> Iterator[Finding]:
+    """Yield what is wrong where sizes are padded."""
+    for each in answer.get("padding", []):
+        if "raised" in each:
+            yield _raised(each["raised"])
+        else:
+            yield Finding(Kind.ARGUMENT, *each["misread"])
 
 
 def _beyond_limits(answer: Mapping[str, Any], release: str) -> tuple[Finding, ...]:
@@ -130,11 +153,16 @@ def _beyond_limits(answer: Mapping[str, Any], release: str) -> tuple[Finding, ..
     )
 
 
-def _wrong_columns(columns: Sequence[int]) -> Iterator[Finding]:
-    """Yield that hidden states have other columns than the weights; none if it is not known."""
+def _wrong_columns(columns: Sequence[int], tile: int) -> Iterator[Finding]:
+    """Yield that hidden states have other columns than the weights, or no whole tiles of columns.
+
+    Nothing if it is not known how many they have.
+    """
     if len({*columns}) > 1:
         given, wanted = (f"{count} columns" for count in columns)
         yield Finding(Kind.ARGUMENT, "hidden_states", wanted, given)
+    elif columns and columns[0] % tile:
+        yield Finding(Kind.LIMIT, "number of columns", f"%{tile}", columns[0], "", _NO_KERNEL)
 
 
 def laid_out(
@@ -145,6 +173,7 @@ def laid_out(
     device: str = "",
     *,
     release: str = "",
+    tile: int = 1,
 ) -> LaidOut:
     """Read an answer.
 
@@ -152,6 +181,7 @@ def laid_out(
         switches: Those without which the call is not made; None if that cannot be asked.
         device: The GPU, if it is not the usual one.
         release: That of FlashInfer, if the kernel may limit sizes.
+        tile: What columns of hidden states must be a multiple of.
     """
     function, method = answer["function"], answer["method"]
     halves = answer.get("halves", {})
@@ -164,7 +194,7 @@ def laid_out(
             for role, value in own.items()
             for finding in wrong_factor(role, value, role, formulas[role], given)
         ),
-        *_wrong_columns(answer.get("columns", [])),
+        *_wrong_columns(answer.get("columns", []), tile),
         *wrong_factors(model.experts, kernel_of(scheme), answer.get("factors", {}), given),
         *wrong_input(scheme, answer, given),
     )
@@ -174,9 +204,11 @@ def laid_out(
         (
             *layout_findings(answer["orders"], function),
             *(replace(finding, where=function) for finding in wrong),
+            *_wrong_padding(answer),
             *_beyond_limits(answer, release),
         ),
         None if switches is None else tuple(switches),
         device,
         unanswered=answer.get("unanswered", ""),
+        run=tuple(answer.get("run", ())),
     )

@@ -21,6 +21,7 @@ from pytest_moe_routing.targets.vllm.probe.choice import on_capability, selector
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import ALL, experts_of
+from pytest_moe_routing.targets.vllm.probe.hand_overs import called_at, noting
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, INTERMEDIATE
 from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, is_whole, surroundings
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
@@ -32,11 +33,12 @@ from pytest_moe_routing.targets.vllm.probe.other_experts import (
     needs,
     taken_as,
 )
+from pytest_moe_routing.targets.vllm.probe.padded import unlike_unpadded
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: Sizes that methods pad, and what pads them, by key of the contract; others raise, or take them.
-_PADDED = (384, 96)
+_PADDED = (384, 160)
 _PADS = {
     "fp8_per_tensor": "pads-fp8",
     "mxfp8": "pads-mxfp8",
@@ -190,8 +192,12 @@ def _laid_out(
     modular: bool,
 ) -> dict[str, Any]:
     place = _place(method)
-    with surroundings(), on_one_gpu(), _taking(scheme, modular):
+    padding: list[dict[str, Any]] = []
+    run: dict[str, None] = {}
+    with surroundings(), on_one_gpu(), _taking(scheme, modular), noting(run):
         layer, call = _prepared(model, scheme, method, loading)
+        if loading.sizes == _PADDED:
+            padding = unlike_unpadded(layer)
     _require_experts(scheme, layer, place, modular=modular)
     arguments, gated = call.arguments, model["experts"]["gated"]
     checkpoint = layer.checkpoint.as_given(arguments)
@@ -200,6 +206,8 @@ def _laid_out(
         "method": place,
         "orders": marked_weights.orders(scheme, arguments, checkpoint, gated=gated),
         "columns": marked_weights.columns(arguments),
+        "padding": padding,
+        "run": [*run, called_at(call)],
         **factors_of(arguments, checkpoint.halves_apart()),
     }
 
@@ -256,9 +264,10 @@ def other_layouts(model: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
                     about = kind, stored, way["device"]
                     answer = _laid_out_elsewhere(few, scheme, class_of(caller), loading, about)
                     # What is the same on another GPU is one mistake.
-                    known = answer["method"], answer["orders"], answer["scales"]
+                    parts = "orders", "scales", "padding"
+                    known = answer["method"], *(answer[part] for part in parts)
                     if known in shown:
-                        answer |= {"orders": [], "scales": {}}
+                        answer |= {"orders": [], "scales": {}, "padding": []}
                     shown.append(known)
                     found.append({**way, **answer})
     return found
@@ -284,8 +293,12 @@ def _laid_out_elsewhere(
     """Return an answer about a kind, as what it stores the scheme, and the GPU."""
     kind, stored, device = about
     place, experts = _place(method), names().get(kind.key)
-    with surroundings(), on_one_gpu():
+    padding: list[dict[str, Any]] = []
+    run: dict[str, None] = {}
+    with surroundings(), on_one_gpu(), noting(run):
         layer, call = _prepared(model, scheme, method, loading)
+        if loading.sizes == _PADDED:
+            padding = unlike_unpadded(layer)
     if layer.method.experts_cls is not experts:
         raise Unsupported(f"not judged: {place} takes {layer.method.experts_cls.__name__}")
     entry = given_experts(call.function)
@@ -299,6 +312,8 @@ def _laid_out_elsewhere(
         "scales": scales_of(entry, stored, call.arguments),
         "sizes": sizes_of(entry, call.arguments),
         "capability": "{}.{}".format(*CAPABILITIES[device]),
+        "padding": padding,
+        "run": [*run, called_at(call)],
     }
 
 

@@ -175,9 +175,9 @@ class Rows:
         )
 
     def _between_groups(self, ids: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which chosen experts are of the group of which others, and which are in their place.
+        """Return which chosen experts are of others' groups, and which are in the others' place.
 
-        Of a group with too many chosen experts, each is in the place of one of a group with too few.
+        Each of too many in a group is in the place of one of a group that has too few.
         Both results are bool `[top_k, num_experts - top_k]`.
         """
         groups, each = self.recipe.n_group, self.recipe.top_k // self.recipe.n_group

@@ -16,6 +16,7 @@ from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Choice, Expected, Rule
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.lacking import Lacking
 from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.methods_run import MethodsRun
 from pytest_moe_routing.oracle.misnamed import MisnamedWeight
@@ -71,21 +72,6 @@ class Captured:
     def notes(self) -> tuple[Finding, ...]:
         """What the kernel itself computes less precisely than the layer."""
         return tuple(f for f in self.findings if f.kind is Kind.PRECISION)
-
-
-@dataclass(frozen=True)
-class Lacking:
-    """A name of FlashInfer that the target's code needs, and the judged release does not have.
-
-    Attributes:
-        name: The dotted name, or that of a function with `()` if it does not take a call.
-        why: Why it does not take the call.
-        places: Files and lines of the target's code.
-    """
-
-    name: str
-    why: str
-    places: tuple[str, ...]
 
 
 @dataclass(frozen=True)

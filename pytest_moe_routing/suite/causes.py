@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.modular import MethodRejection
     from pytest_moe_routing.oracle.other_experts import WrongCall
     from pytest_moe_routing.oracle.routers import Cause as RouterCause
-    from pytest_moe_routing.oracle.target import Lacking, Target
+    from pytest_moe_routing.oracle.target import Target
 
 _RANKS = {Verdict.WRONG: Rank.SILENT, Verdict.MISSED: Rank.MISSED}
 
@@ -75,16 +75,6 @@ def of_enum(target: Target, mismatch: EnumMismatch) -> Failure:
     of = f"  reach    so classified: {few(mismatch.classified or ('no chosen model',))}"
     lines = (what, of, f"  gate     all accept {finding.field} for {few(mismatch.cases)}")
     return Failure(cause, Rank.SILENT, finding.field, lines)
-
-
-def of_lacking(target: Target, lacking: Lacking) -> Failure:
-    """Describe a name of FlashInfer that the framework's code needs and the release lacks."""
-    what = f"{target} needs {lacking.name}, which {target.flashinfer} does not have"
-    if lacking.why:
-        what = f"{target} calls {lacking.name}, which {target.flashinfer} does not take so"
-    because = (f"  because  {lacking.why}",) if lacking.why else ()
-    lines = (what, *because, *(f"  at       {place}" for place in lacking.places))
-    return Failure(cause_id("flashinfer-name", lacking.name), Rank.LOUD, lacking.name, lines)
 
 
 def of_router(cause: RouterCause) -> Failure:

@@ -81,7 +81,7 @@ def test_flashinfer_names(
     _moe_framework: Target, _moe_property: Callable[[str, Any], None]
 ) -> None:
     """FlashInfer has every name that the framework's MoE code needs, and takes its calls."""
-    from pytest_moe_routing.suite.causes import of_lacking
+    from pytest_moe_routing.suite.flashinfer_names import of_lacking
 
     with unsupported_is_skipped():
         lacking = _moe_framework.lacking()

@@ -16,13 +16,13 @@ from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.accepted_keys import AcceptedKeys, KnownKeys
 from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Expected, Rule
+from pytest_moe_routing.oracle.lacking import Lacking
 from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.taken import TakenExperts
-from pytest_moe_routing.oracle.target import Lacking, OtherCall, Target
+from pytest_moe_routing.oracle.target import OtherCall, Target
 from pytest_moe_routing.schemes import kernel_of
-from pytest_moe_routing.targets.answers import MisnamedAnswer
 from pytest_moe_routing.targets.checkpoints import checkpoints_of
 from pytest_moe_routing.targets.contract import release_of
 from pytest_moe_routing.targets.expected import (
@@ -37,6 +37,7 @@ from pytest_moe_routing.targets.layouts import split
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
 from pytest_moe_routing.targets.other_experts import other_call
 from pytest_moe_routing.targets.probe import Probe, Questions
+from pytest_moe_routing.targets.reader import CodeReader
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.taken import taken_experts
 
@@ -49,14 +50,6 @@ def _config_reads(package: str) -> Mapping[str, Any]:
     """Return the packaged table of a framework, cached: it is one file of the package."""
     table: Mapping[str, Any] = read_data(__package__, package, "config_reads.yaml")
     return table
-
-
-_READER = "pytest_moe_routing.targets.reading"
-
-
-def _of_architecture(model: ModelSpec) -> dict[str, Any]:
-    """Return the arguments of a question that the code of a model answers."""
-    return {"architecture": model.architecture}
 
 
 class FrameworkTarget(Target):
@@ -86,10 +79,7 @@ class FrameworkTarget(Target):
         super().__init__(flashinfer)
         self.source = source
         cls, release = type(self), (str(source.root), flashinfer.release, source.version)
-        arguments = cls.__module__, cls.__qualname__, *release
-        answers = {"misnamed_weights": list[MisnamedAnswer], "files_not_run": list[str]}
-        #: The child that reads the code of models.
-        self._reader = Probe(str(self), _READER, *arguments, answers=answers)
+        self._reader = CodeReader(str(self), cls.__module__, cls.__qualname__, *release)
 
     def child(self, module: str, *more: str, answers: Mapping[str, Any]) -> Probe:
         """Return a child process that runs a module of the framework's probe.
@@ -104,11 +94,11 @@ class FrameworkTarget(Target):
 
     def probes(self) -> Iterable[Probe]:
         """Return the children whose answers depend on nothing but what `targets.kept` knows."""
-        return (self._reader,)
+        return (self._reader.probe,)
 
     def close(self) -> None:
         """End the children, and keep what they said."""
-        self._reader.close()
+        self._reader.probe.close()
 
     def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Questions]:
         """Return what a method of the target will ask about models, of another child than most.
@@ -117,10 +107,7 @@ class FrameworkTarget(Target):
             method: `misnamed_weights`, `files_not_run`, `layer_request`, `backend_request` or
                 `router_runs`.
         """
-        asked = {"misnamed_weights": map(_of_architecture, models), "files_not_run": [{}]}
-        if method not in asked or not self.model_packages:
-            return ()
-        return [Questions(self._reader, method, asked[method])]
+        return self._reader.questions(method, models) if self.model_packages else ()
 
     def verdict_questions(
         self, models: Sequence[ModelSpec], scheme: str, *, thorough: bool = True
@@ -354,10 +341,7 @@ class FrameworkTarget(Target):
         Raises:
             Unsupported: The release has no registry that can be read.
         """
-        if not self.model_packages:
-            return super().files_not_run()
-        files: list[str] = self._reader.ask("files_not_run")
-        return files
+        return self._reader.files_not_run() if self.model_packages else super().files_not_run()
 
     def modules_run(self, architectures: Collection[str]) -> set[str]:
         """Return modules of models that are run for architectures, besides those they lead to."""
@@ -385,10 +369,7 @@ class FrameworkTarget(Target):
         Raises:
             Unsupported: The release has no registry that can be read.
         """
-        if not self.model_packages:
-            return ()
-        rows = self._reader.ask("misnamed_weights", **_of_architecture(model))
-        return [MisnamedWeight(**row) for row in rows]
+        return self._reader.misnamed_weights(model) if self.model_packages else ()
 
     def contains(self, name: str) -> bool:
         return self.source.names(self.package, name)

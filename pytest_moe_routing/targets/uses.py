@@ -19,7 +19,7 @@ from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names, is_in_any_release
 from pytest_moe_routing.inputs import Archive, read_text
-from pytest_moe_routing.oracle.target import Lacking
+from pytest_moe_routing.oracle.lacking import Lacking
 
 _PACKAGE = "flashinfer"
 #: The largest Python file that is read.

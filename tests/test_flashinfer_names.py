@@ -16,7 +16,7 @@ from pytest_moe_routing.flashinfer.listing import Reader, timeline
 from pytest_moe_routing.flashinfer.names import Names, is_in_any_release, listed_releases
 from pytest_moe_routing.flashinfer.package import Package
 from pytest_moe_routing.oracle.lacking import Lacking
-from pytest_moe_routing.suite.causes import of_lacking
+from pytest_moe_routing.suite.flashinfer_names import of_lacking
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 from pytest_moe_routing.targets.uses import lacking
 

@@ -32,7 +32,6 @@ MISTAKES = {
     "deepseek.py": ("MoeRunnerConfig(inplace", 'MoeRunnerConfig(activation="gelu", inplace'),
     "nemotron_h.py": ("activation=config.mlp_hidden_act", 'activation="silu"'),
     "ernie45_moe_vl.py": ("score_correction_bias[0]", "score_correction_bias[1]"),
-    "interns1pro.py": ("        if renormalize:", "        if False:"),
     "gpt_oss.py": ("gemm1_clamp_limit=self", "gemm1_clamp_limit=2 * self"),
 }
 FOUND = {
@@ -45,7 +44,8 @@ FOUND = {
     "deepseek-moe-16b": "activation: the model has silu, the model code asks for gelu",
     "nemotron-3-nano": "activation: the model has relu2, the model code asks for silu",
     "ernie-4.5-vl-28b-a3b": "the block routes otherwise: TopK has row 1 of e_score_correction_bias",
-    "intern-s1-pro": "_custom_routing_function routes otherwise: router weights are not normalized",
+    # Its decoder layer replaces the TopK of Qwen3's block.
+    "intern-s1-pro": "InternS1ProTextDecoderLayer._custom_routing_function routes otherwise: 64/64",
     "gpt-oss-20b": "activation_limit: the model has 7, the model code asks for 14",
 }
 WHEELS = wheels_since("0.5.18", "sglang")
@@ -104,3 +104,15 @@ def test_a_bias_that_a_routing_function_was_given_is_filled():
     )
     give_bias(config, torch.arange(4.0))
     assert bias.tolist() == [0, 1, 2, 3]
+
+
+def test_the_routing_function_of_a_decoder_layer_is_judged(tmp_path):
+    if not WHEELS:
+        pytest.skip("no wheel of SGLang 0.5.18 or later")
+    root = unpack(WHEELS[-1], tmp_path)
+    path = root / "sglang/srt/models/interns1pro.py"
+    path.write_text(path.read_text().replace("        if renormalize:", "        if False:"))
+    for target in opened(root):
+        model = MODELS["intern-s1-pro"]
+        judged = code_sentences(compare_request(model, target.layer_request(model)))
+        assert any("router weights are not normalized" in line for line in judged), judged

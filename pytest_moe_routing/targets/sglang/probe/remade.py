@@ -1,4 +1,4 @@
-"""Gives a block the TopK that a decoder layer makes for it anew, after the block was made.
+"""Gives a block the TopK that a decoder layer makes for it again, after the block was made.
 
 Only Intern-S1-Pro's does: its base class makes Qwen3's block, and it replaces the block's TopK.
 """
@@ -16,7 +16,7 @@ from pytest_moe_routing.targets import stubs
 
 #: The attribute of a decoder layer that is its block of experts.
 _BLOCK = "mlp"
-#: Among the arguments of a block, where the class is that makes its TopK anew: module and name.
+#: Among the arguments of a block, where the class is that makes its TopK again: module and name.
 WITHIN = "within"
 #: The attribute of a TopK that is replaced.
 _REPLACED = "is_replaced"

@@ -17,7 +17,7 @@ _ANSWERS = {"misnamed_weights": list[MisnamedAnswer], "files_not_run": list[str]
 
 
 class CodeReader:
-    """Asks what stands in the code of models.
+    """Asks what the code of models has in it.
 
     Args:
         target: Name of the target, for messages.

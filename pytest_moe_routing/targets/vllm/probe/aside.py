@@ -1,4 +1,4 @@
-"""Another child of the vLLM target, which answers the same as the first one, beside it.
+"""Another child of the vLLM target, which answers the same questions as the first one.
 
 The first is asked for kernel calls, of which there are many. See `main`.
 """

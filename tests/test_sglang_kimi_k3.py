@@ -16,8 +16,10 @@ from pytest_moe_routing.oracle.layouts import wrong_layouts
 from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.oracle.other_experts import other_calls
 from pytest_moe_routing.report.text import sentences
+from pytest_moe_routing.targets.sglang.model_configs import published_of
 
-K3 = load_models(packaged_directory())["kimi-k3"]
+MODELS = load_models(packaged_directory())
+K3 = MODELS["kimi-k3"]
 #: The same with a factor: that of the published checkpoint is 1.
 SCALED = replace(K3, router=replace(K3.router, routed_scaling_factor=2.5))
 #: What the block tells its experts.
@@ -86,8 +88,17 @@ def test_its_block_is_judged_as_it_runs_by_default(target):
 
 def test_a_latent_block_is_built_with_its_projections(target):
     """A kernel of one without would have the width of hidden states, 256."""
-    shape = target._handed_over(K3, "mxfp4")["arguments"]["hidden_states"]["shape"]
-    assert shape[1] == 768
+    nemotron = MODELS["nemotron-3-super"]
+    for call in (target._handed_over(K3, "mxfp4"), target._run(nemotron, "bf16")):
+        assert call["arguments"]["hidden_states"]["shape"][1] == 768
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [("kimi-k3", "routed_expert_hidden_size"), ("nemotron-3-super", "moe_latent_size")],
+)
+def test_a_published_config_states_the_latent_size(model, key):
+    assert published_of(MODELS[model], "")[key] == 768
 
 
 def test_its_rows_are_taken_for_alternating_ones_on_rtx_blackwell(target):

@@ -42,10 +42,24 @@ class _Factors(TypedDict, total=False):
     input_scale: dict[str, Any]
 
 
+class _Raised(TypedDict):
+    type: str
+    message: str
+    where: str
+    code: str
+
+
+class _WrongPadding(TypedDict, total=False):
+    misread: list[str]
+    raised: _Raised
+
+
 class LaidOutAnswer(_Factors):
     """The entry point, the code that prepares its weights, and what lies wrongly.
 
     Attributes:
+        padding: What is wrong where sizes are padded: an argument of the kernel, or the output of
+            the layer, with what is right and what is there instead; or what was raised.
         columns: Those of hidden states, and those that the weights are for.
         unanswered: Why nothing is known of the weights, if so; then there is nothing else.
     """
@@ -54,6 +68,7 @@ class LaidOutAnswer(_Factors):
     method: str
     orders: list[WrongOrder]
     columns: NotRequired[list[int]]
+    padding: NotRequired[list[_WrongPadding]]
     unanswered: NotRequired[str]
 
 
@@ -75,13 +90,6 @@ class LaidOutElsewhere(_Limited):
 
     device: str
     switches: list[str]
-
-
-class _Raised(TypedDict):
-    type: str
-    message: str
-    where: str
-    code: str
 
 
 class SplitAnswer(TypedDict, total=False):
@@ -108,12 +116,23 @@ def split(answer: SplitAnswer, scheme: str, flashinfer: FlashInfer) -> LaidOut:
     if "raised" not in answer:
         findings = tuple(split_findings(flashinfer, scheme, answer))
         return LaidOut(answer["function"], answer["method"], findings)
-    said = answer["raised"]
-    finding = Finding(
-        Kind.RAISED, said["type"], None, said["message"], said["where"], "", said["code"]
-    )
+    finding = _raised(answer["raised"])
     refused = finding if answer["is_refused"] else None
     return LaidOut("", answer["method"], () if refused else (finding,), refused=refused)
+
+
+def _raised(said: _Raised) -> Finding:
+    where = said["where"]
+    return Finding(Kind.RAISED, said["type"], None, said["message"], where, "", said["code"])
+
+
+def _wrong_padding(answer: LaidOutAnswer) -> Iterator[Finding]:
+    """Yield what is wrong where sizes are padded."""
+    for each in answer.get("padding", []):
+        if "raised" in each:
+            yield _raised(each["raised"])
+        else:
+            yield Finding(Kind.ARGUMENT, *each["misread"])
 
 
 def _beyond_limits(answer: Mapping[str, Any], release: str) -> tuple[Finding, ...]:
@@ -174,6 +193,7 @@ def laid_out(
         (
             *layout_findings(answer["orders"], function),
             *(replace(finding, where=function) for finding in wrong),
+            *_wrong_padding(answer),
             *_beyond_limits(answer, release),
         ),
         None if switches is None else tuple(switches),

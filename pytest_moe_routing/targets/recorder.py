@@ -41,6 +41,8 @@ _ENUMS = ("ActivationType", "Fp8QuantizationType", "WeightLayout")
 
 #: What follows the name of a class in that of its method that calls the kernel.
 _RUN = ".run"
+#: Their arguments for a buffer.
+_BUFFERS = ("output", "moe_output")
 #: Entry points that return a list, of which the first is the output.
 _LISTS = ("trtllm_fp4", "trtllm_mxint4", "cutlass")
 
@@ -64,9 +66,15 @@ def reached(function: str, arguments: Mapping[str, Any]) -> Any:
     raise Reached(function, arguments)
 
 
+def buffer_of(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Return the buffer into which an entry point is told to write, if it is told one."""
+    given = (arguments.get(name) for name in _BUFFERS)
+    return next((buffer for buffer in given if buffer is not None), None)
+
+
 def returned(function: str, arguments: Mapping[str, Any], output: Tensor) -> Any:
     """Return an output as an entry point does, in the buffer that it is given if there is one."""
-    into = arguments.get("output")
+    into = buffer_of(arguments)
     if into is not None:
         into.copy_(output)
         output = into

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -272,14 +272,17 @@ def make_layer(
     server: Surroundings,
     quantization: Any,
     prefix: str = PREFIX,
+    *,
+    parts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """Return the runner of a layer without shared experts that vLLM's factory makes.
+    """Return the runner of a layer that vLLM's factory makes.
 
     Args:
         arguments: Those of the factory, but for what follows from the other ones.
         server: The config of the server.
         quantization: The quantization config of the checkpoint.
         prefix: The name of the layer's experts.
+        parts: What lies around its experts, as arguments; no shared experts if left out.
     """
     given = {
         **arguments,
@@ -287,6 +290,7 @@ def make_layer(
         "quant_config": quantization,
         "prefix": prefix,
         "shared_experts": None,
+        **parts,
     }
     with around(ranks, server):
         return names().get("layer-factory")(**given)

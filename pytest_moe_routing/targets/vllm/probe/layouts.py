@@ -32,6 +32,7 @@ from pytest_moe_routing.targets.vllm.probe.other_experts import (
     needs,
     taken_as,
 )
+from pytest_moe_routing.targets.vllm.probe.padded import unlike_unpadded
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
@@ -190,8 +191,11 @@ def _laid_out(
     modular: bool,
 ) -> dict[str, Any]:
     place = _place(method)
+    padding: list[dict[str, Any]] = []
     with surroundings(), on_one_gpu(), _taking(scheme, modular):
         layer, call = _prepared(model, scheme, method, loading)
+        if loading.sizes == _PADDED:
+            padding = unlike_unpadded(layer)
     _require_experts(scheme, layer, place, modular=modular)
     arguments, gated = call.arguments, model["experts"]["gated"]
     checkpoint = layer.checkpoint.as_given(arguments)
@@ -200,6 +204,7 @@ def _laid_out(
         "method": place,
         "orders": marked_weights.orders(scheme, arguments, checkpoint, gated=gated),
         "columns": marked_weights.columns(arguments),
+        "padding": padding,
         **factors_of(arguments, checkpoint.halves_apart()),
     }
 
@@ -284,8 +289,11 @@ def _laid_out_elsewhere(
     """Return an answer about a kind, as what it stores the scheme, and the GPU."""
     kind, stored, device = about
     place, experts = _place(method), names().get(kind.key)
+    padding: list[dict[str, Any]] = []
     with surroundings(), on_one_gpu():
         layer, call = _prepared(model, scheme, method, loading)
+        if loading.sizes == _PADDED:
+            padding = unlike_unpadded(layer)
     if layer.method.experts_cls is not experts:
         raise Unsupported(f"not judged: {place} takes {layer.method.experts_cls.__name__}")
     entry = given_experts(call.function)
@@ -299,6 +307,7 @@ def _laid_out_elsewhere(
         "scales": scales_of(entry, stored, call.arguments),
         "sizes": sizes_of(entry, call.arguments),
         "capability": "{}.{}".format(*CAPABILITIES[device]),
+        "padding": padding,
     }
 
 

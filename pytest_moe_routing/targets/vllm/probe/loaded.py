@@ -45,6 +45,8 @@ _BACKEND = "flashinfer_trtllm"
 _TIED = ("w13_weight_scale_2", "w13_weight_global_scale")
 #: In the place of a value that a module does not have.
 _NONE = object()
+#: Scales of activations that nobody replaced yet.
+_EXACT_SCALES = marked.block_scales
 #: Formats of scales of activations, by how many elements share one; others are float32.
 _FORMATS = {16: torch.float8_e4m3fn, 32: torch.float8_e8m0fnu}
 
@@ -141,6 +143,21 @@ def _replaced(values: Iterable[tuple[ModuleType, str, Any]]) -> Iterator[None]:
                 del module[name]
             else:
                 module[name] = value
+
+
+@contextmanager
+def exact_quantizers() -> Iterator[None]:
+    """Have activations quantized so that marked ones keep their values, inside `surroundings`."""
+    fp8 = names().spelling("quantizers.scaled_fp8_quant")
+    unscaled = patch.object(import_module(fp8.module), fp8.path, _unscaled_fp8)
+    with unscaled, patch.object(marked, "block_scales", _EXACT_SCALES):
+        yield
+
+
+def _unscaled_fp8(
+    x: Tensor, scale: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor | None]:
+    return x.to(torch.float8_e4m3fn), scale
 
 
 def _to_fp8(
@@ -241,15 +258,26 @@ class LoadedLayer:
         if model["router"]["correction_bias"] is not None:
             bias = torch.zeros(experts, dtype=getattr(torch, model["router"]["correction_bias"]))
         arguments = layer_arguments(model, sizes, bias)
-        self._config = ranks.config(arguments["params_dtype"])
-        self._config.kernel_config.moe_backend = backend or _BACKENDS.get(scheme, _BACKEND)
-        quantization = Quantization(scheme, method, are_whole=self._are_whole)
-        self._runner = factory.make_layer(arguments, ranks, self._config, quantization)
+        self._arguments, self._backend = arguments, backend or _BACKENDS.get(scheme, _BACKEND)
+        self._quantization = Quantization(scheme, method, are_whole=self._are_whole)
+        self._config, self._runner = self._made({})
         self._experts = self._runner.routed_experts
         self.method = self._experts.quant_method
         if not hasattr(self.method, "forward"):
             # vLLM's base class of operators for several devices is a stub.
             self.method.forward = getattr(self.method, "forward_cuda", None)
+
+    @property
+    def hidden_size(self) -> int:
+        """That of the checkpoint."""
+        return self._sizes[0]
+
+    def _made(self, parts: Mapping[str, Any]) -> tuple[Surroundings, Any]:
+        """Make a layer with some parts around its experts: the server's config, and the runner."""
+        config = self._ranks.config(self._arguments["params_dtype"])
+        config.kernel_config.moe_backend = self._backend
+        making = self._ranks, config, self._quantization
+        return config, factory.make_layer(self._arguments, *making, parts=parts)
 
     def load(self) -> None:
         """Load and prepare the weights."""
@@ -264,20 +292,38 @@ class LoadedLayer:
         Raises:
             Unsupported: It calls none.
         """
-        experts, tokens = self._model["router"]["num_experts"], marked_weights.TOKENS
-        dtype = told_dtype(self._model) or getattr(torch, self._model["dtype"])
-        logits = torch.zeros(tokens, experts, dtype=dtype)
-        hidden = torch.zeros(tokens, self._sizes[0], dtype=getattr(torch, self._model["dtype"]))
-        if not self.method.is_monolithic:
-            ids = torch.zeros(tokens, self._model["router"]["top_k"], dtype=torch.int32)
-            self._runner.router = ChosenExperts(torch.ones_like(ids, dtype=torch.float32), ids)
+        hidden = torch.zeros(
+            marked_weights.TOKENS, self._sizes[0], dtype=getattr(torch, self._model["dtype"])
+        )
         scales.quantized_by.clear()
-        with factory.around(self._ranks, self._config):
-            try:
-                self._runner.forward(hidden, logits)
-            except Reached as reached:
-                return reached
+        try:
+            self._run(self._config, self._runner, hidden)
+        except Reached as reached:
+            return reached
         raise Unsupported("the layer calls no kernel")
+
+    def run_with(self, parts: Mapping[str, Any], hidden: Tensor) -> Tensor:
+        """Return the output of a layer that has the same experts, with other parts around them.
+
+        Args:
+            parts: Arguments of the factory; without any, the layer itself is run.
+        """
+        config, runner = self._config, self._runner
+        if parts:
+            config, runner = self._made(parts)
+            runner.routed_experts, runner.moe_config = self._experts, self._runner.moe_config
+        return self._run(config, runner, hidden)
+
+    def _run(self, config: Surroundings, runner: Any, hidden: Tensor) -> Tensor:
+        router, tokens = self._model["router"], len(hidden)
+        dtype = told_dtype(self._model) or getattr(torch, self._model["dtype"])
+        logits = torch.zeros(tokens, router["num_experts"], dtype=dtype)
+        if not self.method.is_monolithic:
+            ids = torch.zeros(tokens, router["top_k"], dtype=torch.int32)
+            runner.router = ChosenExperts(torch.ones_like(ids, dtype=torch.float32), ids)
+        with factory.around(self._ranks, config):
+            output: Tensor = runner.forward(hidden, logits)
+        return output
 
     def _load(self, name: str, parameter: Any) -> None:
         data = parameter.data

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edited import edited
 from in_process import InProcess
+from packaging.version import Version
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
@@ -34,6 +35,7 @@ MODELOPT = f"{QUANT}.modelopt", "ModelOptNvFp4FusedMoE.process_weights_after_loa
 TENSORS = f"{QUANT}.compressed_tensors.compressed_tensors_moe"
 LOADER = f"{MOE}.routed_experts", "RoutedExperts._load_w13"
 MXFP4 = f"{MOE}.oracle.mxfp4"
+RUNNER = f"{MOE}.runner.moe_runner"
 CUTEDSL = FP4, "prepare_nvfp4_moe_layer_for_flashinfer_cutedsl"
 GPT_OSS = MXFP4, "convert_gpt_oss_weight_to_mxfp4_moe_kernel_format"
 #: What is broken: the function, what is replaced in it and by what, the model and the scheme.
@@ -218,6 +220,35 @@ BROKEN = {
         *(r"fc2_input_scale=fc2_input_scale", "fc2_input_scale=self.a1_gscale"),
         *("mixtral-8x7b", "nvfp4"),
     ),
+    "output that is not cut": (
+        *(RUNNER, "MoERunner._maybe_reduce_final_output"),
+        *(r"states\[\.\.\., :trunc_size\] if .*", "states", "mixtral-8x7b", "nvfp4"),
+    ),
+    "output that is not cut next to shared experts": (
+        *(RUNNER, "MoERunner.forward", r"fused_output\[\.\.\., :og_hidden_dim_pre_xform\]"),
+        *("fused_output", "nemotron-3-nano", "nvfp4"),
+    ),
+    "output that is cut elsewhere": (
+        *(RUNNER, "MoERunner._maybe_reduce_final_output"),
+        *(r"states\[\.\.\., :trunc_size\]", "states[..., -trunc_size:]", "mixtral-8x7b", "nvfp4"),
+    ),
+    "padding that is not zero": (
+        *(RUNNER, "MoERunner._maybe_pad_hidden_states", "value=0.0", "value=1.0"),
+        *("nemotron-3-nano", "nvfp4"),
+    ),
+    "output that is cut to the latent size": (
+        *(RUNNER, "MoERunner._maybe_pad_hidden_states"),
+        *("self.routed_output_transform is not None and shared", "False and shared"),
+        *("nemotron-3-nano", "nvfp4"),
+    ),
+    "output that is wider than the layer": (
+        *(f"{MOE}.experts.trtllm_mxfp4_moe", "TrtLlmMxfp4ExpertsBase.__init__"),
+        *(r"moe_config.hidden_dim_unpadded or moe_config.hidden_dim", "moe_config.hidden_dim"),
+        *("gpt-oss-20b", "mxfp4"),
+    ),
+    "tile of rows without a gate for CuteDSL": (
+        *(*CUTEDSL, "64 if gated else 128", "64", "nemotron-3-nano", "nvfp4"),
+    ),
     "rows of experts without a gate for CUTLASS": (
         *(*GPT_OSS, "128", "128", "nemotron-3-nano", "mxfp4"),
     ),
@@ -229,6 +260,22 @@ BROKEN = {
     "nothing without gates": (*DEEPSEEK, "64", "64", "nemotron-3-nano", "nvfp4"),
     "nothing with SiTU": (*DEEPSEEK, "64", "64", "kimi-k3", "nvfp4"),
 }  # fmt: skip
+
+#: The same of what a later release does.
+SINCE = {
+    "columns for MXFP8": (
+        *("0.33.0", *FP8, "hidden_alignment=256", "hidden_alignment=128"),
+        *("minimax-m3", "mxfp8"),
+    ),
+    "columns for MXFP8 that are not padded": (
+        *("0.33.0", UTILS, "align_mxfp8_moe_weights_for_fi_trtllm"),
+        *(r"round_up\(hidden_size, hidden_alignment\)", "hidden_size", "minimax-m3", "mxfp8"),
+    ),
+    "columns for MXFP8 that hidden states lack": (
+        *("0.33.0", *FP8, "layer.moe_config.hidden_dim = new_hidden", "pass"),
+        *("minimax-m3", "mxfp8"),
+    ),
+}
 
 #: The same of experts that are split over ranks.
 SPLIT = {
@@ -264,7 +311,8 @@ def main(root, flashinfer, version):
     target._probe = InProcess(target._probe, handlers)
     handlers["numbers"]()
     found = {}
-    for name, (module, path, old, new, model, scheme) in BROKEN.items():
+    newer = {n: what for n, (since, *what) in SINCE.items() if Version(version) >= Version(since)}
+    for name, (module, path, old, new, model, scheme) in {**BROKEN, **newer}.items():
         with edited(module, path, old, new):
             wrong = wrong_layouts(target, scheme, [models[model]])
         answers = [[e.at.method.rpartition("/")[2], *sentences(e.at.findings)] for e in wrong.wrong]

@@ -169,6 +169,10 @@ HALF_OF_INPUTS = [
     "w1_scale * a1_scale / a2_scale",
     "input_scale arrives as 3.99902, the layer has 1 / a1_scale",
 ]
+UNCUT = "output arrives as 512 columns, the layer has 384 columns"
+COLUMNS = (
+    "number of columns is 384, expected a multiple of 256: FlashInfer has no kernel for other sizes"
+)
 UNPADDED = "hidden_states arrives as 384 columns, the layer has 512 columns"
 #: The same for vLLM, and by which methods of checkpoints; see `broken_vllm_layouts.py`.
 FP8 = ["CompressedTensorsW8A8Fp8MoEMethod", "Fp8MoEMethod"]
@@ -327,10 +331,28 @@ OF_VLLM = {
             "quantization"
         ],
     ),
+    "output that is not cut": (NVFP4, [UNCUT]),
+    "output that is cut elsewhere": (
+        NVFP4,
+        ["output arrives as other columns, the layer has the kernel's columns"],
+    ),
+    "output that is cut to the latent size": (
+        NVFP4,
+        ["output arrives as 384 columns, the layer has 640 columns"],
+    ),
+    "padding that is not zero": (
+        NVFP4,
+        [
+            "hidden_states arrives as other values after its columns, the layer has zeros after "
+            "its columns"
+        ],
+    ),
     "nothing with biases": ([], []),
     "nothing without gates": ([], []),
     "nothing with SiTU": ([], []),
 }
+#: What is wrong in the same words with TRT-LLM's kernels and with CuteDSL's.
+OF_EACH_KERNEL = {what for what in OF_VLLM if what.startswith("output that is")}
 
 
 def test_halves_that_experts_without_a_gate_do_not_have_are_not_swapped(broken_vllm):
@@ -349,8 +371,12 @@ def test_halves_that_experts_without_a_gate_do_not_have_are_not_swapped(broken_v
             "of another size",
         ),
         (
+            "tile of rows without a gate for CuteDSL",
+            "number of rows is 192, expected a multiple of 128: FlashInfer rejects other sizes",
+        ),
+        (
             "rows for CuteDSL",
-            "number of rows is 96, expected a multiple of 128: FlashInfer rejects other sizes",
+            "number of rows is 160, expected a multiple of 128: FlashInfer rejects other sizes",
         ),
     ],
 )
@@ -367,7 +393,7 @@ def test_sizes_that_a_kernel_of_cutedsl_does_not_take_are_found(broken_vllm, wha
 def broken_vllm():
     if not VLLM_WHEELS:
         pytest.skip("MOE_WHEELS has no vLLM whose preparation is edited")
-    return run_on_vllm("broken_vllm_layouts.py", VLLM_WHEELS[0])
+    return run_on_vllm("broken_vllm_layouts.py", VLLM_WHEELS[-1])
 
 
 @pytest.mark.parametrize("what", OF_VLLM)
@@ -377,7 +403,38 @@ def test_what_vllm_lays_in_another_order_is_found(broken_vllm, what):
     assert answered == 1
     assert sorted({method.partition(" ")[2] for method, *_ in told}) == methods
     # Entry points that pad otherwise may find the same mistake in other words as well.
-    assert [found for _, *found in told].count(sentences) == len(methods)
+    times = 2 if what in OF_EACH_KERNEL else 1
+    assert [found for _, *found in told].count(sentences) == times * len(methods)
+
+
+@pytest.mark.parametrize(
+    "what", ["output that is not cut next to shared experts", "output that is wider than the layer"]
+)
+def test_an_output_that_does_not_fit_what_follows_is_found(broken_vllm, what):
+    answered, *told = broken_vllm[what]
+    assert answered == 1
+    # Shared experts, and the projection of a latent size.
+    for wrong in ("The size of tensor a (384) must match", "multiplied (8x512 and 384x640)"):
+        assert any(wrong in sentence for sentence in told[0])
+
+
+#: The same of releases that have the code.
+OF_LATER = {
+    "columns for MXFP8": COLUMNS,
+    "columns for MXFP8 that are not padded": COLUMNS,
+    "columns for MXFP8 that hidden states lack": UNPADDED,
+}
+
+
+@pytest.mark.parametrize("what", OF_LATER)
+def test_columns_that_a_kernel_of_mxfp8_does_not_take_are_found(broken_vllm, what):
+    if what not in broken_vllm:
+        pytest.skip("MOE_WHEELS has no vLLM that pads hidden states for MXFP8")
+    answered, *told = broken_vllm[what]
+    assert answered == 1
+    assert [(method.partition(" ")[2], *said) for method, *said in told] == [
+        (method, OF_LATER[what]) for method in MXFP8[::-1]
+    ]
 
 
 def test_experts_whose_rows_cannot_be_followed_are_counted(broken_vllm):

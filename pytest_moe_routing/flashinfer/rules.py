@@ -230,6 +230,10 @@ class FlashInfer:
         """What the rows of the first weights must be a multiple of, at a TRT-LLM kernel."""
         return int(_data()["tile_rows"])
 
+    def tile_columns(self, scheme: str) -> int:
+        """Return what the columns of hidden states must be a multiple of, likewise."""
+        return int(_data()["tile_columns"].get(scheme, 1))
+
     def facts(self, call: KernelCall, about: Collection[str] | None = None) -> list[str]:
         """Return why fields of `recipe`, all or these, differ from the method's row."""
         kernel = _kernel(self.judged_as, call.scheme, call.method)

@@ -225,7 +225,7 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
         reached += f" on {call.device}"
     models = few(list(dict.fromkeys(each.id for each in (model, *wrong.models))))
     is_order = all(finding.kind is Kind.LAYOUT for finding in call.findings)
-    problem = "reads other elements than it is given" if is_order else "is given other factors"
+    problem = "reads other elements than it is given" if is_order else "does not fit its layer"
     lines: tuple[str, ...] = (
         f"{model} on {scheme}, {target}: {call.function} {problem}",
         f"  reach    {reached}",
@@ -238,7 +238,7 @@ def of_layout(target: Target, scheme: str, wrong: WrongLayout) -> Failure:
         rank = Rank.LATENT
         lines = (f"{lines[0]}: {'; '.join(text.sentences(call.findings))}", reached)
     source, _, name = call.method.partition(" ")
-    what = "+".join(dict.fromkeys(f"{f.field}-{f.got}" for f in call.findings))
+    what = "+".join(dict.fromkeys(f.raised_in or f"{f.field}-{f.got}" for f in call.findings))
     return Failure(
         cause_id("layout", re.sub(r"[^\w+-]+", "-", what), name),
         rank,

@@ -17,6 +17,8 @@ from pytest_moe_routing.oracle.shares import split_findings
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets import scales
 
+_NO_KERNEL = "FlashInfer has no kernel for other sizes"
+
 
 class WrongOrder(TypedDict):
     """A tensor that lies otherwise than its kernel reads it; see `marked_weights.orders`."""
@@ -149,11 +151,16 @@ def _beyond_limits(answer: Mapping[str, Any], release: str) -> tuple[Finding, ..
     )
 
 
-def _wrong_columns(columns: Sequence[int]) -> Iterator[Finding]:
-    """Yield that hidden states have other columns than the weights; none if it is not known."""
+def _wrong_columns(columns: Sequence[int], tile: int) -> Iterator[Finding]:
+    """Yield that hidden states have other columns than the weights, or no whole tiles of columns.
+
+    Nothing if it is not known how many they have.
+    """
     if len({*columns}) > 1:
         given, wanted = (f"{count} columns" for count in columns)
         yield Finding(Kind.ARGUMENT, "hidden_states", wanted, given)
+    elif columns and columns[0] % tile:
+        yield Finding(Kind.LIMIT, "number of columns", f"%{tile}", columns[0], "", _NO_KERNEL)
 
 
 def laid_out(
@@ -164,6 +171,7 @@ def laid_out(
     device: str = "",
     *,
     release: str = "",
+    tile: int = 1,
 ) -> LaidOut:
     """Read an answer.
 
@@ -171,6 +179,7 @@ def laid_out(
         switches: Those without which the call is not made; None if that cannot be asked.
         device: The GPU, if it is not the usual one.
         release: That of FlashInfer, if the kernel may limit sizes.
+        tile: What columns of hidden states must be a multiple of.
     """
     function, method = answer["function"], answer["method"]
     halves = answer.get("halves", {})
@@ -183,7 +192,7 @@ def laid_out(
             for role, value in own.items()
             for finding in wrong_factor(role, value, role, formulas[role], given)
         ),
-        *_wrong_columns(answer.get("columns", [])),
+        *_wrong_columns(answer.get("columns", []), tile),
         *wrong_factors(model.experts, kernel_of(scheme), answer.get("factors", {}), given),
         *wrong_input(scheme, answer, given),
     )

@@ -203,7 +203,8 @@ class VllmTarget(FrameworkTarget):
             choice = self.choice(model, scheme, method, modular=modular)
             for answer in self._aside.ask("layouts", **question):
                 switches = None if choice is None else choice.switches
-                found.append(laid_out(answer, model, scheme, switches))
+                tile = self.flashinfer.tile_columns(scheme)
+                found.append(laid_out(answer, model, scheme, switches, tile=tile))
         return tuple(found)
 
     def laid_out_elsewhere(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:

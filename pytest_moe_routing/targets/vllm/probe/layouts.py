@@ -37,7 +37,7 @@ from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: Sizes that methods pad, and what pads them, by key of the contract; others raise, or take them.
-_PADDED = (384, 96)
+_PADDED = (384, 160)
 _PADS = {
     "fp8_per_tensor": "pads-fp8",
     "mxfp8": "pads-mxfp8",
@@ -261,9 +261,10 @@ def other_layouts(model: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
                     about = kind, stored, way["device"]
                     answer = _laid_out_elsewhere(few, scheme, class_of(caller), loading, about)
                     # What is the same on another GPU is one mistake.
-                    known = answer["method"], answer["orders"], answer["scales"]
+                    parts = "orders", "scales", "padding"
+                    known = answer["method"], *(answer[part] for part in parts)
                     if known in shown:
-                        answer |= {"orders": [], "scales": {}}
+                        answer |= {"orders": [], "scales": {}, "padding": []}
                     shown.append(known)
                     found.append({**way, **answer})
     return found

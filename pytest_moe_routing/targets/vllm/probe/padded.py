@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer.given import given_experts
-from pytest_moe_routing.targets import marked, marked_weights
+from pytest_moe_routing.targets import marked
 from pytest_moe_routing.targets.marked import UnusableArgumentError
 from pytest_moe_routing.targets.recorder import Reached, buffer_of, returned
 from pytest_moe_routing.targets.vllm.probe import release
@@ -114,7 +114,9 @@ def _run(layer: LoadedLayer, parts: Mapping[str, Any], columns: int) -> list[dic
 def _names(function: str) -> tuple[str, str]:
     """Return the arguments of an entry point with activations and with their scales."""
     entry = given_experts(function)
-    return ("hidden_states", "hidden_states_scale") if entry is None else (entry.hidden, entry.scale)
+    return (
+        ("hidden_states", "hidden_states_scale") if entry is None else (entry.hidden, entry.scale)
+    )
 
 
 def _columns(function: str, arguments: Mapping[str, Any]) -> int:

@@ -18,6 +18,7 @@ class LaidOut:
         switches: Those without which the call is not made; None if that cannot be asked.
         device: The GPU, if it is not the usual one.
         refused: What the target raised when it made a layer; then there is no call.
+        run: The lines of the target that made a quantization config, and that called the kernel.
         unanswered: Why nothing is known of the call, if so; then nothing is found either.
     """
 
@@ -28,3 +29,4 @@ class LaidOut:
     device: str = ""
     refused: Finding | None = None
     unanswered: str = ""
+    run: tuple[str, ...] = ()

@@ -40,11 +40,13 @@ class LayoutsFound:
     Attributes:
         answered: How many models were asked or have experts of the kind of one that was.
         unanswered: Why how many models could not be asked.
+        run: The lines of the target that were run; see `LaidOut.run`.
     """
 
     wrong: tuple[WrongLayout, ...]
     answered: int
     unanswered: Counter[str]
+    run: frozenset[str] = frozenset()
 
 
 def wrong_layouts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> LayoutsFound:
@@ -61,7 +63,7 @@ def wrong_layouts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> L
         if way is not None:
             kinds.setdefault((way, kind_of(model)), []).append(model)
     wrong: dict[Any, tuple[LaidOut, list[ModelSpec]]] = {}
-    answered = set[ModelSpec]()
+    answered, run = set[ModelSpec](), set[str]()
     for members in kinds.values():
         first, found = _ask(target, scheme, members)
         if isinstance(found, Unsupported):
@@ -70,13 +72,15 @@ def wrong_layouts(target: Target, scheme: str, models: Iterable[ModelSpec]) -> L
         answered.update(members)
         others = [model for model in members if model is not first]
         for at in found:
+            run.update(at.run)
             # Entry points that a method hands the same weights show one mistake.
             key = at.method, tuple(replace(each, where="") for each in at.findings)
             if at.findings:
                 wrong.setdefault(key, (at, []))[1].extend([first, *others])
     mistakes = (WrongLayout(at, tuple(dict.fromkeys(given))) for at, given in wrong.values())
-    elsewhere = _elsewhere(target, scheme, served, answered, unanswered)
-    return LayoutsFound((*mistakes, *elsewhere), len(answered), unanswered)
+    elsewhere = _elsewhere(target, scheme, served, answered, unanswered, run)
+    wrongs = *mistakes, *elsewhere
+    return LayoutsFound(wrongs, len(answered), unanswered, frozenset(run))
 
 
 def _elsewhere(
@@ -85,11 +89,12 @@ def _elsewhere(
     models: Iterable[ModelSpec],
     answered: set[ModelSpec],
     unanswered: Counter[str],
+    run: set[str],
 ) -> Iterable[WrongLayout]:
     """Ask about a model of each kind that the target runs in other kernels than the scheme's.
 
     Args:
-        answered, unanswered: Those of the scheme's own kernels, to which these are added.
+        answered, unanswered, run: Those of the scheme's own kernels, to which these are added.
     """
     wrong: dict[Any, tuple[LaidOut, list[ModelSpec]]] = {}
     kinds: dict[Any, list[ModelSpec]] = {}
@@ -103,6 +108,7 @@ def _elsewhere(
         unanswered.update({reason: len(alike) for reason in reasons})
         if found:
             answered.update(alike)
+        run.update(line for at in found for line in at.run)
         for at in _met_most(found):
             if at.findings:
                 # Precisions of one GPU show one mistake.

@@ -62,6 +62,7 @@ class LaidOutAnswer(_Factors):
     Attributes:
         padding: What is wrong where sizes are padded: an argument of the kernel, or the output of
             the layer, with what is right and what is there instead; or what was raised.
+        run: The lines that make a quantization config, and the one that calls the kernel.
         columns: Those of hidden states, and those that the weights are for.
         unanswered: Why nothing is known of the weights, if so; then there is nothing else.
     """
@@ -71,6 +72,7 @@ class LaidOutAnswer(_Factors):
     orders: list[WrongOrder]
     columns: NotRequired[list[int]]
     padding: NotRequired[list[_WrongPadding]]
+    run: NotRequired[list[str]]
     unanswered: NotRequired[str]
 
 
@@ -208,4 +210,5 @@ def laid_out(
         None if switches is None else tuple(switches),
         device,
         unanswered=answer.get("unanswered", ""),
+        run=tuple(answer.get("run", ())),
     )

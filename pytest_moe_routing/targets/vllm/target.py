@@ -31,7 +31,6 @@ from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.contract import Names, release_of
-from pytest_moe_routing.targets.framework import FrameworkTarget
 from pytest_moe_routing.targets.hf_configs import without_transformers
 from pytest_moe_routing.targets.layouts import laid_out
 from pytest_moe_routing.targets.model_classes import Place
@@ -41,6 +40,7 @@ from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.stubs import source_of
 from pytest_moe_routing.targets.vllm import questions
 from pytest_moe_routing.targets.vllm.answers import ANSWERS as ANSWERS_OF_PROBE
+from pytest_moe_routing.targets.vllm.hand_overs import HandOvers
 from pytest_moe_routing.targets.vllm.model_code import ModelCode, modules_of_blocks
 from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
 from pytest_moe_routing.targets.vllm.recorded import at_site, layer_of, raised, site_of
@@ -56,7 +56,7 @@ def _logits() -> Mapping[str, Mapping[str, str]]:
     return rows
 
 
-class VllmTarget(FrameworkTarget):
+class VllmTarget(HandOvers):
     """One release of vLLM with one of FlashInfer."""
 
     name = "vllm"
@@ -198,12 +198,12 @@ class VllmTarget(FrameworkTarget):
 
     def laid_out(self, model: ModelSpec, scheme: str) -> tuple[LaidOut, ...]:
         method, found = self.classify(model).method, []
+        tile = self.flashinfer.tile_columns(scheme)
         for modular in self._ways(model, scheme):
             question = {**questions.of_case(model, scheme), "modular": modular}
             choice = self.choice(model, scheme, method, modular=modular)
             for answer in self._aside.ask("layouts", **question):
                 switches = None if choice is None else choice.switches
-                tile = self.flashinfer.tile_columns(scheme)
                 found.append(laid_out(answer, model, scheme, switches, tile=tile))
         return tuple(found)
 

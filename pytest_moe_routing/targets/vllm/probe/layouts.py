@@ -21,6 +21,7 @@ from pytest_moe_routing.targets.vllm.probe.choice import on_capability, selector
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import ALL, experts_of
+from pytest_moe_routing.targets.vllm.probe.hand_overs import called_at, noting
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, INTERMEDIATE
 from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, is_whole, surroundings
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
@@ -192,7 +193,8 @@ def _laid_out(
 ) -> dict[str, Any]:
     place = _place(method)
     padding: list[dict[str, Any]] = []
-    with surroundings(), on_one_gpu(), _taking(scheme, modular):
+    run: dict[str, None] = {}
+    with surroundings(), on_one_gpu(), _taking(scheme, modular), noting(run):
         layer, call = _prepared(model, scheme, method, loading)
         if loading.sizes == _PADDED:
             padding = unlike_unpadded(layer)
@@ -205,6 +207,7 @@ def _laid_out(
         "orders": marked_weights.orders(scheme, arguments, checkpoint, gated=gated),
         "columns": marked_weights.columns(arguments),
         "padding": padding,
+        "run": [*run, called_at(call)],
         **factors_of(arguments, checkpoint.halves_apart()),
     }
 
@@ -291,7 +294,8 @@ def _laid_out_elsewhere(
     kind, stored, device = about
     place, experts = _place(method), names().get(kind.key)
     padding: list[dict[str, Any]] = []
-    with surroundings(), on_one_gpu():
+    run: dict[str, None] = {}
+    with surroundings(), on_one_gpu(), noting(run):
         layer, call = _prepared(model, scheme, method, loading)
         if loading.sizes == _PADDED:
             padding = unlike_unpadded(layer)
@@ -309,6 +313,7 @@ def _laid_out_elsewhere(
         "sizes": sizes_of(entry, call.arguments),
         "capability": "{}.{}".format(*CAPABILITIES[device]),
         "padding": padding,
+        "run": [*run, called_at(call)],
     }
 
 

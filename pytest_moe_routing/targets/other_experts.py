@@ -8,8 +8,9 @@ from typing import Any, Required, TypedDict
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.models import ModelSpec
-from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled
+from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled, read_routed
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.given import not_for, read_given, refusal
 from pytest_moe_routing.oracle.modular import misapplied
@@ -60,6 +61,21 @@ class OtherCallAnswer(TypedDict, total=False):
     capability: str
     router_factor: float
     scale_after: float | None
+    intermediate_size: int
+    input_scale: dict[str, Any]
+
+
+def _of_trtllm(
+    model: ModelSpec, record: Mapping[str, Any], flashinfer: FlashInfer
+) -> list[Finding]:
+    """Return what is wrong with a call of one of TRT-LLM's kernels that are given experts."""
+    layer = RecordedLayer(
+        rank=record["shards"] - 1,
+        shards=record["shards"],
+        intermediate_size=record["intermediate_size"],
+        scales=scales.GIVEN,
+    )
+    return list(read_routed(model, record["stored"], record, layer, flashinfer))
 
 
 class OtherCallsAnswer(TypedDict):
@@ -103,7 +119,10 @@ def _findings(
     if record.get("dispatched"):
         ranks += ", tokens gathered"
     given = scales.GIVEN if record["stored"] in _WITH_WHOLE_SCALES else _WITHOUT
-    found = list(read_given(model, {**record, "scales": given}, flashinfer))
+    if given_experts(record["function"]) is None:
+        found = _of_trtllm(model, record, flashinfer)
+    else:
+        found = list(read_given(model, {**record, "scales": given}, flashinfer))
     found += misapplied(model, record, explained=bool(found))
     if "router_factor" in record:
         layer = RecordedLayer(scale_after=record["scale_after"])

@@ -45,12 +45,19 @@ def activation_name(model: Mapping[str, Any]) -> str:
     return name
 
 
-def parallel_config(shards: int = 1, *, dispatched: bool = False, parts: int = 1) -> Any:
+def parallel_config(
+    shards: int = 1,
+    *,
+    dispatched: bool = False,
+    parts: int = 1,
+    exchange: str = server_defaults.ALL_TO_ALL,
+) -> Any:
     """No parallelism, the last rank of expert parallelism, or the second that splits experts.
 
     Args:
         parts: The ranks that have a part of each expert.
         dispatched: Each rank has tokens of its own, which an all-gather brings to the others.
+        exchange: How tokens are exchanged otherwise.
     """
     server_defaults.check_parallel()
     alone = names().get("parallel-config.make_no_parallel")()
@@ -61,7 +68,7 @@ def parallel_config(shards: int = 1, *, dispatched: bool = False, parts: int = 1
     config = replace(alone, ep_size=shards, ep_rank=shards - 1, use_ep=True)
     if dispatched:
         own = {"dp_size": shards, "dp_rank": shards - 1}
-        config = replace(config, **own, all2all_backend="allgather_reducescatter")
+        config = replace(config, **own, all2all_backend=exchange)
     return config
 
 

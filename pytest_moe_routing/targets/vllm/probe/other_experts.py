@@ -9,7 +9,7 @@ values of `targets.scales`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -30,9 +30,10 @@ from pytest_moe_routing.targets.vllm.probe.choice import (
     selector_of,
 )
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation, parallel_config
+from pytest_moe_routing.targets.vllm.probe.exchanged import BACKENDS, exchange
 from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import quant_keys
-from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of
+from pytest_moe_routing.targets.vllm.probe.layer import Layer, intermediate_size, layer_of
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
 from pytest_moe_routing.targets.vllm.probe.modular import Run
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
@@ -123,7 +124,7 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
         return {"calls": []}
     names().require("modular", scheme)
     kinds = {key: devices for key, devices in kinds_of(scheme).items() if key[0].is_run}
-    if not kinds:
+    if not kinds and not any(map(names().expects, BACKENDS)):
         return {"calls": []}
     row, method = SCHEMES[scheme], factory.classify(model)[0]
     try:
@@ -161,7 +162,49 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
                     layer = layer_of(model, row, method, way.ranks)
                     layer.backend = backend
                     calls.append({**about, **_call(experts, caller, layer, way)})
-    return {"calls": calls}
+    return {"calls": [*calls, *_exchanged(model, scheme, selector, callers)]}
+
+
+def _exchanged(
+    model: Mapping[str, Any], scheme: str, selector: Selector, callers: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield calls of experts on Blackwell whose tokens ranks exchange over NVLink.
+
+    The first method that calls them is asked: methods hand over the same, and do not exchange.
+    """
+    row, method, device = SCHEMES[scheme], factory.classify(model)[0], "Blackwell"
+    trtllm = Kind(row.modular or "", (REQUESTED,), "", (device,))
+    kinds = {(kind, stored): on for (kind, stored), on in kinds_of(scheme).items() if kind.is_run}
+    for (kind, stored), devices in {(trtllm, scheme): [device], **kinds}.items():
+        experts = names().get(kind.key)
+        for way in _exchanges(model) if device in devices else ():
+            with on_capability(*DEVICES[device]):
+                taken = taken_as(selector, kind, experts, way)
+                if taken is None:
+                    continue
+                layer = layer_of(model, row, method, way.ranks)
+                layer.backend = None if kind is trtllm else taken[1]
+                about = {"experts": experts.__name__, "device": device, "stored": stored}
+                about |= {"switches": taken[0], "requests": taken[0] != list(way.flags)}
+                about["intermediate_size"] = intermediate_size(model)
+                with exchange():
+                    call = _call(experts, callers[0], layer, way)
+                if not _is_not_made(call):
+                    yield {**about, **call}
+
+
+def _is_not_made(call: Mapping[str, Any]) -> bool:
+    """Return whether what makes the steps around experts rejects them: a server does not start."""
+    said = call.get("raised", {"type": "", "where": ""})
+    file = names().spelling("prepare-factory").module.replace(".", "/")
+    return said["type"] == NotImplementedError.__name__ and said["where"].startswith(f"{file}.py:")
+
+
+def _exchanges(model: Mapping[str, Any]) -> Iterator[Way]:
+    for key, backend in BACKENDS.items():
+        if names().expects(key) and len(counts_of_ranks(model)) > 1:
+            flags = *_WAYS[2].flags, f"--all2all-backend {backend}"
+            yield Way(Ranks(2, dispatched=True, exchange=backend), flags)
 
 
 def _elsewhere(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
@@ -246,7 +289,8 @@ def taken_as(
     server_defaults.require_backend(*kind.backends)
     config, ranks = selector.config, way.ranks
     if ranks.count > 1:
-        parallel = parallel_config(ranks.shards, dispatched=ranks.dispatched, parts=ranks.parts)
+        about = {"dispatched": ranks.dispatched, "parts": ranks.parts, "exchange": ranks.exchange}
+        parallel = parallel_config(ranks.shards, **about)
         config = replace(config, moe_parallel_config=parallel)
     default = server_defaults.moe_backend()
     for name in dict.fromkeys((default, *kind.backends)):

@@ -37,6 +37,7 @@ class Ranks:
         placement: How vLLM is told to place the experts; None if it is not told.
         tokens: How many tokens the layer is given.
         split: Each rank has a part of each expert, rather than some of the experts.
+        exchange: How vLLM is told to exchange tokens.
     """
 
     count: int = 1
@@ -44,6 +45,7 @@ class Ranks:
     placement: str | None = None
     tokens: int = TOKENS
     split: bool = False
+    exchange: str = server_defaults.ALL_TO_ALL
 
     @property
     def tensor_parallel(self) -> int:
@@ -76,7 +78,7 @@ class Ranks:
         return Surroundings(
             parallel_config=Surroundings(
                 enable_expert_parallel=self.count > 1 and not self.split,
-                all2all_backend="allgather_reducescatter",
+                all2all_backend=self.exchange,
                 enable_eplb=False,
                 enable_dbo=False,
                 expert_placement_strategy=placement,

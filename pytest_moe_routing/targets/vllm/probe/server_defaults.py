@@ -21,6 +21,8 @@ _OPTIONS, _PARALLEL, _KERNEL = "server-options", "server-parallel", "server-kern
 _BACKENDS = "moe-backends"
 #: Fields of the parallel config that the probe asks with as a server has them.
 ALL2ALL, PLACEMENT = "all2all_backend", "expert_placement_strategy"
+#: The exchange of tokens that the probe asks with otherwise.
+ALL_TO_ALL = "allgather_reducescatter"
 #: Of the parallel config, everything else is asked as of a server that does this.
 _ASSUMED: Mapping[str, Any] = {
     "tensor_parallel_size": 1,

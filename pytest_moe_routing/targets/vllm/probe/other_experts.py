@@ -289,8 +289,10 @@ def taken_as(
     server_defaults.require_backend(*kind.backends)
     config, ranks = selector.config, way.ranks
     if ranks.count > 1:
-        about = {"dispatched": ranks.dispatched, "parts": ranks.parts, "exchange": ranks.exchange}
-        parallel = parallel_config(ranks.shards, **about)
+        dispatched, parts, exchanged = ranks.dispatched, ranks.parts, ranks.exchange
+        parallel = parallel_config(
+            ranks.shards, dispatched=dispatched, parts=parts, exchange=exchanged
+        )
         config = replace(config, moe_parallel_config=parallel)
     default = server_defaults.moe_backend()
     for name in dict.fromkeys((default, *kind.backends)):

@@ -64,7 +64,7 @@ BROKEN = {
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = InProcess(target._probe, handlers)
+    target._probe = target._aside = InProcess(target._probe, handlers)
     handlers["numbers"]()
     model = load_models(packaged_directory())["mixtral-8x7b"]
     found = {}

@@ -308,7 +308,7 @@ def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = InProcess(target._probe, handlers)
+    target._probe = target._aside = InProcess(target._probe, handlers)
     handlers["numbers"]()
     found = {}
     newer = {n: what for n, (since, *what) in SINCE.items() if Version(version) >= Version(since)}

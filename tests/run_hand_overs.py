@@ -22,7 +22,9 @@ from pytest_moe_routing.targets.vllm.target import VllmTarget
 
 def main(root, flashinfer, version):
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = InProcess(target._probe, child.handlers(root, flashinfer, version))
+    target._probe = target._aside = InProcess(
+        target._probe, child.handlers(root, flashinfer, version)
+    )
     model = load_models(packaged_directory())["mixtral-8x7b"]
     print(json.dumps(sorted(wrong_layouts(target, "nvfp4", [model]).run)))
 

@@ -32,3 +32,33 @@ def test_torch_finds_no_private_module_of_a_stub():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     # Torch does without the first; the second it needs where it has found Triton.
     assert done.stdout.split() == ["absent", "stub", "stub"]
+
+
+HALF = """
+import sys
+from pytest_moe_routing.targets import stubs
+from pytest_moe_routing.targets.contract import Contract
+
+stubs.install(Contract.of("vllm"), sys.argv[1])
+stubs.extend(real=["vllm", "vllm.whole", "vllm.half", "vllm.last"])
+whole = stubs.real_module("vllm.whole")
+whole.VALUE = "stand-in"
+last = stubs.real_module("vllm.last")
+print(last.half.whole is whole, last.half.whole.VALUE, sys.modules["vllm.whole"] is whole)
+"""
+
+
+def test_an_import_that_lacks_a_package_leaves_whole_modules_as_they_are(tmp_path):
+    """Only what was imported half is imported again."""
+    package = tmp_path / "vllm"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "whole.py").write_text("VALUE = 1\n")
+    (package / "half.py").write_text("from vllm import whole\n")
+    (package / "last.py").write_text("from vllm import half\nimport is_lacking\n")
+    about = tmp_path / "vllm-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: vllm\nVersion: 1.0\nRequires-Dist: is-lacking\n")
+    command = [sys.executable, "-c", HALF, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "stand-in", "True"], done.stderr

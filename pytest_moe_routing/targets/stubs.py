@@ -233,6 +233,7 @@ def real_module(name: str) -> ModuleType:
     if (imported := sys.modules.get(name)) is not None:
         return imported
     finder = next(f for f in sys.meta_path if isinstance(f, _Finder))
+    before = {*sys.modules}
     while True:
         try:
             return import_module(name)
@@ -246,8 +247,9 @@ def real_module(name: str) -> ModuleType:
                     f"{finder.contract.title} nor its METADATA nor the contract has"
                 ) from error
             finder.absent.add(top)
-            # What was imported half may hold classes of modules that are run again.
-            for module in [m for m in sys.modules if finder.is_real(m)]:
+            # What was imported half may hold classes of modules that are run again. Modules that
+            # were imported before are whole, and may have stand-ins in them.
+            for module in [m for m in sys.modules.keys() - before if finder.is_real(m)]:
                 del sys.modules[module]
         except Exception as error:
             # Whatever the framework's code raises while it is imported.

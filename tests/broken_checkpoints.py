@@ -99,7 +99,7 @@ def found(target, models):
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = InProcess(target._probe, handlers)
+    target._probe = target._aside = InProcess(target._probe, handlers)
     models = [load_models(packaged_directory())["deepseek-r1"]]
     told = {}
     for name, change in CHANGES.items():

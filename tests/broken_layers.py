@@ -131,7 +131,7 @@ def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = InProcess(target._probe, handlers)
+    target._probe = target._aside = InProcess(target._probe, handlers)
     owner_of(FORWARD)._twice = _twice
     found = {}
     for name, (function, old, new, model, scheme) in BROKEN.items():

@@ -175,7 +175,7 @@ def placed(target):
 def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = InProcess(target._probe, handlers)
+    target._probe = target._aside = InProcess(target._probe, handlers)
     found = {}
     for name, (change, scheme) in MOVED.items():
         with change():

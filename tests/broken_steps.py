@@ -247,7 +247,7 @@ def main(root, flashinfer, version):
     handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
     target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = InProcess(target._probe, handlers)
+    target._probe = target._aside = InProcess(target._probe, handlers)
     factory = release.names().spelling("prepare-factory").module.rpartition(".")[0]
     steps = stubs.real_module(f"{factory}.prepare_finalize.no_dp_ep")
     found = {}

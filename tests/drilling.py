@@ -256,8 +256,8 @@ def answers(tree, schemes=SERVED_SCHEMES, asks_numbers=True):
     cls, child = _TARGETS[tree.package]
     flashinfer = FlashInfer.of(tree.source.flashinfer)
     target = cls(flashinfer, tree.source)
-    target._probe.close()
-    target._probe = probe = ForkedProbe(tree, child, flashinfer.release)
+    target.close()
+    target._probe = target._aside = probe = ForkedProbe(tree, child, flashinfer.release)
     found = {}
     if asks_numbers:
         found["numbers"] = probe.required("numbers", None) or _answer(

@@ -16,6 +16,7 @@ from pytest_moe_routing.targets.answers import (
 )
 from pytest_moe_routing.targets.layouts import LaidOutAnswer, LaidOutElsewhere, SplitAnswer
 from pytest_moe_routing.targets.other_experts import OtherCallsAnswer
+from pytest_moe_routing.targets.vllm.hand_overs import HandOverAnswer
 
 
 class _Raised(TypedDict):
@@ -92,4 +93,5 @@ ANSWERS: Mapping[str, Any] = {
     "layouts": list[LaidOutAnswer],
     "other_layouts": list[LaidOutElsewhere],
     "split_layouts": list[SplitAnswer],
+    "hand_overs": list[HandOverAnswer],
 }

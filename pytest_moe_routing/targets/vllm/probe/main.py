@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.targets.server import serve
+from pytest_moe_routing.targets.vllm.hand_overs import hand_overs
 from pytest_moe_routing.targets.vllm.probe import accepted_keys as vllm_keys
 from pytest_moe_routing.targets.vllm.probe import around as vllm_around
 from pytest_moe_routing.targets.vllm.probe import capture as vllm_capture
@@ -50,6 +52,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
         "layouts": vllm_layouts.layouts,
         "other_layouts": vllm_layouts.other_layouts,
         "split_layouts": vllm_layouts.split_layouts,
+        "hand_overs": lambda: [asdict(each) for each in hand_overs(root)],
     }
 
 

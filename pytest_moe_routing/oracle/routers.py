@@ -65,6 +65,15 @@ class WronglyCaptured(WrongAnswer):
     kind = "captured"
 
 
+class ImpossibleArguments(WrongAnswer):
+    """Arguments of a compiled operator with which it computes nothing."""
+
+    kind = "crash"
+
+    def __init__(self, error: RecipeError) -> None:
+        super().__init__(f"an operator is given arguments that are wrong: {error}")
+
+
 @dataclass(frozen=True)
 class Deviation:
     """One way in which a router's answer is not the model's, on the first pattern that shows it.

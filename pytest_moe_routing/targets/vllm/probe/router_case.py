@@ -18,8 +18,8 @@ from pytest_moe_routing.errors import RecipeError, Unsupported, place_of
 from pytest_moe_routing.oracle.routers import (
     NOT_JUDGED,
     Deviation,
+    ImpossibleArguments,
     Output,
-    WrongAnswer,
     compare_router,
 )
 from pytest_moe_routing.routing import Recipe
@@ -38,15 +38,6 @@ _FILES = (
     *("/fused_moe/router/", "/fused_moe/fused_moe.py", "/fused_moe/cpu_fused_moe.py"),
     *("/model_executor/models/", "/vllm/models/"),
 )
-
-
-class ImpossibleArguments(WrongAnswer):
-    """Arguments of a compiled operator with which it computes nothing."""
-
-    kind = "crash"
-
-    def __init__(self, error: RecipeError) -> None:
-        super().__init__(f"an operator is given arguments that are wrong: {error}")
 
 
 @dataclass(frozen=True)

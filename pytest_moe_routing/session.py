@@ -5,7 +5,6 @@ Built from the options on first use, and checked in one place: every mistake is 
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -250,8 +249,6 @@ class MoESession:
         target = self.located.make(self.flashinfer)
         if isinstance(target, FrameworkTarget) and (store := self.store()) is not None:
             self.kept = target.keep_answers(store)
-            # They stay as they are: a tenth of a run went into looking for garbage among them.
-            gc.freeze()
         return target
 
     @cached_property

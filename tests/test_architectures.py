@@ -172,7 +172,7 @@ def test_the_newest_release_has_not_drifted(package, wheel):
 )
 def test_what_is_not_described_is_in_the_registry(package, wheel):
     data = read_data("pytest_moe_routing.targets", package, "architectures.yaml")
-    classes = load_target(f"{package}@{wheel}", FlashInfer.of(None))._classes
+    classes = load_target(f"{package}@{wheel}", FlashInfer.of(None)).classes
     assert classes.calls("MixtralForCausalLM", data["layers"])
     assert not classes.calls("LlamaForCausalLM", data["layers"])
     if Source.at(package, wheel).version == data["read"]:
@@ -187,7 +187,7 @@ def test_a_packaged_model_runs_the_code_of_each_architecture(package, wheel):
     """A family whose experts have code of their own needs a model, or a reason in the table."""
     data = read_data("pytest_moe_routing.targets", package, "architectures.yaml")
     stated = {name for row in data["not_in_zoo"] for name in row["names"]}
-    classes = load_target(f"{package}@{wheel}", FlashInfer.of(None))._classes
+    classes = load_target(f"{package}@{wheel}", FlashInfer.of(None)).classes
     known = {*table().by_name, *table().wrappers} & set(classes.registered())
     code = {name: classes.callers(name, data["layers"]) for name in known}
     packaged = {model.architecture for model in load_models(packaged_directory()).values()}

@@ -184,7 +184,7 @@ def test_rows_are_of_keys_that_the_code_reads(framework, tmp_path):
     assert rows
     for architecture, values in rows.items():
         for name in values:
-            assert not framework._classes.ignores(architecture, name), (architecture, name)
+            assert not framework.classes.ignores(architecture, name), (architecture, name)
 
 
 @pytest.mark.parametrize(

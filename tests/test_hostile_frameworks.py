@@ -173,7 +173,8 @@ def test_the_suite_tells_it_once(host, monkeypatch, in_ci):
     path = tree(host.path / "0.99", "os._exit(3)")
     result = host.runpytest_subprocess(
         *("--moe-golden", "--moe-target", f"vllm@{path}", "--moe-models", "minimax-m2"),
-        *("--moe-schemes", "nvfp4,fp8_block", "-m", "not gpu"),
+        # It asks another child for a method first, which classes of this tree do not have.
+        *("--moe-schemes", "nvfp4,fp8_block", "-m", "not gpu", "-k", "not test_other_experts"),
         *("--moe-write-known-failures", "known.yaml"),
     )
     assert result.ret == pytest.ExitCode.TESTS_FAILED

@@ -291,6 +291,7 @@ def test_every_row_says_what_it_must():
     columns |= {"rounds_logits", "own_factor", "shared", "rewrite", "intermediate", "decoder"}
     columns |= {"computed", "passes", "ones", "step", "kinds"}
     router = {"num_experts", "top_k", "n_group", "topk_group", "renormalize", "scoring_func"}
+    router |= {"router_n_groups"}
     experts = {"shared_experts", "latent_size"}
     experts |= {f"activation_{name}" for name in ("limit", "alpha", "beta")}
     values = router | experts | {"routed_scaling_factor"}
@@ -303,7 +304,7 @@ def test_every_row_says_what_it_must():
     ("target", "test", "status", "line"),
     [
         ("builtin", "test_model_code", pytest.ExitCode.NO_TESTS_COLLECTED, "*deselected*"),
-        ("AnswersNothing", "test_model_code", 0, "*1 skipped*"),
+        ("AnswersNothing", "test_model_code", 0, "*2 skipped*"),
         ("AsksForTwo", "test_model_code", 1, "*top_k: the model has 8, the model code asks for 2*"),
         (
             *("SplitsSharedExperts", "test_model_code", 1),

@@ -146,7 +146,7 @@ class Sources:
             node = self.definitions(module)[name]
             if self._makes_experts(node):
                 found.append((module, name, arguments[module, name]))
-            elif self._names_any(node, "topk"):
+            elif self.names.is_there("topk") and self._names_any(node, "topk"):
                 within[WITHIN] = module, name
             calls = {id(n.func): n for n in ast.walk(node) if isinstance(n, ast.Call)}
             derived_from = set(map(id, node.bases)) if isinstance(node, ast.ClassDef) else set()

@@ -41,6 +41,7 @@ PARALLEL = "--enable-expert-parallel", "--tensor-parallel-size 2"
 SPLIT = ("--tensor-parallel-size 2",)
 GATHERED = "--enable-expert-parallel", "--data-parallel-size 2"
 WEIGHT = "router weight is applied {}; the layer applies it once, on the expert output"
+GPT_OSS = "Blackwell", "--moe-backend flashinfer_cutlass_afp8"
 FIRST = ["fc1 quantization", "fc1 weights"]
 
 #: By name: how the call is changed, the model, the scheme, and what is found: the way that needs
@@ -89,15 +90,15 @@ MISTAKES = {
     ),
     "alpha lost": (
         *(put("swiglu_alpha", lambda _: None), "gpt-oss-20b", "mxfp4"),
-        *("Hopper", arrives("swiglu_alpha", 1, 1.702)),
+        *(*GPT_OSS, arrives("swiglu_alpha", 1, 1.702)),
     ),
     "biases lost": (
         *(put("fc2_expert_biases", lambda _: None), "gpt-oss-20b", "mxfp4"),
-        *("Hopper", arrives("fc2_expert_biases", "none", "its fc2 biases")),
+        *(*GPT_OSS, arrives("fc2_expert_biases", "none", "its fc2 biases")),
     ),
     "biases swapped": (
         *(swap("fc1_expert_biases", "fc2_expert_biases"), "gpt-oss-20b", "mxfp4"),
-        "Hopper",
+        *GPT_OSS,
         arrives("fc1_expert_biases", "fc2 biases", "its fc1 biases"),
         arrives("fc2_expert_biases", "fc1 biases", "its fc2 biases"),
     ),

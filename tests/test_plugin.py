@@ -61,9 +61,9 @@ def test_golden_runs_only_the_suite_and_ends_with_the_table(host, monkeypatch):
         [
             f"moe-routing: target builtin, FlashInfer *, {len(MODELS)} models*, goldens in *",
             "*MoE routing verdicts*",
-            "scheme * exact * fallback",
+            "scheme * exact * fallback *",
             "fp8_block *",
-            "* exact, * fallback; builtin *",
+            "* exact, * fallback, * missed; builtin *",
             "config sweep: * configs are not judged*",
             "left out: * GPU tests (-m gpu), *",
         ]

@@ -127,6 +127,24 @@ def test_a_kernel_without_an_activation_is_wrong_whatever_it_is_told():
     assert sentences(step) == ["activation_type arrives as Swiglu, the layer has SwigluStep"]
 
 
+@pytest.mark.parametrize(
+    ("release", "told", "found"),
+    [
+        ("0.6.12", {}, "Swiglu"),
+        ("0.6.14", {"activation": "silu"}, "Swiglu"),
+        ("0.6.14", {"activation": "relu2"}, None),
+        ("0.6.14", {"activation": "gelu"}, "gelu"),
+    ],
+)
+def test_releases_whose_activation_is_a_word(release, told, found):
+    record = recorded(NEMOTRON)
+    del record["arguments"]["activation_type"]
+    record["arguments"] |= told
+    sentences = [sentence(f) for f in read_given(NEMOTRON, record, FlashInfer.of(release))]
+    wrong = [f"activation_type arrives as {found}, the layer has Relu2"]
+    assert sentences == (wrong if found else [])
+
+
 def test_situ_is_told_by_its_betas():
     """Whatever the other parameters are: the kernel reads none of them."""
     assert sentences(K3, situ_beta=4.0, situ_linear_beta=25.0, swiglu_limit=7.0) == []

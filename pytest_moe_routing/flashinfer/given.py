@@ -41,7 +41,9 @@ class GivenExperts:
     """The meaning of the arguments of one entry point; see the header of `given.yaml`.
 
     Attributes:
-        ids, weights, hidden, scale, tiled, experts, rank, activation, output: Names of arguments.
+        ids, weights, hidden, scale, tiled, experts, rank, activation, word, output: Names of
+            arguments.
+        words: FlashInfer's kinds of activations, by the word for it.
         id_dtypes, weight_dtypes: The dtypes that the kernel accepts, by their names in torch.
         numbers: The value of each integer, or the name of a number of the layer.
         absent: What a number is if its argument is None.
@@ -79,6 +81,8 @@ class GivenExperts:
     devices: Mapping[str, Sequence[str]]
     tiled: str = ""
     rank: str = ""
+    word: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)
     output: str = ""
     numbers: Mapping[str, int | str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)

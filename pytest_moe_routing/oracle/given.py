@@ -12,6 +12,7 @@ from typing import Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import GivenExperts, given_experts, refused_on
+from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.oracle.calls import CUTLASS_ACTIVATIONS, PARAMETERS, wrong_activation
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -162,7 +163,7 @@ def _wrong_activation(
     flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
     kernels = entry.activations or CUTLASS_ACTIVATIONS
-    activation, kind = experts.activation, arguments[entry.activation]
+    activation, kind = experts.activation, _kind_of(entry, arguments, flashinfer)
     if activation not in kernels:
         raise Unsupported(f"not judged: how {entry.function} is told {activation} is not known")
     names = tuple(kernels[activation])
@@ -187,6 +188,16 @@ def _wrong_activation(
         if number is None or not isclose(number, wanted, rel_tol=1e-6):
             arrived = "values that differ" if number is None else number
             yield Finding(Kind.ARGUMENT, argument, wanted, arrived)
+
+
+def _kind_of(entry: GivenExperts, arguments: Mapping[str, Any], flashinfer: FlashInfer) -> Any:
+    """Return the number of the activation that a kernel computes, or a word that is none."""
+    if entry.activation in arguments:
+        return arguments[entry.activation]
+    # Releases before it take a word, or compute the first of them.
+    word = arguments.get(entry.word, next(iter(entry.words), ""))
+    name = entry.words.get(word, word)
+    return enum("ActivationType", flashinfer.release).get(name, name)
 
 
 def _wrong_situ(

@@ -99,15 +99,21 @@ OF_OTHERS = {
         "quant_scales arrives as w1_scale * a2_scale, the layer has w1_scale * a1_scale as fc1 "
         "dequantization"
     ],
-    "input of another product": ["quant_scales arrives as fc2 input, the layer has fc1 input"],
+    "input of another product": [
+        "quant_scales arrives as fc2 input, the layer has fc1 input",
+        "input_scale arrives as a2_scale, the layer has a1_scale",
+    ],
     "block scale lost": ["quant_scales arrives as none, the layer has fc2 weights"],
     "other clamp lost": ["swiglu_limit arrives as inf, the layer has 10"],
     "other inputs swapped": [
-        "quant_scales arrives as 1 / a2_scale, the layer has 1 / a1_scale as fc1 quantization"
+        "quant_scales arrives as 1 / a2_scale, the layer has 1 / a1_scale as fc1 quantization",
+        "input_scale arrives as 1 / a2_scale, the layer has 1 / a1_scale",
     ],
     "other method": [
-        "quant_scales arrives as w1_scale * a1_scale, the layer has w2_scale * a2_scale as fc2 "
+        f"{name} arrives as w1_scale * a1_scale, the layer has w2_scale * a2_scale as fc2 "
         "dequantization"
+        # Of CUTLASS kernels and of CuTe DSL's.
+        for name in ("quant_scales", "w2_alpha")
     ],
     "other biases swapped": [
         "fc1_expert_biases arrives as fc2 biases, the layer has its fc1 biases"

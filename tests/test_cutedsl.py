@@ -89,7 +89,7 @@ def test_a_right_call():
     [
         ({"num_experts": 128}, "num_experts arrives as 128, the layer has 256"),
         ({"top_k": None}, "top_k arrives as None, the layer has 8"),
-        ({"num_local_experts": None}, "num_local_experts arrives as None, the layer has 128"),
+        ({"num_local_experts": None}, "num_local_experts arrives as 256, the layer has 128"),
         ({"local_expert_offset": 0}, "local_expert_offset arrives as 0, the layer has 128"),
         ({"hidden_size": 512}, "hidden_size arrives as 512, the layer has 256"),
         ({"sf_vec_size": 32}, "sf_vec_size arrives as 32, the layer has 16"),
@@ -127,9 +127,54 @@ def test_a_kernel_without_an_activation_is_wrong_whatever_it_is_told():
     assert sentences(step) == ["activation_type arrives as Swiglu, the layer has SwigluStep"]
 
 
-def test_what_the_kernel_has_for_situ_is_not_known():
-    with pytest.raises(Unsupported, match=f"how {RUN} is told situ is not known"):
-        sentences(K3)
+@pytest.mark.parametrize(
+    ("release", "told", "found"),
+    [
+        ("0.6.12", {}, "Swiglu"),
+        ("0.6.14", {"activation": "silu"}, "Swiglu"),
+        ("0.6.14", {"activation": "relu2"}, None),
+        ("0.6.14", {"activation": "gelu"}, "gelu"),
+    ],
+)
+def test_releases_whose_activation_is_a_word(release, told, found):
+    record = recorded(NEMOTRON)
+    del record["arguments"]["activation_type"]
+    record["arguments"] |= told
+    sentences = [sentence(f) for f in read_given(NEMOTRON, record, FlashInfer.of(release))]
+    wrong = [f"activation_type arrives as {found}, the layer has Relu2"]
+    assert sentences == (wrong if found else [])
+
+
+def test_situ_is_told_by_its_betas():
+    """Whatever the other parameters are: the kernel reads none of them."""
+    assert sentences(K3, situ_beta=4.0, situ_linear_beta=25.0, swiglu_limit=7.0) == []
+    assert sentences(K3) == [
+        "situ_beta arrives as none, the layer has 4",
+        "situ_linear_beta arrives as none, the layer has 25",
+    ]
+    assert sentences(situ_beta=4.0) == ["situ_beta arrives as 4, the layer has none"]
+
+
+def test_an_omitted_number_of_local_experts_is_that_of_all():
+    every = tensor("uint8", 256, 1024, 128)
+    alone = {"shards": 1, "num_local_experts": None, "local_expert_offset": 0, "w1_weight": every}
+    assert sentences(**alone) == []
+
+
+def test_the_dtype_of_the_output_is_that_of_its_buffer():
+    function = "cute_dsl_fused_moe_nvfp4"
+    for dtype, found in (
+        ("bfloat16", []),
+        ("float16", ["output_dtype arrives as bfloat16, the layer has float16"]),
+    ):
+        record = recorded(function=function, moe_output=tensor(dtype, 8, 256))
+        assert [sentence(f) for f in read_given(R1, record, FLASHINFER)] == found
+
+
+def test_the_scale_of_the_input_is_compared():
+    record = recorded() | {"input_scale": tensor("float32", 1, all=1 / scales.GIVEN["a2_scale"][0])}
+    [found] = read_given(R1, record, FLASHINFER)
+    assert sentence(found) == "input_scale arrives as 1 / a2_scale, the layer has 1 / a1_scale"
 
 
 def test_a_release_without_modes_has_one():
@@ -145,6 +190,7 @@ def test_every_argument_is_one_of_the_constructor_or_of_the_method():
     known = {p.partition("=")[0] for each in every for p in each}
     single = {entry.ids, entry.weights, entry.hidden, entry.scale, entry.experts, entry.activation}
     named = {*entry.numbers, *entry.modes, *entry.parameters.values(), *entry.scales["nvfp4"]}
+    named |= {*entry.situ.values()}
     assert single | named | {*entry.matrices.values()} <= known
 
 

@@ -23,7 +23,13 @@ def test_every_argument_of_cutedsl_is_one_of_the_entry_point():
     entry = given_experts("cute_dsl_fused_moe_nvfp4")
     known = {p.partition("=")[0] for p in parameters(entry.function, FlashInfer.of().release)}
     single = {entry.ids, entry.weights, entry.hidden, entry.scale, entry.experts, entry.activation}
-    assert single | {*entry.matrices.values(), *entry.scales["nvfp4"]} <= known
+    named = {*entry.numbers, *entry.modes, *entry.parameters.values(), *entry.situ.values()}
+    assert (
+        single | named | {*entry.matrices.values(), *entry.scales["nvfp4"], entry.output} <= known
+    )
+    assert entry.offset in known
+    assert not given_experts("cutlass_fused_moe").offset
+    assert {*entry.absent} <= {*entry.numbers}
     assert {*entry.factors} <= {*entry.scales["nvfp4"].values()}
     assert {*entry.orders} == {*entry.scales} == {*entry.devices}
 

@@ -119,6 +119,14 @@ def test_a_loss_on_another_gpu_is_told_by_another_test_for_one_gpu_alone():
     assert "  where    on compute capability 10.3, with dp+ep" in failure.lines
 
 
+def test_a_place_of_cutedsl_that_is_new_is_asked_by_another_test():
+    known = {MONOLITHIC: True, MODULAR: True}
+    taken = {key: RIGHT[key] for key in ("monolithic", "modular")}
+    assert failures(known=known, **taken, cutedsl=("10.0", False, "tp", "ep", "dp+ep"))[0] == []
+    [failure], _ = failures(known=known, **taken, cutedsl=("10.7", False, "tp"))
+    assert failure.cause == "new-place:Cutedsl:if-requested"
+
+
 def test_a_place_that_is_new_fails_in_the_release_that_is_known():
     """Where no other test asks what arrives at the kernel."""
     taken = {**RIGHT, "cutlass": ("12.0", False, "tp")}

@@ -11,6 +11,7 @@ from pytest_moe_routing.targets.vllm.hand_overs import HandOver, hand_overs, jud
 METHODS = """
 from vllm.model_executor.layers.fused_moe.oracle.new import make_new_moe_quant_config
 from vllm.utils.flashinfer import flashinfer_cutlass_fused_moe, has_flashinfer_trtllm_moe
+from vllm.utils.flashinfer import flashinfer_cutedsl_grouped_gemm_nt_masked
 
 class NewMoEMethod:
     def __init__(self):
@@ -32,14 +33,18 @@ class NewExperts:
             return flashinfer_cutlass_fused_moe(x)
         return flashinfer.fused_moe.trtllm_new_moe(flashinfer.shuffle_moe_weights(x))
 
+def batched(x):
+    return flashinfer_cutedsl_grouped_gemm_nt_masked(x)
+
 def alone(scale):
     return FusedMoEQuantConfig.make(w1_scale=scale)
 """
 FOUND = {
-    ("NewMoEMethod.get_fused_moe_quant_config", "make_new_moe_quant_config"): 10,
-    ("NewExperts.apply", "flashinfer_cutlass_fused_moe"): 22,
-    ("NewExperts.apply", "trtllm_new_moe"): 23,
-    ("alone", "FusedMoEQuantConfig.make"): 26,
+    ("NewMoEMethod.get_fused_moe_quant_config", "make_new_moe_quant_config"): 11,
+    ("NewExperts.apply", "flashinfer_cutlass_fused_moe"): 23,
+    ("NewExperts.apply", "trtllm_new_moe"): 24,
+    ("batched", "flashinfer_cutedsl_grouped_gemm_nt_masked"): 27,
+    ("alone", "FusedMoEQuantConfig.make"): 30,
 }
 FILE = "vllm/model_executor/layers/quantization/new.py"
 

@@ -41,12 +41,16 @@ class GivenExperts:
     """The meaning of the arguments of one entry point; see the header of `given.yaml`.
 
     Attributes:
-        ids, weights, hidden, scale, tiled, experts, rank, activation: Names of arguments.
+        ids, weights, hidden, scale, tiled, experts, rank, activation, word, output: Names of
+            arguments.
+        words: FlashInfer's kinds of activations, by the word for it.
         id_dtypes, weight_dtypes: The dtypes that the kernel accepts, by their names in torch.
         numbers: The value of each integer, or the name of a number of the layer.
+        absent: What a number is if its argument is None.
         modes: By argument and scheme, the word that says how numbers are stored.
         activations: By activation of a model, FlashInfer's kinds; empty for those of CUTLASS.
         parameters: Names of arguments, by those of TRT-LLM's entry points.
+        situ: The same of SiTU, where an argument of its own says that this is computed.
         biases: What each argument with biases has.
         scales: By scheme; a scheme without an entry is none of the kernel's.
         ones: By scheme, the scales that must be 1.
@@ -77,17 +81,27 @@ class GivenExperts:
     devices: Mapping[str, Sequence[str]]
     tiled: str = ""
     rank: str = ""
+    word: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)
+    output: str = ""
     numbers: Mapping[str, int | str] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
     modes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     activations: Mapping[str, Sequence[str]] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, str] = field(default_factory=dict)
+    situ: Mapping[str, str] = field(default_factory=dict)
     biases: Mapping[str, str] = field(default_factory=dict)
     ones: Mapping[str, Sequence[str]] = field(default_factory=dict)
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     unset: Sequence[str] = ()
     group: int = 0
     sizes: Mapping[str, Sequence[SizeLimit]] = field(default_factory=dict)
+
+    @property
+    def offset(self) -> str:
+        """The argument that is the first expert of a rank; empty if the rank tells which it is."""
+        return next((name for name, of in self.numbers.items() if of == "first_expert"), "")
 
 
 @cache

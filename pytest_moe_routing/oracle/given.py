@@ -12,10 +12,11 @@ from typing import Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import GivenExperts, given_experts, refused_on
+from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec
 from pytest_moe_routing.oracle.calls import CUTLASS_ACTIVATIONS, PARAMETERS, wrong_activation
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.scales import Scales, wrong_factor
+from pytest_moe_routing.oracle.scales import Scales, wrong_factor, wrong_input
 from pytest_moe_routing.schemes import kernel_of
 
 #: What SwigluStep clamps to where it is given no limit: SwigluStepAdaptor in FlashInfer's
@@ -34,7 +35,8 @@ def read_given(
             what it is `stored` as (see `given.yaml`), the `roles` of tensors by argument, whether
             the layer `has_biases`, and what of the activation is
             `unprepared`, if anything: its values are not the target's own; and the `scales` of
-            whole tensors that its experts have, if any are known, as in `RecordedLayer`.
+            whole tensors that its experts have, if any are known, as in `RecordedLayer`, with the
+            `input_scale` that a quantizer was given, if one was called.
 
     Raises:
         Unsupported: The meaning of the entry point's arguments is not known.
@@ -58,14 +60,19 @@ def read_given(
         yield from _wrong_weights(entry, model, arguments[entry.weights])
     known = () if record.get("unprepared") else entry.parameters.items()
     yield from _wrong_activation(entry, model.experts, arguments, dict(known), flashinfer)
+    if known:
+        yield from _wrong_situ(entry, model.experts, arguments)
     yield from _wrong_scales(entry, record)
+    if given := record.get("scales"):
+        yield from wrong_input(record["stored"], record, given)
     for name in sorted({*entry.unset, *(flag for flags in entry.flags.values() for flag in flags)}):
         wanted = name in entry.flags.get(record["stored"], ())
         if arguments.get(name, wanted) is not wanted:
             yield Finding(Kind.ARGUMENT, name, wanted, arguments[name])
-    dtype = arguments.get("output_dtype")
-    if dtype != model.dtype:
-        yield Finding(Kind.ARGUMENT, "output_dtype", model.dtype, str(dtype))
+    output, buffer = arguments.get("output_dtype"), arguments.get(entry.output)
+    dtype = model.dtype if buffer is None else buffer["dtype"]
+    if output != dtype:
+        yield Finding(Kind.ARGUMENT, "output_dtype", dtype, str(output))
 
 
 def refusal(function: str | None, scheme: str, device: str) -> Finding | None:
@@ -101,13 +108,14 @@ def _wrong_numbers(
     entry: GivenExperts, arguments: Mapping[str, Any], layer: Mapping[str, int], local: int
 ) -> Iterator[Finding]:
     for name, value in entry.numbers.items():
-        wanted = value
+        wanted, got = value, arguments[name]
         if value == "columns":
             wanted = arguments[entry.matrices["fc2"]]["shape"][1]
         elif isinstance(value, str):
             wanted = layer[value]
-        if arguments[name] != wanted:
-            got = arguments[name]
+        if got is None and name in entry.absent:
+            got = layer[entry.absent[name]]
+        if got != wanted:
             yield Finding(Kind.ARGUMENT, name, wanted, got if isinstance(got, int) else str(got))
     rows = arguments[entry.experts]["shape"][0]
     if rows != local:
@@ -155,14 +163,17 @@ def _wrong_activation(
     flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
     kernels = entry.activations or CUTLASS_ACTIVATIONS
-    activation, kind = experts.activation, arguments[entry.activation]
+    activation, kind = experts.activation, _kind_of(entry, arguments, flashinfer)
     if activation not in kernels:
         raise Unsupported(f"not judged: how {entry.function} is told {activation} is not known")
     names = tuple(kernels[activation])
     wrong = [*wrong_activation(entry.activation, kind, activation, kernels, flashinfer)]
     yield from (finding for finding in wrong if finding.kind is not Kind.PRECISION)
     checked: Iterable[tuple[str, str]] = parameters.items()
-    if names != ("Swiglu",):
+    if activation == "situ":
+        # Of SiTU, the kernels read nothing else.
+        checked = ()
+    elif names != ("Swiglu",):
         # Of others, those that clamp after the activation have a limit, if they are what is called.
         is_step = names == ("SwigluStep",) and not wrong
         checked = [pair for pair in checked if is_step and pair[0] == "gemm1_clamp_limit"]
@@ -177,6 +188,33 @@ def _wrong_activation(
         if number is None or not isclose(number, wanted, rel_tol=1e-6):
             arrived = "values that differ" if number is None else number
             yield Finding(Kind.ARGUMENT, argument, wanted, arrived)
+
+
+def _kind_of(entry: GivenExperts, arguments: Mapping[str, Any], flashinfer: FlashInfer) -> Any:
+    """Return the number of the activation that a kernel computes, or a word that is none."""
+    if entry.activation in arguments:
+        return arguments[entry.activation]
+    # Releases before it take a word, or compute the first of them.
+    word = arguments.get(entry.word, next(iter(entry.words), ""))
+    name = entry.words.get(word, word)
+    return enum("ActivationType", flashinfer.release).get(name, name)
+
+
+def _wrong_situ(
+    entry: GivenExperts, experts: ExpertsConfig, arguments: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """Yield betas of SiTU that are not the model's: with the first, a kernel computes SiTU."""
+    for name, argument in entry.situ.items():
+        field, _ = PARAMETERS[name]
+        wanted = getattr(experts, field) if experts.activation == "situ" else None
+        got = arguments.get(argument)
+        if wanted is None or got is None:
+            is_same = wanted is got
+        else:
+            is_same = isclose(got, wanted, rel_tol=1e-6)
+        if not is_same:
+            stated, arrived = ("none" if each is None else float(each) for each in (wanted, got))
+            yield Finding(Kind.ARGUMENT, argument, stated, arrived)
 
 
 def _wrong_scales(entry: GivenExperts, record: Mapping[str, Any]) -> Iterator[Finding]:

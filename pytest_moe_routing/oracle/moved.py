@@ -27,6 +27,7 @@ _ASKED_ON: Mapping[str, tuple[str, ...]] = {
     "monolithic": _FAMILY,
     "modular": _FAMILY,
     "cutlass": ("9.0", *_FAMILY),
+    "cutedsl": _FAMILY,
     "mxfp4": _FAMILY,
 }
 _ASKED = ("tp", "ep", "dp+ep", "allgather_reducescatter")

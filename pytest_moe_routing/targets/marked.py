@@ -188,17 +188,21 @@ def given(arguments: Mapping[str, Any], entry: GivenExperts) -> Received:
     if ids.shape != weights.shape:
         raise UnusableArgumentError(entry.weights, _shape(ids), _shape(weights))
     hidden, scale = arguments[entry.hidden], arguments[entry.scale]
+    if scale is not None and scale.ndim > hidden.ndim and scale.is_contiguous():
+        # Kernels of CuTe DSL are handed the address; they take scales with a last dimension of 1.
+        scale = scale.flatten()
     if scale is None and hidden.dtype == torch.float8_e4m3fn:
         # One scale for all of them, which is 1 here, is among the other scales.
         hidden = hidden.float()
     else:
-        is_tiled = bool(arguments.get(entry.tiled, True))
+        is_tiled = "rows" not in entry.inputs.values() and bool(arguments.get(entry.tiled, True))
         names = entry.hidden, entry.scale
         hidden = activations(hidden, scale, names=names, is_tiled=is_tiled)
     _require_tokens(entry.hidden, hidden, len(ids))
-    _require_integer(entry.rank, arguments[entry.rank])
-    local = len(arguments[entry.experts])
-    output = _experts(hidden, ids.long(), weights, arguments[entry.rank] * local, local)
+    local, name = len(arguments[entry.experts]), entry.offset or entry.rank
+    _require_integer(name, arguments[name])
+    first = arguments[name] * (1 if entry.offset else local)
+    output = _experts(hidden, ids.long(), weights, first, local)
     return Received(hidden, ids.long(), weights, output)
 
 

@@ -36,7 +36,8 @@ _OF_CONFIGS = "fused_moe/config.py"
 #: Names of FlashInfer's that compute experts, rather than prepare their weights or say what is
 #: there.
 _COMPUTES = re.compile(
-    r"(?!has_|is_|supports_)(?=.*moe)(?=.*(trtllm|cutlass|cute_?dsl|b12x|mega|wrapper)).*",
+    r"(?!has_|is_|supports_)(?=.*(moe|grouped_gemm))"
+    r"(?=.*(trtllm|cutlass|cute_?dsl|b12x|mega|wrapper)).*",
     re.IGNORECASE,
 )
 #: Whence code has these.

@@ -17,6 +17,8 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: The member of a method that makes the quantization config of its experts.
 _MAKES_CONFIG = "get_fused_moe_quant_config"
+#: Those of a tile of block scales.
+_ROWS = 128
 #: Rows of the contract about methods for the checkpoints of gpt-oss alone, which take no other.
 _GPT_OSS = "gpt-oss"
 
@@ -125,8 +127,10 @@ def loaded(row: ServedScheme, experts: int, has_bias: bool) -> Mapping[str, Tens
     for gemm, name in (("1", "w13"), ("2", "w2")):
         each = scales.per_expert(f"w{gemm}_scale", experts)
         if row.block_scales:
-            # Some experts read four of them as one number.
-            blocks = each.to(getattr(torch, row.block_scales)).reshape(-1, 1, 1).repeat(1, 1, 4)
+            # Some experts read four of them as one number. Where there are whole scales as well,
+            # some view them as tiles of 128 rows.
+            tile = (1, _ROWS if row.whole_scales else 1, 4)
+            blocks = each.to(getattr(torch, row.block_scales)).reshape(-1, 1, 1).repeat(tile)
             found[f"{name}_weight_scale"] = found[f"{name}_weight_scale_inv"] = blocks
         found[f"{name}_input_scale"] = None
         if row.whole_scales:

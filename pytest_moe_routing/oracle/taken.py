@@ -64,7 +64,7 @@ class KnownSplits:
         rules: By compute capability and way (`DEFAULT` or `LORA`): the other class, and two
             numbers. Intermediate sizes of a rank end with it that are multiples of the first and
             none of the second.
-        unpadded: A pattern of classes whose kernels of FlashInfer's get the rank's rows as they are.
+        unpadded: A pattern of classes whose kernels of FlashInfer's get a rank's rows as they are.
     """
 
     rules: Mapping[tuple[str, str], tuple[str, int, int]]

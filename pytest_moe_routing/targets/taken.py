@@ -98,14 +98,16 @@ def _split_classes(
 ) -> dict[Key, str]:
     """Return the known class of each split of models' experts.
 
-    Without adapters, the class for whole experts is what was found: that it is known to be taken
-    is judged apart.
+    Without adapters, the class for whole experts is what was found. Models that end with another
+    one than is known are told of as they are, and left out here.
     """
     classes: dict[Key, str] = {}
     if splits is None:
         return classes
-    wholes = {**{key: name for key, name in found.items() if key[2] == DEFAULT}}
-    wholes |= {key: name for key, name in known.items() if key[2] == LORA}
+    wholes = {key: name for key, name in known.items() if key[2] == LORA}
+    for key, name in found.items():
+        if key[2] == DEFAULT and known.get(key, name) == name:
+            wholes[key] = name
     sizes = {str(model): model.experts.intermediate_size for model in models}
     for (model, device, base), whole in wholes.items():
         for way, count in SPLITS.items():

@@ -7,7 +7,7 @@ none that a split changes: an answer is kept for all configs that have the same 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import fields, replace
@@ -37,8 +37,8 @@ _TOLD = "_told_of_reads"
 
 def split_ways() -> dict[str, tuple[str, ...]]:
     """Return what a server is told, by the name of the way; a split alone needs no opt-in."""
-    adapters = {way: ("--enable-lora",) for way in (LORA, *SPLITS) if way.startswith(LORA)}
-    return dict.fromkeys(SPLITS, ()) | adapters
+    adapters = ("--enable-lora",)
+    return {way: adapters if way.startswith(LORA) else () for way in (LORA, *SPLITS)}
 
 
 def _can_split(config: Any, way: str) -> bool:
@@ -172,11 +172,12 @@ def _watching(cls: Any) -> Any:
 
 
 def _watched(config: Any, told: _Reads) -> Any:
-    """Return a copy of a layer's config, and in it one of the parallel config, that tell of reads."""
+    """Return a copy of a layer's config, with one of its parallel config, that tell of reads."""
     parallel = copy(config.moe_parallel_config)
     config = copy(config)
     config.moe_parallel_config = parallel
     for each in (config, parallel):
+        cls: Hashable = type(each)
         vars(each)[_TOLD] = told
-        object.__setattr__(each, "__class__", _watching(type(each)))
+        object.__setattr__(each, "__class__", _watching(cls))
     return config

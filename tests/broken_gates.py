@@ -23,6 +23,7 @@ from pytest_moe_routing.suite.taken_experts import of_other_class, of_wrong_gate
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
+from pytest_moe_routing.targets.vllm.probe import splits
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
 MODELS = load_models(packaged_directory())
@@ -122,6 +123,7 @@ CHANGES = {
         "bf16",
     ),
     "blocks of 64 rows are whole": (uncut, "fp8_block"),
+    "no field for adapters": (lambda: patch.object(splits, "_ADAPTERS", "is_gone"), "bf16"),
     "an activation more": (lambda: gate(WNA16, ACTIVATIONS, {"SITU": True}), "mxint4"),
 }
 

@@ -76,7 +76,11 @@ def taken_experts(
 
     found = keys(answer["taken"])
     asked = {key: name for key, name in known.classes.items() if key[0] in methods}
-    asked |= _split_classes(known.splits, asked, found, packaged)
+    if why := answer["without_splits"]:
+        unanswered[f"splits and adapters: {why}"] += 1
+        asked = {key: name for key, name in asked.items() if key[2] != LORA}
+    else:
+        asked |= _split_classes(known.splits, asked, found, packaged)
     return TakenExperts(
         known=replace(known, classes=asked),
         classes={**dict.fromkeys(asked, NONE), **found},

@@ -16,6 +16,7 @@ from itertools import repeat
 from types import CodeType, SimpleNamespace
 from typing import Any
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.taken import LORA, SPLITS
 from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.vllm.probe.choice import Selector, outcomes
@@ -82,11 +83,24 @@ def _selected_for_blocks(config: Any, **_: Any) -> tuple[Any, Any]:
     return made.fp8_backend, made.experts_cls
 
 
-def split_outcomes(selectors: Sequence[Selector], scheme: str) -> dict[str, list[Any]]:
+def split_outcomes(selectors: Sequence[Selector], scheme: str) -> tuple[dict[str, list[Any]], str]:
     """Return by way, for each selector, the class that is taken; None if all are rejected.
 
     A selector whose code reads nothing that a split changes is not asked about splits.
+
+    Returns:
+        Nothing by any way, and why, if the release cannot be asked.
     """
+    known = {field.name for field in fields(names().get("moe-config"))}
+    if lacking := {_ADAPTERS, _PART} - known:
+        return {}, f"this release's config of a layer has no {' or '.join(sorted(lacking))}"
+    try:
+        return _outcomes(selectors, scheme), ""
+    except Unsupported as reason:
+        return {}, str(reason)
+
+
+def _outcomes(selectors: Sequence[Selector], scheme: str) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for base in ("", LORA):
         reads = [_Reads() for _ in selectors]

@@ -130,7 +130,8 @@ def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExper
                     others = [new if new is cls is not old else None for old, new in pairs]
                     kept_out += _rows(about, others, groups)
         with on_capability(*capability), _in_a_build():
-            for way, found in split_outcomes([each for each, _ in groups], scheme).items():
+            splits, without_splits = split_outcomes([each for each, _ in groups], scheme)
+            for way, found in splits.items():
                 about = {"device": "{}.{}".format(*capability), "way": way}
                 taken += _rows(about, found, groups)
     switches = {way: list(switches) for way, (switches, _) in _ways().items()}
@@ -141,6 +142,7 @@ def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExper
         "elsewhere": sorted(cls.__name__ for cls in flashinfer),
         "switches": switches | {way: list(given) for way, given in split_ways().items()},
         "unasked": unasked,
+        "without_splits": without_splits,
     }
 
 

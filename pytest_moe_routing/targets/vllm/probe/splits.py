@@ -7,7 +7,7 @@ none that a split changes: an answer is kept for all configs that have the same 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import fields, replace
@@ -191,7 +191,7 @@ def _watched(config: Any, told: _Reads) -> Any:
     config = copy(config)
     config.moe_parallel_config = parallel
     for each in (config, parallel):
-        cls: Hashable = type(each)
+        cls: Any = type(each)
         vars(each)[_TOLD] = told
         object.__setattr__(each, "__class__", _watching(cls))
     return config

@@ -35,6 +35,7 @@ MARLIN = f"{EXPERTS}.marlin_moe", "MarlinExperts"
 GPT_OSS = f"{EXPERTS}.gpt_oss_triton_kernels_moe", "OAITritonMxfp4ExpertsMonolithic"
 ORACLE = "vllm.model_executor.layers.fused_moe.oracle"
 ADAPTERS = f"{EXPERTS}.trtllm_lora_moe", "TrtLlmBf16LoRAExperts"
+BY_NAME = f"{EXPERTS}.trtllm_lora_moe", "TrtLlmMxfp4LoRAExperts"
 METHODS, ACTIVATIONS = "_supports_routing_method", "_supports_activation"
 
 
@@ -122,10 +123,19 @@ CHANGES = {
         ),
         "bf16",
     ),
+    "adapters by name, an activation less": (
+        lambda: gate(BY_NAME, ACTIVATIONS, {"SILU": False}),
+        "mxfp4",
+    ),
     "blocks of 64 rows are whole": (uncut, "fp8_block"),
     "no field for adapters": (lambda: patch.object(splits, "_ADAPTERS", "is_gone"), "bf16"),
     "an activation more": (lambda: gate(WNA16, ACTIVATIONS, {"SITU": True}), "mxint4"),
 }
+
+
+def has(module, name):
+    """Whether the release has a class."""
+    return hasattr(stubs.real_module(module), name)
 
 
 def found_in(target, scheme):
@@ -142,6 +152,8 @@ def main(root, flashinfer, version):
     target._probe = target._aside = InProcess(target._probe, handlers)
     found = {}
     for name, (change, scheme) in CHANGES.items():
+        if name.startswith("adapters by name") and not has(*BY_NAME):
+            continue
         with change():
             found[name] = found_in(target, scheme)
     # A release that is newer than all known ones.

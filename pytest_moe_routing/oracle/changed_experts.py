@@ -173,7 +173,7 @@ def _changed(
         if now != known:
             kept = taken.kept_by(key, known)
             # What arrives at a kernel of FlashInfer's is asked elsewhere, for whole experts.
-            is_whole = key[2] not in SPLITS and key[2] != LORA
+            is_whole = key[2] not in SPLITS and not key[2].startswith(LORA)
             if kept.is_gate or not is_whole or now not in taken.elsewhere:
                 groups.setdefault((known, "" if kept.is_gate else now, kept), []).append(key)
     methods = {router.name: _computed(router) for router in taken.routers}

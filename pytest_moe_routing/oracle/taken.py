@@ -14,6 +14,8 @@ Key = tuple[str, str, str]
 NONE = "none"
 #: Ways to run a server: by default, and so that it serves adapters.
 DEFAULT, LORA = "tp", "lora"
+#: The same, where the experts that FlashInfer's TRT-LLM kernels run are asked for by name.
+NAMED = f"{LORA}+trtllm"
 #: Ways in which each expert is split over ranks, without and with adapters, and over how many.
 SPLITS: Mapping[str, int] = {
     f"{adapters}tp{count}": count for adapters in ("", f"{LORA}+") for count in (2, 4, 8)

@@ -78,7 +78,7 @@ def taken_experts(
     asked = {key: name for key, name in known.classes.items() if key[0] in methods}
     if why := answer["without_splits"]:
         unanswered[f"splits and adapters: {why}"] += 1
-        asked = {key: name for key, name in asked.items() if key[2] != LORA}
+        asked = {key: name for key, name in asked.items() if not key[2].startswith(LORA)}
     else:
         asked |= _split_classes(known.splits, asked, found, packaged)
     return TakenExperts(

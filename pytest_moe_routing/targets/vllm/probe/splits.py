@@ -17,9 +17,9 @@ from types import CodeType, SimpleNamespace
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.oracle.taken import LORA, SPLITS
+from pytest_moe_routing.oracle.taken import LORA, NAMED, SPLITS
 from pytest_moe_routing.targets.answers import RuleAnswer
-from pytest_moe_routing.targets.vllm.probe.choice import Selector, outcomes
+from pytest_moe_routing.targets.vllm.probe.choice import REQUESTED, Selector, outcomes
 from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.gates import ALL
 from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
@@ -30,6 +30,8 @@ _ADAPTERS, _WHOLE = "is_lora_enabled", "intermediate_size"
 _PART, _UNPADDED = f"{_WHOLE}_per_partition", f"{_WHOLE}_per_partition_unpadded"
 #: The method of checkpoints with scales of blocks, which says how a rank's blocks are cut.
 _OF_BLOCKS = "method-fp8"
+#: Rows of the contract, by scheme: classes for adapters alone, which can be asked for by name.
+_OWN = {"bf16": "modular-lora-bf16", "mxfp4": "modular-lora-mxfp4"}
 #: What a split changes of a layer's config and of the parallel config in it; all, if read at once.
 _OF_SPLIT = {_PART, _UNPADDED, "tp_size", "tp_rank", "__dict__"}
 #: The attribute of a watched config that is called.
@@ -39,7 +41,8 @@ _TOLD = "_told_of_reads"
 def split_ways() -> dict[str, tuple[str, ...]]:
     """Return what a server is told, by the name of the way; a split alone needs no opt-in."""
     adapters = ("--enable-lora",)
-    return {way: adapters if way.startswith(LORA) else () for way in (LORA, *SPLITS)}
+    ways = {way: adapters if way.startswith(LORA) else () for way in (LORA, *SPLITS)}
+    return {**ways, NAMED: (*adapters, f"--moe-backend {REQUESTED}")}
 
 
 def _can_split(config: Any, way: str) -> bool:
@@ -58,6 +61,7 @@ def _asked(selector: Selector, way: str, scheme: str) -> tuple[Selector, Any]:
     if scheme == "fp8_block" and names().has(_OF_BLOCKS):
         selector = replace(selector, function=_selected_for_blocks)
     changes: dict[str, Any] = {_ADAPTERS: True} if way.startswith(LORA) else {}
+    changes |= {"moe_backend": REQUESTED} if way == NAMED else {}
     if (parts := SPLITS.get(way, 1)) > 1:
         makes, whole = _sizes(selector.config)
         known = {field.name for field in fields(selector.config)}
@@ -118,6 +122,8 @@ def _outcomes(selectors: Sequence[Selector], scheme: str) -> dict[str, list[Any]
                 for is_asked, same in zip(asked, found[base], strict=True)
             ]
     del found[""]
+    if scheme in _OWN and names().has(_OWN[scheme]):
+        found[NAMED] = taken_in(selectors, NAMED, scheme)
     return found
 
 

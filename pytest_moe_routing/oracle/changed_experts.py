@@ -14,11 +14,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.finding import Finding, Kind
-from pytest_moe_routing.oracle.taken import NONE, Kept, Key, Router, TakenExperts
+from pytest_moe_routing.oracle.taken import (
+    LORA,
+    NONE,
+    SPLITS,
+    Kept,
+    Key,
+    Router,
+    TakenExperts,
+)
 from pytest_moe_routing.oracle.target import Target
 from pytest_moe_routing.routing import METHODS, same
 
@@ -37,6 +46,7 @@ class OtherClass:
         switches: What that one needs.
         since: The release that the data describe.
         is_computed: Whether the known class routes, and computes the models' routing methods.
+        limit: Why FlashInfer has no kernel for the class of the first case; empty if it may have.
     """
 
     known: str
@@ -47,6 +57,7 @@ class OtherClass:
     kept: Kept
     since: str
     is_computed: bool = False
+    limit: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,9 +108,10 @@ def changed_experts(target: Target, scheme: str, models: Iterable[ModelSpec]) ->
     unanswered = taken.unanswered.copy()
     changed: list[OtherClass] = []
     gates: list[WrongGate] = []
-    for each in _changed(taken, by_id):
+    entry = target.flashinfer.entry_point(scheme)
+    for each in _changed(taken, by_id, 1 if entry is None else entry.multiple_of):
         now, known, kept = each.now, each.known, each.kept
-        if kept.is_gate or taken.known.is_own:
+        if kept.is_gate or taken.known.is_own or each.limit:
             changed.append(each)
         else:
             gone = "" if kept.exists or known == NONE else ", which are gone"
@@ -138,15 +150,31 @@ def _not_run(taken: TakenExperts) -> Counter[str]:
     )
 
 
-def _changed(taken: TakenExperts, models: dict[str, ModelSpec]) -> Iterator[OtherClass]:
-    """Yield one for all cases that one function decides in the same way."""
+def _limit(taken: TakenExperts, key: Key, model: ModelSpec, multiple_of: int) -> str:
+    """Return why FlashInfer has no kernel for what is taken of split experts; empty if it may."""
+    splits, count = taken.known.splits, SPLITS.get(key[2], 1)
+    size = model.experts.intermediate_size // count
+    if splits is None or count == 1 or not fnmatchcase(taken.classes[key], splits.unpadded):
+        return ""
+    return f"FlashInfer has no kernel for {size} rows of a rank" if size % multiple_of else ""
+
+
+def _changed(
+    taken: TakenExperts, models: dict[str, ModelSpec], multiple_of: int
+) -> Iterator[OtherClass]:
+    """Yield one for all cases that one function decides in the same way.
+
+    Args:
+        multiple_of: What FlashInfer's kernels need of a rank's intermediate size.
+    """
     groups: dict[tuple[str, str, Kept], list[Key]] = {}
     for key, known in taken.known.classes.items():
         now = taken.classes[key]
         if now != known:
             kept = taken.kept_by(key, known)
-            # What arrives at a kernel of FlashInfer's is asked elsewhere.
-            if kept.is_gate or now not in taken.elsewhere:
+            # What arrives at a kernel of FlashInfer's is asked elsewhere, for whole experts.
+            is_whole = key[2] not in SPLITS and not key[2].startswith(LORA)
+            if kept.is_gate or not is_whole or now not in taken.elsewhere:
                 groups.setdefault((known, "" if kept.is_gate else now, kept), []).append(key)
     methods = {router.name: _computed(router) for router in taken.routers}
     for (known, _, kept), keys in groups.items():
@@ -157,7 +185,8 @@ def _changed(taken: TakenExperts, models: dict[str, ModelSpec]) -> Iterator[Othe
         affected = tuple(models[each] for each in found)
         cases, switches = tuple(keys), taken.switches[keys[0][2]]
         since = taken.known.release
-        yield OtherClass(known, now, cases, switches, affected, kept, since, computed)
+        limit = _limit(taken, keys[0], models[keys[0][0]], multiple_of)
+        yield OtherClass(known, now, cases, switches, affected, kept, since, computed, limit)
 
 
 def _computed(router: Router) -> set[str]:

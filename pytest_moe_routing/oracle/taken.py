@@ -12,6 +12,14 @@ from pytest_moe_routing.routing import Recipe
 Key = tuple[str, str, str]
 #: The name of no class: the target rejects the model.
 NONE = "none"
+#: Ways to run a server: by default, and so that it serves adapters.
+DEFAULT, LORA = "tp", "lora"
+#: The same, where the experts that FlashInfer's TRT-LLM kernels run are asked for by name.
+NAMED = f"{LORA}+trtllm"
+#: Ways in which each expert is split over ranks, without and with adapters, and over how many.
+SPLITS: Mapping[str, int] = {
+    f"{adapters}tp{count}": count for adapters in ("", f"{LORA}+") for count in (2, 4, 8)
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,28 @@ class Router:
 
 
 @dataclass(frozen=True)
+class KnownSplits:
+    """Where a target is known to end with another class if experts are split over ranks.
+
+    Attributes:
+        rules: By compute capability and way (`DEFAULT` or `LORA`): the other class, and two
+            numbers. Intermediate sizes of a rank end with it that are multiples of the first and
+            none of the second.
+        unpadded: A pattern of classes whose kernels of FlashInfer's get a rank's rows as they are.
+    """
+
+    rules: Mapping[tuple[str, str], tuple[str, int, int]]
+    unpadded: str = ""
+
+    def known(self, key: Key, size: int, whole: str) -> str:
+        """Return the class for a rank's size, if `whole` is the class for whole experts."""
+        _, device, way = key
+        base = LORA if way.startswith(LORA) else DEFAULT
+        other, of, none_of = self.rules.get((device, base), (whole, 1, 1))
+        return other if size % of == 0 and size % none_of and whole != NONE else whole
+
+
+@dataclass(frozen=True)
 class KnownTaken:
     """The classes that a target is known to end with in one scheme.
 
@@ -58,11 +88,13 @@ class KnownTaken:
         release: The target's own release, or the newest one before it of which that is known.
         is_own: Whether it is the target's own.
         classes: Absent for models that run in experts of FlashInfer's.
+        splits: None if nothing is known of experts that are split.
     """
 
     release: str
     is_own: bool
     classes: Mapping[Key, str]
+    splits: KnownSplits | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pytest_moe_routing.failure import Failure, Rank, cause_id, few
 from pytest_moe_routing.oracle.finding import Kind
 from pytest_moe_routing.oracle.judgement import reach_of
 from pytest_moe_routing.oracle.record import Reach
-from pytest_moe_routing.oracle.taken import NONE
+from pytest_moe_routing.oracle.taken import NONE, SPLITS
 from pytest_moe_routing.report import text
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def of_other_class(target: Target, scheme: str, other: OtherClass) -> Failure:
     if kept.is_gate:
         cause, rank = cause_id("lost-experts", known, kept.name), Rank.LOST
     else:
-        lines.insert(-1, "  because  nobody has asked what these compute there")
+        why = other.limit or "nobody has asked what these compute there"
+        lines.insert(-1, f"  because  {why}")
         cause, rank = cause_id("other-class", known, now), Rank.LOST
     return Failure(cause, rank, scheme, tuple(lines), kept.source, rarity=rarity, reach=reached)
 
@@ -78,9 +79,10 @@ def _reach(scheme: str, found: OtherClass | WrongGate) -> tuple[str, list[str], 
     reach = min(ways, key=list(Reach).index)
     reached = text.reached(reach, switches, by_default=not switches)
     devices = sorted({device for _, device, way in found.cases if way == first[2]}, key=float)
+    split = f", with experts over {SPLITS[first[2]]} ranks" if first[2] in SPLITS else ""
     lines = [
         f"  reach    {reached}",
-        f"  where    on compute capability {', '.join(devices)}",
+        f"  where    on compute capability {', '.join(devices)}{split}",
         f"  models   {few([str(model) for model in found.models])}",
     ]
     return reached, lines, text.rarity(reach, by_default=not switches)

@@ -127,6 +127,7 @@ class TakenExpertsAnswer(TypedDict):
     routers: list[RouterAnswer]
     elsewhere: list[str]
     unasked: dict[str, list[int]]
+    without_splits: str
 
 
 class KeptAnswer(TypedDict):

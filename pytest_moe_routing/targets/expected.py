@@ -5,7 +5,8 @@ open: whatever is not in it must be judged, as a run that asks fewer questions t
 pass. `fused.yaml` lists the cases whose fused kernel runs: a case that loses it fails.
 `placements.yaml` lists on which GPUs, and how shared out to them, experts run, and
 `accepted_keys.yaml` the quantization keys that they accept. `taken_experts.yaml` lists which
-classes that call no kernel of FlashInfer's a server ends with.
+classes that call no kernel of FlashInfer's a server ends with, and `split_experts.yaml` with which
+others if experts are split over ranks.
 
 A release without a row is held to the row before it; one that is newer than all, or whose version
 is no number, to the newest.
@@ -26,7 +27,7 @@ from pytest_moe_routing.data import read_data
 from pytest_moe_routing.oracle.accepted_keys import KnownKeys, Pair
 from pytest_moe_routing.oracle.choice import Expected
 from pytest_moe_routing.oracle.placed import KnownPlacements
-from pytest_moe_routing.oracle.taken import Key, KnownTaken
+from pytest_moe_routing.oracle.taken import Key, KnownSplits, KnownTaken
 from pytest_moe_routing.targets.contract import release_of
 
 #: The parts of a row of `fused.yaml` and `placements.yaml`.
@@ -134,4 +135,15 @@ def known_taken(
             fitting = (n for n, ps in listed.items() if any(fnmatchcase(model, p) for p in ps))
             if (name := next(fitting, None)) is not None:
                 classes |= {(model, *cell): name for cell in cells}
-    return KnownTaken(str(row[0]), row[0] == release_of(version), classes)
+    splits = _known_splits(package, version, scheme)
+    return KnownTaken(str(row[0]), row[0] == release_of(version), classes, splits)
+
+
+def _known_splits(package: str, version: str, scheme: str) -> KnownSplits | None:
+    row = _row(package, "split_experts.yaml", version)
+    if row is None:
+        return None
+    rules = dict(row[1].get(scheme, {}))
+    unpadded = rules.pop("unpadded", "")
+    known = {tuple(place.split()): tuple(rule) for place, rule in rules.items()}
+    return KnownSplits(known, unpadded)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from pytest_moe_routing.data import packaged_directory
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.taken import (
+    DEFAULT,
+    LORA,
     NONE,
+    SPLITS,
     Kept,
     Key,
+    KnownSplits,
     KnownTaken,
     Routed,
     Router,
@@ -38,7 +43,8 @@ def taken_experts(
     Raises:
         Unsupported: The release has nothing that chooses experts for the scheme.
     """
-    known = known_of([str(m) for m in models if m.folder.parent == packaged_directory()])
+    packaged = [model for model in models if model.folder.parent == packaged_directory()]
+    known = known_of([str(model) for model in packaged])
     if known is None:
         return None
     cases, methods, unanswered = {}, {}, Counter[str]()
@@ -70,8 +76,13 @@ def taken_experts(
 
     found = keys(answer["taken"])
     asked = {key: name for key, name in known.classes.items() if key[0] in methods}
+    if why := answer["without_splits"]:
+        unanswered[f"splits and adapters: {why}"] += 1
+        asked = {key: name for key, name in asked.items() if not key[2].startswith(LORA)}
+    else:
+        asked |= _split_classes(known.splits, asked, found, packaged)
     return TakenExperts(
-        known=KnownTaken(known.release, known.is_own, asked),
+        known=replace(known, classes=asked),
         classes={**dict.fromkeys(asked, NONE), **found},
         kept_out=keys(answer["kept_out"]),
         methods=methods,
@@ -81,6 +92,34 @@ def taken_experts(
         kept_by=kept_by,
         unanswered=unanswered,
     )
+
+
+def _split_classes(
+    splits: KnownSplits | None,
+    known: Mapping[Key, str],
+    found: Mapping[Key, str],
+    models: Iterable[ModelSpec],
+) -> dict[Key, str]:
+    """Return the known class of each split of models' experts.
+
+    Without adapters, the class for whole experts is what was found. Models that end with another
+    one than is known are told of as they are, and left out here.
+    """
+    classes: dict[Key, str] = {}
+    if splits is None:
+        return classes
+    wholes = {key: name for key, name in known.items() if key[2] == LORA}
+    for key, name in found.items():
+        if key[2] == DEFAULT and known.get(key, name) == name:
+            wholes[key] = name
+    sizes = {str(model): model.experts.intermediate_size for model in models}
+    for (model, device, base), whole in wholes.items():
+        for way, count in SPLITS.items():
+            size, rest = divmod(sizes.get(model, 1), count)
+            if way.startswith(LORA) == (base == LORA) and not rest:
+                key = model, device, way
+                classes[key] = splits.known(key, size, whole)
+    return classes
 
 
 def _router(row: RouterAnswer) -> Router:

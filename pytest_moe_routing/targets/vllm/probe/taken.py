@@ -40,6 +40,12 @@ from pytest_moe_routing.targets.vllm.probe.placements import (
 from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import accepted, names
 from pytest_moe_routing.targets.vllm.probe.rule import rule_of
+from pytest_moe_routing.targets.vllm.probe.splits import (
+    decider,
+    split_outcomes,
+    split_ways,
+    taken_in,
+)
 
 #: Values of `--moe-backend` that ask for other kernels than FlashInfer's.
 _BACKENDS = ("triton", "marlin")
@@ -47,6 +53,8 @@ _BACKENDS = ("triton", "marlin")
 #: asked about.
 _PLACEMENTS = {"Blackwell": ("tp",), "Hopper": ("tp", "ep", "ep+eplb", "dp+ep")}
 _ROUTING = "_supports_routing_method"
+#: The gate of adapters, as `GATES` has others.
+_ADAPTERS = "adapters", "supports_lora", ""
 #: Questions of vLLM's code that stubs answer, and a build for CUDA affirms.
 _AFFIRMED = ("is_deep_gemm_supported()", "check_moe_marlin_supports_config()")
 #: What the module of a class says of the kernels that it has found, and all that it may say.
@@ -121,13 +129,20 @@ def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExper
                     pairs = zip(found, open_to_all, strict=True)
                     others = [new if new is cls is not old else None for old, new in pairs]
                     kept_out += _rows(about, others, groups)
+        with on_capability(*capability), _in_a_build():
+            splits, without_splits = split_outcomes([each for each, _ in groups], scheme)
+            for way, found in splits.items():
+                about = {"device": "{}.{}".format(*capability), "way": way}
+                taken += _rows(about, found, groups)
+    switches = {way: list(switches) for way, (switches, _) in _ways().items()}
     return {
         "taken": taken,
         "kept_out": kept_out,
         "routers": [_router(cls, selector, scheme) for cls, selector in routers.items()],
         "elsewhere": sorted(cls.__name__ for cls in flashinfer),
-        "switches": {way: list(switches) for way, (switches, _) in _ways().items()},
+        "switches": switches | {way: list(given) for way, given in split_ways().items()},
         "unasked": unasked,
+        "without_splits": without_splits,
     }
 
 
@@ -136,13 +151,20 @@ def kept_out_by(
 ) -> KeptAnswer:
     """Return what keeps a class of experts from a model: its gate, or the selector."""
     [(selector, _)], _ = _groups([{"model": model, "method": method}], scheme)
-    _, changes = _ways()[way]
+
+    def ask() -> None:
+        if way in split_ways():
+            taken_in([selector], way, scheme)
+        else:
+            _outcomes([(selector, ())], _ways()[way][1])
+
     with on_capability(*map(int, device.split("."))), _in_a_build():
         # The modules of classes are imported when a selector asks them.
-        _outcomes([(selector, ())], changes)
+        ask()
         cls = next((cls for cls in _all_classes() if cls.__name__ == experts), None)
-        gate = None if cls is None else _rejecting(cls, selector, changes)
-    rule = rule_of(selector.function if gate is None else gate)
+        gate = None if cls is None else _rejecting(cls, selector, ask)
+        reader = decider(selector, way, scheme) if gate is None and way in split_ways() else None
+    rule = reader or rule_of(selector.function if gate is None else gate)
     told = {"name": rule["name"], "source": rule["source"]}
     return {"exists": cls is not None, "is_gate": gate is not None, **told}  # type: ignore[typeddict-item]
 
@@ -244,7 +266,7 @@ def _routing_classes(scheme: str, flashinfer: set[Any]) -> list[Any]:
     ]
 
 
-def _rejecting(cls: Any, selector: Selector, changes: Mapping[str, Any]) -> Any:
+def _rejecting(cls: Any, selector: Selector, ask: Callable[[], None]) -> Any:
     """Return the gate of a class that rejects a layer; None if none does.
 
     Classes may be asked more than once, for other quantization keys.
@@ -260,11 +282,11 @@ def _rejecting(cls: Any, selector: Selector, changes: Mapping[str, Any]) -> Any:
 
         return staticmethod(ask)
 
-    gates = {name: gate for _, name, _ in GATES if (gate := getattr(cls, name, None))}
+    gates = {name: gate for _, name, _ in (*GATES, _ADAPTERS) if (gate := getattr(cls, name, None))}
     with ExitStack() as stack:
         for name, gate in gates.items():
             stack.enter_context(patch.object(cls, name, watched(gate)))
-        _outcomes([(selector, ())], changes)
+        ask()
     own = [gate for gate in said_no if gate is not gates.get(QUANTIZATION)]
     # A class that needs no gate to say no to what is not gated has such a gate all the same.
     is_gated = selector.config.is_act_and_mul

@@ -222,7 +222,7 @@ def test_history_is_told_by_the_suite(host):
     assert text.count("  cause    wrong:recipe-scale\n") == 1
     result.stdout.fnmatch_lines(
         [
-            "__* on *, decided by vllm-0.22-classifier *: wrong _*",
+            "_* on *, decided by vllm-0.22-classifier *: wrong _*",
             "*because  routed_scaling_factor: the router has *, the kernel 1",
             "  also     * more: *",
             "  cause    wrong:recipe-scale",

@@ -150,7 +150,8 @@ def of_modular_call(
         rank,
         f"{model} {scheme}",
         lines,
-        site=site,
+        # Arguments that get lost are one defect, whichever of them a model needs.
+        site=cause_id(what, call.experts) if are_arguments else call.experts,
         reach=reached,
         rarity=text.rarity(reach, by_default=is_default),
         brief=lines[:-1] if len(lines) > 1 else (),
@@ -173,13 +174,10 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
     name = "requested-experts" if is_latent else "other-experts"
     cause = cause_id(name, what, call.experts)
     ids = list(dict.fromkeys(each.id for each in (model, *wrong.models)))
-    # Arguments that get lost are one defect, whichever of them a model needs.
-    are_arguments = {finding.kind for finding in findings} == {Kind.ARGUMENT}
-    site = cause_id(what, call.experts) if are_arguments else call.experts
     if is_latent:
         models = f"{len(ids)} models, such as {model.id}" if len(ids) > 1 else model.id
         lines: tuple[str, ...] = (f"{scheme}: {call.experts}: {'; '.join(told)}", reached)
-        return Failure(cause, Rank.LATENT, models, lines, site=site)
+        return Failure(cause, Rank.LATENT, models, lines, site=call.experts)
     lines = (
         f"{model} on {scheme}, {call.experts} of {target}: the call is wrong",
         f"  reach    {reached}",
@@ -187,6 +185,7 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         *([f"  at       {findings[0].where}"] if findings[0].where else []),
         f"  models   {few(ids)}",
     )
+    are_arguments = {finding.kind for finding in findings} == {Kind.ARGUMENT}
     ranks = {Kind.RAISED: Rank.LOUD, Kind.LIMIT: Rank.LOUD}
     rank = Rank.DOWNCAST if are_slight(findings) else ranks.get(findings[0].kind, Rank.SILENT)
     return Failure(
@@ -194,7 +193,8 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         rank,
         f"{model.id} {scheme}",
         lines,
-        site=site,
+        # Arguments that get lost are one defect, whichever of them a model needs.
+        site=cause_id(what, call.experts) if are_arguments else call.experts,
         reach=reached,
         rarity=text.rarity(reach, by_default=not call.switches),
     )

@@ -150,8 +150,7 @@ def of_modular_call(
         rank,
         f"{model} {scheme}",
         lines,
-        # Arguments that get lost are one defect, whichever of them a model needs.
-        site=cause_id(what, call.experts) if are_arguments else call.experts,
+        site=site,
         reach=reached,
         rarity=text.rarity(reach, by_default=is_default),
         brief=lines[:-1] if len(lines) > 1 else (),

@@ -114,10 +114,10 @@ def test_its_activation_is_another_in_cutlass_kernels(target):
 
 
 def test_parameters_of_the_activation_that_are_lost(forgetful):
-    # 0.5.18 also rounds the router's weights.
-    assert given_by_default(forgetful)[:2] == [
+    assert given_by_default(forgetful) == [
         "gemm1_alpha arrives as 1.702, the layer has 4",
         "gemm1_beta arrives as 7, the layer has 25",
+        *([PACKED] if forgetful.version() == "0.5.18" else []),
     ]
 
 

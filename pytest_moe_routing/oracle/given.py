@@ -191,7 +191,7 @@ def _wrong_activation(
 
 
 def _kind_of(entry: GivenExperts, arguments: Mapping[str, Any], flashinfer: FlashInfer) -> Any:
-    """Return the number of the activation that a kernel computes, or a word that is none."""
+    """Return the number of the activation that a kernel computes; else the name that has none."""
     if entry.activation in arguments:
         return arguments[entry.activation]
     # Releases before it take a word, or compute the first of them.

@@ -87,9 +87,10 @@ def _ask(asked: Iterable[Questions], checks: Iterable[Check], stop: Event) -> No
 def _checks(
     target: FrameworkTarget, items: Sequence[pytest.Item], session: MoESession
 ) -> Iterator[Check]:
-    """Yield what tests do that ask one question after the other. It takes them next to no time.
+    """Yield the work of tests that ask one question after the other.
 
-    Which questions these are depends on answers.
+    Which question comes next depends on answers, so the work itself is done ahead, and its result
+    is dropped. Apart from waiting for answers, it takes almost no time.
     """
     from pytest_moe_routing.oracle.formats import unlike_formats
     from pytest_moe_routing.oracle.ignored import ignored_requests

@@ -8,17 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 from edited import edited
-from in_process import InProcess
+from in_process import in_process
 
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.served import served_otherwise
 from pytest_moe_routing.suite.checkpoints import of_served
-from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
 from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
 from pytest_moe_routing.targets.vllm.target import VllmTarget
@@ -97,9 +94,7 @@ def found(target, models):
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, _ = in_process(VllmTarget, child, root, flashinfer, version)
     models = [load_models(packaged_directory())["deepseek-r1"]]
     told = {}
     for name, change in CHANGES.items():

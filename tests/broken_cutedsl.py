@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from edited import edited
-from in_process import InProcess
+from in_process import in_process
 
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
@@ -103,10 +100,8 @@ BROKEN = {
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, handlers = in_process(VllmTarget, child, root, flashinfer, version)
     handlers["numbers"]()
     found = {}
     for name, (module, path, old, new, model) in BROKEN.items():

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from edited import edited
-from in_process import InProcess
+from in_process import in_process
 
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.other_experts import other_calls
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
@@ -62,9 +59,7 @@ BROKEN = {
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, handlers = in_process(VllmTarget, child, root, flashinfer, version)
     handlers["numbers"]()
     model = load_models(packaged_directory())["mixtral-8x7b"]
     found = {}

@@ -13,9 +13,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 from edited import edited
-from in_process import InProcess
+from in_process import in_process
 
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.changed_experts import changed_experts
@@ -147,9 +146,7 @@ def found_in(target, scheme):
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, _ = in_process(VllmTarget, child, root, flashinfer, version)
     found = {}
     for name, (change, scheme) in CHANGES.items():
         if name.startswith("adapters by name") and not has(*BY_NAME):

@@ -11,9 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from broken_places import anything, replaced
-from in_process import InProcess
+from in_process import in_process
 
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.oracle.changed_keys import changed_keys
 from pytest_moe_routing.suite.accepted_keys import of_changed_keys
 from pytest_moe_routing.targets.source import Source
@@ -57,9 +56,7 @@ def changed(target):
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, _ = in_process(VllmTarget, child, root, flashinfer, version)
     found = {}
     for name, change in CHANGES.items():
         with change():

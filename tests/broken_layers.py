@@ -11,18 +11,15 @@ import re
 import sys
 import textwrap
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
-from in_process import InProcess
+from in_process import in_process
 
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets import stubs
-from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
 from pytest_moe_routing.targets.vllm.probe import release
 from pytest_moe_routing.targets.vllm.target import VllmTarget
@@ -128,10 +125,8 @@ def _twice(_runner, shared, fused):
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, _ = in_process(VllmTarget, child, root, flashinfer, version)
     owner_of(FORWARD)._twice = _twice
     found = {}
     for name, (function, old, new, model, scheme) in BROKEN.items():

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from edited import edited
-from in_process import InProcess
+from in_process import in_process
 
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.formats import unlike_formats
@@ -22,7 +20,6 @@ from pytest_moe_routing.oracle.shares import wrong_splits
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets.sglang.probe import main as child
 from pytest_moe_routing.targets.sglang.target import SglangTarget
-from pytest_moe_routing.targets.source import Source
 
 LAYERS = "sglang.srt.layers"
 RUNNER = f"{LAYERS}.moe.moe_runner.flashinfer_trtllm"
@@ -240,10 +237,8 @@ SPLIT = {
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
-    target = SglangTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, handlers = in_process(SglangTarget, child, root, flashinfer, version)
     handlers["method_numbers"]()
     found = {}
     for name, (module, path, old, new, model, scheme) in BROKEN.items():

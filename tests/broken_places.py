@@ -11,10 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from in_process import InProcess
+from in_process import in_process
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.judge import judge
@@ -173,9 +172,7 @@ def placed(target):
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, _ = in_process(VllmTarget, child, root, flashinfer, version)
     found = {}
     for name, (change, scheme) in MOVED.items():
         with change():

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from edited import edited
-from in_process import InProcess
+from in_process import in_process
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.report.text import sentences
-from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
@@ -147,10 +144,8 @@ MODULAR = ("nothing nvfp4", "first input scale not inverted")
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, _ = in_process(VllmTarget, child, root, flashinfer, version)
     found = {}
     for name, (module, path, old, new, model, scheme) in BROKEN.items():
         with edited(module, path, old, new):

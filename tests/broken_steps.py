@@ -10,21 +10,18 @@ import inspect
 import json
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from broken_kernels import elsewhere, other_kernels
-from in_process import InProcess
+from in_process import in_process
 
 from pytest_moe_routing.errors import Unsupported
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.targets import stubs
-from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
 from pytest_moe_routing.targets.vllm.probe import release, server_defaults
 from pytest_moe_routing.targets.vllm.target import VllmTarget
@@ -244,10 +241,8 @@ def weights_on_input(target, models):
 
 
 def main(root, flashinfer, version):
-    handlers = child.handlers(root, flashinfer, version)
     models = load_models(packaged_directory())
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(target._probe, handlers)
+    target, _ = in_process(VllmTarget, child, root, flashinfer, version)
     factory = release.names().spelling("prepare-factory").module.rpartition(".")[0]
     steps = stubs.real_module(f"{factory}.prepare_finalize.no_dp_ep")
     found = {}

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
+from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.targets.source import Source
 
 
-class InProcess:
+def in_process(target_class, child, root, flashinfer, version):
+    """Return a target whose questions are answered here, and what answers them."""
+    target = target_class(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
+    handlers = child.handlers(root, flashinfer, version)
+    target._probe = target._aside = _InProcess(target._probe, handlers)
+    return target, handlers
+
+
+class _InProcess:
     """Takes the place of a target's probe, and checks answers as that does.
 
     Questions and answers go through JSON, as those of a process of its own do.

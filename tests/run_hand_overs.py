@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
-from in_process import InProcess
+from in_process import in_process
 
-from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.layouts import wrong_layouts
-from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm.probe import main as child
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
 
 def main(root, flashinfer, version):
-    target = VllmTarget(FlashInfer.of(flashinfer), Source(Path(root), version, flashinfer))
-    target._probe = target._aside = InProcess(
-        target._probe, child.handlers(root, flashinfer, version)
-    )
+    target, _ = in_process(VllmTarget, child, root, flashinfer, version)
     model = load_models(packaged_directory())["mixtral-8x7b"]
     print(json.dumps(sorted(wrong_layouts(target, "nvfp4", [model]).run)))
 

@@ -16,13 +16,14 @@ from pytest_moe_routing.oracle.ignored import ignored_requests
 from pytest_moe_routing.suite.causes import of_ignored
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
-from pytest_moe_routing.targets.sglang.probe.around import around
+from pytest_moe_routing.targets.sglang.probe.around import around, placement
 from pytest_moe_routing.targets.sglang.probe.world import requested, stand_ins
 
 MODELS = load_models(packaged_directory())
 R1 = MODELS["deepseek-r1"]
 #: From here on, runners look at what is requested besides routing.
 LOOKS = Version("0.5.23")
+TOLD = "expert_location_dispatch_info"
 
 
 @pytest.fixture(scope="module", **oldest_and_newest())
@@ -105,7 +106,7 @@ def answers_of(runs, replay=None, tell=False, rejects=lambda options: None, comp
         return given
 
     names = Names(Contract.of("sglang"), "0.5.23", stubs.definitions("sglang", "nowhere"))
-    found = around(names, run, calls, rejects, compiles=compiles)
+    found = around(names, run, calls, rejects, num_experts=8, compiles=compiles)
     assert requested("capturer") is None
     return {name: (answer["answer"], answer["why"]) for name, answer in found.items()}
 
@@ -179,6 +180,30 @@ def test_a_request_that_does_not_reach_sglangs_own_router_is_ignored():
     assert found[Request.PADDING] == ("ignored", why)
     why = "SGLang's own top-k is given no expert_location_dispatch_info"
     assert found[Request.BALANCING] == ("ignored", why)
+
+
+@pytest.mark.parametrize("redundant", [0, 1])
+def test_a_placement_is_asked_with_redundant_experts_and_without(redundant):
+    """SGLang's code may look at how many physical experts there are."""
+
+    class OnlySome(dict):
+        def items(self):
+            placed = requested("placement")
+            looks = placed is not None and placed.num_physical_experts == 8 + redundant
+            return {"placement": own()}.items() if looks else {"placement": own(TOLD)}.items()
+
+    said, why = answers_of(OnlySome())[Request.BALANCING]
+    assert (said, why) == ("ignored", f"SGLang's own top-k is given no {TOLD}")
+
+
+def test_every_expert_of_a_placement_lies_somewhere():
+    placed = placement(4, 1)
+    every = placed.partial_logical_to_all_physical_map
+    count = placed.partial_logical_to_all_physical_map_num_valid
+    found = [int(e) for row, n in zip(every, count, strict=True) for e in row[:n]]
+    assert sorted(found) == list(range(placed.num_physical_experts))
+    first = placed.partial_logical_to_rank_dispatch_physical_map
+    assert torch.equal(first, every[:, 0])
 
 
 def test_the_code_of_sglang_that_names_no_runner_is_named(target):

@@ -25,6 +25,7 @@ from pytest_moe_routing.targets.sglang.probe.world import Call
 PADDING = "num_token_non_padded"
 _PLACEMENT = "expert_location_dispatch_info"
 _EXPERT_PARALLEL = "--ep-size 2"
+_REDUNDANT = "--ep-num-redundant-experts 1"
 
 
 class Capturer:
@@ -37,11 +38,33 @@ class Capturer:
         self.told.append(topk_indices)
 
 
+def placement(num_experts: int, redundant: int) -> Any:
+    """Return where experts lie: in reverse order, and redundant ones once more at the end.
+
+    It has what SGLang's own `ExpertLocationDispatchInfo` has.
+    """
+    physical = torch.arange(num_experts, dtype=torch.int32).flip(0)
+    every = physical.unsqueeze(1).repeat(1, 2)
+    every[:redundant, 1] = torch.arange(num_experts, num_experts + redundant)
+    count = torch.ones(num_experts, dtype=torch.int32)
+    count[:redundant] = 2
+    return stubs.known(
+        "placement",
+        ep_dispatch_algorithm="dynamic",
+        partial_logical_to_rank_dispatch_physical_map=physical,
+        partial_logical_to_all_physical_map=every,
+        partial_logical_to_all_physical_map_num_valid=count,
+        num_physical_experts=num_experts + redundant,
+        rank_invariant=True,
+    )
+
+
 def around(
     names: Names,
     run: Callable[[], Mapping[str, Any]],
     calls: Sequence[Call],
     rejects: Callable[[Mapping[str, Any]], str | None],
+    num_experts: int,
     *,
     compiles: bool = False,
 ) -> dict[str, dict[str, Any]]:
@@ -53,19 +76,18 @@ def around(
         run: Builds and runs a block whose kernel routes; the answer of `main.Blocks.capture`.
         calls: Those of entry points in the last run.
         rejects: Returns why a server does not start with these options; None if it starts.
+        num_experts: The number of routed experts of the block.
         compiles: Whether the runner is used as well when the server compiles the model: not for
             unquantized experts, whose method has an implementation of its own then.
     """
-    found: dict[str, dict[str, Any]] = {}
 
     def ask(
-        name: str,
         switches: Sequence[str],
         handed_on: str,
         routed: Callable[[], dict[str, str]],
         given: Mapping[str, Any],
         **options: Any,
-    ) -> None:
+    ) -> dict[str, Any]:
         try:
             with requesting(**given, **options):
                 answer = run()
@@ -74,27 +96,28 @@ def around(
                 verdict = {"answer": "rejected", "why": why}
         except Unsupported as reason:
             verdict = {"answer": "not judged", "why": str(reason)}
-        found[name] = {**verdict, "switches": [*switches]}
+        return {**verdict, "switches": [*switches]}
 
-    ask(
-        "padding rows",
+    found = {}
+    found["padding rows"] = ask(
         [_EXPERT_PARALLEL],
         PADDING,
         lambda: {"answer": "ignored", "why": "the kernel is given every row"},
         {PADDING: torch.tensor(1, dtype=torch.int32)},
     )
-    ask(
-        "expert placement by load (EPLB)",
-        [_EXPERT_PARALLEL, "--enable-eplb"],
-        _PLACEMENT,
-        lambda: {"answer": "ignored", "why": "the kernel is given logical experts"},
-        {"placement": stubs.known("placement", ep_dispatch_algorithm="dynamic")},
-        enable_eplb=True,
-    )
+    for more in ((), (_REDUNDANT,)):
+        found["expert placement by load (EPLB)"] = placed = ask(
+            [_EXPERT_PARALLEL, "--enable-eplb", *more],
+            _PLACEMENT,
+            lambda: {"answer": "ignored", "why": "the kernel is given logical experts"},
+            {"placement": placement(num_experts, len(more))},
+            enable_eplb=True,
+        )
+        if placed["answer"] not in ("honored", "rejected"):
+            break
     if names.expects("stand-ins.capturer"):
         capturer = Capturer()
-        ask(
-            "captured expert ids",
+        found["captured expert ids"] = ask(
             ["--enable-return-routed-experts"],
             "",
             lambda: _captured(calls, capturer),
@@ -102,8 +125,7 @@ def around(
             enable_return_routed_experts=True,
         )
     if compiles:
-        ask(
-            "--enable-torch-compile",
+        found["--enable-torch-compile"] = ask(
             ["--enable-torch-compile"],
             "",
             lambda: {"answer": "honored", "why": "the kernel routes"},

@@ -226,7 +226,8 @@ class Blocks:
 
         compiles = question["quantization"] is not None and self.names.expects("router-output")
         run = partial(self.capture, **question)
-        return around(self.names, run, self.calls, rejects, compiles=compiles)
+        experts = question["config"]["num_experts"]
+        return around(self.names, run, self.calls, rejects, experts, compiles=compiles)
 
     def handed_over(self, scale: float, **question: Any) -> dict[str, Any]:
         """Return the call that is given experts and weights; see `handed_over`."""

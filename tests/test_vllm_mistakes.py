@@ -12,6 +12,7 @@ from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.oracle.moved import moved_placements
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.suite.causes import of_downcast
@@ -79,6 +80,11 @@ MISTAKES = (
         'config["norm_topk_prob"] = False',
     ),
     (
+        "model_executor/layers/fused_moe/oracle/nvfp4.py",
+        "NVFP4_BACKENDS_WITH_CLAMP = {",
+        "NVFP4_BACKENDS_WITH_CLAMP = {NvFp4MoeBackend.FLASHINFER_CUTEDSL_BATCHED,",
+    ),
+    (
         f"{PREPARE}/naive_dp_ep.py",
         "            a1q,\n            router_logits,\n            is_",
         "            a1q,\n            router_logits.to(torch.bfloat16),\n            is_",
@@ -120,6 +126,15 @@ def test_a_gate_for_one_blackwell_device(target):
 def test_another_default_backend(target):
     choice = target.choice(MODELS["deepseek-r1"], "nvfp4", "DeepSeekV3")
     assert choice.switches == ("--moe-backend flashinfer_trtllm",)
+
+
+def test_experts_without_a_limit_are_taken_for_a_model_with_one(target):
+    found = moved_placements(target, "nvfp4", [MODELS["deepseek-v4-flash-nvfp4"]])
+    new = [each for each in found.moved if each.rule is None]
+    assert {place.name for each in new for place in each.places} == {
+        "FlashInferCuteDSLBatchedExperts"
+    }
+    assert all("--moe-backend flashinfer_cutedsl" in each.switches for each in new)
 
 
 def test_shared_experts_that_are_split_over_ranks_with_other_tokens(target):

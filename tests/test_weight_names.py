@@ -39,6 +39,8 @@ WRONG = (
     ('m(ckpt_gate_proj_name="up_proj", ckpt_up_proj_name="gate_proj")', "up_proj gate_proj"),
     ('m(ckpt_gate_proj_name="gate_proj", ckpt_down_proj_name="up_proj")', "up_proj gate_proj"),
     ('m(ckpt_gate_proj_name="w1", ckpt_down_proj_name="w3", ckpt_up_proj_name="w2")', "w2 w3"),
+    ('m(ckpt_gate_proj_name="w3", ckpt_down_proj_name="w2", ckpt_up_proj_name="w3")', "w3"),
+    ('m(ckpt_gate_proj_name="gate_proj", ckpt_up_proj_name="gate_proj")', "gate_proj"),
     ('layer(ckpt_names=("w1", "w3", "w2"))', "w3 w2"),
     ('layer(ckpt_names=("down_proj", "up_proj", None))', "down_proj up_proj"),
     ('[("gate_up_proj", "up_proj", 0)]', "up_proj"),

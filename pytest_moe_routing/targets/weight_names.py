@@ -58,7 +58,8 @@ def _of_call(call: ast.Call) -> Iterator[MisnamedWeight]:
         has_gate = len(names.elts) == len(_ORDER) and bool(_text(names.elts[2]))
         yield from _of_order(names, _ORDER if has_gate else (_UP, _DOWN), must_be_known=True)
     found = {role: named[keyword] for keyword, role in _KEYWORDS.items() if keyword in named}
-    if (both := _text(found.get(_GATE))) and both == _text(found.get(_UP)):
+    both = _text(found.get(_GATE))
+    if both and both not in _ROLES and both == _text(found.get(_UP)):
         # The checkpoint has gate and up in one tensor.
         found = {role: name for role, name in found.items() if role == _DOWN}
     if not _text(found.get(_UP)) and _GATE in found:

@@ -127,7 +127,7 @@ class Routers(blocks.Blocks):
         def route(logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
             give_bias(topk.topk_config, bias)
             hidden = torch.zeros(len(logits), HIDDEN, dtype=torch.bfloat16)
-            output = topk.forward_cuda(hidden, logits)
+            output = getattr(topk, seen.forward)(hidden, logits)
             return output.topk_weights * exact(factor, scale), output.topk_ids
 
         router = RouterConfig(**model["router"])
@@ -198,7 +198,7 @@ class Routers(blocks.Blocks):
             with ways.factor_in_topk(self.names):
                 seen = Seen()
                 topk, factor = self._built(architecture, values, seen)
-            case = _case(topk, router, factor)
+            case = _case(topk, router, factor, seen)
             case = replace(case, way=ways.FACTOR_IN_TOPK, reach="opt-in", patterns=ways.PLAIN)
             yield compare(case)
             yield from self._overlapped(case, architecture, seen.block, router)
@@ -210,7 +210,7 @@ class Routers(blocks.Blocks):
         seen = Seen()
         topk, factor = self._built(architecture, values, seen)
         fused = ", shared experts fused" * shared
-        case = replace(_case(topk, router, factor), way=f"cuda{fused}")
+        case = replace(_case(topk, router, factor, seen), way=f"cuda{fused}")
         if shared:
             # Where ranks sum their outputs, the model's code divides it among them.
             part = topk.topk_config.fused_shared_experts_scaling_factor or 1
@@ -221,10 +221,11 @@ class Routers(blocks.Blocks):
             way = "cuda, with bfloat16 logits"
             yield compare(replace(case, dtype=torch.bfloat16, way=way, reach="bfloat16 logits"))
         case = replace(case, reach="opt-in")
-        way = f"--enable-torch-compile, one token{fused}"
-        yield compare(replace(case, forward=topk.forward_native, way=way))
+        if seen.forward != "forward_native":
+            way = f"--enable-torch-compile, one token{fused}"
+            yield compare(replace(case, forward=topk.forward_native, way=way))
         case = replace(case, patterns=ways.PLAIN)
-        forward = ways.placed(topk.forward_cuda, router.num_experts)
+        forward = ways.placed(case.forward, router.num_experts)
         yield compare(replace(case, forward=forward, way=f"{ways.PLACED}{fused}"))
         if not shared:
             yield from self._overlapped(case, architecture, seen.block, router)
@@ -308,12 +309,18 @@ class Routers(blocks.Blocks):
         return seen.topks[0], values[0]
 
 
-def _case(topk: Any, router: RouterConfig, factor: float) -> Case:
-    """Return the case of a TopK whose weights are multiplied by `factor` behind it."""
+def _case(topk: Any, router: RouterConfig, factor: float, seen: Seen) -> Case:
+    """Return the case of a TopK whose weights are multiplied by `factor` behind it.
+
+    Its logits have the dtype of the model's, unless the block widens those.
+    """
     recipe = replace(recipe_of(router), weight_on="output")
     recipe = replace(recipe, scale=rest(recipe.scale, factor))
     dtype = getattr(torch, router.logits_dtype)
-    return Case(topk.forward_cuda, topk.topk_config, recipe, router.num_experts, dtype)
+    for logits in seen.logits[:1]:
+        dtype = torch.promote_types(dtype, logits.dtype)
+    forward = getattr(topk, seen.forward)
+    return Case(forward, topk.topk_config, recipe, router.num_experts, dtype)
 
 
 def _choose_triton(names: Names) -> None:

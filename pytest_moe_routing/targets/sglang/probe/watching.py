@@ -36,6 +36,8 @@ class Seen:
     #: The configs of the experts' runners that the block runs, in the order of their calls.
     runners: list[Any] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+    #: The method of TopK that the block calls with those logits.
+    forward: str = "forward_cuda"
     #: Shared experts that the layer has among the routed ones.
     shared: int = 0
     #: Whether the layer is told to weigh the experts' input.

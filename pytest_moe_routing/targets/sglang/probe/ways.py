@@ -150,12 +150,14 @@ def experts_give_weights(names: Names, seen: Seen) -> Iterator[None]:
     topk, is_over = names.get("topk"), list[bool]()
     native = topk.forward_native
 
-    def route(
-        self: Any, hidden_states: Tensor, router_logits: Any, *more: Any, **given: Any
-    ) -> Any:
+    def route_natively(self: Any, *inputs: Any, **given: Any) -> Any:
         if is_over:
             # Some code of models keeps the method that it found.
-            return native(self, hidden_states, router_logits, *more, **given)
+            return native(self, *inputs, **given)
+        seen.forward = "forward_native"
+        return route(self, *inputs, **given)
+
+    def route(self: Any, hidden_states: Tensor, router_logits: Any, *_: Any, **__: Any) -> Any:
         seen.logits.append(router_logits)
         shape = len(hidden_states), self.topk_config.top_k
         ids, weights = torch.zeros(shape, dtype=torch.int32), torch.ones(shape)
@@ -165,7 +167,7 @@ def experts_give_weights(names: Names, seen: Seen) -> Iterator[None]:
         experts_called(function),
         patch.object(names.get("router-layer"), "forward", forward),
         patch.object(topk, "forward_cuda", route),
-        patch.object(topk, "forward_native", route),
+        patch.object(topk, "forward_native", route_natively),
     ):
         yield
     is_over.append(True)

@@ -16,6 +16,7 @@ from pytest_moe_routing.oracle.routers import (
     Output,
     RouterRun,
     WrongAnswer,
+    answer_problem,
     causes,
     compare_router,
 )
@@ -124,6 +125,38 @@ def test_arithmetic_in_the_dtype_of_the_logits_is_a_matter_of_precision():
 
     found = compare_router(router, replace(RECIPE, epsilon=0.0), 64, torch.bfloat16)
     assert [d.kind for d in found if d.kind != "rounded"] == [PRECISION]
+
+
+SOFTMAX = Recipe(4, "softmax", normalize="sum")
+
+
+def capped(logits):
+    return 50 * (logits / 50).tanh()
+
+
+def in_bfloat16(logits):
+    scores = logits.bfloat16().softmax(-1)
+    weights, ids = scores.topk(4)
+    return weights / weights.sum(-1, keepdim=True), ids
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_wrong"),
+    [
+        (lambda logits: routed(recipe=SOFTMAX)(logits, None), False),
+        # What the model's code does to finished weights.
+        (lambda logits: routed(lambda w, ids: (w.bfloat16(), ids), SOFTMAX)(logits, None), False),
+        (in_bfloat16, True),
+        # Near enough to the right weights to be rounded ones, but no bfloat16 numbers.
+        (lambda logits: routed(recipe=SOFTMAX, read=capped)(logits, None), True),
+    ],
+    ids=["right", "rounded", "computed in bfloat16", "capped"],
+)
+def test_weights_may_be_rounded_but_not_computed_otherwise(answer, is_wrong):
+    logits = (4 * torch.randn(32, 64, generator=torch.Generator().manual_seed(0))).bfloat16()
+    weights, ids = answer(logits.float())
+    problem = answer_problem(weights, ids, logits.float(), None, SOFTMAX)
+    assert (problem is not None) == is_wrong, problem
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ WHEELS = {
 ROUTER = "vllm/model_executor/layers/fused_moe/router"
 GEMMA4 = "vllm/model_executor/models/gemma4.py"
 TOPK = "sglang/srt/layers/moe/topk.py"
+HASH = "sglang/srt/layers/moe/hash_topk.py"
 XLLM = "sglang/srt/models/xllm.py"
 GATE = "sglang/kernels/ops/moe/moe_fused_gate.py"
 #: Every place where the factor goes on the output.
@@ -108,6 +109,9 @@ SGLANG = {
     # The model's code calls the router in torch itself, on CUDA too.
     "logits that are not widened before a router in torch": [
         Mutant(XLLM, "partitions\n        ).float()", "partitions\n        )", "k2-horizon-375b-a23b", "fused_topk_torch_native", reach="model", kinds=(PRECISION,)),
+    ],
+    "factor that the layer applies after a table, too": [
+        Mutant(HASH, "if self.apply_routed_scaling_factor_on_output:", "if self.routed_scaling_factor:", "deepseek-v4-flash", "HashTopK.forward", reach="model"),
     ],
     "lost factor": [
         Mutant(TOPK, APPLY, "pass\n", "", "grouped_topk_gpu"),

@@ -121,7 +121,7 @@ class Table:
 @pytest.mark.parametrize(("shift", "kinds"), [(0, set()), (1, {"experts"})])
 def test_a_table_holds_what_the_recipe_chooses(shift, kinds):
     recipe = replace(RECIPE, scale=1.0)
-    forward, config = ways.hashed(Table(shift), recipe, EXPERTS)
+    forward, config = ways.hashed(Table(shift), recipe, EXPERTS, {})
 
     def answer(logits, bias):
         config.correction_bias = bias

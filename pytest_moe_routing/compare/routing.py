@@ -19,6 +19,8 @@ from pytest_moe_routing.reference import routing as reference
 from pytest_moe_routing.routing.recipe import Recipe
 
 _WORST = 8
+#: The largest relative error of rounding to bfloat16, and of float32 arithmetic before it.
+_HALF_A_STEP = 1.01 * 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -187,3 +189,20 @@ def _check_output(name: str, x: Tensor, logits: Tensor, recipe: Recipe, floating
     if list(x.shape) != shape or x.is_floating_point() != floating or x.dtype == torch.bool:
         kind = "floating" if floating else "integer"
         raise RecipeError(f"{name}: found {x.dtype} {list(x.shape)}, expected {kind} {shape}")
+
+
+def are_rounded_once(
+    topk_ids: Tensor, topk_weights: Tensor, logits: Tensor, recipe: Recipe, bias: Tensor | None
+) -> bool:
+    """Return whether weights are the recipe's in bfloat16, rather than computed in bfloat16.
+
+    The arguments are those of `compare_routing`.
+    """
+    wanted, order = reference.route(logits, recipe, bias), topk_ids.sort(1).indices
+    right = wanted.topk_ids.sort(1)
+    if not torch.equal(topk_ids.gather(1, order), right.values.to(topk_ids.dtype)):
+        return False
+    got = topk_weights.float().gather(1, order)
+    exact = wanted.topk_weights.float().gather(1, right.indices)
+    is_near = (got - exact).abs() <= _HALF_A_STEP * exact.abs()
+    return bool(is_near.all()) and torch.equal(got, got.bfloat16().float())

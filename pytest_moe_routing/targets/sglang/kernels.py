@@ -174,6 +174,32 @@ def _fused_moe_router_shim(
     return weights, ids.int()
 
 
+def hash_topk(
+    router_logits: Tensor,
+    input_ids: Tensor,
+    tid2eid: Tensor,
+    num_fused_shared_experts: int = 0,
+    routed_scaling_factor: float = 1.0,
+    scoring_func: str = "sqrtsoftplus",
+) -> tuple[Tensor, Tensor]:
+    """Weigh the experts of tokens in a table; shared experts follow, as in `_moe_fused_gate`.
+
+    From `hash_topk.cuh` of SGLang 0.5.18 and `triton_hash_topk.py` of 0.5.23.
+    """
+    import torch
+    from torch.nn.functional import softplus
+
+    assert scoring_func == "sqrtsoftplus"
+    ids = tid2eid[input_ids].to(torch.int32)
+    scores = softplus(router_logits.float()).sqrt().gather(1, ids.long())
+    weights, (tokens, experts) = scores / scores.sum(1, keepdim=True), router_logits.shape
+    if shared := num_fused_shared_experts:
+        own = torch.arange(experts, experts + shared, dtype=torch.int32).expand(tokens, -1)
+        weight = weights.new_full((tokens, shared), 1.0 / routed_scaling_factor)
+        return torch.cat([weights, weight], 1), torch.cat([ids, own], 1)
+    return weights, ids
+
+
 def in_torch() -> Mapping[str, Mapping[str, Callable[..., Any]]]:
     """Return torch functions for kernels, by module and name."""
     return {

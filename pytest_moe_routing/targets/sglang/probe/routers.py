@@ -254,14 +254,19 @@ class Routers(blocks.Blocks):
             text = f"{type(error).__name__}: {error}"
             raise Unsupported(f"{name} of the first layer cannot be built here: {text}") from error
         recipe = replace(recipe_of(router), weight_on="output")
-        forward, config = ways.hashed(block.topk, recipe, router.num_experts)
-        recipe = replace(recipe, scale=rest(recipe.scale, factor))
-        dtype = getattr(torch, router.logits_dtype)
-        case = Case(forward, config, recipe, router.num_experts, dtype, ways.HASHED, "opt-in")
-        yield compare(case)
-        forward = ways.placed(forward, router.num_experts)
-        way = f"{ways.PLACED}, {ways.HASHED}"
-        yield compare(replace(case, forward=forward, way=way, patterns=ways.PLAIN))
+        dtype, count = getattr(torch, router.logits_dtype), router.num_experts
+        rows = [(ways.IN_TORCH, "opt-in")]
+        if self.names.has("router-kernels-hash"):
+            rows.insert(0, ({}, "model"))
+        for environment, reach in rows:
+            forward, config = ways.hashed(block.topk, recipe, count, environment)
+            left = replace(recipe, scale=rest(recipe.scale, factor))
+            way = ", ".join([ways.HASHED, *map("=".join, environment.items())])
+            case = Case(forward, config, left, count, dtype, way, reach)
+            yield compare(case)
+            case = replace(case, reach="opt-in", patterns=ways.PLAIN)
+            way = f"{ways.PLACED}, {way}"
+            yield compare(replace(case, forward=ways.placed(forward, count), way=way))
 
     def _fuses_shared_experts(self, architecture: str) -> bool:
         """Whether the block's module can put its shared expert among the routed ones."""
@@ -344,6 +349,9 @@ def _with_kernels(names: Names, root: str) -> ModuleType:
     """Return the module of TopK, which the world has changed, with kernels that a CPU runs."""
     for module, members in kernels.in_torch().items():
         vars(import_module(module)).update(members)
+    if names.has("router-kernels-hash"):
+        table = names.spelling("router-kernels-hash")
+        setattr(import_module(table.module), table.path, kernels.hash_topk)
     own = names.spelling("router-kernels-gate")
     setattr(import_module(own.module), own.path, gate(root, own.module, own.path))
     for key, value in stand_ins().items():

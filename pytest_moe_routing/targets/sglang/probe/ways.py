@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -32,8 +32,9 @@ PLACED = "--enable-eplb, --enable-return-routed-experts"
 OVERLAPPED = "--enable-two-batch-overlap"
 #: Methods whose layers of experts leave the factor to TopK.
 FACTOR_IN_TOPK = "a runner that leaves the factor to TopK"
-_IN_TORCH = {"SGLANG_OPT_USE_FUSED_HASH_TOPK": "0"}
-HASHED = f"a layer that routes by a table, {'='.join(*_IN_TORCH.items())}"
+HASHED = "a layer that routes by a table"
+#: The environment in which such a layer does so in torch, rather than in a kernel.
+IN_TORCH = {"SGLANG_OPT_USE_FUSED_HASH_TOPK": "0"}
 
 Forward = Callable[..., Any]
 
@@ -80,10 +81,15 @@ def placed(forward: Forward, num_experts: int) -> Forward:
     return run
 
 
-def hashed(layer: Any, recipe: Recipe, num_experts: int) -> tuple[Forward, Any]:
+def hashed(
+    layer: Any, recipe: Recipe, num_experts: int, environment: Mapping[str, str]
+) -> tuple[Forward, Any]:
     """Return a router of a layer that routes by a table, and what has its bias.
 
     Each token is an entry of its own in the table, which has the experts that `recipe` chooses.
+
+    Args:
+        environment: Variables with which the layer is run.
     """
     bias = torch.zeros(num_experts, dtype=torch.float32) if recipe.bias else None
     config = SimpleNamespace(correction_bias=bias)
@@ -93,7 +99,7 @@ def hashed(layer: Any, recipe: Recipe, num_experts: int) -> tuple[Forward, Any]:
         layer.tid2eid[: len(logits)] = route(
             logits.float(), recipe, config.correction_bias
         ).topk_ids
-        with patch.dict(os.environ, _IN_TORCH):
+        with patch.dict(os.environ, environment):
             return layer(hidden, logits, input_ids=tokens, **more)
 
     return forward, config

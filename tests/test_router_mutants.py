@@ -31,6 +31,8 @@ XLLM = "sglang/srt/models/xllm.py"
 GATE = "sglang/kernels/ops/moe/moe_fused_gate.py"
 #: Every place where the factor goes on the output.
 APPLY = "topk_weights *= routed_scaling_factor\n"
+#: Switches of routers that no model has.
+BIASED = "sigmoid, bias, renormalize"
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,16 @@ SGLANG = {
     # The model's code calls the router in torch itself, on CUDA too.
     "logits that are not widened before a router in torch": [
         Mutant(XLLM, "partitions\n        ).float()", "partitions\n        )", "k2-horizon-375b-a23b", "fused_topk_torch_native", reach="model", kinds=(PRECISION,)),
+    ],
+    "limit of a kernel that models meet": [
+        Mutant(TOPK, "        and topk_group * num_expert_group >= topk_routed\n", "", "glm-4.5-air", "fused_topk_deepseek", reach="model"),
+    ],
+    "limits of a kernel that no model meets": [
+        Mutant(TOPK, "weights\n        and renormalize\n", "weights\n", f"{BIASED.replace('re', 'no re')}, 8 of 256 experts, 4 of 8 groups", "fused_topk_deepseek"),
+        Mutant(TOPK, "        and topk_routed <= 8\n        and topk_group <=", "        and topk_group <=", f"{BIASED}, 9 of 256 experts, 8 of 16 groups", "fused_topk_deepseek"),
+        Mutant(TOPK, "experts_per_group <= 32 and", "experts_per_group and", f"{BIASED}, 8 of 512 experts, 2 of 8 groups", "fused_topk_deepseek"),
+        Mutant(TOPK, "experts_per_group * topk_group <= 128", "True", f"{BIASED}, 8 of 256 experts, 5 of 8 groups", "fused_topk_deepseek"),
+        Mutant(TOPK, "            else num_experts <= 384\n", "            else True\n", f"{BIASED}, 1 of 512 experts", "fused_topk_deepseek"),
     ],
     "factor that the layer applies after a table, too": [
         Mutant(HASH, "if self.apply_routed_scaling_factor_on_output:", "if self.routed_scaling_factor:", "deepseek-v4-flash", "HashTopK.forward", reach="model"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from pytest_moe_routing.errors import RecipeError
 from pytest_moe_routing.routing import Recipe
 
 if TYPE_CHECKING:
@@ -100,9 +101,31 @@ def _fused_topk_deepseek(
     launch_with_pdl: bool = True,
     **_: Any,
 ) -> None:
+    """Choose experts as FlashInfer's kernel does.
+
+    Raises:
+        RecipeError: FlashInfer's check of the arguments raises (`fused_routing_dsv3.py` of 0.6.12
+            to 0.7.2, `_check_dsv3_fused_routing_supported`).
+    """
     from pytest_moe_routing.reference.routing import route
 
     groups = num_expert_group, topk_group
+    experts = gating_output.shape[1]
+    limits = {
+        f"topk_group {topk_group} is more than n_group {num_expert_group}": groups[1] <= groups[0],
+        f"topk_group * n_group is less than topk {topk}": groups[0] * groups[1] >= topk,
+        f"topk {topk} is more than 8": topk <= 8,
+    }
+    if num_expert_group > 1:
+        limits["a group has more than 32 experts"] = experts <= 32 * groups[0]
+        limits["the best groups have more than 128 experts"] = (
+            experts * groups[1] <= 128 * groups[0]
+        )
+    else:
+        limits[f"{experts} experts are more than 384"] = experts <= 384
+    for problem, is_kept in limits.items():
+        if not is_kept:
+            raise RecipeError(f"fused_topk_deepseek: {problem}")
     recipe = gate_recipe(
         topk, "sigmoid", bias=True, renormalize=True, scale=scaling_factor, groups=groups
     )

@@ -20,8 +20,39 @@ from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.mixers import UNTIED, WrongMixer, mixer_problem
 from pytest_moe_routing.targets.sglang.probe.router_case import Case
+from pytest_moe_routing.targets.sglang.probe.ways import PLAIN
 
-_EXPERTS, _TOP_K, _GROUPS, _SCALE = 64, 4, (8, 4), 2.5
+_SCALE = 2.5
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How many experts a router has, how many groups it has and keeps, and how many it chooses."""
+
+    experts: int
+    groups: tuple[int, int]
+    top_k: int
+
+    def __str__(self) -> str:
+        groups = f", {self.groups[1]} of {self.groups[0]} groups" if self.groups[0] > 1 else ""
+        return f"{self.top_k} of {self.experts} experts{groups}"
+
+
+#: Within each limit of the kernels that a function chooses from, and past it.
+_SHAPES = (
+    _Shape(256, (8, 4), 8),
+    _Shape(192, (8, 4), 4),
+    _Shape(256, (16, 8), 9),
+    _Shape(512, (8, 2), 8),
+    _Shape(256, (8, 5), 8),
+    _Shape(64, (8, 4), 4),
+    _Shape(64, (1, 1), 1),
+    _Shape(512, (1, 1), 1),
+    _Shape(64, (1, 1), 6),
+    _Shape(384, (1, 1), 8),
+    _Shape(160, (1, 1), 12),
+    _Shape(896, (1, 1), 16),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +62,7 @@ class _Function:
     Attributes:
         score: Scoring functions that its callers ask it for.
         group_score: How it ranks groups; "" when it has none.
+        shapes: Of its routers, if it chooses a kernel by them.
     """
 
     name: str
@@ -39,6 +71,7 @@ class _Function:
     way: str
     reach: str
     group_score: str = ""
+    shapes: tuple[_Shape, ...] = ()
 
 
 _ALL = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -47,6 +80,9 @@ _ROUTED = "--moe-runner-backend flashinfer_trtllm_routed"
 _FUNCTIONS = (
     _Function("grouped_topk_gpu", _ALL[:2], False, "cuda", "opt-in", "max"),
     _Function("biased_grouped_topk_impl", _ALL[1:2], True, "a bias a token", "opt-in", "top2_sum"),
+    _Function(
+        "biased_grouped_topk_gpu", _ALL[1:2], True, "cuda", "no known model", "top2_sum", _SHAPES
+    ),
     _Function("kimi_k2_biased_topk_impl", _ALL[1:2], True, _UNUSED, "no known model"),
     _Function("biased_topk_impl", _ALL[1:], True, _UNUSED, "no known model"),
     _Function("fused_topk_torch_native", _ALL, False, "cpu", "opt-in"),
@@ -69,10 +105,12 @@ def cases(names: Names) -> Iterator[Case]:
             (False, True) if "apply_routed_scaling_factor_on_output" in parameters else (False,)
         )
         shared = (0, 1) if "num_fused_shared_experts" in parameters else (0,)
-        for score, normed, scaled, slots in product(row.score, (True, False), scaling, shared):
+        usual = _Shape(64, (8, 4) if row.group_score else (1, 1), 4)
+        switches = product(row.shapes or (usual,), row.score, (True, False), scaling, shared)
+        for shape, score, *rest in switches:
             if len(row.score) > 1 and "scoring_func" not in parameters and score != row.score[0]:
                 continue
-            yield _case(row, function, score, normed, scaled, slots)
+            yield _case(row, function, shape, score, *rest)
     if names.has("router-phimoe"):
         yield _sparse_mixer(names.get("router-phimoe"))
 
@@ -96,14 +134,15 @@ def _sparse_mixer(function: Callable[..., Any]) -> Case:
 def _case(
     row: _Function,
     function: Callable[..., Any],
+    shape: _Shape,
     score: str,
     normed: bool,
     scaled: bool,
     slots: int,
 ) -> Case:
-    groups = _GROUPS if row.group_score else (1, 1)
+    groups = shape.groups
     recipe = Recipe(
-        top_k=_TOP_K,
+        top_k=shape.top_k,
         score=score,
         bias=row.bias,
         n_group=groups[0],
@@ -114,14 +153,14 @@ def _case(
         scale=_SCALE if scaled else 1.0,
     )
     config = SimpleNamespace(
-        correction_bias=torch.zeros(_EXPERTS, dtype=torch.float32) if row.bias else None
+        correction_bias=torch.zeros(shape.experts, dtype=torch.float32) if row.bias else None
     )
 
     def forward(hidden: Tensor, logits: Tensor) -> Any:
         arguments = {
             "hidden_states": hidden,
             "gating_output": logits,
-            "topk": _TOP_K + slots,
+            "topk": shape.top_k + slots,
             "renormalize": normed,
             "num_expert_group": groups[0],
             "topk_group": groups[1],
@@ -138,14 +177,16 @@ def _case(
     switches = [score, "bias" if row.bias else "no bias"]
     switches += ["renormalize" if normed else "no renormalize"]
     switches += ["scale on the output"] * scaled + ["a fused shared expert"] * bool(slots)
+    switches += [str(shape)] * bool(row.shapes)
     return Case(
         forward,
         config if row.bias else None,
         recipe,
-        _EXPERTS,
+        shape.experts,
         torch.float32,
         row.way,
         row.reach,
         ", ".join(switches),
         shared_weight=(1.0 if scaled else 1 / _SCALE) if slots else None,
+        patterns=PLAIN if row.shapes else None,
     )

@@ -112,6 +112,10 @@ SGLANG = {
     "logits that are not widened before a router in torch": [
         Mutant(XLLM, "partitions\n        ).float()", "partitions\n        )", "k2-horizon-375b-a23b", "fused_topk_torch_native", reach="model", kinds=(PRECISION,)),
     ],
+    # DeepSeek's code puts it among the routed experts, unless TRT-LLM's runner is taken.
+    "weight of a shared expert by default": [
+        Mutant(TOPK, "return 1.0 / routed_scaling_factor", "return 1.0", "deepseek-r1", "fused_topk_deepseek", reach="model"),
+    ],
     "limit of a kernel that models meet": [
         Mutant(TOPK, "        and topk_group * num_expert_group >= topk_routed\n", "", "glm-4.5-air", "fused_topk_deepseek", reach="model"),
     ],

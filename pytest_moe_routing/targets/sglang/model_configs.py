@@ -71,11 +71,11 @@ def rewritten_config(model: ModelSpec, made: Mapping[str, Any]) -> dict[str, Any
     return {**data["sizes"], **known, **filled_in, **made}
 
 
-def deciding_of(model: ModelSpec) -> dict[str, Any]:
+def deciding_of(architecture: str) -> dict[str, Any]:
     """Return what else of a config code may read that decides about a model's shared experts."""
-    text = configs()["text_architectures"].get(model.architecture)
+    text = configs()["text_architectures"].get(architecture)
     return {
-        "architectures": [model.architecture],
+        "architectures": [architecture],
         "encoder_only": False,
         "text_config": {"architectures": [text]} if text else {},
     }

@@ -91,7 +91,7 @@ class SglangQuestions(FrameworkTarget):
         asked = self._asked(model, scheme, runner)
         if self._remembered("keeps_shared_apart", server):
             return asked
-        return {**asked, "deciding": deciding_of(model)}
+        return {**asked, "deciding": deciding_of(model.architecture)}
 
     def _asked(self, model: ModelSpec, scheme: str, runner: str) -> dict[str, Any]:
         return {**self._block(model, scheme), "scheme": scheme, "runner": runner}

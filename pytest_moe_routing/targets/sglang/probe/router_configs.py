@@ -107,10 +107,10 @@ def cases(names: Names) -> Iterator[Case]:
         shared = (0, 1) if "num_fused_shared_experts" in parameters else (0,)
         usual = _Shape(64, (8, 4) if row.group_score else (1, 1), 4)
         switches = product(row.shapes or (usual,), row.score, (True, False), scaling, shared)
-        for shape, score, *rest in switches:
+        for shape, score, normed, scaled, slots in switches:
             if len(row.score) > 1 and "scoring_func" not in parameters and score != row.score[0]:
                 continue
-            yield _case(row, function, shape, score, *rest)
+            yield _case(row, function, shape, score, normed, scaled, slots)
     if names.has("router-phimoe"):
         yield _sparse_mixer(names.get("router-phimoe"))
 

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -29,32 +27,30 @@ from pytest_moe_routing.oracle.own_router import reading_of
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets import config_classes, stubs
 from pytest_moe_routing.targets.config_classes import ConfigClasses
-from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.dtypes import Dtypes
 from pytest_moe_routing.targets.server import serve
-from pytest_moe_routing.targets.sglang import kernels
+from pytest_moe_routing.targets.sglang.model_configs import deciding_of, served_as
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe import ways
 from pytest_moe_routing.targets.sglang.probe.asked import asked
 from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
-from pytest_moe_routing.targets.sglang.probe.requests import CAPTURED, requested, requesting
+from pytest_moe_routing.targets.sglang.probe.ranks import RANKS, fusing
+from pytest_moe_routing.targets.sglang.probe.requests import CAPTURED, requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import (
     HIDDEN,
     NARROW,
     Case,
     compare,
     exact,
-    function_of,
     give_bias,
     rest,
     runs_of,
     values_of,
 )
 from pytest_moe_routing.targets.sglang.probe.router_configs import cases
-from pytest_moe_routing.targets.sglang.probe.triton_gate import gate
+from pytest_moe_routing.targets.sglang.probe.router_world import choose_triton, with_kernels
 from pytest_moe_routing.targets.sglang.probe.watching import Seen, watching
 from pytest_moe_routing.targets.sglang.probe.weights import fill
-from pytest_moe_routing.targets.sglang.probe.world import choose_runner
 from pytest_moe_routing.targets.stubs import source_of
 
 #: Rows of the contract for the kernels that run in torch.
@@ -90,8 +86,8 @@ class Routers(blocks.Blocks):
         stubs.stand_in(config_classes.stand_ins())
         package = self.names.spelling("configs").module
         self._config_classes = ConfigClasses(self.names, package, "config-registry")
-        _choose_triton(self.names)
-        importlib.reload(_with_kernels(self.names, self.root))
+        choose_triton(self.names)
+        importlib.reload(with_kernels(self.names, self.root))
 
     def run(self, model: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Route for a model by the TopK that its block makes, in every way that there is.
@@ -194,6 +190,8 @@ class Routers(blocks.Blocks):
         for shared in range(1 + can_fuse):
             with ways.shared_experts(self.names, shared):
                 yield from self._ways(architecture, values, router, shared)
+        if can_fuse:
+            yield from self._fused_by_default(architecture, values, router)
         if router.routed_scaling_factor != 1.0 and self.names.has("router-factor"):
             with ways.factor_in_topk(self.names):
                 seen = Seen()
@@ -231,6 +229,28 @@ class Routers(blocks.Blocks):
             yield from self._overlapped(case, architecture, seen.block, router)
         if not shared and values.get("num_hash_layers"):
             yield from self._by_table(architecture, values, router, factor)
+
+    def _fused_by_default(
+        self, architecture: str, values: Mapping[str, Any], router: RouterConfig
+    ) -> Iterator[dict[str, Any]]:
+        """Run the TopK of a block whose code puts its shared expert among the routed ones itself.
+
+        It may do so where each rank has all experts and the server leaves it to the code, which it
+        does for runners of SGLang's own.
+        """
+        if not self.names.has("shared-experts-decided"):
+            return
+        model_code = stubs.real_module(self.sources.place(architecture))
+        model = getattr(model_code, served_as(architecture))
+        config = {**values, **deciding_of(architecture)}
+        with fusing(self.names, model, config, None), ways.shared_experts(self.names, 1):
+            if not RANKS.shared.num_fused_shared_experts:
+                return
+            seen = Seen()
+            topk, factor = self._built(architecture, values, seen)
+        case = _case(topk, router, factor, seen)
+        way = "cuda, shared experts fused by default"
+        yield compare(replace(case, way=way, shared_weight=1 / factor))
 
     def _overlapped(
         self, case: Case, architecture: str, block: Any, router: RouterConfig
@@ -326,41 +346,6 @@ def _case(topk: Any, router: RouterConfig, factor: float, seen: Seen) -> Case:
         dtype = torch.promote_types(dtype, logits.dtype)
     forward = getattr(topk, seen.forward)
     return Case(forward, topk.topk_config, recipe, router.num_experts, dtype)
-
-
-def _choose_triton(names: Names) -> None:
-    """SGLang's own routing on CUDA, with the Triton runner, and nothing else."""
-    choose_runner(names.get("router-runner.TRITON").value)
-
-
-def stand_ins() -> dict[str, Any]:
-    """Return replacements of SGLang's own functions around its routers, by key of the contract."""
-    return {
-        "router-placement.topk_ids_logical_to_physical": ways.located,
-        "router-placement.transform_select_experts_inputs": (
-            lambda router_logits, correction_bias, **_: (router_logits, correction_bias)
-        ),
-        "router-capturer": lambda: requested("capturer"),
-        "router-context": lambda: False,
-    }
-
-
-def _with_kernels(names: Names, root: str) -> ModuleType:
-    """Return the module of TopK, which the world has changed, with kernels that a CPU runs."""
-    for module, members in kernels.in_torch().items():
-        vars(import_module(module)).update(members)
-    if names.has("router-kernels-hash"):
-        table = names.spelling("router-kernels-hash")
-        setattr(import_module(table.module), table.path, kernels.hash_topk)
-    own = names.spelling("router-kernels-gate")
-    setattr(import_module(own.module), own.path, gate(root, own.module, own.path))
-    for key, value in stand_ins().items():
-        spelling = names.spelling(key)
-        setattr(import_module(spelling.module), spelling.path, value)
-    fast = names.spelling("router-fast-topk")
-    for module in (fast.module, fast.module.rpartition(".")[0]):
-        setattr(import_module(module), fast.path, function_of(root, fast.module, fast.path))
-    return stubs.real_module(names.spelling("topk").module)
 
 
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:

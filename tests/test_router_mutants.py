@@ -15,7 +15,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.routers import PRECISION, WRONG, RouterRun
 from pytest_moe_routing.targets.probe import Probe
-from pytest_moe_routing.targets.sglang.model_configs import config_of
+from pytest_moe_routing.targets.sglang.model_configs import config_of, configs, server_of
 from pytest_moe_routing.targets.source import Source
 
 MODELS = load_models(Path(__file__).parent.parent / "golden")
@@ -26,9 +26,12 @@ WHEELS = {
 ROUTER = "vllm/model_executor/layers/fused_moe/router"
 GEMMA4 = "vllm/model_executor/models/gemma4.py"
 TOPK = "sglang/srt/layers/moe/topk.py"
+LAYER = "sglang/srt/layers/moe/fused_moe_triton/layer.py"
 HASH = "sglang/srt/layers/moe/hash_topk.py"
 XLLM = "sglang/srt/models/xllm.py"
 GATE = "sglang/kernels/ops/moe/moe_fused_gate.py"
+#: A scheme in which layers take SGLang's Triton runner by default on Hopper.
+SCHEME = "fp8_block"
 #: Every place where the factor goes on the output.
 APPLY = "topk_weights *= routed_scaling_factor\n"
 #: Switches of routers that no model has.
@@ -112,6 +115,9 @@ SGLANG = {
     "logits that are not widened before a router in torch": [
         Mutant(XLLM, "partitions\n        ).float()", "partitions\n        )", "k2-horizon-375b-a23b", "fused_topk_torch_native", reach="model", kinds=(PRECISION,)),
     ],
+    "factor of TopK and of the Triton runner": [
+        Mutant(LAYER, "                and runner_backend.is_cutlass()\n", "                and (runner_backend.is_cutlass() or runner_backend.is_triton())\n", "deepseek-r1", "fused_topk_deepseek", reach="model"),
+    ],
     # DeepSeek's code puts it among the routed experts, unless TRT-LLM's runner is taken.
     "weight of a shared expert by default": [
         Mutant(TOPK, "return 1.0 / routed_scaling_factor", "return 1.0", "deepseek-r1", "fused_topk_deepseek", reach="model"),
@@ -178,7 +184,11 @@ def runs(framework, root, mutants):
             models = {mutant.model for mutant in mutants if mutant.platform == platform}
             routed = {m for m in models & {*MODELS} if MODELS[m].router.not_expressible is None}
             for model in sorted(routed):
-                config = {"config": config_of(MODELS[model])} if framework == "sglang" else {}
+                config = {}
+                if framework == "sglang":
+                    values, row = config_of(MODELS[model]), configs()["schemes"][SCHEME]
+                    server = server_of(MODELS[model], row, values)
+                    config = {"config": values, "servers": {SCHEME: server}}
                 asked = {**MODELS[model].as_dict(), "id": model}
                 found += [(platform, row) for row in probe.ask("run", model=asked, **config)]
             if models - routed:

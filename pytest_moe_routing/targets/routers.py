@@ -54,6 +54,7 @@ class RouterProbes:
         probes: The children; each answers `run` for a model and `run_other` for configurations.
         routers: The routers that the target lists.
         more: What a child is told of a model besides.
+        of_runs: What it is told for a run alone.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class RouterProbes:
         probes: Sequence[Probe],
         routers: Sequence[str],
         more: Callable[[ModelSpec], Mapping[str, Any]] = lambda _: {},
+        of_runs: Callable[[ModelSpec], Mapping[str, Any]] = lambda _: {},
     ) -> None:
         self.probes, self._routers, self._more = probes, routers, more
+        self._of_runs = of_runs
         self._runs: dict[str, list[RouterRun]] = {}
         self._refusals: dict[str, str] = {}
 
@@ -114,7 +117,8 @@ class RouterProbes:
         return dict(self._refusals)
 
     def _question(self, model: ModelSpec) -> dict[str, Any]:
-        return {"model": {**model.as_dict(), "id": model.id}, **self._more(model)}
+        asked = {"model": {**model.as_dict(), "id": model.id}, **self._more(model)}
+        return {**asked, **self._of_runs(model)}
 
     def _ask(self, probe: Probe, models: Iterable[ModelSpec]) -> dict[str, list[dict[str, Any]]]:
         """Return a child's answers by model id; "" has those for further configurations."""

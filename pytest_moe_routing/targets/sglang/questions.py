@@ -53,6 +53,14 @@ class SglangQuestions(FrameworkTarget):
     def _server(self, model: ModelSpec, scheme: str) -> dict[str, Any]:
         return server_of(model, self._row(model, scheme), self._config(model))
 
+    def servers(self, model: ModelSpec) -> dict[str, Any]:
+        """Return what a server is told of a model's usual checkpoint, by scheme."""
+        found = {}
+        for scheme in configs()["schemes"]:
+            with suppress(Unsupported):
+                found[scheme] = self._server(model, scheme)
+        return found
+
     def _config(self, model: ModelSpec) -> dict[str, Any]:
         """Return attributes of the config object from which SGLang builds a model's MoE block.
 

@@ -88,7 +88,10 @@ class SglangTarget(SglangQuestions):
         answers = {**ANSWERS, "layer_request": list[Asked]}
         self._torch = self.child("routers", answers=answers)
         self._routers = RouterProbes(
-            [self._torch], self.routers, lambda m: {"config": self._config(m)}
+            [self._torch],
+            self.routers,
+            lambda m: {"config": self._config(m)},
+            lambda m: {"servers": self.servers(m)},
         )
 
     def probes(self) -> Iterable[Probe]:

@@ -12,7 +12,8 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +34,9 @@ from pytest_moe_routing.targets.sglang.model_configs import deciding_of, served_
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe import ways
 from pytest_moe_routing.targets.sglang.probe.asked import asked
+from pytest_moe_routing.targets.sglang.probe.default_runner import Checkpoint
 from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
+from pytest_moe_routing.targets.sglang.probe.quantized_routers import in_triton
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS, fusing
 from pytest_moe_routing.targets.sglang.probe.requests import CAPTURED, requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import (
@@ -89,14 +92,22 @@ class Routers(blocks.Blocks):
         choose_triton(self.names)
         importlib.reload(with_kernels(self.names, self.root))
 
-    def run(self, model: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def run(
+        self,
+        model: Mapping[str, Any],
+        config: Mapping[str, Any],
+        servers: Mapping[str, Checkpoint] = MappingProxyType({}),
+    ) -> list[dict[str, Any]]:
         """Route for a model by the TopK that its block makes, in every way that there is.
+
+        Args:
+            servers: What a server is told of the model, by quantization scheme.
 
         Raises:
             Unsupported: The release has no such architecture, or its block cannot be built here.
         """
         self._enter_torch()
-        return runs_of(self._compared, model, config, self._routed)
+        return runs_of(self._compared, model, config, partial(self._routed, servers=servers))
 
     def read(self, model: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the TopK of a model's block computes otherwise than the model's config.
@@ -184,7 +195,11 @@ class Routers(blocks.Blocks):
         return [compare(case) for case in cases(self.names)]
 
     def _routed(
-        self, architecture: str, values: Mapping[str, Any], router: RouterConfig
+        self,
+        architecture: str,
+        values: Mapping[str, Any],
+        router: RouterConfig,
+        servers: Mapping[str, Checkpoint],
     ) -> Iterator[dict[str, Any]]:
         can_fuse = values.get("n_shared_experts") == 1 and self._fuses_shared_experts(architecture)
         for shared in range(1 + can_fuse):
@@ -196,10 +211,15 @@ class Routers(blocks.Blocks):
             with ways.factor_in_topk(self.names):
                 seen = Seen()
                 topk, factor = self._built(architecture, values, seen)
-            case = _case(topk, router, factor, seen)
+            case = _case(topk, factor, router, seen)
             case = replace(case, way=ways.FACTOR_IN_TOPK, reach="opt-in", patterns=ways.PLAIN)
             yield compare(case)
             yield from self._overlapped(case, architecture, seen.block, router)
+            build = partial(self._built, architecture, values)
+            for scheme, seen, built in in_triton(self, build, servers):
+                way = f"cuda, in {scheme} on Hopper"
+                case = _case(*built, router, seen)
+                yield compare(replace(case, way=way, patterns=ways.PLAIN))
 
     def _ways(
         self, architecture: str, values: Mapping[str, Any], router: RouterConfig, shared: int
@@ -208,7 +228,7 @@ class Routers(blocks.Blocks):
         seen = Seen()
         topk, factor = self._built(architecture, values, seen)
         fused = ", shared experts fused" * shared
-        case = replace(_case(topk, router, factor, seen), way=f"cuda{fused}")
+        case = replace(_case(topk, factor, router, seen), way=f"cuda{fused}")
         if shared:
             # Where ranks sum their outputs, the model's code divides it among them.
             part = topk.topk_config.fused_shared_experts_scaling_factor or 1
@@ -248,7 +268,7 @@ class Routers(blocks.Blocks):
                 return
             seen = Seen()
             topk, factor = self._built(architecture, values, seen)
-        case = _case(topk, router, factor, seen)
+        case = _case(topk, factor, router, seen)
         way = "cuda, shared experts fused by default"
         yield compare(replace(case, way=way, shared_weight=1 / factor))
 
@@ -303,6 +323,7 @@ class Routers(blocks.Blocks):
         config: Mapping[str, Any],
         seen: Seen | None = None,
         made: Any = None,
+        quantization: Mapping[str, Any] | None = None,
     ) -> tuple[Any, float]:
         """Return the TopK of a model's block, and the factor on the weights behind it.
 
@@ -319,7 +340,7 @@ class Routers(blocks.Blocks):
                 ways.experts_give_weights(self.names, seen),
             ):
                 block = seen.block = blocks._build(
-                    self.names, module, name, given, config, None, config=made
+                    self.names, module, name, given, config, quantization, config=made
                 )
                 fill(block, seen, config, HIDDEN)
                 output = blocks.first_of(blocks._forward(block, config["num_experts"]))
@@ -334,7 +355,7 @@ class Routers(blocks.Blocks):
         return seen.topks[0], values[0]
 
 
-def _case(topk: Any, router: RouterConfig, factor: float, seen: Seen) -> Case:
+def _case(topk: Any, factor: float, router: RouterConfig, seen: Seen) -> Case:
     """Return the case of a TopK whose weights are multiplied by `factor` behind it.
 
     Its logits have the dtype of the model's, unless the block widens those.
@@ -353,8 +374,14 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     routers = Routers(root, FlashInfer.of(flashinfer), version)
     is_old = not routers.names.expects("router-kernels-gate")
     runs = OldRouters(root, version) if is_old else routers
+
+    def run(servers: Mapping[str, Checkpoint] | None = None, **question: Any) -> Any:
+        # No code of a server is run in old releases.
+        told = {} if is_old or servers is None else {"servers": servers}
+        return runs.run(**question, **told)
+
     return {
-        "run": runs.run,
+        "run": run,
         "run_other": runs.run_other,
         "read": routers.read,
         "layer_request": routers.layer_request,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +22,7 @@ from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.around import Capturer
+from pytest_moe_routing.targets.sglang.probe.default_runner import layer_runner
 from pytest_moe_routing.targets.sglang.probe.requests import requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import exact
 from pytest_moe_routing.targets.sglang.probe.watching import Seen, experts_called
@@ -35,6 +36,10 @@ FACTOR_IN_TOPK = "a runner that leaves the factor to TopK"
 HASHED = "a layer that routes by a table"
 #: The environment in which such a layer does so in torch, rather than in a kernel.
 IN_TORCH = {"SGLANG_OPT_USE_FUSED_HASH_TOPK": "0"}
+
+#: An attribute of a layer of experts: whether TopK applies the factor, rather than its runner.
+_LEAVES_FACTOR = "should_fuse_routed_scaling_factor_in_topk"
+_TRITON = "triton"
 
 Forward = Callable[..., Any]
 
@@ -146,7 +151,11 @@ def experts_give_weights(names: Names, seen: Seen) -> Iterator[None]:
         return torch.full_like(hidden_states, weight * (1.0 if factor is None else factor))
 
     def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
-        is_scaled = self.should_fuse_routed_scaling_factor_in_topk
+        is_scaled = getattr(self, _LEAVES_FACTOR)
+        if is_scaled and not isinstance(getattr(type(self), _LEAVES_FACTOR, None), property):
+            # The Triton runner multiplies, whatever the layer says of TopK (moe_runner/triton.py).
+            with suppress(Unsupported):
+                is_scaled = layer_runner(names, self) != _TRITON
         return weighed(hidden_states, topk_output, self.moe_runner_config, is_scaled)
 
     def function(hidden_states: Tensor, topk_output: Any, config: Any) -> Tensor:
@@ -202,6 +211,5 @@ def shared_experts(names: Names, count: int) -> Iterator[None]:
 def factor_in_topk(names: Names) -> Iterator[None]:
     """Let every layer of experts leave the factor to TopK."""
     always = property(lambda _: True, lambda _, value: None)
-    name = "should_fuse_routed_scaling_factor_in_topk"
-    with patch.object(names.get("router-layer"), name, always, create=True):
+    with patch.object(names.get("router-layer"), _LEAVES_FACTOR, always, create=True):
         yield

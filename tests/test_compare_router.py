@@ -195,7 +195,8 @@ def test_one_cause_is_told_once_with_everyone_who_meets_it():
     (deviation,) = compare_router(routed(lambda w, i: (w / 2.5, i)), RECIPE, 64, torch.float32)
     runs = [
         RouterRun("Router", "f", "cuda", subject, reach, (), (deviation,))
-        for subject, reach in (("one", "opt-in"), ("two", "model"))
+        # Switches of a made-up router are no model that it reaches.
+        for subject, reach in (("one", "opt-in"), ("sigmoid", "no known model"), ("two", "model"))
     ]
     (cause,) = causes([*runs, RouterRun("Router", "g", "cuda", "three", "model")], WRONG)
     text = "\n".join(cause.lines())

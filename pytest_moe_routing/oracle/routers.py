@@ -349,8 +349,9 @@ class Cause:
     def lines(self, most: int | None = None) -> list[str]:
         """Return the cause, who can reach it, and at most so many lines of the first example."""
         ways = "; ".join(dict.fromkeys(run.way for run in self.runs))
-        reached = (run.subject for run in self.runs if run.reach == self.reach)
-        subjects = ", ".join(dict.fromkeys(reached))
+        # Made-up routers are no models, which it is said to reach.
+        shown = [run for run in self.runs if run.reach != REACHES[-1]] or self.runs
+        subjects = ", ".join(dict.fromkeys(run.subject for run in shown))
         head = {
             "crash": "fails",
             "structure": "returns experts that do not exist or repeat, or a wrong "

@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
@@ -258,7 +258,8 @@ class Routers(blocks.Blocks):
         It may do so where each rank has all experts and the server leaves it to the code, which it
         does for runners of SGLang's own.
         """
-        if not self.names.has("shared-experts-decided"):
+        if not self.names.has("shared-experts"):
+            # Before 0.5.23, a release keeps the decision elsewhere.
             return
         model_code = stubs.real_module(self.sources.place(architecture))
         model = getattr(model_code, served_as(architecture))
@@ -359,11 +360,16 @@ def _case(topk: Any, factor: float, router: RouterConfig, seen: Seen) -> Case:
     """Return the case of a TopK whose weights are multiplied by `factor` behind it.
 
     Its logits have the dtype of the model's, unless the block widens those.
+
+    Raises:
+        Unsupported: It is given no logits.
     """
     recipe = replace(recipe_of(router), weight_on="output")
     recipe = replace(recipe, scale=rest(recipe.scale, factor))
     dtype = getattr(torch, router.logits_dtype)
     for logits in seen.logits[:1]:
+        if isinstance(logits, nn.Parameter):
+            raise Unsupported("the block hands its TopK the router's weight, rather than logits")
         dtype = torch.promote_types(dtype, logits.dtype)
     forward = getattr(topk, seen.forward)
     return Case(forward, topk.topk_config, recipe, router.num_experts, dtype)

@@ -356,3 +356,21 @@ def test_the_target_answers_for_a_wheel(tmp_path):
         target.classify(None)
     with pytest.raises(Unsupported, match="has no gates"):
         target.gates(None, "nvfp4", "Default")
+
+
+@pytest.mark.parametrize("drifts", [False, True])
+def test_a_run_asks_the_target_what_it_answers(pytester, tmp_path, drifts):
+    contents = {**files(), "__init__.py": ""}
+    if drifts:
+        contents["fused_moe/core.py"] = contents["fused_moe/core.py"].replace("top_k", "k")
+    path = wheel(tmp_path / "a.whl", contents)
+    chosen = "--moe-target", f"flashinfer@{path}", "--moe-flashinfer", "0.7.0"
+    result = pytester.runpytest_subprocess("--moe-golden", *chosen)
+    outcomes = result.parseoutcomes()
+    assert {key: outcomes.get(key, 0) for key in ("passed", "failed", "skipped")} == {
+        "passed": int(not drifts),
+        "failed": int(drifts),
+        "skipped": 0,
+    }
+    assert result.ret == int(drifts)
+    result.stdout.fnmatch_lines("*the target does not call*")

@@ -102,8 +102,8 @@ class Target:
     name: ClassVar[str]
     #: Names of the target's own routers, for each of which `test_router` has a case.
     routers: ClassVar[tuple[str, ...]] = ()
-    #: Whether it calls fused kernels; of one that does not, nothing but its routers is tested.
-    calls_kernels: ClassVar[bool] = True
+    #: The suite's tests that it answers, where these are few; all if there are none.
+    tests: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, flashinfer: FlashInfer) -> None:
         self.flashinfer = flashinfer

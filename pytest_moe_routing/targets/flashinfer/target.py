@@ -20,6 +20,7 @@ class FlashInferTarget(FrameworkTarget):
     name = "flashinfer"
     package = "flashinfer"
     distributions = ("flashinfer-python",)
+    tests = ("test_method_numbers",)
 
     @cached_property
     def examination(self) -> Examination:

@@ -25,7 +25,7 @@ class TransformersTarget(FrameworkTarget):
     package = "transformers"
     distributions = ("transformers",)
     routers = ("block",)
-    calls_kernels = False
+    tests = ("test_router",)
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)

@@ -9,6 +9,7 @@ import re
 import shutil
 from functools import partial
 from importlib import util
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ _NEW_OBJECTS = 20_000
 #: The folder of answers in pytest's cache.
 _KEPT = "moe-routing"
 
+#: Files with other things than pytest's configuration, and where that begins.
+_SECTIONS = {"pyproject.toml": "[tool.pytest", "tox.ini": "[pytest]", "setup.cfg": "[tool:pytest]"}
 #: Option, ini type, metavar, help. The ini twin of --moe-x is moe_x, and the
 #: command line wins.
 OPTIONS = (
@@ -110,6 +113,10 @@ OPTIONS = (
         "may be repeated",
     ),
 )
+#: Options whose value is a path that may exist.
+_PATHS = {
+    f"--moe-{name}" for name, kind, *_ in OPTIONS if kind == "paths" or name.startswith("write-")
+}
 
 
 def add_options(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -227,6 +234,41 @@ def check_choices(config: pytest.Config) -> None:
         if path and not Path(path).expanduser().exists():
             raise pytest.UsageError(f"--moe-kernels {kernels}: no such file or directory")
     _check(config, "scale", "reduced|full", "reduced or full")
+
+
+def check_paths(config: pytest.Config) -> None:
+    """Raise an error if pytest has looked for its configuration where an option has a path.
+
+    Pytest reads its configuration before it knows the options of plugins, and takes the path after
+    a space for one of tests.
+
+    Raises:
+        pytest.UsageError: The configuration may be another one than that of the working directory.
+    """
+    here, args = config.invocation_params.dir, config.invocation_params.args
+    if config.option.inifilename or config.args_source is config.ArgsSource.ARGS:
+        return
+    for name, value in pairwise(map(str, args)):
+        if name not in _PATHS or not (here / value).exists():
+            continue
+        own = next(filter(_has_configuration, (here, *here.parents)), None)
+        if own == (config.inipath and config.inipath.parent):
+            continue
+        raise pytest.UsageError(
+            f"{name} {value}: write {name}={value}; after a space, pytest takes a path for one of "
+            f"tests, and has looked there for its configuration (found {config.inipath or 'none'})"
+        )
+
+
+def _has_configuration(folder: Path) -> bool:
+    """Return whether pytest would take its configuration from a folder."""
+    if any((folder / name).is_file() for name in ("pytest.ini", ".pytest.ini")):
+        return True
+    return any(
+        section in (folder / name).read_text("utf-8", "replace")
+        for name, section in _SECTIONS.items()
+        if (folder / name).is_file()
+    )
 
 
 def _check(config: pytest.Config, name: str, values: str, told: str) -> None:

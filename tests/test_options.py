@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+
+import pytest
 
 from pytest_moe_routing import options
 from pytest_moe_routing.options import OPTIONS
@@ -32,3 +35,35 @@ def test_options_are_what_the_plugin_reads(host):
     }
     assert asked
     assert asked <= {name for name, *_ in OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("given", "is_told"),
+    [
+        (("--moe-known-failures", "../other/known.yaml"), True),
+        (("--moe-known-failures=../other/known.yaml",), False),
+        # The configuration is the same.
+        (("--moe-known-failures", "known.yaml"), False),
+        (("--moe-known-failures", "within/known.yaml"), True),
+        # Where the paths of tests say where the configuration is, it is not another one.
+        (("within", "--moe-known-failures", "within/known.yaml"), False),
+        (("-c", "pytest.ini", "--moe-known-failures", "../other/known.yaml"), False),
+    ],
+)
+def test_a_path_that_makes_pytest_look_for_its_configuration_elsewhere(
+    pytester, monkeypatch, given, is_told
+):
+    """It would lose, among others, `moe_target` of the ini file, and judge the builtin target."""
+    for folder in ("here", "here/within", "other"):
+        place = pytester.mkdir(folder)
+        place.joinpath("known.yaml").write_text("[]")
+    pytester.path.joinpath("here/pytest.ini").write_text("[pytest]\nmoe_models = minimax-m2\n")
+    pytester.path.joinpath("here/within/pytest.ini").write_text("[pytest]\n")
+    monkeypatch.chdir(pytester.path / "here")
+    command = sys.executable, "-m", "pytest", "--moe-golden", "--collect-only", "-q", *given
+    result = pytester.run(*command)
+    assert result.ret == (pytest.ExitCode.USAGE_ERROR if is_told else pytest.ExitCode.OK)
+    told = [line for line in result.errlines if line.startswith("ERROR: --moe-known-failures ")]
+    assert bool(told) == is_told
+    if is_told:
+        assert f"write --moe-known-failures={given[1]}; " in told[0]

@@ -87,7 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
             chosen = chosen or config.getoption("keyword") or config.getoption("lf", False)
             known = LedgerPlugin(session.known_failures, whole_suite=golden and not chosen)
             config.pluginmanager.register(known, _LEDGER)
-        judged = JudgedReporter.of(option(config, "min_verdicts"))
+        judged = JudgedReporter.of(option(config, "min_verdicts"), session)
         if not config.option.collectonly:
             config.pluginmanager.register(judged)
         if not hasattr(config, "workerinput"):

@@ -242,6 +242,13 @@ class MoESession:
         return None, "newest known, none installed"
 
     @cached_property
+    def asks_what_is_known(self) -> bool:
+        """Whether this package knows releases so: packaged models, and the pinned FlashInfer."""
+        packaged = goldens.packaged_directory()
+        asked, pinned = self._flashinfer_origin[0], self.located.pinned_flashinfer
+        return asked == pinned and all(m.folder.parent == packaged for m in self.models)
+
+    @cached_property
     def target(self) -> Target:
         """The target, made now."""
         from pytest_moe_routing.targets.framework import FrameworkTarget

@@ -8,6 +8,8 @@ import pytest
 from configs import R1
 
 from pytest_moe_routing.cli import main
+from pytest_moe_routing.report.unanswered import AROUND, METHODS
+from pytest_moe_routing.targets.expected import is_known_reason
 
 RUN = (
     *("--moe-golden", "-m", "not gpu", "-k", "test_verdict["),
@@ -140,3 +142,47 @@ def test_no_number(pytester):
     result = pytester.runpytest_subprocess("--moe-min-verdicts", "many")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: --moe-min-verdicts: found 'many', expected a number"])
+
+
+KNOWN = "vllm 99.0: this release has no AXK2ForCausalLM"
+NEW = "vllm 99.0: this release has no MixtralForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "reason", "options", "is_red"),
+    [
+        (AROUND, NEW, (), True),
+        (AROUND, KNOWN, (), False),
+        # Nothing is expected of code that no packaged model runs.
+        (METHODS, NEW, (), False),
+        # Nothing is known of these: another FlashInfer, and a model of the user's.
+        (AROUND, NEW, ("--moe-flashinfer", "0.6.18"), False),
+        (AROUND, NEW, ("--moe-config", "config.json"), False),
+        (AROUND, NEW, ("--moe-min-verdicts", "0"), False),
+    ],
+)
+def test_a_part_that_is_open_for_a_new_reason_is_red(
+    pytester, empty_vllm, sentence, reason, options, is_red
+):
+    pytester.path.joinpath("config.json").write_text(json.dumps(R1))
+    pytester.makepyfile(
+        f"def test_part(moe_target, record_property):\n"
+        f"    record_property('moe_unanswered', {{{sentence!r}: {{{reason!r}: 1}}}})"
+    )
+    # A release whose FlashInfer is known.
+    target = empty_vllm("99.0")
+    result = pytester.runpytest_subprocess("--moe-target", target, *options)
+    result.assert_outcomes(passed=1)
+    assert result.ret == int(is_red)
+    said = "1 case is not judged, although this framework release" in result.stdout.str()
+    assert said == is_red
+    assert (f"  test_part[]: {reason}" in result.stdout.str()) == is_red
+
+
+@pytest.mark.parametrize("package", ["vllm", "sglang"])
+def test_reasons_of_open_parts_are_of_their_framework(package):
+    """Nothing is known of releases before the first row, and the newest stands for later ones."""
+    assert is_known_reason(package, "0.1.0", "anything") is None
+    assert is_known_reason(package, "99.0", "anything") is False
+    assert is_known_reason(package, "99.0", KNOWN.replace("vllm", package)) is True
+    assert is_known_reason(package, "99.0", NEW.replace("vllm", package)) is False

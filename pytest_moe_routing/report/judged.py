@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,15 +11,18 @@ import pytest
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.report.endings import PASSED
-from pytest_moe_routing.report.unanswered import PROPERTY
+from pytest_moe_routing.report.unanswered import FILES, METHODS, PROPERTY
 
 if TYPE_CHECKING:
+    from pytest_moe_routing.session import MoESession
     from pytest_moe_routing.targets.framework import FrameworkTarget
 
 #: So many cases are named for each reason.
 _NAMED = 5
-#: The property of a test of which a lost name of the contract left a part unasked.
-_LOST = "moe_lost_name"
+#: The property of a test of which a part is not judged that should be.
+_PART = "moe_part_not_judged"
+#: What is counted of code that no packaged model runs; nothing is expected of it.
+_OF_NO_MODEL = (FILES, METHODS)
 
 
 def _note(item: pytest.Item, skipped: BaseException) -> None:
@@ -37,19 +39,24 @@ def _note(item: pytest.Item, skipped: BaseException) -> None:
     item.user_properties.append(("moe_not_judged", asked))
 
 
-def _note_lost(item: pytest.Item) -> None:
-    """Tell the reports of a test that a lost name left a part of it unasked."""
+def _note_part(item: pytest.Item, session: MoESession) -> None:
+    """Tell the reports of a test that a part of it is not judged, and should be."""
     properties: dict[str, Any] = dict(item.user_properties)
     counts: dict[str, dict[str, int]] = properties.get(PROPERTY, {})
     target = _target(item) if counts else None
     if target is None:
         return
     from pytest_moe_routing.targets.contract import lost_names
+    from pytest_moe_routing.targets.expected import is_known_reason
 
-    for reason in chain.from_iterable(counts.values()):
-        if lost_names(target.package, target.source.version, reason):
-            item.user_properties.append((_LOST, _asked(item, target, reason)))
-            return
+    release = target.package, target.source.version
+    for sentence, reasons in counts.items():
+        for reason in reasons:
+            is_asked = session.asks_what_is_known and sentence not in _OF_NO_MODEL
+            is_new = is_asked and is_known_reason(*release, reason) is False
+            if is_new or lost_names(*release, reason):
+                item.user_properties.append((_PART, _asked(item, target, reason)))
+                return
 
 
 def _target(item: pytest.Item) -> FrameworkTarget | None:
@@ -79,17 +86,18 @@ class JudgedReporter:
     Args:
         wanted: How many verdicts the run must give, whatever is known of the release; None where
             that is not given.
+        session: The options of the run.
     """
 
-    def __init__(self, wanted: int | None) -> None:
-        self.wanted = wanted
+    def __init__(self, wanted: int | None, session: MoESession) -> None:
+        self.wanted, self.session = wanted, session
         self.verdicts: set[str] = set()
         #: Cases whose verdict was asked for, and which are not judged.
         self.unjudged: set[str] = set()
         self.missing: dict[str, dict[str, Any]] = {}
 
     @classmethod
-    def of(cls, wanted: str | None) -> JudgedReporter:
+    def of(cls, wanted: str | None, session: MoESession) -> JudgedReporter:
         """Make one from the value of --moe-min-verdicts.
 
         Raises:
@@ -98,7 +106,7 @@ class JudgedReporter:
         if wanted and not re.fullmatch("[0-9]{1,9}", wanted):
             found = repr(shorten(wanted))
             raise MoERoutingError(f"--moe-min-verdicts: found {found}, expected a number")
-        return cls(int(wanted) if wanted else None)
+        return cls(int(wanted) if wanted else None, session)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -110,7 +118,7 @@ class JudgedReporter:
             _note(item, skipped)
             raise
         finally:
-            _note_lost(item)
+            _note_part(item, self.session)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties: dict[str, Any] = dict(report.user_properties)
@@ -120,8 +128,8 @@ class JudgedReporter:
         is_judged = not report.skipped or hasattr(report, "wasxfail")
         if "moe_verdict" in properties and not is_judged:
             self.unjudged.add(report.nodeid)
-        if _LOST in properties:
-            self.missing[report.nodeid] = properties[_LOST]
+        if _PART in properties:
+            self.missing[report.nodeid] = properties[_PART]
         elif "moe_not_judged" in properties:
             self._note(report.nodeid, properties["moe_not_judged"])
         if "moe_verdict" in properties and is_judged and "moe_not_judged" not in properties:
@@ -131,10 +139,13 @@ class JudgedReporter:
                 self.verdicts.add(report.nodeid)
 
     def _note(self, nodeid: str, asked: dict[str, Any]) -> None:
-        from pytest_moe_routing.targets.expected import is_open
+        from pytest_moe_routing.targets.expected import is_known_reason, is_open
 
         where = asked["package"], asked["release"]
-        if asked["is_held"] and not is_open(*where, asked["test"], asked["case"]):
+        # A scheme's other models are judged, if only those are chosen that cannot be.
+        of_some = bool(self.session.model_patterns) and is_known_reason(*where, asked["reason"])
+        is_allowed = of_some or is_open(*where, asked["test"], asked["case"])
+        if asked["is_held"] and not is_allowed:
             self.missing[nodeid] = asked
 
     @property

@@ -2,11 +2,11 @@
 
 Next to a framework's contract, `not_judged.yaml` lists which questions about them a release leaves
 open: whatever is not in it must be judged, as a run that asks fewer questions than it could is no
-pass. `fused.yaml` lists the cases whose fused kernel runs: a case that loses it fails.
-`placements.yaml` lists on which GPUs, and how shared out to them, experts run, and
-`accepted_keys.yaml` the quantization keys that they accept. `taken_experts.yaml` lists which
-classes that call no kernel of FlashInfer's a server ends with, and `split_experts.yaml` with which
-others if experts are split over ranks.
+pass. `open_parts.yaml` lists why parts of tests are left open. `fused.yaml` lists the cases whose
+fused kernel runs: a case that loses it fails. `placements.yaml` lists on which GPUs, and how shared
+out to them, experts run, and `accepted_keys.yaml` the quantization keys that they accept.
+`taken_experts.yaml` lists which classes that call no kernel of FlashInfer's a server ends with, and
+`split_experts.yaml` with which others if experts are split over ranks.
 
 A release without a row is held to the row before it; one that is newer than all, or whose version
 is no number, to the newest.
@@ -52,6 +52,15 @@ def is_open(package: str, version: str, test: str, case: str) -> bool:
     """Return whether a release may leave a case of a test open."""
     row = _row(package, "not_judged.yaml", version)
     return row is None or any(fnmatchcase(case, pattern) for pattern in row[1].get(test, ()))
+
+
+def is_known_reason(package: str, version: str, reason: str) -> bool | None:
+    """Return whether a release may leave a part of a test open for a reason.
+
+    None for a release of which no reasons are known.
+    """
+    row = _row(package, "open_parts.yaml", version)
+    return None if row is None else any(fnmatchcase(reason, p) for p in row[1]["reasons"])
 
 
 def expected_judged(package: str, version: str, cases: Iterable[str]) -> int | None:

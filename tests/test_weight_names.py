@@ -31,6 +31,9 @@ RIGHT = (
     '[("gate_up_proj", "gate_proj", 0), (".gate_up_proj", ".up_proj", 1)]',
     '[(".moe.experts.w13_weight", ".moe.up_proj.weight", "w3")]',
     '[("experts.w2_weight", "experts.down_proj", "w2")]',
+    '[(f"experts.{base}w13_weight", f"{prefix}.gate_proj.weight", "w1")]',
+    '{".shared_experts.gate_proj": (".shared_experts.gate_up_proj", 0)}',
+    '{"up_proj": (f"{prefix}.gate_up_proj", 1), "q_proj": ("qkv_proj", "q"), **{}}',
     # Of other layers than experts and MLPs.
     '[("qkv_proj", "q_proj", "q"), ("fused", "w3", 0)]',
     '{"gate_up_proj": ["gate_proj", "up_proj"], "experts": ["experts.0.up_proj", "down_proj"]}',
@@ -48,6 +51,9 @@ WRONG = (
     ('[(".moe.experts.w13_weight", ".moe.up_proj.weight", "w1")]', ".moe.up_proj.weight"),
     ('[("experts.w2_weight", "experts.up_proj", "w2")]', "experts.up_proj"),
     ('{"gate_up_proj": ["up_proj", "gate_proj"]}', "up_proj gate_proj"),
+    ('[(f"experts.{base}w13_weight", ".moe.up_proj.weight", "w1")]', ".moe.up_proj.weight"),
+    ('[("experts.w13_weight", f"{prefix}.up_proj", "w1")]', ".up_proj"),
+    ('{".mlp.gate_proj": (".mlp.gate_up_proj", 1)}', ".mlp.gate_proj"),
 )
 
 

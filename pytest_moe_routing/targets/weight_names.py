@@ -6,7 +6,8 @@ gate and up in one tensor, and say which is which in three ways:
 
 - keywords of what makes a mapping: `ckpt_gate_proj_name="gate_proj"`, or `ckpt_names` with gate,
   down and up;
-- rows of a mapping: parameter, weight and shard, which is 0 or w1 for gate, and 1 or w3 for up;
+- rows of a mapping: parameter, weight and shard, which is 0 or w1 for gate, and 1 or w3 for up; or
+  the weight as a key, and the others as its value;
 - lists of what is stacked: `"gate_up_proj": ["gate_proj", "up_proj"]`.
 """
 
@@ -44,12 +45,14 @@ def misnamed_weights(definition: ast.AST) -> Iterator[MisnamedWeight]:
     for node in ast.walk(definition):
         if isinstance(node, ast.Call):
             yield from _of_call(node)
-        elif isinstance(node, ast.Tuple):
-            yield from _of_row(node)
+        elif isinstance(node, ast.Tuple) and len(node.elts) == 3:
+            yield from _of_row(*node.elts)
         elif isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(value, ast.List) and _text(key).endswith(_STACKED):
                     yield from _of_order(value, (_GATE, _UP))
+                elif isinstance(value, ast.Tuple) and len(value.elts) == 2 and key is not None:
+                    yield from _of_row(value.elts[0], key, value.elts[1])
 
 
 def _of_call(call: ast.Call) -> Iterator[MisnamedWeight]:
@@ -69,11 +72,12 @@ def _of_call(call: ast.Call) -> Iterator[MisnamedWeight]:
         yield from _unless(name, role, must_be_known=True)
 
 
-def _of_row(row: ast.Tuple) -> Iterator[MisnamedWeight]:
-    match [each.value for each in row.elts if isinstance(each, ast.Constant)]:
-        case [str(parameter), str(_), shard] if len(row.elts) == 3 and _is_stack(parameter):
-            if isinstance(shard, int | str) and shard in _SHARDS:
-                yield from _unless(row.elts[1], _SHARDS[shard])
+def _of_row(parameter: ast.expr, name: ast.expr, place: ast.expr) -> Iterator[MisnamedWeight]:
+    """Yield a weight unless it is that of the shard which it is loaded as."""
+    shard = place.value if isinstance(place, ast.Constant) else None
+    is_shard = isinstance(shard, int | str) and shard in _SHARDS
+    if is_shard and _text(name) and _is_stack(_text(parameter)):
+        yield from _unless(name, _SHARDS[shard])
 
 
 def _of_order(
@@ -103,4 +107,7 @@ def _is_stack(parameter: str) -> bool:
 
 
 def _text(node: ast.expr | None) -> str:
+    """Return a string, without what is put into it; nothing of what is none."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_text, node.values))
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""

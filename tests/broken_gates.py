@@ -87,8 +87,18 @@ def uncut():
     return edited(f"{ORACLE}.fp8", "refine_fp8_moe_block_shape", "refine < 32", "refine < 128")
 
 
+def deep_gemm_first():
+    """Have the selector prefer a library that is not here, and that a build for CUDA contains."""
+    module = stubs.real_module(f"{ORACLE}.mxfp8")
+    right = module._SUPPORTED_BACKENDS
+    return patch.object(
+        module, "_SUPPORTED_BACKENDS", sorted(right, key=lambda backend: backend.name != "DEEPGEMM")
+    )
+
+
 #: What is changed, and the scheme that is asked about.
 CHANGES = {
+    "another library first": (deep_gemm_first, "mxfp8"),
     "as it is": (ExitStack, "mxfp4"),
     "as it is in FP8": (ExitStack, "fp8_block"),
     "a method less": (lambda: gate(GPT_OSS, METHODS, {"RenormalizeNaive": False}), "mxfp4"),

@@ -55,6 +55,7 @@ class Run(BuiltinTarget):
         super().__init__(FlashInfer.of("0.7.0"))
         self.now, self.known, self.kept = now, known or {HOPPER: "Mine"}, kept
         self.is_own, self.kept_out = is_own, routed.pop("kept_out", {})
+        self.preceded = routed.pop("preceded", {})
         self.splits = routed.pop("splits", None)
         self.routed, self.method = routed, next(iter(routed), "Renormalize")
 
@@ -66,6 +67,7 @@ class Run(BuiltinTarget):
             known=KnownTaken("1.0", self.is_own, self.known, self.splits),
             classes=self.now,
             kept_out=self.kept_out,
+            preceded=self.preceded,
             methods={str(model): self.method for model in models},
             routers=[router] if self.routed else [],
             elsewhere=["Fused"],
@@ -143,6 +145,23 @@ def test_a_class_that_precedes_another():
     )
     # What arrives at FlashInfer's kernels is asked elsewhere.
     assert failures({HOPPER: "Fused"}, kept=SELECTOR)[0] == []
+
+
+BLACKWELL = ("qwen3-30b-a3b", "10.0", "tp")
+
+
+def test_a_class_that_precedes_one_of_flashinfer():
+    now, preceded = {HOPPER: "Mine", BLACKWELL: "Deep"}, {BLACKWELL: "Fused"}
+    [failure], _ = failures(now, kept=SELECTOR, preceded=preceded)
+    assert (failure.cause, failure.rank) == ("other-class:Fused:Deep", Rank.LOST)
+    assert failure.lines[0].endswith(", bf16: Fused no longer run by default where they did")
+    # A release may be known to take it, and a newer one has to be asked first.
+    known = {HOPPER: "Mine", BLACKWELL: "Deep"}
+    assert not failures(now, kept=SELECTOR, preceded=preceded, known=known)[0]
+    told, found = failures(now, kept=SELECTOR, preceded=preceded, is_own=False)
+    assert not told
+    assert "Deep take the place of Fused, which are gone" not in found.unanswered
+    assert found.unanswered["Deep take the place of Fused, as in no known release"] == 1
 
 
 def test_a_class_that_runs_where_none_did():
@@ -319,6 +338,7 @@ CAUSES = {
         "lost-experts:TrtLlmMxfp4LoRAExperts:TrtLlmMxfp4LoRAExperts._supports_activation"
     ],
     "no field for adapters": [],
+    "another library first": ["other-class:TrtLlmFp8ExpertsMonolithic:DeepGemmExperts"],
     "an activation more": ["other-class:none:TritonWNA16Experts"],
     "an activation more, newer": [],
 }

@@ -168,8 +168,9 @@ def _changed(
         multiple_of: What FlashInfer's kernels need of a rank's intermediate size.
     """
     groups: dict[tuple[str, str, Kept], list[Key]] = {}
-    for key, known in taken.known.classes.items():
-        now = taken.classes[key]
+    # What is known of others than FlashInfer's; where nothing is, FlashInfer's were taken.
+    for key, known in {**taken.preceded, **taken.known.classes}.items():
+        now = taken.classes.get(key, NONE)
         if now != known:
             kept = taken.kept_by(key, known)
             # What arrives at a kernel of FlashInfer's is asked elsewhere, for whole experts.

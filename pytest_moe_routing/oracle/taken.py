@@ -121,6 +121,7 @@ class TakenExperts:
     Attributes:
         classes: The class in each case, or `NONE`.
         kept_out: The monolithic class that would be taken, but for its gate of routing methods.
+        preceded: The class of FlashInfer's that would be taken, but for a class of another library.
         methods: The routing method of each model.
         routers: The monolithic classes among them.
         elsewhere: The classes of FlashInfer's, which other questions are asked about.
@@ -132,6 +133,7 @@ class TakenExperts:
     known: KnownTaken
     classes: Mapping[Key, str]
     kept_out: Mapping[Key, str]
+    preceded: Mapping[Key, str]
     methods: Mapping[str, str]
     routers: Sequence[Router]
     elsewhere: Collection[str]

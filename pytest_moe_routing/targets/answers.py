@@ -123,6 +123,7 @@ class TakenExpertsAnswer(TypedDict):
 
     taken: list[TakenIn]
     kept_out: list[TakenIn]
+    preceded: list[TakenIn]
     switches: dict[str, list[str]]
     routers: list[RouterAnswer]
     elsewhere: list[str]

@@ -44,7 +44,8 @@ def taken_experts(
         Unsupported: The release has nothing that chooses experts for the scheme.
     """
     packaged = [model for model in models if model.folder.parent == packaged_directory()]
-    known = known_of([str(model) for model in packaged])
+    ids_of = [str(model) for model in packaged]
+    known = known_of(ids_of)
     if known is None:
         return None
     cases, methods, unanswered = {}, {}, Counter[str]()
@@ -85,6 +86,7 @@ def taken_experts(
         known=replace(known, classes=asked),
         classes={**dict.fromkeys(asked, NONE), **found},
         kept_out=keys(answer["kept_out"]),
+        preceded={key: name for key, name in keys(answer["preceded"]).items() if key[0] in ids_of},
         methods=methods,
         routers=[_router(row) for row in answer["routers"]],
         elsewhere=answer["elsewhere"],

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe import server_defaults as server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
@@ -26,6 +27,8 @@ from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejection
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 REQUESTED = "flashinfer_trtllm"
+#: Questions of vLLM's code that stubs answer, and a build for CUDA affirms.
+_AFFIRMED = ("is_deep_gemm_supported()", "check_moe_marlin_supports_config()")
 
 
 @dataclass(frozen=True)
@@ -273,3 +276,15 @@ def _caching(_modules: int) -> list[Any]:
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("vllm.")]
     values = (value for module in modules for value in list(vars(module).values()))
     return [value for value in values if isinstance(value, _lru_cache_wrapper)]
+
+
+@contextmanager
+def in_a_build() -> Iterator[None]:
+    """Have stubs answer as a build for CUDA does, with the libraries that it contains."""
+    usual = Stub.__bool__
+
+    def answer(stub: Stub) -> bool:
+        return stub.__name__.endswith(_AFFIRMED) or usual(stub)
+
+    with patch.object(Stub, "__bool__", answer):
+        yield

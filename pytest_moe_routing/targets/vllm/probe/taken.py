@@ -21,10 +21,10 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.answers import KeptAnswer, TakenExpertsAnswer
 from pytest_moe_routing.targets.compressed_tensors import QuantizationArgs
-from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.vllm.probe.capture import refusal
 from pytest_moe_routing.targets.vllm.probe.choice import (
     Selector,
+    in_a_build,
     on_capability,
     outcomes,
     selector_of,
@@ -55,8 +55,6 @@ _PLACEMENTS = {"Blackwell": ("tp",), "Hopper": ("tp", "ep", "ep+eplb", "dp+ep")}
 _ROUTING = "_supports_routing_method"
 #: The gate of adapters, as `GATES` has others.
 _ADAPTERS = "adapters", "supports_lora", ""
-#: Questions of vLLM's code that stubs answer, and a build for CUDA affirms.
-_AFFIRMED = ("is_deep_gemm_supported()", "check_moe_marlin_supports_config()")
 #: What the module of a class says of the kernels that it has found, and all that it may say.
 _GENERATIONS: Mapping[str, tuple[Any, ...]] = {
     "triton_kernels_version": ("3.5.1", "3.6", "3.8"),
@@ -100,7 +98,8 @@ _CHOOSING: Mapping[tuple[str, str], Callable[..., None]] = {
 def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExpertsAnswer:
     """Return which class is taken in each case, in each way to run a server.
 
-    `kept_out` are the monolithic classes that would be taken but for their gate of routing methods.
+    `kept_out` are the monolithic classes that would be taken but for their gate of routing methods,
+    and `preceded` those of FlashInfer's that would be in a build without the libraries of others.
 
     Args:
         cases: Each a `model` and its routing `method`.
@@ -112,13 +111,21 @@ def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExper
     flashinfer = classes_of_flashinfer()
     taken: list[Any] = []
     kept_out: list[Any] = []
+    preceded: list[Any] = []
     routers: dict[Any, Selector] = {}
     for device, capability in DEVICES.items():
         for way in (*_PLACEMENTS[device], *_BACKENDS):
             _, changes = _ways()[way]
             about = {"device": "{}.{}".format(*capability), "way": way}
-            with on_capability(*capability), _in_a_build():
+            with on_capability(*capability):
+                alone = _outcomes(groups, changes)
+            with on_capability(*capability), in_a_build():
                 found = _outcomes(groups, changes)
+                pairs = zip(alone, found, strict=True)
+                first = [
+                    old if old in flashinfer and new is not old else None for old, new in pairs
+                ]
+                preceded += _rows(about, first, groups)
                 taken += _rows(about, found, groups)
                 for cls in _routing_classes(scheme, flashinfer):
                     with patch.object(cls, _ROUTING, staticmethod(lambda *_, **__: True)):
@@ -129,7 +136,7 @@ def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExper
                     pairs = zip(found, open_to_all, strict=True)
                     others = [new if new is cls is not old else None for old, new in pairs]
                     kept_out += _rows(about, others, groups)
-        with on_capability(*capability), _in_a_build():
+        with on_capability(*capability), in_a_build():
             splits, without_splits = split_outcomes([each for each, _ in groups], scheme)
             for way, found in splits.items():
                 about = {"device": "{}.{}".format(*capability), "way": way}
@@ -138,6 +145,7 @@ def taken_experts(cases: Sequence[Mapping[str, Any]], scheme: str) -> TakenExper
     return {
         "taken": taken,
         "kept_out": kept_out,
+        "preceded": preceded,
         "routers": [_router(cls, selector, scheme) for cls, selector in routers.items()],
         "elsewhere": sorted(cls.__name__ for cls in flashinfer),
         "switches": switches | {way: list(given) for way, given in split_ways().items()},
@@ -158,7 +166,7 @@ def kept_out_by(
         else:
             _outcomes([(selector, ())], _ways()[way][1])
 
-    with on_capability(*map(int, device.split("."))), _in_a_build():
+    with on_capability(*map(int, device.split("."))), in_a_build():
         # The modules of classes are imported when a selector asks them.
         ask()
         cls = next((cls for cls in _all_classes() if cls.__name__ == experts), None)
@@ -194,18 +202,6 @@ def _groups(
         key = selector.function, repr(selector.config)
         groups.setdefault(key, (selector, []))[1].append(place)
     return list(groups.values()), unasked
-
-
-@contextmanager
-def _in_a_build() -> Iterator[None]:
-    """Have stubs answer as a build for CUDA does, with the libraries that it contains."""
-    usual = Stub.__bool__
-
-    def answer(stub: Stub) -> bool:
-        return stub.__name__.endswith(_AFFIRMED) or usual(stub)
-
-    with patch.object(Stub, "__bool__", answer):
-        yield
 
 
 def _ways() -> dict[str, tuple[tuple[str, ...], dict[str, Any]]]:

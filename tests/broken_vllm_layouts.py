@@ -260,6 +260,24 @@ BROKEN = {
 
 #: The same of what a later release does.
 SINCE = {
+    "halves of one tensor": (
+        *("0.32.0", f"{MOE}.routed_experts", "RoutedExperts.build_expert_params_mapping"),
+        *(r'(w13_shards.*= )\("w1", "w3"\)', r'\1("w3", "w1")', "qwen3-vl-30b-a3b", "bf16"),
+    ),
+    "halves of an expert in one tensor": (
+        *("0.33.0", f"{MOE}.routed_experts", "RoutedExperts.load_weights"),
+        *('0 if shard_id == "w1" else 1', '1 if shard_id == "w1" else 0'),
+        *("qwen3-vl-30b-a3b", "bf16"),
+    ),
+    "rows that are columns": (
+        *("0.33.0", f"{MOE}.routed_experts", "RoutedExperts._orient_fused_weight"),
+        *(r"fused_weight\.transpose\(-1, -2\)", "fused_weight", "qwen3-vl-30b-a3b", "fp8_block"),
+    ),
+    "block scales of rows that are columns": (
+        *("0.33.0", f"{MOE}.routed_experts", "RoutedExperts.load_weights"),
+        *(r"self\.is_fused_checkpoint_transposed and uses_weight_layout", "uses_weight_layout"),
+        *("qwen3-30b-a3b", "fp8_block"),
+    ),
     "columns for MXFP8": (
         *("0.33.0", *FP8, "hidden_alignment=256", "hidden_alignment=128"),
         *("minimax-m3", "mxfp8"),

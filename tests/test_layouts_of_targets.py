@@ -437,6 +437,36 @@ def test_columns_that_a_kernel_of_mxfp8_does_not_take_are_found(broken_vllm, wha
     ]
 
 
+_MERGED = "gate and up of an expert in one tensor"
+_STACKED = "all experts in one tensor"
+_EXCHANGED = f"{_STACKED}, columns before rows"
+#: The same of checkpoints with several matrices in one tensor: in which of them what is found.
+OF_FORMS = {
+    "halves of one tensor": [
+        *((form, [f"gemm1_weights: {SWAPPED}"]) for form in (_STACKED, _EXCHANGED)),
+    ],
+    "halves of an expert in one tensor": [(_MERGED, [f"gemm1_weights: {SWAPPED}"])],
+    "rows that are columns": [(_EXCHANGED, None)],
+    "block scales of rows that are columns": [(_STACKED, None)],
+}
+
+
+@pytest.mark.parametrize("what", OF_FORMS)
+def test_tensors_of_several_matrices_that_vllm_loads_wrongly(broken_vllm, what):
+    if what not in broken_vllm:
+        pytest.skip("MOE_WHEELS has no vLLM that loads such checkpoints")
+    answered, *told = broken_vllm[what]
+    assert answered == 1
+    assert [method for method, *_ in told] == [
+        f"routed_experts.py RoutedExperts of a checkpoint with {form}" for form, _ in OF_FORMS[what]
+    ]
+    for (_, sentences), (_, *found) in zip(OF_FORMS[what], told, strict=True):
+        # Sizes that do not fit are an error, in torch's words.
+        wanted = sentences or [found[0]]
+        assert found == wanted
+        assert sentences or "RuntimeError" in found[0]
+
+
 def test_experts_whose_rows_cannot_be_followed_are_counted(broken_vllm):
     told = "not judged: rows of gpt-oss as cute_dsl_fused_moe_nvfp4 reads them"
     assert broken_vllm["unanswered"] == {told: 1}

@@ -20,6 +20,7 @@ from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, raised, re
 from pytest_moe_routing.targets.vllm.probe.choice import on_capability, selector_of
 from pytest_moe_routing.targets.vllm.probe.config import NoActivation
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.forms import Form
 from pytest_moe_routing.targets.vllm.probe.gates import ALL, experts_of
 from pytest_moe_routing.targets.vllm.probe.hand_overs import called_at, noting
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, INTERMEDIATE
@@ -51,6 +52,8 @@ _FLAG = "--moe-backend "
 #: Models whose own code loads gate and up rows that alternate (`_load_packed_expert` in vLLM's
 #: models/gpt_oss.py), which is not run here.
 _ALTERNATING = "GptOss"
+#: Schemes whose published checkpoints have all experts in one tensor, or both rows of one.
+_STACKED = ("bf16", "fp8_block")
 #: What checks raise.
 _DELIBERATE = (AssertionError, NotImplementedError, ValueError)
 #: Experts of a layer, for what does not depend on their number.
@@ -66,12 +69,14 @@ class _Loading:
         ranks: Where it runs.
         larger: The half of gated experts whose input has the larger scales.
         backend: What `--moe-backend` says; None for what takes TRT-LLM's experts.
+        form: What the tensors of its checkpoint hold.
     """
 
     sizes: tuple[int, int]
     ranks: Ranks = Ranks()  # noqa: RUF009
     larger: str = "w1"
     backend: str | None = None
+    form: Form = Form.MATRIX
 
 
 def split_layouts(
@@ -129,8 +134,8 @@ def _prepared(
         Unsupported: vLLM's code raises something.
     """
     try:
-        sizes, ranks, backend = loading.sizes, loading.ranks, loading.backend
-        layer = LoadedLayer(model, scheme, method, sizes, ranks, backend=backend)
+        sizes, ranks, backend, form = loading.sizes, loading.ranks, loading.backend, loading.form
+        layer = LoadedLayer(model, scheme, method, sizes, ranks, backend=backend, form=form)
         layer.checkpoint.larger = loading.larger
         layer.load()
         return layer, layer.call()
@@ -179,8 +184,46 @@ def layouts(model: Mapping[str, Any], scheme: str, modular: bool = False) -> lis
         loadings.append(_Loading(_PADDED, larger="w3"))
     if not modular and few["router"]["num_experts"] % 2 == 0:
         loadings.append(_Loading((HIDDEN, INTERMEDIATE), Ranks(2)))
-    ways = product(map(class_of, callers), loadings)
-    return [_laid_out(few, scheme, *way, modular=modular) for way in ways]
+    found: list[dict[str, Any]] = []
+    for method in map(class_of, callers):
+        usual = [_laid_out(few, scheme, method, each, modular=modular) for each in loadings]
+        found += usual
+        if not modular:
+            found += _in_other_forms(few, scheme, method, usual[0])
+    return found
+
+
+def _in_other_forms(
+    model: Mapping[str, Any], scheme: str, method: Any, usual: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield what lies otherwise if a checkpoint has other tensors than one for each matrix.
+
+    Args:
+        usual: The answer about a checkpoint that has those: the same mistakes are not repeated.
+    """
+    gated = model["experts"]["gated"]
+    key = "weight-forms" if gated else "weight-forms-ungated"
+    if scheme not in _STACKED or model["experts"]["bias"] or not names().has(key):
+        return
+    loader = names().spelling("weight-forms")
+    source = f"{loader.module.replace('.', '/')}.py"
+    ranks = Ranks(2) if model["router"]["num_experts"] % 2 == 0 else Ranks()
+    for form in (Form.MERGED, Form.STACKED, Form.TRANSPOSED):
+        if form is Form.MERGED and not gated:
+            continue
+        loading = _Loading((HIDDEN, INTERMEDIATE), ranks, form=form)
+        at = f"{source} {loader.path} of a checkpoint with {form.value}"
+        try:
+            answer = _laid_out(model, scheme, method, loading, modular=False)
+        except Unsupported as reason:
+            if (error := reason.__cause__) is None:
+                raise
+            # The same layer was loaded before, of other tensors.
+            wrong = [{"raised": raised(error)}]
+            yield {"function": usual["function"], "method": at, "orders": [], "padding": wrong}
+            continue
+        orders = [each for each in answer["orders"] if each not in usual["orders"]]
+        yield {**answer, "orders": orders, "padding": [], "method": at}
 
 
 def _laid_out(

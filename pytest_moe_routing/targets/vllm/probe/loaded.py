@@ -21,12 +21,13 @@ from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked, marked_weights, scales, stubs
-from pytest_moe_routing.targets.marked_checkpoint import MATRICES, MarkedCheckpoint
+from pytest_moe_routing.targets.marked_checkpoint import MarkedCheckpoint
 from pytest_moe_routing.targets.recorder import Reached
 from pytest_moe_routing.targets.shares import whole_blocks
 from pytest_moe_routing.targets.vllm.probe import factory, release
 from pytest_moe_routing.targets.vllm.probe.config import layer_arguments, told_dtype
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.forms import Form, named
 from pytest_moe_routing.targets.vllm.probe.layer import ChosenExperts
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, Surroundings
 from pytest_moe_routing.targets.vllm.probe.release import names
@@ -231,6 +232,7 @@ class LoadedLayer:
         sizes: The hidden and the intermediate size of its checkpoint.
         ranks: Where it runs.
         backend: What `--moe-backend` says; None for what takes TRT-LLM's experts.
+        form: What the tensors of its checkpoint hold.
 
     Attributes:
         checkpoint: What it is loaded from.
@@ -248,16 +250,17 @@ class LoadedLayer:
         ranks: Ranks,
         *,
         backend: str | None = None,
+        form: Form = Form.MATRIX,
     ) -> None:
         factory.enter()
-        self.checkpoint, self._ranks = MarkedCheckpoint(), ranks
+        self.checkpoint, self._ranks, self._form = MarkedCheckpoint(), ranks, form
         self._model, self._is_gated, self._sizes = model, model["experts"]["gated"], sizes
         self._are_whole = is_whole(model, scheme)
         experts = model["router"]["num_experts"]
         bias = None
         if model["router"]["correction_bias"] is not None:
             bias = torch.zeros(experts, dtype=getattr(torch, model["router"]["correction_bias"]))
-        arguments = layer_arguments(model, sizes, bias)
+        arguments = {**layer_arguments(model, sizes, bias), **form.arguments}
         self._arguments, self._backend = arguments, backend or _BACKENDS.get(scheme, _BACKEND)
         self._quantization = Quantization(scheme, method, are_whole=self._are_whole)
         self._config, self._runner = self._made({})
@@ -346,18 +349,8 @@ class LoadedLayer:
         first = self._ranks.rank * len(data) if self._ranks.shards > 1 else 0
         if len(data) == self._model["router"]["num_experts"]:
             first = 0  # Of inputs, ranks may have the scales of all experts.
-        for part, tensors in made.items():
-            # A loader is given those of other ranks as well, and skips them.
-            others = [(0, tensors[-1])] if first else []
-            self._load_named(name, part, [*enumerate(tensors, first), *others])
-
-    def _load_named(self, name: str, part: str, tensors: Iterable[tuple[int, Tensor]]) -> None:
-        """Load a part of a parameter of each expert, by the names that checkpoints have."""
-        matrix = MATRICES[part] if self._is_gated or part == "w2" else MATRICES["w3"]
-        kind = name.partition("_")[2]
-        weights = [(f"{expert}.{matrix}.{kind}", tensor) for expert, tensor in tensors]
         # What it returns are names of parameters, one by one.
-        for _ in self._experts.load_weights(weights):
+        for _ in self._experts.load_weights([*named(name, made, first, self._form)]):
             pass
 
     def _marked(self, name: str, data: Tensor) -> Callable[..., list[Tensor]]:

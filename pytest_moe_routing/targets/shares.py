@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 import torch
@@ -36,18 +37,22 @@ class Share:
     count: int
     whole: int
 
-    def parts(self, inner: int) -> Iterator[tuple[int, int]]:
+    def parts(self, inner: int, block: int = 1) -> Iterator[tuple[int, int]]:
         """Yield what may be the rank's of the intermediate size, from and up to.
 
-        Either all ranks have as much, or each one but the last ones fills the size at its kernel.
+        Either all ranks have as much, or each one but the last ones has as many whole blocks of
+        scales, or fills the size at its kernel.
 
         Args:
             inner: The intermediate size at the kernel, which may be padded.
+            block: How much of it has one scale.
         """
         local = Fraction(self.whole, self.count)
         yield int(RANK * local), int((RANK + 1) * local)
-        if RANK * inner < self.whole:
-            yield RANK * inner, min((RANK + 1) * inner, self.whole)
+        blocks = block * ceil(local / block)
+        for size in {blocks, inner} - {local}:
+            if RANK * size < self.whole:
+                yield RANK * size, min((RANK + 1) * size, self.whole)
 
     def checkpoint_of(
         self, checkpoint: MarkedCheckpoint, start: int, end: int
@@ -67,6 +72,13 @@ class Share:
                 narrowed = [tensor.narrow(dim, first, last - first) for tensor in tensors]
                 found.parts.setdefault(name, {})[part] = narrowed
         return found
+
+
+def _block(checkpoint: MarkedCheckpoint, share: Share) -> int:
+    """Return how many columns of the down weights have one scale; 1 if there are none."""
+    name = checkpoint.named("gemm2", "scale")
+    columns = None if name is None else checkpoint.parts[name]["w2"][0].shape[-1]
+    return share.whole // columns if columns else 1
 
 
 def whole_blocks(size: Fraction) -> int:
@@ -104,7 +116,7 @@ def split_orders(
     checkpoint = checkpoint.as_given(arguments)
     found: list[list[dict[str, Any]]] = []
     is_torn = share.checkpoint_of(checkpoint, *next(share.parts(inner))) is None
-    for start, end in share.parts(inner):
+    for start, end in share.parts(inner, _block(checkpoint, share)):
         own = share.checkpoint_of(checkpoint, start, end)
         if own is None:
             continue

@@ -321,6 +321,11 @@ def source_of(root: str, module: str) -> str:
     return _source(root, module).removeprefix("\ufeff")
 
 
+def installed_source_of(module: str) -> str:
+    """Return the source text of a module of the framework that `install` has made importable."""
+    return source_of(next(f for f in sys.meta_path if isinstance(f, _Finder)).root, module)
+
+
 def _source(root: str, module: str) -> str:
     folder = "/".join([root, *module.split(".")[:-1]])
     # PathFinder fails at a folder without __init__.py whose parent is not imported.

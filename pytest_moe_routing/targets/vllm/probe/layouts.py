@@ -24,7 +24,7 @@ from pytest_moe_routing.targets.vllm.probe.forms import Form
 from pytest_moe_routing.targets.vllm.probe.gates import ALL, experts_of
 from pytest_moe_routing.targets.vllm.probe.hand_overs import called_at, noting
 from pytest_moe_routing.targets.vllm.probe.layer import HIDDEN, INTERMEDIATE
-from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, is_whole, surroundings
+from pytest_moe_routing.targets.vllm.probe.loaded import LoadedLayer, surroundings
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
 from pytest_moe_routing.targets.vllm.probe.other_experts import (
     CAPABILITIES,
@@ -97,8 +97,6 @@ def split_layouts(
     names().require("layouts", scheme)
     if not factory.is_run(model):
         raise Unsupported(f"not judged: what makes a layer of vLLM {names().version} is not run")
-    if is_whole(model, scheme):
-        raise Unsupported("not judged: the code of the model splits a checkpoint of gpt-oss")
     row = SCHEMES[scheme]
     callers = methods_of(row.methods, model) or methods_of(row.modular_methods, model)
     few, share = _with_few_experts(model, _EXPERTS // 2), Share(count, whole)

@@ -29,6 +29,7 @@ from pytest_moe_routing.targets.vllm.probe.config import layer_arguments, told_d
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.forms import Form, named
 from pytest_moe_routing.targets.vllm.probe.layer import ChosenExperts
+from pytest_moe_routing.targets.vllm.probe.own_loader import load_split
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, Surroundings
 from pytest_moe_routing.targets.vllm.probe.release import names
 
@@ -255,7 +256,7 @@ class LoadedLayer:
         factory.enter()
         self.checkpoint, self._ranks, self._form = MarkedCheckpoint(), ranks, form
         self._model, self._is_gated, self._sizes = model, model["experts"]["gated"], sizes
-        self._are_whole = is_whole(model, scheme)
+        self._are_whole, self._wholes = is_whole(model, scheme), dict[str, Tensor]()
         experts = model["router"]["num_experts"]
         bias = None
         if model["router"]["correction_bias"] is not None:
@@ -285,8 +286,11 @@ class LoadedLayer:
     def load(self) -> None:
         """Load and prepare the weights."""
         with factory.around(self._ranks, self._config):
-            for name, parameter in [*self._experts.named_parameters()]:
+            parameters = [*self._experts.named_parameters()]
+            for name, parameter in parameters:
                 self._load(name, parameter)
+            if self._wholes:
+                load_split(self._wholes, parameters, self._sizes[1], self._ranks)
             self.method.process_weights_after_loading(self._experts)
 
     def call(self) -> Reached:
@@ -343,6 +347,9 @@ class LoadedLayer:
         if self._are_whole:
             # Gate and up rows alternate in gpt-oss' checkpoints.
             whole = torch.stack([torch.stack(each) for each in made.values()], 2).flatten(1, 2)
+            if self._ranks.split:
+                self._wholes[name] = whole
+                return
             parameter.weight_loader(parameter, whole, name, shard_id=None, expert_id=None)
             return
         # Experts lie in order, and each rank has as many.

@@ -18,8 +18,8 @@ from pytest_moe_routing.oracle.calls import PARAMETERS
 from pytest_moe_routing.oracle.scales import wrong_input, wrong_parameters, wrong_scales
 from pytest_moe_routing.report.text import sentence
 from pytest_moe_routing.schemes import kernel_of
-from pytest_moe_routing.targets.recorder import plain
-from pytest_moe_routing.targets.scales import GIVEN, of_part, per_expert
+from pytest_moe_routing.targets.recorder import input_scale, plain
+from pytest_moe_routing.targets.scales import GIVEN, note, of_part, per_expert, quantized_by
 
 MODELS = load_models(packaged_directory())
 SILU, RELU2, OSS = (MODELS[m].experts for m in ("qwen3-30b-a3b", "nemotron-3-nano", "gpt-oss-20b"))
@@ -262,3 +262,18 @@ def test_scales_of_eight_bits_are_recognized_by_their_bytes():
     assert plain(scales.view(torch.uint8), named)["is"] == "gemm1 scales"
     assert plain(named["gemm2 scales"].view(torch.float8_e4m3fn), named)["is"] == "gemm2 scales"
     assert "is" not in plain(torch.zeros(8, dtype=torch.uint8), named)
+
+
+@pytest.mark.parametrize(
+    ("scale", "got"),
+    [(None, "none"), (torch.ones(()), "1"), (1 / torch.tensor(GIVEN["a1_scale"]), None)],
+)
+def test_a_quantizer_that_is_given_no_scale_of_the_input(scale, got):
+    quantized_by.clear()
+    note(scale)
+    found = [*wrong_input("nvfp4", input_scale(), GIVEN)]
+    assert [(each.field, each.wanted, each.got) for each in found] == (
+        [("input_scale", "1 / a1_scale", got)] if got else []
+    )
+    quantized_by.clear()
+    assert input_scale() == {}

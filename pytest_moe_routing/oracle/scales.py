@@ -70,9 +70,11 @@ def wrong_input(scheme: str, record: Mapping[str, Any], given: Scales) -> Iterat
     formula = scales.input_scale(scheme)
     if formula is None or "input_scale" not in record:
         return
-    got = _numbers(record["input_scale"], 1.0)
+    scale = record["input_scale"]
+    got = None if scale is None else _numbers(scale, 1.0)
     if got is None or not _same(got, formula.values(given)):
-        yield Finding(Kind.ARGUMENT, "input_scale", str(formula), _explained(got, given))
+        text = "none" if scale is None else _explained(got, given)
+        yield Finding(Kind.ARGUMENT, "input_scale", str(formula), text)
 
 
 def wrong_factor(

@@ -41,7 +41,7 @@ class _Factors(TypedDict, total=False):
     factors: dict[str, Any]
     halves: dict[str, list[float]]
     scales: dict[str, Any]
-    input_scale: dict[str, Any]
+    input_scale: dict[str, Any] | None
 
 
 class _Raised(TypedDict):

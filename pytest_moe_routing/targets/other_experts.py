@@ -62,7 +62,7 @@ class OtherCallAnswer(TypedDict, total=False):
     router_factor: float
     scale_after: float | None
     intermediate_size: int
-    input_scale: dict[str, Any]
+    input_scale: dict[str, Any] | None
 
 
 def _of_trtllm(

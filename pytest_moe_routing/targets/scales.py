@@ -31,8 +31,9 @@ _APART: Mapping[str, Mapping[str, tuple[float, ...]]] = {
 _OF_INPUTS = (3.0, 5.0, 1.0, 7.0)
 #: The experts after which they repeat.
 FIRST = range(4)
-#: Scales of whole tensors that quantizers of activations were given since this was cleared.
-quantized_by: list[Tensor] = []
+#: Scales of whole tensors that quantizers of activations were given since this was cleared; None
+#: where one was given none.
+quantized_by: list[Tensor | None] = []
 
 
 def per_expert(name: str, experts: int) -> Tensor:
@@ -59,6 +60,5 @@ def of_part(name: str, part: str, experts: int) -> Tensor:
 
 
 def note(scale: Tensor | None) -> None:
-    """Note the scale of a whole tensor that a quantizer is given, if it is given one."""
-    if scale is not None:
-        quantized_by.append(scale.float().flatten())
+    """Note the scale of a whole tensor that a quantizer is given, or that it is given none."""
+    quantized_by.append(None if scale is None else scale.float().flatten())

@@ -21,7 +21,7 @@ class _Call(TypedDict, total=False):
 
     function: str
     arguments: dict[str, Any]
-    input_scale: dict[str, Any]
+    input_scale: dict[str, Any] | None
     logits_dtype: str
     scale_after: float
     #: Arguments whose values are not SGLang's own.

@@ -31,7 +31,7 @@ class HandedOver(TypedDict, total=False):
 
     function: str
     arguments: dict[str, Any]
-    input_scale: dict[str, Any]
+    input_scale: dict[str, Any] | None
     unprepared: list[str]
     shared: int
     router_factor: float

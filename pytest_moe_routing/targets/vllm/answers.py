@@ -50,7 +50,7 @@ class _Call(_End):
 class _ModularCall(_Call, total=False):
     places: Required[dict[str, str]]
     unusable: dict[str, str]
-    input_scale: dict[str, Any]
+    input_scale: dict[str, Any] | None
     applied: dict[str, list[int] | None]
     same: bool
 

@@ -12,6 +12,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.targets import locate
+from pytest_moe_routing.targets.reader import CodeReader
 from pytest_moe_routing.targets.registry import TargetId
 from pytest_moe_routing.targets.weight_names import misnamed_weights
 
@@ -95,3 +96,10 @@ def test_releases_load_each_into_its_place(release):
             continue
         asked += 1
     assert asked > 50
+
+
+def test_the_code_of_a_models_text_is_asked_as_well():
+    step = load_models(packaged_directory())["step-3"]
+    [asked] = CodeReader("vllm").questions("misnamed_weights", [step])
+    names = ["Step3VLForConditionalGeneration", "Step3TextForCausalLM"]
+    assert [*asked.many] == [{"architectures": names}]

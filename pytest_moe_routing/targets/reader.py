@@ -44,4 +44,5 @@ class CodeReader:
 
 
 def _of(model: ModelSpec) -> dict[str, Any]:
-    return {"architecture": model.architecture}
+    # A model of images and text makes that of its text by the name that its config has for it.
+    return {"architectures": [*dict.fromkeys((model.architecture, *model.architectures))]}

@@ -7,6 +7,7 @@ a target, and the sources that it is made with.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_moe_routing.data import packaged_directory, read_data
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.targets.architectures import files_not_run, modules
@@ -36,7 +38,12 @@ def main() -> None:
     cls: type[FrameworkTarget] = getattr(import_module(module), name)
     target = cls(FlashInfer.of(flashinfer), Source(Path(root), version, None))
 
-    def misnamed_weights(architecture: str) -> list[dict[str, Any]]:
-        return [asdict(weight) for weight in target.classes.misnamed(architecture)]
+    def misnamed_weights(architectures: list[str]) -> list[dict[str, Any]]:
+        own, *others = architectures
+        found = dict.fromkeys(target.classes.misnamed(own))
+        for each in others:
+            with suppress(Unsupported):
+                found |= dict.fromkeys(target.classes.misnamed(each))
+        return [*map(asdict, found)]
 
     serve({"misnamed_weights": misnamed_weights, "files_not_run": partial(_files_not_run, target)})

@@ -13,7 +13,8 @@ from processes import wait_until_gone
 from pytest_moe_routing.data import packaged_directory
 from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.models import load_named
-from pytest_moe_routing.oracle.swept_configs import is_far, swept_models
+from pytest_moe_routing.oracle import swept_configs
+from pytest_moe_routing.oracle.swept_configs import _all_models, is_far, swept_models
 from pytest_moe_routing.suite.ahead import asking_ahead
 from pytest_moe_routing.suite.selection import SUITE
 from pytest_moe_routing.targets import probe as probes
@@ -47,6 +48,13 @@ def probe(tmp_path, monkeypatch):
     made = Probe("mine", "child_of_test")
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch):
+    """As after the first question of a run that has no answer from an earlier one."""
+    monkeypatch.setattr(probes, "CHILD_STARTED", threading.Event())
+    probes.CHILD_STARTED.set()
 
 
 def target_of(*questions):
@@ -156,6 +164,36 @@ def test_processes_of_a_parallel_run_ask_nothing_ahead(probe):
     with asking_ahead(target_of(*questions), items(workerinput={}), SESSION):
         assert threading.active_count() == 1
         assert probe.ask("note", word="b") == ["b"]
+
+
+def test_nothing_is_done_ahead_before_a_question_without_an_answer(probe):
+    """Until then, all answers are known from an earlier run: a thread would only cost time."""
+    probes.CHILD_STARTED.clear()
+    questions = [Questions(probe, "note", [{"word": "a"}])]
+    with asking_ahead(target_of(*questions), items(), SESSION):
+        time.sleep(0.3)
+        assert probe._replies == {}
+        probe.ask("note", word="b")
+        while len(probe._replies) < 2:
+            time.sleep(0.01)
+    assert probe.ask("note", word="a") == ["b", "a"]
+
+
+def test_threads_that_need_the_swept_models_at_once_have_the_same_ones(monkeypatch):
+    """What is known of a model is found by comparing it, unless it is the same object."""
+    _all_models.cache_clear()
+    routers, found = swept_configs.swept_routers, []
+    monkeypatch.setattr(
+        swept_configs, "swept_routers", lambda *a: time.sleep(0.1) or routers(*a)[:9]
+    )
+    threads = [threading.Thread(target=lambda: found.append(swept_models())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.undo()
+    _all_models.cache_clear()
+    assert found[0] is found[1]
 
 
 def test_threads_take_turns(probe):

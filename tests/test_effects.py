@@ -6,8 +6,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import torch
 from strategies import DEEPSEEK
 
+from pytest_moe_routing import logits
 from pytest_moe_routing.compare import mistakes
 from pytest_moe_routing.flashinfer import FlashInfer, known_releases
 from pytest_moe_routing.goldens import packaged_directory
@@ -84,3 +86,24 @@ def test_without_torch_the_note_says_what_torch_would_add():
     assert out.stdout == (
         "excluded groups are masked with -1: to see how many tokens that concerns, install torch\n"
     )
+
+
+def test_torch_computes_shares_with_one_thread(monkeypatch):
+    """Several wait for each other longer than they compute, where children use the cores."""
+    threads = []
+    monkeypatch.setattr(
+        "pytest_moe_routing.logits.make_case",
+        lambda *args, make=logits.make_case, **kwargs: (
+            threads.append(torch.get_num_threads()) or make(*args, **kwargs)
+        ),
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        share_rerouted(
+            mistakes.Mistake("none", lambda inputs: inputs), DEEPSEEK, "plain", num_experts=256
+        )
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1]

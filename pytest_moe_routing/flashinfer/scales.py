@@ -49,11 +49,13 @@ class Formula:
         count = max(map(len, scales.values()), default=1)
         found = [1.0] * count
         for name, power in zip(SCALES, self.powers, strict=True):
-            each = scales.get(name, (1.0,))
-            found = [value * each[i % len(each)] ** power for i, value in enumerate(found)]
+            if power and name in scales:
+                each = scales[name]
+                found = [value * each[i % len(each)] ** power for i, value in enumerate(found)]
         return tuple(found)
 
 
+_ONE = Formula.of("1")
 #: Formulas by which wrong values are recognized, the simplest first.
 _LIKELY = tuple(
     sorted(
@@ -79,15 +81,20 @@ def is_documented(activation: str, kernel: KernelSpec) -> bool:
     return not kernel.scalars or activation not in _data()["undocumented"]
 
 
-def factors(kernel: KernelSpec, *, gated: bool, is_tied: bool = True) -> dict[str, Formula]:
+def factors(kernel: KernelSpec, *, gated: bool, is_tied: bool = True) -> Mapping[str, Formula]:
     """Return what each argument that holds a factor has to be.
 
     Args:
         is_tied: Whether gate and up rows of gated experts have one scale.
     """
-    spelling = kernel.scalars or "scale"
-    rows: Mapping[str, Mapping[str, str]] = _data()["factors"]
     kind = ("gated" if is_tied else "gated, two scales") if gated else "not gated"
+    return _factors(kernel.scalars or "scale", kind)
+
+
+@cache
+def _factors(spelling: str, kind: str) -> Mapping[str, Formula]:
+    """Read the formulas of `factors` once: every call of the config sweep is compared with them."""
+    rows: Mapping[str, Mapping[str, str]] = _data()["factors"]
     return {
         name.format(spelling): Formula.of(row.get("any") or row[kind]) for name, row in rows.items()
     }
@@ -95,9 +102,15 @@ def factors(kernel: KernelSpec, *, gated: bool, is_tied: bool = True) -> dict[st
 
 def unit(parameter: str, kernel: KernelSpec) -> Formula:
     """Return by what the model's number of a parameter of the activation is divided."""
-    return Formula.of(_data()["units"][parameter] if kernel.scalars else "1")
+    return _unit(parameter) if kernel.scalars else _ONE
 
 
+@cache
+def _unit(parameter: str) -> Formula:
+    return Formula.of(_data()["units"][parameter])
+
+
+@cache
 def input_scale(scheme: str) -> Formula | None:
     """Return what the quantizer of the input is given; None where the input has no such scale."""
     text = _data()["inputs"].get(scheme)

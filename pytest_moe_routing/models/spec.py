@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,14 @@ class ModelSpec(_Described):
     unproven: tuple[str, ...] = key(str, many=True, default=())
     #: The layers that this is about, if it is one of another model's `variants`.
     variant: str = ""
+
+    def __hash__(self) -> int:
+        """Hash what tells most models apart, once: each is looked up hundreds of times."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.router, self.experts, self.model, self.dtype, self.variant))
 
     @property
     def is_published(self) -> bool:

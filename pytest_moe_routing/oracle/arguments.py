@@ -288,7 +288,7 @@ def _wrong_tensors(arguments: Arguments) -> Iterator[Finding]:
 
 def _wrong_memory(arguments: Arguments) -> Iterator[Finding]:
     for name, value in arguments.items():
-        if isinstance(value, Mapping) and value.get("contiguous") is False:
+        if isinstance(value, dict) and value.get("contiguous") is False:
             yield Finding(Kind.ARGUMENT, name, "contiguous", "not contiguous")
 
 

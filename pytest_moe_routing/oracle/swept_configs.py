@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import chain, combinations, product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from pytest_moe_routing.models import ExpertsConfig, ModelSpec, RouterConfig
@@ -18,6 +19,9 @@ UNTOLD = "none"
 MADE_UP = "none/none"
 #: The folder of the sweep's models, which have none.
 _FOLDER = Path("config-sweep")
+#: Held by the thread that makes the sweep's models: what is known of a model is found fastest by
+#: the same object, so there is one of each.
+_MAKING = Lock()
 
 _Values = Mapping[str, Any]
 
@@ -138,7 +142,10 @@ def _size(router: RouterConfig) -> tuple[int, int, int, int, str]:
 
 def swept_models(routers: Iterable[RouterConfig] | None = None) -> tuple[ModelSpec, ...]:
     """Return a model of each router; by default the sweep's, with experts of all kinds."""
-    return _all_models() if routers is None else tuple(map(as_model, routers))
+    if routers is not None:
+        return tuple(map(as_model, routers))
+    with _MAKING:
+        return _all_models()
 
 
 @cache
@@ -176,7 +183,7 @@ def _near() -> frozenset[RouterConfig]:
 
 def is_far(model: ModelSpec) -> bool:
     """Whether a model is one of the sweep's whose router is two steps away from all families."""
-    return model.folder == _FOLDER and model.router not in _near()
+    return model.folder is _FOLDER and model.router not in _near()
 
 
 def by_distance(models: Iterable[ModelSpec]) -> Iterator[tuple[list[ModelSpec], bool]]:

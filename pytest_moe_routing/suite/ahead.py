@@ -39,6 +39,8 @@ _METHODS = {
 }
 #: The tests that ask most of what the first child is asked.
 _SWEEP, _VERDICT, _MODULAR = "test_config_sweep", "test_verdict", "test_modular_call"
+#: Seconds after which it is looked whether the tests are over.
+_PAUSE = 0.05
 #: Seconds in which a question may be answered that nobody waits for any more.
 _GRACE = 5.0
 
@@ -70,6 +72,10 @@ def asking_ahead(
 
 
 def _ask(asked: Iterable[Questions], checks: Iterable[Check], stop: Event) -> None:
+    # Where all answers are known from an earlier run, there is nothing to be done ahead.
+    while not probes.CHILD_STARTED.wait(_PAUSE):
+        if stop.is_set():
+            return
     with probes.asking_ahead(stop):
         for probe, question, many in asked:
             wanted = takewhile(lambda _: not stop.is_set(), many)

@@ -44,6 +44,8 @@ class _Error(TypedDict):
 _Reply = tuple[str, Any]
 #: Questions of one exchange: few enough that another thread waits no second for its turn.
 _BATCH = 50
+#: Set from the first child of this process on: before, all answers were known.
+CHILD_STARTED = Event()
 
 
 class _Ahead(threading.local):
@@ -220,6 +222,7 @@ class Probe:
         """Have the child reply to requests."""
         if _AHEAD.stop is not None and _AHEAD.stop.is_set():
             raise TargetError("nobody waits for an answer", "no answers")
+        CHILD_STARTED.set()
         self._child = self._child or Child(
             self._command, self._switches, self._limits, self._variables
         )

@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import shutil
+import sys
 from functools import partial
 from importlib import util
 from itertools import pairwise
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from pytest_moe_routing.suite.loggers import share_handler
 
 if TYPE_CHECKING:
     from pytest_moe_routing.targets.kept import Store
@@ -210,9 +213,16 @@ class LongLived:
         if gc.isenabled() and before[0]:
             gc.set_threshold(max(before[0], _NEW_OBJECTS), *before[1:])
         atexit.register(gc.freeze)
+        self._config, self._has_torch = config, False
 
     def pytest_collection_finish(self) -> None:
         gc.freeze()
+
+    def pytest_runtest_logfinish(self) -> None:
+        """After the first test that imports torch, see to its loggers."""
+        if not self._has_torch and "torch" in sys.modules:
+            self._has_torch = True
+            self._config.add_cleanup(share_handler())
 
 
 def check_choices(config: pytest.Config) -> None:

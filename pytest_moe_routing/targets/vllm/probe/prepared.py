@@ -13,8 +13,9 @@ from pytest_moe_routing.targets.marked import UnusableArgumentError
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
 from pytest_moe_routing.targets.vllm.probe.release import names
 
-#: By how a scheme has activations, the last ones that were right: what the layer had, and what the
-#: kernel was given. To read them takes six times as long as to find that they are the same.
+#: By how a scheme has activations, and by how many tokens, the last ones that were right: what the
+#: layer had, and what the kernel was given. To read them takes six times as long as to find that
+#: they are the same. One layer is asked about with several numbers of tokens in turn.
 _RIGHT: dict[Any, tuple[Tensor | None, ...]] = {}
 _NOTHING = (None, None, None)
 #: Dtypes in which values are compared as bits, by bytes of a value.
@@ -53,8 +54,8 @@ def misread(arguments: Mapping[str, Any], row: ServedScheme, hidden: Tensor) -> 
     found = str(got.dtype).removeprefix("torch.")
     if found != dtype:
         return "hidden_states", dtype, found
-    seen = hidden, got, scale
-    if all(map(_are_same, seen, _RIGHT.get(row.quantized, _NOTHING))):
+    seen, kind = (hidden, got, scale), (row.quantized, len(hidden))
+    if all(map(_are_same, seen, _RIGHT.get(kind, _NOTHING))):
         return ()
     try:
         # Scales of whole tensors, which are 1 here, are among the experts' own.
@@ -64,7 +65,7 @@ def misread(arguments: Mapping[str, Any], row: ServedScheme, hidden: Tensor) -> 
     is_same = read.shape == hidden.shape and torch.equal(read, hidden.float())
     if not is_same:
         return "hidden_states", "the layer's values", "other values"
-    _RIGHT[row.quantized] = tuple(None if each is None else each.clone() for each in seen)
+    _RIGHT[kind] = tuple(None if each is None else each.clone() for each in seen)
     return ()
 
 

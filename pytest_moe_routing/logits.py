@@ -31,10 +31,11 @@ def integers(*shape: int, seed: int, bits: int = 24) -> Tensor:
         count *= size
     x = torch.arange(count, dtype=torch.int64)
     for salt in (seed & _MASK, (seed >> 32) & _MASK):
-        x = (x + salt * 0x9E3779B1) & _MASK
+        if salt:
+            x.add_(salt * 0x9E3779B1 & _MASK).bitwise_and_(_MASK)
         for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
-            x = ((x ^ (x >> shift)) * factor) & _MASK
-        x = x ^ (x >> 15)
+            x.bitwise_xor_(x >> shift).mul_(factor).bitwise_and_(_MASK)
+        x.bitwise_xor_(x >> 15)
     return (x >> (32 - bits)).view(shape)
 
 

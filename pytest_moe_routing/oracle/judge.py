@@ -349,11 +349,12 @@ def _judge_call(
     call, wrong = captured.call, captured.wrong
     if contradiction is not None:
         wrong = (contradiction, *wrong)
-    base = replace(base, call=call, findings=wrong, site=captured.site, source=captured.source)
+    known: dict[str, Any] = {"call": call, "site": captured.site, "source": captured.source}
 
     def bad(verdict: Verdict, *more: Finding) -> Judgement:
         # The config sweep has thousands of these, and tells of few what would be exact.
-        return replace(base, verdict=verdict, findings=(*wrong, *more), known_exact=None)
+        findings = (*wrong, *more)
+        return replace(base, **known, verdict=verdict, findings=findings, known_exact=None)
 
     if call is None:
         return bad(Verdict.CRASH)
@@ -367,7 +368,7 @@ def _judge_call(
     got, experts = flashinfer.recipe(call), model.router.num_experts
     facts = (*flashinfer.notes(call), *mask_notes(base.wanted, got, experts))
     notes = (*(Finding(Kind.PRECISION, method, fact=fact) for fact in facts), *captured.notes)
-    base = replace(base, got=got, downcasts=captured.downcasts, notes=notes)
+    known.update(got=got, downcasts=captured.downcasts, notes=notes)
     got = meaning(got)
     is_same = same(base.wanted, got, experts)
     if is_same and model.router.not_expressible is not None:
@@ -376,7 +377,7 @@ def _judge_call(
     if is_same and not wrong:
         if captured.unknown:
             raise Unsupported(f"{target}: not judged: {captured.unknown}")
-        return base
+        return replace(base, **known)
     return bad(Verdict.WRONG, *(() if is_same else _differences(base, call, got)))
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import DEEPSEEK, inputs, recipes, seeds
 
 from pytest_moe_routing.compare import PRECISIONS, assert_routing, compare_routing
+from pytest_moe_routing.compare.rows import Rows
 from pytest_moe_routing.errors import RecipeError
 from pytest_moe_routing.logits import PATTERNS, bell, make_case
 from pytest_moe_routing.reference import routing as reference
@@ -372,3 +373,44 @@ def test_nan_is_allowed_exactly_where_zero_may_be_divided_by_zero(epsilon, ok):
     ids = route(case.logits, recipe, case.bias).topk_ids
     found = compare_routing(ids, torch.full((8, 8), torch.nan), case.logits, recipe, case.bias)
     assert found.ok == ok
+
+
+@pytest.mark.parametrize("pattern", ["plain", "near-ties", "ties-at-k", "saturated"])
+@pytest.mark.parametrize("name", [n for n in RECIPES if n != "deepseek"])
+def test_choices_of_all_tokens_at_once_are_told_as_of_each(name, pattern):
+    """Half of the tokens swap their last expert for any other."""
+    recipe = RECIPES[name]
+    case = make_case(pattern, recipe, num_tokens=40, num_experts=64)
+    rows = Rows(case.logits, recipe, case.bias, PRECISIONS["float32"])
+    rows.lower_index = False
+    ids, tokens = rows.ids.clone(), torch.arange(40)
+    for token in range(0, 40, 2):
+        rest = [e for e in range(64) if e not in ids[token].tolist()]
+        ids[token, -1] = rest[7 * token % len(rest)]
+    each = [rows.beaten(token, ids[token]) is None for token in tokens.tolist()]
+    assert rows.are_close(tokens, ids).tolist() == each
+    assert rows.are_close(tokens[3:9], ids).tolist() == each[3:9]
+    assert any(each)
+    assert pattern != "plain" or not all(each)
+    # The order of equal inputs is not looked at.
+    rows.lower_index = True
+    assert not rows.are_close(tokens, ids).any()
+
+
+def test_choices_within_groups_are_told_of_each_token_alone():
+    case = make_case("plain", DEEPSEEK, num_tokens=4, num_experts=256)
+    rows = Rows(case.logits, DEEPSEEK, case.bias, PRECISIONS["float32"])
+    rows.lower_index = False
+    assert not rows.are_close(torch.arange(4), rows.ids).any()
+
+
+def test_ambiguous_tokens_of_routers_without_groups_are_compared_at_once(monkeypatch):
+    case = make_case("ties-at-k", MINIMAX, num_tokens=16, num_experts=64)
+    routing = route(case.logits.flip(1), MINIMAX, case.bias.flip(0), dtype=torch.float64)
+    monkeypatch.setattr(Rows, "beaten", lambda *_: pytest.fail("asked about one token"))
+    ids = 63 - routing.topk_ids
+    found = compare_routing(
+        ids, routing.topk_weights, case.logits, MINIMAX, case.bias, lower_index=False
+    )
+    assert found.ok
+    assert found.ambiguous > 0

@@ -153,7 +153,10 @@ def compare_routing(
     other = (ranked != rows.ids.sort(1).values).any(1) & sound
 
     found = [structural(rows, token, ids[token]) for token in broken.nonzero().flatten().tolist()]
-    ambiguous = 0
+    differing = other.nonzero().flatten()
+    close = differing[rows.are_close(differing, ids)]
+    other[close] = False
+    ambiguous = len(close)
     for token in other.nonzero().flatten().tolist():
         beaten = rows.beaten(token, ids[token])
         if beaten is None:

@@ -123,6 +123,26 @@ class Rows:
 
     # -- the choice --------------------------------------------------------------------------------
 
+    def are_close(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """Return for which tokens errors alone explain a choice of experts, all tokens at once.
+
+        That is told only of a router without groups that leaves the order of equal inputs open;
+        `beaten` tells it of any.
+
+        Args:
+            tokens: int64 `[n]`.
+            ids: The choices of all tokens, int64 `[num_tokens, top_k]`, each expert once.
+
+        Returns:
+            bool `[n]`.
+        """
+        if self.lower_index or self.recipe.n_group > 1:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        keys, errors, ids = self.keys[tokens], self.errors[tokens], ids[tokens]
+        passed_over = (keys - errors).scatter(1, ids, -torch.inf).amax(1)
+        # False where an infinite key makes either NaN.
+        return passed_over <= (keys + errors).gather(1, ids).amin(1)
+
     def beaten(self, token: int, ids: Tensor) -> Beaten | None:
         """Return the least that is wrong with a choice of experts; None when it may be right."""
         least = Beaten(torch.inf)

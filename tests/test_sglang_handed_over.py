@@ -46,6 +46,20 @@ def test_release_hands_over_what_its_router_chose(target):
     assert target.choice(MINIMAX, "nvfp4", "MiniMax2", modular=True).switches == ()
 
 
+def test_a_published_checkpoint_of_mixed_precision_has_another_default(target):
+    """Of MiniMax-M3 in NVFP4, the other layers are MXFP8 (arg_groups, _minimax_m3_overrides)."""
+    model = MODELS["minimax-m3"]
+    if Version(target.version()) < Version("0.5.18"):
+        with pytest.raises(Unsupported, match="chooses runners in a way that the probe does not"):
+            target.choice(model, "nvfp4", "MiniMax2", modular=True)
+        return
+    (gate,) = target.modular_gates(model, "nvfp4", "MiniMax2")
+    assert gate.ok
+    packs = Version(target.version()) < Version("0.5.20")
+    assert list(sentences(target.modular_findings(model, "nvfp4"))) == [ROUNDED] * packs
+    assert target.choice(model, "nvfp4", "MiniMax2", modular=True).switches == ()
+
+
 def test_release_is_asked_about_its_default_alone(target):
     (gate,) = target.modular_gates(MODELS["deepseek-r1"], "fp8_block", "DeepSeekV3")
     assert (gate.ok, gate.reason) == (False, "the kernel routes")
@@ -229,8 +243,9 @@ def test_release_hands_the_choice_to_another_runner(target):
         call, *more = target.other_experts(m3, scheme)
         named = [each for each in more if each.experts == "flashinfer_trtllm_routed runner"]
         assert list(sentences(call.findings)) == lost * loses
-        # FP8 per tensor has no kernel that is given experts and weights.
-        assert len(named) == (scheme != "fp8_per_tensor")
+        # FP8 per tensor has no kernel that is given experts and weights. In NVFP4, the other runner
+        # is the default.
+        assert len(named) == (scheme == "bf16")
         assert call.switches == ("--moe-runner-backend flashinfer_cutlass",)
     (named,) = target.other_experts(m3, "fp8_block")
     assert named.switches == ("--moe-runner-backend flashinfer_trtllm_routed",)

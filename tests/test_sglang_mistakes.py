@@ -56,6 +56,11 @@ OUTPUTS = """output1_scales_scalar=quant_info.output1_scales_scalar,
 SWAPPED = """output1_scales_scalar=quant_info.output1_scales_gate_scalar,
 {0}output1_scales_gate_scalar=quant_info.output1_scales_scalar,
 """
+#: What the second half of the first GEMM is scaled by, whose beta is to be 1 then.
+BETAS = (
+    "else (1.0 / layer.g1_alphas_up).to(torch.float32)",
+    "else (1.0 / layer.g1_alphas).to(torch.float32)",
+)
 GEMMS = ("gemm1", "gemm2")
 INDENTS = (" " * 8, " " * 12)
 ALPHAS = '"g2_alphas",\n            (w2_input_scale * layer.w2_weight_scale_2)'
@@ -118,6 +123,9 @@ def target(tmp_path_factory):
         edit(root, quantization, (ALPHAS, ALPHAS.replace("w2_input_scale * ", "")))
         edit(root, quantization, (INPUT, INPUT.replace("1 / ", "")))
         edit(
+            root, quantization, *((beta, "else torch.ones_like(layer.g1_alphas)") for beta in BETAS)
+        )
+        edit(
             root,
             "layers/quantization/mxfp4_flashinfer_cutlass_moe.py",
             (LIMIT, "swiglu_limit=None"),
@@ -172,6 +180,14 @@ def test_a_default_that_is_lost_names_the_function_and_what_is_used_now(target):
     assert rule.instead == (
         "SGLang's own top-k routes by default, and the layer takes flashinfer_trtllm by itself"
     )
+
+
+def test_a_beta_that_is_not_scaled_reaches_a_published_checkpoint(target):
+    model = MODELS["minimax-m3"]
+    found = list(sentences(target.modular_findings(model, "nvfp4")))
+    text = "gemm1_beta arrives as 1, the layer has 1 / (w1_scale * a1_scale)"
+    assert [each for each in found if "gemm1_beta" in each] == [text]
+    assert target.choice(model, "nvfp4", "MiniMax2", modular=True).switches == ()
 
 
 @pytest.mark.parametrize(

@@ -229,9 +229,10 @@ def check_choices(config: pytest.Config) -> None:
     """Raise an error if an option has a value that it does not take.
 
     Raises:
-        pytest.UsageError: It has, or names a file that does not exist.
+        pytest.UsageError: It has, names a file that does not exist, or hides pytest's configuration.
         MoERoutingError: No simulated kernel has the fault that is named.
     """
+    _check_paths(config)
     if kernels := option(config, "kernels"):
         from pytest_moe_routing.kernels.routers import kernel_choices
 
@@ -246,7 +247,7 @@ def check_choices(config: pytest.Config) -> None:
     _check(config, "scale", "reduced|full", "reduced or full")
 
 
-def check_paths(config: pytest.Config) -> None:
+def _check_paths(config: pytest.Config) -> None:
     """Raise an error if pytest has looked for its configuration where an option has a path.
 
     Pytest reads its configuration before it knows the options of plugins, and takes the path after
@@ -256,7 +257,8 @@ def check_paths(config: pytest.Config) -> None:
         pytest.UsageError: The configuration may be another one than that of the working directory.
     """
     here, args = config.invocation_params.dir, config.invocation_params.args
-    if config.option.inifilename or config.args_source is config.ArgsSource.ARGS:
+    is_told = config.option.inifilename or config.args_source is config.ArgsSource.ARGS
+    if is_told or hasattr(config, "workerinput"):
         return
     for name, value in pairwise(map(str, args)):
         if name not in _PATHS or not (here / value).exists():

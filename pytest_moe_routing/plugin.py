@@ -72,8 +72,6 @@ def pytest_configure(config: pytest.Config) -> None:
     golden = bool(option(config, "golden"))
     try:
         options.check_choices(config)
-        if not hasattr(config, "workerinput"):
-            options.check_paths(config)
         if golden:
             asks = not (hasattr(config, "workerinput") or config.option.collectonly)
             config.pluginmanager.register(options.LongLived(config))

@@ -229,7 +229,7 @@ def check_choices(config: pytest.Config) -> None:
     """Raise an error if an option has a value that it does not take.
 
     Raises:
-        pytest.UsageError: It has, names a file that does not exist, or hides pytest's configuration.
+        pytest.UsageError: It has, names a file that is not there, or hides pytest's configuration.
         MoERoutingError: No simulated kernel has the fault that is named.
     """
     _check_paths(config)

@@ -229,9 +229,11 @@ class Grouping:
         counts = {kind: len(reporter.stats.get(kind, ())) for kind in ("failed", _SAME, "xfailed")}
         if not counts[_SAME] or reporter.verbosity < 0:
             return
+        is_latent = any(f.rank is Rank.LATENT for _, failures in self._shown for f in failures)
+        same = "with the same causes or latent ones" if is_latent else "with the same causes"
         parts = [
             f"{counts['failed']} shown above (failed)",
-            f"{counts[_SAME]} with the same causes (repeated)",
+            f"{counts[_SAME]} {same} (repeated)",
         ]
         if counts["xfailed"]:
             parts.append(f"{counts['xfailed']} accepted as known (xfailed)")

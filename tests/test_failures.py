@@ -74,7 +74,7 @@ crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]
 2 x weights differ (m6)  [router:weights:A]
 1 more only combine causes of this list; -v shows each in full
-8 tests failed: 3 shown above (failed), 5 with the same causes (repeated)
+8 tests failed: 3 shown (failed), 5 of shown or latent causes (repeated)
 """
 
 
@@ -118,7 +118,7 @@ def test_counts_add_up_with_those_that_are_expected(host):
     assert result.parseoutcomes() == counts
     result.stdout.fnmatch_lines(
         [
-            "9 tests failed: 7 shown above (failed), 1 with the same causes (repeated), 1",
+            "9 tests failed: 7 shown (failed), 1 of shown or latent causes (repeated), 1",
             "  accepted as known (xfailed)",
         ]
     )
@@ -187,7 +187,7 @@ def test_what_another_test_finds_again_is_one_block(host):
         "___ m1 mxfp8: silent ___",
         "  also     1 more: m2 mxfp8",
         "  cause    silent",
-        "9 tests failed: 4 shown above (failed), 5 with the same causes (repeated)",
+        "9 tests failed: 4 shown (failed), 5 of shown causes (repeated)",
     ]
 
 

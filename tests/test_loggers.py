@@ -19,6 +19,19 @@ def apart():
     return {name for name, logger in found.items() if not logger.propagate}
 
 
+@pytest.fixture(autouse=True)
+def _as_torch_makes_them():
+    """Undo what an earlier test of this process did to the handlers."""
+    parent = logging.getLogger("torch")
+    names = apart() - {"torch.__trace"}
+    saved = [(each, each.handlers) for each in map(logging.getLogger, names)]
+    for each, _ in saved:
+        each.handlers = [*parent.handlers]
+    yield
+    for each, handlers in saved:
+        each.handlers = handlers
+
+
 @pytest.fixture
 def other():
     """A logger as a user's `TORCH_LOGS_OUT` makes it: with a further handler."""

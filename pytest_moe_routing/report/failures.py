@@ -230,11 +230,8 @@ class Grouping:
         if not counts[_SAME] or reporter.verbosity < 0:
             return
         is_latent = any(f.rank is Rank.LATENT for _, failures in self._shown for f in failures)
-        same = "with the same causes or latent ones" if is_latent else "with the same causes"
-        parts = [
-            f"{counts['failed']} shown above (failed)",
-            f"{counts[_SAME]} {same} (repeated)",
-        ]
+        causes = "shown or latent causes" if is_latent else "shown causes"
+        parts = [f"{counts['failed']} shown (failed)", f"{counts[_SAME]} of {causes} (repeated)"]
         if counts["xfailed"]:
             parts.append(f"{counts['xfailed']} accepted as known (xfailed)")
         text = f"{sum(counts.values())} tests failed: {', '.join(parts)}"

@@ -25,7 +25,7 @@ class TransformersTarget(FrameworkTarget):
     package = "transformers"
     distributions = ("transformers",)
     routers = ("block",)
-    tests = ("test_router",)
+    tests = ("test_router", "test_router_precision")
 
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)

@@ -125,7 +125,7 @@ def parse_json(text: str, where: str, error: Error = MoERoutingError) -> Any:
         )
     except json.JSONDecodeError as cause:
         line = f":{cause.lineno}" if "\n" in text else ""
-        raise error(f"{where}{line}: not valid JSON: {cause.msg}") from cause
+        raise error(f"{where}{line}: not valid JSON: {cause.msg.removesuffix(' at')}") from cause
     except RecursionError as cause:
         raise error(f"{where}: not valid JSON: nested too deeply") from cause
     except _InvalidError as cause:

@@ -95,6 +95,7 @@ def test_a_good_file(tmp_path):
         ('{"a":' * 500 + "1" + "}" * 500, "nested too deeply"),
         ("[" * 100_000, "nested too deeply"),
         ("", "f: not valid JSON: Expecting value"),
+        ('{"a": "\x01"}', "f: not valid JSON: Invalid control character"),
         ("\ufeff{}", "not valid JSON"),
     ],
 )
@@ -103,6 +104,7 @@ def test_json_that_is_not_read(text, message):
         parse_json(text, "f", ModelError)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not str(caught.value).endswith(" at")
 
 
 def test_json_that_is_read():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -397,3 +398,11 @@ def test_collecting_the_suite_loads_no_torch(host):
         """
     )
     assert run(host, "--moe-golden", "--collect-only", "-q").ret == 0
+
+
+def test_one_test_that_is_left_out_is_no_plural(host):
+    chosen = "--moe-models", MODEL, "--moe-schemes", "nvfp4", "-k", "test_method_numbers"
+    result = run(host, "--moe-golden", *chosen)
+    text = " ".join(result.outlines)
+    assert re.search(r"\b1 full-scale +test \(--moe-scale full\)", text)
+    assert not re.search(r"\b1 [a-z-]+ tests", text)

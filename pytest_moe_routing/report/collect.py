@@ -248,7 +248,10 @@ class Reporter:
         for text in self.unanswered.lines(every=every):
             lines += terminal.wrapped(text, width)
         if skipped:
-            reasons = (f"{count} {why}" for why, count in skipped.most_common())
+            reasons = (
+                f"{count} {why if count > 1 else why.replace('tests', 'test', 1)}"
+                for why, count in skipped.most_common()
+            )
             lines += terminal.wrapped(f"left out: {', '.join(reasons)}", width)
         for line in lines:
             for piece in line:

@@ -7,15 +7,14 @@ a target, and the sources that it is made with.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pytest_moe_routing.data import packaged_directory, read_data
-from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.targets.architectures import files_not_run, modules
@@ -39,11 +38,7 @@ def main() -> None:
     target = cls(FlashInfer.of(flashinfer), Source(Path(root), version, None))
 
     def misnamed_weights(architectures: list[str]) -> list[dict[str, Any]]:
-        own, *others = architectures
-        found = dict.fromkeys(target.classes.misnamed(own))
-        for each in others:
-            with suppress(Unsupported):
-                found |= dict.fromkeys(target.classes.misnamed(each))
-        return [*map(asdict, found)]
+        found = chain.from_iterable(map(target.classes.misnamed, architectures))
+        return [*map(asdict, dict.fromkeys(found))]
 
     serve({"misnamed_weights": misnamed_weights, "files_not_run": partial(_files_not_run, target)})

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pytest_moe_routing.errors import RecipeError
+from pytest_moe_routing.errors import RecipeError, Unsupported
 from pytest_moe_routing.routing import Recipe
 
 if TYPE_CHECKING:
@@ -208,11 +208,15 @@ def hash_topk(
     """Weigh the experts of tokens in a table; shared experts follow, as in `_moe_fused_gate`.
 
     From `hash_topk.cuh` of SGLang 0.5.18 and `triton_hash_topk.py` of 0.5.23.
+
+    Raises:
+        Unsupported: The scoring function is not that of the models that have such tables.
     """
     import torch
     from torch.nn.functional import softplus
 
-    assert scoring_func == "sqrtsoftplus"
+    if scoring_func != "sqrtsoftplus":
+        raise Unsupported(f"not judged: hash_topk with {scoring_func}")
     ids = tid2eid[input_ids].to(torch.int32)
     scores = softplus(router_logits.float()).sqrt().gather(1, ids.long())
     weights, (tokens, experts) = scores / scores.sum(1, keepdim=True), router_logits.shape

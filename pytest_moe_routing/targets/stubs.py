@@ -216,7 +216,7 @@ def install(contract: Contract, root: str, stand_ins: Mapping[str, Any] | None =
 
 def extend(*, real: Sequence[str] = (), absent: Iterable[str] = ()) -> None:
     """Import further modules of the installed framework for real, and further packages as stubs."""
-    finder = next(f for f in sys.meta_path if isinstance(f, _Finder))
+    finder = _installed()
     finder.real += tuple(real)
     finder.absent.update(absent)
 
@@ -323,7 +323,11 @@ def source_of(root: str, module: str) -> str:
 
 def installed_source_of(module: str) -> str:
     """Return the source text of a module of the framework that `install` has made importable."""
-    return source_of(next(f for f in sys.meta_path if isinstance(f, _Finder)).root, module)
+    return source_of(_installed().root, module)
+
+
+def _installed() -> _Finder:
+    return next(finder for finder in sys.meta_path if isinstance(finder, _Finder))
 
 
 def _source(root: str, module: str) -> str:

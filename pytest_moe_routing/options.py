@@ -250,8 +250,8 @@ def check_choices(config: pytest.Config) -> None:
 def _check_paths(config: pytest.Config) -> None:
     """Raise an error if pytest has looked for its configuration where an option has a path.
 
-    Pytest reads its configuration before it knows the options of plugins, and takes the path after
-    a space for one of tests.
+    Pytest reads its configuration before it knows the options of plugins, and takes an existing
+    path after a space for a path of tests.
 
     Raises:
         pytest.UsageError: The configuration may be another one than that of the working directory.
@@ -267,8 +267,9 @@ def _check_paths(config: pytest.Config) -> None:
         if own == (config.inipath and config.inipath.parent):
             continue
         raise pytest.UsageError(
-            f"{name} {value}: write {name}={value}; after a space, pytest takes a path for one of "
-            f"tests, and has looked there for its configuration (found {config.inipath or 'none'})"
+            f"{name} {value}: write {name}={value}; after a space, pytest takes an existing path "
+            "for a path of tests, and has looked there for its configuration "
+            f"(found {config.inipath or 'none'})"
         )
 
 

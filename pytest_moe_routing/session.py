@@ -243,7 +243,10 @@ class MoESession:
 
     @cached_property
     def asks_what_is_known(self) -> bool:
-        """Whether this package knows releases so: packaged models, and the pinned FlashInfer."""
+        """Whether the run asks what is recorded of releases.
+
+        That is about packaged models, with the FlashInfer release that the target pins.
+        """
         packaged = goldens.packaged_directory()
         asked, pinned = self._flashinfer_origin[0], self.located.pinned_flashinfer
         return asked == pinned and all(m.folder.parent == packaged for m in self.models)

@@ -51,8 +51,8 @@ def _note_part(item: pytest.Item, session: MoESession) -> None:
 
     release = target.package, target.source.version
     for sentence, reasons in counts.items():
+        is_asked = session.asks_what_is_known and sentence not in _OF_NO_MODEL
         for reason in reasons:
-            is_asked = session.asks_what_is_known and sentence not in _OF_NO_MODEL
             is_new = is_asked and is_known_reason(*release, reason) is False
             if is_new or lost_names(*release, reason):
                 item.user_properties.append((_PART, _asked(item, target, reason)))
@@ -142,7 +142,7 @@ class JudgedReporter:
         from pytest_moe_routing.targets.expected import is_known_reason, is_open
 
         where = asked["package"], asked["release"]
-        # A scheme's other models are judged, if only those are chosen that cannot be.
+        # A case of a scheme is about the chosen models: perhaps none of them can be judged.
         of_some = bool(self.session.model_patterns) and is_known_reason(*where, asked["reason"])
         is_allowed = of_some or is_open(*where, asked["test"], asked["case"])
         if asked["is_held"] and not is_allowed:

@@ -21,6 +21,7 @@ from pytest_moe_routing.oracle.routers import (
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets.sglang.probe import ways
+from pytest_moe_routing.targets.sglang.probe.around import placement
 from pytest_moe_routing.targets.sglang.probe.world import requested
 
 EXPERTS = 16
@@ -81,7 +82,7 @@ def test_physical_experts_are_not_what_is_to_be_captured(logits):
 
 
 def test_shared_experts_have_no_place():
-    table = SimpleNamespace(table=torch.arange(EXPERTS).flip(0))
+    table = placement(EXPERTS)
     with pytest.raises(WrongAnswer, match="expert 16 is looked up in a placement of 16"):
         ways.located(torch.tensor([[3, 16]]), table)
     assert ways.located(torch.tensor([[3, 16]])).tolist() == [[3, 16]]

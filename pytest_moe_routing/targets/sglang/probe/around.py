@@ -38,10 +38,13 @@ class Capturer:
         self.told.append(topk_indices)
 
 
-def placement(num_experts: int, redundant: int) -> Any:
+def placement(num_experts: int, redundant: int = 0, algorithm: str = "dynamic") -> Any:
     """Return where experts lie: in reverse order, and redundant ones once more at the end.
 
     It has what SGLang's own `ExpertLocationDispatchInfo` has.
+
+    Args:
+        algorithm: How SGLang chooses among the places of an expert.
     """
     physical = torch.arange(num_experts, dtype=torch.int32).flip(0)
     every = physical.unsqueeze(1).repeat(1, 2)
@@ -50,7 +53,7 @@ def placement(num_experts: int, redundant: int) -> Any:
     count[:redundant] = 2
     return stubs.known(
         "placement",
-        ep_dispatch_algorithm="dynamic",
+        ep_dispatch_algorithm=algorithm,
         partial_logical_to_rank_dispatch_physical_map=physical,
         partial_logical_to_all_physical_map=every,
         partial_logical_to_all_physical_map_num_valid=count,

@@ -21,7 +21,7 @@ from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.sglang.probe.around import Capturer
+from pytest_moe_routing.targets.sglang.probe.around import Capturer, placement
 from pytest_moe_routing.targets.sglang.probe.default_runner import layer_runner
 from pytest_moe_routing.targets.sglang.probe.requests import requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import exact
@@ -44,15 +44,15 @@ _TRITON = "triton"
 Forward = Callable[..., Any]
 
 
-def located(ids: Tensor, placement: Any = None, *_: Any) -> Tensor:
+def located(ids: Tensor, info: Any = None, *_: Any) -> Tensor:
     """Return the physical experts of logical ones, as `topk_ids_logical_to_physical` does.
 
     Raises:
         WrongAnswer: There is an id that no routed expert has.
     """
-    if placement is None:
+    if info is None:
         return ids
-    table: Tensor = placement.table
+    table: Tensor = info.partial_logical_to_rank_dispatch_physical_map
     if int(ids.max()) >= len(table):
         raise WrongAnswer(f"expert {int(ids.max())} is looked up in a placement of {len(table)}")
     return table[ids]
@@ -63,15 +63,13 @@ def placed(forward: Forward, num_experts: int) -> Forward:
 
     It returns logical experts, and raises `WronglyCaptured` unless those are what is captured.
     """
-    table = torch.arange(num_experts, dtype=torch.int32).flip(0)
-    placement = stubs.known(
-        "placement", ep_dispatch_algorithm="static", table=table, num_physical_experts=num_experts
-    )
+    reverse = placement(num_experts, algorithm="static")
+    table = reverse.partial_logical_to_rank_dispatch_physical_map
 
     def run(*inputs: Tensor, **more: Any) -> Any:
         capturer = Capturer()
         with requesting(capturer=capturer):
-            output = forward(*inputs, expert_location_dispatch_info=placement, **more)
+            output = forward(*inputs, expert_location_dispatch_info=reverse, **more)
         physical = output.topk_ids
         is_routed = physical < num_experts
         # The table is its own inverse.

@@ -188,7 +188,8 @@ def runs(framework, root, mutants):
                 if framework == "sglang":
                     values, row = config_of(MODELS[model]), configs()["schemes"][SCHEME]
                     server = server_of(MODELS[model], row, values)
-                    config = {"config": values, "servers": {SCHEME: server}}
+                    served = {"server": server, "quantization": row["config"]}
+                    config = {"config": values, "servers": {SCHEME: served}}
                 asked = {**MODELS[model].as_dict(), "id": model}
                 found += [(platform, row) for row in probe.ask("run", model=asked, **config)]
             if models - routed:

@@ -54,11 +54,16 @@ class SglangQuestions(FrameworkTarget):
         return server_of(model, self._row(model, scheme), self._config(model))
 
     def servers(self, model: ModelSpec) -> dict[str, Any]:
-        """Return what a server is told of a model's usual checkpoint, by scheme."""
+        """Return the `server` and the `quantization` of a model's usual checkpoint, by scheme.
+
+        Schemes without one are not judged in other tests.
+        """
         found = {}
         for scheme in configs()["schemes"]:
             with suppress(Unsupported):
-                found[scheme] = self._server(model, scheme)
+                quantization = self._block(model, scheme)["quantization"]
+                server = self._server(model, scheme)
+                found[scheme] = {"server": server, "quantization": quantization}
         return found
 
     def _config(self, model: ModelSpec) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
-from pytest_moe_routing.targets.sglang.model_configs import configs
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
     FIELD,
@@ -26,6 +25,13 @@ from pytest_moe_routing.targets.sglang.probe.world import choose_runner
 _BLOCKS, _NARROW_BLOCKS = [128, 128], [16, 16]
 
 
+class Served(TypedDict):
+    """A checkpoint that is served, and what its quantization config is made from."""
+
+    server: Checkpoint
+    quantization: Mapping[str, Any] | None
+
+
 class Blocks(Protocol):
     """What answers about a release; see `main.Blocks`."""
 
@@ -38,7 +44,7 @@ class Blocks(Protocol):
 def in_triton(
     blocks: Blocks,
     build: Callable[..., tuple[Any, float]],
-    servers: Mapping[str, Checkpoint],
+    servers: Mapping[str, Served],
 ) -> Iterator[tuple[str, Seen, tuple[Any, float]]]:
     """Yield each scheme whose layer takes the Triton runner on Hopper, and what is built for it.
 
@@ -46,15 +52,15 @@ def in_triton(
 
     Args:
         build: Builds a block of a quantized model.
-        servers: What a server is told of the model, by scheme.
+        servers: How a server serves the model, by scheme.
     """
-    for scheme, server in servers.items():
-        told, seen = _told(configs()["schemes"][scheme]), Seen()
+    for scheme, served in servers.items():
+        told, seen = _narrow(served["quantization"]), Seen()
         if told is None or not blocks.names.has(told["name"]):
             continue
         try:
             with on("Hopper"):
-                found = started(blocks.names, blocks.defaults(), server, {})
+                found = started(blocks.names, blocks.defaults(), served["server"], {})
                 if isinstance(found, Refusal) or found[FIELD] != AUTO:
                     continue
                 choose_runner(AUTO)
@@ -69,14 +75,11 @@ def in_triton(
             yield scheme, seen, built
 
 
-def _told(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what a block's quantization config is made from; None if it has none."""
-    told = row["config"]
-    if told is None:
-        return None
-    if "arguments" not in told:
-        return {**told, "in_checkpoint": row["in_checkpoint"]}
-    arguments = dict(told["arguments"])
+def _narrow(quantization: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return what a quantization config is made from, for the widths of routers that are run."""
+    if quantization is None or "arguments" not in quantization:
+        return quantization
+    arguments = dict(quantization["arguments"])
     if arguments.get("weight_block_size") == _BLOCKS:
         arguments["weight_block_size"] = _NARROW_BLOCKS
-    return {**told, "arguments": arguments}
+    return {**quantization, "arguments": arguments}

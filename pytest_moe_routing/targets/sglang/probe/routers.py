@@ -34,9 +34,8 @@ from pytest_moe_routing.targets.sglang.model_configs import deciding_of, served_
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe import ways
 from pytest_moe_routing.targets.sglang.probe.asked import asked
-from pytest_moe_routing.targets.sglang.probe.default_runner import Checkpoint
 from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
-from pytest_moe_routing.targets.sglang.probe.quantized_routers import in_triton
+from pytest_moe_routing.targets.sglang.probe.quantized_routers import Served, in_triton
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS, fusing
 from pytest_moe_routing.targets.sglang.probe.requests import CAPTURED, requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import (
@@ -96,12 +95,12 @@ class Routers(blocks.Blocks):
         self,
         model: Mapping[str, Any],
         config: Mapping[str, Any],
-        servers: Mapping[str, Checkpoint] = MappingProxyType({}),
+        servers: Mapping[str, Served] = MappingProxyType({}),
     ) -> list[dict[str, Any]]:
         """Route for a model by the TopK that its block makes, in every way that there is.
 
         Args:
-            servers: What a server is told of the model, by quantization scheme.
+            servers: How a server serves the model, by quantization scheme.
 
         Raises:
             Unsupported: The release has no such architecture, or its block cannot be built here.
@@ -199,7 +198,7 @@ class Routers(blocks.Blocks):
         architecture: str,
         values: Mapping[str, Any],
         router: RouterConfig,
-        servers: Mapping[str, Checkpoint],
+        servers: Mapping[str, Served],
     ) -> Iterator[dict[str, Any]]:
         can_fuse = values.get("n_shared_experts") == 1 and self._fuses_shared_experts(architecture)
         for shared in range(1 + can_fuse):
@@ -381,7 +380,7 @@ def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[...
     is_old = not routers.names.expects("router-kernels-gate")
     runs = OldRouters(root, version) if is_old else routers
 
-    def run(servers: Mapping[str, Checkpoint] | None = None, **question: Any) -> Any:
+    def run(servers: Mapping[str, Served] | None = None, **question: Any) -> Any:
         # No code of a server is run in old releases.
         told = {} if is_old or servers is None else {"servers": servers}
         return runs.run(**question, **told)

@@ -218,6 +218,12 @@ class LongLived:
     def pytest_collection_finish(self) -> None:
         gc.freeze()
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Find garbage once: pytest looks for it five times, and now finds only what is new."""
+        gc.collect()
+        gc.freeze()
+
     def pytest_runtest_logfinish(self) -> None:
         """After the first test that imports torch, see to its loggers."""
         if not self._has_torch and "torch" in sys.modules:

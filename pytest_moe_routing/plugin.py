@@ -116,13 +116,12 @@ def _choose_arguments(config: pytest.Config, golden: bool) -> None:
     given = config.args_source is config.ArgsSource.ARGS
     if not golden and not given:
         return
-    from pytest_moe_routing.suite.selection import SUITE, resolve
+    from pytest_moe_routing.suite.selection import resolve, suite_files
 
     resolved = [resolve(argument) for argument in config.args] if given else []
     config.args = [argument for argument, _ in resolved]
     if golden and not any(is_of_suite for _, is_of_suite in resolved):
-        # Files, not their folder: the host's python_files must not decide what is collected.
-        config.args += [str(path) for path in sorted(SUITE.glob("test_*.py"))]
+        config.args += map(str, suite_files())
 
 
 def pytest_pycollect_makemodule(
@@ -321,13 +320,15 @@ def _moe_framework(moe_target: Target) -> Target:
 
 @pytest.fixture
 def _moe_golden(
-    request: pytest.FixtureRequest, moe_model: ModelSpec
-) -> Callable[[str, dict[str, Any]], None]:
-    """Return a function of name and data: compare with the model's golden, or rewrite it."""
+    request: pytest.FixtureRequest, moe_model: ModelSpec, _moe_session: MoESession
+) -> Callable[[str], None]:
+    """Return a function of a name: compute it, and compare with the golden or rewrite that."""
     from pytest_moe_routing.suite import golden
+    from pytest_moe_routing.suite.payloads import payload
 
-    def check(name: str, data: dict[str, Any]) -> None:
+    def check(name: str) -> None:
         __tracebackhide__ = True
+        data = _moe_session.computed((str(moe_model), name), lambda: payload(moe_model, name))
         if _is_updating(request.config):
             golden.update(request, name, data, lambda: _check_update(request.config))
         else:
@@ -394,7 +395,6 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
             raise
         from pytest_moe_routing.kernels import gpu
 
-        explained = gpu.explain(error)
-        if explained is error:
+        if (explained := gpu.explain(error)) is error:
             raise
         raise explained from error

@@ -6,14 +6,14 @@ Built from the options on first use, and checked in one place: every mistake is 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing import goldens
 from pytest_moe_routing.errors import MoERoutingError, Unsupported
@@ -57,6 +57,8 @@ class MoESession:
     store: Callable[[], Store | None] = lambda: None
     #: Answers of earlier runs, once the target is made.
     kept: int = 0
+    #: Computes what a test needs, or has it from another process, which knows it by a key.
+    computed: Callable[[Hashable, Callable[[], Any]], Any] = lambda _, compute: compute()
 
     def check(self, *, ask: bool = False) -> None:
         """Raise `MoERoutingError` if any option cannot be met. Imports no torch here.

@@ -12,7 +12,7 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model
 from pytest_moe_routing.reference.threads import one_thread
 from pytest_moe_routing.routing import recipe_of
-from pytest_moe_routing.suite import payloads
+from pytest_moe_routing.suite import routings
 
 MODEL = load_model(packaged_directory() / "mixtral-8x7b")
 
@@ -49,8 +49,8 @@ def noting(monkeypatch, module, name):
 
 
 def test_goldens_and_counterexamples_are_computed_with_one(monkeypatch):
-    noted = noting(monkeypatch, payloads, "route")
-    payloads.routing_payload(MODEL)
+    noted = noting(monkeypatch, routings, "route")
+    routings.routing_payload(MODEL)
     assert set(noted) == {1}
     noted = noting(monkeypatch, equivalence, "_token")
     recipe = recipe_of(MODEL.router)

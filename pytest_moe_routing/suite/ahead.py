@@ -1,4 +1,7 @@
-"""Asks a framework ahead: while tests judge answers, threads have its children give the next ones.
+"""Does ahead what later tests need, in other processes.
+
+While tests judge answers, threads have the children of a framework's target give the next ones; and
+what goldens of the builtin target hold is computed in a copy of this process.
 
 The children of a framework's target are processes. Without these threads, the tests would wait for
 a child, and the child for the next test's question: only one process would work at a time.
@@ -6,16 +9,19 @@ a child, and the child for the next test's question: only one process would work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import takewhile
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
+from pytest_moe_routing import goldens
 from pytest_moe_routing.errors import MoERoutingError
+from pytest_moe_routing.suite.elsewhere import Work, computing
 from pytest_moe_routing.suite.selection import SUITE
 from pytest_moe_routing.targets import probe as probes
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 from pytest_moe_routing.targets.framework import FrameworkTarget
 
 if TYPE_CHECKING:
@@ -39,6 +45,8 @@ _METHODS = {
 }
 #: The tests that ask most of what the first child is asked.
 _SWEEP, _VERDICT, _MODULAR = "test_config_sweep", "test_verdict", "test_modular_call"
+#: The share of the sweep that this process makes itself, while a copy of it does the rest.
+_HERE = 5 / 8
 #: Seconds after which it is looked whether the tests are over.
 _PAUSE = 0.05
 #: Seconds in which a question may be answered that nobody waits for any more.
@@ -54,6 +62,11 @@ def asking_ahead(
     A test waits for a few of a thread's questions, and for no others. If a child fails, its thread
     ends, and the tests ask by themselves: what they report does not depend on the threads.
     """
+    if isinstance(target, BuiltinTarget):
+        with computing(_work(target, items, session)) as elsewhere:
+            session.computed = elsewhere.result
+            yield
+        return
     stop = Event()
     threads = []
     if isinstance(target, FrameworkTarget):
@@ -69,6 +82,24 @@ def asking_ahead(
         stop.set()
         for thread in threads:
             thread.join(_GRACE)
+
+
+def _work(target: Target, items: Sequence[pytest.Item], session: MoESession) -> Work:
+    """Return what a copy of this process computes, in the order in which it is needed."""
+    from pytest_moe_routing.oracle.config_sweep import CachedTarget, sweep
+    from pytest_moe_routing.suite.payloads import payload
+
+    swept, cached = list(_cases(items, _SWEEP)), CachedTarget(target)
+    work: dict[Hashable, Callable[[], Any]] = {
+        (sweep.__name__, scheme): partial(sweep, cached, scheme, session.models_in(scheme))
+        for scheme in swept[round(len(swept) * _HERE) :]
+    }
+    cases = [(goldens.ROUTING, _cases(items, "test_routing").get("", []))]
+    cases += _cases(items, "test_scheme").items()
+    for name, models in cases:
+        for model in models:
+            work[str(model), name] = partial(payload, model, name)
+    return work
 
 
 def _ask(asked: Iterable[Questions], checks: Iterable[Check], stop: Event) -> None:
@@ -161,11 +192,11 @@ def _of_suite(items: Iterable[pytest.Item]) -> Iterator[tuple[str, Mapping[str, 
 
 
 def _cases(items: Iterable[pytest.Item], test: str) -> Mapping[str, list[ModelSpec]]:
-    """Return the schemes of a test, and the models of each if it has some, in its order."""
+    """Return the schemes of a test, "" if it has none, and the models of each, in its order."""
     cases: dict[str, list[ModelSpec]] = {}
     for name, params in _of_suite(items):
         if name == test:
-            models = cases.setdefault(params["moe_scheme"], [])
+            models = cases.setdefault(params.get("moe_scheme", ""), [])
             models += [params["moe_model"]] if "moe_model" in params else []
     return cases
 

@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 SUITE = Path(__file__).resolve().parent
 
 
+def suite_files() -> list[Path]:
+    """Return the suite's files in the order of a run.
+
+    They are given to pytest one by one, as the host's `python_files` must not decide what is
+    collected. Goldens come last: a copy of the process computes what they are compared with.
+    """
+    files = SUITE.glob("test_*.py")
+    return sorted(files, key=lambda path: (path.stem == "test_goldens", path.name))
+
+
 def module_id(path: Path) -> str:
     """Return the id of a module of the suite: the same in a checkout and in site-packages."""
     return f"{SUITE_IDS}{path.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -39,9 +40,9 @@ def check(
     from pytest_moe_routing.errors import Unsupported
     from pytest_moe_routing.suite.causes import of_sweep
 
-    models = [model for model, scheme in _moe_session.cases if scheme == moe_scheme]
     with unsupported_is_skipped():
-        found = sweep(cached_target, moe_scheme, models)
+        compute = partial(sweep, cached_target, moe_scheme, _moe_session.models_in(moe_scheme))
+        found = _moe_session.computed((sweep.__name__, moe_scheme), compute)
         reasons = {CONFIGS: found.unanswered, CONCERNED: found.unanswered_models}
         note(_moe_property, reasons)
         if not found.verdicts:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_moe_routing import goldens
-from pytest_moe_routing.errors import MoERoutingError
 
 if TYPE_CHECKING:
     from pytest_moe_routing.models import ModelSpec
@@ -17,33 +16,21 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("_moe_golden")
 
 
-def test_router(moe_model: ModelSpec, _moe_golden: Callable[[str, dict[str, Any]], None]) -> None:
+def test_router(moe_model: ModelSpec, _moe_golden: Callable[[str], None]) -> None:
     """What a model says of its router, and how it is classified in each FlashInfer release."""
-    from pytest_moe_routing.suite import payloads
-
-    _moe_golden(goldens.ROUTER, payloads.router_payload(moe_model))
+    _moe_golden(goldens.ROUTER)
 
 
-def test_routing(moe_model: ModelSpec, _moe_golden: Callable[[str, dict[str, Any]], None]) -> None:
+def test_routing(moe_model: ModelSpec, _moe_golden: Callable[[str], None]) -> None:
     """Which experts, with which weights, for named logits."""
-    from pytest_moe_routing.suite import payloads
-
     if moe_model.router.not_expressible:
         pytest.skip("no recipe computes this router")
-    try:
-        stored = goldens.read(goldens.golden_path(moe_model.folder, goldens.ROUTING))
-    except MoERoutingError:
-        stored = None
-    _moe_golden(goldens.ROUTING, payloads.routing_payload(moe_model, stored))
+    _moe_golden(goldens.ROUTING)
 
 
-def test_scheme(
-    moe_model: ModelSpec, moe_scheme: str, _moe_golden: Callable[[str, dict[str, Any]], None]
-) -> None:
+def test_scheme(moe_model: ModelSpec, moe_scheme: str, _moe_golden: Callable[[str], None]) -> None:
     """Gates and verdict of a scheme in each FlashInfer release."""
-    from pytest_moe_routing.suite import payloads
-
-    _moe_golden(moe_scheme, payloads.scheme_payload(moe_model, moe_scheme))
+    _moe_golden(moe_scheme)
 
 
 def test_no_stray_goldens(moe_model: ModelSpec) -> None:

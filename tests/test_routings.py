@@ -8,7 +8,7 @@ import pytest
 
 from pytest_moe_routing.data import packaged_directory
 from pytest_moe_routing.models import load_named
-from pytest_moe_routing.suite import payloads
+from pytest_moe_routing.suite import routings
 
 MODEL = load_named("mixtral-8x7b", packaged_directory())
 
@@ -16,9 +16,9 @@ MODEL = load_named("mixtral-8x7b", packaged_directory())
 @pytest.fixture
 def compared(monkeypatch):
     """Routings that the reference is asked about."""
-    noted, compare = [], payloads.compare_routing
+    noted, compare = [], routings.compare_routing
     monkeypatch.setattr(
-        payloads,
+        routings,
         "compare_routing",
         lambda ids, *rest, **options: noted.append(ids.tolist()) or compare(ids, *rest, **options),
     )
@@ -27,17 +27,17 @@ def compared(monkeypatch):
 
 def plain(golden=None):
     """The experts and weights for logits without NaN, which equal nothing."""
-    return payloads.routing_payload(MODEL, golden)["patterns"]["plain"]
+    return routings.routing_payload(MODEL, golden)["patterns"]["plain"]
 
 
 def test_a_golden_with_the_same_experts_is_not_asked_about(compared):
-    golden = payloads.routing_payload(MODEL)
+    golden = routings.routing_payload(MODEL)
     assert plain(copy.deepcopy(golden)) == golden["patterns"]["plain"]
     assert compared == []
 
 
 def test_experts_that_differ_are_taken_only_if_they_are_as_right(compared):
-    golden = payloads.routing_payload(MODEL)
+    golden = routings.routing_payload(MODEL)
     other = copy.deepcopy(golden)
     token = other["patterns"]["plain"][0]
     token["experts"] = token["experts"][::-1]

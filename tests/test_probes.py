@@ -298,6 +298,6 @@ def test_a_routing_function_of_the_models_own(tmp_path):
 
 def test_an_outer_architecture_leaves_the_layer_to_that_of_its_text_config(tmp_path):
     code = sources(write(tmp_path, CODE))
-    assert code.maker(["Dense", "Tells"]) == "Tells"
-    assert code.maker(["Tells", "Router"]) == "Tells"
-    assert code.maker(["Unknown", "Dense"]) == "Unknown"
+    assert code.maker(("Dense", "Tells")) == "Tells"
+    assert code.maker(("Tells", "Router")) == "Tells"
+    assert code.maker(("Unknown", "Dense")) == "Unknown"

@@ -45,6 +45,7 @@ class _Call(_End):
     by: str
     shards: int
     dispatched: bool
+    intermediate_size: int
 
 
 class _ModularCall(_Call, total=False):
@@ -57,13 +58,11 @@ class _ModularCall(_Call, total=False):
 
 class _RoutedCalls(TypedDict):
     calls: list[_ModularCall]
-    intermediate_size: int
     router_factor: float
 
 
 class _Calls(TypedDict):
     calls: list[_Call]
-    intermediate_size: int
 
 
 class _Chosen(TypedDict):

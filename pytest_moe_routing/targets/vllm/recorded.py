@@ -14,12 +14,12 @@ from pytest_moe_routing.targets import scales
 _GATHERED = "--enable-expert-parallel --data-parallel-size 2"
 
 
-def layer_of(answer: Mapping[str, Any], record: Mapping[str, Any]) -> RecordedLayer:
+def layer_of(record: Mapping[str, Any]) -> RecordedLayer:
     """Return the layer that a call was recorded in."""
     return RecordedLayer(
         rank=record["shards"] - 1,
         shards=record["shards"],
-        intermediate_size=answer["intermediate_size"],
+        intermediate_size=record["intermediate_size"],
         scale_after=record.get("scale_after"),
         shared=record.get("shared"),
         reduced=tuple(record.get("reduced", ())),

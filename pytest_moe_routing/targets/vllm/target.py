@@ -182,7 +182,7 @@ class VllmTarget(HandOvers):
             if "raised" in record:
                 wrong: tuple[Finding, ...] = (raised(record),)
             else:
-                layer = layer_of(answer, record)
+                layer = layer_of(record)
                 wrong = read_routed(model, scheme, record, layer, self.flashinfer)
                 wrong = (*wrong, *misapplied(model, record, explained=bool(wrong)))
                 if "reduced" in record:
@@ -343,7 +343,7 @@ class VllmTarget(HandOvers):
         self._require_served(scheme)
         question = questions.of_capture(model, method, scheme, thorough=thorough)
         answer = self._probe.ask("capture", **question)
-        calls = [(record, self._read(model, scheme, answer, record)) for record in answer["calls"]]
+        calls = [(record, self._read(model, scheme, record)) for record in answer["calls"]]
         first: KernelCall | None = calls[0][1].call
         findings = list(self._enum_mismatch(method))
         for record, captured in calls:
@@ -391,9 +391,7 @@ class VllmTarget(HandOvers):
         if read_as not in (None, method):
             yield Finding(Kind.ENUM, method, number, read_as)
 
-    def _read(
-        self, model: ModelSpec, scheme: str, answer: Mapping[str, Any], record: Mapping[str, Any]
-    ) -> Captured:
+    def _read(self, model: ModelSpec, scheme: str, record: Mapping[str, Any]) -> Captured:
         if "raised" in record:
             return Captured(None, (raised(record),))
-        return read(model, scheme, record, layer_of(answer, record), self.flashinfer)
+        return read(model, scheme, record, layer_of(record), self.flashinfer)

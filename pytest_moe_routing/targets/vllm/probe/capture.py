@@ -30,7 +30,7 @@ from pytest_moe_routing.targets.vllm.probe import release as release
 from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
-from pytest_moe_routing.targets.vllm.probe.layer import Layer, intermediate_size, layer_of
+from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of
 from pytest_moe_routing.targets.vllm.probe.method import Caller, methods_of
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
@@ -55,9 +55,9 @@ def capture(
     through the first method whose kernel gathers: methods hand over the same, and do not gather.
 
     Each of the `calls` is `by` whom, in how many `shards`, whether tokens were `dispatched`, with
-    how many `tokens` if it is one more call for that, and either the `function` and its `arguments`
-    or the exception that is `raised`; and what came of the kernel's output, see `layer.Layer.run`.
-    `intermediate_size` is that of the layer's experts.
+    how many `tokens` if it is one more call for that, the `intermediate_size` of the experts, and
+    either the `function` and its `arguments` or the exception that is `raised`; and what came of
+    the kernel's output, see `layer.Layer.run`.
 
     Args:
         thorough: Take every way to the kernel, and not only the first one.
@@ -84,6 +84,7 @@ def capture(
         layer = layer_on(ranks)
         by = caller.__qualname__.split(".")[0]
         where = {"by": by, "shards": ranks.count, "dispatched": ranks.dispatched}
+        where["intermediate_size"] = layer.sizes[1]
         record = run_layer(experts, caller, layer)
         if "function" in record and not record.get("misread"):
             record["misread"] = misplaced(layer.asked.expert_map, record["arguments"])
@@ -100,7 +101,7 @@ def capture(
     if thorough:
         for tokens in _TOKENS:
             calls.append({**called(methods[0], Ranks(tokens=tokens)), "tokens": tokens})
-    return {"calls": calls, "intermediate_size": intermediate_size(model)}
+    return {"calls": calls}
 
 
 def misplaced(placed: Tensor | None, arguments: Mapping[str, Any]) -> list[str]:

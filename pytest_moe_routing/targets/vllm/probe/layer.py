@@ -27,20 +27,26 @@ from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
 from pytest_moe_routing.targets.vllm.probe.factory import Made
 from pytest_moe_routing.targets.vllm.probe.method import Caller, experts_made, loaded
 from pytest_moe_routing.targets.vllm.probe.prepared import misread, prepare_finalize
-from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
+from pytest_moe_routing.targets.vllm.probe.ranks import TOKENS, Ranks
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What a kernel does with its arguments.
 _Write = Callable[[Mapping[str, Any]], None]
 #: So that gate and up rows together are not as many as columns.
 HIDDEN, INTERMEDIATE = 768, 256
+#: The same of layers with hundreds of tokens, whose time goes into their values.
+_NARROW, _MANY_TOKENS = (256, 512), 256
 
 
-def intermediate_size(model: Mapping[str, Any]) -> int:
-    """Other than the hidden size, where it is in the model: code may take one for the other."""
+def sizes_of(model: Mapping[str, Any], tokens: int = TOKENS) -> tuple[int, int]:
+    """Return the hidden and intermediate size of a layer that is given so many tokens.
+
+    They differ where they do in the model: code may take one for the other.
+    """
     experts = model["experts"]
-    hidden = experts["latent_size"] or experts["hidden_size"]
-    return HIDDEN if experts["intermediate_size"] == hidden else INTERMEDIATE
+    hidden, intermediate = (HIDDEN, INTERMEDIATE) if tokens < _MANY_TOKENS else _NARROW
+    are_equal = experts["intermediate_size"] == (experts["latent_size"] or experts["hidden_size"])
+    return hidden, hidden if are_equal else intermediate
 
 
 def _kernel(experts: Any, method: Any, layer: Layer) -> Any:
@@ -78,6 +84,7 @@ class Layer:
         bias: What the model's code gives to the layer as its correction bias.
         hidden: What the layer is given, of marked tokens: bfloat16, [tokens, columns].
         ranks: Where the layer runs.
+        sizes: Its hidden and intermediate size.
         backend: What vLLM's selector has chosen for the layer; None if that is TRT-LLM's.
     """
 
@@ -104,8 +111,9 @@ class Layer:
         self.num_expert_group, self.topk_group = stated["num_expert_group"], stated["topk_group"]
         self.routed_scaling_factor = release.router_factor(model)
         self.apply_router_weight_on_input = router["weight_on"] == "input"
-        self.intermediate_size_per_partition = intermediate_size(model) // ranks.parts
-        self.hidden = hidden_states(self.tokens, HIDDEN)
+        self.sizes = sizes_of(model, self.tokens)
+        self.intermediate_size_per_partition = self.sizes[1] // ranks.parts
+        self.hidden = hidden_states(self.tokens, self.sizes[0])
 
     def at_kernel(self, x: Tensor) -> Tensor:
         """Return the rows that a kernel is given of a tensor with one for each of our tokens."""
@@ -114,13 +122,14 @@ class Layer:
     def give(self, layer: Any) -> None:
         """Give weights, whose values nobody reads, and scales to what methods read."""
         local, inner = self.local_num_experts, self.intermediate_size_per_partition
+        columns = self.sizes[0]
         rows = inner * (2 if self.model["experts"]["gated"] else 1)
         dtype, per = getattr(torch, self.row.quantized[0]), 1
         if self.row.packed:
             dtype, per = torch.uint8, 2
         # Past the checks of modules, which take longer than all else.
         given = vars(layer)
-        for name, shape in (("w13", (rows, HIDDEN // per)), ("w2", (HIDDEN, inner // per))):
+        for name, shape in (("w13", (rows, columns // per)), ("w2", (columns, inner // per))):
             weight = _memory(local * shape[0] * shape[1] * dtype.itemsize)
             weight = weight.view(dtype).view(local, *shape)
             given[f"{name}_weight"] = given[f"{name}_weight_packed"] = weight
@@ -209,11 +218,10 @@ class StandIn(Layer):
         is_class: bool,
     ) -> None:
         super().__init__(model, row, ranks)
-        sizes = HIDDEN, intermediate_size(model)
         dispatched, parts = ranks.dispatched, ranks.parts
         self.asked = self
         self.config = moe_config(
-            model, method, ranks.shards, sizes, dispatched=dispatched, parts=parts
+            model, method, ranks.shards, self.sizes, dispatched=dispatched, parts=parts
         )
         for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
             setattr(self, name, getattr(self.config, name, None))
@@ -287,8 +295,7 @@ class OwnLayer(Layer):
     ) -> None:
         super().__init__(model, row, ranks)
         self._method = method
-        sizes = HIDDEN, intermediate_size(model)
-        self.layer = Made(layer_arguments(model, sizes, self.bias), ranks, self.give)
+        self.layer = Made(layer_arguments(model, self.sizes, self.bias), ranks, self.give)
         self.config, self.asked = self.layer.config, self.layer.experts
         if self.layer.runner.router.routing_method_type.name != method:
             # As if the router were for another method.
@@ -300,24 +307,25 @@ class OwnLayer(Layer):
         By name, what the gates are told and what the factory made of it.
         """
         model, ranks = self.model, self.layer.ranks
-        sizes = HIDDEN, intermediate_size(model)
         dispatched, parts = ranks.dispatched, ranks.parts
         told = moe_config(
-            model, self._method, ranks.shards, sizes, dispatched=dispatched, parts=parts
+            model, self._method, ranks.shards, self.sizes, dispatched=dispatched, parts=parts
         )
         stated = release.sources().stated(release.architecture_of(model))
         got, found = vars(self.config), {}
         for name, value in vars(told).items():
             # A layer that is told no dtype takes that of the hidden states.
             is_left_out = name == "router_logits_dtype" and name not in (stated or ())
-            if _said(value) != _said(got[name]) and not is_left_out:
+            # Most are the same object: to put them in words takes longer than all else.
+            is_same = value is got[name] or _said(value) == _said(got[name])
+            if not is_same and not is_left_out:
                 found[name] = [_said(value), _said(got[name])]
         return found
 
     def run(self, experts: Any, method: Any, write: _Write | None = None) -> None:
         asked = self.caller(_kernel(experts, method, self))
         reached: list[Reached] = []
-        written = factory.kernel_output(self.tokens, HIDDEN)
+        written = factory.kernel_output(self.tokens, self.sizes[0])
 
         def kernel(function: str, arguments: Mapping[str, Any]) -> Any:
             walked = [*traceback.walk_stack(sys._getframe())]

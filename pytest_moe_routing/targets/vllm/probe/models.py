@@ -7,7 +7,7 @@ and a routing function of its own.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -43,6 +43,10 @@ class _Layer:
         return next((word.value for word in self.call.keywords if word.arg == name), None)
 
 
+#: Each of these methods reads whole modules, and is called for every layer and router.
+_READ_ONCE = ("maker", "scaled_by", "stated", "passes_limit", "activation", "routing_function")
+
+
 class ModelSources:
     """The code of one release's models, which is read and not run."""
 
@@ -52,15 +56,14 @@ class ModelSources:
         self._tree = cache(lambda module: ast.parse(source_of(root, module)))
         # Architectures share modules, and each of these reads one from end to end.
         self._calls, self._led = cache(self._find_calls), cache(self._find_led)
-        # Each reads whole modules, and is asked for every layer and router that is made.
-        for name in ("scaled_by", "stated", "passes_limit", "activation", "routing_function"):
+        for name in _READ_ONCE:
             setattr(self, name, cache(getattr(self, name)))
 
     def has_architecture(self, architecture: str) -> bool:
         """Return whether the release has code for an architecture."""
         return architecture in self._registered
 
-    def maker(self, architectures: Sequence[str]) -> str:
+    def maker(self, architectures: tuple[str, ...]) -> str:
         """Return the architecture whose code makes the MoE layer, else the first.
 
         The code of an outer architecture may leave its language model to the architecture that its

@@ -31,7 +31,6 @@ from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import (
     HIDDEN,
     Layer,
-    intermediate_size,
     layer_of,
 )
 from pytest_moe_routing.targets.vllm.probe.method import methods_of
@@ -70,15 +69,12 @@ def capture_modular(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
                 "by": caller.__qualname__.split(".")[0],
                 "shards": count,
                 "dispatched": dispatched,
+                "intermediate_size": layer.sizes[1],
             }
             scales.quantized_by.clear()
             answer = Run(experts, caller, layer, dispatched).answer()
             calls.append({**way, **answer, **input_scale()})
-    return {
-        "calls": calls,
-        "intermediate_size": intermediate_size(model),
-        "router_factor": release.router_factor(model),
-    }
+    return {"calls": calls, "router_factor": release.router_factor(model)}
 
 
 class Run:

@@ -34,7 +34,7 @@ from pytest_moe_routing.targets.vllm.probe.config import NoActivation, parallel_
 from pytest_moe_routing.targets.vllm.probe.exchanged import BACKENDS, exchange
 from pytest_moe_routing.targets.vllm.probe.experts import ELSEWHERE, SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import quant_keys
-from pytest_moe_routing.targets.vllm.probe.layer import Layer, intermediate_size, layer_of
+from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of, sizes_of
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
 from pytest_moe_routing.targets.vllm.probe.modular import Run
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
@@ -183,7 +183,7 @@ def _exchanged(
                 layer.backend = None if kind is trtllm else taken[1]
                 about = {"experts": experts.__name__, "device": device, "stored": stored}
                 about |= {"switches": taken[0], "requests": taken[0] != list(way.flags)}
-                about["intermediate_size"] = intermediate_size(model)
+                about["intermediate_size"] = sizes_of(model)[1]
                 with exchange():
                     call = _call(experts, callers[0], layer, way)
                 if not _is_not_made(call):

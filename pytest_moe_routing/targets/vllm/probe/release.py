@@ -330,7 +330,7 @@ def numbers() -> dict[str, int]:
 
 def architecture_of(model: Mapping[str, Any]) -> str:
     """Return the architecture whose code makes the model's MoE layer."""
-    return sources().maker([model["architecture"], *model.get("architectures", ())])
+    return sources().maker((model["architecture"], *model.get("architectures", ())))
 
 
 def router_factor(model: Mapping[str, Any]) -> float:

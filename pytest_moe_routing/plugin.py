@@ -75,7 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if golden:
             asks = not (hasattr(config, "workerinput") or config.option.collectonly)
             config.pluginmanager.register(options.LongLived(config))
-            session.check(ask=asks)
+            session.check(ask=asks, serial=not config.getoption("numprocesses", None))
         if golden and _is_updating(config):
             _check_update(config)
         if session.ledgers:

@@ -60,12 +60,13 @@ class MoESession:
     #: Computes what a test needs, or has it from another process, which knows it by a key.
     computed: Callable[[Hashable, Callable[[], Any]], Any] = lambda _, compute: compute()
 
-    def check(self, *, ask: bool = False) -> None:
+    def check(self, *, ask: bool = False, serial: bool = False) -> None:
         """Raise `MoERoutingError` if any option cannot be met. Imports no torch here.
 
         Args:
             ask: Make the target as well, and ask it one question: a target that cannot be asked
                 at all is one message.
+            serial: This process will run the tests.
         """
         if find_spec("torch") is None:
             raise MoERoutingError(
@@ -78,6 +79,10 @@ class MoESession:
             raise MoERoutingError(f"no fused kernel supports a chosen model in {chosen}")
         _ = self.flashinfer
         if ask and not self.is_builtin:
+            from pytest_moe_routing.targets.framework import FrameworkTarget
+
+            if serial and isinstance(self.target, FrameworkTarget):
+                self.target.start()
             with suppress(Unsupported):
                 self.target.method_numbers()
 

@@ -15,6 +15,7 @@ from pytest_moe_routing.errors import TargetError
 from pytest_moe_routing.models import load_named
 from pytest_moe_routing.oracle import swept_configs
 from pytest_moe_routing.oracle.swept_configs import _all_models, is_far, swept_models
+from pytest_moe_routing.session import MoESession
 from pytest_moe_routing.suite.ahead import asking_ahead
 from pytest_moe_routing.suite.selection import SUITE
 from pytest_moe_routing.targets import probe as probes
@@ -256,3 +257,36 @@ def test_the_end_of_a_run_ends_the_child_of_a_question_without_end(probe, monkey
     probe.close()
     assert time.monotonic() - start < 30
     assert wait_until_gone(pid)
+
+
+def test_a_child_starts_before_it_is_asked(probe):
+    probe.start()
+    begun = probe._child
+    assert probe.ask("note", word="a") == ["a"]
+    assert probe._child is begun
+
+
+def test_a_child_that_may_not_be_asked_does_not_start(probe):
+    probe._earlier = {"a question": ("answer", 1)}
+    probe.start()
+    assert probe._child is None
+
+
+@pytest.mark.parametrize("serial", [True, False])
+def test_children_start_where_this_process_runs_the_tests(serial, monkeypatch):
+    done = []
+
+    class Mine(FrameworkTarget):
+        name = package = "mine"
+
+        def start(self):
+            done.append("start")
+
+        def method_numbers(self):
+            done.append("ask")
+
+    session = MoESession("mine", [], [], None, [])
+    for name in ("located", "flashinfer", "models", "target"):
+        monkeypatch.setattr(MoESession, name, Mine.__new__(Mine))
+    session.check(ask=True, serial=serial)
+    assert done == ["start", "ask"] if serial else ["ask"]

@@ -96,6 +96,10 @@ class FrameworkTarget(Target):
         """Return the children whose answers depend on nothing but what `targets.kept` knows."""
         return (self._reader.probe,)
 
+    def start(self) -> None:
+        """Start the children that are asked first, as each imports the framework for seconds."""
+        self._probe.start()
+
     def close(self) -> None:
         """End the children, and keep what they said."""
         self._reader.probe.close()

@@ -222,14 +222,11 @@ class Probe:
         """Have the child reply to requests."""
         if _AHEAD.stop is not None and _AHEAD.stop.is_set():
             raise TargetError("nobody waits for an answer", "no answers")
-        CHILD_STARTED.set()
-        self._child = self._child or Child(
-            self._command, self._switches, self._limits, self._variables
-        )
+        child = self._started()
         self._number += 1
         question = requests[0].question
         try:
-            data = self._child.exchange(self._number, requests)
+            data = child.exchange(self._number, requests)
             self._replies.update(zip(requests, self._checked(requests, data), strict=True))
         except Failure as failure:
             ended = f"target {self._target}: {question}: {failure}"
@@ -241,6 +238,22 @@ class Probe:
             self._ended = f"target {self._target}: interrupted at {question}"
             self._end_child()
             raise
+
+    def start(self) -> None:
+        """Start the child before it is asked, unless it may not be asked at all.
+
+        It may not where there are answers of an earlier run.
+        """
+        with self._turn():
+            if not (self._earlier or self._ended):
+                self._started()
+
+    def _started(self) -> Child:
+        CHILD_STARTED.set()
+        self._child = self._child or Child(
+            self._command, self._switches, self._limits, self._variables
+        )
+        return self._child
 
     def _checked(self, requests: Sequence[Request], data: bytes) -> list[_Reply]:
         try:

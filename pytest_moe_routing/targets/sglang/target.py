@@ -102,6 +102,10 @@ class SglangTarget(SglangQuestions):
             return self._routers.questions(models)
         return super().questions_ahead(method, models)
 
+    def start(self) -> None:
+        super().start()
+        self._routers.probes[0].start()
+
     def close(self) -> None:
         super().close()
         self._probe.close()

@@ -98,9 +98,8 @@ class VllmTarget(HandOvers):
 
     def probes(self) -> Iterable[Probe]:
         code = self._model_code
-        of_models = [code.backend, *([code.probe] if code.is_apart else [])]
-        own = self._probe, self._aside
-        return (*super().probes(), *own, *self._routers.probes, *of_models)
+        of_models = (code.backend, *([code.probe] if code.is_apart else ()))
+        return (*super().probes(), self._probe, self._aside, *self._routers.probes, *of_models)
 
     def questions_ahead(self, method: str, models: Sequence[ModelSpec]) -> Iterable[Questions]:
         ask = {
@@ -109,6 +108,10 @@ class VllmTarget(HandOvers):
             "router_runs": self._routers.questions,
         }
         return ask[method](models) if method in ask else super().questions_ahead(method, models)
+
+    def start(self) -> None:
+        super().start()
+        self._routers.probes[0].start()
 
     def close(self) -> None:
         super().close()

@@ -55,8 +55,9 @@ class Marked:
     weights: Tensor
 
     @classmethod
+    @lru_cache(16)
     def make(cls, tokens: int, columns: int, experts: int, top_k: int) -> Marked:
-        """Mark so many tokens, whose experts lie on every rank."""
+        """Mark so many tokens, whose experts lie on every rank; nobody may change them."""
         token, slot = torch.arange(tokens).unsqueeze(1), torch.arange(top_k)
         stride = experts // tokens + 1
         return cls(
@@ -207,11 +208,12 @@ def given(arguments: Mapping[str, Any], entry: GivenExperts) -> Received:
 
 
 def _experts(hidden: Tensor, ids: Tensor, weights: Tensor, first: int, local: int) -> Tensor:
-    columns = hidden.shape[1]
     here = (ids >= first) & (ids < first + local)
-    bits = ((ids.long().unsqueeze(2) + 1) >> (torch.arange(columns) % _BITS)) & 1
-    each = hidden.unsqueeze(1) + bits
-    return ((weights * here).unsqueeze(2) * each).sum(1)
+    weighed = (weights * here).unsqueeze(2)
+    # Every `_BITS` columns have the same bits.
+    bits = ((ids.long().unsqueeze(2) + 1) >> torch.arange(_BITS)) & 1
+    of_bits = (weighed * bits).sum(1).repeat(1, -(-hidden.shape[1] // _BITS))
+    return hidden * weighed.sum(1) + of_bits[:, : hidden.shape[1]]
 
 
 def _chosen(topk_ids: Any) -> tuple[Tensor, Tensor]:

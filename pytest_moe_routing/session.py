@@ -74,17 +74,23 @@ class MoESession:
                 "pip install 'pytest-moe-routing[torch]'"
             )
         _ = self.located
+        _ = self.flashinfer
+        asks = ask and not self.is_builtin
+        if asks and serial:
+            self._start()
         if self.models and self.scheme_names and not self.cases:
             chosen = ", ".join(self.scheme_names)
             raise MoERoutingError(f"no fused kernel supports a chosen model in {chosen}")
-        _ = self.flashinfer
-        if ask and not self.is_builtin:
-            from pytest_moe_routing.targets.framework import FrameworkTarget
-
-            if serial and isinstance(self.target, FrameworkTarget):
-                self.target.start()
+        if asks:
             with suppress(Unsupported):
                 self.target.method_numbers()
+
+    def _start(self) -> None:
+        """Start the target's children, if it has any, while the models are read."""
+        from pytest_moe_routing.targets.framework import FrameworkTarget
+
+        if isinstance(self.target, FrameworkTarget):
+            self.target.start()
 
     @cached_property
     def target_id(self) -> TargetId:

@@ -13,12 +13,15 @@ from typing import Any, TypeVar
 
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.swept_configs import MADE_UP
 from pytest_moe_routing.targets.child import Encoded
 
 _T = TypeVar("_T")
 _Answer = TypeVar("_Answer")
 #: Settings of the router that the classifier does not look at.
 _NOT_CLASSIFIED_BY = ("logits_dtype", "router_weight_dtype", "weight_on")
+#: What the child reads of no model. Models that differ in nothing else have one question.
+_UNREAD = ("model", "checkpoints", "num_layers", "layers")
 #: The only ones that gates look at.
 _GATED_BY = ("num_experts", "top_k", "logits_dtype")
 #: The config sweep has 3400 models.
@@ -43,7 +46,7 @@ def gated(model: ModelSpec) -> Encoded:
 @lru_cache(_MODELS)
 def described(model: ModelSpec) -> Encoded:
     """Return all that is told of a model."""
-    return Encoded(model.as_dict())
+    return _without(model, ())
 
 
 def of_case(model: ModelSpec, scheme: str) -> dict[str, Any]:
@@ -73,6 +76,8 @@ def answered(about: Iterable[_T], ask: Callable[[_T], _Answer]) -> list[tuple[_T
 
 def _without(model: ModelSpec, names: Container[str]) -> Encoded:
     """Return the description of a model without some settings of its router."""
-    asked = model.as_dict()
+    asked = {name: value for name, value in model.as_dict().items() if name not in _UNREAD}
     router = {n: v for n, v in asked["router"].items() if n not in names}
-    return Encoded({**asked, "router": router})
+    # Of its repository, only whether there can be any.
+    repository = MADE_UP if model.hf_repo == MADE_UP else ""
+    return Encoded({**asked, "hf_repo": repository, "router": router})

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import DEEPSEEK, inputs, recipes, seeds
 
 from pytest_moe_routing.compare import PRECISIONS, assert_routing, compare_routing
+from pytest_moe_routing.compare.routing import agrees
 from pytest_moe_routing.compare.rows import Rows
 from pytest_moe_routing.errors import RecipeError
 from pytest_moe_routing.logits import PATTERNS, bell, make_case
@@ -18,6 +19,7 @@ from pytest_moe_routing.reference import routing as reference
 from pytest_moe_routing.reference.routing import route
 from pytest_moe_routing.routing.recipe import Recipe
 
+NAMES = "topk_ids", "topk_weights"
 MINIMAX = replace(DEEPSEEK, n_group=1, topk_group=1)
 RECIPES = {
     "deepseek": DEEPSEEK,
@@ -375,8 +377,10 @@ def test_nan_is_allowed_exactly_where_zero_may_be_divided_by_zero(epsilon, ok):
     assert found.ok == ok
 
 
-@pytest.mark.parametrize("pattern", ["plain", "near-ties", "ties-at-k", "saturated"])
-@pytest.mark.parametrize("name", [n for n in RECIPES if n != "deepseek"])
+@pytest.mark.parametrize(
+    "pattern", ["plain", "near-ties", "ties-at-k", "ties-at-groups", "saturated"]
+)
+@pytest.mark.parametrize("name", RECIPES)
 def test_choices_of_all_tokens_at_once_are_told_as_of_each(name, pattern):
     """Half of the tokens swap their last expert for any other."""
     recipe = RECIPES[name]
@@ -397,20 +401,70 @@ def test_choices_of_all_tokens_at_once_are_told_as_of_each(name, pattern):
     assert not rows.are_close(tokens, ids).any()
 
 
-def test_choices_within_groups_are_told_of_each_token_alone():
-    case = make_case("plain", DEEPSEEK, num_tokens=4, num_experts=256)
-    rows = Rows(case.logits, DEEPSEEK, case.bias, PRECISIONS["float32"])
+@pytest.mark.parametrize("group_score", ["top2_sum", "max"])
+def test_choices_among_groups_that_tie_are_told_at_once_as_of_each(group_score):
+    """Every set of 3 of 4 groups, with any experts of 2 or 3 of them, in keys of two values."""
+    recipe = Recipe(top_k=4, n_group=4, topk_group=3, group_score=group_score)
+    choices = torch.combinations(torch.arange(12), 4)
+    logits = (torch.arange(12) % 5 < 2).float().expand(len(choices), -1)
+    rows = Rows(logits, recipe, None, PRECISIONS["float32"])
+    rows.lower_index = False
+    each = [rows.beaten(n, ids) is None for n, ids in enumerate(choices)]
+    assert rows.are_close(torch.arange(len(choices)), choices).tolist() == each
+    assert 0 < sum(each) < len(each)
+
+
+@pytest.mark.parametrize("fields", [{"mask": 0.0}, {"topk_group": 8, "per_group": True}])
+def test_choices_that_groups_do_not_bound_are_told_of_each_token_alone(fields):
+    recipe = replace(DEEPSEEK, **fields)
+    case = make_case("plain", recipe, num_tokens=4, num_experts=256)
+    rows = Rows(case.logits, recipe, case.bias, PRECISIONS["float32"])
     rows.lower_index = False
     assert not rows.are_close(torch.arange(4), rows.ids).any()
 
 
-def test_ambiguous_tokens_of_routers_without_groups_are_compared_at_once(monkeypatch):
-    case = make_case("ties-at-k", MINIMAX, num_tokens=16, num_experts=64)
-    routing = route(case.logits.flip(1), MINIMAX, case.bias.flip(0), dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("pattern", "recipe", "num_experts"),
+    [("ties-at-k", MINIMAX, 64), ("ties-at-groups", DEEPSEEK, 256)],
+)
+def test_ambiguous_tokens_are_compared_at_once(monkeypatch, pattern, recipe, num_experts):
+    case = make_case(pattern, recipe, num_tokens=16, num_experts=num_experts)
+    routing = route(case.logits.flip(1), recipe, case.bias.flip(0), dtype=torch.float64)
     monkeypatch.setattr(Rows, "beaten", lambda *_: pytest.fail("asked about one token"))
-    ids = 63 - routing.topk_ids
-    found = compare_routing(
-        ids, routing.topk_weights, case.logits, MINIMAX, case.bias, lower_index=False
-    )
+    ids = num_experts - 1 - routing.topk_ids
+    answer = ids, routing.topk_weights, case.logits, recipe, case.bias
+    found = compare_routing(*answer, lower_index=False)
     assert found.ok
     assert found.ambiguous > 0
+    assert agrees(*answer, precision="float32", lower_index=False)
+
+
+@pytest.mark.parametrize("lower_index", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "flashinfer"])
+def test_whether_a_routing_agrees_is_told_as_by_the_comparison(precision, lower_index):
+    case = make_case("ties-at-groups", DEEPSEEK, num_tokens=8, num_experts=256)
+    ids, weights = (getattr(route(case.logits, DEEPSEEK, case.bias), n) for n in NAMES)
+    low = 255 - route(case.logits.flip(1), DEEPSEEK, case.bias.flip(0)).topk_ids
+    outside, repeated, other = ids.clone(), ids.clone(), ids.clone()
+    outside[0, 0], repeated[1, 0], other[2, 0] = 256, ids[1, 1], case.logits[2].argmin()
+    heavy, light = weights.clone(), weights.bfloat16()
+    heavy[3, 0] *= 1.01
+    verdicts = []
+    for got in [
+        *((ids, weights), (low, weights), (outside, weights), (repeated, weights)),
+        *((other, weights), (ids, heavy), (ids, light)),
+    ]:
+        answer = *got, case.logits, DEEPSEEK, case.bias
+        found = compare_routing(*answer, precision=precision, lower_index=lower_index)
+        verdicts.append(found.ok)
+        assert agrees(*answer, precision=precision, lower_index=lower_index) == found.ok
+    assert verdicts == [
+        *(True, not lower_index, False, False, False, False, precision == "flashinfer"),
+    ]
+
+
+def test_what_cannot_be_compared_does_not_agree_either():
+    case = make_case("plain", DEEPSEEK, num_tokens=8, num_experts=256)
+    answer = torch.zeros(8, 3).long(), torch.ones(8, 3), case.logits, DEEPSEEK, case.bias
+    with pytest.raises(RecipeError, match="topk_ids"):
+        agrees(*answer, precision="float32", lower_index=False)

@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from pytest_moe_routing.compare.routing import compare_routing as compare
 from pytest_moe_routing.failure import Rank
 from pytest_moe_routing.oracle.routers import (
     PRECISION,
@@ -227,3 +228,17 @@ def test_experts_that_are_named_need_no_selection_scores_in_a_terminal():
     assert not any("(expert: selection score)" in line for line in failure.brief)
     (token,) = (line for line in failure.brief if "token " in line and "instead of" in line)
     assert token in failure.lines
+
+
+def test_a_deviation_is_compared_in_full_once(monkeypatch):
+    """Every pattern shows a rounding; which one it is takes no comparison token by token."""
+    calls = []
+
+    def compare_routing(*arguments, **options):
+        calls.append(options)
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr("pytest_moe_routing.compare.routing.compare_routing", compare_routing)
+    found = kinds(routed(lambda weights, ids: (weights.bfloat16().float(), ids)))
+    assert [*found] == ["rounded"]
+    assert len(calls) == 1

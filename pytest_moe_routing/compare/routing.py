@@ -6,6 +6,7 @@ What differs is told token by token, worst first; then a mistake is looked for t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,29 +135,13 @@ def compare_routing(
     Raises:
         RecipeError: Shapes or dtypes do not fit, which is misuse and not a difference.
     """
-    if precision not in PRECISIONS:
-        raise RecipeError(f"precision: found {precision!r}, expected {', '.join(PRECISIONS)}")
-    reference.check_inputs(logits, recipe, bias)
-    _check_output("topk_ids", topk_ids, logits, recipe, floating=False)
-    if topk_weights is not None:
-        _check_output("topk_weights", topk_weights, logits, recipe, floating=True)
-        topk_weights = topk_weights.detach().cpu().to(torch.float64)
-    rows = Rows(logits, recipe, bias, PRECISIONS[precision])
-    rows.lower_index = lower_index
-    ids = topk_ids.detach().cpu().to(torch.int64)
-
-    broken = ((ids < 0) | (ids >= logits.shape[1])).any(1)
-    ranked = ids.sort(1).values
-    broken |= (ranked[:, 1:] == ranked[:, :-1]).any(1)
-    unordered = rows.keys.isnan().any(1) & ~broken
-    sound = ~broken & ~unordered
-    other = (ranked != rows.ids.sort(1).values).any(1) & sound
+    rows, ids, topk_weights = _prepared(
+        (topk_ids, topk_weights), logits, recipe, bias, precision, lower_index
+    )
+    broken, sound, other, ambiguous = _choices(rows, ids)
+    unordered = ~broken & ~sound
 
     found = [structural(rows, token, ids[token]) for token in broken.nonzero().flatten().tolist()]
-    differing = other.nonzero().flatten()
-    close = differing[rows.are_close(differing, ids)]
-    other[close] = False
-    ambiguous = len(close)
     for token in other.nonzero().flatten().tolist():
         beaten = rows.beaten(token, ids[token])
         if beaten is None:
@@ -185,6 +170,72 @@ def compare_routing(
     return RoutingComparison(
         len(ids), ambiguous, int(unordered.sum()), tuple(found), recipe, precision, diagnosis
     )
+
+
+def agrees(
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    logits: Tensor,
+    recipe: Recipe,
+    bias: Tensor | None,
+    *,
+    precision: str,
+    lower_index: bool,
+) -> bool:
+    """Return whether `compare_routing` finds no difference: a fraction of its work if it does.
+
+    Raises:
+        RecipeError: As `compare_routing` does.
+    """
+    rows, ids, weights = _prepared(
+        (topk_ids, topk_weights), logits, recipe, bias, precision, lower_index
+    )
+    broken, sound, other, _ = _choices(rows, ids)
+    if broken.any() or (rows.judge_weights(ids, weights).outside.any(1) & sound).any():
+        return False
+    tokens = other.nonzero().flatten().tolist()
+    return all(rows.beaten(token, ids[token]) is None for token in tokens)
+
+
+def _prepared(
+    routing: tuple[Tensor, Tensor | None],
+    logits: Tensor,
+    recipe: Recipe,
+    bias: Tensor | None,
+    precision: str,
+    lower_index: bool,
+) -> tuple[Rows, Tensor, Any]:
+    """Return the reference's view, and the experts and weights of a routing to compare with it."""
+    if precision not in PRECISIONS:
+        raise RecipeError(f"precision: found {precision!r}, expected {', '.join(PRECISIONS)}")
+    reference.check_inputs(logits, recipe, bias)
+    ids, weights = routing
+    _check_output("topk_ids", ids, logits, recipe, floating=False)
+    if weights is not None:
+        _check_output("topk_weights", weights, logits, recipe, floating=True)
+        weights = weights.detach().cpu().to(torch.float64)
+    rows = Rows(logits, recipe, bias, PRECISIONS[precision])
+    rows.lower_index = lower_index
+    return rows, ids.detach().cpu().to(torch.int64), weights
+
+
+def _choices(rows: Rows, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return for which tokens a choice of experts is what, all at once.
+
+    Returns:
+        Bool `[num_tokens]` each: an expert does not exist or repeats; the choice can be compared;
+        it is another one than the reference's, and `Rows.are_close` does not explain it. And how
+        many others that explains.
+    """
+    broken = ((ids < 0) | (ids >= rows.logits.shape[1])).any(1)
+    ranked = ids.sort(1).values
+    broken |= (ranked[:, 1:] == ranked[:, :-1]).any(1)
+    sound = ~broken & ~rows.keys.isnan().any(1)
+    other = (ranked != rows.ids.sort(1).values).any(1) & sound
+    differing = other.nonzero().flatten()
+    close = differing[rows.are_close(differing, ids)]
+    other[close] = False
+    return broken, sound, other, len(close)
 
 
 def _check_output(name: str, x: Tensor, logits: Tensor, recipe: Recipe, floating: bool) -> None:

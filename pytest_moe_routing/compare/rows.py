@@ -126,8 +126,8 @@ class Rows:
     def are_close(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """Return for which tokens errors alone explain a choice of experts, all tokens at once.
 
-        That is told only of a router without groups that leaves the order of equal inputs open;
-        `beaten` tells it of any.
+        That is told only of a router that leaves the order of equal inputs open, of groups only
+        where those excluded take no part; `beaten` tells it of any.
 
         Args:
             tokens: int64 `[n]`.
@@ -136,12 +136,55 @@ class Rows:
         Returns:
             bool `[n]`.
         """
-        if self.lower_index or self.recipe.n_group > 1:
+        recipe = self.recipe
+        is_masked = recipe.grouped and recipe.mask != -torch.inf
+        if self.lower_index or recipe.per_group or is_masked:
             return torch.zeros_like(tokens, dtype=torch.bool)
         keys, errors, ids = self.keys[tokens], self.errors[tokens], ids[tokens]
-        passed_over = (keys - errors).scatter(1, ids, -torch.inf).amax(1)
-        # False where an infinite key makes either NaN.
+        others = (keys - errors).scatter(1, ids, -torch.inf)
+        if recipe.grouped:
+            passed_over = self._passed_over(keys, errors, ids, others)
+        else:
+            passed_over = others.amax(1)
+        # False where either is NaN.
         return passed_over <= (keys + errors).gather(1, ids).amin(1)
+
+    def _passed_over(self, keys: Tensor, errors: Tensor, ids: Tensor, others: Tensor) -> Tensor:
+        """Return the least that the best expert passed over within kept groups may have as its key.
+
+        That is over all sets of groups that may have been kept; NaN where there is none.
+
+        Args:
+            keys, errors: float64 `[n, num_experts]`.
+            ids: int64 `[n, top_k]`, which the kept groups hold.
+            others: The least keys of all other experts, -inf for those of `ids`.
+        """
+        groups, topk = self.recipe.n_group, self.recipe.topk_group
+        surely_above, maybe_above = self._groups_above(keys, errors)
+        needed = torch.zeros_like(surely_above, dtype=torch.bool)
+        needed.scatter_(1, ids // (keys.shape[1] // groups), True)
+        kept, possible = needed | (maybe_above < topk), surely_above < topk
+        best = others.unflatten(1, (groups, -1)).amax(2)
+        # The rest are those groups that pass over the least.
+        least = best.masked_fill(kept | ~possible, torch.inf).sort(1).values
+        rest = topk - kept.sum(1, keepdim=True)
+        least = least.gather(1, (rest - 1).clamp_min(0)).masked_fill(rest <= 0, -torch.inf)
+        most = torch.maximum(best.masked_fill(~kept, -torch.inf).amax(1), least.squeeze(1))
+        is_none = (kept & ~possible).any(1) | (rest.squeeze(1) < 0) | ~keys.isfinite().all(1)
+        return most.masked_fill(is_none, torch.nan)
+
+    def _groups_above(self, keys: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many groups surely, and how many maybe, have a higher score than each.
+
+        Both are int64 `[n, n_group]`, of keys and errors `[n, num_experts]`.
+        """
+        scores = reference.group_scores(keys, self.recipe)
+        errors = errors.unflatten(1, (self.recipe.n_group, -1)).amax(2)
+        if self.recipe.group_score == "top2_sum":
+            errors = 2 * errors
+        low, high = scores - errors, scores + errors
+        surely = (low.unsqueeze(1) > high.unsqueeze(2)).sum(2)
+        return surely, (high.unsqueeze(1) >= low.unsqueeze(2)).sum(2) - 1
 
     def beaten(self, token: int, ids: Tensor) -> Beaten | None:
         """Return the least that is wrong with a choice of experts; None when it may be right."""
@@ -222,13 +265,9 @@ class Rows:
             yield tuple(range(recipe.n_group))
             return
         size = self.keys.shape[1] // recipe.n_group
-        scores = reference.group_scores(self.keys[token].unsqueeze(0), recipe)[0]
-        errors = self.errors[token].view(-1, size).amax(1)
-        if recipe.group_score == "top2_sum":
-            errors = 2 * errors
-        low, high = scores - errors, scores + errors
-        surely_above = (low.unsqueeze(0) > high.unsqueeze(1)).sum(1)
-        maybe_above = (high.unsqueeze(0) >= low.unsqueeze(1)).sum(1) - 1
+        surely_above, maybe_above = (
+            count[0] for count in self._groups_above(self.keys[[token]], self.errors[[token]])
+        )
         sure = (maybe_above < recipe.topk_group).nonzero().flatten().tolist()
         possible = (surely_above < recipe.topk_group).nonzero().flatten().tolist()
         open_ = [g for g in possible if g not in sure]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import linecache
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +179,7 @@ def compare_router(
             text, source = _raised(error)
             found.setdefault("crash", Deviation("crash", pattern, text, text, source))
             break
-        for deviation in _deviations(weights, ids, logits, bias, recipe, pattern, output):
+        for deviation in _deviations(weights, ids, logits, bias, recipe, pattern, output, found):
             if deviation.kind in ("experts", "weights") and logits_dtype != torch.float32:
                 weights, ids = router(logits.float(), bias)
                 kind, _, why = _kind(weights, ids, logits, bias, recipe)
@@ -211,7 +211,8 @@ def answer_problem(
         return str(error)
     if kind in HARMLESS:
         cause = ""
-    return f"{cause}\n{_short(comparison)}" if cause else _short(comparison)
+    text = _short(comparison())
+    return f"{cause}\n{text}" if cause else text
 
 
 def _raised(error: Exception) -> tuple[str, str]:
@@ -247,20 +248,26 @@ def _deviations(
     recipe: Recipe,
     pattern: str,
     output: Output | None,
+    known: Container[str],
 ) -> Iterator[Deviation]:
-    if output is not None:
-        problems = [*_unfit(weights, output.weights, output.contiguous, "weights")]
-        problems += _unfit(ids, output.ids, output.contiguous, "ids")
-        if problems:
-            yield Deviation("output", pattern, "; ".join(problems), "; ".join(problems))
+    """Yield deviations of kinds that are not known yet."""
+    if output is not None and (problem := output_problem(weights, ids, output)):
+        yield Deviation("output", pattern, problem, problem)
     try:
         kind, comparison, cause = _kind(weights, ids, logits, bias, recipe)
     except RecipeError as error:
         yield Deviation("structure", pattern, str(error), str(error))
         return
     # No router gives logits that are not finite; even so, experts must exist, each once.
-    if kind and (pattern != NOT_FINITE or kind == "structure"):
-        yield Deviation(kind, pattern, _short(comparison), cause)
+    if kind and kind not in known and (pattern != NOT_FINITE or kind == "structure"):
+        yield Deviation(kind, pattern, _short(comparison()), cause)
+
+
+def output_problem(weights: Tensor, ids: Tensor, output: Output) -> str:
+    """Return what of an answer its consumer does not take; "" if it takes all."""
+    problems = [*_unfit(weights, output.weights, output.contiguous, "weights")]
+    problems += _unfit(ids, output.ids, output.contiguous, "ids")
+    return "; ".join(problems)
 
 
 def _short(comparison: RoutingComparison) -> str:
@@ -281,20 +288,22 @@ def _unfit(x: Tensor, dtypes: tuple[str, ...], contiguous: bool, name: str) -> I
 
 def _kind(
     weights: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, recipe: Recipe
-) -> tuple[str, RoutingComparison, str]:
-    """Return the mildest kind of deviation that explains an answer, "" for none, and its cause."""
-    from pytest_moe_routing.compare.routing import compare_routing
+) -> tuple[str, Callable[[], RoutingComparison], str]:
+    """Return the mildest kind of deviation that explains an answer, "" for none, and its cause.
 
-    def compared(recipe: Recipe, precision: str, *, explain: bool = False) -> RoutingComparison:
-        return compare_routing(
-            *(ids, weights, logits, recipe, bias),
-            precision=precision,
-            lower_index=False,
-            explain=explain,
-        )
+    In between comes what compares them in full.
+    """
+    from pytest_moe_routing.compare.routing import agrees, compare_routing
 
-    first = compared(recipe, "float32")
-    if first.ok:
+    answer = ids, weights, logits
+
+    def is_right(recipe: Recipe, precision: str) -> bool:
+        return agrees(*answer, recipe, bias, precision=precision, lower_index=False)
+
+    def first() -> RoutingComparison:
+        return compare_routing(*answer, recipe, bias, lower_index=False, explain=False)
+
+    if is_right(recipe, "float32"):
         return "", first, ""
     bare = replace(recipe, epsilon=0.0)
     for kind, meaning, precision in (
@@ -302,21 +311,21 @@ def _kind(
         ("rounded", recipe, "bfloat16-weights"),
         ("epsilon", bare, "bfloat16-weights"),
     ):
-        if compared(meaning, precision).ok:
+        if is_right(meaning, precision):
             return kind, first, HARMLESS[kind]
     for precision in ("float32", "bfloat16-weights") if recipe.bias else ():
-        if compared(replace(bare, bias_dtype="bfloat16"), precision).ok:
+        if is_right(replace(bare, bias_dtype="bfloat16"), precision):
             return PRECISION, first, "the router's correction bias is rounded to bfloat16"
     # Beyond doubt: what remains is told without the missing epsilon.
-    worst = compared(bare, "float32", explain=True)
+    worst = compare_routing(*answer, bare, bias, lower_index=False)
     cause = "; ".join(worst.diagnosis)
     if worst.diagnosis and set(worst.diagnosis) <= _downcasts():
-        return PRECISION, worst, cause
+        return PRECISION, lambda: worst, cause
     problems = [item.problem for item in worst.differences]
     if any(p.startswith("expert ") and ("is not one of" in p or "chosen" in p) for p in problems):
-        return "structure", worst, cause
+        return "structure", lambda: worst, cause
     kind = "experts" if any(p.startswith("experts ") for p in problems) else "weights"
-    return kind, worst, cause
+    return kind, lambda: worst, cause
 
 
 def _downcasts() -> set[str]:

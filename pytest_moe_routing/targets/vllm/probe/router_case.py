@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -15,18 +16,21 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import RecipeError, Unsupported, place_of
+from pytest_moe_routing.logits import make_case
 from pytest_moe_routing.oracle.routers import (
     NOT_JUDGED,
     Deviation,
     ImpossibleArguments,
     Output,
     compare_router,
+    output_problem,
 )
 from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.vllm.probe import release
 
 _HIDDEN = 64
+_TOKENS = 24
 #: Functions that decide or prepare, and compute no routing.
 _HELPERS = (
     *("valid_grouping", "dispatch", "_get_padding", "can_use", "_aiter", "_convert"),
@@ -218,18 +222,21 @@ def _other_dtypes(case: Case) -> list[Deviation]:
     router = case.make(None)
     if isinstance(router, SelectExperts) and not router.takes_dtype:
         return []
-    found = []
+    recipe, experts = case.recipe, case.num_experts
+    plain = make_case("plain", recipe, num_tokens=_TOKENS, num_experts=experts)
+    bias = None if plain.bias is None else plain.bias.to(getattr(torch, recipe.bias_dtype))
     for dtype in (torch.int32, torch.int64):
-
-        def route(
-            logits: Tensor, bias: Tensor | None, dtype: torch.dtype = dtype
-        ) -> tuple[Tensor, Tensor]:
-            return select(case.make(bias), logits, dtype)
-
+        try:
+            weights, ids = select(case.make(bias), plain.logits.to(case.dtype), dtype)
+        except Unsupported:
+            raise
+        except Exception:
+            # A router may take only one of them.
+            continue
         output = Output(ids=(str(dtype).removeprefix("torch."),))
-        arguments = case.recipe, case.num_experts, case.dtype, output, ["plain"]
-        found += [row for row in compare_router(route, *arguments) if row.kind == "output"]
-    return found[:1]
+        if problem := output_problem(weights, ids, output):
+            return [Deviation("output", "plain", problem, problem)]
+    return []
 
 
 def _by_vllm(error: BaseException) -> bool:
@@ -245,7 +252,7 @@ def noting(called: dict[str, str]) -> Iterator[None]:
     """Note vLLM's routing functions that run, in order, by name: file and line of each."""
 
     def note(frame: FrameType, event: str, _argument: Any) -> None:
-        if event == "call" and any(part in frame.f_code.co_filename for part in _FILES):
+        if event == "call" and _routes(frame.f_code.co_filename):
             called[frame.f_code.co_qualname] = place_of(frame, frame.f_code.co_firstlineno)
 
     sys.setprofile(note)
@@ -253,6 +260,12 @@ def noting(called: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(None)
+
+
+@cache
+def _routes(file: str) -> bool:
+    """Return whether a file's functions compute routings; cached, as each call of Python asks."""
+    return any(part in file for part in _FILES)
 
 
 def innermost(called: Mapping[str, str]) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import RecipeError, Unsupported
 from pytest_moe_routing.models import RouterConfig
-from pytest_moe_routing.routing import recipe_of
+from pytest_moe_routing.routing import Recipe, recipe_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +64,25 @@ def _inputs(num_experts: int) -> tuple[Tensor, Tensor]:
     return logits, torch.randn(num_experts, generator=generator) / 2
 
 
+@lru_cache(maxsize=32)
+def _chosen(num_experts: int, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores, the chosen experts, and the order that sorts those, as `route` chooses.
+
+    Cached, as configs that are asked for in turn differ in their weights alone.
+
+    Raises:
+        RecipeError: The recipe does not fit the number of experts.
+    """
+    from pytest_moe_routing.reference.routing import check_inputs, choose, choosing_keys, score
+
+    logits, bias = _inputs(num_experts)
+    given = bias if recipe.bias else None
+    check_inputs(logits, recipe, given)
+    scores = score(logits, recipe.score, recipe.score_dtype)
+    ids = choose(choosing_keys(scores, recipe, given), recipe)
+    return scores, ids, ids.sort(1).indices
+
+
 def reading_of(router: Router, config: RouterConfig) -> Mapping[str, Any]:
     """Return the settings that a framework's router has otherwise than a config.
 
@@ -78,7 +97,7 @@ def reading_of(router: Router, config: RouterConfig) -> Mapping[str, Any]:
     """
     import torch
 
-    from pytest_moe_routing.reference.routing import route
+    from pytest_moe_routing.reference.routing import weigh
 
     logits, bias = _inputs(config.num_experts)
     given = None if config.correction_bias is None else bias.clone()
@@ -94,14 +113,15 @@ def reading_of(router: Router, config: RouterConfig) -> Mapping[str, Any]:
     weights = weights.float().gather(1, order)
     for changes in _readings(config):
         read = replace(recipe_of(replace(config, **changes)), weight_on="output")
+        plain = replace(read, normalize="none", epsilon=0.0, scale=1.0)
         try:
-            wanted = route(logits, read, bias if read.bias else None)
+            scores, chosen, order = _chosen(config.num_experts, plain)
         except RecipeError:
             continue
-        right, order = wanted.topk_ids.sort(1)
-        if torch.equal(right, ids) and torch.allclose(
-            wanted.topk_weights.gather(1, order), weights, rtol=tolerance, atol=1e-7
-        ):
+        if not torch.equal(chosen.gather(1, order), ids):
+            continue
+        wanted = weigh(logits, read, chosen, scores=scores, bias=bias)
+        if torch.allclose(wanted.gather(1, order), weights, rtol=tolerance, atol=1e-7):
             return changes
     raise Unsupported(
         "its router computes neither what the config states nor any known variation of it"

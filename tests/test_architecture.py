@@ -22,6 +22,7 @@ ORDER = [
     "data",
     "errors",
     "failure",
+    "syntax",
     "inputs",
     "schemes",
     "models",

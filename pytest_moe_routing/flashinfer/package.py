@@ -18,6 +18,7 @@ from pytest_moe_routing.errors import ReleaseError
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.flashinfer.signatures import each_parameter
 from pytest_moe_routing.inputs import Archive, read_text
+from pytest_moe_routing.syntax import parse
 
 #: The largest files that are read: the Python entry points, and the kernels' sources.
 MAX_PYTHON = 1_000_000
@@ -129,7 +130,7 @@ class Package:
     def _tree(self, name: str) -> ast.Module:
         text = self.read(name)
         try:
-            return ast.parse(text or "")
+            return parse(text or "")
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             found = shorten(str(error), 200) or type(error).__name__
             raise ReleaseError(f"{self.path}: flashinfer/{name}: not Python: {found}") from None

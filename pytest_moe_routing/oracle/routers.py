@@ -11,11 +11,13 @@ import linecache
 import traceback
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.errors import RecipeError, Unsupported, place_of
 from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.syntax import parse
 
 if TYPE_CHECKING:
     import torch
@@ -232,7 +234,7 @@ def _asserted(error: AssertionError) -> str:
     """Return the statement that raised; "" if its source is not there."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     try:
-        tree = ast.parse("".join(linecache.getlines(last.filename)))
+        tree = parse("".join(linecache.getlines(last.filename)))
     except (SyntaxError, ValueError, RecursionError):
         return ""
     asserts = (node for node in ast.walk(tree) if isinstance(node, ast.Assert))
@@ -300,9 +302,7 @@ def _kind(
     def is_right(recipe: Recipe, precision: str) -> bool:
         return agrees(*answer, recipe, bias, precision=precision, lower_index=False)
 
-    def first() -> RoutingComparison:
-        return compare_routing(*answer, recipe, bias, lower_index=False, explain=False)
-
+    first = partial(compare_routing, *answer, recipe, bias, lower_index=False, explain=False)
     if is_right(recipe, "float32"):
         return "", first, ""
     bare = replace(recipe, epsilon=0.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.escape import shorten
+from pytest_moe_routing.syntax import parse
 
 #: How many imports, aliases and base classes are followed from one name to its definition.
 _DEPTH = 12
@@ -93,7 +94,7 @@ class Definitions:
         """Return what a module binds, by dotted name; see `_bindings`."""
         source = self._read(module)
         try:
-            body = ast.parse(source or "").body
+            body = parse(source or "").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             found = shorten(str(error), 200) or type(error).__name__
             raise Unsupported(f"not judged: {module} is not Python: {found}") from None

@@ -6,6 +6,7 @@ a target, and the sources that it is made with.
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -33,6 +34,8 @@ def _files_not_run(target: FrameworkTarget) -> list[str]:
 
 
 def main() -> None:
+    # Syntax trees are kept, and nothing else refers to itself.
+    gc.set_threshold(0)
     module, name, root, flashinfer, version = sys.argv[1:]
     cls: type[FrameworkTarget] = getattr(import_module(module), name)
     target = cls(FlashInfer.of(flashinfer), Source(Path(root), version, None))

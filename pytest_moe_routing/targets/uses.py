@@ -20,6 +20,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.names import Names, is_in_any_release
 from pytest_moe_routing.inputs import Archive, read_text
 from pytest_moe_routing.oracle.lacking import Lacking
+from pytest_moe_routing.syntax import parse
 
 _PACKAGE = "flashinfer"
 #: The largest Python file that is read.
@@ -68,7 +69,7 @@ def tree_of(file: str, text: str) -> ast.Module:
         Unsupported: It cannot be parsed.
     """
     try:
-        return ast.parse(text)
+        return parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         what = type(error).__name__
         raise Unsupported(f"not judged: {file} cannot be parsed ({what})") from None

@@ -6,7 +6,6 @@ one of the Blackwell family (`targets/vllm/probe/main.py`).
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
@@ -30,6 +29,7 @@ from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.routers import RouterRun
 from pytest_moe_routing.oracle.target import Captured, Classification
 from pytest_moe_routing.schemes import kernel_of
+from pytest_moe_routing.syntax import parse
 from pytest_moe_routing.targets.contract import Names, release_of
 from pytest_moe_routing.targets.hf_configs import without_transformers
 from pytest_moe_routing.targets.layouts import laid_out
@@ -79,7 +79,7 @@ class VllmTarget(HandOvers):
     )
 
     def registered(self, names: Names, root: str) -> Mapping[str, Place]:
-        return registered(names, ast.parse(source_of(root, names.spelling("registry").module)))
+        return registered(names, parse(source_of(root, names.spelling("registry").module)))
 
     def modules_run(self, architectures: Collection[str]) -> set[str]:
         return modules_of_blocks(architectures)

@@ -27,6 +27,7 @@ from pytest_moe_routing.oracle.routers import (
     compare_router,
 )
 from pytest_moe_routing.routing import Recipe
+from pytest_moe_routing.syntax import parse
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.stubs import source_of
@@ -233,7 +234,7 @@ def rest(scale: float, factor: float) -> float:
 
 def function_of(root: str, module: str, name: str) -> Any:
     """Return a function that needs nothing but torch, out of a module that is not imported."""
-    tree = ast.parse(source_of(root, module))
+    tree = parse(source_of(root, module))
     tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
     space: dict[str, Any] = {"torch": torch}
     exec(compile(tree, module, "exec"), space)

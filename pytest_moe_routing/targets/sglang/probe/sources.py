@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.syntax import parse
 from pytest_moe_routing.targets.architectures import modules as list_modules
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.model_configs import served_as
@@ -46,7 +47,7 @@ class Sources:
     def __init__(self, names: Names, root: str) -> None:
         self.names, self.root = names, root
         self.source = lru_cache(maxsize=None)(lambda module: source_of(root, module))
-        self.tree = lru_cache(maxsize=None)(lambda module: ast.parse(self.source(module)))
+        self.tree = lru_cache(maxsize=None)(lambda module: parse(self.source(module)))
         self.definitions = lru_cache(maxsize=None)(self._definitions)
         self._imports = lru_cache(maxsize=None)(self._imports_of)
         self.blocks = lru_cache(maxsize=None)(self._blocks)

@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.syntax import parse
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.stubs import source_of
 from pytest_moe_routing.targets.vllm.registry import MODELS, registered
@@ -53,7 +54,7 @@ class ModelSources:
     def __init__(self, names: Names, root: str) -> None:
         self._names, self._root = names, root
         self._layer, self._made = cache(self._find_layer), cache(self._find_made)
-        self._tree = cache(lambda module: ast.parse(source_of(root, module)))
+        self._tree = cache(lambda module: parse(source_of(root, module)))
         # Architectures share modules, and each of these reads one from end to end.
         self._calls, self._led = cache(self._find_calls), cache(self._find_led)
         for name in _READ_ONCE:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.syntax import parse
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import accepted, names
@@ -97,7 +98,7 @@ def _surroundings(ranks: Ranks) -> dict[str, Any]:
 def _functions() -> tuple[Any, dict[str, Any]]:
     """Return the function, and the names of its module that it finds."""
     spelling = names().spelling(_LOADS)
-    tree = ast.parse(stubs.installed_source_of(spelling.module))
+    tree = parse(stubs.installed_source_of(spelling.module))
     owner, _, name = spelling.path.partition(".")
     [cls] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner]
     own = [n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == name]

@@ -35,6 +35,7 @@ from pytest_moe_routing.targets.sglang import kernels
 from pytest_moe_routing.targets.sglang.target import SglangTarget
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.vllm import operators
+from pytest_moe_routing.targets.vllm.probe.routers import Routers
 from pytest_moe_routing.targets.vllm.target import VllmTarget
 
 MODELS = load_models(Path(__file__).parent.parent / "golden")
@@ -343,3 +344,17 @@ def definitions(node, prefix=""):
                 yield f"{prefix}{child.name}"
         else:
             yield from definitions(child, prefix)
+
+
+def test_a_router_is_made_once_and_given_each_bias(monkeypatch):
+    made = []
+
+    def make(*_):
+        made.append(SimpleNamespace(e_score_correction_bias=None))
+        return made[-1]
+
+    routers = Routers.__new__(Routers)
+    monkeypatch.setattr(routers, "_made", make, raising=False)
+    maker = routers._maker({}, None)
+    assert [maker(bias).e_score_correction_bias for bias in (None, 1, 2)] == [None, 1, 2]
+    assert len(made) == 1

@@ -121,21 +121,31 @@ class Routers:
         if function is not None:
             # The layer applies no factor to what such a function returns.
             recipe = replace(recipe, scale=1.0)
-
-        def make(bias: Tensor | None) -> Any:
-            return self._made(model, bias, function)
-
-        made = make(None)
+        made = self._made(model, None, function)
         key = type(made).__name__, recipe, router.num_experts, router.logits_dtype, function
         if key not in self._compared:
             self._compared[key] = [
                 compare(
-                    Case(make, recipe, router.num_experts, dtype, way, "", reach, switches),
+                    Case(
+                        self._maker(model, function),
+                        *(recipe, router.num_experts, dtype, way, "", reach, switches),
+                    ),
                     self.output,
                 )
                 for way, reach, switches, dtype in self._ways(made, router.logits_dtype)
             ]
         return [{**run, "subject": model["id"]} for run in self._compared[key]]
+
+    def _maker(self, model: Mapping[str, Any], function: Any) -> Callable[[Tensor | None], Any]:
+        """Return what gives a bias to a model's router, which is made once, as on a server."""
+        router = cache(lambda: self._made(model, None, function))
+
+        def make(bias: Tensor | None) -> Any:
+            if bias is not None:
+                router().e_score_correction_bias = bias
+            return router()
+
+        return make
 
     def _made(self, model: Mapping[str, Any], bias: Tensor | None, function: Any) -> Any:
         """Return a model's router, with a bias of ours and the routing function of its code."""

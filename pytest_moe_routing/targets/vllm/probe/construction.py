@@ -6,12 +6,14 @@ import ast
 import builtins
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.syntax import parse
 from pytest_moe_routing.targets.stubs import module_exists, source_of
 from pytest_moe_routing.targets.vllm.probe.ranks import Off
 from pytest_moe_routing.targets.vllm.probe.world import world
@@ -135,18 +137,21 @@ def _computed(row: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Return the keyword arguments that a decoder layer's code computes from the config."""
     modules = map(full_name, filter(None, (row.get("decoder"), row["module"])))
     module = next(name for name in modules if module_exists(world().root, name))
-    tree = ast.parse(source_of(world().root, module))
-    calls = [dict(_evaluated(call, config)) for call in _calls(tree, row["block"])]
+    calls = [dict(_evaluated(call, config)) for call in _calls(module, row["block"])]
     if any(call != calls[0] for call in calls):
         raise Unsupported(f"{module} makes {row['block']} in several ways: {calls}")
     return calls[0] if calls else {}
 
 
-def _calls(tree: ast.Module, name: str) -> Iterator[ast.Call]:
-    """Yield the calls of a class."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
-            yield node
+# Parsing takes most of the time of a question, and many ask about the same block.
+@cache
+def _calls(module: str, name: str) -> tuple[ast.Call, ...]:
+    """Return the calls of a class in a module."""
+    return tuple(
+        node
+        for node in ast.walk(parse(source_of(world().root, module)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+    )
 
 
 def _evaluated(call: ast.Call, config: Any) -> Iterator[tuple[str, Any]]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 
 import pytest
 import torch
 
+from pytest_moe_routing.flashinfer import known_releases
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model
 from pytest_moe_routing.targets.contract import Contract
 from pytest_moe_routing.targets.vllm.probe import (
+    choice,
     config,
     gates,
+    main,
     other_experts,
     routers,
     weight_on_input,
@@ -152,3 +156,31 @@ def test_routed_experts_of_a_latent_width_have_that_width(monkeypatch, model, wi
     spec = asdict(load_model(packaged_directory() / model / "model.yaml"))
     told = config.moe_config({**spec, "architecture": ""}, "DeepSeekV3")
     assert told["hidden_dim"] == width
+
+
+def test_transformers_is_not_imported_for_annotations(monkeypatch):
+    absent = []
+    monkeypatch.setattr(main.release, "install", lambda *_: None)
+    monkeypatch.setattr(main.stubs, "extend", lambda **given: absent.extend(given["absent"]))
+    main.handlers("", known_releases()[-1], "0.33.0")
+    assert absent == ["transformers"]
+
+
+def test_only_variables_that_differ_are_set(monkeypatch):
+    changed = []
+    environment = {"KEPT": "1", "OTHER": "1", "GONE": "1"}
+
+    class Environment(dict):
+        def update(self, values):
+            changed.extend(values)
+            super().update(values)
+
+        def __delitem__(self, name):
+            changed.append(name)
+            super().__delitem__(name)
+
+    monkeypatch.setattr(os, "environ", Environment(environment))
+    wanted = {"KEPT": "1", "OTHER": "2", "NEW": "1"}
+    choice._set_environment(wanted)
+    assert os.environ == wanted
+    assert sorted(changed) == ["GONE", "NEW", "OTHER"]

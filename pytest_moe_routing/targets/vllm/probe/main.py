@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pytest_moe_routing.flashinfer import FlashInfer
+from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.vllm.hand_overs import hand_overs
 from pytest_moe_routing.targets.vllm.probe import accepted_keys as vllm_keys
@@ -33,6 +34,8 @@ from pytest_moe_routing.targets.vllm.probe.rule import rule
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Install a vLLM in this process, and return what answers questions about it."""
     release.install(root, FlashInfer.of(flashinfer), version)
+    # Importing it takes seconds, and only annotations ask for it.
+    stubs.extend(absent=["transformers"])
     return {
         "numbers": release.numbers,
         "classify": vllm_factory.classify,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 from pytest_moe_routing.targets.vllm.probe import server_defaults as server_defaults
 from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu
@@ -73,11 +72,14 @@ def _rejecting(experts: type) -> Iterator[None]:
     while waiting:
         classes.append(waiting.pop())
         waiting += classes[-1].__subclasses__()
-    with ExitStack() as stack:
-        for cls in classes:
-            if _GATE in vars(cls):
-                stack.enter_context(patch.object(cls, _GATE, staticmethod(reject)))
+    gates = [(cls, vars(cls)[_GATE]) for cls in classes if _GATE in vars(cls)]
+    try:
+        for cls, _ in gates:
+            setattr(cls, _GATE, staticmethod(reject))
         yield
+    finally:
+        for cls, gate in gates:
+            setattr(cls, _GATE, gate)
 
 
 def _backend(selector: Selector, scheme: str) -> dict[str, Any] | None:

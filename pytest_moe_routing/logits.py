@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -291,10 +292,19 @@ def make_case(name: str, recipe: Recipe, *, num_tokens: int, num_experts: int) -
     """
     if name not in PATTERNS:
         raise RecipeError(f"no logits pattern {name!r}; patterns: {', '.join(PATTERNS)}")
-    # crc32, as Python's own hash of a string differs from run to run.
-    seed = zlib.crc32(name.encode())
-    logits, bias = PATTERNS[name].make(Shape(num_tokens, num_experts, recipe, seed))
-    return RoutingCase(logits, bias if recipe.bias else None, recipe)
+    logits, bias = _made(name, Shape(num_tokens, num_experts, recipe, _seed(name)))
+    return RoutingCase(logits.clone(), bias.clone() if recipe.bias else None, recipe)
+
+
+def _seed(name: str) -> int:
+    # Python's own hash of a string differs from run to run.
+    return zlib.crc32(name.encode())
+
+
+# A router is run with the same patterns in several ways; there are fewer patterns than this.
+@lru_cache(maxsize=16)
+def _made(name: str, shape: Shape) -> tuple[Tensor, Tensor]:
+    return PATTERNS[name].make(shape)
 
 
 #: Tokens of the cases of one recipe: on both sides of usual tile and launch-size limits.

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from wheels import unpack, wheels_since
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import load_models
-from pytest_moe_routing.oracle.routers import PRECISION, WRONG, RouterRun
+from pytest_moe_routing.oracle.routers import NOT_JUDGED, PRECISION, WRONG, RouterRun
 from pytest_moe_routing.targets.probe import Probe
 from pytest_moe_routing.targets.sglang.model_configs import config_of, configs, server_of
 from pytest_moe_routing.targets.source import Source
@@ -34,6 +35,8 @@ GATE = "sglang/kernels/ops/moe/moe_fused_gate.py"
 SCHEME = "fp8_block"
 #: Every place where the factor goes on the output.
 APPLY = "topk_weights *= routed_scaling_factor\n"
+#: The last line of a layer's `__init__` about its runner.
+RUNNER = "        self.runner = self.quant_method.runner\n"
 #: Switches of routers that no model has.
 BIASED = "sigmoid, bias, renormalize"
 
@@ -117,6 +120,10 @@ SGLANG = {
     ],
     "factor of TopK and of the Triton runner": [
         Mutant(LAYER, "                and runner_backend.is_cutlass()\n", "                and (runner_backend.is_cutlass() or runner_backend.is_triton())\n", "deepseek-r1", "fused_topk_deepseek", reach="model"),
+    ],
+    # Then nobody knows whether the factor is applied, once or twice.
+    "quantized layer that names no runner": [
+        Mutant(LAYER, RUNNER, f"{RUNNER}        if isinstance(self.quant_method, Fp8MoEMethod):\n            self.runner_backend = None\n", "deepseek-r1", "fused_topk_deepseek", reach="model", kinds=(NOT_JUDGED,)),
     ],
     # DeepSeek's code puts it among the routed experts, unless TRT-LLM's runner is taken.
     "weight of a shared expert by default": [
@@ -231,3 +238,25 @@ def test_a_mistake_is_caught(framework, mistake, trees):
             if deviation.kind in mutant.kinds
         ]
         assert wrong, f"{mistake} in {mutant.function} is not found for {mutant.model}"
+
+
+@pytest.mark.parametrize(
+    ("runner", "question"),
+    [
+        ("None", "the layer calls kernels without a runner"),
+        ("type(self.runner_backend).CUTLASS", "whether the runner cutlass leaves the factor out"),
+    ],
+)
+def test_a_layer_that_leaves_the_factor_to_topk_is_not_believed(runner, question, trees):
+    """Its runner may multiply as well, as the Triton runner does whatever its layer says."""
+    file = trees("sglang") / LAYER
+    original = file.read_text()
+    assert RUNNER in original
+    told = "        self.should_fuse_routed_scaling_factor_in_topk = True\n"
+    changed = f"{RUNNER}{told}        self.runner_backend = {runner}\n"
+    file.write_text(original.replace(RUNNER, changed))
+    try:
+        with pytest.raises(Unsupported, match=question):
+            runs("sglang", trees("sglang"), [Mutant(LAYER, "", "", "deepseek-r1", "")])
+    finally:
+        file.write_text(original)

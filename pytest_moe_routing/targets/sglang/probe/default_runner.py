@@ -38,6 +38,12 @@ def server_defaults(sources: Sources) -> dict[str, Any]:
     return found
 
 
+def register_runners(names: Names) -> None:
+    """Import what makes a runner known to SGLang, and which code that is not here would import."""
+    if names.has("runner-marlin"):
+        names.get("runner-marlin")
+
+
 def layer_runner(names: Names, layer: Any) -> str:
     """Return the name of the runner that a layer took when it was made.
 

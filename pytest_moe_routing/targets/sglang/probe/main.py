@@ -33,6 +33,7 @@ from pytest_moe_routing.targets.sglang.probe.default_runner import (
     default_runner,
     keeps_shared_apart,
     layer_runner,
+    register_runners,
     server_defaults,
     started,
 )
@@ -134,9 +135,7 @@ class Blocks:
         self.names.require("verdicts", scheme)
         self.enter()
         choose_runner(runner)
-        if self.names.has("runner-marlin"):
-            # Kernels of other schemes, which are not here, import it: that registers the runner.
-            self.names.get("runner-marlin")
+        register_runners(self.names)
         runners = set()
         for module, name, given in self.sources.blocks(architecture):
             seen = Seen()

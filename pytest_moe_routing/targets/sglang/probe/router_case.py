@@ -34,8 +34,8 @@ from pytest_moe_routing.targets.stubs import source_of
 
 #: Small, and other than any number of experts.
 HIDDEN = 32
-#: The intermediate size of experts, other than that.
-INNER = 48
+#: The intermediate size of experts, other than that; blocks of 16 and of 32 fit it.
+INNER = 96
 #: The sizes of blocks whose experts are not run.
 NARROW = HIDDEN, INNER
 #: What consumers of TopK's output take.
@@ -136,6 +136,16 @@ def compare(case: Case) -> dict[str, Any]:
         "called": list(called),
         "deviations": [asdict(deviation) for deviation in deviations],
     }
+
+
+def not_judged(like: Mapping[str, Any], way: str, reason: str) -> dict[str, Any]:
+    """Return the answer about a way on which a router cannot be run.
+
+    Args:
+        like: The answer about the same router on another way.
+    """
+    deviation = Deviation(NOT_JUDGED, "", reason, reason)
+    return {**like, "way": way, "reach": "model", "deviations": [asdict(deviation)]}
 
 
 def give_bias(config: Any, bias: Tensor | None) -> None:

@@ -212,13 +212,12 @@ class Routers(blocks.Blocks):
                 topk, factor = self._built(architecture, values, seen)
             case = _case(topk, factor, router, seen)
             case = replace(case, way=ways.FACTOR_IN_TOPK, reach="opt-in", patterns=ways.PLAIN)
-            yield compare(case)
+            first = compare(case)
+            yield first
             yield from self._overlapped(case, architecture, seen.block, router)
             build = partial(self._built, architecture, values)
-            for scheme, seen, built in in_triton(self, build, servers):
-                way = f"cuda, in {scheme} on Hopper"
-                case = _case(*built, router, seen)
-                yield compare(replace(case, way=way, patterns=ways.PLAIN))
+            case_of = partial(_case, router=router)
+            yield from in_triton(self, build, case_of, servers, first)
 
     def _ways(
         self, architecture: str, values: Mapping[str, Any], router: RouterConfig, shared: int
@@ -344,6 +343,8 @@ class Routers(blocks.Blocks):
                 )
                 fill(block, seen, config, HIDDEN)
                 output = blocks.first_of(blocks._forward(block, config["num_experts"]))
+        except Unsupported as reason:
+            raise Unsupported(f"{name}: {reason}") from reason
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             raise Unsupported(f"{name} cannot be built and run here: {text}") from error

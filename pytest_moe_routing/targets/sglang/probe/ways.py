@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -140,7 +140,11 @@ def overlapped(forward: Forward, block: Any, scale: float) -> Forward:
 
 @contextmanager
 def experts_give_weights(names: Names, seen: Seen) -> Iterator[None]:
-    """Let TopK weigh all 1, and every MoE layer return that, times what its runner multiplies."""
+    """Let TopK weigh all 1, and every MoE layer return that, times what its runner multiplies.
+
+    A layer that leaves the factor to TopK raises `Unsupported` if it is not known that its runner
+    does not multiply as well.
+    """
 
     def weighed(hidden_states: Tensor, topk_output: Any, config: Any, is_scaled: bool) -> Tensor:
         seen.runners.append(config)
@@ -152,8 +156,9 @@ def experts_give_weights(names: Names, seen: Seen) -> Iterator[None]:
         is_scaled = getattr(self, _LEAVES_FACTOR)
         if is_scaled and not isinstance(getattr(type(self), _LEAVES_FACTOR, None), property):
             # The Triton runner multiplies, whatever the layer says of TopK (moe_runner/triton.py).
-            with suppress(Unsupported):
-                is_scaled = layer_runner(names, self) != _TRITON
+            if (runner := layer_runner(names, self)) != _TRITON:
+                raise Unsupported(f"not judged: whether the runner {runner} leaves the factor out")
+            is_scaled = False
         return weighed(hidden_states, topk_output, self.moe_runner_config, is_scaled)
 
     def function(hidden_states: Tensor, topk_output: Any, config: Any) -> Tensor:

@@ -179,6 +179,33 @@ def test_a_part_that_is_open_for_a_new_reason_is_red(
     assert (f"  test_part[]: {reason}" in result.stdout.str()) == is_red
 
 
+@pytest.mark.parametrize("count", [2, 13])
+def test_each_new_reason_of_a_part_is_named(pytester, empty_vllm, count):
+    """Those of one test, and of another one that has the first as well; at most ten."""
+    reasons = {f"{NEW} {number}": 1 for number in range(1, count + 1)}
+    first = dict([*reasons.items()][:1])
+    pytester.makepyfile(
+        f"def test_part(moe_target, record_property):\n"
+        f"    record_property('moe_unanswered', {{{AROUND!r}: {reasons}}})\n"
+        f"def test_other(moe_target, record_property):\n"
+        f"    record_property('moe_unanswered', {{{AROUND!r}: {{{KNOWN!r}: 1, **{first}}}}})"
+    )
+    result = pytester.runpytest_subprocess("--moe-target", empty_vllm("99.0"))
+    assert result.ret == 1
+    told = [line for line in result.outlines if line.startswith("  ")]
+    assert told[:2] == [f"  test_part[], test_other[]: {NEW} 1", f"  test_part[]: {NEW} 2"]
+    assert (
+        told[2:]
+        == {
+            2: [],
+            13: [
+                *(f"  test_part[]: {NEW} {number}" for number in range(3, 11)),
+                "  and 3 more reasons; a report lists them all",
+            ],
+        }[count]
+    )
+
+
 @pytest.mark.parametrize("package", ["vllm", "sglang"])
 def test_reasons_of_open_parts_are_of_their_framework(package):
     """Nothing is known of releases before the first row, and the newest stands for later ones."""

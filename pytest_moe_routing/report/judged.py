@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
     from pytest_moe_routing.targets.framework import FrameworkTarget
 
-#: So many cases are named for each reason.
-_NAMED = 5
+#: So many cases are named for each reason, and so many reasons.
+_NAMED, _REASONS = 5, 10
 #: The property of a test of which a part is not judged that should be.
 _PART = "moe_part_not_judged"
 #: What is counted of code that no packaged model runs; nothing is expected of it.
@@ -35,7 +35,7 @@ def _note(item: pytest.Item, skipped: BaseException) -> None:
     model = getattr(item, "funcargs", {}).get("moe_model")
     # Nothing is known of what releases do with a user's own model.
     is_held = model is None or model.folder.parent == packaged_directory()
-    asked = {**_asked(item, target, str(reason)), "is_held": is_held}
+    asked = {**_asked(item, target), "reason": str(reason), "is_held": is_held}
     item.user_properties.append(("moe_not_judged", asked))
 
 
@@ -49,14 +49,15 @@ def _note_part(item: pytest.Item, session: MoESession) -> None:
     from pytest_moe_routing.targets.contract import lost_names
     from pytest_moe_routing.targets.expected import is_known_reason
 
-    release = target.package, target.source.version
+    release, found = (target.package, target.source.version), list[str]()
     for sentence, reasons in counts.items():
         is_asked = session.asks_what_is_known and sentence not in _OF_NO_MODEL
         for reason in reasons:
             is_new = is_asked and is_known_reason(*release, reason) is False
             if is_new or lost_names(*release, reason):
-                item.user_properties.append((_PART, _asked(item, target, reason)))
-                return
+                found.append(reason)
+    if found:
+        item.user_properties.append((_PART, {**_asked(item, target), "reasons": found}))
 
 
 def _target(item: pytest.Item) -> FrameworkTarget | None:
@@ -67,14 +68,13 @@ def _target(item: pytest.Item) -> FrameworkTarget | None:
     return target if isinstance(target, FrameworkTarget) else None
 
 
-def _asked(item: pytest.Item, target: FrameworkTarget, reason: str) -> dict[str, Any]:
+def _asked(item: pytest.Item, target: FrameworkTarget) -> dict[str, Any]:
     assert isinstance(item, pytest.Function)
     return {
         "package": target.package,
         "release": target.source.version,
         "test": item.originalname,
         "case": item.callspec.id if hasattr(item, "callspec") else "",
-        "reason": reason,
     }
 
 
@@ -146,7 +146,7 @@ class JudgedReporter:
         of_some = bool(self.session.model_patterns) and is_known_reason(*where, asked["reason"])
         is_allowed = of_some or is_open(*where, asked["test"], asked["case"])
         if asked["is_held"] and not is_allowed:
-            self.missing[nodeid] = asked
+            self.missing[nodeid] = {**asked, "reasons": [asked["reason"]]}
 
     @property
     def failed(self) -> bool:
@@ -185,7 +185,10 @@ class JudgedReporter:
         )
         reasons: dict[str, list[str]] = {}
         for asked in self.missing.values():
-            reasons.setdefault(asked["reason"], []).append(f"{asked['test']}[{asked['case']}]")
-        for reason, cases in reasons.items():
+            for reason in dict.fromkeys(asked["reasons"]):
+                reasons.setdefault(reason, []).append(f"{asked['test']}[{asked['case']}]")
+        for reason, cases in list(reasons.items())[:_REASONS]:
             more = f" and {len(cases) - _NAMED} more" if len(cases) > _NAMED else ""
             yield f"  {', '.join(cases[:_NAMED])}{more}: {reason}"
+        if len(reasons) > _REASONS:
+            yield f"  and {len(reasons) - _REASONS} more reasons; a report lists them all"

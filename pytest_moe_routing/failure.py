@@ -25,7 +25,7 @@ _REASONS = 120
 
 
 class Rank(IntEnum):
-    """How urgent a failure is: silent ones first."""
+    """How urgent a failure is among those that as many can meet: silent ones first."""
 
     SILENT = 0
     LOUD = 1
@@ -57,6 +57,7 @@ class Failure:
         differs: Each model and field that is not as it should be, with both values, or each reason
             of a latent cause, if that is all that the failure says: another test that finds the
             same has the same cause.
+        is_opt_in: Whether nobody meets it without an opt-in switch.
     """
 
     cause: str
@@ -70,6 +71,16 @@ class Failure:
     brief: tuple[str, ...] = ()
     entry: str = ""
     differs: tuple[str, ...] = ()
+    is_opt_in: bool = False
+
+    @property
+    def urgency(self) -> tuple[int, Rank, bool]:
+        """The place of the failure in a report: of those met by default, silent ones first.
+
+        Those that only a switch leads to come next, then downcasts, then what nobody meets.
+        """
+        is_slight = self.rank >= Rank.DOWNCAST
+        return 2 if is_slight else int(self.is_opt_in), self.rank, self.is_opt_in
 
     def as_dict(self) -> dict[str, Any]:
         # Without tuples, which xdist does not carry.

@@ -15,7 +15,7 @@ from pytest_moe_routing.oracle.around import Answer, Request, Response, read
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.ignored import Ignored, Requests, ignored_requests
 from pytest_moe_routing.report.unanswered import AROUND, CONCERNED, PROPERTY, Unanswered, note
-from pytest_moe_routing.suite.causes import of_ignored
+from pytest_moe_routing.suite.ignored import of_ignored
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 MODELS = load_models(packaged_directory())

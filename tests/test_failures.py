@@ -228,6 +228,53 @@ def test_the_case_that_most_people_can_meet_is_shown(host, workers):
     assert "m3: wrong\n  reach    everybody\n  also     2 more: m2, m4\n" in text
 
 
+ORDERED = """
+import pytest
+from pytest_moe_routing.failure import Failure, Rank
+from pytest_moe_routing.report.failures import fail
+
+def of(name, rank, is_opt_in=False):
+    return Failure(name, rank, name, (f"{name}: wrong",), is_opt_in=is_opt_in)
+
+CASES = {
+    "slight": [of("downcast", Rank.DOWNCAST)],
+    "switch": [of("opt-in loud", Rank.LOUD, True), of("opt-in missed", Rank.MISSED, True)],
+    "several": [
+        of("latent", Rank.LATENT), of("opt-in silent", Rank.SILENT, True),
+        of("opt-in downcast", Rank.DOWNCAST, True), of("loud", Rank.LOUD),
+    ],
+    "lost": [of("lost", Rank.LOST)],
+    "silent": [of("silent", Rank.SILENT), of("missed", Rank.MISSED)],
+    "both": [of("either silent", Rank.SILENT, True)],
+    "both-again": [of("either silent", Rank.SILENT)],
+}
+
+@pytest.mark.parametrize("case", CASES)
+def test_it(case, request):
+    fail(lambda *stated: request.node.user_properties.append(stated), CASES[case])
+"""
+IN_ORDER = [
+    *("silent", "either silent", "loud", "lost", "missed"),
+    *("opt-in silent", "opt-in loud", "opt-in missed", "downcast", "opt-in downcast"),
+]
+
+
+@pytest.mark.parametrize("workers", [(), ("-n1",)])
+def test_what_only_a_switch_leads_to_is_shown_after_all_else(host, workers):
+    """Whatever kind it is, and whichever test has found it."""
+    host.makepyfile(test_own=ORDERED)
+    lines = shown(host.runpytest_subprocess("test_own.py", *workers))
+    told = [line.strip("_ ").removesuffix(": wrong") for line in lines if ": wrong" in line]
+    assert told == [*IN_ORDER, "latent: wrong (latent)  [latent]"]
+    host.makepyfile(test_own=f'{ORDERED}\nCASES.pop("lost")')
+    text = host.runpytest_subprocess("test_own.py", "-v", *workers).stdout.str()
+    titles = [line.strip("_ ") for line in text.splitlines() if line.startswith("___")]
+    assert titles == [
+        *("test_it[silent]", "test_it[both]", "test_it[several]", "test_it[switch]"),
+        "test_it[slight]",
+    ]
+
+
 def test_a_defect_elsewhere_says_who_meets_it_if_that_is_known_and_differs():
     failure = Failure("a:b", Rank.SILENT, "m1", ("m1",), reach="nobody")
     assert failure.elsewhere([], "everybody") == "a:b: m1 (nobody)"

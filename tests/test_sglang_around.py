@@ -13,7 +13,7 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request
 from pytest_moe_routing.oracle.ignored import ignored_requests
-from pytest_moe_routing.suite.causes import of_ignored
+from pytest_moe_routing.suite.ignored import of_ignored
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.probe.around import around, placement

@@ -23,7 +23,9 @@ from pytest_moe_routing.failure import CUT, PROPERTY, Failure, Rank, failures_of
 from pytest_moe_routing.session import SUITE_IDS
 
 _SAME = "repeated"
-_RARITY = attrgetter("rarity")
+_RARITY, _URGENCY = attrgetter("is_opt_in", "rarity"), attrgetter("urgency")
+#: Where a failure that states no cause is shown: among loud ones that are met by default.
+_OF_NO_CAUSE = Failure("", Rank.LOUD, "", ()).urgency
 #: The options of a short summary that nobody asked for.
 _DEFAULT_SUMMARY = "fE"
 
@@ -32,7 +34,7 @@ def fail(record_property: Callable[[str, Any], None], failures: Sequence[Failure
     """Fail the test for these causes, most urgent first; do nothing if there are none."""
     __tracebackhide__ = True
     if failures:
-        ordered = sorted(failures, key=lambda failure: failure.rank)
+        ordered = sorted(failures, key=_URGENCY)
         record_property(PROPERTY, [failure.as_dict() for failure in ordered])
         pytest.fail(text_of(ordered), pytrace=False)
 
@@ -117,11 +119,11 @@ class Grouping:
         """Complete the shown failures with all of their cases, and put the urgent ones first."""
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         if terminal is None or terminal.verbosity > 0:
-            shown = ((r, [self._first[f.cause] for f in failures]) for r, failures in self._shown)
+            shown = [(r, [self._first[f.cause] for f in failures]) for r, failures in self._shown]
             texts = {id(report): text_of(failures, self._cases) for report, failures in shown}
-            ranks = {id(report): failures[0].rank for report, failures in self._shown}
+            order = {id(report): min(map(_URGENCY, failures)) for report, failures in shown}
         else:
-            texts, ranks = self._brief(terminal._tw.fullwidth)
+            texts, order = self._brief(terminal._tw.fullwidth)
         for report, failures in self._shown:
             if id(report) in texts:
                 # pytest declares the types that it makes itself, and takes any with these methods.
@@ -134,44 +136,54 @@ class Grouping:
         if moved:
             failed[:] = [report for report in failed if report not in moved]
             terminal.stats.setdefault(_SAME, []).extend(moved)
-        # A failure that states no cause is as urgent as a loud one.
-        failed.sort(key=lambda report: ranks.get(id(report), Rank.LOUD))
+        failed.sort(key=lambda report: order.get(id(report), _OF_NO_CAUSE))
 
-    def _brief(self, width: int) -> tuple[dict[int, str], dict[int, Rank]]:
+    def _brief(self, width: int) -> tuple[dict[int, str], dict[int, Any]]:
         """Return what to show with each report, each defect once, and how urgent that is.
 
-        A report whose every defect is shown with another one has no text.
+        A report whose every defect is shown with another one has no text. A defect that is less
+        urgent than another test's is shown behind that, whichever test has found it.
         """
         defects: dict[tuple[Rank, str], list[Failure]] = {}
         defect_of = self._defects()
-        owners: dict[int, list[tuple[Rank, str]]] = {}
+        owners: dict[tuple[Rank, str], pytest.TestReport] = {}
         latent = [f for _, failures in self._shown for f in failures if f.rank is Rank.LATENT]
         for report, failures in self._shown:
             for failure in failures:
-                if failure.rank is Rank.LATENT:
-                    continue
-                defect = defect_of[failure.cause]
-                if defect not in defects:
-                    owners.setdefault(id(report), []).append(defect)
-                defects.setdefault(defect, []).append(failure)
+                if failure.rank is not Rank.LATENT:
+                    defect = defect_of[failure.cause]
+                    owners.setdefault(defect, report)
+                    defects.setdefault(defect, []).append(failure)
+        urgency = {
+            defect: min(self._first[failure.cause].urgency for failure in failures)
+            for defect, failures in defects.items()
+        }
+        blocks: dict[int, list[list[str]]] = {}
+        order: dict[int, Any] = {}
+        last = self._shown[-1][0] if self._shown else None
+        for defect in sorted(defects, key=urgency.__getitem__):
+            owner = owners[defect]
+            if id(owner) not in blocks:
+                last, order[id(owner)] = owner, urgency[defect]
+            blocks.setdefault(id(last), []).append(self._block(defects[defect], width))
         texts: dict[int, str] = {}
-        ranks = {owner: owned[0][0] for owner, owned in owners.items()}
         for report, _ in self._shown:
-            if id(report) in owners:
-                blocks = [self._block(defects[each], width) for each in owners[id(report)]]
-                _entitle(report, blocks[0].pop(0))
-                texts[id(report)] = printable("\n".join(chain.from_iterable(blocks)))
+            if id(report) in blocks:
+                first, *_ = own = blocks[id(report)]
+                _entitle(report, first.pop(0))
+                texts[id(report)] = printable("\n".join(chain.from_iterable(own)))
         if latent:
+            assert last is not None
             free = [report for report, _ in self._shown if id(report) not in texts]
-            owner = (free or [report for report, _ in self._shown])[-1]
             lines = joined(self._latent(latent, width))
             if free:
+                last = free[-1]
                 _entitle(
-                    owner, "latent: no known model meets these on a GPU without an opt-in switch"
+                    last, "latent: no known model meets these on a GPU without an opt-in switch"
                 )
-                ranks[id(owner)] = Rank.LATENT
-            texts[id(owner)] = "\n\n".join(filter(None, (texts.get(id(owner)), lines)))
-        return texts, ranks
+                order[id(last)] = latent[0].urgency
+            texts[id(last)] = "\n\n".join(filter(None, (texts.get(id(last)), lines)))
+        return texts, order
 
     def _latent(self, failures: Sequence[Failure], width: int) -> list[list[str]]:
         """Return a line for each defect that nobody meets, and what the lines leave out."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pytest_moe_routing.oracle.record import (
+    Reach,
     Record,
     Result,
     TestRecord,
@@ -65,7 +66,11 @@ def name_of(record: Result) -> str:
 
 
 def failed(records: Iterable[Record], outcome: str = "failed") -> list[Failed]:
-    """Return the failures of a run by cause: silent ones first, then those with most cases."""
+    """Return the failures of a run by cause: verdicts first, then other tests.
+
+    Of verdicts, those that are met by default come first, then silent ones, then those with most
+    cases.
+    """
     groups: dict[tuple[str, ...], list[Result]] = {}
     for record in sorted(records, key=lambda record: record.key):
         if record.outcome == outcome and not isinstance(record, UnansweredRecord):
@@ -80,7 +85,8 @@ def _cause(record: Result) -> tuple[str, ...]:
     return (text.decider(record), record.cause or f"{record.verdict} {record.reason[:200]}")
 
 
-def _rank(record: Result) -> int:
+def _rank(record: Result) -> tuple[bool, bool, int]:
     if isinstance(record, TestRecord):
-        return len(_ORDER)
-    return _ORDER.index(record.verdict) if record.verdict in _ORDER else len(_ORDER)
+        return True, False, 0
+    place = _ORDER.index(record.verdict) if record.verdict in _ORDER else len(_ORDER)
+    return False, record.reach is Reach.OPT_IN, place

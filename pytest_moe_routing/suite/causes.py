@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pytest_moe_routing.oracle.config_sweep import Cause
     from pytest_moe_routing.oracle.enum_numbers import EnumMismatch
     from pytest_moe_routing.oracle.formats import UnlikeFormat
-    from pytest_moe_routing.oracle.ignored import Ignored
     from pytest_moe_routing.oracle.judgement import Judgement
     from pytest_moe_routing.oracle.layouts import WrongLayout
     from pytest_moe_routing.oracle.model_code import CodeJudgement, SplitExperts
@@ -55,6 +54,7 @@ def of_verdict(record: VerdictRecord) -> Failure:
         text.rarity(record.reach, by_default=record.by_default),
         tuple(brief.story(record)),
         differs=_differs(record.model, record.findings),
+        is_opt_in=record.reach is Reach.OPT_IN,
     )
 
 
@@ -154,6 +154,7 @@ def of_modular_call(
         reach=reached,
         rarity=text.rarity(reach, by_default=is_default),
         brief=lines[:-1] if len(lines) > 1 else (),
+        is_opt_in=reach is Reach.OPT_IN,
     )
 
 
@@ -196,6 +197,7 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         site=cause_id(what, call.experts) if are_arguments else call.experts,
         reach=reached,
         rarity=text.rarity(reach, by_default=not call.switches),
+        is_opt_in=reach is Reach.OPT_IN,
     )
 
 
@@ -256,46 +258,6 @@ def of_format(unlike: UnlikeFormat) -> Failure:
     )
 
 
-def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
-    """Return the failure of fused experts that ignore a request besides routing, or that fail."""
-    from pytest_moe_routing.oracle.around import Answer, Request
-
-    request, response = ignored.request, ignored.response
-    reach = text.reached(Reach.OPT_IN, response.switches, by_default=False)
-    is_loud = response.answer is Answer.FAILED
-    done = "fails in the forward pass" if is_loud else "ignored"
-    lines: tuple[str, ...] = (
-        f"{target}, experts for {scheme}: {request} {done}",
-        f"  reach    {reach}",
-        f"  because  {response.why}",
-        f"  models   {', '.join(ignored.models)}",
-    )
-    if is_loud:
-        return Failure(cause_id("fails", request, response.raised_in), Rank.LOUD, scheme, lines)
-    rank = Rank.SILENT
-    if request is Request.PADDING:
-        # What such rows compute is dropped: they cost time.
-        rank = Rank.LATENT
-        lines = (f"{scheme}: {request} ignored, as {response.why} ({reach})",)
-    if request is Request.REASONS:
-        # Whoever reads the error does not learn what to change.
-        rank = Rank.LATENT
-        lines = (f"{scheme}: {request} not stated: {response.why}",)
-    if request is Request.BACKEND:
-        # Other experts are right as well, and not those that were asked for.
-        rank = Rank.MISSED
-    cause = cause_id("ignored", request)
-    if request is Request.DEVICE:
-        rank, cause = Rank.MISSED, cause_id("other-device", response.source)
-        lines = (
-            f"{target}, experts for {scheme}: other answers for {request} than for 10.0",
-            "  reach    whoever serves on B300 or GB300",
-            *lines[2:],
-            f"  at       {response.source}",
-        )
-    return Failure(cause, rank, scheme, lines, response.source)
-
-
 def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
     """Describe a downcast that the kernel does not need."""
     from pytest_moe_routing.oracle.downcasts import PATTERNS, share_of_tokens
@@ -315,7 +277,10 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
     )
     cause = cause_id("downcast", downcast.field, judgement.site)
     case = f"{record.model} {record.scheme}"
-    return Failure(cause, Rank.DOWNCAST, case, lines, record.source, judgement.site)
+    is_opt_in = bool(switches)
+    return Failure(
+        cause, Rank.DOWNCAST, case, lines, record.source, judgement.site, is_opt_in=is_opt_in
+    )
 
 
 def of_model_code(judgement: CodeJudgement) -> Failure:
@@ -333,6 +298,7 @@ def of_model_code(judgement: CodeJudgement) -> Failure:
         site,
         brief=tuple(brief.model_code(judgement)),
         differs=_differs(str(judgement.model), judgement.findings),
+        is_opt_in=bool(judgement.request.switch),
     )
 
 
@@ -345,7 +311,8 @@ def of_split_experts(model: ModelSpec, split: SplitExperts) -> Failure:
         f"  because  each rank has a part of {', '.join(split.layers)}, and nobody sums the parts",
         f"  at       {split.block}",
     )
-    return Failure(cause_id("split-shared-experts", split.block), Rank.SILENT, model.id, lines)
+    cause = cause_id("split-shared-experts", split.block)
+    return Failure(cause, Rank.SILENT, model.id, lines, is_opt_in=True)
 
 
 def of_left_out_key(key: str, judgement: CodeJudgement, findings: tuple[Finding, ...]) -> Failure:

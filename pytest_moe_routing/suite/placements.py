@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pytest_moe_routing.failure import Failure, Rank, cause_id, few
 from pytest_moe_routing.oracle.judgement import reach_of
+from pytest_moe_routing.oracle.record import Reach
 from pytest_moe_routing.report import text
 
 if TYPE_CHECKING:
@@ -74,4 +75,5 @@ def of_moved(target: Target, scheme: str, moved: Moved) -> Failure:
         cause, rank = cause_id("new-place", name, asked), Rank.LOST
     source = "" if rule is None else rule.source
     rarity = text.rarity(reached, by_default=not switches)
-    return Failure(cause, rank, scheme, (what, *lines), source, rarity=rarity)
+    is_opt_in = reached is Reach.OPT_IN
+    return Failure(cause, rank, scheme, (what, *lines), source, rarity=rarity, is_opt_in=is_opt_in)

@@ -44,7 +44,16 @@ def of_other_class(target: Target, scheme: str, other: OtherClass) -> Failure:
         why = other.limit or "nobody has asked what these compute there"
         lines.insert(-1, f"  because  {why}")
         cause, rank = cause_id("other-class", known, now), Rank.LOST
-    return Failure(cause, rank, scheme, tuple(lines), kept.source, rarity=rarity, reach=reached)
+    return Failure(
+        cause,
+        rank,
+        scheme,
+        tuple(lines),
+        kept.source,
+        rarity=rarity,
+        reach=reached,
+        is_opt_in=bool(other.switches),
+    )
 
 
 def of_wrong_gate(target: Target, scheme: str, wrong: WrongGate) -> Failure:
@@ -69,7 +78,16 @@ def of_wrong_gate(target: Target, scheme: str, wrong: WrongGate) -> Failure:
     if wrong.accepted:
         kinds = {finding.kind for finding in wrong.findings}
         rank = Rank.DOWNCAST if kinds == {Kind.DOWNCAST} else Rank.SILENT
-    return Failure(cause, rank, scheme, lines, router.source, rarity=rarity, reach=reached)
+    return Failure(
+        cause,
+        rank,
+        scheme,
+        lines,
+        router.source,
+        rarity=rarity,
+        reach=reached,
+        is_opt_in=bool(wrong.switches),
+    )
 
 
 def _reach(scheme: str, found: OtherClass | WrongGate) -> tuple[str, list[str], int]:

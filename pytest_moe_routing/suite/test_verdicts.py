@@ -194,7 +194,7 @@ def test_around_call(
 ) -> None:
     """Experts that route honor or reject padding rows, expert placement and captured ids."""
     from pytest_moe_routing.oracle.ignored import ignored_requests
-    from pytest_moe_routing.suite.causes import of_ignored
+    from pytest_moe_routing.suite.ignored import of_ignored
 
     models = _moe_session.models_in(moe_scheme)
     found = ignored_requests(_moe_framework, moe_scheme, models)

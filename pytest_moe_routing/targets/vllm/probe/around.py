@@ -112,7 +112,7 @@ def _round_robin(experts: Any, caller: Any, make: Callable[[], Layer]) -> dict[s
     given = record["arguments"]
     first, local = given["local_expert_offset"], given["local_num_experts"]
     why = f"the kernel is given experts {first} to {first + local - 1}"
-    return {"answer": "ignored", "why": why}
+    return {"answer": "ignored", "why": why, "source": record["at"]}
 
 
 def _captured(experts: Any, caller: Any, make: Callable[[], Layer]) -> dict[str, str]:
@@ -139,7 +139,7 @@ def _captured(experts: Any, caller: Any, make: Callable[[], Layer]) -> dict[str,
         if got is None
         else "the ids that it writes reach no consumer"
     )
-    return {"answer": "ignored", "why": why}
+    return {"answer": "ignored", "why": why, "source": record["at"]}
 
 
 def _failed(record: Mapping[str, Any]) -> dict[str, str]:

@@ -50,13 +50,19 @@ def weight_on_input(model: Mapping[str, Any], scheme: str, method: str) -> dict[
     wrong = [each for each in found if each[2] != _ONCE] or found[:1]
     return {
         "answer": "honored" if wrong[0][2] == _ONCE else "ignored",
-        "why": "; ".join(f"with {experts}, it is applied {times}" for experts, _, times in wrong),
+        "why": "; ".join(f"with {each[0]}, it is applied {each[2]}" for each in wrong),
         "switches": [f"--moe-backend {wrong[0][1]}"],
+        "source": wrong[0][3],
     }
 
 
-def _asked(model: Mapping[str, Any], scheme: str, method: str) -> Iterator[tuple[str, str, str]]:
-    """Yield the experts, their `--moe-backend`, and how often they and vLLM apply the weight."""
+def _asked(
+    model: Mapping[str, Any], scheme: str, method: str
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the experts, their `--moe-backend`, and how often they and vLLM apply the weight.
+
+    File and line of the experts' code come last.
+    """
     if model["router"]["weight_on"] != "input":
         return
     try:
@@ -73,7 +79,9 @@ def _asked(model: Mapping[str, Any], scheme: str, method: str) -> Iterator[tuple
             except Rejected:
                 continue
             if names().has(key) and taken is names().get(key):
-                yield taken.__name__, backend, _times(model, scheme, method, taken)
+                code = taken.apply.__code__
+                source = f"{release.vllm_path(code.co_filename)}:{code.co_firstlineno}"
+                yield taken.__name__, backend, _times(model, scheme, method, taken), source
 
 
 def _times(model: Mapping[str, Any], scheme: str, method: str, experts: Any) -> str:

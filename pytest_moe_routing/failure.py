@@ -21,7 +21,7 @@ _BECAUSE = "  because  "
 _BLOCK = 15
 _WIDTH = 100
 #: Characters of several reasons on one line.
-_REASONS = 120
+_REASONS = 160
 
 
 class Rank(IntEnum):

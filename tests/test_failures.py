@@ -17,7 +17,7 @@ def wrong(model, scheme, site, reach):
     lines = (f"{model} on {scheme}: wrong", "  kernel   k", "  because  of the scale")
     return Failure(
         f"wrong:scale:{site}", Rank.SILENT, f"{model} {scheme}", lines, site=site, reach=reach,
-        brief=(lines[0], lines[2], "  because  of the bias", f"  because  {99 * 'x'}", lines[1]),
+        brief=(lines[0], lines[2], "  because  of the bias", f"  because  {139 * 'x'}", lines[1]),
     )
 
 def latent(number):
@@ -57,7 +57,7 @@ def test_it(case, request):
 BRIEF = """\
 ___ m1 on nvfp4: wrong ___
   because  of the scale; of the bias
-  because  xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+  because  xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
   kernel   k
   also     wrong:scale:B->g: m2 bf16, m2 fp8, m3 bf16 (nobody); wrong:scale:C->h: m5 mxfp8
   cause    wrong:scale:A->f

@@ -315,6 +315,9 @@ def test_a_run_that_stops_early_writes_no_ledger(host):
     text = (host.path / "known.yaml").read_text()
     assert "\n- test: test_verdict\n  cause: " in text
     assert "cases: [deepseek-r1-fp8_block, deepseek-r1-nvfp4]" in text
+    # The reason is that of the first, and names the other scheme.
+    (reason,) = re.findall("^  reason: '?(.*?)'?$", text, re.M)
+    assert re.search(r"^deepseek-r1 on (nvfp4|fp8_block), .*; also (nvfp4|fp8_block)$", reason)
     known = ("--moe-golden", *target, *chosen, "--moe-known-failures", "known.yaml")
     known += ("--moe-write-known-failures", "new.yaml")
     (host.path / "known.yaml").write_text(text.replace("deepseek-r1-fp8_block, ", ""))

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from verdict_records import verdict
 
 from pytest_moe_routing import __version__
 from pytest_moe_routing.cli import main
@@ -21,10 +22,11 @@ from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_model
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.judge import judge
-from pytest_moe_routing.oracle.record import Known, TestRecord, VerdictRecord
+from pytest_moe_routing.oracle.record import Known, Reach, TestRecord, VerdictRecord
 from pytest_moe_routing.oracle.verdict import Verdict
-from pytest_moe_routing.report import files, records
+from pytest_moe_routing.report import brief, files, groups, records
 from pytest_moe_routing.report.terminal import plain, summary
+from pytest_moe_routing.report.text import story
 from pytest_moe_routing.targets import load_target
 
 HOSTILE = "<script>alert(1)</script>|`` ``` ````"
@@ -217,6 +219,7 @@ def test_the_page_begins_with_what_fails(verdicts):
         '<h2 id="failures">Failures: 2</h2>',
         "step-3.7-flash on fp8_block, decided by",
         "  also     step-3.7-flash nvfp4",
+        f"  cause    {verdicts[0].cause}",
         "test_gpu_routing::test_model[plain-0]",
         "assert 0",
         '<h2 id="matrix">',
@@ -224,6 +227,50 @@ def test_the_page_begins_with_what_fails(verdicts):
     ]
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
+
+
+def test_a_verdict_has_its_cause_in_every_report(verdicts):
+    """As in the terminal: it is what a ledger names. A test's message has it already."""
+    told = "  because  x\n  cause    router:weights:f"
+    test = gpu_test(outcome="failed", message=told, causes=("router:weights:f",))
+    for form in (files.markdown, files.html):
+        page = form.page([*verdicts[:2], test])
+        assert page.count(f"  cause    {verdicts[0].cause}") == 1
+        assert page.count("  cause    router:weights:f") == 1
+
+
+def test_a_verdict_that_only_a_switch_leads_to_comes_after_the_others():
+    wrong = verdict("m1", verdict=Verdict.WRONG, reach=Reach.OPT_IN, site="a")
+    crash = verdict("m2", verdict=Verdict.CRASH, site="b")
+    records = [wrong, crash, gpu_test(outcome="failed", message="assert 0")]
+    assert [group.title.split()[0] for group in groups.failed(records)][:2] == ["m2", "m1"]
+
+
+CALLED = {"source": "vllm/f.py:7", "received": "DeepSeekV3(n_group=8, topk_group=0)"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "at"),
+    [
+        (CALLED, ["  at       vllm/f.py:7 with DeepSeekV3(n_group=8, topk_group=0)"]),
+        (
+            {**CALLED, "verdict": Verdict.CRASH},
+            ["  at       vllm/f.py:7 with DeepSeekV3(n_group=8, topk_group=0)"],
+        ),
+        ({**CALLED, "source": ""}, []),
+        ({**CALLED, "received": ""}, []),
+        ({**CALLED, "verdict": Verdict.MISSED}, []),
+    ],
+)
+def test_a_verdict_about_a_call_names_its_line_and_arguments(changes, at):
+    record = verdict(**{"verdict": Verdict.WRONG, **changes})
+    assert [line for line in story(record) if line.startswith("  at ")] == at
+    # A terminal has it on the line of the method, or on its own where that is left out.
+    shown = [line for line in brief.story(record) if "vllm/f.py:7" in line]
+    path = "  decided  scoring_func is softmax -> not renormalize -> Default"
+    assert shown == [line.replace("  at       ", f"{path}, called at ") for line in at]
+    opt_in = replace(record, reach=Reach.OPT_IN)
+    assert [line for line in brief.story(opt_in) if "vllm/f.py:7" in line] == at
 
 
 def test_markdown_fits_a_comment_and_says_what_does_not(verdicts):

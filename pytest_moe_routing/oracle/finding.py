@@ -130,8 +130,13 @@ def are_slight(findings: Iterable[Finding]) -> bool:
 
 def source_of(findings: Iterable[Finding]) -> str:
     """Return the first file and line that findings name; empty if none does."""
-    places = (match[0] for finding in findings if (match := _SOURCE.match(finding.where)))
+    places = (match[0] for finding in findings if (match := _SOURCE.search(finding.where)))
     return next(places, "")
+
+
+def at_line(where: str, record: Mapping[str, Any]) -> str:
+    """Return the way to a call, followed by its file and line if they were recorded (`at`)."""
+    return ", ".join(filter(None, (where, record.get("at"))))
 
 
 def switches_of(findings: Iterable[Finding]) -> tuple[str, ...]:

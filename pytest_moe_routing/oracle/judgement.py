@@ -166,6 +166,7 @@ class Judgement:
             call=None if call is None else arguments_of(self.model, call, self.flashinfer),
             obstacles=self.obstacles,
             site=self.site,
+            received="" if self.call is None or self.verdict.is_good else str(self.call),
             source=self.rule.source or self.source or source_of(self.findings),
             opt_in=self.opt_in,
             by_default=self.by_default,

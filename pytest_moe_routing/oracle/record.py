@@ -148,6 +148,7 @@ class VerdictRecord(_Record):
         obstacles: Why no call of a fused kernel of the release would be exact; empty if one would.
         reason: Why there is no verdict.
         site: The code that makes the kernel call.
+        received: The routing method and arguments that reach a kernel that is wrong or fails.
         source: File and line of the target's code that is to blame, if they are known.
         opt_in: Switches without which the target would not have taken this path.
         by_default: Whether the target is known to take this path by default.
@@ -192,6 +193,7 @@ class VerdictRecord(_Record):
     obstacles: tuple[str, ...] = ()
     reason: str = ""
     site: str = ""
+    received: str = ""
     source: str = ""
     opt_in: tuple[str, ...] = ()
     by_default: bool = False

@@ -28,6 +28,7 @@ def story(record: VerdictRecord) -> Iterator[str]:
     A token whose logits say nothing is one line. That no call would be exact is left out, and of a
     kernel that only a switch leads to, all but the reasons.
     """
+    at = text.call_of(record)
     left_out = {f"  note     {text.sentence(n)}" for n in record.notes if n.kind is Kind.DOWNCAST}
     if record.kernel == record.router:
         left_out.add(f"  kernel   {record.kernel}")
@@ -39,7 +40,14 @@ def story(record: VerdictRecord) -> Iterator[str]:
         is_reason = is_opt_in and line.endswith(_NO_METHOD)
         return line not in left_out and (is_reason or not line.startswith(labels))
 
-    shown = filter(is_shown, text.short_story(record))
+    def told(line: str) -> str:
+        # One line for the method and the call.
+        is_path = at is not None and line.startswith("  decided  ")
+        return f"{line}, called at {at}" if is_path else line
+
+    if at is not None and not is_opt_in:
+        left_out.add(f"  at       {at}")
+    shown = map(told, filter(is_shown, text.short_story(record)))
     yield from _with_brief_token(shown, record.counterexample)
 
 

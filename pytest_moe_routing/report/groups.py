@@ -53,6 +53,18 @@ class Failed:
         return [name_of(record) for record in self.records[1:]]
 
     @property
+    def tail(self) -> list[str]:
+        """The lines about all cases: what else is affected, and the cause that a ledger names.
+
+        The message of a test has the cause already.
+        """
+        is_verdict = isinstance(self.first, VerdictRecord) and self.first.cause
+        return [
+            *([f"  also     {', '.join(self.others)}"] if self.others else []),
+            *([f"  cause    {self.cause}"] if is_verdict else []),
+        ]
+
+    @property
     def source(self) -> str:
         """File and line of the target's code that is to blame; empty if they are not known."""
         return next((record.source for record in self.records if record.source), "")

@@ -114,11 +114,11 @@ class _Page:
         if not self.failed:
             yield "<p>Nothing failed.</p>"
         for group in self.failed:
-            where = [f"  at       {group.source}"] if group.source else []
-            others = [f"  also     {', '.join(group.others)}"] if group.others else []
             # The title of a verdict is the first line of its story.
             told = group.lines[isinstance(group.first, VerdictRecord) :]
-            lines = [*told, *where, *others]
+            is_placed = any(group.source in line for line in told)
+            where = [] if is_placed else [f"  at       {group.source}"]
+            lines = [*told, *where, *group.tail]
             yield from _story(group.title, lines, group.first, is_open=True)
 
     def _releases(self) -> Iterator[str]:

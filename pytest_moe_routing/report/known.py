@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,17 @@ _HEADER = """\
 # that it lists: give it a reason, a link to where the failure is tracked, and, if it is known, the
 # range of releases.
 """
+
+
+#: So many further schemes or models are named in a reason.
+_NAMED = 8
+
+
+def _also(about: Sequence[str]) -> str:
+    """Return what a reason says besides the failure that a cause was first seen in."""
+    _, *others = dict.fromkeys(about)
+    more = f" and {len(others) - _NAMED} more" if others[_NAMED:] else ""
+    return f"; also {', '.join(others[:_NAMED])}{more}" if others else ""
 
 
 class LedgerWriter:
@@ -44,11 +56,15 @@ class LedgerWriter:
         #: What each cause says first, by test and cause, and its cases.
         self.causes: dict[tuple[str, str], str] = {}
         self.cases: dict[tuple[str, str], set[str]] = {}
+        #: The schemes of each cause, or whatever else its failures are about.
+        self.about: dict[tuple[str, str], list[str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test, _, case = report.nodeid.rpartition("::")[2].partition("[")
         for failure in failures_of(report.user_properties) if report.failed else ():
             self.causes.setdefault((test, failure.cause), failure.lines[0])
+            about = self.about.setdefault((test, failure.cause), [])
+            about.append(failure.case.rpartition(" ")[2])
             # A test without parameters has one case, which needs no name.
             self.cases.setdefault((test, failure.cause), set()).add(case.removesuffix("]") or "*")
 
@@ -70,7 +86,7 @@ class LedgerWriter:
                 "test": test,
                 "cause": cause,
                 "target": target,
-                "reason": reason,
+                "reason": reason + _also(self.about[test, cause]),
                 "cases": sorted(self.cases[test, cause]),
             }
             for (test, cause), reason in sorted(self.causes.items())

@@ -64,8 +64,7 @@ def _blocks(records: Sequence[Record]) -> Iterator[list[str]]:
     if found:
         yield [f"## {len(found)} causes of failure" if len(found) > 1 else "## 1 cause of failure"]
     for group in found:
-        others = [f"  also     {', '.join(group.others)}"] if group.others else []
-        yield [*_folded(group.title, [*group.lines, *others]), *_known(group.first)]
+        yield [*_folded(group.title, [*group.lines, *group.tail]), *_known(group.first)]
     yield list(_known_failures(records))
     if len(deciders) > 1:
         table = matrix.decider_table(deciders)

@@ -157,12 +157,23 @@ def story(record: VerdictRecord) -> list[str]:
     rejections = [f"{gate}: no, {reason}" for gate, reason in record.rejected_by.items()]
     accepted = [f"all accept: {', '.join(record.gates)}"]
     lines += [f"  gate     {text}" for text in rejections or accepted]
+    if (at := call_of(record)) is not None:
+        lines.append(f"  at       {at}")
     lines += consequences(record)
     if not record.verdict.is_good:
         lines += [f"  exact    would be {call}" for call in record.exact]
         if record.obstacles:
             lines.append(f"  exact    none: {'; '.join(record.obstacles)}")
     return lines
+
+
+def call_of(record: VerdictRecord) -> str | None:
+    """Return where the target calls a kernel that is wrong or fails, and with which arguments.
+
+    None if it calls none, or if the line is not known.
+    """
+    is_called = record.verdict in (Verdict.WRONG, Verdict.CRASH) and record.received
+    return f"{record.source} with {record.received}" if is_called and record.source else None
 
 
 def loss(record: VerdictRecord) -> Iterator[str]:

@@ -134,6 +134,9 @@ def of_modular_call(
         *(f"  because  {line}" for line in text.sentences(findings)),
         f"  at       {findings[0].where}",
     )
+    # These reasons name a line.
+    are_placed = {finding.kind for finding in findings} & {Kind.APPLIED, Kind.RAISED}
+    brief = lines[:-1] if are_placed else lines
     what = "+".join(dict.fromkeys(f.id for f in findings))
     site = cause_id(findings[0].where.partition(",")[0])
     cause = cause_id("modular-call", what, site)
@@ -143,17 +146,17 @@ def of_modular_call(
     if reach is Reach.NO_MODEL and choice is not None:
         rank = Rank.LATENT
         told = "; ".join(text.sentences(findings))
-        lines = (f"{model} on {scheme}: {told} (never chosen: {choice.instead})",)
-    # The place is the end of the cause's id.
+        lines, brief = (f"{model} on {scheme}: {told} (never chosen: {choice.instead})",), ()
     return Failure(
         cause,
         rank,
         f"{model} {scheme}",
         lines,
-        site=site,
-        reach=reached,
-        rarity=text.rarity(reach, by_default=is_default),
-        brief=lines[:-1] if len(lines) > 1 else (),
+        source_of(findings),
+        site,
+        reached,
+        text.rarity(reach, by_default=is_default),
+        brief,
         is_opt_in=reach is Reach.OPT_IN,
     )
 
@@ -193,9 +196,10 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
         rank,
         f"{model.id} {scheme}",
         lines,
+        source_of(findings),
         # Arguments that get lost are one defect, whichever of them a model needs.
-        site=cause_id(what, call.experts) if are_arguments else call.experts,
-        reach=reached,
+        cause_id(what, call.experts) if are_arguments else call.experts,
+        reached,
         rarity=text.rarity(reach, by_default=not call.switches),
         is_opt_in=reach is Reach.OPT_IN,
     )
@@ -266,12 +270,13 @@ def of_downcast(judgement: Judgement, downcast: Finding) -> Failure:
     record, switches = judgement.record(), switches_of([downcast])
     reached = text.reached(Reach.OPT_IN, switches, by_default=False)
     reach = [f"  reach    {reached}"] if switches else []
+    at = f"; called at {record.source}" if record.source else ""
     lines = (
         f"{record.model} on {record.scheme}, decided by {text.decider(record)}: less precise than "
         "the kernel allows",
         *reach,
         f"  because  {text.sentence(downcast)}",
-        f"  kernel   {record.method} accepts float32 without loss",
+        f"  kernel   {record.method} accepts float32 without loss{at}",
         f"  shown by {share:.1%} of the tokens of the logits pattern '{PATTERNS[downcast.field]}', "
         "which get other experts",
     )

@@ -11,7 +11,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.arguments import RecordedLayer, misscaled, read_routed
-from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.finding import Finding, Kind, at_line
 from pytest_moe_routing.oracle.given import not_for, read_given, refusal
 from pytest_moe_routing.oracle.modular import misapplied
 from pytest_moe_routing.oracle.scales import Scales
@@ -29,6 +29,7 @@ class OtherCallAnswer(TypedDict, total=False):
     Attributes:
         experts, device, switches, requests: Those of `OtherCall`.
         by: What calls the experts.
+        at: File and line of the call.
         raised: The exception that ended the call, where no kernel was called.
         elsewhere: Whether no kernel of FlashInfer's is known to serve the checkpoint.
         capability: That of the GPU, where FlashInfer does not run the kernel: `function`, or one of
@@ -43,6 +44,7 @@ class OtherCallAnswer(TypedDict, total=False):
     switches: Required[list[str]]
     requests: Required[bool]
     by: Required[str]
+    at: str
     stored: Required[str]
     has_biases: Required[bool]
     shards: Required[int]
@@ -128,4 +130,5 @@ def _findings(
         layer = RecordedLayer(scale_after=record["scale_after"])
         found += misscaled(model, record["router_factor"], layer)
     for finding in found:
-        yield replace(finding, where=f"{record['by']}->{record['function']}{ranks}")
+        where = f"{record['by']}->{record['function']}{ranks}"
+        yield replace(finding, where=at_line(where, record))

@@ -20,6 +20,8 @@ class _Call(TypedDict, total=False):
     """The call of the kernel, or where a forward pass `failed`, if there is one."""
 
     function: str
+    #: File and line of the call.
+    at: str
     arguments: dict[str, Any]
     input_scale: dict[str, Any] | None
     logits_dtype: str

@@ -14,7 +14,7 @@ from pytest_moe_routing.oracle.arguments import (
     read_routed,
     rounded_weights,
 )
-from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.finding import Finding, Kind, at_line
 from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.sglang.model_configs import configs
 
@@ -23,6 +23,7 @@ class HandedOver(TypedDict, total=False):
     """The call of the kernel, or why there is none: it is `refused`, or the forward pass `failed`.
 
     Attributes:
+        at: File and line of the call.
         unprepared: Arguments whose values are not SGLang's own.
         shared: Shared experts among the routed ones.
         router_factor: The scaling factor that the weights have.
@@ -30,6 +31,7 @@ class HandedOver(TypedDict, total=False):
     """
 
     function: str
+    at: str
     arguments: dict[str, Any]
     input_scale: dict[str, Any] | None
     unprepared: list[str]
@@ -70,9 +72,6 @@ def findings_of(
     findings = read_routed(model, scheme, answer, layer, flashinfer)
     known = (finding for finding in findings if finding.field not in answer["unprepared"])
     scaled = misscaled(model, answer["router_factor"], layer)
-    where = answer["function"]
-    return (
-        *known,
-        *(replace(finding, where=where) for finding in scaled),
-        *rounded_weights(scheme, answer, flashinfer),
-    )
+    found = (*known, *scaled, *rounded_weights(scheme, answer, flashinfer))
+    function = answer["function"]
+    return tuple(replace(f, where=at_line(f.where or function, answer)) for f in found)

@@ -52,9 +52,7 @@ def captured_of(
     arriving = None if captured.call is None else captured.call.logits_dtype
     if (answer["logits_dtype"], arriving) == ("bfloat16", "float32"):
         findings.append(Finding(Kind.DOWNCAST, "gate", "float32", "bfloat16"))
-    # The line of the model's code that makes the layer.
-    source = "" if answer["place"] == "?" else f"sglang/srt/{answer['place']}"
-    return Captured(captured.call, tuple(findings), answer["function"], unknown, source)
+    return Captured(captured.call, tuple(findings), answer["function"], unknown, answer["at"])
 
 
 def with_tokens(

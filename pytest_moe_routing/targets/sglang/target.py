@@ -231,7 +231,9 @@ class SglangTarget(SglangQuestions):
             return switch
         if self._server_runner(model, scheme) == runner:
             return ()
-        is_same = self._run(model, scheme, AUTO) == self._run(model, scheme)
+        runs = (self._run(model, scheme, runner) for runner in (AUTO, None))
+        first, second = ({**run, "at": ""} for run in runs)
+        is_same = first == second
         return () if is_same else switch
 
     def chosen_runner(self, model: ModelSpec, scheme: str) -> str:

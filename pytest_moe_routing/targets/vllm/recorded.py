@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pytest_moe_routing.oracle.arguments import RecordedLayer
-from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.finding import Finding, Kind, at_line
 from pytest_moe_routing.targets import scales
 
 #: With them, each rank has tokens of its own, which are gathered for the experts.
@@ -50,4 +50,5 @@ def at_site(finding: Finding, record: Mapping[str, Any]) -> Finding:
         return replace(finding, switches=switches)
     rank = ", rank 1 of 2" if record["shards"] > 1 else ""
     gathered = ", tokens gathered" if dispatched else ""
-    return replace(finding, where=f"{site_of(record)}{rank}{gathered}", switches=switches)
+    where = at_line(f"{site_of(record)}{rank}{gathered}", record)
+    return replace(finding, where=where, switches=switches)

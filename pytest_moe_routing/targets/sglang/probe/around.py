@@ -17,9 +17,9 @@ import torch
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.probe.calls import Call
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
 from pytest_moe_routing.targets.sglang.probe.requests import COMPILED, requesting
-from pytest_moe_routing.targets.sglang.probe.world import Call
 
 #: The argument of TopK that tells how many rows are tokens.
 PADDING = "num_token_non_padded"
@@ -97,6 +97,8 @@ def around(
             verdict = _verdict(answer, handed_on) or routed()
             if verdict["answer"] in ("ignored", "failed") and (why := rejects(options)):
                 verdict = {"answer": "rejected", "why": why}
+            elif verdict["answer"] == "ignored" and calls:
+                verdict = {**verdict, "source": calls[-1].at}
         except Unsupported as reason:
             verdict = {"answer": "not judged", "why": str(reason)}
         return {**verdict, "switches": [*switches]}

@@ -15,8 +15,9 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.recorder import input_scale, plain
+from pytest_moe_routing.targets.sglang.probe.calls import Call
 from pytest_moe_routing.targets.sglang.probe.requests import requesting
-from pytest_moe_routing.targets.sglang.probe.world import Call, packed
+from pytest_moe_routing.targets.sglang.probe.world import packed
 
 
 class Ran(Protocol):
@@ -95,6 +96,7 @@ def handed_over(
             scaled = factor
     return {
         "function": function,
+        "at": ran.calls[0].at,
         **input_scale(),
         "arguments": {name: plain(value, named) for name, value in arguments.items()},
         "unprepared": answer["unprepared"],

@@ -23,6 +23,7 @@ from pytest_moe_routing.targets.server import serve
 from pytest_moe_routing.targets.sglang.model_configs import configs, served_as
 from pytest_moe_routing.targets.sglang.probe import weights
 from pytest_moe_routing.targets.sglang.probe.around import around
+from pytest_moe_routing.targets.sglang.probe.calls import Call
 from pytest_moe_routing.targets.sglang.probe.checkpoints import checkpoint
 from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig, quant_config, rewritten
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
@@ -58,8 +59,7 @@ from pytest_moe_routing.targets.sglang.probe.requests import (
 from pytest_moe_routing.targets.sglang.probe.rule import rule, runner_rules
 from pytest_moe_routing.targets.sglang.probe.sources import OfConfig, Sources
 from pytest_moe_routing.targets.sglang.probe.watching import Seen, replace_function, watching
-from pytest_moe_routing.targets.sglang.probe.world import Call, RoutedOutside, choose_runner, enter
-from pytest_moe_routing.targets.stubs import Stub
+from pytest_moe_routing.targets.sglang.probe.world import RoutedOutside, choose_runner, enter
 
 #: More than the largest batch of any special gate kernel.
 _TOKENS = 64
@@ -67,7 +67,6 @@ _TOKENS = 64
 _LAYER = 5
 #: The width of hidden states, and of experts; see `configs.yaml`.
 _SIZES: tuple[int, ...] = tuple(map(configs()["sizes"].get, ("hidden_size", "intermediate_size")))
-#: The runner of Triton kernels, by its name on the command line of a server.
 TRITON = "triton"
 #: Why no kernel routes, in the code of some models.
 _CALLED = "the model's code calls SGLang's own Triton kernel, whatever the runner"
@@ -206,8 +205,9 @@ class Blocks:
             except Unsupported as reason:
                 raise Unsupported(f"{block}: {reason}") from reason
         first, *others = answers
+        nowhere = {"place": "", "at": ""}
         for block in others:
-            if {**answers[block], "place": ""} != {**answers[first], "place": ""}:
+            if answers[block] | nowhere != answers[first] | nowhere:
                 raise Unsupported(f"{architecture} has MoE blocks that differ: {first}, {block}")
         return answers[first]
 
@@ -309,6 +309,7 @@ class Blocks:
         named = {"router logits": seen.logits[0], "bias": bias, **self.experts}
         return {
             "function": function,
+            "at": self.calls[0].at,
             **input_scale(),
             "arguments": {name: plain(value, named) for name, value in arguments.items()},
             "logits_dtype": str(seen.logits[0].dtype).removeprefix("torch."),
@@ -368,7 +369,7 @@ def run(block: nn.Module, hidden: Tensor, logits: Tensor) -> Any:
     first, *others = inspect.signature(block.forward).parameters.values()
     known = {
         "router_logits": logits,
-        "forward_batch": Stub("forward_batch"),
+        "forward_batch": stubs.Stub("forward_batch"),
         "visual_token_mask": None,
     }
     rest = {p.name: known[p.name] for p in others if p.default is p.empty and p.name in known}

@@ -164,7 +164,7 @@ def _call(
     call: dict[str, Any] = {"function": function, "arguments": described, "roles": roles}
     call |= {"router_factor": choice.factor * scaled, "scale_after": answer["scale_after"]}
     unprepared = [name for name in answer["unprepared"] if name in entry.parameters]
-    return {**about, **call, "unprepared": unprepared}
+    return {**about, **call, "unprepared": unprepared, "at": blocks.calls[0].at}
 
 
 def _name_residuals(

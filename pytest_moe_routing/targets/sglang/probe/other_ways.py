@@ -9,10 +9,10 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
+from pytest_moe_routing.targets.sglang.probe.calls import Call
 from pytest_moe_routing.targets.sglang.probe.default_runner import FIELD, Checkpoint
 from pytest_moe_routing.targets.sglang.probe.device import BLACKWELL, on
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
-from pytest_moe_routing.targets.sglang.probe.world import Call
 
 _FLAG = "--moe-runner-backend"
 #: The module that names the environment variables.

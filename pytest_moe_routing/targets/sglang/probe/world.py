@@ -22,6 +22,7 @@ from pytest_moe_routing.flashinfer.given import given_experts
 from pytest_moe_routing.targets import layers, recorder, stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import captured, compressed, device
+from pytest_moe_routing.targets.sglang.probe.calls import Call
 from pytest_moe_routing.targets.sglang.probe.options import Groups, Options
 from pytest_moe_routing.targets.sglang.probe.quantizers import quantizers
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS
@@ -34,10 +35,6 @@ from pytest_moe_routing.targets.sglang.probe.requests import (
     by_request,
     requested,
 )
-
-#: An entry point of FlashInfer, and the arguments it was called with.
-Call = tuple[str, dict[str, Any]]
-
 
 #: The runner that is named on the command line of a server, by its name there.
 TRTLLM = "flashinfer_trtllm"
@@ -113,7 +110,7 @@ def enter(
 
     def answer(function: str, arguments: Mapping[str, Any]) -> Any:
         """Return a kernel's output: ones, in the shape of the function's result."""
-        calls.append((function, dict(arguments)))
+        calls.append(Call.of(function, arguments))
         if (note := requested(CALLERS)) is not None:
             note(function)
         replay = arguments.get("routing_replay_out")

@@ -23,6 +23,7 @@ from pytest_moe_routing.suite.causes import of_format, of_modular_call
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.handed_over import findings_of
+from pytest_moe_routing.targets.sglang.probe.calls import Call
 from pytest_moe_routing.targets.sglang.probe.handed_over import handed_over
 from pytest_moe_routing.targets.sglang.probe.world import packed, requested
 
@@ -162,7 +163,7 @@ def handed(give, scale=1.0, config=Config, **answer):
     def run():
         output = requested("router")(router_logits=torch.zeros(4, 8), topk_config=config())
         arguments = {"topk_ids": give(output.topk_ids, output.topk_weights)}
-        calls[:] = [("trtllm_routed_moe", arguments)]
+        calls[:] = [Call.of("trtllm_routed_moe", arguments)]
         said = {
             "refused": "given experts",
             "failed": None,

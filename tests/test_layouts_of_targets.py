@@ -518,7 +518,7 @@ OF_SGLANG_RANKS = {
     "tiles of a rank": [
         "qwen3-30b-a3b over 2",
         "AssertionError: columns of a block-major matrix: found 192, expected a multiple of 128 "
-        "(layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a4_mxint4_moe.py:255)",
+        "(sglang/srt/layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a4_mxint4_moe.py:255)",
     ],
 }
 

@@ -36,28 +36,41 @@ class StandardTopKOutput:
 @pytest.mark.parametrize(
     ("function", "value", "is_built", "verdict"),
     [
-        ("refuse", 1, False, ("refused", "ValueError: no 1 (models/some.py:3)")),
-        ("check", 1, False, ("refused", "AssertionError: not supported (models/some.py:5)")),
-        ("refuse", 1, True, ("failed", "ValueError: no 1 (models/some.py:3)")),
-        ("check", 1, True, ("failed", "AssertionError: not supported (models/some.py:5)")),
+        ("refuse", 1, False, ("refused", "ValueError: no 1 (sglang/srt/models/some.py:3)")),
+        (
+            "check",
+            1,
+            False,
+            ("refused", "AssertionError: not supported (sglang/srt/models/some.py:5)"),
+        ),
+        ("refuse", 1, True, ("failed", "ValueError: no 1 (sglang/srt/models/some.py:3)")),
+        (
+            "check",
+            1,
+            True,
+            ("failed", "AssertionError: not supported (sglang/srt/models/some.py:5)"),
+        ),
         ("check", stubs.Stub("option"), False, ("unknown", "it does not build and run on a CPU")),
         (
             *("check_silently", 1, True),
-            ("failed", "AssertionError (models/some.py:7: assert value is None)"),
+            ("failed", "AssertionError (sglang/srt/models/some.py:7: assert value is None)"),
         ),
         (
             *("read", StandardTopKOutput(), True),
             (
                 "failed",
                 "AttributeError: 'StandardTopKOutput' object has no attribute 'topk_config' "
-                "(models/some.py:9: return value.topk_config)",
+                "(sglang/srt/models/some.py:9: return value.topk_config)",
             ),
         ),
         ("read", 1, True, ("unknown", "it does not build and run on a CPU: AttributeError: 'int'")),
         ("forward", 1, True, ("unknown", "it does not build and run on a CPU")),
         (
             *("call", 1, True),
-            ("failed", "NotImplementedError (models/some.py:11: raise NotImplementedError)"),
+            (
+                "failed",
+                "NotImplementedError (sglang/srt/models/some.py:11: raise NotImplementedError)",
+            ),
         ),
     ],
 )

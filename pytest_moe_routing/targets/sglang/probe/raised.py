@@ -31,7 +31,8 @@ def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str, str]:
     text = shorten(f"{type(error).__name__}: {error}", 300)
     # Stand-ins fail in files of ours or of torch: what matters is who asked them.
     asked = next((i for i in reversed(range(len(frames))) if places[i]), -1)
-    where = f"{places[asked] or Path(last.filename).name}:{frames[asked].lineno}"
+    file = f"sglang/srt/{places[asked]}" if places[asked] else Path(last.filename).name
+    where = f"{file}:{frames[asked].lineno}"
     code = raised_in(error, lambda file: bool(_within(file)))
     line = last.line or ""
     if is_missing(error):

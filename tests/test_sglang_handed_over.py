@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,8 @@ def test_release_hands_over_what_its_router_chose(target):
     found = target.modular_findings(MINIMAX, "nvfp4")
     packs = Version(target.version()) < Version("0.5.20")
     assert list(sentences(found)) == [ROUNDED] * packs
+    # The line that calls the kernel.
+    assert all(re.search(r", sglang/srt/layers/\S+\.py:\d+$", each.where) for each in found)
     assert target.choice(MINIMAX, "nvfp4", "MiniMax2", modular=True).switches == ()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from told import code_sentences
 from wheels import unpack, wheels_since
@@ -23,6 +25,8 @@ from pytest_moe_routing.targets.vllm.target import VllmTarget
 MODELS = load_models(packaged_directory())
 EXPERTS = "model_executor/layers/fused_moe/experts/trtllm_nvfp4_moe.py"
 PREPARE = "model_executor/layers/fused_moe/prepare_finalize"
+#: A line of experts.
+LINE = r"vllm/model_executor/layers/fused_moe/experts/{}\.py:\d+"
 #: File, what is in it, and what is there instead.
 MISTAKES = (
     (EXPERTS, "p.is_device_capability_family(100)", "p.is_device_capability(100)"),
@@ -202,14 +206,27 @@ def test_logits_that_are_rounded_before_they_are_gathered(target):
     found = judge(target, MODELS["glm-4.5"], "bf16")
     assert found.verdict is Verdict.EXACT
     (downcast,) = found.downcasts
-    assert downcast.where == (
-        "UnquantizedFusedMoEMethod->trtllm_bf16_moe, rank 1 of 2, tokens gathered"
-    )
+    way = "UnquantizedFusedMoEMethod->trtllm_bf16_moe, rank 1 of 2, tokens gathered"
+    assert re.fullmatch(rf"{way}, {LINE.format('trtllm_bf16_moe')}", downcast.where)
     lines = of_downcast(found, downcast).lines
     assert lines[1:3] == (
         "  reach    only with an opt-in switch: --enable-expert-parallel --data-parallel-size 2",
         "  because  the float32 router logits are downcast to bfloat16 before the call",
     )
+
+
+def test_findings_name_the_line_that_calls_the_kernel(target):
+    """Of kernels that route, of those that are given ids and weights, and of CUTLASS's."""
+    record = judge(target, MODELS["deepseek-r1"], "fp8_per_tensor").record()
+    assert re.fullmatch(LINE.format("trtllm_fp8_moe"), record.source)
+    assert record.received == "DeepSeekV3(n_group=8, topk_group=0)"
+    modular = target.modular_findings(MODELS["llama-4-scout"], "fp8_block")
+    calls = target.other_experts(MODELS["gpt-oss-20b"], "fp8_per_tensor")
+    others = [finding for call in calls for finding in call.findings]
+    for file, findings in (("trtllm_fp8_moe", modular), ("flashinfer_cutlass_moe", others)):
+        assert findings
+        for finding in findings:
+            assert re.search(f", {LINE.format(file)}$", finding.where)
 
 
 def test_activations_that_are_prepared_wrongly(target):

@@ -233,8 +233,7 @@ class SglangTarget(SglangQuestions):
             return ()
         runs = (self._run(model, scheme, runner) for runner in (AUTO, None))
         first, second = ({**run, "at": ""} for run in runs)
-        is_same = first == second
-        return () if is_same else switch
+        return () if first == second else switch
 
     def chosen_runner(self, model: ModelSpec, scheme: str) -> str:
         """Return the runner that SGLang's own code takes on Blackwell when none is named.

@@ -1,8 +1,10 @@
 """For the tests of this repository. The plugin itself is loaded through its entry point."""
 
 import os
+import sys
 import warnings
 from pathlib import Path
+from zipimport import zipimporter
 
 import pytest
 from hypothesis import settings
@@ -26,6 +28,19 @@ def _not_a_worker(monkeypatch):
         "GITHUB_STEP_SUMMARY",
     ):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_finders_of_wheels():
+    """Each package of a wheel has a finder, and `invalidate_caches` reads the wheel for each.
+
+    Hundreds of them, of tests that ask a framework in this process, cost every later test that
+    calls `monkeypatch.syspath_prepend` five seconds.
+    """
+    yield
+    for path, finder in list(sys.path_importer_cache.items()):
+        if isinstance(finder, zipimporter):
+            del sys.path_importer_cache[path]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -96,17 +94,11 @@ def subject(bug, cwd):
     return [*chosen, "--moe-config", str(folder / "config.json")]
 
 
-def run(bug, chosen, cwd):
+def run(bug, chosen, pytester):
     """A case's exit status and everything that it prints."""
-    asked = [node(bug.case), *chosen, *subject(bug, cwd)]
-    command = [sys.executable, "-m", "pytest", *asked, "-q", "-p", "no:cacheprovider"]
-    # A latent cause is one line, which ends at the terminal's width.
-    environ = {**os.environ, "PYTHONPATH": str(HERE), "COLUMNS": "400"}
-    environ.pop("PYTEST_XDIST_WORKER", None)
-    result = subprocess.run(
-        command, cwd=cwd, env=environ, capture_output=True, text=True, check=False
-    )
-    return result.returncode, result.stdout + result.stderr
+    asked = [node(bug.case), *chosen, *subject(bug, pytester.path)]
+    result = pytester.runpytest_subprocess(*asked, "-q", "-p", "no:cacheprovider")
+    return result.ret, f"{result.stdout}\n{result.stderr}"
 
 
 def _by_status(why):

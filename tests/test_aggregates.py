@@ -7,6 +7,7 @@ run, and what is noticed at which size, is in docs/moe-sensitivity.md.
 import os
 import re
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -64,6 +65,14 @@ def test_right_kernels_follow_the_statistics(scheme):
         assert sizes[name, "slope"] > 0.05, sizes
 
 
+@cache
+def judged_right(scheme, act):
+    """A problem and a right kernel, which is judged once for all slips of the problem."""
+    problem, kernel = make(scheme, act=act, seed=3), Honest.drawn(5)
+    assert_moe(kernel(problem), problem)
+    return problem, kernel
+
+
 NOTICED = [(scheme, slip) for slip in SLIPS for scheme in slip.schemes]
 
 
@@ -71,9 +80,7 @@ NOTICED = [(scheme, slip) for slip in SLIPS for scheme in slip.schemes]
     ("scheme", "slip"), NOTICED, ids=[f"{scheme}-{slip.name}" for scheme, slip in NOTICED]
 )
 def test_small_slips_are_noticed_and_named(scheme, slip):
-    problem = make(scheme, act=slip.act, seed=3)
-    kernel = Honest.drawn(5)
-    assert_moe(kernel(problem), problem)
+    problem, kernel = judged_right(scheme, slip.act)
     raw = slip.output(kernel(slip.problem(problem, 7), raw=True), 7)
     found = compare_moe(raw.to(torch.bfloat16), problem, diagnose=False)
     assert not found.ok

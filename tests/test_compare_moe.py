@@ -6,6 +6,7 @@
 import os
 import re
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -151,6 +152,17 @@ def narrow(problem):
     )
 
 
+@cache
+def judged_right(scheme, is_narrow, how):
+    """A problem and its toy kernel, which is judged once for all mutants of that kernel."""
+    problem, toy = make(scheme, seed=5, **dict(how))
+    if is_narrow:
+        problem = narrow(problem)
+    right = compare_moe(run(toy, problem), problem)
+    assert right.ok, right.message()
+    return problem, toy
+
+
 @pytest.mark.parametrize("defect", MUTANTS)
 @pytest.mark.parametrize("scheme", QUANTIZED)
 def test_mutants_are_caught_and_diagnosed(scheme, defect):
@@ -159,11 +171,7 @@ def test_mutants_are_caught_and_diagnosed(scheme, defect):
         pytest.skip(f"{scheme} has no block scales")
     if defect == "transposed scales" and scheme in WITHOUT_INPUT_BLOCKS:
         pytest.skip(f"hidden states of {scheme} have no scales, or one each")
-    problem, toy = make(scheme, seed=5, **how)
-    if defect == "rounded bias":
-        problem = narrow(problem)
-    right = compare_moe(run(toy, problem), problem)
-    assert right.ok, right.message()
+    problem, toy = judged_right(scheme, defect == "rounded bias", tuple(how.items()))
     wrong = compare_moe(run(mutant(toy, defect), problem), problem)
     assert wrong.diagnosis == (said,), wrong.message()
     assert said in wrong.message()

@@ -5,6 +5,8 @@ Releases are run from wheels, which MOE_WHEELS says where to find; rows without 
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from known_bugs import DOCUMENT, HERE, LEAVES, STATUSES, bugs, node, options, page, run
 
@@ -19,16 +21,25 @@ def available(place):
     return found
 
 
+@pytest.fixture
+def ours(pytester, monkeypatch):
+    """Runs that find the targets of these tests."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+    # A latent cause is one line, which ends at the terminal's width.
+    monkeypatch.setenv("COLUMNS", "400")
+    return pytester
+
+
 @pytest.mark.parametrize("bug", CASES, ids=str)
-def test_caught(bug, tmp_path):
-    status, text = run(bug, available(bug.in_), tmp_path)
+def test_caught(bug, ours):
+    status, text = run(bug, available(bug.in_), ours)
     assert status == pytest.ExitCode.TESTS_FAILED, text
     assert bug.says in text
 
 
 @pytest.mark.parametrize("bug", [bug for bug in CASES if bug.not_in], ids=str)
-def test_gone(bug, tmp_path):
-    status, text = run(bug, available(bug.not_in), tmp_path)
+def test_gone(bug, ours):
+    status, text = run(bug, available(bug.not_in), ours)
     assert status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), text
     assert bug.says not in text
     assert " skipped" not in text or (bug.left_open and bug.left_open in text)

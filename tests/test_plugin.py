@@ -41,7 +41,7 @@ CONFIG = {
 }
 
 
-def test_golden_runs_only_the_suite_and_ends_with_the_table(host, monkeypatch):
+def test_golden_runs_only_the_suite_and_ends_with_the_table(cold, host, monkeypatch):
     """And it fits a screen: no GPU test runs unless it is asked for."""
     cases = [(m, c) for m in MODELS for c in m.checkpoints if c in SERVED_SCHEMES]
     monkeypatch.setenv("COLUMNS", "80")
@@ -81,7 +81,7 @@ def test_paths_on_the_command_line_run_as_well(host):
     result.assert_outcomes(passed=3 + published + len(SERVED_SCHEMES) + 1 + 1)
 
 
-def test_without_the_option_the_host_is_left_alone(host):
+def test_without_the_option_the_host_is_left_alone(cold, host):
     result = host.runpytest_subprocess("-v")
     result.assert_outcomes(passed=1)
     assert "moe-routing" not in result.stdout.str().replace("plugins: ", "").split("collected")[1]
@@ -90,7 +90,7 @@ def test_without_the_option_the_host_is_left_alone(host):
 @pytest.mark.parametrize(
     "args", [("-n", "2"), ("-n0",), ("-p", "no:xdist"), ("-p", "no:syrupy")], ids=str
 )
-def test_runs_every_way(host, args):
+def test_runs_every_way(cold, host, args):
     result = run(host, "--moe-golden", "-m", "not gpu", *args)
     assert result.ret == 0
     result.stdout.fnmatch_lines(
@@ -369,7 +369,7 @@ def test_warnings_as_errors_without_numpy_and_with_junitxml(host):
 LOADED = "import sys; heavy = {'torch', 'yaml', 'numpy', 'syrupy.extensions'} & set(sys.modules)"
 
 
-def test_an_unrelated_run_loads_nothing_heavy(host):
+def test_an_unrelated_run_loads_nothing_heavy(cold, host):
     host.makeconftest(
         f"""
         def pytest_unconfigure(config):
@@ -392,7 +392,7 @@ def test_version_loads_nothing_heavy(host):
     assert host.run(sys.executable, "-c", code).ret == 0
 
 
-def test_collecting_the_suite_loads_no_torch(host):
+def test_collecting_the_suite_loads_no_torch(cold, host):
     host.makeconftest(
         """
         import sys

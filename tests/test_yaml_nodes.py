@@ -46,6 +46,15 @@ def test_values(tmp_path, text, value):
     assert read(tmp_path, text) == value
 
 
+def test_a_text_is_composed_once_and_a_changed_file_again(tmp_path):
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    for file in (one, other):
+        file.write_text("a: 1\n")
+    assert compose(one) is compose(other)
+    other.write_text("a: 2\n")
+    assert construct(compose(other)) == {"a": 2}
+
+
 @given(
     st.lists(
         st.none()

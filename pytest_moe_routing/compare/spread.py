@@ -153,11 +153,12 @@ def _slots(
     # Where a rounding boundary is in reach, an element is off by one step, or by nothing: half the
     # step is its range, and the other half its mean, whose sign differs from element to element.
     inner = intermediate.error.square() / 2
-    rows = linear(intermediate.value, expert.gemm2)
-    carried, squares = (
-        torch.cat([y @ w.T.square() for w in real_rows(expert.gemm2, x.dtype)], 1)
-        for y in (inner, intermediate.value.square())
-    )
+    value, squared = intermediate.value, intermediate.value.square()
+    parts = []
+    for some in real_rows(expert.gemm2, x.dtype):
+        columns, squares = some.T, some.T.square()
+        parts.append((value @ columns, inner @ squares, squared @ squares))
+    rows, carried, squares = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     if expert.bias2 is not None:
         rows = rows + expert.bias2.to(x.dtype)
     summing = arithmetic.accumulate(intermediate.value.shape[1])

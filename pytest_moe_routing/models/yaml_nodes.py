@@ -8,6 +8,7 @@ stand for a single value only. So a file of N bytes never means more than N byte
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def compose(file: Path) -> yaml.Node | None:
     """
     text = read_text(file, MAX_BYTES, ModelError)
     try:
-        node: yaml.Node | None = _Loader(text).get_single_node()
+        return _compose(text)
     except _LimitError as error:
         raise ModelError(f"{file}:{error}") from error
     except yaml.MarkedYAMLError as error:
@@ -115,6 +116,13 @@ def compose(file: Path) -> yaml.Node | None:
         raise ModelError(f"{file}:{line}: not valid YAML: found {character}") from error
     except yaml.YAMLError as error:
         raise ModelError(f"{file}: not valid YAML: {one_line(str(error))}") from error
+
+
+# A model that others are like is read for each of them, and runs in one process read all again.
+@lru_cache(maxsize=256)
+def _compose(text: str) -> yaml.Node | None:
+    """Return the root of a text. Nobody changes a node."""
+    node: yaml.Node | None = _Loader(text).get_single_node()
     return node
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -60,6 +61,22 @@ def test_answers_past_all_noise(child):
     assert probe.ask("run", word="gr\u00fc\u00df") == ["gr\u00fc\u00df", "argument", ""]
     assert probe.ask("run", word="x" * 300_000) == ["x" * 300_000, "argument", ""]
     assert probe.ask("echo", a=[1, None, 2.5]) == {"a": [1, None, 2.5]}
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_it_keeps_bytecode_as_this_process_does_and_none_of_what_is_judged(
+    child, tmp_path, monkeypatch, keeps
+):
+    monkeypatch.setattr(sys, "dont_write_bytecode", not keeps)
+    (tmp_path / "judged.py").touch()
+    probe = child("""
+        def run():
+            import judged
+            return judged.__name__
+        """)
+    assert probe.ask("run") == "judged"
+    kept = [path.name.partition(".")[0] for path in tmp_path.glob("__pycache__/*")]
+    assert kept == (["child_0"] if keeps else [])
 
 
 def test_what_it_cannot_answer_and_what_fails_are_answers(child):

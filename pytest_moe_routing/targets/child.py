@@ -199,13 +199,15 @@ def _bootstrap() -> str:
 
     The places of modules of this process come last: a module next to the tests takes the place of
     none of the standard library or of an installed one. The working directory is left out. This
-    package is loaded from its file, as another copy of it may be installed.
+    package is loaded from its file, as another copy of it may be installed, and keeps its bytecode
+    where this process keeps any.
     """
     here = os.path.realpath(os.curdir)
     package = Path(__file__).resolve().parents[1]
     places = [p for p in sys.path if Path(p).is_absolute() and os.path.realpath(p) != here]
     return (
         "import sys\n"
+        f"sys.dont_write_bytecode = {sys.dont_write_bytecode}\n"
         "from importlib import util\n"
         f"sys.path += [p for p in {[*places, str(package.parent)]!r} if p not in sys.path]\n"
         f"spec = util.spec_from_file_location({package.name!r}, {str(package / '__init__.py')!r})\n"

@@ -141,7 +141,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     # What a module leaves to run at the end, or in threads, must not keep the parent waiting.
     try:
-        import_module(module).main()
+        served = import_module(module)
+        # What is judged stays as it is; this package may keep what it compiles.
+        sys.dont_write_bytecode = True
+        served.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException as error:

@@ -176,7 +176,8 @@ class Rows:
     def _groups_above(self, keys: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many groups surely, and how many maybe, have a higher score than each.
 
-        Both are int64 `[n, n_group]`, of keys and errors `[n, num_experts]`.
+        Both are int64 `[n, n_group]`, of keys and errors `[n, num_experts]`. A score that is no
+        number, as what errors make of infinite ones, may be higher than any.
         """
         scores = reference.group_scores(keys, self.recipe)
         errors = errors.unflatten(1, (self.recipe.n_group, -1)).amax(2)
@@ -184,7 +185,7 @@ class Rows:
             errors = 2 * errors
         low, high = scores - errors, scores + errors
         surely = (low.unsqueeze(1) > high.unsqueeze(2)).sum(2)
-        return surely, (high.unsqueeze(1) >= low.unsqueeze(2)).sum(2) - 1
+        return surely, (~(high.unsqueeze(1) < low.unsqueeze(2))).sum(2) - 1
 
     def beaten(self, token: int, ids: Tensor) -> Beaten | None:
         """Return the least that is wrong with a choice of experts; None when it may be right."""

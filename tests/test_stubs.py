@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
+
+import pytest
+
+from pytest_moe_routing.targets.stubs import source_of
 
 CHILD = """
 import sys
@@ -62,3 +67,26 @@ def test_an_import_that_lacks_a_package_leaves_whole_modules_as_they_are(tmp_pat
     command = [sys.executable, "-c", HALF, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["True", "stand-in", "True"], done.stderr
+
+
+@pytest.mark.parametrize("is_wheel", [True, False])
+def test_sources_are_read_without_finders_of_wheels_that_stay(tmp_path, is_wheel):
+    """`importlib.invalidate_caches` reads a wheel's directory again for each that does."""
+    files = {
+        "vllm/__init__.py": "",
+        "vllm/part/__init__.py": "A = 1\n",
+        "vllm/part/b.py": "B = 2\n",
+    }
+    root = tmp_path / ("vllm-1.0-py3-none-any.whl" if is_wheel else "tree")
+    if is_wheel:
+        with zipfile.ZipFile(root, "w") as wheel:
+            for name, text in files.items():
+                wheel.writestr(name, text)
+    else:
+        (root / "vllm/part").mkdir(parents=True)
+        for name, text in files.items():
+            (root / name).write_text(text)
+    asked = ("vllm.part.__init__", "vllm.part.b", "vllm.part.c", "vllm.none.d")
+    assert [source_of(str(root), name) for name in asked] == ["A = 1\n", "B = 2\n", "", ""]
+    kept = [path for path in sys.path_importer_cache if path.startswith(str(root))]
+    assert not is_wheel or not kept

@@ -332,14 +332,15 @@ def _installed() -> _Finder:
 
 def _source(root: str, module: str) -> str:
     folder = "/".join([root, *module.split(".")[:-1]])
-    # PathFinder fails at a folder without __init__.py whose parent is not imported.
-    finder = pkgutil.get_importer(folder)
-    if isinstance(finder, zipimporter):
-        # Its `find_spec` compiles the module to find out the name of its file.
+    if Path(root).is_file():
+        # Not one that Python keeps: for each of those, `importlib.invalidate_caches` reads the
+        # wheel's directory. `find_spec` would compile the module to find out the name of its file.
         try:
-            return finder.get_source(module) or ""
+            return zipimporter(folder).get_source(module) or ""
         except ZipImportError:
             return ""
+    # PathFinder fails at a folder without __init__.py whose parent is not imported.
+    finder = pkgutil.get_importer(folder)
     spec = None if finder is None else finder.find_spec(module)
     # A compiled module has a loader without source, and a folder without __init__.py has none.
     loader: Any = None if spec is None else spec.loader

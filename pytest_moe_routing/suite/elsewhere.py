@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -73,14 +73,16 @@ def computing(work: Work) -> Iterator[Elsewhere]:
 def can_copy() -> bool:
     """Return whether a copy of this process can compute what this one can, on a core of its own.
 
-    Threads are not copied. torch's would be missed by what it computes.
+    Threads are not copied, be they Python's or a library's. torch's would be missed by what it
+    computes.
     """
-    return (
-        sys.platform == "linux"
-        and len(os.sched_getaffinity(0)) > 1
-        and threading.active_count() == 1
-        and "torch" not in sys.modules
-    )
+    if sys.platform != "linux" or "torch" in sys.modules:
+        return False
+    try:
+        threads = [*Path("/proc/self/task").iterdir()]
+    except OSError:
+        return False
+    return len(threads) == 1 and len(os.sched_getaffinity(0)) > 1
 
 
 def _compute(work: Work, results: Connection) -> None:

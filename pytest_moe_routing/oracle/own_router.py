@@ -76,7 +76,8 @@ def _chosen(num_experts: int, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
     from pytest_moe_routing.reference.routing import check_inputs, choose, choosing_keys, score
 
     logits, bias = _inputs(num_experts)
-    given = bias if recipe.bias else None
+    # A framework may make them in bfloat16.
+    logits, given = logits.float(), bias if recipe.bias else None
     check_inputs(logits, recipe, given)
     scores = score(logits, recipe.score, recipe.score_dtype)
     ids = choose(choosing_keys(scores, recipe, given), recipe)
@@ -120,7 +121,7 @@ def reading_of(router: Router, config: RouterConfig) -> Mapping[str, Any]:
             continue
         if not torch.equal(chosen.gather(1, order), ids):
             continue
-        wanted = weigh(logits, read, chosen, scores=scores, bias=bias)
+        wanted = weigh(logits.float(), read, chosen, scores=scores, bias=bias)
         if torch.allclose(wanted.gather(1, order), weights, rtol=tolerance, atol=1e-7):
             return changes
     raise Unsupported(

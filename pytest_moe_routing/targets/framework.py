@@ -97,8 +97,10 @@ class FrameworkTarget(Target):
         return (self._reader.probe,)
 
     def start(self) -> None:
-        """Start the children that are asked first, as each imports the framework for seconds."""
-        self._probe.start()
+        """Start the children that are asked first, as each imports the framework for seconds.
+
+        By default, each starts when it is asked.
+        """
 
     def close(self) -> None:
         """End the children, and keep what they said."""

@@ -103,7 +103,7 @@ class SglangTarget(SglangQuestions):
         return super().questions_ahead(method, models)
 
     def start(self) -> None:
-        super().start()
+        self._probe.start()
         self._routers.probes[0].start()
 
     def close(self) -> None:

@@ -110,7 +110,7 @@ class VllmTarget(HandOvers):
         return ask[method](models) if method in ask else super().questions_ahead(method, models)
 
     def start(self) -> None:
-        super().start()
+        self._probe.start()
         self._routers.probes[0].start()
 
     def close(self) -> None:

@@ -39,11 +39,11 @@ def test_results_are_those_of_a_copy_with_all_that_is_changed_here():
     run("""
         import math
         math.pi = 3
-        with computing({"a": place, "pi": lambda: math.pi}) as elsewhere:
-            assert elsewhere.result("pi", lambda: 4) == 3
-            assert elsewhere.result("a", place) == "elsewhere"
+        with computing({"a": place, "pi": lambda: math.pi}) as result:
+            assert result("pi", lambda: 4) == 3
+            assert result("a", place) == "elsewhere"
             # Not computed there, and taken already.
-            assert elsewhere.result("b", place) == elsewhere.result("a", place) == "here"
+            assert result("b", place) == result("a", place) == "here"
     """)
 
 
@@ -57,10 +57,10 @@ def test_what_fails_there_is_computed_here(fails):
                 return {fails}
             return "here"
 
-        with computing({{"first": place, "fails": fail, "last": place}}) as elsewhere:
-            assert elsewhere.result("first", place) == "elsewhere"
-            assert elsewhere.result("fails", fail) == "here"
-            print(elsewhere.result("last", place))
+        with computing({{"first": place, "fails": fail, "last": place}}) as result:
+            assert result("first", place) == "elsewhere"
+            assert result("fails", fail) == "here"
+            print(result("last", place))
     """)
 
 
@@ -70,16 +70,16 @@ def test_what_it_prints_is_nobodys():
             print("loud", flush=True)
             os.write(2, b"loud")
 
-        with computing({"loud": loud}) as elsewhere:
-            assert elsewhere.result("loud", lambda: "here") is None
+        with computing({"loud": loud}) as result:
+            assert result("loud", lambda: "here") is None
     """)
     assert told == ""
 
 
 def test_it_ends_with_what_needs_it():
     run("""
-        with computing({"pid": os.getpid, "long": lambda: time.sleep(100)}) as elsewhere:
-            pid = elsewhere.result("pid", lambda: None)
+        with computing({"pid": os.getpid, "long": lambda: time.sleep(100)}) as result:
+            pid = result("pid", lambda: None)
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -96,8 +96,8 @@ def test_it_ends_with_what_needs_it():
 def test_there_is_no_copy_where_it_would_lack_threads(missed):
     run(f"""
         {missed}
-        with computing({{"a": place}}) as elsewhere:
-            assert elsewhere.result("a", place) == "here"
+        with computing({{"a": place}}) as result:
+            assert result("a", place) == "here"
     """)
 
 
@@ -117,8 +117,8 @@ def test_a_sweep_that_finds_mistakes_is_the_same():
                 return ()
 
         compute = partial(sweep, CachedTarget(Broken(FlashInfer.of("0.7.2"))), "bf16", ())
-        with computing({"sweep": compute}) as elsewhere:
-            found = elsewhere.result("sweep", list)
+        with computing({"sweep": compute}) as result:
+            found = result("sweep", list)
         assert found == compute()
         print(len(found.causes))
     """)

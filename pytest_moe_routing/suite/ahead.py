@@ -63,8 +63,7 @@ def asking_ahead(
     ends, and the tests ask by themselves: what they report does not depend on the threads.
     """
     if isinstance(target, BuiltinTarget):
-        with computing(_work(target, items, session)) as elsewhere:
-            session.computed = elsewhere.result
+        with computing(_work(target, items, session)) as session.computed:
             yield
         return
     stop = Event()

@@ -23,15 +23,12 @@ class Elsewhere:
     What the copy has not computed, as it failed or ended, is computed here.
 
     Args:
-        work: What the copy computes, in this order; nothing where a copy is of no use, see
-            `can_copy`.
+        work: What the copy computes, in this order.
     """
 
     def __init__(self, work: Work) -> None:
         self._pending = set(work)
         self._results: dict[Hashable, Any] = {}
-        if not work:
-            return
         fork = multiprocessing.get_context("fork")
         self._receiving, sending = fork.Pipe(duplex=False)
         self._copy = fork.Process(target=_compute, args=(work, sending), daemon=True)
@@ -54,18 +51,24 @@ class Elsewhere:
     def close(self) -> None:
         """End the copy."""
         self._pending.clear()
-        if hasattr(self, "_copy"):
-            self._copy.terminate()
-            self._copy.join()
-            self._receiving.close()
+        self._copy.terminate()
+        self._copy.join()
+        self._receiving.close()
+
+
+def _here(_: Hashable, compute: Callable[[], _T]) -> _T:
+    return compute()
 
 
 @contextmanager
-def computing(work: Work) -> Iterator[Elsewhere]:
-    """Provide the results of a copy of this process, where there can be one."""
-    elsewhere = Elsewhere(work if can_copy() else {})
+def computing(work: Work) -> Iterator[Callable[[Hashable, Callable[[], Any]], Any]]:
+    """Provide `Elsewhere.result`, or where there can be no copy, what computes here."""
+    if not (work and can_copy()):
+        yield _here
+        return
+    elsewhere = Elsewhere(work)
     try:
-        yield elsewhere
+        yield elsewhere.result
     finally:
         elsewhere.close()
 
@@ -73,8 +76,8 @@ def computing(work: Work) -> Iterator[Elsewhere]:
 def can_copy() -> bool:
     """Return whether a copy of this process can compute what this one can, on a core of its own.
 
-    Threads are not copied, be they Python's or a library's. torch's would be missed by what it
-    computes.
+    A fork has none of its parent's other threads. Where torch is imported, its computations could
+    wait for such a thread forever.
     """
     if sys.platform != "linux" or "torch" in sys.modules:
         return False
@@ -89,7 +92,7 @@ def _compute(work: Work, results: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        # Where they lead to belongs to the test that is running by now.
+        # pytest attributes all output to the test that runs at that moment.
         os.dup2(nothing, stream)
     for key, compute in work.items():
         result = {}

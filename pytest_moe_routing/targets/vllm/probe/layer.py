@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
@@ -328,9 +326,7 @@ class OwnLayer(Layer):
         written = factory.kernel_output(self.tokens, self.sizes[0])
 
         def kernel(function: str, arguments: Mapping[str, Any]) -> Any:
-            walked = [*traceback.walk_stack(sys._getframe())]
-            line = release.line_of_kernel(release.lines(reversed(walked)))
-            reached.append(Reached(function, arguments, line))
+            reached.append(Reached(function, arguments, release.line_of_call()))
             if write is not None:
                 write(arguments)
             wrong.append(misread(arguments, self.row, self.at_kernel(self.hidden)))

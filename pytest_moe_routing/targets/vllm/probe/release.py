@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from operator import attrgetter
+from traceback import walk_stack
 from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -320,6 +322,11 @@ def line_of_kernel(places: Sequence[tuple[str, int]]) -> str:
     # Wrappers around FlashInfer's functions make every call.
     own = [place for place in places if "/vllm/utils/" not in place[0]] or places
     return f"{vllm_path(own[-1][0])}:{own[-1][1]}" if own else ""
+
+
+def line_of_call() -> str:
+    """Return the line that is calling FlashInfer now, as `line_of_kernel` does."""
+    return line_of_kernel(lines(reversed([*walk_stack(sys._getframe())])))
 
 
 def numbers() -> dict[str, int]:

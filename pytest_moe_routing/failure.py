@@ -25,7 +25,7 @@ _REASONS = 160
 
 
 class Rank(IntEnum):
-    """How urgent a failure is among those that as many can meet: silent ones first."""
+    """The urgency of a failure among failures with the same reach: silent failures first."""
 
     SILENT = 0
     LOUD = 1

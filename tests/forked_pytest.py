@@ -88,7 +88,7 @@ def _written(number, errors):
 
 
 def _forget():
-    """Make this process know no more of the outer run than a new one would."""
+    """Reset what a new process would not inherit from the outer run."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     atexit._clear()
     logging.root.handlers.clear()

@@ -220,12 +220,12 @@ def _prepared(
 
 
 def _choices(rows: Rows, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Return for which tokens a choice of experts is what, all at once.
+    """Classify the choices of experts of all tokens at once.
 
     Returns:
-        Bool `[num_tokens]` each: an expert does not exist or repeats; the choice can be compared;
-        it is another one than the reference's, and `Rows.are_close` does not explain it. And how
-        many others that explains.
+        Three bool tensors `[num_tokens]`: whether an expert does not exist or repeats; whether the
+        choice can be compared; whether it differs from the reference's without an explanation by
+        `Rows.are_close`. And the number of tokens whose difference `Rows.are_close` explains.
     """
     broken = ((ids < 0) | (ids >= rows.logits.shape[1])).any(1)
     ranked = ids.sort(1).values

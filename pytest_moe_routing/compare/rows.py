@@ -150,9 +150,9 @@ class Rows:
         return passed_over <= (keys + errors).gather(1, ids).amin(1)
 
     def _passed_over(self, keys: Tensor, errors: Tensor, ids: Tensor, others: Tensor) -> Tensor:
-        """Return the least that the best expert passed over within kept groups may have as its key.
+        """Return a lower bound of the key of the best expert that was passed over.
 
-        That is over all sets of groups that may have been kept; NaN where there is none.
+        It is the minimum over all sets of groups that may have been kept; NaN without such a set.
 
         Args:
             keys, errors: float64 `[n, num_experts]`.
@@ -176,8 +176,8 @@ class Rows:
     def _groups_above(self, keys: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
         """Return how many groups surely, and how many maybe, have a higher score than each.
 
-        Both are int64 `[n, n_group]`, of keys and errors `[n, num_experts]`. A score that is no
-        number, as what errors make of infinite ones, may be higher than any.
+        Both are int64 `[n, n_group]`, of keys and errors `[n, num_experts]`. A bound that is
+        NaN, as of an infinite key with an infinite error, may be above any other score.
         """
         scores = reference.group_scores(keys, self.recipe)
         errors = errors.unflatten(1, (self.recipe.n_group, -1)).amax(2)

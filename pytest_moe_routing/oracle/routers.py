@@ -291,9 +291,9 @@ def _unfit(x: Tensor, dtypes: tuple[str, ...], contiguous: bool, name: str) -> I
 def _kind(
     weights: Tensor, ids: Tensor, logits: Tensor, bias: Tensor | None, recipe: Recipe
 ) -> tuple[str, Callable[[], RoutingComparison], str]:
-    """Return the mildest kind of deviation that explains an answer, "" for none, and its cause.
+    """Return the mildest kind of deviation that explains an answer, "" for none.
 
-    In between comes what compares them in full.
+    The kind is followed by a function that compares the answer in full, and by the cause.
     """
     from pytest_moe_routing.compare.routing import agrees, compare_routing
 

@@ -56,7 +56,7 @@ class SglangQuestions(FrameworkTarget):
     def servers(self, model: ModelSpec) -> dict[str, Any]:
         """Return the `server` and the `quantization` of a model's usual checkpoint, by scheme.
 
-        Schemes without one are not judged in other tests.
+        A scheme without one is left out; other tests count it as not judged.
         """
         found = {}
         for scheme in configs()["schemes"]:

@@ -34,7 +34,8 @@ from pytest_moe_routing.targets.vllm.probe.rule import rule
 def handlers(root: str, flashinfer: str, version: str) -> dict[str, Callable[..., Any]]:
     """Install a vLLM in this process, and return what answers questions about it."""
     release.install(root, FlashInfer.of(flashinfer), version)
-    # Importing it takes seconds, and only annotations ask for it.
+    # Importing it takes seconds. Answers must not depend on it: where it is not installed, it is a
+    # stub as well, since vLLM requires it.
     stubs.extend(absent=["transformers"])
     return {
         "numbers": release.numbers,

@@ -154,6 +154,12 @@ def test_a_child_that_hangs_is_ended_and_says_where_it_was(child, name):
     assert time.monotonic() - started < 1
 
 
+def test_a_question_that_nobody_reads_has_a_deadline(child):
+    probe = child("os.kill(os.getpid(), signal.SIGSTOP)\ndef run(): pass", seconds=1.0)
+    with pytest.raises(TargetError, match="It had stopped itself"):
+        probe.ask("run", more_than_a_pipe_holds="x" * 1_000_000)
+
+
 def test_a_child_that_reads_what_nobody_writes_goes_on(child):
     probe = child("sys.stdin.read()\ndef run(): return input()")
     with pytest.raises(TargetError, match="EOFError"):
@@ -263,6 +269,7 @@ GARBAGE = {
     "two kinds": 'server.HEADER.pack(server.MARK, 1, 25) + b\'{"answer": 1, "error": ""}\'',
     "an error that is no text": "server.HEADER.pack(server.MARK, 1, 12) + b'{\"error\": 1}'",
     "without end": "server.HEADER.pack(server.MARK, 1, 1 << 60)",
+    "more than an answer": ("server.HEADER.pack(server.MARK, 1, 15) + b'[{\"answer\": 1}][]'"),
     "nesting": "server.HEADER.pack(server.MARK, 1, 200_000) + b'[' * 200_000",
 }
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from pytest_moe_routing.escape import excerpt
@@ -34,6 +33,10 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 #: Seconds for a child to end, or to write its stack after the deadline; and at most, where the
 #: machine is so busy that there is no stack yet.
 _GRACE, _LONG_GRACE = 1.0, 10.0
+#: Milliseconds after which it is looked whether the child is alive.
+_PAUSE = 200
+_READ_BYTES = 1 << 20
+_NO_ANSWER = "its output holds something other than answers; its process was ended"
 _LOG_BYTES, _LOG_LINES, _STACK_LINES, _WIDTH = 20_000, 15, 25, 500
 
 
@@ -113,6 +116,7 @@ class Child:
                 env={**environment_of(home, switches), **variables},
                 start_new_session=True,
             )
+        os.set_blocking(self._pipes()[0], False)
         #: Ends the child, at the latest when Python ends.
         self.end: Callable[[], object] = weakref.finalize(self, _end, self._process, self._folder)
 
@@ -127,30 +131,72 @@ class Child:
             for question, arguments in requests
         )
         data = f"[{','.join(texts)}]".encode()
-        message = HEADER.pack(MARK, number, len(data)) + data
-        done: SimpleQueue[bytes | Failure | None] = SimpleQueue()
-        # In a thread, as a pipe can be waited for with a deadline in no portable way.
-        arguments = (self._process, message, number, self._limits.answer, done)
-        threading.Thread(target=_exchange, args=arguments, daemon=True).start()
+        try:
+            return self._answer(HEADER.pack(MARK, number, len(data)) + data, number)
+        except (OSError, ValueError):
+            # Its end of a pipe, or ours, is closed.
+            raise Failure(self._last_words()) from None
+
+    def _answer(self, message: bytes, number: int) -> bytes:
+        """Send a message and return the answer to it.
+
+        Pipes are waited for in this thread: where another one computes, each further thread that
+        takes part has to wait for the interpreter's lock as well.
+        """
+        rest, received, size = memoryview(message), bytearray(), HEADER.size
         deadline = time.monotonic() + self._limits.seconds + _GRACE
         is_over = False
-        while True:
-            try:
-                answer = done.get(timeout=0.2)
-            except Empty:
+        while len(received) < size:
+            ready = self._ready(is_writing=bool(rest))
+            if not ready:
                 if is_over:
                     # What it started may hold its end of the pipe open.
-                    raise Failure(self._last_words()) from None
+                    raise Failure(self._last_words())
                 is_over = self._process.poll() is not None
                 late = time.monotonic() - deadline
                 if late > _LONG_GRACE or (late > 0 and self._is_explained()):
-                    raise Failure(self._where_it_was()) from None
+                    raise Failure(self._where_it_was())
                 continue
-            if answer is None:
+            stdin, stdout = self._pipes()
+            if stdin in ready:
+                rest = rest[os.write(stdin, rest) :]
+            if stdout not in ready:
+                continue
+            more = os.read(stdout, _READ_BYTES)
+            if not more:
                 raise Failure(self._last_words())
-            if isinstance(answer, Failure):
-                raise answer
-            return answer
+            received += more
+            if size == HEADER.size <= len(received):
+                size += self._size(received, number)
+        if rest or len(received) > size:
+            raise Failure(_NO_ANSWER)
+        return bytes(received[HEADER.size :])
+
+    def _size(self, received: bytes | bytearray, number: int) -> int:
+        """Return the bytes of an answer, by its header."""
+        mark, answered, size = HEADER.unpack_from(received)
+        if (mark, answered) != (MARK, number):
+            raise Failure(_NO_ANSWER)
+        limit = self._limits.answer
+        if size > limit:
+            raise Failure(
+                f"its answer has {size} bytes, expected at most {limit}; its process was ended"
+            )
+        return int(size)
+
+    def _pipes(self) -> tuple[int, int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        return self._process.stdin.fileno(), self._process.stdout.fileno()
+
+    def _ready(self, *, is_writing: bool) -> set[int]:
+        """Return which pipes can be used, after a while; both may not be."""
+        stdin, stdout = self._pipes()
+        waiting = select.poll()
+        waiting.register(stdout, select.POLLIN)
+        if is_writing:
+            waiting.register(stdin, select.POLLOUT)
+        return {descriptor for descriptor, _ in waiting.poll(_PAUSE)}
 
     def _last_words(self) -> str:
         try:
@@ -228,48 +274,6 @@ def environment_of(home: Path, switches: tuple[str, ...]) -> dict[str, str]:
     # The sources that are judged stay as they are, and sets in their messages have one order.
     python = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
     return {**passed, **homes, **_ONE_THREAD, **python}
-
-
-def _exchange(
-    process: subprocess.Popen[bytes],
-    message: bytes,
-    number: int,
-    limit: int,
-    done: SimpleQueue[bytes | Failure | None],
-) -> None:
-    """Put the answer to a message, a failure, or None when the child has closed its end."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        rest = memoryview(message)
-        while rest:
-            rest = rest[os.write(process.stdin.fileno(), rest) :]
-        header = _read(process, HEADER.size)
-        if header is None:
-            return done.put(None)
-        mark, answered, size = HEADER.unpack(header)
-        if (mark, answered) != (MARK, number):
-            return done.put(
-                Failure("its output holds something other than answers; its process was ended")
-            )
-        if size > limit:
-            text = f"its answer has {size} bytes, expected at most {limit}; its process was ended"
-            return done.put(Failure(text))
-        return done.put(_read(process, size))
-    except (OSError, ValueError):
-        # Its end, or ours, is closed.
-        return done.put(None)
-
-
-def _read(process: subprocess.Popen[bytes], size: int) -> bytes | None:
-    assert process.stdout is not None
-    data = bytearray()
-    while len(data) < size:
-        more = os.read(process.stdout.fileno(), min(size - len(data), 1 << 20))
-        if not more:
-            return None
-        data += more
-    return bytes(data)
 
 
 def _is_stopped(pid: int) -> bool:

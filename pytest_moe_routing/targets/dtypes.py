@@ -22,6 +22,11 @@ class Dtypes(TorchDispatchMode):
     holds for a tensor holds for its views.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and to be left out torch's compiler would be imported."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._dtypes: dict[int, set[torch.dtype]] = {}

@@ -25,6 +25,8 @@ def test_what_is_not_exact_comes_first_and_says_where():
         verdict("odd", verdict="fallback", obstacles=("shape: 96 not a multiple of 128",)),
         verdict("even", verdict="fallback", obstacles=("shape: 64 not a multiple of 128",)),
         verdict("mute", verdict="not judged", reason="the crystal ball is cloudy"),
+        # A scheme without verdicts has no row, and is counted below.
+        verdict("mute", "mxint4", "not judged", reason="the crystal ball is cloudy"),
     ]
     assert lines(records) == [
         "wrong       bad: fp8_block, nvfp4",
@@ -33,9 +35,9 @@ def test_what_is_not_exact_comes_first_and_says_where():
         "scheme     exact  wrong  fallback  missed  not judged",
         "fp8_block  -      1      -         -       -",
         "nvfp4      1      1      2         1       1",
-        "1 exact, 2 fallback, 1 missed (1 known), 1 not judged, 2 wrong; vllm 0.32.0,",
+        "1 exact, 2 fallback, 1 missed (1 known), 2 not judged, 2 wrong; vllm 0.32.0,",
         "  FlashInfer 0.7.0",
-        "1 x the crystal ball is cloudy",
+        "2 x the crystal ball is cloudy",
     ]
 
 

@@ -58,10 +58,15 @@ def scheme_table(verdicts: Sequence[VerdictRecord]) -> Table:
 
 
 def count_table(verdicts: Sequence[VerdictRecord]) -> Table:
-    """One decider: a row for each scheme, a column for each verdict that occurs, under a header."""
+    """One decider: a row for each scheme, a column for each verdict that occurs, under a header.
+
+    A scheme that the decider does not serve has no row: why it is not judged is told elsewhere.
+    """
     counts: dict[str, Counter[Verdict]] = {}
     for record in verdicts:
         counts.setdefault(record.scheme, Counter())[record.verdict] += 1
+    served = {s: found for s, found in counts.items() if any(v.is_given for v in found)}
+    counts = served or counts
     columns = [v for v in Verdict if any(v in found for found in counts.values())]
     rows = [
         [scheme, *(str(found[v]) if v in found else _NOTHING for v in columns)]

@@ -177,18 +177,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Before anybody deselects: leave out what this run does not ask, and name our cases."""
-    from pytest_moe_routing.suite.selection import left_out
+    from pytest_moe_routing.suite.selection import in_order, left_out
 
     session = config.stash[_SESSION]
     gpu = any(option(config, name) for name in ("require_gpu", "min_gpu_tests", "kernels"))
-    full = option(config, "scale") == "full"
-    reasons = [left_out(item, config, session, gpu=gpu, full_scale=full) for item in items]
+    asked = {"gpu": gpu, "full_scale": option(config, "scale") == "full"}
+    reasons = [left_out(item, config, session, **asked) for item in items]
     if any(reasons):
-        config.hook.pytest_deselected(
-            items=[item for item, reason in zip(items, reasons, strict=True) if reason]
-        )
+        dropped = [item for item, reason in zip(items, reasons, strict=True) if reason]
+        config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item, reason in zip(items, reasons, strict=True) if not reason]
         endings.leave_out(config, filter(None, reasons))
+    in_order(items)
     ledger = config.pluginmanager.get_plugin(_LEDGER)
     for item in items:
         if isinstance(item, pytest.Function) and _FIXTURES & set(item.fixturenames):

@@ -97,7 +97,7 @@ def test_a_thread_asks_what_the_tests_will_ask(probe):
 
 
 def test_the_first_child_is_asked_what_the_sweep_and_models_need(probe):
-    """Scheme by scheme: routers near a family, routers far from all, and the tests' own models."""
+    """The tests' own models, then scheme by scheme routers near a family, and far from all."""
     model = load_named("deepseek-r1", packaged_directory())
     near, far = ([n for n in swept_models() if is_far(n) is other] for other in (False, True))
     told = {tuple(near): "near", tuple(far): "far", (model,): "model"}
@@ -110,6 +110,9 @@ def test_the_first_child_is_asked_what_the_sweep_and_models_need(probe):
             yield Questions(probe, "note", [{"word": word}])
             # Each after the answers to those before it.
             assert probe._replies
+
+        def choice_questions(self, models, scheme):
+            yield Questions(probe, "note", [{"word": f"{scheme} {told[tuple(models)]} choice"}])
 
         def modular_questions(self, models, scheme):
             yield Questions(probe, "note", [{"word": f"{scheme} {told[tuple(models)]} modular"}])
@@ -127,12 +130,22 @@ def test_the_first_child_is_asked_what_the_sweep_and_models_need(probe):
                 thread.join()
     *_, last = (value for _, value in probe._replies.values())
     assert last == [
-        *("bf16 near True", "bf16 far False", "bf16 model True"),
-        *("nvfp4 model True", "nvfp4 model modular"),
+        *("nvfp4 model True", "nvfp4 model choice", "bf16 model True", "bf16 model choice"),
+        *("nvfp4 model modular", "bf16 near True", "bf16 far False"),
     ]
 
 
-def test_a_thread_does_ahead_what_tests_do_with_one_question_after_the_other(probe, monkeypatch):
+@pytest.mark.parametrize(
+    ("test", "function"),
+    [
+        ("test_checkpoints", "served.served_otherwise"),
+        ("test_around_call", "ignored.ignored_requests"),
+    ],
+    ids=["of the first child", "of another child"],
+)
+def test_a_thread_does_ahead_what_tests_do_with_one_question_after_the_other(
+    probe, monkeypatch, test, function
+):
     """What fails there fails again in the test, and keeps nothing else from being asked."""
 
     def check(target, scheme, models):
@@ -140,10 +153,11 @@ def test_a_thread_does_ahead_what_tests_do_with_one_question_after_the_other(pro
             probe.ask("die")
         probe.ask("note", word=scheme)
 
-    monkeypatch.setattr("pytest_moe_routing.oracle.ignored.ignored_requests", check)
+    monkeypatch.setattr(f"pytest_moe_routing.oracle.{function}", check)
     session = SimpleNamespace(models_in=lambda scheme: ["a model"])
     verdicts = "test_verdicts.py"
-    tests = [item("test_around_call", verdicts, moe_scheme=s) for s in ("mxfp8", "bf16", "nvfp4")]
+    schemes = "mxfp8", "bf16", "nvfp4"
+    tests = [item(test, verdicts, moe_scheme=s) for s in schemes]
     with asking_ahead(target_of(), tests, session):
         for thread in threading.enumerate():
             if thread.name == "moe-routing-ahead":

@@ -29,6 +29,21 @@ def test_ids_do_not_depend_on_where_the_package_lies(host):
     assert not (host.path / "pytest_moe_routing").exists()
 
 
+def test_tests_come_in_the_order_in_which_children_are_asked(host):
+    """What a child answers first is judged while it answers the config sweep."""
+    text = host.runpytest_subprocess(
+        "--moe-golden", *BAD[:2], "--collect-only", "-q", "-m", "not gpu"
+    )
+    ids = re.findall(r"::(\w+)", text.stdout.str())
+    first = list(dict.fromkeys(reversed(ids)))[::-1]
+    assert first[0] == "test_verdict"
+    assert first[-4:] == [
+        *("test_other_experts", "test_around_call", "test_layouts", "test_quantization_methods")
+    ]
+    assert first.index("test_model_code") < first.index("test_behind_gates")
+    assert first.index("test_behind_gates") == len(first) - 5
+
+
 @pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["serial", "n2"])
 @pytest.mark.parametrize("golden", [(), RUN], ids=["alone", "golden"])
 def test_an_id_can_be_pasted(host, workers, golden):

@@ -224,7 +224,7 @@ def test_history_is_told_by_the_suite(host):
     result.stdout.fnmatch_lines(
         [
             "_* on *, decided by vllm-0.22-classifier *: wrong _*",
-            "*because  routed_scaling_factor: the router has *, the kernel 1",
+            "*because  routed_scaling_factor: the router has *, the kernel 1; MiniMax2 forces *",
             "  also     * more: *",
             "  cause    wrong:recipe-scale",
         ]

@@ -24,8 +24,10 @@ from pytest_moe_routing.session import SUITE_IDS
 
 _SAME = "repeated"
 _RARITY, _URGENCY = attrgetter("is_opt_in", "rarity"), attrgetter("urgency")
+#: The place in a report: of failures of one urgency, those that most people can meet come first.
+_PLACE = attrgetter("urgency", "rarity")
 #: Where a failure that states no cause is shown: among loud ones that are met by default.
-_OF_NO_CAUSE = Failure("", Rank.LOUD, "", ()).urgency
+_OF_NO_CAUSE = _PLACE(Failure("", Rank.LOUD, "", ()))
 #: The options of a short summary that nobody asked for.
 _DEFAULT_SUMMARY = "fE"
 
@@ -121,7 +123,7 @@ class Grouping:
         if terminal is None or terminal.verbosity > 0:
             shown = [(r, [self._first[f.cause] for f in failures]) for r, failures in self._shown]
             texts = {id(report): text_of(failures, self._cases) for report, failures in shown}
-            order = {id(report): min(map(_URGENCY, failures)) for report, failures in shown}
+            order = {id(report): min(map(_PLACE, failures)) for report, failures in shown}
         else:
             texts, order = self._brief(terminal._tw.fullwidth)
         for report, failures in self._shown:
@@ -155,7 +157,7 @@ class Grouping:
                     owners.setdefault(defect, report)
                     defects.setdefault(defect, []).append(failure)
         urgency = {
-            defect: min(self._first[failure.cause].urgency for failure in failures)
+            defect: min(map(_PLACE, (self._first[failure.cause] for failure in failures)))
             for defect, failures in defects.items()
         }
         blocks: dict[int, list[list[str]]] = {}
@@ -181,7 +183,7 @@ class Grouping:
                 _entitle(
                     last, "latent: no known model meets these on a GPU without an opt-in switch"
                 )
-                order[id(last)] = latent[0].urgency
+                order[id(last)] = _PLACE(latent[0])
             texts[id(last)] = "\n\n".join(filter(None, (texts.get(id(last)), lines)))
         return texts, order
 

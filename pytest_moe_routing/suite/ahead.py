@@ -9,10 +9,12 @@ a child, and the child for the next test's question: only one process would work
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import takewhile
+from operator import methodcaller
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
     #: What a test computes with answers, called without arguments.
     Check = Callable[[], object]
+    #: By test, the functions of `oracle` that compute what it judges, given a target.
+    _Functions = Mapping[str, tuple[Callable[..., object], ...]]
 
 #: By test, the target's methods whose questions are asked of other children than most.
 _METHODS = {
@@ -47,6 +51,9 @@ _METHODS = {
 _SWEEP, _VERDICT, _MODULAR = "test_config_sweep", "test_verdict", "test_modular_call"
 #: The share of the sweep that this process makes itself, while a copy of it does the rest.
 _HERE = 5 / 8
+#: Seconds after which a thread that computes lets another one go on. With Python's 5 ms, children
+#: wait for their next question about as long as they take to answer it.
+_SWITCH = 0.0005
 #: Seconds after which it is looked whether the tests are over.
 _PAUSE = 0.05
 #: Seconds in which a question may be answered that nobody waits for any more.
@@ -69,16 +76,22 @@ def asking_ahead(
     stop = Event()
     threads = []
     if isinstance(target, FrameworkTarget):
-        checks = _checks(target, items, session)
-        for asked in (_of_others(target, items, session), checks), (_of_first(target, items), ()):
+        of_first, of_others = (_checks(tests, target, items, session) for tests in _functions())
+        for asked in (
+            (_of_others(target, items, session), of_others),
+            (_of_first(target, items), of_first),
+        ):
             # A daemon, as a question may have no end: closing the target then ends the child.
             thread = Thread(target=_ask, args=(*asked, stop), name="moe-routing-ahead", daemon=True)
             thread.start()
             threads.append(thread)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
     try:
         yield
     finally:
         stop.set()
+        sys.setswitchinterval(interval)
         for thread in threads:
             thread.join(_GRACE)
 
@@ -120,28 +133,49 @@ def _ask(asked: Iterable[Questions], checks: Iterable[Check], stop: Event) -> No
                 return
 
 
+def _functions() -> tuple[_Functions, _Functions]:
+    """Return what tests compute: those that ask the first child, and those that ask others."""
+    from pytest_moe_routing.oracle.changed_experts import changed_experts
+    from pytest_moe_routing.oracle.changed_keys import changed_keys
+    from pytest_moe_routing.oracle.formats import unlike_formats
+    from pytest_moe_routing.oracle.ignored import ignored_requests
+    from pytest_moe_routing.oracle.layouts import wrong_layouts
+    from pytest_moe_routing.oracle.modular import rejected_by_method
+    from pytest_moe_routing.oracle.moved import moved_placements
+    from pytest_moe_routing.oracle.other_experts import other_calls
+    from pytest_moe_routing.oracle.served import served_otherwise
+    from pytest_moe_routing.oracle.shares import wrong_splits
+
+    of_first: _Functions = {
+        "test_quantization_keys": (changed_keys,),
+        "test_checkpoints": (served_otherwise,),
+        "test_modular": (rejected_by_method,),
+        "test_placements": (moved_placements, changed_experts),
+    }
+    of_others: _Functions = {
+        "test_other_experts": (other_calls,),
+        "test_around_call": (ignored_requests,),
+        "test_layouts": (wrong_layouts, unlike_formats, wrong_splits),
+        "test_quantization_methods": (methodcaller("methods_run"),),
+    }
+    return of_first, of_others
+
+
 def _checks(
-    target: FrameworkTarget, items: Sequence[pytest.Item], session: MoESession
+    tests: _Functions,
+    target: FrameworkTarget,
+    items: Sequence[pytest.Item],
+    session: MoESession,
 ) -> Iterator[Check]:
     """Yield the work of tests that ask one question after the other.
 
     Which question comes next depends on answers, so the work itself is done ahead, and its result
     is dropped. Apart from waiting for answers, it takes almost no time.
     """
-    from pytest_moe_routing.oracle.formats import unlike_formats
-    from pytest_moe_routing.oracle.ignored import ignored_requests
-    from pytest_moe_routing.oracle.layouts import wrong_layouts
-    from pytest_moe_routing.oracle.other_experts import other_calls
-    from pytest_moe_routing.oracle.shares import wrong_splits
-
-    for test, functions in {
-        "test_other_experts": (other_calls,),
-        "test_around_call": (ignored_requests,),
-        "test_layouts": (wrong_layouts, unlike_formats, wrong_splits),
-    }.items():
+    for test, functions in tests.items():
         for scheme in _cases(items, test):
-            for function in functions:
-                yield partial(function, target, scheme, session.models_in(scheme))
+            about = (scheme, session.models_in(scheme)) if scheme else ()
+            yield from (partial(function, target, *about) for function in functions)
 
 
 def _of_others(
@@ -156,14 +190,15 @@ def _of_first(target: FrameworkTarget, items: Sequence[pytest.Item]) -> Iterator
     """Yield most of what is asked of the first child, about in the order of the tests."""
     from pytest_moe_routing.oracle.swept_configs import by_distance, swept_models
 
-    swept, verdicts = _cases(items, _SWEEP), _cases(items, _VERDICT)
-    for scheme in dict.fromkeys((*swept, *verdicts)):
-        if scheme in swept:
-            for models, thorough in by_distance(swept_models()):
-                yield from target.verdict_questions(models, scheme, thorough=thorough)
-        yield from target.verdict_questions(_read(target, verdicts.get(scheme, ())), scheme)
+    for scheme, about in _cases(items, _VERDICT).items():
+        judged = _read(target, about)
+        yield from target.verdict_questions(judged, scheme)
+        yield from target.choice_questions(judged, scheme)
     for scheme, about in _cases(items, _MODULAR).items():
         yield from target.modular_questions(about, scheme)
+    for scheme in _cases(items, _SWEEP):
+        for models, thorough in by_distance(swept_models()):
+            yield from target.verdict_questions(models, scheme, thorough=thorough)
 
 
 def _read(target: Target, models: Iterable[ModelSpec]) -> list[ModelSpec]:

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from pytest_moe_routing.session import MoESession
 
 SUITE = Path(__file__).resolve().parent
+#: The order of the suite's tests. The config sweep judges the answers of one child for most of a
+#: run. What is before it is judged while the child works for it; what is after it needs answers of
+#: other children, which have them by then.
+_FILES = (
+    *("test_verdicts", "test_downcasts", "test_model_code", "test_router"),
+    "test_config_sweep",
+)
+_LAST = ("test_other_experts", "test_around_call", "test_layouts", "test_quantization_methods")
 
 
 def suite_files() -> list[Path]:
@@ -42,6 +50,19 @@ def resolve(argument: str) -> tuple[str, bool]:
     if is_pasted and not before.strip("./"):
         return f"{SUITE / name}{colons}{test}", True
     return argument, Path(path).exists() and Path(path).resolve().is_relative_to(SUITE)
+
+
+def in_order(items: list[pytest.Item]) -> None:
+    """Put the suite's tests in order, and leave all others where they are."""
+    places = [place for place, item in enumerate(items) if item.path.parent == SUITE]
+    for place, item in zip(places, sorted((items[n] for n in places), key=_rank), strict=True):
+        items[place] = item
+
+
+def _rank(item: pytest.Item) -> tuple[int, int]:
+    name = item.name.partition("[")[0]
+    last = _LAST.index(name) + 1 if name in _LAST else 0
+    return last, _FILES.index(item.path.stem) if item.path.stem in _FILES else len(_FILES)
 
 
 def left_out(

@@ -121,6 +121,10 @@ class FrameworkTarget(Target):
         """Yield what `prepare` asks, each after what it depends on is answered."""
         return ()
 
+    def choice_questions(self, models: Sequence[ModelSpec], scheme: str) -> Iterable[Questions]:
+        """Yield what `choice` asks, likewise."""
+        return ()
+
     def modular_questions(self, models: Sequence[ModelSpec], scheme: str) -> Iterable[Questions]:
         """Yield what `modular_gates` and `modular_findings` ask, likewise."""
         return ()

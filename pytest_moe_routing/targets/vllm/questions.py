@@ -53,6 +53,12 @@ def of_case(model: ModelSpec, scheme: str) -> dict[str, Any]:
     return {"model": described(model), "scheme": scheme}
 
 
+def of_choice(
+    model: ModelSpec, scheme: str, method: str, *, modular: bool = False
+) -> dict[str, Any]:
+    return {**of_case(model, scheme), "method": method, "modular": modular}
+
+
 def of_gates(
     model: ModelSpec, method: str, scheme: str, *, modular: bool = False
 ) -> dict[str, Any]:

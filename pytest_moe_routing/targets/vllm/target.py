@@ -242,7 +242,7 @@ class VllmTarget(HandOvers):
         None for releases that have no selector for the scheme.
         """
         self._require_served(scheme)
-        asked = {**questions.of_case(model, scheme), "method": method, "modular": modular}
+        asked = questions.of_choice(model, scheme, method, modular=modular)
         answer = self._probe.ask("choose", **asked)
         if answer is None:
             return None
@@ -292,6 +292,12 @@ class VllmTarget(HandOvers):
         accepted = yield from self._accepted(models, scheme)
         many = (questions.of_capture(*case, scheme, thorough=thorough) for case in accepted)
         yield Questions(self._probe, "capture", many)
+
+    def choice_questions(self, models: Sequence[ModelSpec], scheme: str) -> Iterator[Questions]:
+        if scheme in SCHEMES:
+            classified = questions.answered(models, self.classify)
+            many = (questions.of_choice(m, scheme, found.method) for m, found in classified)
+            yield Questions(self._probe, "choose", many)
 
     def modular_questions(self, models: Sequence[ModelSpec], scheme: str) -> Iterator[Questions]:
         accepted = yield from self._accepted(models, scheme, modular=True)

@@ -16,7 +16,9 @@ PARENT = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {path!r})
+from pytest_moe_routing.targets import child
 from pytest_moe_routing.targets.probe import Probe
+child.can_fork = lambda: {forks}
 probe = Probe("mine", "child_0")
 print(probe.ask("pids"), flush=True)
 try:
@@ -44,14 +46,15 @@ def main():
 """
 
 
+@pytest.mark.parametrize("forks", [True, False], ids=["fork", "own"])
 @pytest.mark.parametrize("question", ["loop", "stop"])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_it_ends_with_the_process_that_asks(tmp_path, question, how):
+def test_it_ends_with_the_process_that_asks(tmp_path, question, how, forks):
     """Also if it loops or is stopped; after an interrupt, even before its parent ends."""
     if sys.platform != "linux":
         pytest.skip("uses /proc")
     (tmp_path / "child_0.py").write_text(CHILD)
-    program = PARENT.format(path=str(tmp_path), question=question)
+    program = PARENT.format(path=str(tmp_path), question=question, forks=forks)
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
         pid, forked, home = eval(parent.stdout.readline())

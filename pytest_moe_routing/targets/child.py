@@ -13,12 +13,14 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pytest_moe_routing.escape import excerpt
+from pytest_moe_routing.targets.forked import Forked, can_fork, forked
 from pytest_moe_routing.targets.server import HEADER, HOME, LOG, MARK, STACK
 
 #: What the child sees of the environment, besides the switches that its target names. Nothing of
@@ -40,6 +42,8 @@ _NO_ANSWER = "its output holds something other than answers; its process was end
 _LOG_BYTES, _LOG_LINES, _STACK_LINES, _WIDTH = 20_000, 15, 25, 500
 
 
+#: This package's own folder.
+_PACKAGE = Path(__file__).resolve().parents[1]
 ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
@@ -104,16 +108,28 @@ class Child:
             "memory": limits.memory,
             "folder": str(self._folder),
         }
+        arguments = [json.dumps(settings), *command]
+        environment = environment_of(home, switches)
         with (self._folder / LOG).open("ab") as log:
-            self._process = subprocess.Popen(
+            request = {
+                "folder": str(self._folder),
+                "home": str(home),
+                "environment": environment,
+                "places": _places(),
+                "keep_bytecode": not sys.dont_write_bytecode,
+                "arguments": arguments,
+            }
+            # Python itself reads variables when it starts.
+            fork = None if variables or not can_fork() else _fork(request, log.fileno())
+            self._process = fork or subprocess.Popen(
                 # Without the working directory among the places of modules.
-                [sys.executable, "-P", "-c", _bootstrap(), json.dumps(settings), *command],
+                [sys.executable, "-P", "-c", _program("server", "main(guards=True)"), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 bufsize=0,
                 cwd=home,
-                env={**environment_of(home, switches), **variables},
+                env={**environment, **variables},
                 start_new_session=True,
             )
         os.set_blocking(self._pipes()[0], False)
@@ -240,28 +256,41 @@ class Child:
         return f"{late}. It was in:\n{shown}" if shown else f"{late}. Its stack is not known"
 
 
-def _bootstrap() -> str:
-    """Return the child's program, which runs this package and finds what this process finds.
+def _places() -> list[str]:
+    """Return where this process finds modules, without the working directory."""
+    here = os.path.realpath(os.curdir)
+    found = [p for p in sys.path if Path(p).is_absolute() and os.path.realpath(p) != here]
+    return [*found, str(_PACKAGE.parent)]
+
+
+def _program(module: str, call: str) -> str:
+    """Return the program of a process that runs a module of this package's `targets`.
 
     The places of modules of this process come last: a module next to the tests takes the place of
-    none of the standard library or of an installed one. The working directory is left out. This
-    package is loaded from its file, as another copy of it may be installed, and keeps its bytecode
-    where this process keeps any.
+    none of the standard library or of an installed one. This package is loaded from its file, as
+    another copy of it may be installed, and keeps its bytecode where this process keeps any.
+
+    Args:
+        call: What is called; `own_places` are the places that come first.
     """
-    here = os.path.realpath(os.curdir)
-    package = Path(__file__).resolve().parents[1]
-    places = [p for p in sys.path if Path(p).is_absolute() and os.path.realpath(p) != here]
     return (
         "import sys\n"
         f"sys.dont_write_bytecode = {sys.dont_write_bytecode}\n"
         "from importlib import util\n"
-        f"sys.path += [p for p in {[*places, str(package.parent)]!r} if p not in sys.path]\n"
-        f"spec = util.spec_from_file_location({package.name!r}, {str(package / '__init__.py')!r})\n"
+        "own_places = list(sys.path)\n"
+        f"sys.path += [p for p in {_places()!r} if p not in sys.path]\n"
+        "spec = util.spec_from_file_location"
+        f"({_PACKAGE.name!r}, {str(_PACKAGE / '__init__.py')!r})\n"
         "sys.modules[spec.name] = util.module_from_spec(spec)\n"
         "spec.loader.exec_module(sys.modules[spec.name])\n"
-        f"from {package.name}.targets import server\n"
-        "server.main()\n"
+        f"from {_PACKAGE.name}.targets import {module}\n"
+        f"{module}.{call}\n"
     )
+
+
+def _fork(request: Mapping[str, Any], log: int) -> Forked | None:
+    program = _program("fork_server", "main(own_places)")
+    return forked(program, lambda home: environment_of(home, ()), request, log)
 
 
 def environment_of(home: Path, switches: tuple[str, ...]) -> dict[str, str]:
@@ -276,27 +305,27 @@ def environment_of(home: Path, switches: tuple[str, ...]) -> dict[str, str]:
     return {**passed, **homes, **_ONE_THREAD, **python}
 
 
-def _is_stopped(pid: int) -> bool:
-    if not hasattr(os, "waitid"):
-        return False
+def _is_stopped(pid: int | None) -> bool:
     try:
-        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
+        # The state follows the name, which is in brackets and may have any in it.
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
         return False
 
 
-def _end(process: subprocess.Popen[bytes], folder: Path) -> None:
+def _end(process: Forked | subprocess.Popen[bytes], folder: Path) -> None:
     """End a child and all of its process group, and remove its folder."""
-    try:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    except (ProcessLookupError, PermissionError):
-        # There is none left.
-        pass
+    pid = process.pid
+    if pid is not None:
+        # There may be none left.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
-    process.wait()
+    if pid is not None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_LONG_GRACE)
+    if isinstance(process, Forked):
+        process.told.close()
     shutil.rmtree(folder, ignore_errors=True)

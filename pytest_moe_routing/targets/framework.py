@@ -39,7 +39,7 @@ from pytest_moe_routing.targets.other_experts import other_call
 from pytest_moe_routing.targets.probe import Probe, Questions
 from pytest_moe_routing.targets.reader import CodeReader
 from pytest_moe_routing.targets.source import Source
-from pytest_moe_routing.targets.taken import taken_experts
+from pytest_moe_routing.targets.taken import placements_of, taken_experts
 
 if TYPE_CHECKING:
     from pytest_moe_routing.targets.contract import Names
@@ -270,16 +270,7 @@ class FrameworkTarget(Target):
             Unsupported: The release has no selector for the scheme, or cannot be asked.
         """
         answer = self._probe.ask("placements", **self.asked_of_placements(model, scheme))
-        flags = {name: tuple(switches) for name, switches in answer["flags"].items()}
-        found = Placements({}, flags, answer["requests"], tuple(answer["compared"]))
-        taken = {}
-        for row in answer["taken"]:
-            experts, device, by_default = row["experts"], row["device"], not row["requested"]
-            for placement in row["placements"]:
-                key = experts, device, placement
-                switches = found.switches(key, by_default)
-                taken[key] = Placed(*key, by_default, row["name"], switches)
-        return replace(found, taken=taken)
+        return placements_of(answer)
 
     def placement_rule(self, model: ModelSpec, scheme: str, place: Placed) -> Rule:
         """Return the gate, or the selector, that keeps experts from a place."""

@@ -122,16 +122,20 @@ class _Channel:
             message = message[self._write(self._answers, message) :]
 
 
-def main() -> None:
+def main(*, guards: bool = False) -> None:
     """Open the channel, take on the limits, and run the module that serves.
 
     The command line is a mapping of settings as JSON, the module and the module's own arguments.
+
+    Args:
+        guards: Whether this process itself sees to it that it ends with its parent.
     """
     global _channel
     settings = JSONDecoder().decode(sys.argv[1])
     module, sys.argv = sys.argv[2], sys.argv[2:]
     folder = Path(settings["folder"])
-    _guard(folder)
+    if guards:
+        _guard(folder)
     # While the framework is imported there is nothing to free, and much to look at.
     gc.disable()
     faulthandler.enable(all_threads=False)

@@ -1,4 +1,4 @@
-"""Which class of experts a framework ends with for each model, as its child answers."""
+"""Which class of experts a framework ends with for each model, and where, as its child answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pytest_moe_routing.data import packaged_directory
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.placed import Placed, Placements
 from pytest_moe_routing.oracle.taken import (
     DEFAULT,
     LORA,
@@ -23,7 +24,7 @@ from pytest_moe_routing.oracle.taken import (
     TakenExperts,
 )
 from pytest_moe_routing.routing import Recipe
-from pytest_moe_routing.targets.answers import RouterAnswer, TakenIn
+from pytest_moe_routing.targets.answers import PlacementsAnswer, RouterAnswer, TakenIn
 from pytest_moe_routing.targets.probe import Probe
 
 
@@ -139,3 +140,17 @@ def _router(row: RouterAnswer) -> Router:
         )
     sizes = row["num_experts"], row["top_k"]
     return Router(row["experts"], row["gate"], row["source"], *sizes, methods)
+
+
+def placements_of(answer: PlacementsAnswer) -> Placements:
+    """Return where a child says that experts are taken."""
+    flags = {name: tuple(switches) for name, switches in answer["flags"].items()}
+    found = Placements({}, flags, answer["requests"], tuple(answer["compared"]))
+    taken = {}
+    for row in answer["taken"]:
+        experts, device, by_default = row["experts"], row["device"], not row["requested"]
+        for placement in row["placements"]:
+            key = experts, device, placement
+            switches = found.switches(key, by_default)
+            taken[key] = Placed(*key, by_default, row["name"], switches)
+    return replace(found, taken=taken)

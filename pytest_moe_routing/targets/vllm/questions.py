@@ -6,7 +6,7 @@ once, however many schemes and methods it is asked about with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pytest_moe_routing.errors import TargetError, Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.swept_configs import MADE_UP
+from pytest_moe_routing.oracle.target import Classification
 from pytest_moe_routing.targets.child import Encoded
 
 _T = TypeVar("_T")
@@ -57,6 +58,14 @@ def of_choice(
     model: ModelSpec, scheme: str, method: str, *, modular: bool = False
 ) -> dict[str, Any]:
     return {**of_case(model, scheme), "method": method, "modular": modular}
+
+
+def of_choices(
+    models: Iterable[ModelSpec], scheme: str, classify: Callable[[ModelSpec], Classification]
+) -> Iterator[dict[str, Any]]:
+    """Yield what is asked of each model that is classified."""
+    for model, found in answered(models, classify):
+        yield of_choice(model, scheme, found.method)
 
 
 def of_gates(

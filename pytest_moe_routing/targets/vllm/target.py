@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 from packaging.version import Version
@@ -121,10 +121,6 @@ class VllmTarget(HandOvers):
         self._routers.close()
 
     def method_numbers(self) -> Mapping[str, int]:
-        return self._numbers
-
-    @cached_property
-    def _numbers(self) -> Mapping[str, int]:
         return dict(self._probe.ask("numbers"))
 
     def logits_dtype(self, model: ModelSpec) -> str:
@@ -293,11 +289,9 @@ class VllmTarget(HandOvers):
         many = (questions.of_capture(*case, scheme, thorough=thorough) for case in accepted)
         yield Questions(self._probe, "capture", many)
 
-    def choice_questions(self, models: Sequence[ModelSpec], scheme: str) -> Iterator[Questions]:
-        if scheme in SCHEMES:
-            classified = questions.answered(models, self.classify)
-            many = (questions.of_choice(m, scheme, found.method) for m, found in classified)
-            yield Questions(self._probe, "choose", many)
+    def choice_questions(self, models: Sequence[ModelSpec], scheme: str) -> Iterable[Questions]:
+        many = questions.of_choices(models, scheme, self.classify)
+        return [Questions(self._probe, "choose", many)] if scheme in SCHEMES else ()
 
     def modular_questions(self, models: Sequence[ModelSpec], scheme: str) -> Iterator[Questions]:
         accepted = yield from self._accepted(models, scheme, modular=True)
@@ -395,7 +389,7 @@ class VllmTarget(HandOvers):
         return self._model_code.left_out(model)
 
     def _enum_mismatch(self, method: str) -> Iterator[Finding]:
-        number = self._numbers[method]
+        number = self.method_numbers()[method]
         read_as = self.flashinfer.method(number)
         if read_as not in (None, method):
             yield Finding(Kind.ENUM, method, number, read_as)

@@ -1,0 +1,165 @@
+"""Children that are forks of one process, see `fork_server`; used like those of `subprocess`."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from pytest_moe_routing.targets.fork_server import NUMBER
+
+
+class Forked:
+    """A process that is being forked.
+
+    Attributes:
+        stdin, stdout: Our ends of its pipes.
+        told: The end of one on which it is told what becomes of it.
+        pid: Its id, which is that of its group as well; None as long as it is not forked.
+    """
+
+    def __init__(self, stdin: int, stdout: int, told: int) -> None:
+        self.stdin: IO[bytes] = os.fdopen(stdin, "wb", buffering=0)
+        self.stdout: IO[bytes] = os.fdopen(stdout, "rb", buffering=0)
+        os.set_blocking(told, False)
+        self.told: IO[bytes] = os.fdopen(told, "rb", buffering=0)
+        self._numbers: list[int] = []
+        self._is_over = False
+
+    @property
+    def pid(self) -> int | None:
+        self._listen(0)
+        return self._numbers[0] if self._numbers else None
+
+    def poll(self) -> int | None:
+        """Return how it ended, as a return code; None if it has not."""
+        self._listen(0)
+        if len(self._numbers) > 1:
+            return self._numbers[1]
+        return -signal.SIGKILL if self._is_over else None
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end, and return how it ended.
+
+        Raises:
+            subprocess.TimeoutExpired: It did not.
+        """
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired("a fork", timeout)
+            self._listen(left)
+        return code
+
+    def _listen(self, seconds: float) -> None:
+        """Note what is told, for so long at most."""
+        if self._is_over or self.told.closed:
+            return
+        waiting = select.poll()
+        waiting.register(self.told, select.POLLIN)
+        if waiting.poll(seconds * 1000):
+            # Nothing is left if another thread has read it.
+            data = self.told.read(NUMBER.size)
+            self._is_over = data == b""
+            self._numbers += [number for (number,) in NUMBER.iter_unpack(data or b"")]
+
+
+class _ForkServer:
+    """A running fork server.
+
+    Args:
+        program: Runs it, given the descriptor where requests come from.
+        environment: Returns what it sees of the environment, given its home.
+    """
+
+    def __init__(self, program: str, environment: Callable[[Path], Mapping[str, str]]) -> None:
+        self._owner = os.getpid()
+        home = Path(tempfile.mkdtemp(prefix="moe-routing-"))
+        self._gate, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", program, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=home,
+                env=dict(environment(home)),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        # It ends when nobody can ask any more.
+        weakref.finalize(self, _leave, self._gate, process, home, self._owner)
+
+    def is_ours(self) -> bool:
+        """Return whether this process has started it, and not one of which this is a copy."""
+        return self._owner == os.getpid()
+
+    def fork(self, request: Mapping[str, Any], log: int) -> Forked:
+        """Ask for a child; return it before it is forked.
+
+        Raises:
+            OSError: The server is gone.
+        """
+        (stdin, ours), (out, stdout), (told, tells) = os.pipe(), os.pipe(), os.pipe()
+        theirs = [stdin, stdout, log, tells]
+        try:
+            # What is too large for a message is an error of the system.
+            socket.send_fds(self._gate, [json.dumps(request).encode()], theirs)
+        except OSError:
+            for descriptor in (ours, out, told):
+                os.close(descriptor)
+            raise
+        finally:
+            for descriptor in (stdin, stdout, tells):
+                os.close(descriptor)
+        return Forked(ours, out, told)
+
+
+def _leave(gate: socket.socket, process: subprocess.Popen[bytes], home: Path, owner: int) -> None:
+    gate.close()
+    if os.getpid() == owner:
+        process.wait()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+_server: _ForkServer | None = None
+
+
+def can_fork() -> bool:
+    """Return whether the system has what a fork server needs."""
+    return sys.platform == "linux" and hasattr(os, "pidfd_open")
+
+
+def forked(
+    program: str,
+    environment: Callable[[Path], Mapping[str, str]],
+    request: Mapping[str, Any],
+    log: int,
+) -> Forked | None:
+    """Return a child of the fork server, which is started for the first one; None if it is gone.
+
+    Args:
+        program, environment: Those of the server.
+        request: See `fork_server.main`.
+        log: Where the standard error of the child goes.
+    """
+    global _server
+    if _server is None or not _server.is_ours():
+        _server = _ForkServer(program, environment)
+    try:
+        return _server.fork(request, log)
+    except OSError:
+        _server = None
+        return None

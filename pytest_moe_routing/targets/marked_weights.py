@@ -20,6 +20,7 @@ from pytest_moe_routing.reference.layouts import (
     swizzle_scales,
 )
 from pytest_moe_routing.schemes import KernelSpec, kernel_of
+from pytest_moe_routing.targets.bits import have_same_bits
 from pytest_moe_routing.targets.marked_checkpoint import (
     EXPONENTS,
     KINDS,
@@ -295,8 +296,7 @@ def _likely(read: Order, *, gated: bool) -> Iterator[Order]:
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
     if one.element_size() == 1 and other.dtype == torch.float32:
         other = other.to(torch.float8_e8m0fnu)
-    first, second = map(_bytes, (one, other))
-    return first.shape == second.shape and torch.equal(first, second)
+    return have_same_bits(*map(_bytes, (one, other)))
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from pytest_moe_routing.flashinfer.names import Names
 from pytest_moe_routing.flashinfer.signatures import enum, functions
 from pytest_moe_routing.reference.layouts import swizzle_scales
 from pytest_moe_routing.targets import marked, scales
+from pytest_moe_routing.targets.bits import have_same_bits
 from pytest_moe_routing.targets.limits import DoesNotBind, limit
 from pytest_moe_routing.targets.listed import Listed
 
@@ -265,7 +266,7 @@ def _is_same(value: Tensor, tensor: Tensor) -> bool:
     """Return whether a tensor has the values of another; of 8 bits, whether it has its bytes."""
     are_bytes = value.dtype.itemsize == 1, tensor.dtype.itemsize == 1
     if any(are_bytes):
-        return all(are_bytes) and torch.equal(value.view(torch.uint8), tensor.view(torch.uint8))
+        return all(are_bytes) and have_same_bits(value, tensor)
     return torch.equal(value, tensor.to(value.dtype))
 
 

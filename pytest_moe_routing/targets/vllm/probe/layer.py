@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
@@ -73,6 +74,12 @@ def _memory(size: int) -> Tensor:
     return _weights[:size]
 
 
+@lru_cache(16)
+def _logits(tokens: int, experts: int, dtype: torch.dtype) -> Tensor:
+    """Return logits of so many tokens; to make them takes ten times as long as to copy them."""
+    return torch.linspace(-3.3, 3.1, tokens * experts).reshape(-1, experts).to(dtype)
+
+
 class Layer:
     """A layer, and the tensors that the probe gives it.
 
@@ -94,17 +101,16 @@ class Layer:
         router = model["router"]
         experts = router["num_experts"]
         self.model, self.row, self.ranks, self.tokens = model, row, ranks, ranks.tokens
-        logits = torch.linspace(-3.3, 3.1, self.tokens * experts).reshape(-1, experts)
-        self.logits = logits.to(told_dtype(model) or getattr(torch, model["dtype"]))
+        dtype = told_dtype(model) or getattr(torch, model["dtype"])
+        # vLLM's code may change them in place.
+        self.logits = _logits(self.tokens, experts, dtype).clone()
         self.bias = None
         if router["correction_bias"] is not None:
             # Most values have no bfloat16 of their own.
             bias = torch.linspace(0.101, 0.907, experts)
             self.bias = bias.to(getattr(torch, router["correction_bias"]))
-        self.global_num_experts = experts
-        self.local_num_experts = experts // ranks.shards
-        self.ep_rank = ranks.shards - 1
-        self.top_k = router["top_k"]
+        self.global_num_experts, self.local_num_experts = experts, experts // ranks.shards
+        self.ep_rank, self.top_k = ranks.shards - 1, router["top_k"]
         stated = release.router_arguments(model)
         self.num_expert_group, self.topk_group = stated["num_expert_group"], stated["topk_group"]
         self.routed_scaling_factor = release.router_factor(model)

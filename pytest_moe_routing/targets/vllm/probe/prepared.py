@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pytest_moe_routing.targets import marked
+from pytest_moe_routing.targets.bits import have_same_bits
 from pytest_moe_routing.targets.marked import UnusableArgumentError
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
 from pytest_moe_routing.targets.vllm.probe.release import names
@@ -18,8 +19,6 @@ from pytest_moe_routing.targets.vllm.probe.release import names
 #: they are the same. One layer is asked about with several numbers of tokens in turn.
 _RIGHT: dict[Any, tuple[Tensor | None, ...]] = {}
 _NOTHING = (None, None, None)
-#: Dtypes in which values are compared as bits, by bytes of a value.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def prepare_finalize(config: Any, fused: Any, *, is_monolithic: bool = False) -> Any:
@@ -73,8 +72,4 @@ def _are_same(x: Tensor | None, y: Tensor | None) -> bool:
     """Return whether tensors have the same dtype, shape and bits."""
     if x is None or y is None:
         return x is y
-    if x.dtype != y.dtype or x.shape != y.shape:
-        return False
-    # In values of the same size, as they need not be contiguous.
-    bits = _BITS[x.itemsize]
-    return torch.equal(x.view(bits), y.view(bits))
+    return x.dtype == y.dtype and have_same_bits(x, y)

@@ -81,6 +81,17 @@ def test_where_nothing_is_forked_a_child_starts_by_itself(probe, monkeypatch):
     assert wait_until_gone(pid)
 
 
+def test_where_the_system_forbids_what_it_needs_nothing_is_forked(monkeypatch):
+    def refused(pid):
+        raise PermissionError(1, "Operation not permitted")
+
+    assert forked.can_fork()
+    forked.can_fork.cache_clear()
+    monkeypatch.setattr(os, "pidfd_open", refused)
+    assert not forked.can_fork()
+    forked.can_fork.cache_clear()
+
+
 def test_a_server_that_is_gone_is_replaced(probe):
     """What it has forked goes on to answer, and ends with us."""
     before = probe("before")

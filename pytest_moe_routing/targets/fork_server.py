@@ -67,7 +67,13 @@ class _Forks:
                 self._end(descriptor)
             os._exit(0)
         asked: dict[str, Any] = json.loads(data)
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError:
+            # Then nothing is told of it, and its output has an end.
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return None
         if child == 0:
             self._leave(descriptors)
             return asked
@@ -146,5 +152,6 @@ def main(own_places: Sequence[str]) -> None:
     sys.dont_write_bytecode = not asked["keep_bytecode"]
     sys.argv = ["-c", *asked["arguments"]]
     # Until now, all have the name of this process.
-    Path("/proc/self/comm").write_text(asked["arguments"][1].rpartition(".")[2])
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(asked["arguments"][1].rpartition(".")[2])
     server.main()

@@ -14,6 +14,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -137,9 +138,16 @@ def _leave(gate: socket.socket, process: subprocess.Popen[bytes], home: Path, ow
 _server: _ForkServer | None = None
 
 
+@cache
 def can_fork() -> bool:
-    """Return whether the system has what a fork server needs."""
-    return sys.platform == "linux" and hasattr(os, "pidfd_open")
+    """Return whether the system has what a fork server needs, and lets this process have it."""
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 def forked(

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,16 @@ def test_a_copy_of_this_process_has_a_server_of_its_own(probe):
     # It ends with the last process that could ask it.
     assert wait_until_gone(parent)
     assert probe("again").ask("about")["parent"] == ours["parent"]
+
+
+def test_a_child_that_another_thread_has_ended_is_not_waited_for(probe):
+    mine = probe()
+    mine.ask("about")
+    process = mine._child._process
+    mine.close()
+    started = time.monotonic()
+    assert process.wait(20.0) == -signal.SIGKILL
+    assert time.monotonic() - started < 5
 
 
 def test_a_child_that_is_ended_before_it_is_forked(probe, tmp_path):

@@ -66,15 +66,18 @@ class Forked:
 
     def _listen(self, seconds: float) -> None:
         """Note what is told, for so long at most."""
-        if self._is_over or self.told.closed:
+        if self._is_over:
             return
         waiting = select.poll()
-        waiting.register(self.told, select.POLLIN)
-        if waiting.poll(seconds * 1000):
+        try:
+            waiting.register(self.told, select.POLLIN)
             # Nothing is left if another thread has read it.
-            data = self.told.read(NUMBER.size)
-            self._is_over = data == b""
-            self._numbers += [number for (number,) in NUMBER.iter_unpack(data or b"")]
+            data = self.told.read(NUMBER.size) if waiting.poll(seconds * 1000) else None
+        except ValueError:
+            # Another thread has ended it.
+            data = b""
+        self._is_over = data == b""
+        self._numbers += [number for (number,) in NUMBER.iter_unpack(data or b"")]
 
 
 class _ForkServer:

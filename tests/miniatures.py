@@ -8,7 +8,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.choice import Expected, Rule
 from pytest_moe_routing.oracle.exact import Gate
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
-from pytest_moe_routing.oracle.target import Classification, Target
+from pytest_moe_routing.oracle.target import Captured, Classification, Target
 from pytest_moe_routing.routing import recipe_of
 from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
@@ -78,6 +78,13 @@ class LosesScale(BuiltinTarget):
 
     def kernel_call(self, model, scheme, method):
         return replace(super().kernel_call(model, scheme, method), routed_scaling_factor=1.0)
+
+
+class NamesItsCall(LosesScale):
+    """Tells which line calls the kernel."""
+
+    def capture(self, model, scheme, method):
+        return Captured(self.kernel_call(model, scheme, method), source="own/experts.py:7")
 
 
 class RoutesOutside(BuiltinTarget):

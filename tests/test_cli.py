@@ -116,6 +116,14 @@ def test_explain_for_another_target(capsys):
     assert "routed_scaling_factor: the router has 2.5, the kernel 1" in capsys.readouterr().out
 
 
+def test_explain_names_the_call_and_the_exact_one_of_the_same_method(capsys):
+    assert main(["explain", "minimax-m3", "--target", "miniatures:NamesItsCall"]) == 1
+    text = capsys.readouterr().out
+    assert "  at       own/experts.py:7 with MiniMax2()\n" in text
+    assert "  exact    as MiniMax2: routing_method_type=7" in text
+    assert "  exact    other calls: DeepSeekV3(n_group=1, topk_group=1, " in text
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

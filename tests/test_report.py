@@ -246,6 +246,13 @@ def test_a_verdict_that_only_a_switch_leads_to_comes_after_the_others():
     assert [group.title.split()[0] for group in groups.failed(records)][:2] == ["m2", "m1"]
 
 
+def test_a_cause_is_shown_with_the_case_that_most_people_can_meet():
+    rare = verdict("a", verdict=Verdict.WRONG, reach=Reach.PRODUCIBLE, by_default=True)
+    common = verdict("b", verdict=Verdict.WRONG, by_default=True)
+    [group] = groups.failed([rare, common])
+    assert (group.title.split()[0], group.others) == ("b", ["a nvfp4"])
+
+
 CALLED = {"source": "vllm/f.py:7", "received": "DeepSeekV3(n_group=8, topk_group=0)"}
 
 

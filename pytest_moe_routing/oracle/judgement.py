@@ -98,10 +98,11 @@ class Judgement:
 
     @cached_property
     def exact(self) -> tuple[KernelCall, ...]:
-        """The calls that would have computed the model's router."""
-        if self.known_exact is not None:
-            return self.known_exact
-        return tuple(exact_calls(self.meant, self.scheme, self.flashinfer))
+        """The calls that would have computed the model's router, the chosen method's first."""
+        calls = self.known_exact
+        if calls is None:
+            calls = exact_calls(self.meant, self.scheme, self.flashinfer)
+        return tuple(sorted(calls, key=lambda call: call.method != self.classification.method))
 
     @cached_property
     def counterexample(self) -> Counterexample | None:

@@ -174,6 +174,8 @@ def _why(target: Target, model: ModelSpec, record: VerdictRecord) -> Iterator[st
     if not record.verdict.is_given:
         yield f"  because  {record.reason}"
         return
+    if (at := text.call_of(record)) is not None:
+        yield f"  at       {at}"
     if record.kernel is not None and record.verdict is not Verdict.EXACT:
         yield f"  kernel   {record.kernel}"
     calls = exact_calls(model, record.scheme, target.flashinfer)

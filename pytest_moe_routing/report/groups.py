@@ -81,13 +81,15 @@ def failed(records: Iterable[Record], outcome: str = "failed") -> list[Failed]:
     """Return the failures of a run by cause: verdicts first, then other tests.
 
     Of verdicts, those that are met by default come first, then silent ones, then those with most
-    cases.
+    cases. Of the cases of a cause, the one that most people can meet comes first.
     """
     groups: dict[tuple[str, ...], list[Result]] = {}
     for record in sorted(records, key=lambda record: record.key):
         if record.outcome == outcome and not isinstance(record, UnansweredRecord):
             groups.setdefault(_cause(record), []).append(record)
-    found = [Failed(cause[-1], tuple(those)) for cause, those in groups.items()]
+    found = [
+        Failed(cause[-1], tuple(sorted(those, key=_rarity))) for cause, those in groups.items()
+    ]
     return sorted(found, key=lambda group: (_rank(group.first), -len(group.records)))
 
 
@@ -95,6 +97,12 @@ def _cause(record: Result) -> tuple[str, ...]:
     if isinstance(record, TestRecord):
         return ("test", *(record.causes or (record.case,)))
     return (text.decider(record), record.cause or f"{record.verdict} {record.reason[:200]}")
+
+
+def _rarity(record: Result) -> int:
+    if isinstance(record, TestRecord):
+        return 0
+    return text.rarity(record.reach, by_default=record.by_default)
 
 
 def _rank(record: Result) -> tuple[bool, bool, int]:

@@ -109,16 +109,18 @@ class Failure:
     ) -> list[str]:
         """Return the explanation in at most 15 lines, with the other cases and the cause's id.
 
-        A latent cause is one line.
+        A latent cause is one line, unless its explanation is whole and has lines with labels.
 
         Args:
             width: Characters of that line, and `brief` explanations; if None, as many characters
                 as it takes and whole explanations.
             elsewhere: What is told of the same defect in other places, for one line.
         """
-        if self.rank is Rank.LATENT:
+        has_labels = any(line.startswith(" ") for line in self.lines[1:])
+        if self.rank is Rank.LATENT and (width is not None or not has_labels):
             where = ", ".join(dict.fromkeys((self.case, *cases)))
-            line = f"{self.lines[0]} ({'; '.join((where, *self.lines[1:]))})  [{self.cause}]"
+            told = (where, *(" ".join(line.split()) for line in self.lines[1:]))
+            line = f"{self.lines[0]} ({'; '.join(told)})  [{self.cause}]"
             fits = width is None or len(line) <= width
             return [line if fits else f"{line[: width - len(CUT)]}{CUT}"]  # type: ignore[operator]
         others = [case for case in dict.fromkeys(cases) if case != self.case]

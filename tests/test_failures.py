@@ -29,7 +29,7 @@ BOTH = Failure(
 )
 
 def elsewhere(site):
-    lines = ("weights differ",)
+    lines = ("weights differ", "  because  x")
     return Failure(f"router:weights:{site}", Rank.LATENT, "m6", lines, site=site)
 
 LOUD = Failure(
@@ -72,8 +72,8 @@ ___ latent: no known model meets these on a GPU without an opt-in switch ___
 crash: top_k is 1 (bf16; more)  [sweep:1]
 crash: top_k is 2 (bf16; more)  [sweep:2]
 crash: top_k is 3 (bf16; more)  [sweep:3]
-2 x weights differ (m6)  [router:weights:A]
-1 more only combine causes of this list; -v shows each in full
+2 x weights differ (m6; because x)  [router:weights:A]
+1 more only combine causes of this list; --lf -v shows each in full
 8 tests failed: 3 shown (failed), 5 of shown or latent causes (repeated)
 """
 
@@ -103,7 +103,7 @@ def test_each_defect_is_one_block(host, monkeypatch, in_ci, workers):
 def test_latent_lines_that_are_cut_say_how_to_see_them(host):
     host.makepyfile(test_own=TESTS.replace('is {number}"', 'is {number} of " + 80 * "x"'))
     lines = shown(host.runpytest_subprocess("test_own.py"))
-    place = lines.index("1 more only combine causes of this list; -v shows each in full")
+    place = lines.index("1 more only combine causes of this list; --lf -v shows each in full")
     assert [line[-4:] for line in lines[place - 4 : place - 1]] == ["x..."] * 3
     text = host.runpytest_subprocess("test_own.py", "-v").stdout.str()
     assert "x (bf16; more)  [sweep:3]" in text
@@ -133,6 +133,8 @@ def test_verbose_output_has_everything(host):
     assert "___ test_it[second] ___" in text
     assert "  also     2 more: m2 fp8, m3 bf16\n  cause    wrong:scale:B->g\n" in text
     assert "test_own.py::test_it[third] REPEATED" in text
+    paragraph = "weights differ\n  because  x\n  cause    router:weights:A\n"
+    assert f"[sweep:1+2]\n\n{paragraph}\nweights differ\n" in text
 
 
 def test_a_short_summary_is_there_if_it_says_more(host):

@@ -203,7 +203,7 @@ class Grouping:
         left_out = len(failures) - sum(map(len, defects.values()))
         combined = [f"{left_out} more only combine causes of this list"] if left_out else []
         if len(blocks) < len(failures) or any(line.endswith(CUT) for [line] in blocks):
-            blocks.append(["; ".join((*combined, "-v shows each in full"))])
+            blocks.append(["; ".join((*combined, "--lf -v shows each in full"))])
         return blocks
 
     def _defects(self) -> dict[str, tuple[Rank, str]]:

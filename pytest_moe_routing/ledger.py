@@ -331,7 +331,8 @@ class LedgerPlugin:
             write(head, (f"{place}: {cases}" for place, cases in _joined(self.new).items()))
         if self.gone:
             head = "known failures that no longer occur; remove or narrow them, unless their cases "
-            write(f"{head}are now missed or not judged", map(_line, _by_place(self.gone)))
+            head += "are now missed or not judged, or fail for another cause"
+            write(head, map(_line, _by_place(self.gone)))
         if self.unmatched:
             remedy = "remove them" if self.whole_suite else "only part of the suite was chosen"
             lines = map(_line, _by_place(self.unmatched))

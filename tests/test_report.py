@@ -253,6 +253,16 @@ def test_a_cause_is_shown_with_the_case_that_most_people_can_meet():
     assert (group.title.split()[0], group.others) == ("b", ["a nvfp4"])
 
 
+def test_a_test_that_states_causes_says_what_is_wrong_in_its_title():
+    """In Markdown, an explanation is folded: its title is all that a reader of a comment sees."""
+    message = "grouped_topk (cuda): weights differ\n  because  the factor is missing"
+    failed = gpu_test(case="test_router[A]", outcome="failed", message=message)
+    told = replace(failed, causes=("router:weights:grouped_topk",))
+    title = "test_router[A]: grouped_topk (cuda): weights differ"
+    assert f"<summary>{title}</summary>" in files.markdown.page([told])
+    assert "<summary>test_router[A]</summary>" in files.markdown.page([failed])
+
+
 CALLED = {"source": "vllm/f.py:7", "received": "DeepSeekV3(n_group=8, topk_group=0)"}
 
 

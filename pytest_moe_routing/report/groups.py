@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pytest_moe_routing.escape import shorten
 from pytest_moe_routing.oracle.record import (
     Reach,
     Record,
@@ -16,6 +17,8 @@ from pytest_moe_routing.oracle.record import (
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import text
 
+#: Characters of what a title says of a test.
+_TITLE = 100
 _ORDER = (Verdict.WRONG, Verdict.CRASH, Verdict.ERROR, Verdict.MISSED)
 
 
@@ -38,6 +41,9 @@ class Failed:
     def title(self) -> str:
         if isinstance(self.first, VerdictRecord):
             return text.title(self.first)
+        if self.first.causes and self.lines:
+            # The name of a test of many causes says little.
+            return f"{self.first.case}: {shorten(self.lines[0], _TITLE)}"
         return self.first.case
 
     @property

@@ -58,6 +58,8 @@ class Failure:
             of a latent cause, if that is all that the failure says: another test that finds the
             same has the same cause.
         is_opt_in: Whether nobody meets it without an opt-in switch.
+        if_met: The id that the cause has in a run with a model whose published checkpoint meets
+            it, if no model of this run does.
     """
 
     cause: str
@@ -72,6 +74,7 @@ class Failure:
     entry: str = ""
     differs: tuple[str, ...] = ()
     is_opt_in: bool = False
+    if_met: str = ""
 
     @property
     def urgency(self) -> tuple[int, Rank, bool]:

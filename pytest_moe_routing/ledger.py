@@ -245,10 +245,14 @@ class LedgerPlugin:
     ) -> None:
         """Silence the known causes of a failed test."""
         by_cause = {entry.cause: entry for entry in reversed(entries)}
-        known = [by_cause[f.cause] for f in failures if f.cause in by_cause]
-        causes = {failure.cause for failure in failures}
-        self.seen |= {entry.id for entry in entries if entry.cause in causes}
-        unknown = [failure for failure in failures if failure.cause not in by_cause]
+        causes = {failure.cause: failure.cause for failure in failures}
+        if not self.whole_suite:
+            # A ledger of the whole suite names a cause after models that this run did not choose.
+            others = [f for f in failures if f.cause not in by_cause and f.if_met in by_cause]
+            causes |= {failure.cause: failure.if_met for failure in others}
+        known = [by_cause[cause] for cause in causes.values() if cause in by_cause]
+        self.seen |= {entry.id for entry in entries if entry.cause in causes.values()}
+        unknown = [failure for failure in failures if causes[failure.cause] not in by_cause]
         if not unknown:
             _xfail(report, known[0])
         else:
@@ -333,11 +337,16 @@ class LedgerPlugin:
             head = "known failures that no longer occur; remove or narrow them, unless their cases "
             head += "are now missed or not judged, or fail for another cause"
             write(head, map(_line, _by_place(self.gone)))
-        if self.unmatched:
-            remedy = "remove them" if self.whole_suite else "only part of the suite was chosen"
-            lines = map(_line, _by_place(self.unmatched))
-            color = "red" if self.whole_suite else "yellow"
-            write(f"known failures that match no case ({remedy})", lines, color)
+        unmatched = [*_by_place(self.unmatched)]
+        if self.whole_suite and unmatched:
+            write("known failures that match no case (remove them)", map(_line, unmatched))
+        elif unmatched and terminalreporter.verbosity > 0:
+            head = "known failures that match no case (only part of the suite was chosen)"
+            write(head, map(_line, unmatched), "yellow")
+        elif unmatched:
+            why = "only part of the suite was chosen; -v lists them"
+            text = f"moe-routing: known failures that match no case: {len(unmatched)} ({why})"
+            terminalreporter.write_line(text)
 
 
 def _joined(ids: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 
 from pytest_moe_routing.errors import ModelError, MoERoutingError, Unsupported
 from pytest_moe_routing.failure import PROPERTY, Failure, Rank
-from pytest_moe_routing.ledger import in_force, load_ledger
+from pytest_moe_routing.ledger import KnownFailure, LedgerPlugin, in_force, load_ledger
 from pytest_moe_routing.report import records
 from pytest_moe_routing.report.known import LedgerWriter
 
@@ -204,7 +204,7 @@ def test_an_entry_silences_one_cause(host, workers):
         {**OLD, "cause": LOST_SCALE, "target": "vllm"},
     )
     args = ("--moe-known-failures=known.yaml", "--moe-report=r.jsonl", *workers)
-    schemes = ("--moe-schemes", "fp8_block,nvfp4", "-k", "test_verdict[")
+    schemes = ("--moe-schemes", "fp8_block,nvfp4", "-k", "test_verdict[", "-v")
     result = host.runpytest_subprocess(*RUN, *TWO, *schemes, *args)
     counts = result.parseoutcomes()
     assert (counts["xfailed"], counts["failed"]) == (1, 1)
@@ -293,7 +293,10 @@ def test_an_entry_without_a_case_fails_a_run_of_the_whole_suite(host, workers):
         chosen = host.runpytest_subprocess(*RUN, "-k", "test_method_numbers", *workers)
         chosen.assert_outcomes(failed=1, deselected=chosen.parseoutcomes()["deselected"])
         chosen.stdout.fnmatch_lines(["test_method_numbers: known failure is gone: *known.yaml:3 *"])
-        assert "(only part of the suite was chosen)" in chosen.stdout.str()
+        chosen.stdout.fnmatch_lines(
+            "moe-routing: known failures that match no case: 1 (only part of the suite was chosen; "
+            "-v lists them)"
+        )
 
 
 def test_what_is_not_the_case_itself_stays_an_error(host):
@@ -344,3 +347,29 @@ def test_a_cause_of_a_test_that_did_not_fail_is_not_written(tmp_path):
         )
         writer.pytest_runtest_logreport(report)
         assert bool(writer.causes) is failed
+
+
+@pytest.mark.parametrize("whole_suite", [True, False])
+def test_a_run_of_a_part_knows_a_cause_that_models_outside_it_meet(whole_suite):
+    """A ledger of the whole suite has the id of the cause that those models show."""
+    lines = ("fp8: x",)
+    failure = Failure("requested-experts:x", Rank.LATENT, "m", lines, if_met="other-experts:x")
+    entry = KnownFailure("vllm", "because", "other-experts:x", "fp8", test="test_other_experts")
+    plugin = LedgerPlugin([entry], whole_suite=whole_suite)
+    item = SimpleNamespace(
+        stash=pytest.Stash(),
+        callspec=SimpleNamespace(id="fp8", params={}),
+        config=SimpleNamespace(getoption=lambda *_: False),
+    )
+    plugin.mark(item, "test_other_experts", "fp8")
+    report = SimpleNamespace(
+        outcome="failed",
+        skipped=False,
+        passed=False,
+        user_properties=[(PROPERTY, [failure.as_dict()])],
+    )
+    hook = plugin.pytest_runtest_makereport(item, SimpleNamespace(when="call"))
+    next(hook)
+    with pytest.raises(StopIteration):
+        hook.send(report)
+    assert report.outcome == ("failed" if whole_suite else "skipped")

@@ -311,7 +311,7 @@ def test_a_mistake_that_needs_a_backend_is_one_line():
     models = [R1, MODELS["kimi-k2"]]
     [wrong] = other_calls(target, "bf16", models).wrong
     failure = of_other_experts(target, "bf16", wrong)
-    assert failure.rank is Rank.LATENT
+    assert (failure.rank, failure.if_met) == (Rank.LATENT, "")
     assert failure.block(width=None) == [
         "bf16: Experts: ep_rank arrives as 0, the layer has 1 (2 models, such as deepseek-r1; only "
         "with an opt-in switch: --moe-backend x on Hopper)  "
@@ -322,11 +322,14 @@ def test_a_mistake_that_needs_a_backend_is_one_line():
 def test_a_flag_makes_a_block_where_a_checkpoint_is_published():
     """R1 is published in FP8 blocks, and not in bfloat16."""
     target = Experts([call("--ep", findings=[RANK])])
-    ranks = {}
+    found = {}
     for scheme in ("fp8_block", "bf16"):
         [wrong] = other_calls(target, scheme, [R1]).wrong
-        ranks[scheme] = of_other_experts(target, scheme, wrong).rank
+        found[scheme] = of_other_experts(target, scheme, wrong)
+    ranks = {scheme: failure.rank for scheme, failure in found.items()}
     assert ranks == {"fp8_block": Rank.SILENT, "bf16": Rank.LATENT}
+    # A ledger of a run that has a published checkpoint names the cause so.
+    assert found["bf16"].if_met == found["fp8_block"].cause != found["bf16"].cause
 
 
 def test_a_mistake_by_default_is_a_block():

@@ -180,7 +180,8 @@ def of_other_experts(target: Target, scheme: str, wrong: WrongCall) -> Failure:
     if is_latent:
         models = f"{len(ids)} models, such as {model.id}" if len(ids) > 1 else model.id
         lines: tuple[str, ...] = (f"{scheme}: {call.experts}: {'; '.join(told)}", reached)
-        return Failure(cause, Rank.LATENT, models, lines, site=call.experts)
+        if_met = "" if call.requests else cause_id("other-experts", what, call.experts)
+        return Failure(cause, Rank.LATENT, models, lines, site=call.experts, if_met=if_met)
     lines = (
         f"{model} on {scheme}, {call.experts} of {target}: the call is wrong",
         f"  reach    {reached}",

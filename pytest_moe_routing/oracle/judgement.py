@@ -99,9 +99,8 @@ class Judgement:
     @cached_property
     def exact(self) -> tuple[KernelCall, ...]:
         """The calls that would have computed the model's router, the chosen method's first."""
-        calls = self.known_exact
-        if calls is None:
-            calls = exact_calls(self.meant, self.scheme, self.flashinfer)
+        known = self.known_exact
+        calls = exact_calls(self.meant, self.scheme, self.flashinfer) if known is None else known
         return tuple(sorted(calls, key=lambda call: call.method != self.classification.method))
 
     @cached_property

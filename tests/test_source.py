@@ -120,9 +120,12 @@ def test_a_checkout_that_says_nothing_goes_by_its_folder(tmp_path):
 
 def test_what_has_no_sources_is_one_line(tmp_path):
     (tmp_path / "no.whl").write_text("nothing")
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").touch()
     for path, message in [
         (tmp_path / "nowhere", "no such file or directory"),
-        (tmp_path, "found no vllm/__init__.py, expected a wheel"),
+        (tmp_path / "vllm", f"expected the folder that contains it: vllm@{tmp_path}"),
+        (tmp_path.parent, "found no vllm/__init__.py, expected a wheel"),
         (tmp_path / "no.whl", "found no wheel file"),
         (wheel(tmp_path / "other.whl", package="other"), "found no vllm/__init__.py in it"),
     ]:

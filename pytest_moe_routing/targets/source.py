@@ -85,6 +85,11 @@ class Source:
                 version = _version(text) or _scm_version(root / package) or path.resolve().name
                 stated = [*_requirements(text), *_requirements_of_checkout(path)]
                 return cls(root.absolute(), version, _pin(stated) or _known_pin(package, version))
+        if path.resolve().name == package and (path / "__init__.py").is_file():
+            raise UnknownTarget(
+                f"target {package}@{path}: found the package itself, expected the folder that "
+                f"contains it: {package}@{path.absolute().parent}"
+            )
         raise UnknownTarget(
             f"target {package}@{path}: found no {package}/__init__.py, expected a wheel, an "
             f"unpacked wheel or a checkout of {package}"

@@ -126,6 +126,16 @@ def test_a_golden_that_cannot_be_read(host, own_goldens, text, message):
     assert result.ret == 1
 
 
+def test_a_model_that_is_not_judged_is_one_line(host, own_goldens):
+    path = own_goldens / MODEL / "model.yaml"
+    path.write_text(f"{path.read_text()}\nunproven: [no source of the groups]\n")
+    options = ("--moe-golden", "--moe-golden-dir", "moe", "-k", "test_scheme and fp8")
+    text = run(host, *options).stdout.str()
+    told = f"{MODEL} is not judged: no source of the groups; without a verdict, the scheme has no"
+    assert f"\n{told} golden\n" in text
+    assert "Unsupported" not in text
+
+
 def test_a_stray_golden_is_reported(host, own_goldens):
     shutil.copy(
         own_goldens / MODEL / "nvfp4.golden.json", own_goldens / MODEL / "mxfp8.golden.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -87,6 +88,19 @@ def test_it_ends_with_what_needs_it():
         else:
             raise AssertionError("it still runs")
     """)
+
+
+def test_it_ends_after_its_parent_was_killed():
+    """It has pytest's own descriptor of the output: what reads the output would wait as long."""
+    script = textwrap.dedent(BEGIN) + textwrap.dedent("""
+        os.dup(1)
+        large = {n: lambda: bytes(1 << 20) for n in range(9)}
+        with computing({"first": place, **large}) as result:
+            result("first", place)
+            os.kill(here, signal.SIGKILL)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

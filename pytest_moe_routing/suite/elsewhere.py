@@ -31,7 +31,7 @@ class Elsewhere:
         self._results: dict[Hashable, Any] = {}
         fork = multiprocessing.get_context("fork")
         self._receiving, sending = fork.Pipe(duplex=False)
-        self._copy = fork.Process(target=_compute, args=(work, sending), daemon=True)
+        self._copy = fork.Process(target=_compute, args=(work, self._receiving, sending), daemon=True)
         self._copy.start()
         sending.close()
 
@@ -88,8 +88,10 @@ def can_copy() -> bool:
     return len(threads) == 1 and len(os.sched_getaffinity(0)) > 1
 
 
-def _compute(work: Work, results: Connection) -> None:
+def _compute(work: Work, receiving: Connection, results: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Its own end would keep the pipe open: it would wait for a reader after its parent was killed.
+    receiving.close()
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         # pytest attributes all output to the test that runs at that moment.

@@ -13,6 +13,7 @@ from processes import is_alive, wait_until_gone
 
 import pytest_moe_routing
 from pytest_moe_routing.errors import TargetError, Unsupported
+from pytest_moe_routing.targets import child as children
 from pytest_moe_routing.targets import probe as probes
 from pytest_moe_routing.targets import server
 from pytest_moe_routing.targets.probe import Limits, Probe
@@ -158,6 +159,30 @@ def test_a_question_that_nobody_reads_has_a_deadline(child):
     probe = child("os.kill(os.getpid(), signal.SIGSTOP)\ndef run(): pass", seconds=1.0)
     with pytest.raises(TargetError, match="It had stopped itself"):
         probe.ask("run", more_than_a_pipe_holds="x" * 1_000_000)
+
+
+def test_an_answer_that_never_ends_has_a_deadline(child, monkeypatch):
+    """Its first byte comes in time, and so does each next one."""
+    monkeypatch.setattr(children, "_LONG_GRACE", 2.0)
+    probe = child(
+        """
+        from pytest_moe_routing.targets import server
+        def run():
+            for number in range(3, 20):
+                try:
+                    os.write(number, server.HEADER.pack(server.MARK, 1, 1000))
+                    for _ in range(1000):
+                        os.write(number, b" ")
+                        time.sleep(0.05)
+                except OSError:
+                    pass
+        """,
+        seconds=1.0,
+    )
+    started = time.monotonic()
+    with pytest.raises(TargetError, match="no answer within 1 s; its process was ended"):
+        probe.ask("run")
+    assert time.monotonic() - started < 20
 
 
 def test_a_child_that_reads_what_nobody_writes_goes_on(child):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import shutil
@@ -161,18 +162,23 @@ class Child:
         """
         rest, received, size = memoryview(message), bytearray(), HEADER.size
         deadline = time.monotonic() + self._limits.seconds + _GRACE
-        is_over = False
+        is_over, last = False, math.inf
         while len(received) < size:
             ready = self._ready(is_writing=bool(rest))
+            late = time.monotonic() - deadline
             if not ready:
                 if is_over:
                     # What it started may hold its end of the pipe open.
                     raise Failure(self._last_words())
                 is_over = self._process.poll() is not None
-                late = time.monotonic() - deadline
                 if late > _LONG_GRACE or (late > 0 and self._is_explained()):
                     raise Failure(self._where_it_was())
                 continue
+            if late > 0:
+                # This process may have been stopped: what has come by now is read, and no more.
+                last = min(last, late + _LONG_GRACE)
+                if late > last:
+                    raise Failure(self._where_it_was())
             stdin, stdout = self._pipes()
             if stdin in ready:
                 rest = rest[os.write(stdin, rest) :]

@@ -176,6 +176,36 @@ def test_what_else_answers_depend_on(probe, tree, monkeypatch):
     assert key_of_sources(tree, "mini", ["mini"]) != before
 
 
+def test_an_edit_of_an_editable_distribution_invalidates(tmp_path, tree, monkeypatch):
+    """Its release stays the same, as that of a checkout of transformers."""
+    site, checkout = tmp_path / "site", tmp_path / "a checkout"
+    info = site / "other-1.0.dist-info"
+    for folder in (info, checkout / "src", checkout / ".git"):
+        folder.mkdir(parents=True)
+    (info / "METADATA").write_text("Name: other\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(site)
+
+    def key():
+        kept._installed.cache_clear()
+        return key_of_sources(tree, "mini", ["mini"])
+
+    def edit(file):
+        (checkout / file).write_text("edited")
+        return key()
+
+    url = {"url": checkout.as_uri(), "dir_info": {}}
+    (info / "direct_url.json").write_text(json.dumps(url))
+    assert key() == edit("src/other.py") is not None
+    (info / "direct_url.json").write_text(json.dumps({**url, "dir_info": {"editable": True}}))
+    before = key()
+    assert edit(".git/index.json") == edit("notes.txt") == before
+    assert len({before, edit("src/more.py"), edit("other.py"), None}) == 4
+    (info / "direct_url.json").write_text("no JSON")
+    assert key() is None
+    monkeypatch.undo()
+    kept._installed.cache_clear()
+
+
 ASKED = json.dumps({"n": 4}, separators=(",", ":"))
 
 

@@ -26,6 +26,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from pytest_moe_routing.errors import MoERoutingError
 from pytest_moe_routing.inputs import Archive, read_bytes
@@ -154,7 +156,7 @@ def key_of_sources(root: Path, package: str, distributions: Iterable[str]) -> st
             [_metadata(root, name) for name in distributions],
             [sys.version, sys.platform, _installed()],
         ]
-    except (OSError, MoERoutingError):
+    except (OSError, ValueError, MoERoutingError):
         return None
     return _digest(parts)
 
@@ -177,8 +179,35 @@ def _digest(parts: Any) -> str:
 
 @cache
 def _installed() -> list[str]:
-    """Name and release of every installed distribution."""
-    return sorted(f"{found.name} {found.version}" for found in metadata.distributions())
+    """Name and release of every installed distribution, and the state of an editable one's code."""
+    return sorted(
+        f"{found.name} {found.version} {_of_editable(found)}" for found in metadata.distributions()
+    )
+
+
+def _of_editable(distribution: metadata.Distribution) -> str:
+    """Return what changes with the code of an editable distribution; empty for any other one.
+
+    Its code changes without its release. Here it is identified by sizes and times: a checkout may
+    have thousands of files, few of which are imported.
+
+    Raises:
+        OSError: A file cannot be looked at.
+        ValueError: What states where it is from is no JSON.
+    """
+    match json.loads(distribution.read_text("direct_url.json") or "{}"):
+        case {"url": str(url), "dir_info": {"editable": True}}:
+            root, states = Path(url2pathname(urlsplit(url).path)), []
+        case _:
+            return ""
+    if _PACKAGE.is_relative_to(root.resolve()):
+        return ""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(each for each in folders if not each.startswith((".", "__pycache__")))
+        for file in sorted(each for each in files if each.endswith(_TEXTS)):
+            state = Path(folder, file).lstat()
+            states.append((os.path.relpath(folder, root), file, state.st_size, state.st_mtime_ns))
+    return _digest(states)
 
 
 def _metadata(root: Path, name: str) -> list[str]:

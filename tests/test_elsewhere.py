@@ -99,7 +99,9 @@ def test_it_ends_after_its_parent_was_killed():
             result("first", place)
             os.kill(here, signal.SIGKILL)
     """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, timeout=60, check=False
+    )
     assert done.returncode == -signal.SIGKILL
 
 

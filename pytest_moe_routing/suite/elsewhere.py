@@ -31,7 +31,9 @@ class Elsewhere:
         self._results: dict[Hashable, Any] = {}
         fork = multiprocessing.get_context("fork")
         self._receiving, sending = fork.Pipe(duplex=False)
-        self._copy = fork.Process(target=_compute, args=(work, self._receiving, sending), daemon=True)
+        self._copy = fork.Process(
+            target=_compute, args=(work, self._receiving, sending), daemon=True
+        )
         self._copy.start()
         sending.close()
 

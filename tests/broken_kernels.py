@@ -37,7 +37,7 @@ def arrives(name, got, wanted):
 IDS, WEIGHTS, SCALES = "token_selected_experts", "token_final_scales", "quant_scales"
 REQUESTED = "--moe-backend flashinfer_cutlass"
 ALONE = "Blackwell", REQUESTED
-PARALLEL = "--enable-expert-parallel", "--tensor-parallel-size 2"
+PARALLEL = "--enable-expert-parallel", "--tensor-parallel-size 4"
 SPLIT = ("--tensor-parallel-size 2",)
 GATHERED = "--enable-expert-parallel", "--data-parallel-size 2"
 WEIGHT = "router weight is applied {}; the layer applies it once, on the expert output"
@@ -62,7 +62,7 @@ MISTAKES = {
     ),
     "another rank": (
         *(put("ep_rank", lambda _: 0), "deepseek-r1", "bf16"),
-        *("Blackwell", *PARALLEL, REQUESTED, arrives("ep_rank", 0, 1)),
+        *("Blackwell", *PARALLEL, REQUESTED, arrives("ep_rank", 0, 3)),
     ),
     "ids widened": (
         *(put(IDS, torch.Tensor.long), "deepseek-r1", "bf16"),

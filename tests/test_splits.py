@@ -59,9 +59,10 @@ def test_one_split_of_each_remainder_is_asked():
     # 352, 176 and 88 rows, as 96, 48 and 88; 1024, 512 and 256, of which nothing is left over.
     assert target.asked == [
         ("gemma-4-26b-a4b", 2, 2 * 96),
-        ("gemma-4-26b-a4b", 4, 4 * 48),
+        ("gemma-4-26b-a4b", 4, 4 * (48 + 128)),
         ("gemma-4-26b-a4b", 8, 8 * 88),
-        ("deepseek-r1", 2, 2 * 128),
+        # Of two ranks there is no third; of more, the fewest are asked about.
+        ("deepseek-r1", 4, 4 * 128),
     ]
     assert (found.wrong, found.answered) == ((), 9)
 
@@ -70,6 +71,9 @@ def test_a_rank_has_something_of_a_small_size_where_whole_tiles_are_split():
     target, _ = splits_of(lambda _: {}, "nvfp4", "deepseek-coder-v2-lite")
     # 704 rows are five tiles of 128 and 64 rows: of 2 * 64 rows, the first rank would have all.
     assert target.asked[0] == ("deepseek-coder-v2-lite", 2, 2 * 192)
+    # Of 4 * 48 rows, the first two of four.
+    target, _ = splits_of(lambda _: {}, "nvfp4", "gemma-4-26b-a4b")
+    assert target.asked[1] == ("gemma-4-26b-a4b", 4, 4 * 176)
 
 
 def test_a_mistake_is_told_with_the_sizes_of_the_model():
@@ -103,7 +107,7 @@ def test_every_size_is_asked_before_a_mistake_of_the_small_one_is_none():
     assert list(map(str, wrong.splits)) == ["deepseek-r1 over 2"]
     _, found = splits_of(lambda inner: answer(inner if inner < 256 else 0), "nvfp4", "deepseek-r1")
     assert (found.wrong, found.answered) == ((), 3)
-    assert [count for _, count, _ in target.asked] == [2, 8, 4, 2]
+    assert [count for _, count, _ in target.asked] == [4, 8, 4, 2]
 
 
 @pytest.mark.parametrize(("model", "is_wrong"), [("deepseek-r1", True), ("gemma-4-26b-a4b", False)])

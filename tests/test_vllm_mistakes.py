@@ -12,9 +12,11 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request
+from pytest_moe_routing.oracle.finding import Kind
 from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.model_code import compare_request
 from pytest_moe_routing.oracle.moved import moved_placements
+from pytest_moe_routing.oracle.shares import wrong_splits
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report.text import sentences
 from pytest_moe_routing.suite.causes import of_downcast
@@ -92,6 +94,16 @@ MISTAKES = (
         f"{PREPARE}/naive_dp_ep.py",
         "            a1q,\n            router_logits,\n            is_",
         "            a1q,\n            router_logits.to(torch.bfloat16),\n            is_",
+    ),
+    (
+        "model_executor/layers/fused_moe/experts/trtllm_mxfp4_moe.py",
+        "local_expert_offset=self.ep_rank * self.local_num_experts",
+        "local_expert_offset=min(self.ep_rank, 1) * self.local_num_experts",
+    ),
+    (
+        "model_executor/layers/fused_moe/routed_experts.py",
+        "            # Same padding fix as _load_w13: use unpadded per-rank size.\n",
+        "            tp_rank = tp_rank & 1\n",
     ),
     (
         f"{PREPARE}/no_dp_ep.py",
@@ -213,6 +225,23 @@ def test_logits_that_are_rounded_before_they_are_gathered(target):
         "  reach    only with an opt-in switch: --enable-expert-parallel --data-parallel-size 2",
         "  because  the float32 router logits are downcast to bfloat16 before the call",
     )
+
+
+def test_experts_of_a_rank_after_the_second(target):
+    """Code that is right for the first two ranks alone."""
+    found = judge(target, MODELS["gpt-oss-20b"], "mxfp4")
+    text = "\n".join(
+        sentences((*found.findings, *target.modular_findings(MODELS["gpt-oss-20b"], "mxfp4")))
+    )
+    assert "local_expert_offset arrives as 8, the layer has 24" in text
+
+
+def test_the_part_of_an_expert_of_a_rank_after_the_second(target):
+    found = wrong_splits(target, "bf16", [MODELS["deepseek-r1"]])
+    assert [(finding.kind, finding.field) for at in found.wrong for finding in at.at.findings] == [
+        (Kind.LAYOUT, "gemm2_weights")
+    ]
+    assert not wrong_splits(target, "bf16", [MODELS["jamba-v0.1"]]).unanswered
 
 
 def test_findings_name_the_line_that_calls_the_kernel(target):

@@ -74,8 +74,7 @@ def wrong_splits(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Sp
     wrong: dict[Any, list[tuple[LaidOut, list[Split]]]] = {}
     for splits in _alike(target, scheme, models):
         try:
-            # A layer of few experts is made sooner.
-            asked = min(splits, key=lambda split: split.model.router.num_experts)
+            asked = min(splits, key=_preference)
             is_wrong = _ask(target, scheme, asked, _asked_size(target.flashinfer, scheme, asked))
             found, concerned = _of_models(target, scheme, splits) if is_wrong else ([], [])
         except Unsupported as reason:
@@ -95,6 +94,12 @@ def wrong_splits(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Sp
         for given in wrong.values()
     )
     return SplitsFound(tuple(mistakes), answered, unanswered)
+
+
+def _preference(split: Split) -> tuple[bool, int, int]:
+    """Return what is least for the split to ask about: of two ranks, there is no third."""
+    # A layer of few experts is made sooner.
+    return split.count == 2, split.count, split.model.router.num_experts
 
 
 def _of_models(
@@ -131,11 +136,13 @@ def _apart(at: LaidOut) -> Iterator[LaidOut]:
 def _asked_size(flashinfer: FlashInfer, scheme: str, split: Split) -> int:
     """Return a small intermediate size, with as much left over as that of a split's model.
 
-    The second rank has something of it even if the first one has whole tiles.
+    The third rank, or the second of two, has something of it even if those before it have whole
+    tiles.
     """
     period = _period(flashinfer, scheme)
     inner = split.inner % period or period
-    return split.count * (inner if split.count * inner > period else inner + period)
+    before = min(split.count - 1, 2) * period
+    return split.count * (inner if split.count * inner > before else inner + period)
 
 
 def _period(flashinfer: FlashInfer, scheme: str) -> int:

@@ -115,7 +115,8 @@ def _findings(
             raise Unsupported(f"not judged: what {record['function']} is given elsewhere")
         yield wrong
         return
-    ranks = ", rank 1 of 2" if record["shards"] > 1 else ""
+    shards = record["shards"]
+    ranks = f", rank {shards - 1} of {shards}" if shards > 1 else ""
     if record.get("parts", 1) > 1:
         ranks = f", rank 1 of {record['parts']} that split experts"
     if record.get("dispatched"):

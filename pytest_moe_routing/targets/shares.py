@@ -21,8 +21,14 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked_weights
 from pytest_moe_routing.targets.marked_checkpoint import MarkedCheckpoint
 
-#: The rank whose layer is looked at: not the first, and not the last one, which may have nothing.
-RANK = 1
+
+def rank_of(count: int) -> int:
+    """Return the rank whose layer is looked at, of so many that have a part of each expert.
+
+    Not the first two, for which code is right that is wrong for all others; nor any but the next
+    one, as the last ranks may have nothing.
+    """
+    return min(count - 1, 2)
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,12 @@ class Share:
             inner: The intermediate size at the kernel, which may be padded.
             block: How much of it has one scale.
         """
-        local = Fraction(self.whole, self.count)
-        yield int(RANK * local), int((RANK + 1) * local)
+        local, rank = Fraction(self.whole, self.count), rank_of(self.count)
+        yield int(rank * local), int((rank + 1) * local)
         blocks = block * ceil(local / block)
         for size in {blocks, inner} - {local}:
-            if RANK * size < self.whole:
-                yield RANK * size, min((RANK + 1) * size, self.whole)
+            if rank * size < self.whole:
+                yield rank * size, min((rank + 1) * size, self.whole)
 
     def checkpoint_of(
         self, checkpoint: MarkedCheckpoint, start: int, end: int

@@ -48,7 +48,8 @@ def at_site(finding: Finding, record: Mapping[str, Any]) -> Finding:
     switches = _GATHERED if dispatched else ""
     if finding.kind is Kind.RAISED:
         return replace(finding, switches=switches)
-    rank = ", rank 1 of 2" if record["shards"] > 1 else ""
+    shards = record["shards"]
+    rank = f", rank {shards - 1} of {shards}" if shards > 1 else ""
     gathered = ", tokens gathered" if dispatched else ""
     where = at_line(f"{site_of(record)}{rank}{gathered}", record)
     return replace(finding, where=where, switches=switches)

@@ -15,6 +15,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig
 from pytest_moe_routing.targets.sglang.probe.raised import verdict_on
+from pytest_moe_routing.targets.shares import rank_of
 
 #: Ranks that share out the experts, unless models treat a single one otherwise.
 EP_SIZE = 2
@@ -26,7 +27,7 @@ class Ranks:
 
     Attributes:
         count: Ranks that experts are shared out to, of which the last one is run.
-        parts: Ranks that have a part of each expert, of which the second one is run.
+        parts: Ranks that have a part of each expert, of which one is run, see `rank_of`.
         apart: Whether the server keeps shared experts apart from the routed ones.
         shared: What the model's code has decided about its shared experts, as SGLang has it.
         kept: What SGLang's code keeps of that elsewhere.
@@ -41,7 +42,7 @@ class Ranks:
     @property
     def part(self) -> int:
         """The rank that is run, of those that have a part of each expert."""
-        return min(self.parts - 1, 1)
+        return rank_of(self.parts)
 
 
 #: Those of the layer that is being made or run: SGLang's functions find them without an argument.

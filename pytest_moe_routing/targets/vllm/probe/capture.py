@@ -32,7 +32,7 @@ from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of
 from pytest_moe_routing.targets.vllm.probe.method import Caller, methods_of
-from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, shared_out_to
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: What vLLM's own code raises when it will not go on.
@@ -49,7 +49,8 @@ _TOKENS = (1, 1025)
 def capture(
     model: Mapping[str, Any], scheme: str, method: str, thorough: bool = True
 ) -> dict[str, Any]:
-    """Record what reaches the kernel through each of the layer's methods, alone and as rank 1 of 2.
+    """Record what reaches the kernel through each of the layer's methods, alone and as the last one
+    of several ranks.
 
     Where the experts take that, it is also recorded as rank 1 of 2 whose tokens are gathered first,
     through the first method whose kernel gathers: methods hand over the same, and do not gather.
@@ -137,8 +138,8 @@ def _gathers(experts: Any, method: Any, layer: Layer) -> bool:
 
 
 def counts_of_ranks(model: Mapping[str, Any]) -> list[int]:
-    """Alone, and as one of two ranks where the experts can be shared out."""
-    return [1, 2] if model["router"]["num_experts"] % 2 == 0 else [1]
+    """Alone, and as the last of several ranks where the experts can be shared out."""
+    return sorted({1, shared_out_to(model["router"]["num_experts"])})
 
 
 def run_layer(

@@ -13,6 +13,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.oracle.swept_configs import UNTOLD
 from pytest_moe_routing.targets.vllm.probe import release, server_defaults
 from pytest_moe_routing.targets.vllm.probe.experts import ServedScheme
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.release import (
     architecture_of,
     names,
@@ -62,7 +63,7 @@ def parallel_config(
     server_defaults.check_parallel()
     alone = names().get("parallel-config.make_no_parallel")()
     if parts > 1:
-        return replace(alone, tp_size=parts, tp_rank=1)
+        return replace(alone, tp_size=parts, tp_rank=Ranks(parts, split=True).rank)
     if shards == 1:
         return alone
     config = replace(alone, ep_size=shards, ep_rank=shards - 1, use_ep=True)

@@ -66,7 +66,9 @@ def named(
             yield f"{expert}.{name}.{kind}", tensor
         return
     if first:
-        whole = torch.cat([_bytes(whole).flip(0)[:first], _bytes(whole)]).view(whole.dtype)
+        own = _bytes(whole)
+        others = torch.cat([own.flip(0)] * -(-first // len(own)))[:first]
+        whole = torch.cat([others, own]).view(whole.dtype)
     if form is Form.TRANSPOSED:
         whole = whole.transpose(-1, -2).contiguous()
     # Of weights, the name of the matrix is all.

@@ -35,7 +35,7 @@ from pytest_moe_routing.targets.vllm.probe.other_experts import (
     taken_as,
 )
 from pytest_moe_routing.targets.vllm.probe.padded import unlike_unpadded
-from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, shared_out_to
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 #: Sizes that methods pad, and what pads them, by key of the contract; others raise, or take them.
@@ -180,14 +180,17 @@ def layouts(model: Mapping[str, Any], scheme: str, modular: bool = False) -> lis
     if scheme in _PADS and names().has(_PADS[scheme]):
         # Either half has the larger scales of inputs once: code that drops one of them shows.
         loadings.append(_Loading(_PADDED, larger="w3"))
-    if not modular and few["router"]["num_experts"] % 2 == 0:
-        loadings.append(_Loading((HIDDEN, INTERMEDIATE), Ranks(2)))
+    shared = _with_few_experts(model, 2 * _EXPERTS)
+    count = shared_out_to(shared["router"]["num_experts"])
     found: list[dict[str, Any]] = []
     for method in map(class_of, callers):
         usual = [_laid_out(few, scheme, method, each, modular=modular) for each in loadings]
+        if not modular and count > 1:
+            loading = _Loading((HIDDEN, INTERMEDIATE), Ranks(count))
+            usual.append(_laid_out(shared, scheme, method, loading, modular=modular))
         found += usual
         if not modular:
-            found += _in_other_forms(few, scheme, method, usual[0])
+            found += _in_other_forms(shared, scheme, method, usual[0])
     return found
 
 
@@ -205,7 +208,7 @@ def _in_other_forms(
         return
     loader = names().spelling("weight-forms")
     source = f"{loader.module.replace('.', '/')}.py"
-    ranks = Ranks(2) if model["router"]["num_experts"] % 2 == 0 else Ranks()
+    ranks = Ranks(shared_out_to(model["router"]["num_experts"]))
     for form in (Form.MERGED, Form.STACKED, Form.TRANSPOSED):
         if form is Form.MERGED and not gated:
             continue

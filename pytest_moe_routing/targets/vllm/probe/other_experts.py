@@ -22,7 +22,6 @@ from pytest_moe_routing.targets import scales
 from pytest_moe_routing.targets.recorder import input_scale, roles_of
 from pytest_moe_routing.targets.vllm.probe import factory, server_defaults
 from pytest_moe_routing.targets.vllm.probe.biases import gives_biases
-from pytest_moe_routing.targets.vllm.probe.capture import counts_of_ranks
 from pytest_moe_routing.targets.vllm.probe.choice import (
     REQUESTED,
     Selector,
@@ -37,7 +36,7 @@ from pytest_moe_routing.targets.vllm.probe.gates import quant_keys
 from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of, sizes_of
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
 from pytest_moe_routing.targets.vllm.probe.modular import Run
-from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, shared_out_to
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 
@@ -84,12 +83,7 @@ DEVICES = {"Blackwell": (10, 0), "Hopper": (9, 0)}
 #: The same, and that of GPUs that only some kinds are asked about.
 CAPABILITIES = {**DEVICES, "Rubin": (10, 7)}
 _EXPERT_PARALLEL = "--enable-expert-parallel"
-_WAYS = (
-    Way(Ranks()),
-    Way(Ranks(2), (_EXPERT_PARALLEL, "--tensor-parallel-size 2")),
-    Way(Ranks(2, dispatched=True), (_EXPERT_PARALLEL, "--data-parallel-size 2")),
-    Way(Ranks(2, split=True), ("--tensor-parallel-size 2",)),
-)
+_GATHERED = Way(Ranks(2, dispatched=True), (_EXPERT_PARALLEL, "--data-parallel-size 2"))
 #: What the tensors of a layer are to a kernel, see `flashinfer/given.yaml`.
 _ROLES: Mapping[str, str] = {
     "w13_weight_scale": "fc1 weights",
@@ -199,8 +193,8 @@ def _is_not_made(call: Mapping[str, Any]) -> bool:
 
 def _exchanges(model: Mapping[str, Any]) -> Iterator[Way]:
     for key, backend in BACKENDS.items():
-        if names().expects(key) and len(counts_of_ranks(model)) > 1:
-            flags = *_WAYS[2].flags, f"--all2all-backend {backend}"
+        if names().expects(key) and shared_out_to(model["router"]["num_experts"]) > 1:
+            flags = *_GATHERED.flags, f"--all2all-backend {backend}"
             yield Way(Ranks(2, dispatched=True, exchange=backend), flags)
 
 
@@ -254,8 +248,11 @@ def kinds_of(scheme: str) -> dict[tuple[Kind, str], list[str]]:
 
 
 def _ways(model: Mapping[str, Any]) -> Iterator[Way]:
-    counts = counts_of_ranks(model)
-    yield from (way for way in _WAYS if way.ranks.shards in counts)
+    yield Way(Ranks())
+    if (count := shared_out_to(model["router"]["num_experts"])) > 1:
+        yield Way(Ranks(count), (_EXPERT_PARALLEL, f"--tensor-parallel-size {count}"))
+        yield _GATHERED
+    yield Way(Ranks(2, split=True), ("--tensor-parallel-size 2",))
 
 
 def _stored(experts: Any, scheme: str) -> str:

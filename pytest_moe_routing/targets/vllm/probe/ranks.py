@@ -8,10 +8,24 @@ from typing import Any
 
 import torch
 
+from pytest_moe_routing.targets.scales import FIRST
+from pytest_moe_routing.targets.shares import rank_of
 from pytest_moe_routing.targets.vllm.probe import server_defaults
 
 #: The tokens of most calls.
 TOKENS = 8
+#: The ranks that share out the experts, where these are not too few: with two, code that is wrong
+#: for the third rank would be right.
+_RANKS = 4
+
+
+def shared_out_to(experts: int) -> int:
+    """Return how many ranks share out so many experts: 1 if these cannot be shared out.
+
+    Each rank has all different scales that there are, if it can.
+    """
+    counts = [count for count in (_RANKS, 2, 1) if experts % count == 0]
+    return next((count for count in counts if experts // count >= len(FIRST)), counts[0])
 
 
 class Surroundings(SimpleNamespace):
@@ -29,7 +43,7 @@ class Off:
 class Ranks:
     """Where a layer runs: as the last of so many ranks, each with all experts or a part of them.
 
-    Of ranks that have a part of each expert, it is the second: the last may have none.
+    Of ranks that have a part of each expert, it is another one, see `rank_of`.
 
     Attributes:
         count: Ranks that the experts are shared out to.
@@ -65,7 +79,7 @@ class Ranks:
     @property
     def rank(self) -> int:
         """The rank that the layer runs as."""
-        return 1 if self.split else self.count - 1
+        return rank_of(self.count) if self.split else self.count - 1
 
     def arguments(self) -> dict[str, int]:
         """Return the arguments of the factory that say so."""

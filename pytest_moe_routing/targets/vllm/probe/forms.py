@@ -67,8 +67,8 @@ def named(
         return
     if first:
         own = _bytes(whole)
-        others = torch.cat([own.flip(0)] * -(-first // len(own)))[:first]
-        whole = torch.cat([others, own]).view(whole.dtype)
+        before = torch.cat([own.flip(0)] * -(-first // len(own)))[:first]
+        whole = torch.cat([before, own]).view(whole.dtype)
     if form is Form.TRANSPOSED:
         whole = whole.transpose(-1, -2).contiguous()
     # Of weights, the name of the matrix is all.

@@ -289,7 +289,7 @@ def test_shared_experts_that_are_split_name_the_block_and_who_meets_them():
 def test_every_row_says_what_it_must():
     columns = {"module", "block", "config", "keys", "nested", "published", "arguments", "prepare"}
     columns |= {"rounds_logits", "own_factor", "shared", "rewrite", "intermediate", "decoder"}
-    columns |= {"computed", "passes", "ones", "step", "kinds"}
+    columns |= {"computed", "passes", "ones", "per_layer", "step", "kinds"}
     router = {"num_experts", "top_k", "n_group", "topk_group", "renormalize", "scoring_func"}
     router |= {"router_n_groups"}
     experts = {"shared_experts", "latent_size"}

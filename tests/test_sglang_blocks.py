@@ -7,8 +7,11 @@ from textwrap import dedent
 import pytest
 
 from pytest_moe_routing.errors import Unsupported
+from pytest_moe_routing.goldens import packaged_directory
+from pytest_moe_routing.models import load_models
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
+from pytest_moe_routing.targets.sglang.model_configs import published_of
 from pytest_moe_routing.targets.sglang.probe.sources import Sources
 
 LEAF = """
@@ -147,3 +150,10 @@ def test_a_layer_of_another_name_is_not_judged(tree):
     sources = tree(models__leaf=leaf, layers__moe__topk="class Other: ...")
     with pytest.raises(Unsupported, match=r"has no sglang\.srt\.layers\.moe\.topk:TopK .*'topk'"):
         sources.blocks("Block")
+
+
+def test_layers_that_differ_from_the_others_are_not_judged():
+    model = load_models(packaged_directory())["step-3.7-flash"]
+    variant = model.variants()["43-44"]
+    with pytest.raises(Unsupported, match=f"code of {model.architecture} for some layers"):
+        published_of(variant, "")

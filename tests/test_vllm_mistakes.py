@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from told import code_sentences
 from wheels import unpack, wheels_since
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.around import Answer, Request
 from pytest_moe_routing.oracle.finding import Kind
 from pytest_moe_routing.oracle.judge import judge
-from pytest_moe_routing.oracle.model_code import compare_request
+from pytest_moe_routing.oracle.model_code import compare_request, compare_requests
 from pytest_moe_routing.oracle.moved import moved_placements
 from pytest_moe_routing.oracle.shares import wrong_splits
 from pytest_moe_routing.oracle.verdict import Verdict
@@ -104,6 +106,11 @@ MISTAKES = (
         "model_executor/layers/fused_moe/routed_experts.py",
         "            # Same padding fix as _load_w13: use unpadded per-rank size.\n",
         "            tp_rank = tp_rank & 1\n",
+    ),
+    (
+        "model_executor/models/step3p5.py",
+        "            swiglu_limits[self.layer_idx]\n",
+        "            swiglu_limits[self.layer_idx - 1]\n",
     ),
     (
         f"{PREPARE}/no_dp_ep.py",
@@ -279,6 +286,22 @@ def test_experts_that_are_not_the_models(target, model, text):
     found = compare_request(MODELS[model], target.layer_request(MODELS[model]))
     [sentence] = code_sentences(found)
     assert sentence.startswith(text)
+
+
+def test_layers_that_are_told_apart_by_another_index(target):
+    """Layers 43 and 44 of Step-3.7-Flash have a clamp: one of them gets none."""
+    model = MODELS["step-3.7-flash"]
+    found = list(compare_requests(model, target.layer_request(model)))
+    # Layer 42 as well.
+    assert [list(each.findings) for each in found] == [[], []]
+    variant = model.variants()["43-44"]
+    of_first, of_last = compare_requests(variant, target.layer_request(variant))
+    [sentence] = code_sentences(of_first)
+    assert sentence.startswith("activation: the model has swiglustep, the model code asks for silu")
+    assert not of_last.findings
+    other = replace(variant, architecture="MixtralForCausalLM")
+    with pytest.raises(Unsupported, match="code of MixtralForCausalLM for some layers"):
+        target.layer_request(other)
 
 
 def test_a_config_that_is_made_of_mistrals_own_format(target):

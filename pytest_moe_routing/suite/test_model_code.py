@@ -22,7 +22,8 @@ def test_model_code(
     """Scores, bias, groups, experts, weights, scale and dtypes; each scale is applied once.
 
     The parameters of the experts' activation are compared where the model code states them. A block
-    with experts for each kind of token is asked about each kind.
+    with experts for each kind of token is asked about each kind. Layers that differ from the others
+    are asked about as well, at both ends.
 
     Shared experts are whole on each rank that has tokens of its own. The weights of gate, up and
     down are loaded into their own places.
@@ -59,6 +60,13 @@ def test_model_code(
                 raise
             unanswered[REQUESTS] = {str(reason): 1}
     open_ones = {each.unanswered: 1 for each in judgements if each.unanswered is not None}
+    for layers, variant in moe_model.variants().items():
+        if not layers:
+            continue
+        try:
+            judgements += compare_requests(variant, _moe_framework.layer_request(variant))
+        except Unsupported as reason:
+            open_ones[str(reason)] = 1
     if open_ones:
         unanswered[REQUESTS] = open_ones
     note(_moe_property, unanswered)

@@ -9,6 +9,7 @@ from typing import Any
 from packaging.version import Version
 
 from pytest_moe_routing.data import read_data
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.models.huggingface.published import (
     in_config,
@@ -82,7 +83,13 @@ def deciding_of(architecture: str) -> dict[str, Any]:
 
 
 def published_of(model: ModelSpec, without: str) -> dict[str, Any]:
-    """Return the keys that a model's config.json has, with the sizes of the block that is built."""
+    """Return the keys that a model's config.json has, with the sizes of the block that is built.
+
+    Raises:
+        Unsupported: The model stands for layers that differ from its others.
+    """
+    if model.variant:
+        raise Unsupported(f"sglang: not judged: code of {model.architecture} for some layers")
     data, latent = configs(), published_keys(model.architecture).get("latent_size")
     narrower = {latent: data["latent_size"]} if model.experts.latent_size else {}
     sizes = {**data["sizes"], **narrower}

@@ -21,6 +21,7 @@ from pytest_moe_routing.models.huggingface.published import (
     published_keys,
     stated_keys,
 )
+from pytest_moe_routing.models.layer_groups import LayerGroup
 from pytest_moe_routing.oracle.model_code import LayerRequest, SplitExperts
 from pytest_moe_routing.routing import Recipe, recipe_of
 from pytest_moe_routing.targets.dtype_names import narrowest
@@ -136,9 +137,11 @@ class ModelCode:
             Unsupported: The block is not in the table, or not in this release, or cannot be built
                 on a CPU.
         """
-        question = _layer_question(model, without)
-        answers = self.probe.ask("layer_request", **question)
-        first, *further = (request_of(answer, question["row"], model) for answer in answers)
+        first, *further = (
+            request_of(answer, question["row"], model)
+            for question in _layer_questions(model, without)
+            for answer in self.probe.ask("layer_request", **question)
+        )
         return replace(first, further=tuple(further))
 
     def split_shared_experts(self, model: ModelSpec) -> SplitExperts | None:
@@ -176,7 +179,8 @@ class ModelCode:
         for model in models:
             with suppress(Unsupported):
                 yield Questions(self.probe, "split_shared_experts", [_published(model)])
-                yield Questions(self.probe, "layer_request", [_layer_question(model)])
+                for each in (model, *(v for layers, v in model.variants().items() if layers)):
+                    yield Questions(self.probe, "layer_request", _layer_questions(each))
 
     def backend_questions(self, models: Iterable[ModelSpec]) -> Iterator[Questions]:
         """Yield what the transformers backend is asked."""
@@ -191,6 +195,40 @@ class ModelCode:
     def close(self) -> None:
         self.probe.close()
         self.backend.close()
+
+
+def _layer_questions(model: ModelSpec, without: str = "") -> Iterator[dict[str, Any]]:
+    """Yield what is asked about a model's layers, or about those of a variant.
+
+    Of a variant, its first and its last layer; of a model with variants, those next to these too.
+
+    Raises:
+        Unsupported: The block is not in the table, or the keys that tell its layers apart are not.
+    """
+    question = _layer_question(model, without)
+    row = question["row"]
+    keys: Mapping[str, str] = row.get("per_layer") or {}
+    variants = {model.variant: model} if model.variant else model.variants()
+    groups = [(LayerGroup(layers).indices, each) for layers, each in variants.items() if layers]
+    if not (keys and groups):
+        if model.variant:
+            raise Unsupported(f"vllm: not judged: code of {model.architecture} for some layers")
+        yield question
+        return
+    apart = {layer: each for indices, each in groups for layer in indices}
+    count = model.num_layers or max(apart) + 1
+    lists = {
+        key: [getattr(apart[n].experts, name) or 0.0 if n in apart else 0.0 for n in range(count)]
+        for name, key in keys.items()
+    }
+    ends = {layer for indices, _ in groups for layer in (indices[0], indices[-1])}
+    beside = {near for layer in ends for near in (layer - 1, layer + 1)} - {*apart}
+    row = {**row, "published": {**(row.get("published") or {}), **lists}}
+    if not model.variant:
+        yield {**question, "row": row}
+    for layer in sorted(ends if model.variant else beside):
+        if layer < count:
+            yield {**question, "row": {**row, "layer": layer}}
 
 
 def _layer_question(model: ModelSpec, without: str = "") -> dict[str, Any]:

@@ -111,7 +111,7 @@ def arguments_of(block: type, row: Mapping[str, Any], config: Any) -> dict[str, 
     Raises:
         Unsupported: Decoder layers make the block with different arguments.
     """
-    vllm_config = world().vllm_config
+    vllm_config, layer = world().vllm_config, row.get("layer", _LAYER)
     vllm_config.model_config = SimpleNamespace(
         hf_config=config, hf_text_config=config, dtype=torch.bfloat16
     )
@@ -120,10 +120,10 @@ def arguments_of(block: type, row: Mapping[str, Any], config: Any) -> dict[str, 
         "vllm_config": vllm_config,
         "parallel_config": vllm_config.parallel_config,
         "quant_config": None,
-        "prefix": f"model.layers.{_LAYER}.mlp",
+        "prefix": f"model.layers.{layer}.mlp",
         "cache_config": None,
-        "layer_idx": _LAYER,
-        "layer_id": _LAYER,
+        "layer_idx": layer,
+        "layer_id": layer,
         "hidden_size": config.hidden_size,
         "intermediate_size": _INNER,
         **(row.get("arguments") or {}),

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pytest_moe_routing.targets import forked
 from pytest_moe_routing.targets.probe import Probe
 
 CHILD = """
-import os, sys
+import os, sys, time
 imported = "torch" in sys.modules
 from pytest_moe_routing.targets.server import serve
 
@@ -31,8 +32,12 @@ def name():
 def die(code):
     os._exit(code)
 
+def wait():
+    time.sleep(1.5)
+    return "fine"
+
 def main():
-    serve({"about": about, "name": name, "die": die, "arguments": lambda: sys.argv})
+    serve({"about": about, "name": name, "die": die, "wait": wait, "arguments": lambda: sys.argv})
 """
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone")
@@ -91,6 +96,37 @@ def test_where_the_system_forbids_what_it_needs_nothing_is_forked(monkeypatch):
     monkeypatch.setattr(os, "pidfd_open", refused)
     assert not forked.can_fork()
     forked.can_fork.cache_clear()
+
+
+@pytest.mark.parametrize("size", [50_000, 70_000, 120_000])
+def test_a_request_of_any_size_has_a_child(probe, monkeypatch, size):
+    """One that the server does not read to its end would end the server."""
+    for name in ("MOE_A", "MOE_B"):
+        monkeypatch.setenv(name, "x" * size)
+    assert probe().ask("about")["imported"] is (size == 50_000)
+
+
+def test_a_child_goes_on_without_the_server(probe):
+    mine = probe()
+    server = mine.ask("about")["parent"]
+    killer = threading.Timer(0.3, os.kill, (server, signal.SIGKILL))
+    killer.start()
+    assert mine.ask("wait") == "fine"
+    with pytest.raises(Exception, match="its process ended with -9"):
+        mine.ask("die", code=3)
+
+
+def test_a_child_that_cannot_be_asked_for_leaves_the_others(probe, monkeypatch):
+    first = probe()
+    first.ask("about")
+
+    def too_many(*_):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(forked.socket, "send_fds", too_many)
+        assert not probe("second").ask("about")["imported"]
+    assert first.ask("wait") == "fine"
 
 
 def test_a_server_that_is_gone_is_replaced(probe):

@@ -18,7 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from pytest_moe_routing.targets.fork_server import NUMBER
+from pytest_moe_routing.targets.fork_server import NUMBER, REQUEST_BYTES
+
+#: Seconds after which it is looked again whether a process exists.
+_PAUSE = 0.05
 
 
 class Forked:
@@ -48,7 +51,9 @@ class Forked:
         self._listen(0)
         if len(self._numbers) > 1:
             return self._numbers[1]
-        return -signal.SIGKILL if self._is_over else None
+        # Nobody tells its end if the server is gone: the process may go on.
+        is_gone = self._is_over and not (self._numbers and _exists(self._numbers[0]))
+        return -signal.SIGKILL if is_gone else None
 
     def wait(self, timeout: float) -> int:
         """Wait for its end, and return how it ended.
@@ -61,6 +66,8 @@ class Forked:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise subprocess.TimeoutExpired("a fork", timeout)
+            if self._is_over:
+                time.sleep(min(left, _PAUSE))
             self._listen(left)
         return code
 
@@ -78,6 +85,16 @@ class Forked:
             data = b""
         self._is_over = data == b""
         self._numbers += [number for (number,) in NUMBER.iter_unpack(data or b"")]
+
+
+def _exists(pid: int) -> bool:
+    """Return whether a process has not ended; nobody may have asked yet how it did."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8")
+    except OSError:
+        return False
+    # The state follows the name, which is in brackets and may have any in it.
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 class _ForkServer:
@@ -110,7 +127,7 @@ class _ForkServer:
         """Return whether this process has started it, and not one of which this is a copy."""
         return self._owner == os.getpid()
 
-    def fork(self, request: Mapping[str, Any], log: int) -> Forked:
+    def fork(self, request: bytes, log: int) -> Forked:
         """Ask for a child; return it before it is forked.
 
         Raises:
@@ -119,8 +136,7 @@ class _ForkServer:
         (stdin, ours), (out, stdout), (told, tells) = os.pipe(), os.pipe(), os.pipe()
         theirs = [stdin, stdout, log, tells]
         try:
-            # What is too large for a message is an error of the system.
-            socket.send_fds(self._gate, [json.dumps(request).encode()], theirs)
+            socket.send_fds(self._gate, [request], theirs)
         except OSError:
             for descriptor in (ours, out, told):
                 os.close(descriptor)
@@ -159,7 +175,10 @@ def forked(
     request: Mapping[str, Any],
     log: int,
 ) -> Forked | None:
-    """Return a child of the fork server, which is started for the first one; None if it is gone.
+    """Return a child of the fork server, which is started for the first one.
+
+    None if the server is gone, or if the request is larger than what it reads: the rest would be
+    lost.
 
     Args:
         program, environment: Those of the server.
@@ -167,10 +186,16 @@ def forked(
         log: Where the standard error of the child goes.
     """
     global _server
+    data = json.dumps(request).encode()
+    if len(data) > REQUEST_BYTES:
+        return None
     if _server is None or not _server.is_ours():
         _server = _ForkServer(program, environment)
     try:
-        return _server.fork(request, log)
-    except OSError:
+        return _server.fork(data, log)
+    except ConnectionError:
         _server = None
+        return None
+    except OSError:
+        # Such as too many open files: the server stays, as it would end its children with itself.
         return None

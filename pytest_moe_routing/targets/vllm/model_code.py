@@ -222,11 +222,11 @@ def _layer_questions(model: ModelSpec, without: str = "") -> Iterator[dict[str, 
         for name, key in keys.items()
     }
     ends = {layer for indices, _ in groups for layer in (indices[0], indices[-1])}
-    beside = {near for layer in ends for near in (layer - 1, layer + 1)} - {*apart}
+    neighbors = {near for layer in ends for near in (layer - 1, layer + 1)} - {*apart}
     row = {**row, "published": {**(row.get("published") or {}), **lists}}
     if not model.variant:
         yield {**question, "row": row}
-    for layer in sorted(ends if model.variant else beside):
+    for layer in sorted(ends if model.variant else neighbors):
         if layer < count:
             yield {**question, "row": {**row, "layer": layer}}
 

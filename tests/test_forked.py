@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,40 @@ def test_a_server_that_is_gone_is_replaced(probe):
     assert after["parent"] not in (about["parent"], os.getpid())
     before.close()
     assert wait_until_gone(about["pid"])
+
+
+def test_threads_that_ask_at_once_have_one_server(probe, monkeypatch):
+    class Slow(forked._ForkServer):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            time.sleep(0.5)
+
+    monkeypatch.setattr(forked, "_server", None)
+    monkeypatch.setattr(forked, "_ForkServer", Slow)
+    probes = [probe(str(number)) for number in range(3)]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda each: each.ask("about"), probes))
+    assert len({about["pid"] for about in found}) == 3
+    assert len({about["parent"] for about in found}) == 1
+    assert forked._server.is_ours()
+    for each in probes:
+        each.close()
+
+
+def test_a_request_may_have_the_descriptors_of_a_child_that_is_gone(probe):
+    """A server that finds both at once does not take one for the other."""
+    first = probe("first")
+    about = first.ask("about")
+    for number in range(5):
+        os.kill(about["parent"], signal.SIGSTOP)
+        process = first._child._process
+        os.killpg(process.pid, signal.SIGKILL)
+        process.stdin.close()
+        second = probe(str(number))
+        second.start()
+        os.kill(about["parent"], signal.SIGCONT)
+        assert second.ask("about")["parent"] == about["parent"]
+        first = second
 
 
 def test_a_copy_of_this_process_has_a_server_of_its_own(probe):

@@ -25,9 +25,10 @@ from typing import Any
 from pytest_moe_routing.targets import server
 
 #: Bytes of a request, and how many descriptors come with it: the child's three, and the end of a
-#: pipe on which first its id is told, and then how it ended.
+#: pipe on which it is told what becomes of it.
 REQUEST_BYTES, DESCRIPTORS = 1 << 17, 4
-NUMBER = struct.Struct("i")
+#: Whether it has ended, and then how; else its id.
+TOLD = struct.Struct("=?i")
 #: What has been imported before the first fork.
 _IMPORTED = ("torch",)
 
@@ -52,13 +53,15 @@ class _Forks:
     def serve(self) -> Mapping[str, Any]:
         """Fork a child for each request; in a child, return what was asked for."""
         while True:
-            for descriptor, _ in self._waiting.poll():
+            ready = {descriptor for descriptor, _ in self._waiting.poll()}
+            for descriptor in ready:
                 if descriptor in self._ends:
                     self._tell(descriptor)
                 elif descriptor in self._inputs:
                     self._end(descriptor)
-                elif descriptor == self._gate.fileno() and (asked := self._fork()) is not None:
-                    return asked
+            # Last, as the descriptors of a request may have the numbers of those closed before.
+            if self._gate.fileno() in ready and (asked := self._fork()) is not None:
+                return asked
 
     def _fork(self) -> Mapping[str, Any] | None:
         data, descriptors, _, _ = socket.recv_fds(self._gate, REQUEST_BYTES, DESCRIPTORS)
@@ -90,7 +93,7 @@ class _Forks:
     def _leave(self, descriptors: Sequence[int]) -> None:
         """In a child: begin a session, and say so; keep only the child's own descriptors."""
         os.setsid()
-        os.write(descriptors[3], NUMBER.pack(os.getpid()))
+        os.write(descriptors[3], TOLD.pack(False, os.getpid()))
         self._gate.close()
         for number, descriptor in enumerate(descriptors[:3]):
             os.dup2(descriptor, number)
@@ -105,9 +108,9 @@ class _Forks:
         os.close(end)
         found = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         assert found is not None
-        is_exit = found.si_code == os.CLD_EXITED
+        code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
         with suppress(BrokenPipeError):
-            os.write(status, NUMBER.pack(found.si_status if is_exit else -found.si_status))
+            os.write(status, TOLD.pack(True, code))
         os.close(status)
 
     def _end(self, stdin: int) -> None:

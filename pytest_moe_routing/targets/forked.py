@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from pytest_moe_routing.targets.fork_server import NUMBER, REQUEST_BYTES
+from pytest_moe_routing.targets.fork_server import REQUEST_BYTES, TOLD
 
 #: Seconds after which it is looked again whether a process exists.
 _PAUSE = 0.05
@@ -38,21 +39,22 @@ class Forked:
         self.stdout: IO[bytes] = os.fdopen(stdout, "rb", buffering=0)
         os.set_blocking(told, False)
         self.told: IO[bytes] = os.fdopen(told, "rb", buffering=0)
-        self._numbers: list[int] = []
+        self._pid: int | None = None
+        self._code: int | None = None
         self._is_over = False
 
     @property
     def pid(self) -> int | None:
         self._listen(0)
-        return self._numbers[0] if self._numbers else None
+        return self._pid
 
     def poll(self) -> int | None:
         """Return how it ended, as a return code; None if it has not."""
         self._listen(0)
-        if len(self._numbers) > 1:
-            return self._numbers[1]
+        if self._code is not None:
+            return self._code
         # Nobody tells its end if the server is gone: the process may go on.
-        is_gone = self._is_over and not (self._numbers and _exists(self._numbers[0]))
+        is_gone = self._is_over and not (self._pid and _exists(self._pid))
         return -signal.SIGKILL if is_gone else None
 
     def wait(self, timeout: float) -> int:
@@ -79,12 +81,16 @@ class Forked:
         try:
             waiting.register(self.told, select.POLLIN)
             # Nothing is left if another thread has read it.
-            data = self.told.read(NUMBER.size) if waiting.poll(seconds * 1000) else None
+            data = self.told.read(TOLD.size) if waiting.poll(seconds * 1000) else None
         except ValueError:
             # Another thread has ended it.
             data = b""
         self._is_over = data == b""
-        self._numbers += [number for (number,) in NUMBER.iter_unpack(data or b"")]
+        for has_ended, number in TOLD.iter_unpack(data or b""):
+            if has_ended:
+                self._code = number
+            else:
+                self._pid = number
 
 
 def _exists(pid: int) -> bool:
@@ -155,6 +161,8 @@ def _leave(gate: socket.socket, process: subprocess.Popen[bytes], home: Path, ow
 
 
 _server: _ForkServer | None = None
+#: Held by the thread that starts a server: one that nobody keeps ends, and its children with it.
+_starting = threading.Lock()
 
 
 @cache
@@ -189,12 +197,16 @@ def forked(
     data = json.dumps(request).encode()
     if len(data) > REQUEST_BYTES:
         return None
-    if _server is None or not _server.is_ours():
-        _server = _ForkServer(program, environment)
+    with _starting:
+        if _server is None or not _server.is_ours():
+            _server = _ForkServer(program, environment)
+        server = _server
     try:
-        return _server.fork(data, log)
+        return server.fork(data, log)
     except ConnectionError:
-        _server = None
+        with _starting:
+            # Another thread may have replaced it.
+            _server = None if _server is server else _server
         return None
     except OSError:
         # Such as too many open files: the server stays, as it would end its children with itself.

@@ -227,7 +227,7 @@ def _layer_questions(model: ModelSpec, without: str = "") -> Iterator[dict[str, 
     if not model.variant:
         yield {**question, "row": row}
     for layer in sorted(ends if model.variant else neighbors):
-        if layer < count:
+        if 0 <= layer < count:
             yield {**question, "row": {**row, "layer": layer}}
 
 

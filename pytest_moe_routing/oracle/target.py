@@ -14,6 +14,7 @@ from pytest_moe_routing.oracle.accepted_keys import AcceptedKeys, KnownKeys
 from pytest_moe_routing.oracle.around import Request, Response
 from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Choice, Expected, Rule
+from pytest_moe_routing.oracle.crossed import Crossed
 from pytest_moe_routing.oracle.exact import Gate, kernel_call
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.lacking import Lacking
@@ -118,6 +119,10 @@ class Target:
     def lacking(self) -> Sequence[Lacking]:
         """Return what the target's code needs of FlashInfer and the judged release lacks."""
         raise Unsupported(f"{self.name} has no code that calls FlashInfer")
+
+    def crossed(self) -> Sequence[Crossed]:
+        """Return the calls of the target's layers with two values in each other's place."""
+        raise Unsupported(f"{self.name} has no layers whose code is read")
 
     def drift(self) -> tuple[str, ...]:
         """Return where a FlashInfer that the target bundles contradicts the bundled facts."""

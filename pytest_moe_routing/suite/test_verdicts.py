@@ -88,6 +88,15 @@ def test_flashinfer_names(
     fail(_moe_property, [of_lacking(_moe_framework, each) for each in lacking])
 
 
+def test_argument_names(_moe_framework: Target, _moe_property: Callable[[str, Any], None]) -> None:
+    """No call of the framework's layers hands over two values in each other's place."""
+    from pytest_moe_routing.suite.argument_names import of_crossed
+
+    with unsupported_is_skipped():
+        calls = _moe_framework.crossed()
+    fail(_moe_property, [of_crossed(_moe_framework, each) for each in calls])
+
+
 def test_quantization_keys(
     _moe_framework: Target, _moe_property: Callable[[str, Any], None]
 ) -> None:

@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pytest_moe_routing.data import packaged_directory, read_data
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
-from pytest_moe_routing.flashinfer.names import Names as FlashInferNames
-from pytest_moe_routing.flashinfer.names import listed_releases
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.accepted_keys import AcceptedKeys, KnownKeys
 from pytest_moe_routing.oracle.checkpoints import Checkpoint, Served
 from pytest_moe_routing.oracle.choice import Expected, Rule
-from pytest_moe_routing.oracle.lacking import Lacking
 from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.misnamed import MisnamedWeight
 from pytest_moe_routing.oracle.placed import OTHERS, KnownPlacements, Placed, Placements
 from pytest_moe_routing.oracle.taken import TakenExperts
-from pytest_moe_routing.oracle.target import OtherCall, Target
+from pytest_moe_routing.oracle.target import OtherCall
 from pytest_moe_routing.schemes import kernel_of
 from pytest_moe_routing.targets.checkpoints import checkpoints_of
 from pytest_moe_routing.targets.contract import release_of
@@ -37,6 +34,7 @@ from pytest_moe_routing.targets.layouts import split
 from pytest_moe_routing.targets.model_classes import ModelClasses, Place
 from pytest_moe_routing.targets.other_experts import other_call
 from pytest_moe_routing.targets.probe import Probe, Questions
+from pytest_moe_routing.targets.read_sources import ReadSources
 from pytest_moe_routing.targets.reader import CodeReader
 from pytest_moe_routing.targets.source import Source
 from pytest_moe_routing.targets.taken import placements_of, taken_experts
@@ -52,20 +50,16 @@ def _config_reads(package: str) -> Mapping[str, Any]:
     return table
 
 
-class FrameworkTarget(Target):
+class FrameworkTarget(ReadSources):
     """A target made with a `Source`: an installed framework, or the one at `name@PATH`.
 
     The module of a subclass is imported when pytest starts, so it must not import the framework.
 
     Attributes:
-        package: The framework's top-level package.
         distributions: The distributions that contain the package, in order of preference.
-        model_packages: The packages that hold the code of models.
     """
 
-    package: ClassVar[str]
     distributions: ClassVar[tuple[str, ...]]
-    model_packages: ClassVar[tuple[str, ...]] = ()
 
     #: Schemes that this target serves in no kernel of FlashInfer's. It is asked whether it takes
     #: experts that call one nevertheless.
@@ -143,28 +137,6 @@ class FrameworkTarget(Target):
 
     def version(self) -> str:
         return self.source.version
-
-    def lacking(self) -> Sequence[Lacking]:
-        """Return what the release's MoE code needs of FlashInfer and the judged release lacks.
-
-        Raises:
-            Unsupported: The names of the judged release are not listed.
-        """
-        from pytest_moe_routing.targets.contract import Contract
-        from pytest_moe_routing.targets.uses import lacking
-
-        if not self.model_packages:
-            return super().lacking()
-        names = FlashInferNames.of(self.flashinfer.release)
-        if names is None:
-            first, *_, last = listed_releases()
-            raise Unsupported(
-                f"not judged: the names of FlashInfer {self.flashinfer.release}; those of most "
-                f"releases from {first} to {last} are listed"
-            )
-        run = Contract.of(self.package).run
-        layers = [name for name in run if not f"{name}.".startswith(self.model_packages)]
-        return lacking(self.source.root, layers, self.flashinfer, names)
 
     def asked_of_others(self, model: ModelSpec, scheme: str) -> dict[str, Any] | None:
         """Return the arguments of the question about experts of other kernels.

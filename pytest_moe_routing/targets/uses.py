@@ -75,6 +75,17 @@ def tree_of(file: str, text: str) -> ast.Module:
         raise Unsupported(f"not judged: {file} cannot be parsed ({what})") from None
 
 
+def calls(node: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.Call]]:
+    """Yield each call below a node, with the function around it."""
+    for child in ast.iter_child_nodes(node):
+        around = owner
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
+            around = f"{owner}.{child.name}".lstrip(".")
+        elif isinstance(child, ast.Call):
+            yield owner, child
+        yield from calls(child, around)
+
+
 def texts(root: Path, modules: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield path and text of each file of modules, and of those below them."""
     paths = tuple(module.replace(".", "/") for module in modules)

@@ -37,6 +37,8 @@ AUTO = "auto"
 class SglangQuestions(FrameworkTarget):
     """The part of SGLang's target that runs blocks of models."""
 
+    layer_package = "sglang.srt.layers"
+
     def __init__(self, flashinfer: FlashInfer, source: Source) -> None:
         super().__init__(flashinfer, source)
         self._probe = self._aside = self.child("main", answers=ANSWERS)

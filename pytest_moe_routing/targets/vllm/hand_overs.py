@@ -21,7 +21,7 @@ from pytest_moe_routing.oracle.accepted_keys import KnownKeys, Pair
 from pytest_moe_routing.oracle.layouts import wrong_layouts
 from pytest_moe_routing.oracle.methods_run import MethodsRun
 from pytest_moe_routing.targets.framework import FrameworkTarget
-from pytest_moe_routing.targets.uses import texts, tree_of
+from pytest_moe_routing.targets.uses import calls, texts, tree_of
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
 
 _LAYERS = "vllm.model_executor.layers"
@@ -97,7 +97,7 @@ def hand_overs(root: str) -> list[HandOver]:
             known = _imported(tree)
             found += (
                 HandOver(file, call.lineno, owner, given)
-                for owner, call in _calls(tree)
+                for owner, call in calls(tree)
                 if (given := _given(call.func, known))
             )
     return found
@@ -114,17 +114,6 @@ def _imported(tree: ast.Module) -> frozenset[str]:
     )
 
 
-def _calls(node: ast.AST, owner: str = "") -> Iterator[tuple[str, ast.Call]]:
-    """Yield each call below a node, with the function around it."""
-    for child in ast.iter_child_nodes(node):
-        around = owner
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
-            around = f"{owner}.{child.name}".lstrip(".")
-        elif isinstance(child, ast.Call):
-            yield owner, child
-        yield from _calls(child, around)
-
-
 def _given(called: ast.expr, known: Collection[str]) -> str:
     """Return the name of a called function, if it is one of these; else nothing."""
     name = ast.unparse(called) if isinstance(called, (ast.Name, ast.Attribute)) else ""
@@ -138,6 +127,8 @@ def _given(called: ast.expr, known: Collection[str]) -> str:
 
 class HandOvers(FrameworkTarget):
     """What is asked about hand-overs of a release."""
+
+    layer_package = _LAYERS
 
     def methods_run(self) -> MethodsRun:
         """Return which hand-overs and which pairs of keys tests run, and why others are not judged.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import stubs
 
 #: What stands before `Linear` in the names of a framework's parallel linear layers.
@@ -78,6 +79,11 @@ class GatedActivation(Activation):
         return x[..., : x.shape[-1] // 2]
 
 
+def first_of(output: Any) -> Any:
+    """Return a block's output, also where it hands on more to the next layer."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def factor_of(output: Any) -> float | None:
     """Return by what a block multiplies its experts' output of ones; None if by no one number."""
     first = output.flatten()[0] if isinstance(output, Tensor) else 0.0
@@ -104,3 +110,31 @@ def is_loaded(tensor: Tensor, block: nn.Module, router: nn.Module | None = None)
         if each is not None
     }
     return tensor.untyped_storage()._cdata in filled
+
+
+def loaded_dtype(tensor: Tensor, block: nn.Module) -> torch.dtype:
+    """Return the dtype that a tensor's weights have on their way from a checkpoint in float32.
+
+    It is the tensor's own, unless the loader that the block gives to its parameter rounds them.
+
+    Raises:
+        Unsupported: The loader makes something else of them.
+    """
+    memory = tensor.untyped_storage()._cdata
+    for parameter in block.parameters():
+        loader = getattr(parameter, "weight_loader", None)
+        is_read = parameter.untyped_storage()._cdata == memory
+        if loader is None or not is_read or parameter.dtype != torch.float32:
+            continue
+        # Most of them have no bfloat16 of their own.
+        given = torch.linspace(0.101, 0.907, parameter.numel(), dtype=torch.float32)
+        given, kept = given.reshape(parameter.shape), parameter.detach().clone()
+        loader(parameter, given.clone())
+        got = parameter.detach().clone()
+        parameter.data.copy_(kept)
+        if torch.equal(got, given):
+            continue
+        if torch.equal(got, given.bfloat16().float()):
+            return torch.bfloat16
+        raise Unsupported(f"what {loader.__qualname__} makes of a bias is not known")
+    return tensor.dtype

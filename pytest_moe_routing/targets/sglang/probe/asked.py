@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.dtypes import Dtypes
-from pytest_moe_routing.targets.layers import is_loaded
+from pytest_moe_routing.targets.layers import is_loaded, loaded_dtype
 from pytest_moe_routing.targets.sglang.probe.choices import choice_problem
 from pytest_moe_routing.targets.sglang.probe.router_case import HIDDEN, INNER
 from pytest_moe_routing.targets.sglang.probe.watching import Seen
@@ -45,9 +45,9 @@ def asked(
         **{name: getattr(config, name) for name in fields},
         "scoring_func": config.scoring_func,
         "routed_scaling_factor": config.routed_scaling_factor if scaled else None,
-        "bias_dtype": None if bias is None else _dtype(bias),
+        "bias_dtype": None if bias is None else _dtype(loaded_dtype(bias, seen.block)),
         "bias_is_loaded": bias is None or is_loaded(bias, seen.block, topk),
-        "logits_dtype": _dtype(seen.logits[0]),
+        "logits_dtype": _dtype(seen.logits[0].dtype),
         "gate_dtypes": sorted(dtypes.of(seen.logits[0])),
         "router_weight_dtypes": sorted(dtypes.of_weight(seen.logits[0], seen.block)),
         "on_input": seen.on_input,
@@ -96,5 +96,5 @@ def _problem(find: Callable[[], str | None]) -> dict[str, str | None]:
         return {"choice_problem": None, "choice_unknown": str(reason)}
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

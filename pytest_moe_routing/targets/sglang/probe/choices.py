@@ -21,6 +21,7 @@ from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.oracle.routers import answer_problem
 from pytest_moe_routing.reference.own_routers import OWN_ROUTERS, Choice, OwnRouter
 from pytest_moe_routing.routing import recipe_of
+from pytest_moe_routing.targets import layers
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe.router_case import HIDDEN, rest
@@ -72,7 +73,7 @@ def choice_problem(
         return problem
     try:
         with _taking(names, given), torch.no_grad():
-            output = blocks.first_of(blocks.run(seen.block, tokens, logits))
+            output = layers.first_of(blocks.run(seen.block, tokens, logits))
             (found,) = given
             if own is None and topk.topk_config.custom_routing_function is None:
                 right = topk.forward_cuda(tokens, logits.to(seen.logits[0].dtype))

@@ -45,7 +45,7 @@ from pytest_moe_routing.targets.sglang.probe.layouts import layouts, other_layou
 from pytest_moe_routing.targets.sglang.probe.other_experts import other_experts
 from pytest_moe_routing.targets.sglang.probe.other_ways import defaults_elsewhere
 from pytest_moe_routing.targets.sglang.probe.placements import placement_questions
-from pytest_moe_routing.targets.sglang.probe.raised import raising, verdict_on
+from pytest_moe_routing.targets.sglang.probe.raised import NotBuiltError, raising, verdict_on
 from pytest_moe_routing.targets.sglang.probe.ranks import fusing
 from pytest_moe_routing.targets.sglang.probe.remade import remade
 from pytest_moe_routing.targets.sglang.probe.replaced import Told
@@ -203,7 +203,7 @@ class Blocks:
             try:
                 answers[block] = self._run(module, name, given, config, quantization)
             except Unsupported as reason:
-                raise Unsupported(f"{block}: {reason}") from reason
+                raise type(reason)(f"{block}: {reason}") from reason
         first, *others = answers
         nowhere = {"place": "", "at": ""}
         for block in others:
@@ -255,7 +255,7 @@ class Blocks:
                 seen.block = _build(self.names, module, name, given, values, quantization)
                 weights.fill(seen.block, seen, values, _SIZES[0])
                 scales.quantized_by.clear()
-                output = first_of(_forward(seen.block, values["num_experts"]))
+                output = layers.first_of(_forward(seen.block, values["num_experts"]))
         except RoutedOutside as outside:
             answer["refused"] = "SGLang's own top-k routes: the kernel is given experts and weights"
             answer |= {"by_choice": True, "told": sorted(outside.told)}
@@ -276,12 +276,14 @@ class Blocks:
             routers = len(seen.made)
             if not (self.calls or answer["refused"] or answer["failed"]):
                 answer |= {"refused": _CHOSEN, "by_choice": True}
-        why = answer["refused"] or answer["failed"]
         if not made and answer["refused"] and is_rejected:
             return {**answer, "by_choice": True, "place": "", "declared": None, "shared": 0}
         if len(made) != 1 or routers != 1:
-            text = f"{len(made)} MoE layers and {routers} TopK layers"
-            raise Unsupported(why or f"the block makes {text}, not one of each")
+            text = (
+                f"the block makes {len(made)} MoE layers and {routers} TopK layers, not one of each"
+            )
+            refused, why = answer["refused"], answer["failed"] or text
+            raise NotBuiltError(refused) if refused else Unsupported(why)
         ((declared, place),) = made
         method = None if declared is None else self.names.get("methods")(declared).name
         answer |= {"place": place, "declared": method, "shared": seen.shared}
@@ -317,11 +319,6 @@ class Blocks:
             "unprepared": seen.unprepared,
             "bias_is_loaded": bias is None or layers.is_loaded(bias, seen.block, seen.topks[0]),
         }
-
-
-def first_of(output: Any) -> Any:
-    """Return a block's output, also where it hands on more to the next layer."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _build(

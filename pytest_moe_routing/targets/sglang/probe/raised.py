@@ -7,11 +7,16 @@ from pathlib import Path
 from textwrap import shorten
 from types import FrameType
 
+from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import preparation
 from pytest_moe_routing.targets.answers import RuleAnswer
 from pytest_moe_routing.targets.limits import is_missing
 from pytest_moe_routing.targets.stubs import Stub
 from pytest_moe_routing.targets.unwritten import frames_of, is_unwritten, raised_in
+
+
+class NotBuiltError(Unsupported):
+    """SGLang's code rejects what it is to build, before it has all layers of a block."""
 
 
 def verdict_on(error: Exception, *, is_built: bool) -> tuple[str, str, str]:

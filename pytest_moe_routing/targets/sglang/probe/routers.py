@@ -26,7 +26,7 @@ from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.models.spec import NEARLY
 from pytest_moe_routing.oracle.own_router import reading_of
 from pytest_moe_routing.routing import recipe_of
-from pytest_moe_routing.targets import config_classes, stubs
+from pytest_moe_routing.targets import config_classes, layers, stubs
 from pytest_moe_routing.targets.config_classes import ConfigClasses
 from pytest_moe_routing.targets.dtypes import Dtypes
 from pytest_moe_routing.targets.server import serve
@@ -342,7 +342,7 @@ class Routers(blocks.Blocks):
                     self.names, module, name, given, config, quantization, config=made
                 )
                 fill(block, seen, config, HIDDEN)
-                output = blocks.first_of(blocks._forward(block, config["num_experts"]))
+                output = layers.first_of(blocks._forward(block, config["num_experts"]))
         except Unsupported as reason:
             raise Unsupported(f"{name}: {reason}") from reason
         except Exception as error:

@@ -18,7 +18,7 @@ from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import RouterConfig
 from pytest_moe_routing.targets.dtypes import Dtypes
-from pytest_moe_routing.targets.layers import is_loaded
+from pytest_moe_routing.targets.layers import is_loaded, loaded_dtype
 from pytest_moe_routing.targets.vllm.model_code import blocks
 from pytest_moe_routing.targets.vllm.probe import release
 from pytest_moe_routing.targets.vllm.probe.apart import Apart
@@ -230,7 +230,7 @@ def _answer(block: Block, call: Asked, output: Tensor, dtypes: Dtypes) -> dict[s
         "logits_dtype": _name(logits.dtype),
         "bias_is_loaded": _reads_loaded_bias(block.module, layer),
         **{name: asked.get(name) for name in names},
-        "bias_dtype": None if bias is None else _name(bias.dtype),
+        "bias_dtype": None if bias is None else _name(loaded_dtype(bias, block.module)),
         "router_logits_dtype": None if told is None else _name(told),
         "output_factor": factors[0],
         "shared_experts": asked.get("shared_experts") is not None,

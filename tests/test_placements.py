@@ -275,7 +275,8 @@ def test_another_default_is_a_loss(broken):
 
 
 def test_cutlass_experts_on_a_gpu_without_their_kernel(broken):
-    [[cause, told, reach]] = broken["refused"]
+    # Where the kernel runs, ranks that cannot share out experts evenly are told wrongly.
+    [_, [cause, told, reach]] = sorted(broken["refused"])
     assert cause == "requested-experts:limit-compute-capability:FlashInferExperts"
     assert told.endswith("for fp8_block on compute capability 9.0, not on 10.0")
     assert reach.endswith("--moe-backend flashinfer_cutlass on Blackwell")
@@ -284,6 +285,6 @@ def test_cutlass_experts_on_a_gpu_without_their_kernel(broken):
 def test_experts_in_turns_by_default_are_asked_about(broken):
     verdict, *found = broken["in turns"]["deepseek-r1"]
     assert verdict == "wrong"
-    assert found[0].startswith("local_expert_offset arrives as 128, for experts 128 to 255, the ")
+    assert found[0].startswith("local_expert_offset arrives as 192, for experts 192 to 255, the ")
     # Without groups, vLLM places them in order.
     assert broken["in turns"]["qwen3-30b-a3b"] == ["exact"]

@@ -46,6 +46,7 @@ def test_release_ignores_what_its_kernel_is_not_told(target, scheme):
         Request.BALANCING: ("rejected" if scheme == "fp8_block" else "failed")
         if looks
         else "ignored",
+        Request.UNEVEN: "rejected",
         Request.CAPTURE: "ignored",
         # TopK compiled for one token gives experts, and the FP8 runner asserts that it does not.
         Request.COMPILE: "failed" if not looks and scheme == "fp8_block" else "rejected",
@@ -90,13 +91,16 @@ def test_release_is_not_asked_where_no_kernel_routes(target):
         target.around(MODELS["mimo-v2-flash"], "bf16", "DeepSeekV3")
 
 
-def answers_of(runs, replay=None, tell=False, rejects=lambda options: None, compiles=False):
+def answers_of(
+    runs, replay=None, tell=False, first=6, rejects=lambda options: None, compiles=False
+):
     """Ask a runner that answers each request as `runs` has it, by the request's option.
 
     An answer is what raises, or what SGLang's own router is told.
     """
     written = torch.arange(6, dtype=torch.int16).reshape(3, 2)
-    calls = [Call.of("trtllm", {"routing_replay_out": written if replay else None})]
+    given = {"local_expert_offset": first, "local_num_experts": 2}
+    calls = [Call.of("trtllm", {"routing_replay_out": written if replay else None, **given})]
 
     def run():
         if tell and requested("capturer"):
@@ -125,8 +129,15 @@ def test_a_request_at_a_time():
     assert found == {
         Request.PADDING: ("ignored", "the kernel is given every row"),
         Request.BALANCING: ("rejected", "own top-k"),
+        Request.UNEVEN: ("honored", "local_expert_offset"),
         Request.CAPTURE: ("honored", "routing_replay_out"),
     }
+
+
+def test_ranks_that_cannot_have_as_many_experts():
+    """The last of three has the last two of eight experts."""
+    why = "the kernel is given 2 experts from 4 on, of 8"
+    assert answers_of({}, first=4)[Request.UNEVEN] == ("ignored", why)
 
 
 def test_ids_that_nobody_is_told():
@@ -152,6 +163,7 @@ def test_only_what_raises_before_a_forward_pass_is_a_rejection():
     assert answers_of(runs, replay=True, rejects=rejects) == {
         Request.PADDING: ("rejected", "an assertion of the layer"),
         Request.BALANCING: ("failed", "raises in topk.py"),
+        Request.UNEVEN: ("honored", "local_expert_offset"),
         Request.CAPTURE: ("rejected", "a hook says no"),
     }
     assert asked == [{"enable_eplb": True}, {"enable_return_routed_experts": True}]

@@ -23,6 +23,7 @@ from pytest_moe_routing.targets.vllm.probe import (
     weight_on_input,
 )
 from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks
 from pytest_moe_routing.targets.vllm.probe.world import Installed
 
 WEIGHTS = {"w1_scale", "w2_scale"}
@@ -140,10 +141,21 @@ def test_what_answers_for_all_gates_is_the_function_of_a_class(monkeypatch):
     assert gates.function_of("nvfp4", gates.ALL) is experts
 
 
-@pytest.mark.parametrize(("num_experts", "ranks"), [(60, [1, 2, 2, 1]), (257, [1, 1])])
-def test_experts_are_shared_out_where_their_number_is_even(num_experts, ranks):
-    ways = other_experts._ways({"router": {"num_experts": num_experts}})
-    assert [way.ranks.shards for way in ways] == ranks
+@pytest.mark.parametrize(
+    ("num_experts", "shards"), [(60, [1, 4, 2, 8, 1]), (256, [1, 4, 2, 3, 1]), (257, [1, 4, 1])]
+)
+def test_experts_are_shared_out_evenly_and_unevenly(num_experts, shards):
+    ways = [*other_experts._ways({"router": {"num_experts": num_experts}})]
+    assert [ranks.shards for ranks in ways] == shards
+
+
+def test_ranks_name_the_flags_of_their_server():
+    assert Ranks().flags == ()
+    assert Ranks(2, split=True).flags == ("--tensor-parallel-size 2",)
+    assert Ranks(4).flags == ("--enable-expert-parallel", "--tensor-parallel-size 4")
+    assert Ranks(3, dispatched=True, exchange="deepep").flags == (
+        *("--enable-expert-parallel", "--data-parallel-size 3", "--all2all-backend deepep"),
+    )
 
 
 @pytest.mark.parametrize(("model", "width"), [("nemotron-3-super", 1024), ("deepseek-r1", 7168)])

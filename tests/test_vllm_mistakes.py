@@ -102,6 +102,14 @@ MISTAKES = (
         "local_expert_offset=self.ep_rank * self.local_num_experts",
         "local_expert_offset=min(self.ep_rank, 1) * self.local_num_experts",
     ),
+    # Right, where the release is wrong.
+    (
+        "model_executor/layers/fused_moe/experts/trtllm_bf16_moe.py",
+        "topk_group=topk_group,\n            intermediate_size=self.intermediate_size_per_partition,\n"
+        "            local_expert_offset=self.ep_rank * self.local_num_experts",
+        "topk_group=topk_group,\n            intermediate_size=self.intermediate_size_per_partition,\n"
+        "            local_expert_offset=self.moe_config.num_experts - self.local_num_experts",
+    ),
     (
         "model_executor/layers/fused_moe/routed_experts.py",
         "            # Same padding fix as _load_w13: use unpadded per-rank size.\n",
@@ -241,6 +249,46 @@ def test_experts_of_a_rank_after_the_second(target):
         sentences((*found.findings, *target.modular_findings(MODELS["gpt-oss-20b"], "mxfp4")))
     )
     assert "local_expert_offset arrives as 8, the layer has 24" in text
+
+
+def test_experts_that_ranks_cannot_share_out_evenly(target):
+    """As vLLM is, a finding: docs/findings.md."""
+    r1 = MODELS["deepseek-r1"]
+    right, wrong = (
+        target.around(r1, scheme, "DeepSeekV3")[Request.UNEVEN] for scheme in ("bf16", "fp8_block")
+    )
+    assert right.answer is Answer.HONORED
+    assert wrong.answer is Answer.IGNORED
+    assert wrong.switches == ("--enable-expert-parallel", "--data-parallel-size 3")
+    assert wrong.why == (
+        "local_expert_offset of the last rank is 170, for experts 170 to 254, which has experts "
+        "171, 172, 173 and so on, up to 255"
+    )
+    assert re.fullmatch(LINE.format("trtllm_fp8_moe"), wrong.source)
+
+
+def test_experts_of_other_kernels_that_ranks_cannot_share_out_evenly(target):
+    calls = target.other_experts(MODELS["qwen1.5-moe-a2.7b"], "nvfp4")
+    found = {
+        (call.experts, sentence, call.switches)
+        for call in calls
+        for sentence in sentences(call.findings)
+        if "as many" in sentence
+    }
+    assert found == {
+        (
+            experts,
+            f"{name} arrives as if all ranks had as many experts, the layer has ranks with one more",
+            (
+                *("--enable-expert-parallel", "--tensor-parallel-size 8"),
+                f"--moe-backend {backend}",
+            ),
+        )
+        for experts, name, backend in (
+            ("FlashInferExperts", "ep_rank", "flashinfer_cutlass"),
+            ("FlashInferCuteDSLExperts", "local_expert_offset", "flashinfer_cutedsl"),
+        )
+    }
 
 
 def test_the_part_of_an_expert_of_a_rank_after_the_second(target):

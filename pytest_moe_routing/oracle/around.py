@@ -22,6 +22,7 @@ class Request(StrEnum):
     PADDING = "padding rows"
     BALANCING = "expert placement by load (EPLB)"
     ROUND_ROBIN = "round-robin expert placement"
+    UNEVEN = "experts that ranks cannot share out evenly"
     CAPTURE = "captured expert ids"
     WEIGHT = "router weight already on the input"
     REASONS = "reasons for choosing no experts"

@@ -22,6 +22,8 @@ from pytest_moe_routing.schemes import kernel_of
 #: What SwigluStep clamps to where it is given no limit: SwigluStepAdaptor in FlashInfer's
 #: csrc/fused_moe/cutlass_backend/cutlass_fused_moe_kernels.cuh, 0.6.13 to 0.7.2.post1.
 _LIMIT_OF_STEP = 7.0
+#: What a layer has whose ranks cannot share out its experts evenly, and what a kernel is told.
+_UNEVEN = "ranks with one more", "if all ranks had as many experts"
 
 
 def read_given(
@@ -50,9 +52,11 @@ def read_given(
     arguments = record["arguments"]
     shards, parts = record["shards"], record.get("parts", 1)
     layer = {"ep_size": shards, "ep_rank": shards - 1, "tp_size": parts, "tp_rank": int(parts > 1)}
-    local = model.router.num_experts // shards
-    layer |= {"experts": model.router.num_experts, "top_k": model.router.top_k}
-    layer |= {"local_experts": local, "first_expert": local * (shards - 1)}
+    experts = model.router.num_experts
+    local = experts // shards
+    layer |= {"experts": experts, "top_k": model.router.top_k}
+    # The ranks before the last one may have one expert more.
+    layer |= {"local_experts": local, "first_expert": experts - local}
     yield from _wrong_numbers(entry, arguments, layer, local)
     yield from _wrong_modes(entry, record["stored"], arguments)
     yield from _wrong_choice(entry, arguments)
@@ -115,11 +119,15 @@ def _wrong_numbers(
             wanted = layer[value]
         if got is None and name in entry.absent:
             got = layer[entry.absent[name]]
-        if got != wanted:
+        if name == entry.offset and got == layer["ep_rank"] * local != wanted:
+            yield Finding(Kind.ARGUMENT, name, *_UNEVEN)
+        elif got != wanted:
             yield Finding(Kind.ARGUMENT, name, wanted, got if isinstance(got, int) else str(got))
     rows = arguments[entry.experts]["shape"][0]
     if rows != local:
         yield Finding(Kind.ARGUMENT, entry.experts, f"{local} experts", f"{rows} experts")
+    elif entry.rank and not entry.offset and layer["ep_rank"] * local != layer["first_expert"]:
+        yield Finding(Kind.ARGUMENT, entry.rank, *_UNEVEN)
 
 
 def _wrong_modes(

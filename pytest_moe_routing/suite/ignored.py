@@ -22,6 +22,9 @@ _LATENT: Mapping[Request, str] = {
     Request.REASONS: f"{Request.REASONS} not stated: {{why}}",
 }
 
+#: Requests to give each rank other experts than a kernel is told: one defect in several places.
+_PLACING = (Request.BALANCING, Request.ROUND_ROBIN, Request.UNEVEN)
+
 
 def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
     """Return the failure of fused experts that ignore a request besides routing, or that fail."""
@@ -47,7 +50,17 @@ def of_ignored(target: Target, scheme: str, ignored: Ignored) -> Failure:
     )
     models = ", ".join(ignored.models), few(ignored.models)
     whole, brief = ((*lines, f"  models   {named}") for named in models)
-    return Failure(cause, rank, scheme, whole, response.source, brief=brief, is_opt_in=True)
+    return Failure(
+        cause,
+        rank,
+        scheme,
+        whole,
+        response.source,
+        site=request if request in _PLACING and rank is Rank.SILENT else "",
+        reach=reach,
+        brief=brief,
+        is_opt_in=True,
+    )
 
 
 def _of_device(target: Target, scheme: str, ignored: Ignored) -> Failure:

@@ -31,6 +31,19 @@ def rank_of(count: int) -> int:
     return min(count - 1, 2)
 
 
+#: Ranks that share out experts unevenly: the first of these numbers that leaves a remainder. Over
+#: odd ones, few models can split attention heads.
+_UNEVEN = (4, 8, 3, 5, 7)
+
+
+def uneven_count(experts: int) -> int | None:
+    """Return a number of ranks that cannot have equally many of so many experts; None if all can.
+
+    The last rank has fewer experts than the first one.
+    """
+    return next((count for count in _UNEVEN if experts > count and experts % count), None)
+
+
 @dataclass(frozen=True)
 class Share:
     """How experts are split.

@@ -19,7 +19,10 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.calls import Call
 from pytest_moe_routing.targets.sglang.probe.handed_over import router
+from pytest_moe_routing.targets.sglang.probe.raised import NotBuiltError
+from pytest_moe_routing.targets.sglang.probe.ranks import sharing_out
 from pytest_moe_routing.targets.sglang.probe.requests import COMPILED, requesting
+from pytest_moe_routing.targets.shares import uneven_count
 
 #: The argument of TopK that tells how many rows are tokens.
 PADDING = "num_token_non_padded"
@@ -99,6 +102,8 @@ def around(
                 verdict = {"answer": "rejected", "why": why}
             elif verdict["answer"] == "ignored" and calls:
                 verdict = {**verdict, "source": calls[-1].at}
+        except NotBuiltError as reason:
+            verdict = {"answer": "rejected", "why": str(reason)}
         except Unsupported as reason:
             verdict = {"answer": "not judged", "why": str(reason)}
         return {**verdict, "switches": [*switches]}
@@ -120,6 +125,14 @@ def around(
         )
         if placed["answer"] not in ("honored", "rejected"):
             break
+    if (count := uneven_count(num_experts)) is not None:
+        with sharing_out(count):
+            found["experts that ranks cannot share out evenly"] = ask(
+                [f"--tp-size {count}", f"--ep-size {count}"],
+                "",
+                lambda: _shared_out(calls, num_experts, num_experts // count),
+                {},
+            )
     if names.expects("stand-ins.capturer"):
         capturer = Capturer()
         found["captured expert ids"] = ask(
@@ -153,6 +166,16 @@ def _verdict(answer: Mapping[str, Any], handed_on: str) -> dict[str, str] | None
     if answer["by_choice"] and handed_on and handed_on not in answer["told"]:
         return {"answer": "ignored", "why": f"SGLang's own top-k is given no {handed_on}"}
     return {"answer": "rejected", "why": answer["refused"]}
+
+
+def _shared_out(calls: Sequence[Call], num_experts: int, local: int) -> dict[str, str]:
+    """Return whether the kernel is given the experts of the last rank, which has so many."""
+    ((_, arguments),) = calls
+    first, given = arguments["local_expert_offset"], arguments["local_num_experts"]
+    if (first, given) == (num_experts - local, local):
+        return {"answer": "honored", "why": "local_expert_offset"}
+    why = f"the kernel is given {given} experts from {first} on, of {num_experts}"
+    return {"answer": "ignored", "why": why}
 
 
 def _captured(calls: Sequence[Call], capturer: Capturer) -> dict[str, str]:

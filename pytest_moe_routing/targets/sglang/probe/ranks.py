@@ -50,6 +50,16 @@ RANKS = Ranks()
 
 
 @contextmanager
+def sharing_out(count: int) -> Iterator[None]:
+    """Have so many ranks share out the experts."""
+    RANKS.count = count
+    try:
+        yield
+    finally:
+        RANKS.__init__()  # type: ignore[misc]
+
+
+@contextmanager
 def splitting(parts: int) -> Iterator[None]:
     """Have ranks split each expert, rather than share out the experts."""
     RANKS.count, RANKS.parts = 1, parts

@@ -8,27 +8,34 @@ a range of experts, and every row that they are given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pytest_moe_routing.targets.vllm.probe.capture import on_one_gpu, run_layer
+from pytest_moe_routing.targets.vllm.probe.capture import misplaced, on_one_gpu, run_layer
 from pytest_moe_routing.targets.vllm.probe.config import parallel_config
 from pytest_moe_routing.targets.vllm.probe.devices import other_device
-from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES
+from pytest_moe_routing.targets.vllm.probe.experts import SCHEMES, ServedScheme
 from pytest_moe_routing.targets.vllm.probe.gates import experts_of
 from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of
 from pytest_moe_routing.targets.vllm.probe.method import methods_of
-from pytest_moe_routing.targets.vllm.probe.ranks import TOKENS, Ranks
+from pytest_moe_routing.targets.vllm.probe.modular import Run
+from pytest_moe_routing.targets.vllm.probe.ranks import (
+    EXPERT_PARALLEL,
+    TOKENS,
+    Ranks,
+    unevenly_shared_out,
+)
 from pytest_moe_routing.targets.vllm.probe.rejections import Rejected, rejections
 from pytest_moe_routing.targets.vllm.probe.release import names
 from pytest_moe_routing.targets.vllm.probe.selectors import asked_of_selectors
 from pytest_moe_routing.targets.vllm.probe.weight_on_input import weight_on_input
 
-_EXPERT_PARALLEL = "--enable-expert-parallel"
 _ROUND_ROBIN = "round_robin"
+#: A class of experts, and what runs a layer with it: its kernel's arguments, as `capture` has them.
+_Way = tuple[Any, Callable[[Layer], Mapping[str, Any]]]
 
 
 def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict[str, Any]]:
@@ -53,18 +60,25 @@ def around(model: Mapping[str, Any], scheme: str, method: str) -> dict[str, dict
         padding = _answer(_by_gate, experts, parallel, "the kernel is given every row")
         found["padding rows"] = {
             **padding,
-            "switches": [_EXPERT_PARALLEL, "--data-parallel-size 2", "--tensor-parallel-size 2"],
+            "switches": [EXPERT_PARALLEL, "--data-parallel-size 2", "--tensor-parallel-size 2"],
         }
     if is_whole:
         balanced = replace(parallel_config(2), enable_eplb=True)
         placement = _answer(_by_gate, experts, balanced, "the kernel is given logical experts")
-        switches = [_EXPERT_PARALLEL, "--enable-eplb"]
+        switches = [EXPERT_PARALLEL, "--enable-eplb"]
         found["expert placement by load (EPLB)"] = {**placement, "switches": switches}
         if names().has("placement"):
             found["round-robin expert placement"] = {
                 **_answer(_round_robin, experts, caller, lambda: layer(2, False, _ROUND_ROBIN)),
-                "switches": [_EXPERT_PARALLEL, "--expert-placement-strategy round_robin"],
+                "switches": [EXPERT_PARALLEL, "--expert-placement-strategy round_robin"],
             }
+    if (uneven := unevenly_shared_out(model["router"]["num_experts"])) is not None:
+        found["experts that ranks cannot share out evenly"] = {
+            **_answer(
+                _shared_out, [*_ways(model, row)], lambda: layer_of(model, row, method, uneven)
+            ),
+            "switches": [*uneven.flags],
+        }
     if names().has("layer.routing_sink"):
         found["captured expert ids"] = {
             **_answer(_captured, experts, caller, layer),
@@ -113,6 +127,39 @@ def _round_robin(experts: Any, caller: Any, make: Callable[[], Layer]) -> dict[s
     first, local = given["local_expert_offset"], given["local_num_experts"]
     why = f"the kernel is given experts {first} to {first + local - 1}"
     return {"answer": "ignored", "why": why, "source": record["at"]}
+
+
+def _shared_out(ways: Sequence[_Way], make: Callable[[], Layer]) -> dict[str, str]:
+    """Whether a kernel is given the experts of the last rank, which has fewer than others.
+
+    Args:
+        ways: Those of the experts' classes, of which the first is asked that takes the ranks.
+    """
+    with rejections():
+        layer = make()
+        parallel = layer.config.moe_parallel_config
+        run = next((run for each, run in ways if each._supports_parallel_config(parallel)), None)
+    if run is None:
+        return {"answer": "rejected", "why": f"{ways[0][0].__name__}._supports_parallel_config"}
+    record = run(layer)
+    if "raised" in record:
+        return _failed(record)
+    wrong = misplaced(layer.asked.expert_map, record["arguments"])
+    if not wrong:
+        return {"answer": "honored", "why": "local_expert_offset"}
+    argument, right, got = wrong
+    why = f"{argument} of the last rank is {got}, which has {right}"
+    return {"answer": "ignored", "why": why, "source": record["at"]}
+
+
+def _ways(model: Mapping[str, Any], row: ServedScheme) -> Iterator[_Way]:
+    """Yield the classes that a scheme has, and what runs a layer with each."""
+    experts, caller = experts_of(row), methods_of(row.methods, model)[0]
+    yield experts, lambda layer: run_layer(experts, caller, layer)
+    given = methods_of(row.modular_methods, model)
+    if row.modular and names().has(row.modular) and given:
+        modular = names().get(row.modular)
+        yield modular, lambda layer: Run(modular, given[0], layer, layer.ranks.dispatched).answer()
 
 
 def _captured(experts: Any, caller: Any, make: Callable[[], Layer]) -> dict[str, str]:

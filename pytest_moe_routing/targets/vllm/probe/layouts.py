@@ -29,7 +29,6 @@ from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
 from pytest_moe_routing.targets.vllm.probe.other_experts import (
     CAPABILITIES,
     Kind,
-    Way,
     kinds_of,
     needs,
     taken_as,
@@ -286,7 +285,7 @@ def other_layouts(model: Mapping[str, Any], scheme: str) -> list[dict[str, Any]]
         ways: list[dict[str, Any]] = []
         for device in devices:
             with on_capability(*CAPABILITIES[device]):
-                taken = taken_as(selector, kind, names().get(kind.key), Way(Ranks()))
+                taken = taken_as(selector, kind, names().get(kind.key), Ranks())
             capability = "{}.{}".format(*CAPABILITIES[device])
             if taken and refused_on(kind.function, stored, capability) is None:
                 ways.append({"device": device, "switches": taken[0]})

@@ -174,7 +174,8 @@ class Run:
         """How often the weight was applied before, in and after the kernel, and what came out."""
         layer, at, given = self._layer, self._at_kernel, self._given
         on_input = layer.apply_router_weight_on_input
-        first, local = layer.ep_rank * layer.local_num_experts, layer.local_num_experts
+        local = layer.local_num_experts
+        first = layer.global_num_experts - local
         wanted = given.output(first, local, on_input=on_input)
         # Of several experts a token has no one weight.
         is_one = layer.top_k == 1

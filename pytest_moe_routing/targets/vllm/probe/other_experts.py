@@ -36,7 +36,7 @@ from pytest_moe_routing.targets.vllm.probe.gates import quant_keys
 from pytest_moe_routing.targets.vllm.probe.layer import Layer, layer_of, sizes_of
 from pytest_moe_routing.targets.vllm.probe.method import class_of, methods_of
 from pytest_moe_routing.targets.vllm.probe.modular import Run
-from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, shared_out_to
+from pytest_moe_routing.targets.vllm.probe.ranks import Ranks, shared_out_to, unevenly_shared_out
 from pytest_moe_routing.targets.vllm.probe.release import names
 
 
@@ -57,14 +57,6 @@ class Kind:
     devices: tuple[str, ...] = ("Blackwell", "Hopper")
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a server runs a layer, and the flags that make it do so."""
-
-    ranks: Ranks
-    flags: tuple[str, ...] = ()
-
-
 _KINDS = (
     Kind(
         "modular-flashinfer-cutlass",
@@ -82,8 +74,7 @@ _KINDS = (
 DEVICES = {"Blackwell": (10, 0), "Hopper": (9, 0)}
 #: The same, and that of GPUs that only some kinds are asked about.
 CAPABILITIES = {**DEVICES, "Rubin": (10, 7)}
-_EXPERT_PARALLEL = "--enable-expert-parallel"
-_GATHERED = Way(Ranks(2, dispatched=True), (_EXPERT_PARALLEL, "--data-parallel-size 2"))
+_GATHERED = Ranks(2, dispatched=True)
 #: What the tensors of a layer are to a kernel, see `flashinfer/given.yaml`.
 _ROLES: Mapping[str, str] = {
     "w13_weight_scale": "fc1 weights",
@@ -129,31 +120,31 @@ def other_experts(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     calls = []
     for (kind, stored), devices in kinds.items():
         experts = names().get(kind.key)
-        for way in _ways(model):
+        for ranks in _ways(model):
             found = []
             for device in devices:
                 with on_capability(*CAPABILITIES[device]):
-                    taken = taken_as(selector, kind, experts, way)
+                    taken = taken_as(selector, kind, experts, ranks)
                 if taken is None:
                     continue
                 switches, backend = taken
                 about = {"experts": experts.__name__, "device": device, "stored": stored}
-                about |= {"switches": switches, "requests": switches != list(way.flags)}
+                about |= {"switches": switches, "requests": switches != list(ranks.flags)}
                 capability = "{}.{}".format(*CAPABILITIES[device])
                 if refused_on(kind.function, stored, capability) is None:
                     found.append((about, backend))
                 else:
                     about |= {"function": kind.function, "capability": capability}
-                    calls.append({**about, **_NO_CALL, "shards": way.ranks.shards})
+                    calls.append({**about, **_NO_CALL, "shards": ranks.shards})
             if not found:
                 continue
             # A class is the same on each of them: the one is taken that needs the least.
             about, backend = min(found, key=lambda each: needs(each[0]))
             with on_capability(*CAPABILITIES[about["device"]]):
                 for caller in callers:
-                    layer = layer_of(model, row, method, way.ranks)
+                    layer = layer_of(model, row, method, ranks)
                     layer.backend = backend
-                    calls.append({**about, **_call(experts, caller, layer, way)})
+                    calls.append({**about, **_call(experts, caller, layer, ranks)})
     return {"calls": [*calls, *_exchanged(model, scheme, selector, callers)]}
 
 
@@ -168,18 +159,18 @@ def _exchanged(
     trtllm = Kind(row.modular or "", (REQUESTED,), "", (device,))
     for (kind, stored), devices in {(trtllm, scheme): [device], **kinds_of(scheme)}.items():
         experts = names().get(kind.key)
-        for way in _exchanges(model) if device in devices else ():
+        for ranks in _exchanges(model) if device in devices else ():
             with on_capability(*DEVICES[device]):
-                taken = taken_as(selector, kind, experts, way)
+                taken = taken_as(selector, kind, experts, ranks)
                 if taken is None:
                     continue
-                layer = layer_of(model, row, method, way.ranks)
+                layer = layer_of(model, row, method, ranks)
                 layer.backend = None if kind is trtllm else taken[1]
                 about = {"experts": experts.__name__, "device": device, "stored": stored}
-                about |= {"switches": taken[0], "requests": taken[0] != list(way.flags)}
+                about |= {"switches": taken[0], "requests": taken[0] != list(ranks.flags)}
                 about["intermediate_size"] = sizes_of(model)[1]
                 with exchange():
-                    call = _call(experts, callers[0], layer, way)
+                    call = _call(experts, callers[0], layer, ranks)
                 if not _is_not_made(call):
                     yield {**about, **call}
 
@@ -191,11 +182,10 @@ def _is_not_made(call: Mapping[str, Any]) -> bool:
     return said["type"] == NotImplementedError.__name__ and said["where"].startswith(f"{file}.py:")
 
 
-def _exchanges(model: Mapping[str, Any]) -> Iterator[Way]:
+def _exchanges(model: Mapping[str, Any]) -> Iterator[Ranks]:
     for key, backend in BACKENDS.items():
         if names().expects(key) and shared_out_to(model["router"]["num_experts"]) > 1:
-            flags = *_GATHERED.flags, f"--all2all-backend {backend}"
-            yield Way(Ranks(2, dispatched=True, exchange=backend), flags)
+            yield replace(_GATHERED, exchange=backend)
 
 
 def _elsewhere(model: Mapping[str, Any], scheme: str) -> dict[str, Any]:
@@ -247,12 +237,15 @@ def kinds_of(scheme: str) -> dict[tuple[Kind, str], list[str]]:
     return found
 
 
-def _ways(model: Mapping[str, Any]) -> Iterator[Way]:
-    yield Way(Ranks())
-    if (count := shared_out_to(model["router"]["num_experts"])) > 1:
-        yield Way(Ranks(count), (_EXPERT_PARALLEL, f"--tensor-parallel-size {count}"))
+def _ways(model: Mapping[str, Any]) -> Iterator[Ranks]:
+    experts = model["router"]["num_experts"]
+    yield Ranks()
+    if (count := shared_out_to(experts)) > 1:
+        yield Ranks(count)
         yield _GATHERED
-    yield Way(Ranks(2, split=True), ("--tensor-parallel-size 2",))
+    if (uneven := unevenly_shared_out(experts)) is not None:
+        yield uneven
+    yield Ranks(2, split=True)
 
 
 def _stored(experts: Any, scheme: str) -> str:
@@ -271,7 +264,7 @@ def needs(about: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def taken_as(
-    selector: Selector, kind: Kind, experts: Any, way: Way
+    selector: Selector, kind: Kind, experts: Any, ranks: Ranks
 ) -> tuple[list[str], Any] | None:
     """Return what has to be switched on for a server to take a class, and as which backend.
 
@@ -281,7 +274,7 @@ def taken_as(
         Unsupported: No user of this release can ask for the class.
     """
     server_defaults.require_backend(*kind.backends)
-    config, ranks = selector.config, way.ranks
+    config = selector.config
     if ranks.count > 1:
         parallel = parallel_config(
             ranks.shards,
@@ -294,11 +287,11 @@ def taken_as(
     for name in dict.fromkeys((default, *kind.backends)):
         backend, taken = outcome(selector, replace(config, moe_backend=name), ())
         if taken is experts:
-            return [*way.flags, *([] if name == default else [f"--moe-backend {name}"])], backend
+            return [*ranks.flags, *([] if name == default else [f"--moe-backend {name}"])], backend
     return None
 
 
-def _call(experts: Any, caller: Any, layer: Layer, way: Way) -> dict[str, Any]:
+def _call(experts: Any, caller: Any, layer: Layer, ranks: Ranks) -> dict[str, Any]:
     """Return what becomes of the tokens.
 
     Raises:
@@ -320,9 +313,9 @@ def _call(experts: Any, caller: Any, layer: Layer, way: Way) -> dict[str, Any]:
         return found
 
     scales.quantized_by.clear()
-    run = Run(experts, caller, layer, way.ranks.dispatched, made)
-    about = {"by": caller.__qualname__.split(".")[0], "shards": way.ranks.shards}
-    about |= {"dispatched": way.ranks.dispatched, "parts": way.ranks.parts}
+    run = Run(experts, caller, layer, ranks.dispatched, made)
+    about = {"by": caller.__qualname__.split(".")[0], "shards": ranks.shards}
+    about |= {"dispatched": ranks.dispatched, "parts": ranks.parts}
     about |= {"has_biases": layer.model["experts"]["bias"] and gives_biases(class_of(caller))}
     answer = {**about, **run.answer(), **input_scale()}
     return {**answer, "roles": roles_of(run.arguments, sources)}

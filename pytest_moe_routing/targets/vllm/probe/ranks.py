@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pytest_moe_routing.targets.scales import FIRST
-from pytest_moe_routing.targets.shares import rank_of
+from pytest_moe_routing.targets.shares import rank_of, uneven_count
 from pytest_moe_routing.targets.vllm.probe import server_defaults
 
 #: The tokens of most calls.
@@ -17,6 +17,7 @@ TOKENS = 8
 #: The ranks that share out the experts, where these are not too few: with two, code that is wrong
 #: for the third rank would be right.
 _RANKS = 4
+EXPERT_PARALLEL = "--enable-expert-parallel"
 
 
 def shared_out_to(experts: int) -> int:
@@ -81,6 +82,17 @@ class Ranks:
         """The rank that the layer runs as."""
         return rank_of(self.count) if self.split else self.count - 1
 
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What a user gives a server for it."""
+        if self.count == 1:
+            return ()
+        sharing = () if self.split else (EXPERT_PARALLEL,)
+        parallel = "data" if self.dispatched else "tensor"
+        told = self.exchange != server_defaults.ALL_TO_ALL
+        exchanging = (f"--all2all-backend {self.exchange}",) if told else ()
+        return (*sharing, f"--{parallel}-parallel-size {self.count}", *exchanging)
+
     def arguments(self) -> dict[str, int]:
         """Return the arguments of the factory that say so."""
         own = self.count // self.tensor_parallel
@@ -107,3 +119,9 @@ class Ranks:
             device_config=Surroundings(device="cpu"),
             lora_config=None,
         )
+
+
+def unevenly_shared_out(experts: int) -> Ranks | None:
+    """Return ranks that cannot have equally many of so many experts; None if all can."""
+    count = uneven_count(experts)
+    return None if count is None else Ranks(count, dispatched=count % 2 == 1)

@@ -26,7 +26,7 @@ _SIZE = re.compile(r"size|stride|dim|(^|_)[a-z]$")
 
 
 class _Name(NamedTuple):
-    """A name without what tells it apart from its neighbours.
+    """A name, and what is left of it without its numbers.
 
     Attributes:
         whole: The name.

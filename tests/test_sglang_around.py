@@ -92,14 +92,14 @@ def test_release_is_not_asked_where_no_kernel_routes(target):
 
 
 def answers_of(
-    runs, replay=None, tell=False, first=6, rejects=lambda options: None, compiles=False
+    runs, replay=None, tell=False, first=11, rejects=lambda options: None, compiles=False
 ):
     """Ask a runner that answers each request as `runs` has it, by the request's option.
 
     An answer is what raises, or what SGLang's own router is told.
     """
     written = torch.arange(6, dtype=torch.int16).reshape(3, 2)
-    given = {"local_expert_offset": first, "local_num_experts": 2}
+    given = {"local_expert_offset": first, "local_num_experts": 5}
     calls = [Call.of("trtllm", {"routing_replay_out": written if replay else None, **given})]
 
     def run():
@@ -114,7 +114,7 @@ def answers_of(
         return given
 
     names = Names(Contract.of("sglang"), "0.5.23", stubs.definitions("sglang", "nowhere"))
-    found = around(names, run, calls, rejects, num_experts=8, compiles=compiles)
+    found = around(names, run, calls, rejects, num_experts=16, compiles=compiles)
     assert requested("capturer") is None
     return {name: (answer["answer"], answer["why"]) for name, answer in found.items()}
 
@@ -135,9 +135,9 @@ def test_a_request_at_a_time():
 
 
 def test_ranks_that_cannot_have_as_many_experts():
-    """The last of three has the last two of eight experts."""
-    why = "the kernel is given 2 experts from 4 on, of 8"
-    assert answers_of({}, first=4)[Request.UNEVEN] == ("ignored", why)
+    """The last of three has the last five of sixteen experts."""
+    why = "the kernel is given 5 experts from 10 on, of 16"
+    assert answers_of({}, first=10)[Request.UNEVEN] == ("ignored", why)
 
 
 def test_ids_that_nobody_is_told():
@@ -205,7 +205,7 @@ def test_a_placement_is_asked_with_redundant_experts_and_without(redundant):
     class OnlySome(dict):
         def items(self):
             placed = requested("placement")
-            looks = placed is not None and placed.num_physical_experts == 8 + redundant
+            looks = placed is not None and placed.num_physical_experts == 16 + redundant
             return {"placement": own()}.items() if looks else {"placement": own(TOLD)}.items()
 
     said, why = answers_of(OnlySome())[Request.BALANCING]

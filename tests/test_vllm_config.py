@@ -142,7 +142,14 @@ def test_what_answers_for_all_gates_is_the_function_of_a_class(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "shards"), [(60, [1, 4, 2, 8, 1]), (256, [1, 4, 2, 3, 1]), (257, [1, 4, 1])]
+    ("num_experts", "shards"),
+    [
+        (60, [1, 4, 2, 8, 1]),
+        (256, [1, 4, 2, 3, 1]),
+        (257, [1, 4, 1]),
+        # Each rank has the experts that have different scales.
+        (8, [1, 2, 2, 1]),
+    ],
 )
 def test_experts_are_shared_out_evenly_and_unevenly(num_experts, shards):
     ways = [*other_experts._ways({"router": {"num_experts": num_experts}})]

@@ -22,8 +22,13 @@ from pytest_moe_routing.schemes import kernel_of
 #: What SwigluStep clamps to where it is given no limit: SwigluStepAdaptor in FlashInfer's
 #: csrc/fused_moe/cutlass_backend/cutlass_fused_moe_kernels.cuh, 0.6.13 to 0.7.2.post1.
 _LIMIT_OF_STEP = 7.0
-#: What a layer has whose ranks cannot share out its experts evenly, and what a kernel is told.
-_UNEVEN = "ranks with one more", "if all ranks had as many experts"
+#: What a kernel is told of a layer whose ranks cannot share out its experts evenly.
+_UNEVEN = Finding(
+    Kind.ARGUMENT,
+    "the rank's first expert",
+    "ranks that have one more than others",
+    "if all ranks had as many",
+)
 
 
 def read_given(
@@ -120,14 +125,14 @@ def _wrong_numbers(
         if got is None and name in entry.absent:
             got = layer[entry.absent[name]]
         if name == entry.offset and got == layer["ep_rank"] * local != wanted:
-            yield Finding(Kind.ARGUMENT, name, *_UNEVEN)
+            yield _UNEVEN
         elif got != wanted:
             yield Finding(Kind.ARGUMENT, name, wanted, got if isinstance(got, int) else str(got))
     rows = arguments[entry.experts]["shape"][0]
     if rows != local:
         yield Finding(Kind.ARGUMENT, entry.experts, f"{local} experts", f"{rows} experts")
     elif entry.rank and not entry.offset and layer["ep_rank"] * local != layer["first_expert"]:
-        yield Finding(Kind.ARGUMENT, entry.rank, *_UNEVEN)
+        yield _UNEVEN
 
 
 def _wrong_modes(

@@ -20,6 +20,7 @@ from torch import Tensor
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.targets import marked_weights
 from pytest_moe_routing.targets.marked_checkpoint import MarkedCheckpoint
+from pytest_moe_routing.targets.scales import FIRST
 
 
 def rank_of(count: int) -> int:
@@ -39,9 +40,10 @@ _UNEVEN = (4, 8, 3, 5, 7)
 def uneven_count(experts: int) -> int | None:
     """Return a number of ranks that cannot have equally many of so many experts; None if all can.
 
-    The last rank has fewer experts than the first one.
+    The last rank has fewer experts than the first one, but each different scale that there is.
     """
-    return next((count for count in _UNEVEN if experts > count and experts % count), None)
+    counts = (count for count in _UNEVEN if experts % count)
+    return next((count for count in counts if experts // count >= len(FIRST)), None)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ LAYER = "sglang/srt/layers/moe/fused_moe_triton/layer.py"
 HASH = "sglang/srt/layers/moe/hash_topk.py"
 XLLM = "sglang/srt/models/xllm.py"
 GATE = "sglang/kernels/ops/moe/moe_fused_gate.py"
-#: A scheme in which layers take SGLang's Triton runner by default on Hopper.
-SCHEME = "fp8_block"
+#: Schemes in which layers take SGLang's Triton runner and Marlin's by default on Hopper.
+SCHEMES = "fp8_block", "nvfp4"
 #: Every place where the factor goes on the output.
 APPLY = "topk_weights *= routed_scaling_factor\n"
 #: The last line of a layer's `__init__` about its runner.
@@ -121,6 +121,9 @@ SGLANG = {
     "factor of TopK and of the Triton runner": [
         Mutant(LAYER, "                and runner_backend.is_cutlass()\n", "                and (runner_backend.is_cutlass() or runner_backend.is_triton())\n", "deepseek-r1", "fused_topk_deepseek", reach="model"),
     ],
+    "factor of TopK and of Marlin's runner": [
+        Mutant(LAYER, "not (runner_backend.is_marlin() or runner_backend.is_lora_marlin())", "runner_backend is not None", "glm-4.7", "biased_grouped_topk_gpu", reach="model"),
+    ],
     # Then nobody knows whether the factor is applied, once or twice.
     "quantized layer that names no runner": [
         Mutant(LAYER, RUNNER, f"{RUNNER}        if isinstance(self.quant_method, Fp8MoEMethod):\n            self.runner_backend = None\n", "deepseek-r1", "fused_topk_deepseek", reach="model", kinds=(NOT_JUDGED,)),
@@ -193,10 +196,12 @@ def runs(framework, root, mutants):
             for model in sorted(routed):
                 config = {}
                 if framework == "sglang":
-                    values, row = config_of(MODELS[model]), configs()["schemes"][SCHEME]
-                    server = server_of(MODELS[model], row, values)
-                    served = {"server": server, "quantization": row["config"]}
-                    config = {"config": values, "servers": {SCHEME: served}}
+                    values, servers = config_of(MODELS[model]), {}
+                    for scheme in SCHEMES:
+                        row = configs()["schemes"][scheme]
+                        server = server_of(MODELS[model], row, values)
+                        servers[scheme] = {"server": server, "quantization": row["config"]}
+                    config = {"config": values, "servers": servers}
                 asked = {**MODELS[model].as_dict(), "id": model}
                 found += [(platform, row) for row in probe.ask("run", model=asked, **config)]
             if models - routed:

@@ -73,6 +73,12 @@ SCALED_TWICE = "        output.mul_(runner_config.routed_scaling_factor or 1.0)\
 INPUT = '"w13_input_scale_quant",\n            (1 / w13_input_scale)'
 #: What the FP8 kernel multiplies by, which is lost for a few tokens.
 FACTOR = '"routed_scaling_factor": routed_scaling_factor,'
+#: Marlin's runner applies the factor, so TopK does not; now TopK does as well.
+LAYER = "layers/moe/fused_moe_triton/layer.py"
+EXCEPTED = (
+    ("not (runner_backend.is_marlin() or runner_backend.is_lora_marlin())", "True"),
+    (").is_marlin()\n            )\n            or", ").is_auto()\n            )\n            or"),
+)
 #: A server with this runner keeps shared experts apart, now but for one scheme.
 APART = 'if runner in ("flashinfer_trtllm", "experimental_sgl_trtllm")'
 
@@ -157,7 +163,13 @@ def target(tmp_path_factory):
         file = "model_overrides/glm4_moe.py" if split.exists() else "overrides.py"
         edit(root, f"arg_groups/{file}", (GLM, GLM.replace("None", 'None, "compressed-tensors"')))
         edit(root, "arg_groups/overrides.py", (APART, f'{APART} and view.quantization != "mxfp8"'))
+        edit(root, LAYER, *EXCEPTED)
     yield from opened(root)
+
+
+def test_a_factor_that_marlin_s_runner_applies_too(target):
+    runs = [run for run in target.router_runs([MODELS["glm-4.7"]]) if "in nvfp4" in run.way]
+    assert {deviation.kind for run in runs for deviation in run.deviations} == {"weights"}
 
 
 def test_a_placement_that_fails_in_the_forward_pass_is_no_rejection(target):

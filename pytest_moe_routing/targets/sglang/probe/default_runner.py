@@ -25,6 +25,10 @@ from pytest_moe_routing.targets.sglang.probe.sources import Sources
 
 #: A server that leaves the choice to each layer.
 AUTO = "auto"
+#: Runners, by their names on a server's command line.
+TRITON, _MARLIN = "triton", "marlin"
+#: What Marlin's runner gives its kernel, which multiplies by it (`fused_marlin_moe.py`).
+_BY_MARLIN = "routed_scaling_factor=runner_config.routed_scaling_factor"
 #: The argument of a server that names the runner.
 FIELD = "moe_runner_backend"
 #: The one that keeps shared experts apart from the routed ones.
@@ -42,6 +46,22 @@ def register_runners(names: Names) -> None:
     """Import what makes a runner known to SGLang, and which code that is not here would import."""
     if names.has("runner-marlin"):
         names.get("runner-marlin")
+
+
+# A release does not change.
+@cache
+def multiplying_runners(names: Names) -> frozenset[str]:
+    """Return the runners that multiply by a layer's factor, whatever the layer says of TopK.
+
+    Triton's does in each release whose routers are run, see `routers.Routers`.
+    """
+    if names.has("runner-marlin"):
+        spelling = names.spelling("runner-marlin")
+        if _BY_MARLIN in stubs.installed_source_of(
+            f"{spelling.module}.{spelling.path}".rstrip(".")
+        ):
+            return frozenset((TRITON, _MARLIN))
+    return frozenset((TRITON,))
 
 
 def layer_runner(names: Names, layer: Any) -> str:

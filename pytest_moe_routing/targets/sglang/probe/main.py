@@ -29,6 +29,7 @@ from pytest_moe_routing.targets.sglang.probe.configs import ModelConfig, quant_c
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
     FIELD,
+    TRITON,
     Checkpoint,
     Refusal,
     default_runner,
@@ -67,7 +68,6 @@ _TOKENS = 64
 _LAYER = 5
 #: The width of hidden states, and of experts; see `configs.yaml`.
 _SIZES: tuple[int, ...] = tuple(map(configs()["sizes"].get, ("hidden_size", "intermediate_size")))
-TRITON = "triton"  # A runner, by its name on a server's command line.
 #: Why no kernel routes, in the code of some models.
 _CALLED = "the model's code calls SGLang's own Triton kernel, whatever the runner"
 _CHOSEN = "the model's own code chooses the experts: the kernel is given experts and weights"

@@ -11,14 +11,15 @@ from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.default_runner import (
     AUTO,
     FIELD,
+    TRITON,
     Checkpoint,
     Refusal,
     layer_runner,
+    multiplying_runners,
     register_runners,
     started,
 )
 from pytest_moe_routing.targets.sglang.probe.device import on
-from pytest_moe_routing.targets.sglang.probe.main import TRITON
 from pytest_moe_routing.targets.sglang.probe.router_case import Case, compare, not_judged
 from pytest_moe_routing.targets.sglang.probe.router_world import choose_triton
 from pytest_moe_routing.targets.sglang.probe.watching import Seen
@@ -49,14 +50,14 @@ class Blocks(Protocol):
     def defaults(self) -> Callable[[], Mapping[str, Any]]: ...
 
 
-def in_triton(
+def on_hopper(
     blocks: Blocks,
     build: Callable[..., Topk],
     case_of: Callable[..., Case],
     servers: Mapping[str, Served],
     like: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Run the router in each scheme whose layer takes the Triton runner on Hopper.
+    """Run the router in each scheme whose layer takes Triton's or Marlin's runner on Hopper.
 
     Where that cannot be asked, the answer has the reason. A model that is not quantized is run
     elsewhere.
@@ -72,7 +73,7 @@ def in_triton(
         if served["quantization"] is None:
             continue
         try:
-            found = _in_triton(blocks, build, served["server"], served["quantization"])
+            found = _on_hopper(blocks, build, served["server"], served["quantization"])
             if found is not None:
                 case = case_of(*found[1], seen=found[0])
                 yield compare(replace(case, way=way, patterns=PLAIN))
@@ -80,13 +81,13 @@ def in_triton(
             yield not_judged(like, way, f"{way}: {reason}")
 
 
-def _in_triton(
+def _on_hopper(
     blocks: Blocks,
     build: Callable[..., Topk],
     server: Checkpoint,
     quantization: Mapping[str, Any],
 ) -> tuple[Seen, Topk] | None:
-    """Return what is built of one scheme; None if no layer takes the Triton runner.
+    """Return what is built of one scheme; None if its layer takes another runner.
 
     Raises:
         Unsupported: The runner is not known, or the block cannot be built here.
@@ -105,7 +106,8 @@ def _in_triton(
                 built = build(seen, quantization=_narrow(quantization))
             except Unsupported:
                 # What follows the layer does not change its runner.
-                if not seen.made or TRITON in _runners(blocks.names, seen):
+                known = multiplying_runners(blocks.names)
+                if not seen.made or not known.isdisjoint(_runners(blocks.names, seen)):
                     raise
                 return None
     finally:
@@ -114,7 +116,7 @@ def _in_triton(
     if len(runners) != 1:
         listed = ", ".join(sorted(runners)) or "none"
         raise Unsupported(f"not judged: found the runners {listed} of the block, expected one")
-    return (seen, built) if runners == {TRITON} else None
+    return (seen, built) if runners <= multiplying_runners(blocks.names) else None
 
 
 def _runners(names: Names, seen: Seen) -> set[str]:

@@ -35,7 +35,7 @@ from pytest_moe_routing.targets.sglang.probe import main as blocks
 from pytest_moe_routing.targets.sglang.probe import ways
 from pytest_moe_routing.targets.sglang.probe.asked import asked
 from pytest_moe_routing.targets.sglang.probe.old_routers import OldRouters
-from pytest_moe_routing.targets.sglang.probe.quantized_routers import Served, in_triton
+from pytest_moe_routing.targets.sglang.probe.quantized_routers import Served, on_hopper
 from pytest_moe_routing.targets.sglang.probe.ranks import RANKS, fusing
 from pytest_moe_routing.targets.sglang.probe.requests import CAPTURED, requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import (
@@ -217,7 +217,7 @@ class Routers(blocks.Blocks):
             yield from self._overlapped(case, architecture, seen.block, router)
             build = partial(self._built, architecture, values)
             case_of = partial(_case, router=router)
-            yield from in_triton(self, build, case_of, servers, first)
+            yield from on_hopper(self, build, case_of, servers, first)
 
     def _ways(
         self, architecture: str, values: Mapping[str, Any], router: RouterConfig, shared: int

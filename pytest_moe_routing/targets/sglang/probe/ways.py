@@ -22,7 +22,7 @@ from pytest_moe_routing.routing import Recipe
 from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Names
 from pytest_moe_routing.targets.sglang.probe.around import Capturer, placement
-from pytest_moe_routing.targets.sglang.probe.default_runner import layer_runner
+from pytest_moe_routing.targets.sglang.probe.default_runner import layer_runner, multiplying_runners
 from pytest_moe_routing.targets.sglang.probe.requests import requesting
 from pytest_moe_routing.targets.sglang.probe.router_case import exact
 from pytest_moe_routing.targets.sglang.probe.watching import Seen, experts_called
@@ -39,7 +39,6 @@ IN_TORCH = {"SGLANG_OPT_USE_FUSED_HASH_TOPK": "0"}
 
 #: An attribute of a layer of experts: whether TopK applies the factor, rather than its runner.
 _LEAVES_FACTOR = "should_fuse_routed_scaling_factor_in_topk"
-_TRITON = "triton"
 
 Forward = Callable[..., Any]
 
@@ -155,8 +154,7 @@ def experts_give_weights(names: Names, seen: Seen) -> Iterator[None]:
     def forward(self: Any, hidden_states: Tensor, topk_output: Any = None, **_: Any) -> Tensor:
         is_scaled = getattr(self, _LEAVES_FACTOR)
         if is_scaled and not isinstance(getattr(type(self), _LEAVES_FACTOR, None), property):
-            # The Triton runner multiplies, whatever the layer says of TopK (moe_runner/triton.py).
-            if (runner := layer_runner(names, self)) != _TRITON:
+            if (runner := layer_runner(names, self)) not in multiplying_runners(names):
                 raise Unsupported(f"not judged: whether the runner {runner} leaves the factor out")
             is_scaled = False
         return weighed(hidden_states, topk_output, self.moe_runner_config, is_scaled)

@@ -17,6 +17,8 @@ PROPERTY = "moe_failures"
 CUT = "..."
 #: What a line with a reason starts with.
 _BECAUSE = "  because  "
+#: What the lines start with that say who can meet a failure, and which models do.
+_REACH, _MODELS = "  reach    ", "  models   "
 #: Lines of one block, and characters of a line.
 _BLOCK = 15
 _WIDTH = 100
@@ -130,7 +132,7 @@ class Failure:
         tail = [f"  cause    {self.cause}"]
         if self.entry:
             tail.append(f"  known    in other cases: {self.entry} does not list these")
-        lines = list(self.lines if width is None else _packed(self.brief or self.lines))
+        lines = list(self.lines if width is None else _packed(_joined(self.brief or self.lines)))
         also = list(elsewhere)
         if others and self.rank is not Rank.LOST:
             also.insert(0, _listed(f"{len(others)} more: ", others))
@@ -154,6 +156,17 @@ def few(names: Sequence[str]) -> str:
     """Return the first of many names, and how many others there are."""
     more = len(names) - 3
     return ", ".join(names[:3]) + (f" and {more} other{'s' * (more > 1)}" if more > 0 else "")
+
+
+def _joined(lines: Iterable[str]) -> Iterator[str]:
+    """Yield lines, those that name models on the line that says who can meet a failure."""
+    *others, last = lines
+    models = last.removeprefix(_MODELS)
+    reach = next((line for line in others if line.startswith(_REACH)), "")
+    if models == last or not reach:
+        yield from (*others, last)
+        return
+    yield from (f"{line}: {models}" if line == reach else line for line in others)
 
 
 def _packed(lines: Iterable[str]) -> Iterator[str]:

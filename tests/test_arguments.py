@@ -54,9 +54,11 @@ def recorded(**changes):
     return {**base, **changes}
 
 
-def reading(model=R1, layer=LAYER, flashinfer=FLASHINFER, function=FUNCTION, **changes):
+def reading(
+    model=R1, layer=LAYER, flashinfer=FLASHINFER, function=FUNCTION, scheme="fp8_block", **changes
+):
     record = {"function": function, "arguments": recorded(**changes)}
-    return read(model, "fp8_block", record, layer, flashinfer)
+    return read(model, scheme, record, layer, flashinfer)
 
 
 def problems(found):
@@ -224,21 +226,42 @@ def test_the_parameters_of_an_activation_must_arrive():
         "gemm1_clamp_limit arrives as inf, the layer has 7"
     ]
     squared = replace(R1, experts=replace(R1.experts, activation="relu2", gated=False))
-    assert reading(squared, activation_type=6).wrong == ()
+    assert reading(squared, scheme="mxfp8", activation_type=6).wrong == ()
+
+
+def test_an_activation_that_the_kernel_does_not_have():
+    """Its launcher throws: trtllm_fused_moe_kernel_launcher.cu of 0.7.2.post1, line 5837."""
+    squared = replace(R1, experts=replace(R1.experts, activation="relu2", gated=False))
+    assert problems(reading(squared, activation_type=6)) == [
+        "no trtllm_fp8_block_scale_moe kernel for relu2, not gated, in FlashInfer 0.7.2.post1"
+    ]
+    # If the kernel is told another one, that is what is wrong.
+    assert problems(reading(squared, activation_type=3)) == [
+        "activation_type arrives as Swiglu, the layer has Relu2"
+    ]
+    clamped = replace(R1, experts=MODELS["gpt-oss-20b"].experts)
+    parameters = {"gemm1_alpha": 1.7020000219345093, "gemm1_beta": 1.0, "gemm1_clamp_limit": 7.0}
+    given = {name: tensor(all=value) for name, value in parameters.items()}
+    old = FlashInfer.of("0.6.16")
+    told = [
+        "no trtllm_fp8_block_scale_moe kernel for swigluoai, gated, in FlashInfer 0.6.16",
+        "trtllm_fp8_block_scale_moe does not accept a clamp of swigluoai in FlashInfer 0.6.16",
+    ]
+    assert problems(reading(clamped, flashinfer=old, **given)) == told
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_trtllms_kernels_have_one_gelu(activation):
     """It has another name than that of CUTLASS' kernels, which trtllm_fused_moe_runner.cu refuses."""
     model = replace(R1, experts=replace(R1.experts, activation=activation))
-    right = reading(model, activation_type=4)
+    right = reading(model, scheme="mxfp8", activation_type=4)
     assert right.wrong == ()
     told = "the kernel computes gelu_tanh for gelu; the two differ by at most 0.0005"
     assert [note.fact for note in right.notes] == [told] * (activation == "gelu")
-    assert problems(reading(model, activation_type=8)) == [
+    assert problems(reading(model, scheme="mxfp8", activation_type=8)) == [
         "activation_type arrives as GegluTanh, the layer has Geglu"
     ]
-    assert problems(reading(model, activation_type=3)) == [
+    assert problems(reading(model, scheme="mxfp8", activation_type=3)) == [
         "activation_type arrives as Swiglu, the layer has Geglu"
     ]
 

@@ -43,7 +43,8 @@ MISTAKES = {
 def found(root):
     target = locate(TargetId.parse(f"vllm@{root}")).make(FlashInfer.of("0.7.0"))
     asked = wrong_splits(target, "mxfp4", [MODEL])
-    assert (asked.answered, asked.unanswered) == (3, {})
+    # Whole, and over 2, 4 and 8 ranks.
+    assert (asked.answered, asked.unanswered) == (4, {})
     return [(str(each.splits[0]), *sentences(each.at.findings)) for each in asked.wrong]
 
 

@@ -14,9 +14,12 @@ from pytest_moe_routing.flashinfer import FlashInfer, preparation
 from pytest_moe_routing.goldens import packaged_directory
 from pytest_moe_routing.models import load_models
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.judge import judge
 from pytest_moe_routing.oracle.laid_out import LaidOut
-from pytest_moe_routing.oracle.shares import split_findings, wrong_splits
+from pytest_moe_routing.oracle.shares import split_findings, with_sizes, wrong_splits
+from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.suite.shares import of_split
+from pytest_moe_routing.targets.builtin.target import BuiltinTarget
 
 FLASHINFER = FlashInfer.of("0.7.2")
 MODELS = load_models(packaged_directory())
@@ -56,15 +59,17 @@ def splits_of(answer, scheme, *models):
 
 def test_one_split_of_each_remainder_is_asked():
     target, found = splits_of(lambda _: {}, "nvfp4", "gemma-4-26b-a4b", "deepseek-r1", "glm-5")
-    # 352, 176 and 88 rows, as 96, 48 and 88; 1024, 512 and 256, of which nothing is left over.
+    # 704, 352, 176 and 88 rows, as 64, 96, 48 and 88; 1024, 512 and 256, of which nothing is left
+    # over, as of 2048.
     assert target.asked == [
+        ("gemma-4-26b-a4b", 1, 64),
         ("gemma-4-26b-a4b", 2, 2 * 96),
         ("gemma-4-26b-a4b", 4, 4 * (48 + 128)),
         ("gemma-4-26b-a4b", 8, 8 * 88),
         # Of two ranks there is no third; of more, the fewest are asked about.
         ("deepseek-r1", 4, 4 * 128),
     ]
-    assert (found.wrong, found.answered) == ((), 9)
+    assert (found.wrong, found.answered) == ((), 10)
 
 
 def test_a_rank_has_something_of_a_small_size_where_whole_tiles_are_split():
@@ -73,7 +78,7 @@ def test_a_rank_has_something_of_a_small_size_where_whole_tiles_are_split():
     assert target.asked[0] == ("deepseek-coder-v2-lite", 2, 2 * 192)
     # Of 4 * 48 rows, the first two of four.
     target, _ = splits_of(lambda _: {}, "nvfp4", "gemma-4-26b-a4b")
-    assert target.asked[1] == ("gemma-4-26b-a4b", 4, 4 * 176)
+    assert target.asked[2] == ("gemma-4-26b-a4b", 4, 4 * 176)
 
 
 def test_a_mistake_is_told_with_the_sizes_of_the_model():
@@ -119,12 +124,49 @@ def test_only_blocks_may_be_refused(model, is_wrong):
     )
 
 
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        ({}, Verdict.EXACT),
+        ({"findings": (RAISED,)}, Verdict.CRASH),
+        ({"refused": RAISED}, Verdict.FALLBACK),
+    ],
+)
+def test_sizes_that_a_kernel_lacks(answer, verdict):
+    """Of experts that are whole: a target pads 1408 rows to 1536, prepares them wrongly or not."""
+    exact = judge(BuiltinTarget(FLASHINFER), MODELS["glm-4.5-air"], "nvfp4")
+    target = Splits(lambda _: answer)
+    found = with_sizes(target, replace(exact, scheme="mxint4"))
+    assert found.verdict is verdict
+    assert target.asked == [("glm-4.5-air", 1, 1408)]
+    assert found.findings == answer.get("findings", ())
+    rejected = [str(gate) for gate in found.gates if not gate.ok]
+    assert rejected == ["shape: no, no such size (own/code.py:7)"] * ("refused" in answer)
+
+
+def test_sizes_that_a_kernel_has_need_no_question():
+    exact = judge(BuiltinTarget(FLASHINFER), MODELS["glm-4.5-air"], "nvfp4")
+    assert with_sizes(BuiltinTarget(FLASHINFER), exact) is exact
+    with pytest.raises(Unsupported, match="builtin does not split experts"):
+        with_sizes(BuiltinTarget(FLASHINFER), replace(exact, scheme="mxint4"))
+
+
+def test_a_mistake_in_whole_experts_is_told_with_their_rows():
+    target, found = splits_of(lambda _: {"findings": (RAISED,)}, "mxint4", "glm-4.5-air")
+    (wrong,) = found.wrong
+    failure = of_split(target, "mxint4", wrong)
+    assert failure.lines[0] == (
+        "glm-4.5-air on mxint4, splits 0: experts with 1408 rows do not get to their kernel"
+    )
+    assert failure.lines[-1] == "  models   glm-4.5-air, also glm-4.5-air over 2 or 4 or 8"
+
+
 def test_what_cannot_be_asked_is_counted():
     def answer(_):
         raise Unsupported("no ranks here")
 
     _, found = splits_of(answer, "nvfp4", "deepseek-r1", "gemma-4-26b-a4b")
-    assert (found.answered, found.unanswered) == (0, {"no ranks here": 6})
+    assert (found.answered, found.unanswered) == (0, {"no ranks here": 7})
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pytest_moe_routing.flashinfer.grammar import KernelCall
 from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ModelSpec
 from pytest_moe_routing.oracle.calls import ACTIVATIONS, wrong_activation
+from pytest_moe_routing.oracle.exact import kernel_gates
 from pytest_moe_routing.oracle.finding import Finding, Kind
 from pytest_moe_routing.oracle.scales import Scales, wrong_input, wrong_parameters, wrong_scales
 from pytest_moe_routing.oracle.target import Captured
@@ -42,6 +43,9 @@ _PRECISION = ("float32", "bfloat16")
 _PRODUCT = 2**-7
 _COUNTS: Mapping[float, str] = {0: "nowhere", 1: "once", 2: "twice"}
 _PARTS = ("routed", "shared")
+
+#: Gates about what a kernel has no code for, see `kernel_gates`.
+_OF_ACTIVATION = "activation", "activation limit"
 
 
 @dataclass(frozen=True)
@@ -299,7 +303,25 @@ def _wrong_experts(
     layer: RecordedLayer,
     flashinfer: FlashInfer,
 ) -> Iterator[Finding]:
-    """Yield what is wrong with the activation, its parameters, scales and biases."""
+    """Yield what is wrong with the activation, its parameters, scales and biases.
+
+    If nothing is, the kernel may have no such activation, or none with a clamp.
+    """
+    found = [*_wrong_values(model, scheme, record, layer, flashinfer)]
+    yield from found
+    if not found:
+        for gate in kernel_gates(model, scheme, flashinfer):
+            if not gate.ok and gate.name in _OF_ACTIVATION:
+                yield Finding(Kind.LIMIT, gate.name, fact=gate.reason)
+
+
+def _wrong_values(
+    model: ModelSpec,
+    scheme: str,
+    record: Mapping[str, Any],
+    layer: RecordedLayer,
+    flashinfer: FlashInfer,
+) -> Iterator[Finding]:
     arguments = record["arguments"]
     experts, kernel, scales = model.experts, kernel_of(scheme), layer.scales
     # Entry points without the argument have Swiglu kernels only.

@@ -24,6 +24,7 @@ from pytest_moe_routing.oracle.judgement import Judgement, reach_of
 from pytest_moe_routing.oracle.lost import held_to_expectation
 from pytest_moe_routing.oracle.modular import with_what_runs
 from pytest_moe_routing.oracle.record import VerdictRecord
+from pytest_moe_routing.oracle.shares import with_sizes
 from pytest_moe_routing.oracle.target import Captured, Classification, Target
 from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.routing import Recipe, normal_form, recipe_of, same
@@ -86,7 +87,10 @@ def judge(
         Unsupported: The target cannot answer a question that the verdict needs.
     """
     judgement = _judge(target, model, scheme, recorded_only=recorded_only, chosen=chosen)
-    return held_to_expectation(target, with_what_runs(target, judgement)) if chosen else judgement
+    if not chosen:
+        return judgement
+    judgement = with_sizes(target, with_what_runs(target, judgement))
+    return held_to_expectation(target, judgement)
 
 
 def _judge(
@@ -378,6 +382,8 @@ def _judge_call(
         if captured.unknown:
             raise Unsupported(f"{target}: not judged: {captured.unknown}")
         return replace(base, **known)
+    if is_same and all(finding.kind is Kind.LIMIT for finding in wrong):
+        return bad(Verdict.CRASH)
     return bad(Verdict.WRONG, *(() if is_same else _differences(base, call, got)))
 
 

@@ -2,7 +2,8 @@
 
 This is what `--tensor-parallel-size` does without expert parallelism. How weights are padded for a
 kernel depends on the intermediate size of a rank, as far as tiles and blocks of scales go, so one
-model is asked for each remainder of that size.
+model is asked for each remainder of that size. Experts that are whole are asked about as well, as a
+split over one rank, if something is left over of their size.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from typing import Any
 from pytest_moe_routing.errors import Unsupported
 from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.oracle.exact import Gate, kernel_gates
 from pytest_moe_routing.oracle.finding import Finding, Kind
+from pytest_moe_routing.oracle.judgement import Judgement
 from pytest_moe_routing.oracle.laid_out import LaidOut
 from pytest_moe_routing.oracle.layouts import layout_findings
 from pytest_moe_routing.oracle.target import Target
+from pytest_moe_routing.oracle.verdict import Verdict
 
-#: Over how many ranks people split experts.
-_COUNTS = (2, 4, 8)
+#: Over how many ranks people split experts, or have them whole.
+_COUNTS = (1, 2, 4, 8)
+#: The gate about sizes, see `kernel_gates`: a framework may pad them.
+_SHAPE = "shape"
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Split:
         return self.model.experts.intermediate_size // self.count
 
     def __str__(self) -> str:
-        return f"{self.model.id} over {self.count}"
+        return self.model.id if self.count == 1 else f"{self.model.id} over {self.count}"
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,28 @@ def wrong_splits(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Sp
         for given in wrong.values()
     )
     return SplitsFound(tuple(mistakes), answered, unanswered)
+
+
+def with_sizes(target: Target, judgement: Judgement) -> Judgement:
+    """Return a crash if an exact case has sizes that its kernel lacks, and nobody pads them.
+
+    A target that refuses to make a layer of such sizes rejects the case.
+
+    Raises:
+        Unsupported: The target cannot be asked what becomes of the sizes.
+    """
+    model, scheme, flashinfer = judgement.model, judgement.scheme, judgement.flashinfer
+    if judgement.verdict is not Verdict.EXACT or all(
+        gate.ok or gate.name != _SHAPE for gate in kernel_gates(model, scheme, flashinfer)
+    ):
+        return judgement
+    answers = target.split(model, scheme, 1, model.experts.intermediate_size)
+    if findings := tuple(finding for each in answers for finding in each.findings):
+        return replace(judgement, verdict=Verdict.CRASH, findings=findings)
+    if refused := [each.refused for each in answers if each.refused is not None]:
+        gate = Gate(_SHAPE, False, f"{refused[0].got} ({refused[0].where})")
+        return replace(judgement, verdict=Verdict.FALLBACK, gates=(*judgement.gates, gate))
+    return judgement
 
 
 def _preference(split: Split) -> tuple[bool, int, int]:
@@ -167,8 +195,13 @@ def _alike(target: Target, scheme: str, models: Iterable[ModelSpec]) -> Iterable
         experts = model.experts
         whole = experts.intermediate_size
         for split in (Split(model, count) for count in _COUNTS if way and whole % count == 0):
+            is_whole = split.count == 1
+            if is_whole and whole % period == 0:
+                # Every layout is asked with such a size.
+                continue
             left_over = split.inner % period, whole % block
-            kinds.setdefault((way, experts.gated, experts.bias, left_over), []).append(split)
+            key = way, experts.gated, experts.bias, is_whole, left_over
+            kinds.setdefault(key, []).append(split)
     return kinds.values()
 
 
@@ -216,4 +249,11 @@ def told_of(splits: Sequence[Split]) -> list[str]:
     counts: dict[str, set[int]] = {}
     for split in splits:
         counts.setdefault(split.model.id, set()).add(split.count)
-    return [f"{name} over {' or '.join(map(str, sorted(n)))}" for name, n in counts.items()]
+    return [_told(name, sorted(each)) for name, each in counts.items()]
+
+
+def _told(name: str, counts: Sequence[int]) -> str:
+    over = " or ".join(str(count) for count in counts if count > 1)
+    return ", also ".join(
+        filter(None, (name if 1 in counts else "", f"{name} over {over}" * bool(over)))
+    )

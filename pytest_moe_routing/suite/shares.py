@@ -28,8 +28,11 @@ def of_split(target: Target, scheme: str, wrong: WrongSplit) -> Failure:
     reached = "whether by default cannot be asked of this release"
     if switches is not None:
         reached = text.reached(reach, switches, by_default=is_default)
+    title = f"experts are split wrongly over {first.count} ranks"
+    if first.count == 1:
+        title = f"experts with {whole} rows do not get to their kernel"
     lines = (
-        f"{model} on {scheme}, {target}: experts are split wrongly over {first.count} ranks",
+        f"{model} on {scheme}, {target}: {title}",
         f"  reach    {reached}",
         *(f"  because  {line}" for line in text.sentences(call.findings)),
         f"  ranks    each has {first.inner} of {whole} rows of the gate and up weights",

@@ -84,7 +84,9 @@ class Share:
             dim = 0 if name.startswith("w13") else 1
             for part, tensors in parts.items():
                 if dim >= tensors[0].ndim:
-                    found.parts.setdefault(name, {})[part] = list(map(torch.zeros_like, tensors))
+                    # The first rank alone adds the biases.
+                    own = tensors if rank_of(self.count) == 0 else map(torch.zeros_like, tensors)
+                    found.parts.setdefault(name, {})[part] = [*own]
                     continue
                 bounds = [Fraction(at * tensors[0].shape[dim], self.whole) for at in (start, end)]
                 if any(bound.denominator != 1 for bound in bounds):

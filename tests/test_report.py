@@ -282,12 +282,27 @@ CALLED = {"source": "vllm/f.py:7", "received": "DeepSeekV3(n_group=8, topk_group
 def test_a_verdict_about_a_call_names_its_line_and_arguments(changes, at):
     record = verdict(**{"verdict": Verdict.WRONG, **changes})
     assert [line for line in story(record) if line.startswith("  at ")] == at
-    # A terminal has it on the line of the method, or on its own where that is left out.
+    # A terminal has it on the line of the method, or on that of the switch that leads to it.
     shown = [line for line in brief.story(record) if "vllm/f.py:7" in line]
     path = "  decided  scoring_func is softmax -> not renormalize -> Default"
     assert shown == [line.replace("  at       ", f"{path}, called at ") for line in at]
     opt_in = replace(record, reach=Reach.OPT_IN)
-    assert [line for line in brief.story(opt_in) if "vllm/f.py:7" in line] == at
+    shown = [line for line in brief.story(opt_in) if "vllm/f.py:7" in line]
+    path = "  reach    only with an opt-in switch"
+    assert shown == [line.replace("  at       ", f"{path}, called at ") for line in at]
+
+
+def test_the_router_does_not_matter_where_a_call_fails_for_another_reason():
+    def shown(*findings):
+        lines = brief.story(verdict(verdict=Verdict.CRASH, findings=findings))
+        return any(line.startswith("  router  ") for line in lines)
+
+    raised = Finding(Kind.RAISED, "AssertionError", None, "no such size", "vllm/f.py:7")
+    assert not shown(raised)
+    assert not shown(Finding(Kind.LIMIT, "activation", fact="no kernel for relu2"))
+    limit = Finding(Kind.LIMIT, "group_size", "at most 32", 64)
+    assert shown(limit)
+    assert shown(raised, limit)
 
 
 def test_markdown_fits_a_comment_and_says_what_does_not(verdicts):

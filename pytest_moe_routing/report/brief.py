@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_moe_routing.oracle.finding import Kind
 from pytest_moe_routing.oracle.record import Reach, VerdictRecord
+from pytest_moe_routing.oracle.verdict import Verdict
 from pytest_moe_routing.report import text
 
 if TYPE_CHECKING:
@@ -26,10 +27,13 @@ def story(record: VerdictRecord) -> Iterator[str]:
     """Return `text.short_story` without what the router's line or a cause of its own says.
 
     A token whose logits say nothing is one line. That no call would be exact is left out, and of a
-    kernel that only a switch leads to, all but the reasons.
+    kernel that only a switch leads to, all but the reasons. Where a call fails for another reason
+    than its arguments, the router does not matter.
     """
     at = text.call_of(record)
     left_out = {f"  note     {text.sentence(n)}" for n in record.notes if n.kind is Kind.DOWNCAST}
+    if record.verdict is Verdict.CRASH and all(f.wanted in (None, "") for f in record.findings):
+        left_out.add(f"  router   {record.router}")
     if record.kernel == record.router:
         left_out.add(f"  kernel   {record.kernel}")
     is_opt_in = record.reach is Reach.OPT_IN
@@ -41,11 +45,11 @@ def story(record: VerdictRecord) -> Iterator[str]:
         return line not in left_out and (is_reason or not line.startswith(labels))
 
     def told(line: str) -> str:
-        # One line for the method and the call.
-        is_path = at is not None and line.startswith("  decided  ")
+        # One line for the call, and for the method or the switch that leads to it.
+        is_path = at is not None and line.startswith("  reach  " if is_opt_in else "  decided  ")
         return f"{line}, called at {at}" if is_path else line
 
-    if at is not None and not is_opt_in:
+    if at is not None:
         left_out.add(f"  at       {at}")
     shown = map(told, filter(is_shown, text.short_story(record)))
     yield from _with_brief_token(shown, record.counterexample)

@@ -158,15 +158,15 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {more} other{'s' * (more > 1)}" if more > 0 else "")
 
 
-def _joined(lines: Iterable[str]) -> Iterator[str]:
-    """Yield lines, those that name models on the line that says who can meet a failure."""
-    *others, last = lines
-    models = last.removeprefix(_MODELS)
-    reach = next((line for line in others if line.startswith(_REACH)), "")
-    if models == last or not reach:
-        yield from (*others, last)
-        return
-    yield from (f"{line}: {models}" if line == reach else line for line in others)
+def _joined(lines: Sequence[str]) -> list[str]:
+    """Return lines, the one that names models at the end of the one that says who can meet it."""
+    reach, models = (
+        next((line for line in lines if line.startswith(start)), "") for start in (_REACH, _MODELS)
+    )
+    if not (reach and models):
+        return list(lines)
+    whole = f"{reach}: {models.removeprefix(_MODELS)}"
+    return [whole if line == reach else line for line in lines if line != models]
 
 
 def _packed(lines: Iterable[str]) -> Iterator[str]:

@@ -272,7 +272,7 @@ def test_experts_of_other_kernels_that_ranks_cannot_share_out_evenly(target):
     found = [(call, [s for s in sentences(call.findings) if "as many" in s]) for call in calls]
     sharing = ("--enable-expert-parallel", "--tensor-parallel-size 8")
     text = (
-        "the rank's first expert arrives as if all ranks had as many, the layer has ranks that "
+        "first expert of the rank arrives as if all ranks had as many, the layer has ranks that "
         "have one more than others"
     )
     assert {(call.experts, call.switches): told for call, told in found if told} == {

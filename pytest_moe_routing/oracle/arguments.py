@@ -307,32 +307,22 @@ def _wrong_experts(
 
     If nothing is, the kernel may have no such activation, or none with a clamp.
     """
-    found = [*_wrong_values(model, scheme, record, layer, flashinfer)]
-    yield from found
-    if not found:
-        for gate in kernel_gates(model, scheme, flashinfer):
-            if not gate.ok and gate.name in _OF_ACTIVATION:
-                yield Finding(Kind.LIMIT, gate.name, fact=gate.reason)
-
-
-def _wrong_values(
-    model: ModelSpec,
-    scheme: str,
-    record: Mapping[str, Any],
-    layer: RecordedLayer,
-    flashinfer: FlashInfer,
-) -> Iterator[Finding]:
     arguments = record["arguments"]
     experts, kernel, scales = model.experts, kernel_of(scheme), layer.scales
     # Entry points without the argument have Swiglu kernels only.
     default = enum("ActivationType", flashinfer.release).get("Swiglu")
     number, activation = arguments.get("activation_type", default), experts.activation
-    yield from wrong_activation("activation_type", number, activation, ACTIVATIONS, flashinfer)
+    found = [*wrong_activation("activation_type", number, activation, ACTIVATIONS, flashinfer)]
     if ACTIVATIONS[activation] in (("Swiglu",), ("Situ",)):
-        yield from wrong_parameters(experts, kernel, arguments, scales or {})
+        found += wrong_parameters(experts, kernel, arguments, scales or {})
     if scales is not None:
-        yield from wrong_scales(experts, kernel, arguments, scales)
-        yield from wrong_input(scheme, record, scales)
+        found += wrong_scales(experts, kernel, arguments, scales)
+        found += wrong_input(scheme, record, scales)
+    yield from found
+    if not found:
+        for gate in kernel_gates(model, scheme, flashinfer):
+            if not gate.ok and gate.name in _OF_ACTIVATION:
+                yield Finding(Kind.LIMIT, gate.name, fact=gate.reason)
 
 
 def _downcasts(model: ModelSpec, call: KernelCall) -> Iterator[Finding]:

@@ -25,7 +25,7 @@ _LIMIT_OF_STEP = 7.0
 #: What a kernel is told of a layer whose ranks cannot share out its experts evenly.
 _UNEVEN = Finding(
     Kind.ARGUMENT,
-    "the rank's first expert",
+    "first expert of the rank",
     "ranks that have one more than others",
     "if all ranks had as many",
 )

@@ -239,6 +239,10 @@ def test_an_activation_that_the_kernel_does_not_have():
     assert problems(reading(squared, activation_type=3)) == [
         "activation_type arrives as Swiglu, the layer has Relu2"
     ]
+    almost = replace(R1, experts=replace(R1.experts, activation="gelu"))
+    assert problems(reading(almost, activation_type=4)) == [
+        "no trtllm_fp8_block_scale_moe kernel for gelu_tanh, gated, in FlashInfer 0.7.2.post1"
+    ]
     clamped = replace(R1, experts=MODELS["gpt-oss-20b"].experts)
     parameters = {"gemm1_alpha": 1.7020000219345093, "gemm1_beta": 1.0, "gemm1_clamp_limit": 7.0}
     given = {name: tensor(all=value) for name, value in parameters.items()}

@@ -20,6 +20,7 @@ from pytest_moe_routing.flashinfer import FlashInfer
 from pytest_moe_routing.flashinfer.grammar import KernelCall
 from pytest_moe_routing.flashinfer.signatures import enum
 from pytest_moe_routing.models import ModelSpec
+from pytest_moe_routing.models.spec import NEARLY
 from pytest_moe_routing.oracle.calls import ACTIVATIONS, wrong_activation
 from pytest_moe_routing.oracle.exact import kernel_gates
 from pytest_moe_routing.oracle.finding import Finding, Kind
@@ -305,7 +306,7 @@ def _wrong_experts(
 ) -> Iterator[Finding]:
     """Yield what is wrong with the activation, its parameters, scales and biases.
 
-    If nothing is, the kernel may have no such activation, or none with a clamp.
+    If nothing is, the kernel may lack the activation that it is told, or a clamp of it.
     """
     arguments = record["arguments"]
     experts, kernel, scales = model.experts, kernel_of(scheme), layer.scales
@@ -319,8 +320,10 @@ def _wrong_experts(
         found += wrong_scales(experts, kernel, arguments, scales)
         found += wrong_input(scheme, record, scales)
     yield from found
-    if not found:
-        for gate in kernel_gates(model, scheme, flashinfer):
+    if all(finding.kind is Kind.PRECISION for finding in found):
+        computed = NEARLY.get(activation, activation) if found else activation
+        told = replace(model, experts=replace(experts, activation=computed))
+        for gate in kernel_gates(told, scheme, flashinfer):
             if not gate.ok and gate.name in _OF_ACTIVATION:
                 yield Finding(Kind.LIMIT, gate.name, fact=gate.reason)
 

@@ -20,6 +20,7 @@ from pytest_moe_routing.targets import stubs
 from pytest_moe_routing.targets.contract import Contract, Names
 from pytest_moe_routing.targets.sglang.probe.around import around, placement
 from pytest_moe_routing.targets.sglang.probe.calls import Call
+from pytest_moe_routing.targets.sglang.probe.ranks import RANKS, sharing_out, splitting
 from pytest_moe_routing.targets.sglang.probe.world import requested, stand_ins
 
 MODELS = load_models(packaged_directory())
@@ -81,9 +82,30 @@ def test_release_whose_arguments_reject_a_request_does_not_run_with_it(target):
         assert answer.answer is Answer.IGNORED
         return
     assert answer.answer is Answer.REJECTED
-    place = f"sglang/srt/{answer.why.rpartition('(')[2][:-1]}"
+    place = answer.why.rpartition("(")[2][:-1]
     assert place.startswith("sglang/srt/arg_groups/model_overrides/nemotron_h.py:")
     assert source_line(target.source.root, place) == "raise ValueError("
+
+
+def test_ranks_are_as_many_wherever_a_block_looks_at_them(target):
+    """Code that decides about shared experts is run with one rank that has all experts."""
+    scheme = "mxfp4" if Version(target.version()) >= LOOKS else "nvfp4"
+    for model in ("deepseek-r1", "gpt-oss-20b", "qwen3-30b-a3b"):
+        try:
+            answers = target.around(MODELS[model], scheme, "Renormalize")
+        except Unsupported:
+            # No kernel routes for it in this scheme.
+            continue
+        answer = answers[Request.UNEVEN]
+        assert answer.answer is Answer.REJECTED, model
+        assert "layers/moe/fused_moe_triton/layer.py:" in answer.why
+    changed = [(RANKS.count, RANKS.parts, RANKS.apart)]
+    with sharing_out(3):
+        with splitting(4):
+            changed.append((RANKS.count, RANKS.parts, RANKS.apart))
+        changed.append((RANKS.count, RANKS.parts, RANKS.apart))
+    changed.append((RANKS.count, RANKS.parts, RANKS.apart))
+    assert changed == [(2, 1, True), (1, 4, True), (3, 1, True), (2, 1, True)]
 
 
 def test_release_is_not_asked_where_no_kernel_routes(target):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -50,23 +50,24 @@ RANKS = Ranks()
 
 
 @contextmanager
-def sharing_out(count: int) -> Iterator[None]:
+def _changed(**changes: Any) -> Iterator[None]:
+    """Change attributes of `RANKS` for a while."""
+    before = vars(RANKS).copy()
+    vars(RANKS).update({"kept": {}, **changes})
+    try:
+        yield
+    finally:
+        vars(RANKS).update(before)
+
+
+def sharing_out(count: int) -> AbstractContextManager[None]:
     """Have so many ranks share out the experts."""
-    RANKS.count = count
-    try:
-        yield
-    finally:
-        RANKS.__init__()  # type: ignore[misc]
+    return _changed(count=count)
 
 
-@contextmanager
-def splitting(parts: int) -> Iterator[None]:
+def splitting(parts: int) -> AbstractContextManager[None]:
     """Have ranks split each expert, rather than share out the experts."""
-    RANKS.count, RANKS.parts = 1, parts
-    try:
-        yield
-    finally:
-        RANKS.__init__()  # type: ignore[misc]
+    return _changed(count=1, parts=parts)
 
 
 @contextmanager
@@ -81,13 +82,10 @@ def fusing(
     Raises:
         Unsupported: SGLang's code does not decide here.
     """
-    RANKS.count, RANKS.apart = 1, False
-    try:
-        with patch.object(torch.cuda, "get_device_capability", lambda *_: (10, 0)):
-            _decide(names, model, values, quantization)
-            yield
-    finally:
-        RANKS.__init__()  # type: ignore[misc]
+    capability = patch.object(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    with _changed(count=1, apart=False), capability:
+        _decide(names, model, values, quantization)
+        yield
 
 
 def _decide(names: Names, model: Any, values: Mapping[str, Any], quantization: Any) -> None:

@@ -254,6 +254,6 @@ def told_of(splits: Sequence[Split]) -> list[str]:
 
 def _told(name: str, counts: Sequence[int]) -> str:
     over = " or ".join(str(count) for count in counts if count > 1)
-    return ", also ".join(
-        filter(None, (name if 1 in counts else "", f"{name} over {over}" * bool(over)))
-    )
+    if not over:
+        return name
+    return f"{name}, also {name} over {over}" if 1 in counts else f"{name} over {over}"

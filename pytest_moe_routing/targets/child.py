@@ -175,7 +175,7 @@ class Child:
                     raise Failure(self._where_it_was())
                 continue
             if late > 0:
-                # This process may have been stopped: what has come by now is read, and no more.
+                # This process may have been stopped: only what has arrived by now is read.
                 last = min(last, late + _LONG_GRACE)
                 if late > last:
                     raise Failure(self._where_it_was())
